@@ -1,0 +1,1 @@
+"""Protobuf package octavo.admin, generated from protos/octavo/admin."""

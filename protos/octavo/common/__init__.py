@@ -1,0 +1,1 @@
+"""Protobuf package octavo.common, generated from protos/octavo/common."""

@@ -1,0 +1,1 @@
+"""Protobuf package octavo.common.v1, generated from protos/octavo/common/v1."""

@@ -1,0 +1,1 @@
+"""Protobuf package octavo.inference, generated from protos/octavo/inference."""

@@ -1,0 +1,1 @@
+"""Protobuf package octavo.inference.v1, generated from protos/octavo/inference/v1."""

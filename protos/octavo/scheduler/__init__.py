@@ -1,0 +1,1 @@
+"""Protobuf package octavo.scheduler, generated from protos/octavo/scheduler."""

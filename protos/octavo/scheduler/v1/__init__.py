@@ -1,0 +1,1 @@
+"""Protobuf package octavo.scheduler.v1, generated from protos/octavo/scheduler/v1."""

@@ -1,0 +1,1 @@
+"""Protobuf package octavo.worker, generated from protos/octavo/worker."""

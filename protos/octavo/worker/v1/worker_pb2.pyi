@@ -1,0 +1,207 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class WorkerFrame(_message.Message):
+    __slots__ = ("protocol_revision", "epoch", "worker_hello", "worker_config", "worker_ready", "step_plan", "step_result", "worker_fault", "heartbeat", "shutdown")
+    PROTOCOL_REVISION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    WORKER_HELLO_FIELD_NUMBER: _ClassVar[int]
+    WORKER_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    WORKER_READY_FIELD_NUMBER: _ClassVar[int]
+    STEP_PLAN_FIELD_NUMBER: _ClassVar[int]
+    STEP_RESULT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FAULT_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
+    protocol_revision: int
+    epoch: int
+    worker_hello: WorkerHello
+    worker_config: WorkerConfig
+    worker_ready: WorkerReady
+    step_plan: StepPlan
+    step_result: StepResult
+    worker_fault: WorkerFault
+    heartbeat: Heartbeat
+    shutdown: Shutdown
+    def __init__(self, protocol_revision: _Optional[int] = ..., epoch: _Optional[int] = ..., worker_hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., worker_config: _Optional[_Union[WorkerConfig, _Mapping]] = ..., worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., step_plan: _Optional[_Union[StepPlan, _Mapping]] = ..., step_result: _Optional[_Union[StepResult, _Mapping]] = ..., worker_fault: _Optional[_Union[WorkerFault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ...) -> None: ...
+
+class WorkerHello(_message.Message):
+    __slots__ = ("worker_id", "rank", "world_size", "device", "free_memory_bytes", "code_version", "model_version", "group_id")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    FREE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CODE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    GROUP_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    rank: int
+    world_size: int
+    device: str
+    free_memory_bytes: int
+    code_version: str
+    model_version: str
+    group_id: str
+    def __init__(self, worker_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., device: _Optional[str] = ..., free_memory_bytes: _Optional[int] = ..., code_version: _Optional[str] = ..., model_version: _Optional[str] = ..., group_id: _Optional[str] = ...) -> None: ...
+
+class WorkerConfig(_message.Message):
+    __slots__ = ("model_path", "weights_sha256", "kv_block_size", "kv_blocks", "max_batch_tokens", "dtype", "max_running")
+    MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    model_path: str
+    weights_sha256: str
+    kv_block_size: int
+    kv_blocks: int
+    max_batch_tokens: int
+    dtype: str
+    max_running: int
+    def __init__(self, model_path: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., max_running: _Optional[int] = ...) -> None: ...
+
+class WorkerReady(_message.Message):
+    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size")
+    KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_US_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    kv_blocks: int
+    warmup_us: int
+    max_model_len: int
+    vocab_size: int
+    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+
+class StepPlan(_message.Message):
+    __slots__ = ("step_id", "num_sequences", "num_tokens", "slot_indexes", "query_lengths", "context_lengths", "token_ids", "block_table_rows", "block_table_counts", "block_ids", "copy_pairs", "freed_slots", "sampling_updates", "row_flags")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_INDEXES_FIELD_NUMBER: _ClassVar[int]
+    QUERY_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TABLE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TABLE_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    COPY_PAIRS_FIELD_NUMBER: _ClassVar[int]
+    FREED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_UPDATES_FIELD_NUMBER: _ClassVar[int]
+    ROW_FLAGS_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    num_sequences: int
+    num_tokens: int
+    slot_indexes: bytes
+    query_lengths: bytes
+    context_lengths: bytes
+    token_ids: bytes
+    block_table_rows: bytes
+    block_table_counts: bytes
+    block_ids: bytes
+    copy_pairs: bytes
+    freed_slots: bytes
+    sampling_updates: _containers.RepeatedCompositeFieldContainer[SamplingUpdate]
+    row_flags: bytes
+    def __init__(self, step_id: _Optional[int] = ..., num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., query_lengths: _Optional[bytes] = ..., context_lengths: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., block_table_rows: _Optional[bytes] = ..., block_table_counts: _Optional[bytes] = ..., block_ids: _Optional[bytes] = ..., copy_pairs: _Optional[bytes] = ..., freed_slots: _Optional[bytes] = ..., sampling_updates: _Optional[_Iterable[_Union[SamplingUpdate, _Mapping]]] = ..., row_flags: _Optional[bytes] = ...) -> None: ...
+
+class SamplingUpdate(_message.Message):
+    __slots__ = ("slot", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "allowed_token_mask", "candidate_index", "chosen_logprob", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_token_ids", "bias_values", "allowed_token_ids", "banned_until_min_token_ids", "min_new_tokens", "prompt_length", "history_token_ids")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_MASK_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    CHOSEN_LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    BIAS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VALUES_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BANNED_UNTIL_MIN_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MIN_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    logprobs: int
+    allowed_token_mask: bytes
+    candidate_index: int
+    chosen_logprob: bool
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    bias_token_ids: bytes
+    bias_values: bytes
+    allowed_token_ids: bytes
+    banned_until_min_token_ids: bytes
+    min_new_tokens: int
+    prompt_length: int
+    history_token_ids: bytes
+    def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    SLOT_INDEXES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_US_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_US_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    slot_indexes: bytes
+    token_ids: bytes
+    logprobs: bytes
+    candidate_token_ids: bytes
+    candidate_logprobs: bytes
+    forward_us: int
+    sample_us: int
+    ranks: bytes
+    def __init__(self, step_id: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., candidate_token_ids: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., forward_us: _Optional[int] = ..., sample_us: _Optional[int] = ..., ranks: _Optional[bytes] = ...) -> None: ...
+
+class WorkerFault(_message.Message):
+    __slots__ = ("step_id", "code", "reason", "message", "fatal")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FATAL_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    code: int
+    reason: str
+    message: str
+    fatal: bool
+    def __init__(self, step_id: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., fatal: _Optional[bool] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ("last_step_id", "device_memory_used_bytes")
+    LAST_STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    last_step_id: int
+    device_memory_used_bytes: int
+    def __init__(self, last_step_id: _Optional[int] = ..., device_memory_used_bytes: _Optional[int] = ...) -> None: ...
+
+class Shutdown(_message.Message):
+    __slots__ = ("grace_ms",)
+    GRACE_MS_FIELD_NUMBER: _ClassVar[int]
+    grace_ms: int
+    def __init__(self, grace_ms: _Optional[int] = ...) -> None: ...
