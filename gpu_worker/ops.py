@@ -1,0 +1,185 @@
+"""What a model is written in, and what a device must be able to do.
+
+A model's `forward` (`gpu_worker/models/`) calls the operations of `Ops` and nothing else. The
+`reference` device executes each call at once with plain torch. The `cpu` device runs `forward`
+once, with an `Ops` that records, and replays the recorded program natively in every step. So a
+model is described once, in one file, for every device.
+
+Shapes: T tokens in the step, S sequences, R rows that need logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Int32Array = npt.NDArray[np.int32]
+
+# A value inside a forward pass: a tensor where calls are executed, a buffer's number where they
+# are recorded. A model only hands values from one operation to the next.
+Value = Any
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: y = x @ weight.T + bias.
+
+    weight  [out_features, in_features], any float type, contiguous
+    bias    [out_features] or None
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, in float32. weight [hidden_size]."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head counts of an attention layer. `num_heads` is a multiple of `num_kv_heads`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding, rotating halves (the Hugging Face layout), not pairs.
+
+    cos, sin  [max_positions, rotary_dim / 2] float32, attention scaling included. The first
+              `rotary_dim` of each head's dimensions are rotated: dimension i with
+              i + rotary_dim / 2.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    rotary_dim: int
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One ragged batch: prefill chunks and decodes mixed, row after row. All arrays contiguous.
+
+    token_ids        [T] token to compute at each place
+    positions        [T] its absolute position in its sequence
+    slot_mapping     [T] where its key and value go: block_id * 16 + offset
+    query_start_loc  [S + 1] row s owns tokens query_start_loc[s] .. query_start_loc[s + 1]
+    seq_lens         [S] tokens of each sequence whose keys exist after this step
+    block_tables     [S, max_blocks] block ids of each sequence, 0 beyond its end
+    logits_rows      [R] tokens (indexes into T) whose logits are wanted, ascending
+    """
+
+    token_ids: Int32Array
+    positions: Int32Array
+    slot_mapping: Int32Array
+    query_start_loc: Int32Array
+    seq_lens: Int32Array
+    block_tables: Int32Array
+    logits_rows: Int32Array
+
+
+class Ops(Protocol):
+    """The fused operations of a forward pass. The residual stream is float32 everywhere."""
+
+    def embed(self, table: torch.Tensor) -> Value:
+        """Look up the step's tokens in `table` [vocab_size, hidden_size]; return [T, hidden_size]."""
+
+    def norm_linear(self, x: Value, norm: Norm, linear: Linear) -> Value:
+        """Return linear(norm(x)): [T, out_features]."""
+
+    def rotary_write_kv(
+        self, qkv: Value, layer: int, heads: Heads, rotary: Rotary, q_norm: Norm | None, k_norm: Norm | None
+    ) -> Value:
+        """Norm (per head, if given) and rotate queries and keys, write keys and values to the cache.
+
+        `qkv` is [T, (num_heads + 2 * num_kv_heads) * head_dim]: queries, keys, values.
+        Returns the queries, [T, num_heads * head_dim].
+        """
+
+    def paged_attention(self, queries: Value, layer: int, heads: Heads, scale: float, window: int) -> Value:
+        """Attend causally over the cache of `layer`; return [T, num_heads * head_dim].
+
+        With window > 0 a query at position p sees positions p - window + 1 .. p, else 0 .. p.
+        """
+
+    def linear_residual(self, x: Value, linear: Linear, residual: Value) -> Value:
+        """Return residual + linear(x). The old residual must not be used afterwards."""
+
+    def norm_gated_linear(self, x: Value, norm: Norm, gate: Linear, up: Linear, activation: Activation) -> Value:
+        """Return activation(gate(h)) * up(h) with h = norm(x): [T, intermediate_size]."""
+
+    def logits(self, x: Value, norm: Norm, head: Linear) -> Value:
+        """Return head(norm(x)) of the rows in `logits_rows`: [R, vocab_size] float32."""
+
+
+class Model(Protocol):
+    """A model: weights and the forward pass over them."""
+
+    num_layers: int
+    heads: Heads
+    vocab_size: int
+
+    def forward(self, ops: Ops) -> Value:
+        """Run one step through `ops`; return the logits [R, vocab_size]."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one row's token is drawn from its processed logits (`gpu_worker/sampler.py`).
+
+    temperature 0 is greedy: the highest logit, the lowest id on a tie. `position` is the absolute
+    position of the token to be drawn, prompt included.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    candidate_index: int
+    position: int
+
+
+class Device(Protocol):
+    """Executes steps. Built by `gpu_worker/devices/__init__.py` from a Model.
+
+    The constructor of each device takes (model, max_batch_tokens, max_running, max_blocks_per_sequence).
+    """
+
+    name: str
+
+    def kv_block_bytes(self) -> int:
+        """Bytes that one block of 16 tokens takes, over all layers, keys and values."""
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate the zeroed cache, block 0 (never read as data) included. Called once."""
+
+    def forward(self, step: StepInput) -> torch.Tensor:
+        """Run one step; return logits [R, vocab_size] float32, valid until the next call.
+
+        A row's bits depend only on its sequence's tokens: not on what else is in the step, not on
+        how its prompt was chunked, not on which blocks it has. The caller may change the logits
+        in place.
+        """
+
+    def copy_blocks(self, pairs: Int32Array) -> None:
+        """Copy blocks, pairs [N, 2] of (from, to), in order."""
+
+    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> Int32Array:
+        """Draw a token for each row of processed `logits` [N, vocab_size] float32; return [N].
+
+        Rows are independent. Logits of -inf are never drawn.
+        """

@@ -1,0 +1,77 @@
+"""What a scheduler process can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+BLOCK_SIZE = 16  # tokens in a KV block: fixed, the kernels' page layout depends on it
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Settings of a scheduler. Times are seconds, sizes are tokens unless the name says otherwise."""
+
+    scheduler_address: str = field(
+        default="127.0.0.1:50052",
+        metadata={"help": "where gateways attach: host:port, or unix:PATH"},
+    )
+    worker_endpoint: str = field(
+        default="tcp://127.0.0.1:50053",
+        metadata={"help": "where workers connect: a ZeroMQ endpoint, ipc://PATH or tcp://HOST:PORT"},
+    )
+    admin_address: str = field(default="", metadata={"help": "where octavo.admin.v1 is served; empty: nowhere"})
+    scheduler_id: str = field(default="", metadata={"help": "this scheduler's name; empty: made from the process id"})
+    max_running: int = field(default=256, metadata={"help": "most sequences in a step"})
+    max_batch_tokens: int = field(default=2048, metadata={"help": "most tokens in a step"})
+    max_prefill_tokens: int = field(
+        default=512,
+        metadata={"help": "most prompt tokens in a step that also decodes: bounds inter-token latency"},
+    )
+    max_waiting: int = field(default=1024, metadata={"help": "most requests in the queue; more are refused"})
+    max_waiting_tokens: int = field(default=1 << 20, metadata={"help": "most prompt tokens in the queue"})
+    max_request_ms: int = field(default=3_600_000, metadata={"help": "deadline of requests that have none"})
+    max_recoveries: int = field(default=3, metadata={"help": "how often a request survives the loss of its worker"})
+    ageing_tokens_per_s: float = field(
+        default=1024.0,
+        metadata={"help": "prompt tokens by which a second of waiting moves a request forward in the queue"},
+    )
+    tenant_weights: tuple[str, ...] = field(
+        default=(), metadata={"help": "shares of tenants, as NAME=WEIGHT; others weigh 1"}
+    )
+    step_timeout_s: float = field(default=60.0, metadata={"help": "a worker that owes a step for longer is given up"})
+    worker_grace_s: float = field(
+        default=15.0, metadata={"help": "how long requests are still queued after the last worker went"}
+    )
+    check_every_steps: int = field(
+        default=1000, metadata={"help": "verify all bookkeeping after so many steps; 0: only when idle"}
+    )
+    grace_s: float = field(default=30.0, metadata={"help": "how long running requests may take on shutdown"})
+    log_level: str = field(
+        default="info", metadata={"help": "how much to log", "choices": ("debug", "info", "warning", "error")}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_batch_tokens", "max_prefill_tokens", "max_waiting", "max_waiting_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_batch_tokens < self.max_running:
+            raise ValueError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_running ({self.max_running}): "
+                "every running sequence gets a token in every step"
+            )
+        if self.step_timeout_s <= 0 or self.grace_s < 0 or self.worker_grace_s < 0:
+            raise ValueError("step_timeout_s must be positive, grace_s and worker_grace_s not negative")
+        self.weights()
+
+    def weights(self) -> dict[str, float]:
+        """Return the tenants' weights by name."""
+        weights = {}
+        for entry in self.tenant_weights:
+            name, _, weight = entry.partition("=")
+            try:
+                weights[name] = float(weight)
+            except ValueError:
+                raise ValueError(f"tenant_weights: {entry!r} is not NAME=WEIGHT") from None
+            if not 0 < weights[name] < 1e6:
+                raise ValueError(f"tenant_weights: the weight in {entry!r} must lie between 0 and 1,000,000")
+        return weights

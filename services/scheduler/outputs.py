@@ -1,0 +1,116 @@
+"""What goes back to the gateways: the columns of a step's outputs, and how an ending is described."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from octavo.common.v1 import common_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.sequence import Sequence, SequenceState
+from octavo.worker.v1 import worker_pb2
+
+
+class WorkerMisbehavedError(Exception):
+    """A worker's answer does not fit what it was asked. The caller gives the worker up."""
+
+
+@dataclass(eq=False)
+class Outbox:
+    """What one gateway is owed of the step being digested: the columns of a StepOutputs."""
+
+    gateway_id: str
+    handles: list[int] = field(default_factory=list)
+    candidate_indexes: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    candidate_token_ids: list[int] = field(default_factory=list)
+    candidate_logprobs: list[float] = field(default_factory=list)
+    finished: list[scheduler_pb2.Finished] = field(default_factory=list)
+
+    def take(self, step_id: int) -> scheduler_pb2.StepOutputs | None:
+        """Return its content as a message and empty it; None if there is none."""
+        if not self.handles and not self.finished:
+            return None
+        message = scheduler_pb2.StepOutputs(
+            step_id=step_id,
+            handles=self.handles,
+            candidate_indexes=self.candidate_indexes if any(self.candidate_indexes) else (),
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            ranks=self.ranks,
+            candidate_token_ids=self.candidate_token_ids,
+            candidate_logprobs=self.candidate_logprobs,
+            finished=self.finished,
+        )
+        for column in vars(self).values():
+            if isinstance(column, list):
+                column.clear()
+        return message
+
+
+class LogprobReader:
+    """Walks through the log probability columns of a StepResult."""
+
+    def __init__(self, result: worker_pb2.StepResult) -> None:
+        self._chosen = array("f", result.logprobs)
+        self._ranks = array("I", result.ranks)
+        self._ids = array("I", result.candidate_token_ids)
+        self._values = array("f", result.candidate_logprobs)
+        self._row = self._candidate = 0
+
+    def read(self, width: int, outbox: Outbox | None) -> None:
+        """Move the next row, with `width` alternatives, to `outbox`, or past it."""
+        row, begin, end = self._row, self._candidate, self._candidate + width
+        if row >= len(self._chosen) or end > len(self._ids) or len(self._values) != len(self._ids):
+            raise WorkerMisbehavedError("log probabilities are missing from a step's answer")
+        self._row, self._candidate = row + 1, end
+        if outbox is not None:
+            outbox.logprobs.append(self._chosen[row])
+            outbox.ranks.append(self._ranks[row])
+            outbox.candidate_token_ids.extend(self._ids[begin:end])
+            outbox.candidate_logprobs.extend(self._values[begin:end])
+
+
+def stop_reason(seq: Sequence, token: int) -> common_pb2.FinishReason:
+    """Why `token` ends `seq`."""
+    if token in seq.request.submit.end_of_sequence_ids:
+        return common_pb2.FINISH_REASON_END_OF_SEQUENCE
+    return common_pb2.FINISH_REASON_STOP_TOKEN
+
+
+def length_reason(seq: Sequence) -> common_pb2.FinishReason:
+    """Why `seq` ends at its greatest length."""
+    limit = seq.request.submit.stop.max_new_tokens
+    if limit and seq.num_output >= limit:
+        return common_pb2.FINISH_REASON_MAX_TOKENS
+    return common_pb2.FINISH_REASON_CONTEXT_LIMIT
+
+
+def phase(seq: Sequence) -> int:
+    """Where `seq` is: a number of octavo.inference.v1.Progress.Phase."""
+    if seq.state is SequenceState.WAITING:
+        return 4 if seq.num_preemptions or seq.num_recoveries else 1
+    return 2 if seq.num_behind > 1 else 3
+
+
+def usage(seq: Sequence) -> common_pb2.Usage:
+    """What `seq` has used."""
+    return common_pb2.Usage(
+        prompt_tokens=seq.num_prompt,
+        cached_prompt_tokens=seq.num_cached_tokens,
+        output_tokens=seq.num_output,
+    )
+
+
+def timing(seq: Sequence, now: float) -> common_pb2.Timing:
+    """Where the time of `seq` went. A phase that never began took no time."""
+    scheduled = seq.first_scheduled_at or now
+    first = seq.first_token_at or now
+    return common_pb2.Timing(
+        queue_us=int(1e6 * (scheduled - seq.admitted_at)),
+        prefill_us=int(1e6 * (first - scheduled)),
+        decode_us=int(1e6 * ((seq.last_token_at or first) - first)),
+        preemptions=seq.num_preemptions,
+    )

@@ -1,0 +1,112 @@
+"""Requests and sequences: what the scheduler knows of the work it was given."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.config import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from octavo.services.scheduler.block_pool import Block
+    from octavo.services.scheduler.outputs import Outbox
+    from octavo.services.scheduler.worker_group import WorkerGroup
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"  # holds nothing; may have output from before a preemption
+    RUNNING = "running"  # has a slot and blocks on a worker group
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """A submitted request: one sequence for each candidate. Times are seconds on the caller's clock."""
+
+    submit: scheduler_pb2.Submit
+    gateway_id: str
+    arrival: int  # grows by one with each request: the oldest has the smallest
+    admitted_at: float
+    deadline: float
+    soft_deadline: float  # inf: none
+    sequences: list[Sequence] = field(default_factory=list)
+    num_unfinished: int = 0
+
+    @property
+    def handle(self) -> int:
+        """The gateway's name for it."""
+        return self.submit.handle
+
+
+class Sequence:
+    """One candidate of a request. Only the Scheduler writes its fields, blocks through the allocator.
+
+    tokens          prompt, then output: every token whose value is known here
+    num_computed    tokens whose keys and values are in the cache, or will be after the plans sent
+    num_pending     tokens that plans in flight will sample: they exist, their values do not yet
+    max_tokens      prompt and output together never get longer
+    blocks          its blocks, in order; block_hashes names the full ones, as far as hashed
+    """
+
+    __slots__ = (
+        "admitted_at", "block_hashes", "blocks", "candidate_index", "first_scheduled_at", "first_token_at", "group",
+        "handle", "last_token_at", "max_tokens", "min_stop_tokens", "num_cached_tokens", "num_computed",
+        "num_hashed_blocks", "num_logprobs", "num_pending", "num_preemptions", "num_prompt", "num_recoveries",
+        "outbox", "request", "slot", "state", "stop_ids", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, request: Request, candidate_index: int, max_tokens: int, outbox: Outbox) -> None:
+        submit = request.submit
+        self.request = request
+        self.handle = submit.handle
+        self.candidate_index = candidate_index
+        self.outbox = outbox
+        self.admitted_at = request.admitted_at
+        self.state = SequenceState.WAITING
+        self.tokens = array("I", submit.prompt_token_ids)
+        self.tokens.extend(submit.continue_token_ids)
+        self.num_prompt = len(submit.prompt_token_ids)
+        self.max_tokens = max_tokens
+        self.stop_ids = frozenset(submit.end_of_sequence_ids) | frozenset(submit.stop.stop_token_ids)
+        self.min_stop_tokens = self.num_prompt + submit.stop.min_new_tokens
+        wants_logprobs = submit.logprobs > 0 or submit.chosen_logprob
+        self.num_logprobs = submit.logprobs if wants_logprobs else -1  # -1: not even the chosen token's
+        self.group: WorkerGroup | None = None
+        self.slot = -1
+        self.blocks: list[Block] = []
+        self.block_hashes: list[bytes] = []
+        self.num_hashed_blocks = 0
+        self.num_computed = 0
+        self.num_pending = 0
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.num_recoveries = 0
+        self.first_scheduled_at = 0.0
+        self.first_token_at = 0.0
+        self.last_token_at = 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"<{self.request.submit.request_id}/{self.candidate_index} {self.state.value} "
+            f"{len(self.tokens)}+{self.num_pending} tokens, {self.num_computed} computed, {len(self.blocks)} blocks>"
+        )
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens known, those it was submitted with included."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_behind(self) -> int:
+        """Tokens still to compute: a new prompt has many, a decoding sequence one."""
+        return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def num_blocks_needed(self) -> int:
+        """Blocks that all its tokens take."""
+        return (len(self.tokens) + self.num_pending + BLOCK_SIZE - 1) // BLOCK_SIZE

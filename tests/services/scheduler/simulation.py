@@ -1,0 +1,262 @@
+"""A fake worker and gateway around the real scheduler core, for tests and the simulator.
+
+The fake model: the "key and value" of a token is a rolling hash of all tokens up to it, stored in
+the block the plan names and read back through the block table. So a block given out twice, a stale
+cache hit, a wrong position or a token fed wrongly changes the output at once.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.config import SchedulerConfig
+from octavo.services.scheduler.scheduler import Scheduler, SendPlan, SendToGateway
+from octavo.worker.v1 import worker_pb2
+
+VOCAB = 50_000
+EOS = 7
+MASK = (1 << 61) - 1
+
+
+def roll(state: int, token: int) -> int:
+    """Extend a rolling hash by a token."""
+    return (state * 1_000_003 + token * 7_919 + 12_345) & MASK
+
+
+def next_token(state: int, seed: int, candidate: int) -> int:
+    """The fake model's choice after a context."""
+    mixed = (state ^ (seed * 0x9E3779B97F4A7C15) ^ (candidate * 0xC2B2AE3D27D4EB4F)) & MASK
+    return (mixed * 2_862_933_555_777_941_757 >> 13) % VOCAB
+
+
+def expected_output(prompt: list[int], count: int, seed: int = 0, candidate: int = 0, eos: int | None = None) -> list[int]:
+    """What the fake model makes of a prompt, computed alone."""
+    state = 0
+    for token in prompt:
+        state = roll(state, token)
+    output: list[int] = []
+    while len(output) < count:
+        output.append(next_token(state, seed, candidate))
+        if output[-1] == eos:
+            break
+        state = roll(state, output[-1])
+    return output
+
+
+@dataclass
+class Slot:
+    seed: int
+    candidate: int
+    width: int
+    block_table: list[int] = field(default_factory=list)
+    last_sampled: int | None = None
+
+
+class FakeWorker:
+    """Executes plans in order, like a worker, on the fake model."""
+
+    def __init__(self, num_blocks: int, block_size: int = 16) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.cells: dict[tuple[int, int], int] = {}
+        self.slots: dict[int, Slot] = {}
+        self.steps = 0
+        self.largest_step = 0
+
+    def execute(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepResult:
+        """Run one plan; assert that it is well formed."""
+        self.steps += 1
+        assert plan.step_id == self.steps, (plan.step_id, self.steps)
+        for slot in array("I", plan.freed_slots):
+            del self.slots[slot]
+        for update in plan.sampling_updates:
+            assert update.slot not in self.slots, f"slot {update.slot} was not free"
+            width = update.logprobs if update.chosen_logprob else -1
+            self.slots[update.slot] = Slot(update.seed, update.candidate_index, width)
+        new_blocks = iter(array("I", plan.block_ids))
+        for row, count in zip(array("I", plan.block_table_rows), array("I", plan.block_table_counts), strict=True):
+            self.slots[row].block_table += [next(new_blocks) for _ in range(count)]
+        assert next(new_blocks, None) is None
+        held = [block for slot in self.slots.values() for block in slot.block_table]
+        assert all(0 < block < self.num_blocks for block in held)
+        return self._step(plan)
+
+    def _step(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepResult:
+        slots, lengths = array("I", plan.slot_indexes), array("I", plan.query_lengths)
+        contexts, known = array("I", plan.context_lengths), iter(array("I", plan.token_ids))
+        assert len(slots) == len(set(slots)) == plan.num_sequences == len(lengths) == len(contexts)
+        assert sum(lengths) == plan.num_tokens
+        self.largest_step = max(self.largest_step, plan.num_tokens)
+        result = worker_pb2.StepResult(step_id=plan.step_id)
+        sampled_slots, tokens, logprobs, ranks, ids, values = (
+            array("I"), array("I"), array("f"), array("I"), array("I"), array("f"),
+        )  # fmt: skip
+        for row, index in enumerate(slots):
+            slot, flags = self.slots[index], plan.row_flags[row]
+            query = [next(known) for _ in range(lengths[row] - bool(flags & 2))]
+            if flags & 2:
+                assert slot.last_sampled is not None
+                query.append(slot.last_sampled)
+            state = self._write(slot, contexts[row], query)
+            if flags & 1:
+                slot.last_sampled = next_token(state, slot.seed, slot.candidate)
+                sampled_slots.append(index)
+                tokens.append(slot.last_sampled)
+                if slot.width >= 0:
+                    logprobs.append(-float(slot.last_sampled % 7))
+                    ranks.append(1)
+                    ids.extend(range(slot.width))
+                    values.extend(-float(n) for n in range(slot.width))
+        assert next(known, None) is None
+        result.slot_indexes, result.token_ids = sampled_slots.tobytes(), tokens.tobytes()
+        result.logprobs, result.ranks = logprobs.tobytes(), ranks.tobytes()
+        result.candidate_token_ids, result.candidate_logprobs = ids.tobytes(), values.tobytes()
+        return result
+
+    def _write(self, slot: Slot, context: int, query: list[int]) -> int:
+        def cell(position: int) -> tuple[int, int]:
+            return slot.block_table[position // self.block_size], position % self.block_size
+
+        state = self.cells[cell(context - 1)] if context else 0
+        for offset, token in enumerate(query):
+            state = roll(state, token)
+            self.cells[cell(context + offset)] = state
+        return state
+
+
+@dataclass
+class Stream:
+    """What a client has seen of one request."""
+
+    submit: scheduler_pb2.Submit
+    tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    finished: dict[int, scheduler_pb2.Finished] = field(default_factory=dict)
+    admitted: bool = False
+    rejected: scheduler_pb2.Rejected | None = None
+    failed: scheduler_pb2.Failed | None = None
+    cancelled: bool = False
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        done = len(self.finished) == max(self.submit.candidate_count, 1)
+        return self.rejected is not None or self.failed is not None or self.cancelled or done
+
+
+class World:
+    """A scheduler, fake workers, and what gateways saw. Time moves only by `run`."""
+
+    def __init__(self, num_blocks: int = 64, groups: int = 1, max_model_len: int = 4096, **settings: object) -> None:
+        self.config = SchedulerConfig(**settings)  # type: ignore[arg-type]
+        self.core = Scheduler(self.config)
+        self.now = 1000.0
+        self.streams: dict[tuple[str, int], Stream] = {}
+        self.workers: dict[str, FakeWorker] = {}
+        self.epochs: dict[str, int] = {}
+        self.queues: dict[str, list[worker_pb2.StepPlan]] = {}
+        self.handles = 0
+        self.num_blocks, self.max_model_len = num_blocks, max_model_len
+        self.plans: list[worker_pb2.StepPlan] = []
+        self.others: list[scheduler_pb2.AttachResponse] = []
+        for index in range(groups):
+            self.join(f"group-{index}")
+
+    def join(self, group_id: str) -> None:
+        self.epochs[group_id] = self.epochs.get(group_id, 0) + 1
+        self.workers[group_id] = FakeWorker(self.num_blocks)
+        self.queues[group_id] = []
+        self.core.worker_joined(group_id, self.epochs[group_id], self.num_blocks, self.max_model_len, self.now)
+        self.settle()
+
+    def lose(self, group_id: str) -> None:
+        del self.workers[group_id], self.queues[group_id]
+        self.core.worker_lost(group_id, self.now)
+        self.settle()
+
+    def submit(self, prompt: list[int], max_new_tokens: int = 8, gateway: str = "g", **fields: object) -> Stream:
+        self.handles += 1
+        sampling = fields.pop("sampling", {})
+        stop = fields.pop("stop", {})
+        submit = scheduler_pb2.Submit(
+            handle=self.handles,
+            request_id=f"r{self.handles}",
+            prompt_token_ids=prompt,
+            sampling=sampling,  # type: ignore[arg-type]
+            stop={"max_new_tokens": max_new_tokens, **stop},  # type: ignore[dict-item]
+            **fields,  # type: ignore[arg-type]
+        )
+        stream = self.streams[gateway, self.handles] = Stream(submit)
+        self.core.submit(gateway, submit, self.now)
+        self.settle()
+        return stream
+
+    def cancel(self, stream: Stream, gateway: str = "g") -> None:
+        stream.cancelled = True
+        self.core.cancel(gateway, scheduler_pb2.Cancel(handle=stream.submit.handle), self.now)
+        self.settle()
+
+    def settle(self) -> None:
+        """Schedule, and deliver all effects."""
+        self.core.tick(self.now)
+        self.core.schedule(self.now)
+        for effect in self.core.take_effects():
+            if isinstance(effect, SendPlan):
+                assert effect.epoch == self.epochs[effect.group_id]
+                self.queues[effect.group_id].append(effect.plan)
+                self.plans.append(effect.plan)
+                assert len(self.queues[effect.group_id]) <= 2
+            else:
+                self.deliver(effect)
+        self.core.check_invariants()
+
+    def deliver(self, effect: SendToGateway) -> None:
+        message = effect.message
+        kind = message.WhichOneof("kind")
+        if kind == "step_outputs":
+            outputs = message.step_outputs
+            candidates = outputs.candidate_indexes or [0] * len(outputs.handles)
+            for handle, candidate, token in zip(outputs.handles, candidates, outputs.token_ids, strict=True):
+                stream = self.streams[effect.gateway_id, handle]
+                assert stream.admitted
+                assert not stream.ended, f"output after the end of {handle}"
+                assert candidate not in stream.finished
+                stream.tokens[candidate].append(token)
+            for finished in outputs.finished:
+                stream = self.streams[effect.gateway_id, finished.handle]
+                assert finished.candidate_index not in stream.finished, "ended twice"
+                assert not stream.ended
+                stream.finished[finished.candidate_index] = finished
+        elif kind in ("admitted", "rejected", "failed"):
+            stream = self.streams[effect.gateway_id, getattr(message, kind).handle]
+            assert not stream.ended
+            if kind == "admitted":
+                stream.admitted = True
+            else:
+                setattr(stream, kind, getattr(message, kind))
+        else:
+            self.others.append(message)
+
+    def step(self, group_id: str = "group-0") -> bool:
+        """Let a group execute its oldest plan; False if it has none."""
+        if not self.queues.get(group_id):
+            return False
+        result = self.workers[group_id].execute(self.queues[group_id].pop(0))
+        self.now += 0.01
+        self.core.step_done(group_id, result, self.now)
+        self.settle()
+        return True
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(max_steps):
+            if not any([self.step(group_id) for group_id in list(self.workers)]):
+                return
+        raise AssertionError("the work does not end")
+
+
+def random_prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(10, VOCAB) for _ in range(length)]

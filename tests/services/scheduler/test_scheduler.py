@@ -1,0 +1,454 @@
+"""The rules of the scheduler, each on the real core with a fake worker."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+from google.rpc import code_pb2
+
+from octavo.common.v1 import common_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.outputs import WorkerMisbehavedError
+from octavo.worker.v1 import worker_pb2
+
+from .simulation import World, expected_output
+
+PROMPT = list(range(100, 140))
+
+
+def test_a_request_gets_the_tokens_the_model_makes_and_one_ending() -> None:
+    world = World()
+    stream = world.submit(PROMPT, max_new_tokens=20, sampling={"seed": 5})
+    world.run()
+    assert stream.tokens[0] == expected_output(PROMPT, 20, seed=5)
+    assert stream.finished[0].reason == common_pb2.FINISH_REASON_MAX_TOKENS
+    assert stream.finished[0].usage.output_tokens == 20
+    assert world.core.num_requests == 0
+
+
+def test_a_step_is_planned_while_the_one_before_runs() -> None:
+    world = World()
+    world.submit(PROMPT, max_new_tokens=5)
+    assert len(world.queues["group-0"]) == 2  # the prompt, and the first token's successor
+    assert world.plans[1].row_flags == bytes([3])  # sampled, and fed from the worker's last token
+    assert world.plans[1].token_ids == b""
+
+
+def test_no_step_is_planned_past_the_last_token() -> None:
+    world = World()
+    world.submit(PROMPT, max_new_tokens=2)
+    world.run()
+    assert world.workers["group-0"].steps == 2
+
+
+def test_the_end_of_sequence_token_ends_a_sequence_and_is_delivered() -> None:
+    output = expected_output(PROMPT, 10)
+    world = World()
+    stream = world.submit(PROMPT, max_new_tokens=10, end_of_sequence_ids=[output[3]])
+    world.run()
+    assert stream.tokens[0] == output[:4]
+    assert stream.finished[0].reason == common_pb2.FINISH_REASON_END_OF_SEQUENCE
+    assert stream.finished[0].stop_token_id == output[3]
+
+
+def test_a_stop_token_does_not_count_before_min_new_tokens() -> None:
+    output = expected_output(PROMPT, 10)
+    stop = {"stop_token_ids": [output[1], output[5]], "min_new_tokens": 3}
+    world = World()
+    stream = world.submit(PROMPT, max_new_tokens=10, stop=stop)
+    world.run()
+    assert stream.tokens[0] == output[:6]
+    assert stream.finished[0].reason == common_pb2.FINISH_REASON_STOP_TOKEN
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+def test_a_long_prompt_is_computed_in_chunks_of_the_budget(chunk: int) -> None:
+    prompt = list(range(1000, 1150))
+    world = World(max_batch_tokens=chunk, max_running=1, max_prefill_tokens=chunk)
+    stream = world.submit(prompt, max_new_tokens=4)
+    world.run()
+    assert stream.tokens[0] == expected_output(prompt, 4)
+    assert world.workers["group-0"].largest_step <= chunk
+
+
+def test_prompts_share_what_decoding_leaves_of_a_step() -> None:
+    world = World(num_blocks=300, max_prefill_tokens=32, max_batch_tokens=512)
+    decoding = world.submit(PROMPT, max_new_tokens=100)
+    world.step()
+    world.step()
+    world.submit(list(range(2000, 2100)), max_new_tokens=2)
+    before = len(decoding.tokens[0])
+    world.step()
+    world.step()
+    world.step()
+    assert len(decoding.tokens[0]) == before + 3  # a token in every step, beside the long prompt
+    assert max(plan.num_tokens for plan in world.plans[2:]) <= 33
+
+
+def test_a_short_prompt_overtakes_a_long_one_that_is_being_computed() -> None:
+    world = World(num_blocks=400, max_batch_tokens=64, max_running=8)
+    long = world.submit(list(range(1000, 3000)), max_new_tokens=2)
+    short = world.submit(list(range(50)), max_new_tokens=2)
+    for _ in range(5):
+        world.step()
+    assert short.finished
+    assert not long.tokens
+    world.run()
+    assert long.tokens[0] == expected_output(list(range(1000, 3000)), 2)
+
+
+def test_an_aged_long_prompt_is_not_starved_by_short_ones() -> None:
+    world = World(num_blocks=1000, max_batch_tokens=64, max_running=8, ageing_tokens_per_s=10_000.0)
+    long = world.submit(list(range(1000, 3000)), max_new_tokens=1)
+    for round_number in range(200):
+        if long.ended:
+            break
+        world.submit([round_number + 10_000] * 60, max_new_tokens=1)
+        world.step()
+    assert long.ended
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    world = World(num_blocks=200)
+    first = world.submit(PROMPT, max_new_tokens=4)
+    world.run()
+    again = world.submit([*PROMPT, 1, 2, 3], max_new_tokens=4)
+    world.run()
+    assert first.finished[0].usage.cached_prompt_tokens == 0
+    assert again.finished[0].usage.cached_prompt_tokens == 32
+    assert again.tokens[0] == expected_output([*PROMPT, 1, 2, 3], 4)
+
+
+def test_a_burst_of_requests_with_one_prefix_computes_it_once() -> None:
+    prefix = list(range(5000, 5128))
+    world = World(num_blocks=400, max_batch_tokens=64, max_running=40)
+    streams = [world.submit([*prefix, n], max_new_tokens=3) for n in range(32)]
+    world.run()
+    assert sum(plan.num_tokens for plan in world.plans) < 128 + 32 * 8
+    for n, stream in enumerate(streams):
+        assert stream.tokens[0] == expected_output([*prefix, n], 3)
+
+
+def test_salts_keep_prefixes_apart_and_bypass_neither_reads_nor_fills() -> None:
+    world = World(num_blocks=200)
+    world.submit(PROMPT, cache_salt="a")
+    world.run()
+    other = world.submit(PROMPT, cache_salt="b")
+    world.run()
+    bypass = world.submit(PROMPT, cache_salt="a", bypass_prefix_cache=True)
+    world.run()
+    same = world.submit(PROMPT, cache_salt="a")
+    world.run()
+    cached = [stream.finished[0].usage.cached_prompt_tokens for stream in (other, bypass, same)]
+    assert cached == [0, 0, 32]
+
+
+def test_a_cached_prompt_still_computes_its_last_token() -> None:
+    prompt = list(range(64))  # exactly four blocks
+    world = World(num_blocks=200)
+    world.submit(prompt)
+    world.run()
+    again = world.submit(prompt)
+    world.run()
+    assert again.finished[0].usage.cached_prompt_tokens == 48
+    assert again.tokens[0] == expected_output(prompt, 8)
+
+
+def test_a_full_pool_preempts_and_everybody_still_gets_the_right_tokens() -> None:
+    world = World(num_blocks=12, max_model_len=160, max_running=8)
+    prompts = [[n * 50 + k for k in range(20)] for n in range(6)]
+    streams = [world.submit(prompt, max_new_tokens=60, sampling={"seed": n}) for n, prompt in enumerate(prompts)]
+    world.run()
+    for n, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
+        assert stream.tokens[0] == expected_output(prompt, 60, seed=n)
+    assert sum(stream.finished[0].timing.preemptions for stream in streams) > 0
+    assert streams[0].finished[0].timing.preemptions == 0  # the oldest always advances
+
+
+def test_the_victim_has_the_lowest_priority() -> None:
+    world = World(num_blocks=7, max_model_len=96, max_running=3)
+    old = world.submit([1] * 20, max_new_tokens=40)
+    low = world.submit([2] * 20, max_new_tokens=40, priority=-5)
+    world.submit([3] * 15, max_new_tokens=2, priority=5)
+    world.run()
+    assert old.finished[0].timing.preemptions == 0
+    assert low.finished[0].timing.preemptions > 0
+
+
+def test_cancelling_frees_the_blocks_before_the_next_plan() -> None:
+    world = World(num_blocks=20, max_model_len=256)
+    stream = world.submit(PROMPT, max_new_tokens=100)
+    world.step()
+    world.cancel(stream)
+    assert world.core.load(world.now).kv_blocks_free == 19
+    assert world.core.load(world.now).running == 0
+    world.run()
+    assert world.core.is_idle
+
+
+def test_one_candidate_can_be_cancelled_alone() -> None:
+    world = World(num_blocks=100)
+    stream = world.submit(PROMPT, max_new_tokens=30, candidate_count=3, sampling={"seed": 1})
+    world.step()
+    world.core.cancel("g", scheduler_pb2.Cancel(handle=stream.submit.handle, candidate_index=1), world.now)
+    world.settle()
+    before = len(stream.tokens[1])
+    world.run()
+    assert len(stream.tokens[1]) == before
+    assert stream.tokens[0] == expected_output(PROMPT, 30, seed=1, candidate=0)
+    assert stream.tokens[2] == expected_output(PROMPT, 30, seed=1, candidate=2)
+
+
+def test_cancel_by_id_ends_a_request_of_another_gateway_with_a_reason() -> None:
+    world = World()
+    stream = world.submit(PROMPT, max_new_tokens=30)
+    world.step()
+    world.core.cancel("other", scheduler_pb2.Cancel(request_id=stream.submit.request_id), world.now)
+    world.settle()
+    assert stream.finished[0].reason == common_pb2.FINISH_REASON_CANCELLED
+    assert world.others[-1].cancelled.was_running
+    assert world.others[-1].cancelled.usage.output_tokens == len(stream.tokens[0])
+    world.core.cancel("other", scheduler_pb2.Cancel(request_id="nobody"), world.now)
+    world.settle()
+    assert not world.others[-1].cancelled.was_running
+
+
+def test_candidates_share_the_prompt_and_differ_by_index() -> None:
+    world = World(num_blocks=100)
+    stream = world.submit(PROMPT, max_new_tokens=5, candidate_count=4, sampling={"seed": 3})
+    world.run()
+    for index in range(4):
+        assert stream.tokens[index] == expected_output(PROMPT, 5, seed=3, candidate=index)
+    assert sum(plan.num_tokens for plan in world.plans) < 2 * len(PROMPT) + 4 * 8
+
+
+def test_continued_output_goes_on_where_it_stopped() -> None:
+    output = expected_output(PROMPT, 12, seed=9)
+    world = World()
+    stream = world.submit(PROMPT, max_new_tokens=12, continue_token_ids=output[:5], sampling={"seed": 9})
+    world.run()
+    assert stream.tokens[0] == output[5:]
+    assert stream.finished[0].usage.output_tokens == 12
+
+
+def test_continued_output_that_is_complete_ends_at_once() -> None:
+    world = World()
+    stream = world.submit(PROMPT, max_new_tokens=3, continue_token_ids=[1, 2, 3])
+    assert stream.finished[0].reason == common_pb2.FINISH_REASON_MAX_TOKENS
+
+
+def test_the_context_limit_ends_a_sequence() -> None:
+    world = World(num_blocks=64, max_model_len=48)
+    stream = world.submit(PROMPT, max_new_tokens=100)
+    world.run()
+    assert len(stream.tokens[0]) == 8
+    assert stream.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
+
+
+def test_a_prompt_that_cannot_fit_is_refused() -> None:
+    world = World(num_blocks=3)
+    stream = world.submit(list(range(32)))
+    assert stream.rejected is not None
+    assert stream.rejected.code == code_pb2.INVALID_ARGUMENT
+    assert stream.rejected.reason == "KV_CAPACITY_EXCEEDED"
+
+
+def test_a_full_queue_refuses_with_a_retry_delay_and_keeps_its_promises() -> None:
+    world = World(max_running=1, max_batch_tokens=64, max_waiting=2)
+    streams = [world.submit(PROMPT, max_new_tokens=4) for _ in range(5)]
+    refused = [stream for stream in streams if stream.rejected]
+    assert [stream.rejected.reason for stream in refused if stream.rejected] == ["QUEUE_FULL"] * 2
+    assert all(stream.rejected.retry_after_ms >= 1 for stream in refused if stream.rejected)
+    world.run()
+    assert all(stream.finished for stream in streams if not stream.rejected)
+
+
+def test_a_deadline_that_the_queue_cannot_meet_is_refused() -> None:
+    world = World(max_running=1, max_batch_tokens=16)
+    world.submit(list(range(200)), max_new_tokens=50)
+    world.step()  # the rate is known now: 16 tokens in 10 ms
+    world.submit(list(range(300, 900)))
+    hurried = world.submit(PROMPT, remaining_ms=100)
+    assert hurried.rejected is not None
+    assert hurried.rejected.reason == "DEADLINE_UNREACHABLE"
+
+
+def test_what_expires_in_the_queue_is_never_run() -> None:
+    world = World(max_running=1, max_batch_tokens=16)
+    world.submit(PROMPT, max_new_tokens=60)
+    late = world.submit(list(range(500, 520)), remaining_ms=1)
+    world.now += 0.5
+    world.run()
+    assert late.failed is not None
+    assert (late.failed.code, late.failed.reason) == (code_pb2.DEADLINE_EXCEEDED, "QUEUE_TIMEOUT")
+    assert not late.tokens
+
+
+def test_what_expires_while_running_stops_within_one_step() -> None:
+    world = World()
+    stream = world.submit(PROMPT, max_new_tokens=1000, remaining_ms=50)
+    world.run()
+    assert stream.failed is not None
+    assert stream.failed.reason == "GENERATION_TIMEOUT"
+    assert 3 <= len(stream.tokens[0]) <= 6
+
+
+def test_a_soft_time_limit_ends_with_what_there_is() -> None:
+    world = World()
+    stream = world.submit(PROMPT, max_new_tokens=1000, stop={"soft_time_limit_ms": 50})
+    world.run()
+    assert stream.finished[0].reason == common_pb2.FINISH_REASON_TIME_LIMIT
+    assert stream.tokens[0] == expected_output(PROMPT, len(stream.tokens[0]))
+
+
+def test_a_lost_worker_loses_no_token() -> None:
+    world = World()
+    stream = world.submit(PROMPT, max_new_tokens=20, sampling={"seed": 4})
+    for _ in range(5):
+        world.step()
+    world.lose("group-0")
+    assert not stream.ended
+    world.join("group-0")
+    world.run()
+    assert stream.tokens[0] == expected_output(PROMPT, 20, seed=4)
+
+
+def test_a_request_that_loses_every_worker_is_given_up() -> None:
+    world = World(max_recoveries=2)
+    stream = world.submit(PROMPT, max_new_tokens=20)
+    for _ in range(3):
+        world.step()
+        world.lose("group-0")
+        world.join("group-0")
+    assert stream.failed is not None
+    assert stream.failed.code == code_pb2.UNAVAILABLE
+    assert stream.failed.resumable
+
+
+def test_without_workers_requests_are_queued_for_a_while_and_then_refused() -> None:
+    world = World(worker_grace_s=5.0)
+    world.lose("group-0")
+    queued = world.submit(PROMPT)
+    world.now += 10
+    refused = world.submit(PROMPT)
+    world.join("group-0")
+    world.run()
+    assert queued.finished
+    assert refused.rejected is not None
+    assert refused.rejected.reason == "NO_WORKERS"
+
+
+def test_several_groups_share_the_work_and_prefer_a_cached_prefix() -> None:
+    world = World(groups=2, num_blocks=100, max_running=4)
+    world.submit(PROMPT)
+    world.run()
+    used = next(group for group, worker in world.workers.items() if worker.steps)
+    again = world.submit(PROMPT)
+    world.run()
+    assert again.finished[0].usage.cached_prompt_tokens == 32
+    assert world.workers[used].steps > 1
+    streams = [world.submit([n] * 40, max_new_tokens=30) for n in range(6)]
+    world.run()
+    assert all(stream.tokens[0] == expected_output([n] * 40, 30) for n, stream in enumerate(streams))
+    assert all(worker.steps > 1 for worker in world.workers.values())
+
+
+def test_tenants_share_by_weight() -> None:
+    world = World(num_blocks=400, max_running=4, max_batch_tokens=64, tenant_weights=("gold=3", "plain=1"))
+    for n in range(60):
+        for tenant in ("gold", "plain"):
+            world.submit([n * 7 + len(tenant)] * 40, max_new_tokens=8, tenant=tenant)
+    for _ in range(150):
+        world.step()
+    tokens = {"gold": 0, "plain": 0}
+    for stream in world.streams.values():
+        tokens[stream.submit.tenant] += len(stream.finished)
+    assert 2.2 < tokens["gold"] / tokens["plain"] < 4.0
+
+
+def test_a_gateway_that_is_gone_leaves_nothing_behind() -> None:
+    world = World()
+    gone = [world.submit(PROMPT, gateway="gone") for _ in range(3)]
+    stays = world.submit([5] * 20, gateway="stays")
+    world.step()
+    world.core.gateway_lost("gone")
+    for stream in gone:
+        stream.cancelled = True
+    world.settle()
+    assert world.core.num_requests == 1
+    world.run()
+    assert stays.finished
+
+
+def test_logits_that_are_not_finite_end_that_request_only() -> None:
+    world = World()
+    bad, good = world.submit(PROMPT), world.submit([5] * 20)
+    plan = world.queues["group-0"].pop(0)
+    result = world.workers["group-0"].execute(plan)
+    tokens = array("I", result.token_ids)
+    tokens[0] = 0xFFFFFFFF
+    result.token_ids = tokens.tobytes()
+    world.core.step_done("group-0", result, world.now)
+    world.settle()
+    world.run()
+    failed = [stream for stream in (bad, good) if stream.failed]
+    assert len(failed) == 1
+    assert failed[0].failed is not None
+    assert failed[0].failed.code == code_pb2.INTERNAL
+    assert len([stream for stream in (bad, good) if stream.finished]) == 1
+
+
+def test_a_worker_that_answers_the_wrong_step_or_too_few_rows_is_found_out() -> None:
+    world = World()
+    world.submit(PROMPT)
+    result = world.workers["group-0"].execute(world.queues["group-0"][0])
+    with pytest.raises(WorkerMisbehavedError):
+        world.core.step_done("group-0", worker_pb2.StepResult(step_id=9), world.now)
+    result.token_ids = b""
+    with pytest.raises(WorkerMisbehavedError):
+        world.core.step_done("group-0", result, world.now)
+
+
+def test_logprobs_reach_the_requests_that_asked_for_them() -> None:
+    world = World()
+    seen: list[scheduler_pb2.StepOutputs] = []
+    deliver = world.deliver
+    world.deliver = lambda effect: (seen.append(effect.message.step_outputs), deliver(effect))[1]  # type: ignore[assignment]
+    world.submit(PROMPT, max_new_tokens=3)
+    world.submit([5] * 20, max_new_tokens=3, logprobs=2, chosen_logprob=True)
+    world.run()
+    assert sum(len(outputs.token_ids) for outputs in seen) == 6
+    assert sum(len(outputs.logprobs) for outputs in seen) == 3
+    assert [list(o.candidate_token_ids) for o in seen if o.candidate_token_ids] == [[0, 1]] * 3
+
+
+def test_progress_is_reported_to_those_who_asked() -> None:
+    world = World(max_running=1, max_batch_tokens=16)
+    world.submit(list(range(100)), max_new_tokens=5)
+    world.submit(list(range(200, 300)), max_new_tokens=5, progress_interval_ms=20)
+    world.run()
+    phases = [phase for message in world.others for phase in message.progress.phases]
+    assert set(phases) >= {1, 2}
+    assert phases == sorted(phases)
+
+
+def test_a_draining_scheduler_refuses_new_requests_and_ends_the_running_ones() -> None:
+    world = World()
+    running = world.submit(PROMPT)
+    world.core.drain()
+    refused = world.submit(PROMPT)
+    world.run()
+    assert running.finished
+    assert refused.rejected is not None
+    assert refused.rejected.reason == "DRAINING"
+
+
+def test_flushing_the_prefix_cache_forgets_what_nobody_holds() -> None:
+    world = World()
+    world.submit(PROMPT)
+    world.run()
+    assert world.core.flush_prefix_cache() > 0
+    again = world.submit(PROMPT)
+    world.run()
+    assert again.finished[0].usage.cached_prompt_tokens == 0
