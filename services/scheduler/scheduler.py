@@ -119,6 +119,10 @@ class Scheduler:
             max_model_len=self._max_model_len,
         )
 
+    def step_ages(self, now: float) -> dict[str, float]:
+        """Return, by group that owes one, how many seconds ago its oldest unanswered step was sent."""
+        return {name: now - group.in_flight[0].sent_at for name, group in self._groups.items() if group.in_flight}
+
     # -- events from gateways --------------------------------------------------------------------
 
     def submit(self, gateway_id: str, submit: scheduler_pb2.Submit, now: float) -> None:

@@ -33,7 +33,9 @@ def next_token(state: int, seed: int, candidate: int) -> int:
     return (mixed * 2_862_933_555_777_941_757 >> 13) % VOCAB
 
 
-def expected_output(prompt: list[int], count: int, seed: int = 0, candidate: int = 0, eos: int | None = None) -> list[int]:
+def expected_output(
+    prompt: list[int], count: int, seed: int = 0, candidate: int = 0, eos: int | None = None
+) -> list[int]:
     """What the fake model makes of a prompt, computed alone."""
     state = 0
     for token in prompt:
@@ -253,7 +255,8 @@ class World:
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left to do."""
         for _ in range(max_steps):
-            if not any([self.step(group_id) for group_id in list(self.workers)]):
+            moved = [self.step(group_id) for group_id in list(self.workers)]
+            if not any(moved):
                 return
         raise AssertionError("the work does not end")
 

@@ -1,0 +1,88 @@
+"""Runs a scheduler process until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import signal
+import sys
+
+import uvloop
+import zmq
+from grpc import aio
+
+from octavo.admin.v1 import admin_pb2_grpc
+from octavo.scheduler.v1 import scheduler_pb2_grpc
+from octavo.services.common.config import load
+from octavo.services.common.grpc_options import server_options
+from octavo.services.common.interceptor import ErrorInterceptor
+from octavo.services.common.logging import setup
+from octavo.services.scheduler.admin import AdminServicer
+from octavo.services.scheduler.config import SchedulerConfig
+from octavo.services.scheduler.engine import Engine
+from octavo.services.scheduler.server import SchedulerServicer
+
+log = logging.getLogger("octavo.scheduler")
+
+
+async def serve(config: SchedulerConfig) -> int:
+    """Serve until a signal; return the exit status."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    engine = Engine(config)
+    servers = []
+    try:
+        engine.start()
+        server = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
+        scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(SchedulerServicer(engine), server)  # type: ignore[no-untyped-call]
+        servers.append(await _listen(server, config.scheduler_address))
+        if config.admin_address:
+            admin = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
+            admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(engine, config), admin)  # type: ignore[no-untyped-call]
+            servers.append(await _listen(admin, config.admin_address))
+    except (OSError, RuntimeError, zmq.ZMQError) as error:
+        log.error("cannot listen: %s; choose another address or stop what uses it", error)
+        return 1
+    gc.collect()
+    gc.freeze()  # what lives as long as the process need not be looked at by the collector again
+    log.info("scheduler %s: gateways at %s, workers at %s", engine.scheduler_id, *_addresses(config))
+    await stopping.wait()
+    log.info("stopping; running requests have %.0f s", config.grace_s)
+    await engine.stop()
+    for server in servers:
+        await server.stop(grace=1.0)
+    return 0
+
+
+async def _listen(server: aio.Server, address: str) -> aio.Server:
+    """Bind and start a server; RuntimeError if the address is taken."""
+    if server.add_insecure_port(address) == 0 and not address.startswith("unix:"):
+        raise RuntimeError(f"{address} cannot be bound")
+    await server.start()
+    return server
+
+
+def _addresses(config: SchedulerConfig) -> tuple[str, str]:
+    return config.scheduler_address, config.worker_endpoint
+
+
+def run(config: SchedulerConfig) -> int:
+    """Run a scheduler process; return its exit status."""
+    with contextlib.suppress(KeyboardInterrupt):
+        status: int = uvloop.run(serve(config))
+        return status
+    return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a scheduler with the flags given."""
+    config = load(SchedulerConfig, sys.argv[1:] if argv is None else argv, prog="octavo scheduler")
+    setup(config.log_level, "scheduler")
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""The operators' service of a scheduler, on a port of its own."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from octavo.admin.v1 import admin_pb2, admin_pb2_grpc
+from octavo.services.scheduler.config import SchedulerConfig
+from octavo.services.scheduler.engine import Engine
+from octavo.services.scheduler.sequence import Request, SequenceState
+
+DEFAULT_MAX_REQUESTS = 1000
+
+
+class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+    """Drains the scheduler and shows what is in it."""
+
+    def __init__(self, engine: Engine, config: SchedulerConfig) -> None:
+        self._engine = engine
+        self._config = config
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainResponse:  # noqa: ARG002, N802
+        """Refuse new requests; answer when none is left or time is up."""
+        grace_s = request.grace_ms / 1000 if request.grace_ms else self._config.grace_s
+        return admin_pb2.DrainResponse(requests_left=await self._engine.drain(grace_s))
+
+    async def ListRequests(  # noqa: N802
+        self,
+        request: admin_pb2.ListRequestsRequest,
+        context: Any,  # noqa: ARG002
+    ) -> admin_pb2.ListRequestsResponse:
+        """List the requests that have not ended, oldest first."""
+        limit = request.max_requests or DEFAULT_MAX_REQUESTS
+        now = time.monotonic()
+        oldest = list(self._engine.core.requests())[:limit]
+        return admin_pb2.ListRequestsResponse(requests=[_describe(each, now) for each in oldest])
+
+    async def FlushPrefixCache(  # noqa: N802
+        self,
+        request: admin_pb2.FlushPrefixCacheRequest,  # noqa: ARG002
+        context: Any,  # noqa: ARG002
+    ) -> admin_pb2.FlushPrefixCacheResponse:
+        """Forget every cached block that nobody holds."""
+        return admin_pb2.FlushPrefixCacheResponse(blocks_forgotten=self._engine.core.flush_prefix_cache())
+
+
+def _describe(request: Request, now: float) -> admin_pb2.RequestInfo:
+    running = any(seq.state is SequenceState.RUNNING for seq in request.sequences)
+    return admin_pb2.RequestInfo(
+        request_id=request.submit.request_id,
+        tenant=request.submit.tenant,
+        state=admin_pb2.RequestInfo.STATE_RUNNING if running else admin_pb2.RequestInfo.STATE_WAITING,
+        prompt_tokens=request.sequences[0].num_prompt,
+        output_tokens=sum(seq.num_output for seq in request.sequences),
+        age_ms=int(1000 * (now - request.admitted_at)),
+        kv_blocks=len({block.id for seq in request.sequences for block in seq.blocks}),
+        preemptions=sum(seq.num_preemptions for seq in request.sequences),
+        gateway_id=request.gateway_id,
+    )

@@ -1,0 +1,244 @@
+"""The shell around the Scheduler: connects it to gateways and workers on one event loop.
+
+Events are handled as they arrive and change the scheduler at once; planning happens once for all
+events of one turn of the loop. Nothing here decides anything about a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.protocol import PROTOCOL_REVISION
+from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
+from octavo.services.scheduler.outputs import WorkerMisbehavedError
+from octavo.services.scheduler.scheduler import Scheduler, SendPlan, SendToGateway
+from octavo.services.scheduler.worker_link import HEARTBEAT_S, LinkEvents, WorkerLink
+from octavo.worker.v1 import worker_pb2
+
+log = logging.getLogger("octavo.scheduler")
+
+LOAD_INTERVAL_S = 0.2
+MAX_UNSENT_MESSAGES = 10_000  # a gateway that does not read so many is cut off
+IDLE_CHECK_S = 1.0
+
+
+class GatewayConnection:
+    """The messages that wait to be written to one gateway."""
+
+    def __init__(self, gateway_id: str) -> None:
+        self.gateway_id = gateway_id
+        self.unsent: asyncio.Queue[scheduler_pb2.AttachResponse] = asyncio.Queue(MAX_UNSENT_MESSAGES)
+        self.closed = asyncio.Event()
+
+    def send(self, message: scheduler_pb2.AttachResponse) -> None:
+        """Queue a message; a gateway whose queue is full is cut off, and its requests end."""
+        try:
+            self.unsent.put_nowait(message)
+        except asyncio.QueueFull:
+            self.closed.set()
+
+
+class Engine:
+    """Runs one Scheduler. All methods are called on the event loop's thread."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._started_ms = int(time.time() * 1000)  # so that epochs grow from one start to the next
+        self.scheduler_id = config.scheduler_id or f"scheduler-{os.getpid()}"
+        self.core = Scheduler(config)
+        events = LinkEvents(self._on_group_ready, self._on_group_lost, self._on_step_done)
+        self.link = WorkerLink(config, self._started_ms << 16, events, time.monotonic)
+        self._gateways: dict[str, GatewayConnection] = {}
+        self._pump_scheduled = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._steps_since_check = 0
+        self._checked_idle = False
+        self._no_requests = asyncio.Event()
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Bind the worker endpoint and begin to tick. Must be called in a running loop."""
+        self._loop = asyncio.get_running_loop()
+        self.link.open(self._loop)
+        self._ticker = asyncio.create_task(self._tick_forever())
+        # A bug in the core must end the process: half a scheduler is worse than none.
+        self._ticker.add_done_callback(self._on_ticker_done)
+
+    async def stop(self) -> None:
+        """Refuse new requests, let the running ones end for `grace_s`, then close everything."""
+        await self.drain(self._config.grace_s)
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for connection in self._gateways.values():
+            connection.closed.set()
+        if self._loop is not None:
+            self.link.close(self._loop)
+
+    async def drain(self, grace_s: float) -> int:
+        """Refuse new requests, wait until the running ones have ended or time is up; return how many are left."""
+        self.core.drain()
+        draining = scheduler_pb2.AttachResponse(draining=scheduler_pb2.Draining(deadline_ms=int(grace_s * 1000)))
+        for connection in self._gateways.values():
+            connection.send(draining)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._no_requests.wait(), grace_s)
+        return self.core.num_requests
+
+    # -- gateways --------------------------------------------------------------------------------
+
+    def attach(self, hello: scheduler_pb2.Hello) -> GatewayConnection:
+        """Take a gateway in and greet it. An older connection of the same gateway is closed."""
+        old = self._gateways.pop(hello.gateway_id, None)
+        if old is not None:
+            self._close(old)
+        connection = self._gateways[hello.gateway_id] = GatewayConnection(hello.gateway_id)
+        load = self.load()
+        welcome = scheduler_pb2.Welcome(
+            scheduler_id=self.scheduler_id,
+            epoch=self._started_ms,
+            kv_block_size=BLOCK_SIZE,
+            kv_blocks_total=load.kv_blocks_total,
+            max_running=self._config.max_running,
+            protocol_revision=PROTOCOL_REVISION,
+            load=load,
+        )
+        connection.send(scheduler_pb2.AttachResponse(welcome=welcome))
+        return connection
+
+    def detach(self, connection: GatewayConnection) -> None:
+        """Let a gateway go, and end its requests."""
+        if self._gateways.get(connection.gateway_id) is connection:
+            del self._gateways[connection.gateway_id]
+            self._close(connection)
+
+    def _close(self, connection: GatewayConnection) -> None:
+        connection.closed.set()
+        self.core.gateway_lost(connection.gateway_id)
+        self._pump_soon()
+
+    def on_gateway_message(self, connection: GatewayConnection, message: scheduler_pb2.AttachRequest) -> None:
+        """Hand one message of a gateway to the scheduler."""
+        if connection.closed.is_set():
+            return
+        now = time.monotonic()
+        kind = message.WhichOneof("kind")
+        if kind == "submit":
+            self.core.submit(connection.gateway_id, message.submit, now)
+        elif kind == "cancel":
+            self.core.cancel(connection.gateway_id, message.cancel, now)
+        self._pump_soon()
+
+    # -- workers ---------------------------------------------------------------------------------
+
+    def _on_group_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
+        self.core.worker_joined(group_id, epoch, ready.kv_blocks, ready.max_model_len, now)
+        self._broadcast_load()
+        self._pump_soon()
+
+    def _on_group_lost(self, group_id: str, now: float) -> None:
+        self.core.worker_lost(group_id, now)
+        self._broadcast_load()
+        self._pump_soon()
+
+    def _on_step_done(self, group_id: str, result: worker_pb2.StepResult, now: float) -> None:
+        try:
+            self.core.step_done(group_id, result, now)
+        except WorkerMisbehavedError as error:
+            self.link.give_up(group_id, str(error))
+            return
+        self._steps_since_check += 1
+        # At once and not at the loop's next turn: the worker may have nothing to do.
+        self._pump()
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def _pump_soon(self) -> None:
+        """Plan and deliver after the events that are already here."""
+        if not self._pump_scheduled and self._loop is not None:
+            self._pump_scheduled = True
+            self._loop.call_soon(self._guarded_pump)
+
+    def _guarded_pump(self) -> None:
+        self._pump_scheduled = False
+        try:
+            self._pump()
+        except AssertionError as error:
+            self._crash(error)
+
+    def _pump(self) -> None:
+        """Plan what can be planned and deliver all effects."""
+        self._checked_idle = False
+        self.core.schedule(time.monotonic())
+        for effect in self.core.take_effects():
+            if isinstance(effect, SendPlan):
+                self.link.send_plan(effect.group_id, effect.epoch, effect.plan)
+            else:
+                self._send(effect)
+        if self.core.num_requests:
+            self._no_requests.clear()
+        else:
+            self._no_requests.set()
+
+    def _send(self, effect: SendToGateway) -> None:
+        connection = self._gateways.get(effect.gateway_id)
+        if connection is not None:
+            connection.send(effect.message)
+
+    async def _tick_forever(self) -> None:
+        """Watch time: deadlines, liveness, load reports, bookkeeping checks."""
+        next_load = next_idle_check = 0.0
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            now = time.monotonic()
+            self.link.receive()
+            ages = self.core.step_ages(now)
+            self.link.check(now, busy=ages.keys())
+            for group_id, age_s in ages.items():
+                if age_s > self._config.step_timeout_s:
+                    self.link.give_up(group_id, f"a step is unanswered for {age_s:.1f} s")
+            self.core.tick(now)
+            self._pump()
+            if now >= next_load:
+                next_load = now + LOAD_INTERVAL_S
+                self._broadcast_load()
+            if now >= next_idle_check:
+                next_idle_check = now + IDLE_CHECK_S
+                self._check_books()
+
+    def _check_books(self) -> None:
+        """Verify the scheduler's invariants, when idle and after so many steps."""
+        every = self._config.check_every_steps
+        is_due = bool(every) and self._steps_since_check >= every
+        if is_due or (self.core.is_idle and not self._checked_idle):
+            self.core.check_invariants()
+            self._steps_since_check = 0
+            self._checked_idle = self.core.is_idle
+
+    def load(self) -> scheduler_pb2.Load:
+        """Describe the state of the scheduler."""
+        load = self.core.load(time.monotonic())
+        load.model_version = self.link.model_version
+        return load
+
+    def _broadcast_load(self) -> None:
+        """Tell every gateway the state of the scheduler."""
+        if self._gateways:
+            message = scheduler_pb2.AttachResponse(load=self.load())
+            for connection in self._gateways.values():
+                connection.send(message)
+
+    def _on_ticker_done(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            self._crash(task.exception())
+
+    def _crash(self, error: BaseException | None) -> None:
+        """End the process: its books cannot be trusted. Gateways and workers find the next one."""
+        log.critical("the scheduler has a bug and ends: %s", error, exc_info=error)
+        os._exit(70)

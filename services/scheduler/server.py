@@ -1,0 +1,56 @@
+"""The gRPC end of the scheduler: gateways attach here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from octavo.services.common.errors import Reason, ServingError
+from octavo.services.common.protocol import PROTOCOL_REVISION
+from octavo.services.scheduler.engine import Engine, GatewayConnection
+
+HELLO_TIMEOUT_S = 10.0
+
+
+class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
+    """Carries messages between the streams of gateways and the engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def Attach(self, request_iterator: AsyncIterator[scheduler_pb2.AttachRequest], context: Any) -> None:  # noqa: N802
+        """Serve one gateway until it leaves. Its requests end with the stream."""
+        connection = self._engine.attach(await self._hello(request_iterator))
+        reading = asyncio.create_task(self._read(connection, request_iterator))
+        closing = asyncio.create_task(connection.closed.wait())
+        writing = asyncio.create_task(self._write(connection, context))
+        try:
+            await asyncio.wait((reading, closing, writing), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._engine.detach(connection)
+            for task in (reading, closing, writing):
+                task.cancel()
+
+    async def _hello(self, requests: AsyncIterator[scheduler_pb2.AttachRequest]) -> scheduler_pb2.Hello:
+        """Return the gateway's introduction, or refuse it."""
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            first = await anext(aiter(requests), None)
+        if first is None or not first.HasField("hello") or not first.hello.gateway_id:
+            raise ServingError(Reason.MALFORMED_REQUEST, "the first message must be a Hello with a gateway id")
+        if first.hello.protocol_revision != PROTOCOL_REVISION:
+            raise ServingError(
+                Reason.PROTOCOL_REVISION,
+                f"the gateway has protocol revision {first.hello.protocol_revision}, "
+                f"this scheduler {PROTOCOL_REVISION}: run the same version on both",
+            )
+        return first.hello
+
+    async def _read(self, connection: GatewayConnection, requests: AsyncIterator[scheduler_pb2.AttachRequest]) -> None:
+        async for message in requests:
+            self._engine.on_gateway_message(connection, message)
+
+    async def _write(self, connection: GatewayConnection, context: Any) -> None:
+        while True:
+            await context.write(await connection.unsent.get())

@@ -1,0 +1,318 @@
+"""The scheduler process over real sockets: gRPC gateways on one side, a ZeroMQ worker on the other."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import zmq
+import zmq.asyncio
+from grpc import aio
+
+from octavo.admin.v1 import admin_pb2
+from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from octavo.services.common.interceptor import ErrorInterceptor
+from octavo.services.common.protocol import PROTOCOL_REVISION
+from octavo.services.scheduler.admin import AdminServicer
+from octavo.services.scheduler.config import SchedulerConfig
+from octavo.services.scheduler.engine import Engine
+from octavo.services.scheduler.server import SchedulerServicer
+from octavo.worker.v1 import worker_pb2
+
+from .simulation import FakeWorker, expected_output
+
+PROMPT = list(range(100, 140))
+
+
+class WorkerClient:
+    """A worker on a real socket, with the fake model."""
+
+    def __init__(self, endpoint: str, name: str = "w1") -> None:
+        self.context = zmq.asyncio.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.setsockopt(zmq.ROUTING_ID, name.encode())
+        self.socket.connect(endpoint)
+        self.name = name
+        self.epoch = 0
+        self.model = FakeWorker(64)
+        self.task: asyncio.Task[None] | None = None
+
+    async def send(self, **fields: Any) -> None:
+        frame = worker_pb2.WorkerFrame(**{"protocol_revision": PROTOCOL_REVISION, "epoch": self.epoch, **fields})
+        await self.socket.send(frame.SerializeToString())
+
+    async def hello(self, **fields: Any) -> None:
+        hello = worker_pb2.WorkerHello(**{"worker_id": self.name, "world_size": 1, "device": "fake", **fields})
+        await self.send(epoch=0, worker_hello=hello)
+
+    async def receive(self, kind: str) -> worker_pb2.WorkerFrame:
+        while True:
+            frame = worker_pb2.WorkerFrame.FromString(await self.socket.recv())
+            if frame.WhichOneof("kind") == kind:
+                return frame
+
+    async def join(self) -> worker_pb2.WorkerConfig:
+        await self.hello()
+        frame = await self.receive("worker_config")
+        self.epoch = frame.epoch
+        self.model = FakeWorker(64)
+        await self.send(worker_ready=worker_pb2.WorkerReady(kv_blocks=64, max_model_len=512))
+        return frame.worker_config
+
+    def work(self) -> None:
+        """Answer plans until closed."""
+        self.task = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            frame = await self.receive("step_plan")
+            await self.send(step_result=self.model.execute(frame.step_plan))
+
+    def close(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+        self.socket.close()
+        self.context.term()
+
+
+class Gateway:
+    """One Attach stream."""
+
+    def __init__(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, name: str = "g1") -> None:
+        self.call = stub.Attach()
+        self.name = name
+        self.tokens: dict[int, list[int]] = {}
+
+    async def send(self, **kind: Any) -> None:
+        await self.call.write(scheduler_pb2.AttachRequest(**kind))
+
+    async def hello(self, revision: int = PROTOCOL_REVISION) -> scheduler_pb2.Welcome:
+        await self.send(hello=scheduler_pb2.Hello(gateway_id=self.name, protocol_revision=revision))
+        return (await self.receive("welcome")).welcome
+
+    async def receive(self, kind: str) -> scheduler_pb2.AttachResponse:
+        """Return the next message of a kind, and keep the tokens of all that come before."""
+        while True:
+            message = await self.call.read()
+            assert message is not aio.EOF, "the stream ended"
+            if message.HasField("step_outputs"):
+                for handle, token in zip(message.step_outputs.handles, message.step_outputs.token_ids, strict=True):
+                    self.tokens.setdefault(handle, []).append(token)
+            if message.WhichOneof("kind") == kind:
+                return message
+
+    async def submit(self, handle: int, max_new_tokens: int = 8, **fields: Any) -> None:
+        submit = scheduler_pb2.Submit(
+            handle=handle,
+            request_id=f"request-{handle}",
+            prompt_token_ids=PROMPT,
+            stop={"max_new_tokens": max_new_tokens},  # type: ignore[arg-type]
+            **fields,
+        )
+        await self.send(submit=submit)
+
+    async def finish(self, handle: int) -> list[int]:
+        """Read until a request has ended; return its tokens."""
+        while True:
+            message = await self.receive("step_outputs")
+            if any(finished.handle == handle for finished in message.step_outputs.finished):
+                return self.tokens[handle]
+
+
+class Process:
+    """A scheduler with its servers, in this process."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.config = SchedulerConfig(worker_endpoint=f"ipc://{folder}/worker.sock", **settings)
+        self.engine = Engine(self.config)
+        self.server = aio.server(interceptors=[ErrorInterceptor()])
+        scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(SchedulerServicer(self.engine), self.server)
+        self.address = f"unix:{folder}/scheduler.sock"
+        self.server.add_insecure_port(self.address)
+
+    def gateway(self, name: str = "g1") -> Gateway:
+        return Gateway(scheduler_pb2_grpc.SchedulerServiceStub(aio.insecure_channel(self.address)), name)
+
+    def worker(self, name: str = "w1") -> WorkerClient:
+        return WorkerClient(self.config.worker_endpoint, name)
+
+
+@asynccontextmanager
+async def running(folder: Path, **settings: Any) -> AsyncIterator[Process]:
+    process = Process(folder, **{"grace_s": 0.0, **settings})
+    process.engine.start()
+    await process.server.start()
+    try:
+        yield process
+    finally:
+        await process.engine.stop()
+        await process.server.stop(0)
+
+
+async def until(condition: Any) -> None:
+    """Let the loop run until something holds; the test's own time limit bounds it."""
+    while not condition():  # noqa: ASYNC110 - conditions of another object's state, which has no event
+        await asyncio.sleep(0.005)
+
+
+async def test_a_gateway_gets_the_tokens_of_a_worker(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = process.worker(), process.gateway()
+        config = await worker.join()
+        assert config.max_running == 256
+        worker.work()
+        welcome = await gateway.hello()
+        assert welcome.protocol_revision == PROTOCOL_REVISION
+        await until(lambda: process.engine.load().workers_ready)
+        await gateway.submit(1)
+        assert (await gateway.receive("admitted")).admitted.handle == 1
+        assert await gateway.finish(1) == expected_output(PROMPT, 8)
+        load = process.engine.load()
+        assert load.kv_blocks_free == load.kv_blocks_total == 63
+        worker.close()
+
+
+async def test_a_dead_worker_is_noticed_and_another_one_goes_on(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = process.worker(), process.gateway()
+        await worker.join()
+        await gateway.hello()
+        await until(lambda: process.engine.load().workers_ready)
+        await gateway.submit(1, max_new_tokens=20)
+        for _ in range(3):
+            plan = (await worker.receive("step_plan")).step_plan
+            await worker.send(step_result=worker.model.execute(plan))
+        await until(lambda: process.engine.load().running == 1)
+        worker.close()
+        await until(lambda: not process.engine.load().workers_ready)
+        second = process.worker("w2")
+        await second.join()
+        second.work()
+        assert await gateway.finish(1) == expected_output(PROMPT, 20)
+        second.close()
+
+
+async def test_results_of_an_ended_epoch_are_dropped(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = process.worker(), process.gateway()
+        await worker.join()
+        await gateway.hello()
+        await until(lambda: process.engine.load().workers_ready)
+        await gateway.submit(1)
+        plan = (await worker.receive("step_plan")).step_plan
+        old_epoch, late = worker.epoch, worker.model.execute(plan)
+        await worker.join()  # it starts over: the scheduler must give it a new epoch and replay
+        assert worker.epoch > old_epoch
+        await worker.send(epoch=old_epoch, step_result=late)
+        worker.work()
+        assert await gateway.finish(1) == expected_output(PROMPT, 8)
+        worker.close()
+
+
+async def test_a_worker_that_answers_nonsense_is_given_up(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = process.worker(), process.gateway()
+        await worker.join()
+        await gateway.hello()
+        await until(lambda: process.engine.load().workers_ready)
+        await gateway.submit(1)
+        await worker.receive("step_plan")
+        await worker.send(step_result=worker_pb2.StepResult(step_id=77, token_ids=array("I", [1]).tobytes()))
+        await until(lambda: not process.engine.load().workers_ready)
+        await worker.join()
+        worker.work()
+        assert await gateway.finish(1) == expected_output(PROMPT, 8)
+        worker.close()
+
+
+async def test_garbage_and_other_revisions_on_the_worker_socket_change_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        stranger = process.worker("stranger")
+        for garbage in (b"", b"\x80\x04pickle", b"\xff" * 100):
+            await stranger.socket.send(garbage)
+        await stranger.send(protocol_revision=99, worker_hello=worker_pb2.WorkerHello(worker_id="x", world_size=1))
+        await stranger.hello(rank=5)
+        await stranger.send(epoch=123, step_result=worker_pb2.StepResult(step_id=1))
+        worker = process.worker()
+        await worker.join()
+        await until(lambda: process.engine.load().workers_ready)
+        stranger.close()
+        worker.close()
+
+
+async def test_a_step_that_is_never_answered_costs_the_worker_its_place(tmp_path: Path) -> None:
+    async with running(tmp_path, step_timeout_s=0.2) as process:
+        worker, gateway = process.worker(), process.gateway()
+        await worker.join()
+        await gateway.hello()
+        await until(lambda: process.engine.load().workers_ready)
+        await gateway.submit(1)
+        await worker.receive("step_plan")
+        await until(lambda: not process.engine.load().workers_ready)
+        worker.close()
+
+
+async def test_a_gateway_that_leaves_takes_its_requests_along(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = process.worker(), process.gateway()
+        await worker.join()
+        worker.work()
+        await gateway.hello()
+        await until(lambda: process.engine.load().workers_ready)
+        await gateway.submit(1, max_new_tokens=400)
+        await gateway.receive("step_outputs")
+        gateway.call.cancel()
+        await until(lambda: process.engine.core.is_idle)
+        load = process.engine.load()
+        assert load.kv_blocks_free == load.kv_blocks_total
+        worker.close()
+
+
+async def test_another_revision_of_a_gateway_is_refused_with_advice(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        gateway = process.gateway()
+        with pytest.raises(aio.AioRpcError) as caught:
+            await gateway.hello(revision=99)
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "same version" in (caught.value.details() or "")
+
+
+async def test_load_is_reported_without_being_asked_for(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        gateway = process.gateway()
+        await gateway.hello()
+        assert (await gateway.receive("load")).load.workers_ready == 0
+        worker = process.worker()
+        await worker.join()
+        await until(lambda: process.engine.load().workers_ready)
+        while not (await gateway.receive("load")).load.workers_ready:
+            pass
+        worker.close()
+
+
+async def test_draining_tells_gateways_and_waits_for_running_requests(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = process.worker(), process.gateway()
+        await worker.join()
+        worker.work()
+        await gateway.hello()
+        await until(lambda: process.engine.load().workers_ready)
+        await gateway.submit(1, max_new_tokens=100)
+        await gateway.receive("admitted")
+        admin = AdminServicer(process.engine, process.config)
+        listed = await admin.ListRequests(admin_pb2.ListRequestsRequest(), None)
+        assert [request.request_id for request in listed.requests] == ["request-1"]
+        draining = asyncio.create_task(admin.Drain(admin_pb2.DrainRequest(grace_ms=60_000), None))
+        await gateway.receive("draining")
+        await gateway.submit(2)
+        assert (await gateway.receive("rejected")).rejected.reason == "DRAINING"
+        await gateway.finish(1)
+        assert (await draining).requests_left == 0
+        worker.close()
