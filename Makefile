@@ -1,0 +1,67 @@
+# Octavo's commands. Each one sets up what it needs in .venv first; none needs root.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The torch to install. This release has CPU builds; on a machine with a GPU, or with an index of
+# your own, say for example `make serve TORCH=torch`, or install torch into .venv beforehand.
+TORCH ?= torch==2.13.0
+MODEL ?= demo
+SERVE_FLAGS ?=
+
+BIN := $(VENV)/bin
+
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench soak clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+serve: setup  ## Serve MODEL (default: demo) at 127.0.0.1:50051
+	@exec $(BIN)/octavo serve $(MODEL) $(SERVE_FLAGS)
+
+setup: $(VENV)/.serve  ## Make .venv with everything that serving needs
+
+setup-dev: $(VENV)/.dev  ## Make .venv with everything that development needs
+
+test: setup-dev lint typecheck  ## Run everything that must pass: linters, types, all tests
+	$(BIN)/python -m pytest
+
+test-quick: setup-dev  ## Run the tests that take little time
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup-dev  ## Check style, formatting and protos
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/buf lint
+
+typecheck: setup-dev  ## Check types
+	$(BIN)/mypy
+
+protos: setup-dev  ## Generate the Python code of the protos
+	$(BIN)/buf format -w
+	$(BIN)/python protos/generate.py
+
+bench: setup-dev  ## Print the figures in docs/performance.md
+	$(BIN)/python benchmarks/scheduler_step.py
+	$(BIN)/python benchmarks/gateway_stream.py
+	$(BIN)/python benchmarks/cpu_step.py
+
+soak: setup-dev  ## Serve 64 mixed streams for ten minutes and check that nothing is lost
+	$(BIN)/python benchmarks/soak.py --minutes 10
+
+clean:  ## Remove .venv and what builds left
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	@touch $@
+
+$(VENV)/.serve: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --editable ".[serve]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@ $(VENV)/.serve
