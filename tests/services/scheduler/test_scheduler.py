@@ -187,6 +187,21 @@ def test_cancelling_frees_the_blocks_before_the_next_plan() -> None:
     assert world.core.is_idle
 
 
+@pytest.mark.parametrize("num_steps", range(5, 65, 2))
+def test_cancelling_leaves_nothing_whatever_the_moment(num_steps: int) -> None:
+    """Also between a preemption and the last results of the sequence that lost its blocks."""
+    world = World(num_blocks=12, max_model_len=160, max_running=8)
+    streams = [world.submit([n * 50 + k for k in range(20)], max_new_tokens=60) for n in range(6)]
+    for _ in range(num_steps):
+        world.step()
+    for stream in streams:
+        if not stream.ended:
+            world.cancel(stream)
+    world.run()
+    assert world.core.is_idle
+    assert world.core.load(world.now).kv_blocks_free == 11
+
+
 def test_one_candidate_can_be_cancelled_alone() -> None:
     world = World(num_blocks=100)
     stream = world.submit(PROMPT, max_new_tokens=30, candidate_count=3, sampling={"seed": 1})

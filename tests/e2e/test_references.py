@@ -1,0 +1,65 @@
+"""Greedy tokens of the real model equal transformers' float32 run, however the work is cut up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from .stack import Stack, greedy, references, until_idle
+
+DEVICES = ["cpu", pytest.param("reference", marks=pytest.mark.slow)]
+TINY_POOL = "45MiB"  # 128 blocks of 360 KiB: one long prompt nearly fills it
+
+
+@contextmanager
+def serving(model: Path, device: str, *flags: str) -> Iterator[Stack]:
+    stack = Stack(model, "--device", device, *flags)
+    try:
+        yield stack
+    finally:
+        assert stack.stop() == 0
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("device", DEVICES)
+async def test_alone_together_and_from_the_prefix_cache(smollm2: Path, device: str) -> None:
+    with serving(smollm2, device, "--kv-cache-memory", "512MiB") as stack:
+        async with stack.client() as client:
+            alone = [await greedy(client, reference) for reference in references()]
+            for reference, answer in zip(references(), alone, strict=True):
+                reference.check(answer.ids)
+            assert sum(answer.cached_tokens for answer in alone) < 100
+            together = await asyncio.gather(*[greedy(client, reference) for reference in references()])
+            # Bit for bit: neither the others in the batch nor the cache hits change a token.
+            assert [answer.ids for answer in together] == [answer.ids for answer in alone]
+            assert sum(answer.cached_tokens for answer in together) > 3000
+            await until_idle(client)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("device", DEVICES)
+async def test_with_a_pool_so_small_that_sequences_are_preempted(smollm2: Path, device: str) -> None:
+    with serving(smollm2, device, "--kv-cache-memory", TINY_POOL) as stack:
+        async with stack.client() as client:
+            answers = await asyncio.gather(*[greedy(client, reference) for reference in references()])
+            for reference, answer in zip(references(), answers, strict=True):
+                reference.check(answer.ids)
+            assert sum(answer.preemptions for answer in answers) > 0
+            await until_idle(client)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("chunk", [7, 32, 300])
+async def test_with_prompts_computed_in_chunks(smollm2: Path, device: str, chunk: int) -> None:
+    flags = ["--max-running", "7", "--max-batch-tokens", str(max(chunk, 7)), "--max-prefill-tokens", str(chunk)]
+    with serving(smollm2, device, "--kv-cache-memory", "256MiB", *flags) as stack:
+        async with stack.client() as client:
+            chosen = references() if device == "cpu" else references()[::3]
+            answers = await asyncio.gather(*[greedy(client, reference) for reference in chosen])
+            for reference, answer in zip(chosen, answers, strict=True):
+                reference.check(answer.ids)

@@ -1,0 +1,206 @@
+"""The supervisor with stand-ins for its children: small shell scripts that print what happens to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from octavo.services.cli.child import ChildSpec, describe_exit
+from octavo.services.cli.supervisor import Limits, Supervisor
+
+QUICK = Limits(backoff_s=0.01, max_backoff_s=0.02, start_s=20, grace_s=20)
+# `sleep & wait`: a shell handles a signal only between commands, and `wait` can be interrupted.
+FOREVER = "sleep 1000 & wait"
+
+
+def shell(name: str, script: str, stop_order: int = 0, progress_flag: str = "") -> ChildSpec:
+    return ChildSpec(name, ("sh", "-c", script, name), stop_order, progress_flag=progress_flag)
+
+
+class Run:
+    """A supervisor that runs in this process, and what it said."""
+
+    def __init__(self, *specs: ChildSpec, limits: Limits = QUICK, ready_after: int = 0) -> None:
+        """It is ready after `ready_after` lines of its children; a negative number means never."""
+        self.said: list[str] = []
+        self.lines: list[str] = []
+        self.progress: list[Mapping[str, object]] = []
+        self.ready = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ready_after = ready_after
+        self.supervisor = Supervisor(
+            specs,
+            limits,
+            is_ready=self._is_ready,
+            on_ready=self.ready.set,
+            say=self._say,
+            on_line=self._on_line,
+            on_progress=lambda name, event: self.progress.append(event),
+        )
+        self.task = asyncio.create_task(self.supervisor.run())
+
+    async def _is_ready(self) -> None:
+        if self._ready_after < 0:
+            await asyncio.Event().wait()
+        await self.until(lambda: len(self.lines) >= self._ready_after)
+
+    def _on_line(self, name: str, text: str) -> None:
+        self.lines.append(f"{name}: {text}")
+        self._wake()
+
+    def _say(self, text: str) -> None:
+        self.said.append(text)
+        self._wake()
+
+    def _wake(self) -> None:
+        async def notify() -> None:
+            async with self._changed:
+                self._changed.notify_all()
+
+        task = asyncio.create_task(notify())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(condition)
+
+    def pids(self) -> list[int]:
+        """Return the numbers that children printed as `pid N`."""
+        return [int(line.split()[-1]) for line in self.lines if " pid " in line]
+
+
+@pytest.fixture(autouse=True)
+async def nothing_is_left() -> AsyncIterator[None]:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    assert left == []
+
+
+def assert_gone(pid: int) -> None:
+    """Wait for the end of a process that has been killed already."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        process.wait(timeout=10)
+
+
+async def test_a_stop_signal_ends_children_in_order_with_status_0() -> None:
+    script = f"trap 'echo stopped; exit 0' TERM; echo up; {FOREVER}"
+    run = Run(shell("c", script, 2), shell("a", script, 0), shell("b", script, 1), ready_after=3)
+    await run.ready.wait()
+
+    os.kill(os.getpid(), signal.SIGTERM)
+
+    assert await run.task == 0
+    assert run.lines[3:] == ["a: stopped", "b: stopped", "c: stopped"]
+    assert run.said == ["stopping (again to stop at once)"]
+
+
+async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    script = f"echo up; test -e {mark} && {{ {FOREVER}; }}; touch {mark}; read line < {tmp_path}/go; kill -9 $$"
+    os.mkfifo(tmp_path / "go")
+    run = Run(shell("a", script), ready_after=1)
+    await run.ready.wait()
+
+    (tmp_path / "go").write_text("now\n")
+    await run.until(lambda: len(run.lines) == 2)
+    os.kill(os.getpid(), signal.SIGINT)
+
+    assert await run.task == 0
+    assert run.said[0] == "a ended (killed by SIGKILL); restarting it in 0.01 s"
+
+
+async def test_a_child_that_fails_while_starting_stops_all_and_shows_its_last_lines() -> None:
+    run = Run(shell("good", f"echo up; {FOREVER}"), shell("bad", "echo one; echo two >&2; exit 3"), ready_after=-1)
+
+    assert await run.task == 1
+    assert run.said == ["bad failed while starting (exit status 3): giving up; its last lines:\n    one\n    two"]
+    assert not run.ready.is_set()
+
+
+async def test_a_child_that_keeps_failing_is_given_up() -> None:
+    run = Run(shell("good", f"echo up; {FOREVER}"), shell("bad", "read line; echo boom; exit 1"), limits=QUICK)
+
+    assert await run.task == 1
+    assert run.said[-1].startswith("bad failed 5 times in 0 s (exit status 1): giving up")
+    assert "boom" in run.said[-1]
+    assert run.lines.count("bad: boom") == 5
+
+
+async def test_what_cannot_be_started_is_given_up() -> None:
+    run = Run(ChildSpec("ghost", ("/nonexistent/program",)))
+
+    assert await run.task == 1
+    assert run.said[0].startswith("ghost cannot be started: ")
+
+
+async def test_children_that_do_not_get_ready_in_time_are_given_up() -> None:
+    run = Run(shell("slow", FOREVER), limits=Limits(start_s=0.1), ready_after=-1)
+
+    assert await run.task == 1
+    assert run.said == ["not ready after 0.1 s: giving up"]
+
+
+async def test_a_child_that_does_not_stop_in_time_is_killed() -> None:
+    run = Run(shell("a", "trap '' TERM; echo up; sleep 1000"), limits=Limits(grace_s=0.1), ready_after=1)
+    await run.ready.wait()
+
+    os.kill(os.getpid(), signal.SIGTERM)
+
+    assert await run.task == 0
+    assert run.said[-1] == "a did not stop in time: killing it"
+
+
+async def test_a_second_signal_kills_at_once() -> None:
+    script = "trap 'echo asked' TERM; echo up; while true; do sleep 1000 & wait; done"
+    run = Run(shell("a", script, 0), shell("b", script, 1), limits=Limits(grace_s=1000), ready_after=2)
+    await run.ready.wait()
+
+    os.kill(os.getpid(), signal.SIGINT)
+    await run.until(lambda: "a: asked" in run.lines)
+    os.kill(os.getpid(), signal.SIGINT)
+
+    assert await run.task == 0
+
+
+async def test_what_a_child_started_ends_with_it() -> None:
+    run = Run(shell("a", "sleep 1000 & echo pid $!; read line; exit 1"), ready_after=-1)
+
+    assert await run.task == 1
+    (pid,) = run.pids()
+    assert_gone(pid)
+
+
+async def test_progress_arrives_and_a_broken_line_does_not_matter() -> None:
+    code = 'import os, sys; os.write(int(sys.argv[1].split(\'=\')[1]), b\'{"phase": "load", "done": 1}\\n[]\\n{"x\')'
+    run = Run(ChildSpec("a", (sys.executable, "-Sc", code), progress_flag="--progress-fd"), ready_after=-1)
+
+    assert await run.task == 1
+    assert run.progress == [{"phase": "load", "done": 1}]
+
+
+async def test_output_without_line_breaks_is_cut() -> None:
+    run = Run(shell("a", "head -c 40000 /dev/zero | tr '\\0' x; exit 1"), ready_after=-1)
+
+    assert await run.task == 1
+    assert all(len(line) <= 16_384 + len("a: ") for line in run.lines)
+
+
+def test_exits_in_words() -> None:
+    assert [describe_exit(status) for status in (0, 3, -9, -99)] == [
+        "exit status 0",
+        "exit status 3",
+        "killed by SIGKILL",
+        "killed by signal 99",
+    ]
