@@ -187,7 +187,7 @@ def test_cancelling_frees_the_blocks_before_the_next_plan() -> None:
     assert world.core.is_idle
 
 
-@pytest.mark.parametrize("num_steps", range(5, 65, 2))
+@pytest.mark.parametrize("num_steps", range(8, 32))
 def test_cancelling_leaves_nothing_whatever_the_moment(num_steps: int) -> None:
     """Also between a preemption and the last results of the sequence that lost its blocks."""
     world = World(num_blocks=12, max_model_len=160, max_running=8)
