@@ -37,7 +37,9 @@ def make_model(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 100_000, "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
@@ -56,9 +58,7 @@ class EndlessScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         """Serve one gateway."""
         left: dict[int, int] = {}
         load = scheduler_pb2.Load(workers_ready=1)
-        await context.write(
-            scheduler_pb2.AttachResponse(welcome=scheduler_pb2.Welcome(protocol_revision=1, load=load))
-        )
+        await context.write(scheduler_pb2.AttachResponse(welcome=scheduler_pb2.Welcome(protocol_revision=1, load=load)))
         pump: asyncio.Task[None] | None = None
         async for message in request_iterator:
             if message.WhichOneof("kind") == "submit":
@@ -93,7 +93,7 @@ async def run_scheduler(address: str, model: Path, num_streams: int, step_s: flo
     token_ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(TEXT * 4).ids
     server = aio.server(options=server_options())
     servicer = EndlessScheduler(token_ids, num_streams, step_s)
-    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(servicer, server)
+    scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
     server.add_insecure_port(address)
     await server.start()
     await server.wait_for_termination()
@@ -116,7 +116,7 @@ async def run_client(address: str, gateway: psutil.Process, options: argparse.Na
     """Read all streams, once to warm up and once measured; print the result."""
     async with aio.insecure_channel(address, options=hop_channel_options()) as channel:
         await asyncio.wait_for(channel.channel_ready(), 30)
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
         for num_tokens in (20, options.tokens):
             await asyncio.sleep(1)  # the gateway connects to the scheduler; its CPU settles
             before, started = gateway.cpu_times(), time.perf_counter()

@@ -28,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     rng = random.Random(0)
     blocks_each = (options.steps + 256) // 16 + 2
-    core = Scheduler(SchedulerConfig(max_running=options.running, max_batch_tokens=8192))
+    core = Scheduler(SchedulerConfig(max_running=options.running, max_batch_tokens=8192), now=0.0)
     core.worker_joined("group", 1, options.running * blocks_each + 1, 1 << 20, now=0.0)
     for handle in range(options.running):
         submit = scheduler_pb2.Submit(

@@ -1,0 +1,8 @@
+"""The Python client: `async with Client("127.0.0.1:50051") as client: ...`. Needs neither torch nor numpy."""
+
+from octavo.services.client.client import Client
+from octavo.services.client.errors import OctavoError, ProtocolError, Violation
+from octavo.services.client.request import GenerationOptions
+from octavo.services.client.stream import Result, Stream
+
+__all__ = ["Client", "GenerationOptions", "OctavoError", "ProtocolError", "Result", "Stream", "Violation"]

@@ -29,7 +29,7 @@ class Admission:
     ) -> scheduler_pb2.Rejected | None:
         """Return why `submit` cannot enter the queue, or None if it can.
 
-        `max_model_len` is what the workers can hold, 0 if there have been none.
+        `max_model_len` is what the workers can hold, 0 if there are none, nor soon will be.
         """
         num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
         queue_ms = estimate_ms(waiting_tokens, groups)

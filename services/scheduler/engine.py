@@ -50,7 +50,7 @@ class Engine:
         self._config = config
         self._started_ms = int(time.time() * 1000)  # so that epochs grow from one start to the next
         self.scheduler_id = config.scheduler_id or f"scheduler-{os.getpid()}"
-        self.core = Scheduler(config)
+        self.core = Scheduler(config, now=time.monotonic())
         events = LinkEvents(self._on_group_ready, self._on_group_lost, self._on_step_done)
         self.link = WorkerLink(config, self._started_ms << 16, events, time.monotonic)
         self._gateways: dict[str, GatewayConnection] = {}

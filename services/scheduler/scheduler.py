@@ -38,6 +38,7 @@ from octavo.worker.v1 import worker_pb2
 
 NOT_FINITE = 0xFFFFFFFF  # a worker's answer for a row whose logits were not finite
 NEVER = math.inf
+MAX_TOKENS = 1 << 30  # longer than any context
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ Effect = SendPlan | SendToGateway
 class Scheduler:
     """Owner of token history, block tables, the prefix cache, sampling positions and budgets."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, now: float) -> None:
         self._config = config
         self._effects: list[Effect] = []
         self._requests: dict[tuple[str, int], Request] = {}  # by gateway and handle
@@ -77,8 +78,8 @@ class Scheduler:
         self._deadlines: list[tuple[float, str, int]] = []  # heap of (time, gateway, handle)
         self._progress_due: dict[tuple[str, int], float] = {}
         self._num_arrivals = 0
-        self._max_model_len = 0
-        self._last_worker_at = -NEVER
+        self._max_model_len = 0  # of the workers there are, or were last; 0: not known yet
+        self._last_worker_at = now  # a scheduler that just started waits for its workers to come back
         self._draining = False
 
     # -- what the shell asks ---------------------------------------------------------------------
@@ -143,8 +144,8 @@ class Scheduler:
             soft_deadline=now + soft_ms / 1000 if soft_ms else NEVER,
         )
         outbox = self._outboxes.setdefault(gateway_id, Outbox(gateway_id))
-        max_new_tokens = submit.stop.max_new_tokens or self._max_model_len
-        max_tokens = min(len(submit.prompt_token_ids) + max_new_tokens, self._max_model_len)
+        max_tokens = len(submit.prompt_token_ids) + (submit.stop.max_new_tokens or MAX_TOKENS)
+        max_tokens = min(max_tokens, self._max_model_len or MAX_TOKENS)
         for index in range(max(submit.candidate_count, 1)):
             request.sequences.append(Sequence(request, submit.first_candidate_index + index, max_tokens, outbox))
         request.num_unfinished = len(request.sequences)
@@ -195,6 +196,11 @@ class Scheduler:
         self._groups[group_id] = group
         self._max_model_len = min(other.max_model_len for other in self._groups.values())
         self._last_worker_at = now
+        for seq in [*self._waiting, *self._settling]:  # they may have come when the limit was not known
+            seq.max_tokens = min(seq.max_tokens, self._max_model_len)
+            if len(seq.tokens) >= seq.max_tokens and seq.state is not SequenceState.FINISHED:
+                message = f"the workers hold at most {self._max_model_len} tokens of a sequence"
+                self._fail(seq.request, code_pb2.INVALID_ARGUMENT, "KV_CAPACITY_EXCEEDED", message)
 
     def worker_lost(self, group_id: str, now: float) -> None:
         """Take a worker group out of service: its sequences go on elsewhere, or when it is back.
@@ -518,7 +524,7 @@ class Scheduler:
             self._groups.values(),
             num_waiting=len(self._waiting) + len(self._settling),
             waiting_tokens=self._waiting.num_tokens,
-            max_model_len=self._max_model_len if has_workers else 0,
+            max_model_len=(self._max_model_len or MAX_TOKENS) if has_workers else 0,
         )
 
     def _admitted(self, request: Request) -> scheduler_pb2.Admitted:

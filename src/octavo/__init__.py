@@ -4,4 +4,19 @@ The folders of the repository appear here under one name: `octavo.services`, `oc
 `octavo.kernels`, and one package for each protobuf package (`octavo.inference.v1`, ...).
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from octavo.services.client import Client, OctavoError
+
+__all__ = ["Client", "OctavoError", "__version__"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import the client when it is first asked for: it needs gRPC, which `octavo --help` does not."""
+    if name in ("Client", "OctavoError"):
+        from octavo.services import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from octavo.services.client import Client
 from octavo.services.client.stream import Stream
@@ -85,23 +88,18 @@ class Stack:
 
     def kill(self) -> None:
         """Make sure that nothing is left."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait(STOP_TIMEOUT_S)
         self._reader.join(STOP_TIMEOUT_S)
 
     def children(self, name: str) -> list[int]:
         """The process ids of its processes called `octavo NAME`."""
         found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                same_group = os.getpgid(int(folder.name)) == os.getpgid(self.process.pid)
-                if same_group and f"octavo\0{name}\0" in (folder / "cmdline").read_text():
-                    found.append(int(folder.name))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.cmdline()[:2] == ["octavo", name]:
+                    found.append(process.pid)
         return found
 
 

@@ -113,7 +113,6 @@ def test_a_tiny_checkpoint_of_the_hub_layout_is_served(tiny_llama: Path) -> None
         assert done.returncode == 0, done.stderr
     finally:
         assert stack.stop() == 0
-    assert not stack.children("worker")
 
 
 @pytest.mark.parametrize("command", ["serve", "gateway", "scheduler", "worker", "chat", "generate"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -40,10 +41,20 @@ class Terminal:
     """A command in a pseudo-terminal: what a person types, what a person sees."""
 
     def __init__(self, *arguments: str, home: Path) -> None:
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.environ.update({"XDG_STATE_HOME": str(home), "NO_COLOR": "1", "TERM": "dumb"})
-            os.execv(OCTAVO[0], [*OCTAVO, *arguments])
+        self._fd, other = pty.openpty()
+        # The new session takes its standard input as its terminal, so that a typed Ctrl-C is a signal.
+        code = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-Sc", code, *OCTAVO, *arguments],
+            stdin=other,
+            stdout=other,
+            stderr=other,
+            start_new_session=True,
+            env={**os.environ, "XDG_STATE_HOME": str(home), "NO_COLOR": "1", "TERM": "dumb"},
+        )
+        os.close(other)
         os.set_blocking(self._fd, False)
         self.seen = ""
         self._from = 0
@@ -71,17 +82,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    async def status(self) -> int:
-        _, status = await asyncio.to_thread(os.waitpid, self.pid, 0)
-        return os.waitstatus_to_exitcode(status)
-
 
 @pytest.fixture
 async def terminal(gateway: Any, tmp_path: Path) -> AsyncIterator[Terminal]:
     terminal = Terminal("chat", "--address", gateway.address, home=tmp_path)
-    yield terminal
-    with_status = asyncio.create_task(terminal.status())
-    assert await asyncio.wait_for(with_status, 30) == 0
+    try:
+        yield terminal
+        assert await asyncio.to_thread(terminal.process.wait, 30) == 0
+    finally:
+        terminal.process.kill()
 
 
 async def test_piped_lines_are_turns_of_one_conversation(gateway: Any) -> None:

@@ -120,10 +120,10 @@ async def serve() -> AsyncIterator[FakeGateway]:
     """Run a fake gateway on a free port of 127.0.0.1."""
     server = grpc.aio.server()
     gateway = FakeGateway()
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(gateway, server)
-    model_pb2_grpc.add_ModelServiceServicer_to_server(gateway, server)
-    tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(gateway, server)
-    load_pb2_grpc.add_LoadServiceServicer_to_server(gateway, server)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
+    model_pb2_grpc.add_ModelServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
+    tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
+    load_pb2_grpc.add_LoadServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
     gateway.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     try:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import grpc
@@ -285,15 +287,13 @@ def test_every_option_reaches_its_field() -> None:
     ],
 )
 def test_a_wrong_argument_is_told_before_anything_is_sent(arguments: dict[str, Any], message: str) -> None:
-    inputs = [arguments.pop(name, None) for name in ("prompt", "messages", "token_ids")]
+    prompt, messages, token_ids = (arguments.get(name) for name in ("prompt", "messages", "token_ids"))
+    options: Any = {name: value for name, value in arguments.items() if name not in ("prompt", "messages", "token_ids")}
 
     with pytest.raises(TypeError, match=message):
-        build_generation("m", *inputs, arguments)  # type: ignore[arg-type]
+        build_generation("m", prompt, messages, token_ids, options)
 
 
 def test_the_client_needs_no_torch_and_no_numpy() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, octavo.services.client; print([m for m in ('torch', 'numpy', 'rich') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

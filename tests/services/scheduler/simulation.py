@@ -154,8 +154,8 @@ class World:
 
     def __init__(self, num_blocks: int = 64, groups: int = 1, max_model_len: int = 4096, **settings: object) -> None:
         self.config = SchedulerConfig(**settings)  # type: ignore[arg-type]
-        self.core = Scheduler(self.config)
         self.now = 1000.0
+        self.core = Scheduler(self.config, self.now)
         self.streams: dict[tuple[str, int], Stream] = {}
         self.workers: dict[str, FakeWorker] = {}
         self.epochs: dict[str, int] = {}

@@ -354,6 +354,19 @@ def test_without_workers_requests_are_queued_for_a_while_and_then_refused() -> N
     assert refused.rejected.reason == "NO_WORKERS"
 
 
+def test_a_scheduler_that_just_started_queues_requests_until_its_workers_are_back() -> None:
+    world = World(groups=0, worker_grace_s=5.0, max_model_len=100)
+    fits = world.submit(PROMPT, max_new_tokens=1000)
+    too_long = world.submit(list(range(100)))
+    assert fits.admitted
+    assert too_long.admitted
+    world.join("group-0")
+    world.run()
+    assert len(fits.tokens[0]) == 60
+    assert too_long.failed is not None
+    assert too_long.failed.reason == "KV_CAPACITY_EXCEEDED"
+
+
 def test_several_groups_share_the_work_and_prefer_a_cached_prefix() -> None:
     world = World(groups=2, num_blocks=100, max_running=4)
     world.submit(PROMPT)

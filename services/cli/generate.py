@@ -1,0 +1,63 @@
+"""`octavo generate PROMPT`: one answer, streamed to standard output."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from octavo.services.cli import terminal
+from octavo.services.cli.client_config import ClientConfig
+from octavo.services.common import config as config_loader
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(ClientConfig):
+    """Settings of `octavo generate`."""
+
+    prompt: str = field(metadata={"positional": True, "help": "what to answer; - reads it from standard input"})
+    raw: bool = field(
+        default=False, metadata={"help": "continue PROMPT as plain text instead of answering it as a chat"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.raw and self.system:
+            raise ValueError("--system needs a chat: leave --raw out")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Stream one answer; `argv[0]` is the command's name. Return 1, with one line on stderr, if that fails."""
+    config = config_loader.load(
+        GenerateConfig, argv[1:], prog="octavo generate", description="Streams one answer to standard output."
+    )
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    return asyncio.run(_generate(config, prompt))
+
+
+async def _generate(config: GenerateConfig, prompt: str) -> int:
+    from octavo.services.client import Client, OctavoError
+
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    messages = [*system, {"role": "user", "content": prompt}]
+    last = ""
+    async with Client(config.address) as client:
+        try:
+            stream = (
+                client.stream(prompt, model=config.model, **config.options())
+                if config.raw
+                else client.stream(messages=messages, model=config.model, **config.options())
+            )
+            async with stream:
+                async for delta in stream:
+                    terminal.write(delta.text)
+                    last = delta.text or last
+        except (OctavoError, ValueError, TypeError) as error:
+            if last:
+                terminal.write("\n")
+            line = terminal.hint(error, getattr(error, "reason", ""), config.address)
+            print(f"octavo generate: {line}", file=sys.stderr)
+            return 1
+    if not last.endswith("\n"):
+        terminal.write("\n")
+    return 0

@@ -1,0 +1,340 @@
+"""`octavo serve MODEL`: everything that serves a model on one machine, as one command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from octavo.services.cli import addresses, model_source
+from octavo.services.cli.child import ChildSpec
+from octavo.services.cli.display import Display, json_line, open_display
+from octavo.services.cli.errors import CommandError
+from octavo.services.cli.one_process import LOG_FORMAT, SUPERVISOR_PID
+from octavo.services.cli.supervisor import Limits, Supervisor
+from octavo.services.common import config as config_loader
+from octavo.services.common import process
+
+_LISTENING = "listening"
+_PROCESSES = "processes"
+_SCHEDULING = "scheduling"
+_RUN_PREFIX = "octavo-serve-"
+_MAX_BASE_BYTES = 64  # the path of a Unix socket in a run directory has at most 107 bytes
+_NEW_S = 60.0
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Settings of `octavo serve`. None leaves a value to the process that it belongs to."""
+
+    model: str = field(
+        metadata={"positional": True, "help": "a folder, a .gguf file, a hub id such as org/name, or demo"}
+    )
+    model_name: str = field(default="", metadata={"help": "the name that clients use; by default made from MODEL"})
+    device: str = field(
+        default="auto",
+        metadata={"help": "what computes", "choices": ("auto", "cuda", "cpu", "reference"), "metavar": "DEVICE"},
+    )
+    kv_cache_memory: int | None = field(
+        default=None,
+        metadata={"kind": "bytes", "help": "memory for the KV cache of each worker, such as 2GiB"},
+    )
+    max_model_len: int | None = field(
+        default=None, metadata={"help": "most tokens of prompt and output together; by default what the model allows"}
+    )
+
+    grpc_address: str = field(
+        default="127.0.0.1:50051",
+        metadata={
+            "group": _LISTENING,
+            "help": "where the first gateway listens; further ones take the ports after it. Port 0: any free port",
+        },
+    )
+    http_address: str = field(
+        default="127.0.0.1:8000",
+        metadata={
+            "group": _LISTENING,
+            "help": "reserved for the OpenAI-compatible listener, which is not there yet: nothing listens here",
+        },
+    )
+    reflection: bool = field(
+        default=True, metadata={"group": _LISTENING, "help": "let tools such as grpcurl ask for the API's description"}
+    )
+
+    gateways: int = field(default=1, metadata={"group": _PROCESSES, "help": "how many gateway processes"})
+    workers: int = field(
+        default=1, metadata={"group": _PROCESSES, "help": "how many worker processes, each with the whole model"}
+    )
+    startup_timeout_s: float = field(
+        default=1800.0, metadata={"group": _PROCESSES, "help": "give up if not ready after this time"}
+    )
+    grace_s: float = field(
+        default=30.0, metadata={"group": _PROCESSES, "help": "how long running requests may take after Ctrl-C"}
+    )
+
+    max_running: int | None = field(default=None, metadata={"group": _SCHEDULING, "help": "most sequences in a step"})
+    max_waiting: int | None = field(
+        default=None, metadata={"group": _SCHEDULING, "help": "most requests in the queue; more are refused"}
+    )
+    max_batch_tokens: int | None = field(default=None, metadata={"group": _SCHEDULING, "help": "most tokens in a step"})
+    max_prefill_tokens: int | None = field(
+        default=None, metadata={"group": _SCHEDULING, "help": "most prompt tokens in a step that also decodes"}
+    )
+
+    log_level: str = field(
+        default="warning",
+        metadata={
+            "group": "logging",
+            "help": "least severe messages of the processes to show",
+            "choices": ("debug", "info", "warning", "error"),
+            "metavar": "LEVEL",
+        },
+    )
+    log_format: str = field(
+        default="text",
+        metadata={"group": "logging", "help": "how to show them", "choices": ("text", "json"), "metavar": "FORMAT"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("gateways", "workers"):
+            if not 1 <= getattr(self, name) <= 64:
+                raise ValueError(f"--{name} must be from 1 to 64, not {getattr(self, name)}")
+        for name in ("max_model_len", "max_running", "max_waiting", "max_batch_tokens", "max_prefill_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
+            raise ValueError(f"--kv-cache-memory must be positive, not {self.kv_cache_memory}")
+        if self.grace_s < 0 or self.startup_timeout_s <= 0:
+            raise ValueError("--grace-s must not be negative and --startup-timeout-s must be positive")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until stopped; `argv[0]` is the command's name. Return 0 after a stop by signal, 1 after a failure."""
+    config = config_loader.load(
+        ServeConfig,
+        argv[1:],
+        prog="octavo serve",
+        description="Serves a model on this machine: starts gateway, scheduler and worker, restarts what dies, and "
+        "stops all of it on Ctrl-C. Every option of these processes (`octavo worker --help` and so on) can be given in "
+        "the environment too.",
+    )
+    process.set_name("octavo serve", argv[1:])
+    # Until the supervisor takes signals over, a stop is an exception: what has been begun is cleaned up.
+    signal.signal(signal.SIGTERM, _interrupt)
+    started = time.monotonic()
+    with open_display(config.log_format == "json") as display:
+        try:
+            listen = addresses.take_free(config.grpc_address, config.gateways)
+            if config.http_address:
+                addresses.split(config.http_address)
+            model = model_source.find(config.model, display.progress)
+            with _run_directory() as folder:
+                return asyncio.run(_supervise(config, model, listen, folder, display, started))
+        except CommandError as error:
+            display.line(f"octavo serve: {error}")
+            return 1
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _run_directory() -> Iterator[Path]:
+    """Give a folder for sockets that only this user can enter; remove it at the end.
+
+    It is locked while it is in use, so that a later start can remove what a killed one left.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not os.path.isdir(base) or not os.access(base, os.W_OK) or len(base) > _MAX_BASE_BYTES:
+        base = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _MAX_BASE_BYTES else "/tmp"  # noqa: S108
+    for left in Path(base).glob(f"{_RUN_PREFIX}*"):
+        _remove_if_left(left)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX, dir=base))
+    except OSError as error:
+        raise CommandError(f"cannot make a folder for sockets in {base}: {error.strerror}") from None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a run directory of ours that no process holds; a new one may not be locked yet."""
+    with contextlib.suppress(OSError):
+        about = folder.lstat()
+        if about.st_uid != os.getuid() or time.time() - about.st_mtime < _NEW_S:
+            return
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def child_specs(config: ServeConfig, model: model_source.Model, listen: Sequence[str], folder: Path) -> list[ChildSpec]:
+    """Return the processes to run: one scheduler, the workers, and a gateway for each address in `listen`."""
+    scheduler_address = f"unix:{folder}/scheduler.sock"
+    worker_endpoint = f"ipc://{folder}/workers.sock"
+    command = (sys.executable, "-P", "-m", "octavo.services.cli")
+    environment = {SUPERVISOR_PID: str(os.getpid()), LOG_FORMAT: config.log_format, "PYTHONUNBUFFERED": "1"}
+
+    def spec(
+        name: str, stop_order: int, values: Mapping[str, object], *arguments: str, progress: str = ""
+    ) -> ChildSpec:
+        kind = name.split("-")[0]
+        options = config_loader.flags({**values, "log_level": config.log_level})
+        return ChildSpec(name, (*command, kind, *arguments, *options), stop_order, environment, progress)
+
+    scheduler = {
+        "scheduler_address": scheduler_address,
+        "worker_endpoint": worker_endpoint,
+        "admin_address": "",  # one variable in the environment would name the same port to several processes
+        "max_running": config.max_running,
+        "max_waiting": config.max_waiting,
+        "max_batch_tokens": config.max_batch_tokens,
+        "max_prefill_tokens": config.max_prefill_tokens,
+        "grace_s": config.grace_s,
+    }
+    worker = {
+        "model": str(model.path),
+        "worker_endpoint": worker_endpoint,
+        "device": config.device,
+        "kv_cache_memory": config.kv_cache_memory,
+        "max_model_len": config.max_model_len,
+        # By default a worker takes every core: several of them would only wait for each other.
+        "num_threads": max(1, _num_cores() // config.workers) if config.workers > 1 else None,
+    }
+    gateway = {
+        "model_name": model.name,
+        "scheduler_address": scheduler_address,
+        "admin_address": "",
+        "max_model_len": config.max_model_len,
+        "reflection": config.reflection,
+        "grace_s": config.grace_s,
+    }
+    specs = [spec("scheduler", 1, scheduler)]
+    for index in range(config.workers):
+        name = f"worker-{index}"
+        specs.append(spec(name, 2, {**worker, "worker_id": name}, progress="--progress-fd"))
+    for index, address in enumerate(listen):
+        name = f"gateway-{index}"
+        specs.append(spec(name, 0, {**gateway, "gateway_id": name, "grpc_address": address}, str(model.path)))
+    return specs
+
+
+def _num_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+async def _supervise(
+    config: ServeConfig,
+    model: model_source.Model,
+    listen: Sequence[str],
+    folder: Path,
+    display: Display,
+    started: float,
+) -> int:
+    output = _Output(display, config.log_format)
+    device = "" if config.device == "auto" else config.device
+
+    def on_progress(name: str, event: Mapping[str, object]) -> None:
+        nonlocal device
+        device = str(event.get("device") or device)
+        done, total = event.get("done"), event.get("total")
+        match event.get("phase"):
+            case "load" if isinstance(done, int) and isinstance(total, int) and total > 0:
+                display.progress(f"{name} loads {model.name}", done, total)
+            case "join":  # from here on it joins the scheduler and prepares its device
+                display.progress(f"{name} prepares", 0, 1)
+            case "ready":
+                display.progress(f"{name} prepares", 1, 1)
+                if supervisor.ready:
+                    output.say(f"{name} is ready again")
+
+    def on_ready() -> None:
+        display.close()
+        on = f" on {device}" if device else ""
+        with contextlib.suppress(OSError):
+            print(
+                f"ready in {time.monotonic() - started:.1f} s: {model.name}{on}, "
+                f"grpc {' '.join(listen)} (Ctrl-C stops)",
+                flush=True,
+            )
+
+    supervisor = Supervisor(
+        child_specs(config, model, listen, folder),
+        # The processes end running requests themselves after grace_s: they get a little longer to end.
+        Limits(start_s=config.startup_timeout_s, grace_s=config.grace_s + 5),
+        is_ready=lambda: _all_serving([addresses.reachable(address) for address in listen]),
+        on_ready=on_ready,
+        say=output.say,
+        on_line=output.child_line,
+        on_progress=on_progress,
+    )
+    return await supervisor.run()
+
+
+async def _all_serving(targets: Sequence[str]) -> None:
+    """Return once every gateway says that it serves."""
+    # Imported while the children start: they take longer.
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    from octavo.services.common.grpc_options import hop_channel_options
+
+    async def wait_for(target: str) -> None:
+        async with grpc.aio.insecure_channel(target, options=hop_channel_options()) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            while True:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                await asyncio.sleep(_POLL_S)
+
+    await asyncio.gather(*(wait_for(target) for target in targets))
+
+
+class _Output:
+    """Shows what the children and the supervisor say. A stderr that is gone stops nobody."""
+
+    def __init__(self, display: Display, log_format: str) -> None:
+        self._display = display
+        self._json = log_format == "json"
+
+    def say(self, text: str) -> None:
+        """Show a line of the supervisor's own."""
+        self._show(json_line(text) if self._json else f"octavo serve: {text}")
+
+    def child_line(self, name: str, text: str) -> None:
+        """Show a child's line under its name."""
+        if not self._json:
+            self._show(f"{name:<9} | {text}")
+        elif text.startswith("{"):
+            self._show(text)
+        else:
+            self._show(json_line(text, name))
+
+    def _show(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._display.line(text)

@@ -1,0 +1,176 @@
+"""Runs child processes together: starts them, restarts what dies, stops them in order. Nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from octavo.services.cli.child import Child, ChildSpec, describe_exit
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SHOWN_LINES = 12
+_KILLED_WAIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How patient a supervisor is. Times are seconds.
+
+    A child that fails `max_failures` times within `failure_window_s` is given up, and all with it.
+    Before each restart it waits, from `backoff_s` up to `max_backoff_s`, doubling.
+    `start_s` bounds the first start; `grace_s` bounds how long each child may take to stop.
+    """
+
+    max_failures: int = 5
+    failure_window_s: float = 60.0
+    backoff_s: float = 0.2
+    max_backoff_s: float = 5.0
+    start_s: float = 1800.0
+    grace_s: float = 30.0
+
+
+class _GaveUpError(Exception):
+    """A child cannot be kept running, or all together did not get ready."""
+
+
+class Supervisor:
+    """Children that live and die together.
+
+    on_line      gets (child's name, line) for everything that children print
+    on_progress  gets (child's name, event) for their progress
+    is_ready     returns once the children are ready to serve; it runs from their start on
+    on_ready     called then, once
+    say          prints a line of the supervisor's own
+
+    ready        the first start has succeeded
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[ChildSpec],
+        limits: Limits,
+        *,
+        is_ready: Callable[[], Awaitable[None]],
+        on_ready: Callable[[], None],
+        say: Callable[[str], None],
+        on_line: Callable[[str, str], None],
+        on_progress: Callable[[str, Mapping[str, object]], None],
+    ) -> None:
+        self._children = [Child(spec, on_line, on_progress) for spec in specs]
+        self._limits = limits
+        self._is_ready = is_ready
+        self._on_ready = on_ready
+        self._say = say
+        self.ready = False
+        self._stop = asyncio.Event()
+        self._kill = asyncio.Event()
+
+    async def run(self) -> int:
+        """Run until SIGINT or SIGTERM (return 0) or until it has to be given up (return 1).
+
+        A second signal kills the children at once. When this returns, none of them is left.
+        """
+        loop = asyncio.get_running_loop()
+        for number in _STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        keepers = [asyncio.create_task(self._keep(child)) for child in self._children]
+        starter = asyncio.create_task(self._start_up())
+        stop = asyncio.create_task(self._stop.wait())
+        status = 0
+        try:
+            await self._watch([*keepers, starter], stop)
+        except _GaveUpError as error:
+            self._say(str(error))
+            status = 1
+        finally:
+            for task in (*keepers, starter, stop):
+                task.cancel()
+            await asyncio.gather(*keepers, starter, stop, return_exceptions=True)
+            await self._stop_all()
+            for number in _STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+        return status
+
+    def _on_signal(self) -> None:
+        if not self._stop.is_set():
+            self._say("stopping (again to stop at once)")
+            self._stop.set()
+        else:
+            self._kill.set()
+
+    async def _watch(self, tasks: list[asyncio.Task[None]], stop: asyncio.Task[bool]) -> None:
+        """Return when it is time to stop; raise what a task raises."""
+        pending: set[asyncio.Task[Any]] = set(tasks)
+        while not stop.done():
+            done, _ = await asyncio.wait({stop, *pending}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done & pending:
+                pending.remove(task)
+                task.result()
+
+    async def _start_up(self) -> None:
+        try:
+            await asyncio.wait_for(self._is_ready(), self._limits.start_s)
+        except TimeoutError:
+            raise _GaveUpError(f"not ready after {self._limits.start_s:g} s: giving up") from None
+        self.ready = True
+        self._on_ready()
+
+    async def _keep(self, child: Child) -> None:
+        """Start the child, and start it again whenever it ends."""
+        failures: deque[float] = deque(maxlen=self._limits.max_failures)
+        backoff_s = self._limits.backoff_s
+        while True:
+            started = time.monotonic()
+            try:
+                await child.start()
+            except OSError as error:
+                raise _GaveUpError(f"{child.spec.name} cannot be started: {error}") from None
+            reason = describe_exit(await child.wait())
+            now = time.monotonic()
+            failures.append(now)
+            if not self.ready:
+                raise _GaveUpError(_epitaph(child, f"failed while starting ({reason})"))
+            if len(failures) == self._limits.max_failures and now - failures[0] < self._limits.failure_window_s:
+                raise _GaveUpError(
+                    _epitaph(child, f"failed {len(failures)} times in {now - failures[0]:.0f} s ({reason})")
+                )
+            if now - started > self._limits.failure_window_s:  # it had recovered
+                backoff_s = self._limits.backoff_s
+            self._say(f"{child.spec.name} ended ({reason}); restarting it in {backoff_s:g} s")
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(backoff_s * 2, self._limits.max_backoff_s)
+
+    async def _stop_all(self) -> None:
+        """Stop the children, group after group; kill those that do not stop in time."""
+        children = sorted(self._children, key=lambda child: child.spec.stop_order)
+        kill = asyncio.create_task(self._kill.wait())
+        for _, group in groupby(children, key=lambda child: child.spec.stop_order):
+            await self._stop_group([child for child in group if child.running], kill)
+        kill.cancel()
+
+    async def _stop_group(self, children: list[Child], kill: asyncio.Task[bool]) -> None:
+        waits = [asyncio.create_task(child.wait()) for child in children]
+        if not waits:
+            return
+        for child in children:
+            child.terminate()
+        ended: asyncio.Future[Any] = asyncio.gather(*waits)
+        await asyncio.wait({ended, kill}, timeout=self._limits.grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for child in children:
+            if child.running:
+                self._say(f"{child.spec.name} did not stop in time: killing it")
+                child.kill()
+        await asyncio.wait({ended}, timeout=_KILLED_WAIT_S)  # SIGKILL can wait for the disk, but not for ever
+
+
+def _epitaph(child: Child, what: str) -> str:
+    """Return why all has to stop, with the last lines that the child printed."""
+    lines = [line for line in child.last_lines if line][-_SHOWN_LINES:]
+    text = f"{child.spec.name} {what}: giving up"
+    return text if not lines else text + "; its last lines:\n" + "\n".join(f"    {line}" for line in lines)

@@ -1,0 +1,170 @@
+"""Builds the body of a generate request from keyword arguments."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import generation_pb2
+
+MessageLike = generation_pb2.Message | Mapping[str, str]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Keyword arguments of Client.stream and Client.generate, named after the fields of the API.
+
+    A field left out means the model's own default. `stop` are stop strings; `json_schema` and
+    `tools` are JSON texts or what json.dumps takes.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    seed: int
+    logit_bias: Mapping[int, float]
+    allowed_token_ids: Sequence[int]
+
+    max_new_tokens: int
+    min_new_tokens: int
+    stop: Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_end_of_sequence: bool
+    include_stop_sequence: bool
+    soft_time_limit_ms: int
+
+    json_schema: str | Mapping[str, Any]
+    regex: str
+    grammar: str
+    choices: Sequence[str]
+    any_json: bool
+
+    return_token_ids: bool
+    omit_text: bool
+    logprobs: int
+    chosen_logprob: bool
+    prompt_logprobs: int
+    max_coalesce_ms: int
+    progress_interval_ms: int
+
+    priority: int
+    session_id: str
+    cache_salt: str
+    bypass_prefix_cache: bool
+    resume_window_ms: int
+
+    tools: Sequence[str | Mapping[str, Any]]
+    template_options: Mapping[str, Any]
+    continue_final_message: bool
+
+    continue_output: Sequence[int]
+    candidate_count: int
+    adapter: str
+    idempotency_key: str
+
+
+_SAMPLING = frozenset(common_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+_STOP = frozenset(common_pb2.StopCriteria.DESCRIPTOR.fields_by_name)
+_CONSTRAINT = frozenset({"json_schema", "regex", "grammar", "choices", "any_json"})
+_OUTPUT = frozenset(generation_pb2.OutputOptions.DESCRIPTOR.fields_by_name)
+_SCHEDULING = frozenset(generation_pb2.Scheduling.DESCRIPTOR.fields_by_name)
+_CHAT = frozenset({"tools", "template_options", "continue_final_message"})
+_OTHER = frozenset({"continue_output", "candidate_count", "adapter", "idempotency_key"})
+
+
+def build_generation(
+    model: str,
+    prompt: str | None,
+    messages: Sequence[MessageLike] | None,
+    token_ids: Sequence[int] | None,
+    options: GenerationOptions,
+) -> generation_pb2.Generation:
+    """Return the request that asks `model` to continue exactly one of `prompt`, `messages` and `token_ids`.
+
+    Raises TypeError for an unknown or misplaced option and ValueError for a value that no field
+    can hold; whether a value makes sense is the server's to say.
+    """
+    if sum(value is not None for value in (prompt, messages, token_ids)) != 1:
+        raise TypeError("give exactly one of prompt, messages and token_ids")
+    values: dict[str, Any] = dict(options)
+    if "stop" in values:
+        values["stop_sequences"] = values.pop("stop")
+    if "return_token_ids" in values:
+        values["token_ids"] = values.pop("return_token_ids")
+    known = _SAMPLING | _STOP | _CONSTRAINT | _OUTPUT | _SCHEDULING | _CHAT | _OTHER
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+    generation = generation_pb2.Generation(model=model)
+    if prompt is not None:
+        generation.text = prompt
+    elif token_ids is not None:
+        generation.token_ids.ids.extend(token_ids)
+        generation.token_ids.SetInParent()  # an empty list is still a list
+    else:
+        assert messages is not None
+        generation.chat.CopyFrom(build_chat(messages, _pick(values, _CHAT)))
+    if messages is None and (misplaced := _pick(values, _CHAT)):
+        raise TypeError(f"{', '.join(misplaced)} can only be given with messages")
+
+    if sampling := _pick(values, _SAMPLING):
+        generation.sampling.CopyFrom(common_pb2.SamplingParams(**sampling))
+    if stop := _pick(values, _STOP):
+        generation.stop.CopyFrom(common_pb2.StopCriteria(**stop))
+    if output := _pick(values, _OUTPUT):
+        generation.output.CopyFrom(generation_pb2.OutputOptions(**output))
+    if scheduling := _pick(values, _SCHEDULING):
+        generation.scheduling.CopyFrom(generation_pb2.Scheduling(**scheduling))
+    if constraint := _pick(values, _CONSTRAINT):
+        generation.constraint.CopyFrom(_constraint(constraint))
+    generation.candidate_count = values.get("candidate_count", 0)
+    generation.adapter = values.get("adapter", "")
+    generation.idempotency_key = values.get("idempotency_key", "")
+    if "continue_output" in values:
+        generation.continue_output.ids.extend(values["continue_output"])
+    return generation
+
+
+def build_chat(messages: Sequence[MessageLike], options: Mapping[str, Any]) -> generation_pb2.Chat:
+    """Return the conversation; a mapping has the keys "role" and "content" (the text)."""
+    chat = generation_pb2.Chat(messages=[_message(message) for message in messages])
+    chat.tools_json.extend(_json(tool) for tool in options.get("tools", ()))
+    if "template_options" in options:
+        chat.template_options_json = _json(options["template_options"])
+    chat.continue_final_message = options.get("continue_final_message", False)
+    return chat
+
+
+def _message(message: MessageLike) -> generation_pb2.Message:
+    if isinstance(message, generation_pb2.Message):
+        return message
+    if set(message) != {"role", "content"}:
+        raise TypeError(f"a message has the keys 'role' and 'content', not {sorted(message)}")
+    return generation_pb2.Message(role=message["role"], parts=[generation_pb2.Part(text=message["content"])])
+
+
+def _constraint(values: dict[str, Any]) -> common_pb2.OutputConstraint:
+    if len(values) > 1:
+        raise TypeError(f"give only one of {', '.join(values)}")
+    ((kind, value),) = values.items()
+    if kind == "choices":
+        return common_pb2.OutputConstraint(choices=common_pb2.Choices(values=value))
+    constraint = common_pb2.OutputConstraint()
+    setattr(constraint, kind, _json(value) if kind == "json_schema" else value)
+    return constraint
+
+
+def _json(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _pick(values: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}

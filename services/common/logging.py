@@ -1,0 +1,94 @@
+"""Sets logging up for a process: lines for people on a terminal, JSON lines for machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal, TextIO
+
+Format = Literal["auto", "text", "json"]
+LEVELS = ("debug", "info", "warning", "error")
+
+_MAX_KEYS = 1024  # how many different warnings a RateLimiter remembers
+
+
+def setup(level: str, process: str, *, fmt: Format = "auto", stream: TextIO | None = None) -> None:
+    """Send every log record of this process to `stream` (default: stderr), in place of what was set up before.
+
+    `level` is one of LEVELS; `process` names the process in each JSON line. "auto" means text if
+    `stream` is a terminal, else JSON.
+    """
+    stream = sys.stderr if stream is None else stream
+    text = fmt == "text" or (fmt == "auto" and stream.isatty())
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(TextFormatter() if text else JsonFormatter(process))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    # Libraries report each request or connection at "info": that is our debug.
+    for chatty in ("asyncio", "grpc", "httpx", "urllib3", "filelock", "huggingface_hub"):
+        logging.getLogger(chatty).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+
+
+class TextFormatter(logging.Formatter):
+    """`14:03:07.123 message`, with the level before the message unless it is info."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line, and its traceback, if any, below it."""
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        line = f"{clock}.{int(record.msecs):03d} {level}{record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC), level, process, logger, message, exception."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line of JSON."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+class RateLimiter:
+    """Lets a warning that can repeat without end through once per interval, and says how many were left out."""
+
+    def __init__(
+        self, logger: logging.Logger, interval_s: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._logger = logger
+        self._interval_s = interval_s
+        self._clock = clock
+        self._seen: OrderedDict[str, tuple[float, int]] = OrderedDict()  # key -> (last logged, left out since)
+
+    def warning(self, key: str, message: str, *args: object) -> None:
+        """Log `message % args` as a warning, unless one with the same key was logged within the interval."""
+        now = self._clock()
+        last, left_out = self._seen.get(key, (None, 0))
+        if last is not None and now - last < self._interval_s:
+            self._seen[key] = (last, left_out + 1)
+            return
+        self._seen[key] = (now, 0)
+        self._seen.move_to_end(key)
+        if len(self._seen) > _MAX_KEYS:
+            self._seen.popitem(last=False)
+        if left_out:
+            message, args = message + " (and %d more like this)", (*args, left_out)
+        self._logger.warning(message, *args)

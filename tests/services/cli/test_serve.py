@@ -1,0 +1,256 @@
+"""`octavo serve` as a whole, with stand-ins for the processes that it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+
+from octavo.gpu_worker.config import WorkerConfig
+from octavo.services.cli import addresses, serve
+from octavo.services.cli.errors import CommandError
+from octavo.services.cli.model_source import Model
+from octavo.services.cli.serve import ServeConfig, child_specs
+from octavo.services.common.config import parse
+from octavo.services.gateway.config import GatewayConfig
+from octavo.services.scheduler.config import SchedulerConfig
+
+# A gateway that is healthy, at the address in argv; what it and its siblings do is set by the test.
+GATEWAY = """
+import sys, time
+from concurrent import futures
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+server = grpc.server(futures.ThreadPoolExecutor(1))
+servicer = health.HealthServicer()
+servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+server.add_insecure_port(sys.argv[1])
+server.start()
+time.sleep(1000)
+"""
+SERVE = """
+import json, sys
+from octavo.services.cli import serve
+from octavo.services.cli.child import ChildSpec
+
+commands = json.loads(sys.argv.pop())
+
+def stand_ins(config, model, listen, folder):
+    return [ChildSpec(name, tuple(part.replace("LISTEN", listen[0]) for part in command), order)
+            for order, (name, command) in enumerate(commands.items())]
+
+serve.child_specs = stand_ins
+sys.exit(serve.main(sys.argv))
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).touch()
+    return folder
+
+
+class Serve:
+    """A running `octavo serve` whose children are stand-ins."""
+
+    running: ClassVar[list[subprocess.Popen[str]]] = []
+
+    def __init__(self, run_folder: Path, model: Path, *options: str, **commands: list[str]) -> None:
+        self.run_folder = run_folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(model), *options, json.dumps(commands)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "XDG_RUNTIME_DIR": str(self.run_folder)},
+        )
+        self.running.append(self.process)
+
+    async def ready_line(self) -> str:
+        assert self.process.stdout
+        return await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), 60)
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    async def end(self) -> tuple[int, str]:
+        """Return exit status and stderr once it has ended."""
+        _, err = await asyncio.to_thread(self.process.communicate, None, 60)
+        return self.process.returncode, err
+
+
+@pytest.fixture
+def run_folder() -> Iterator[Path]:
+    """A folder for sockets, whose path must be short: tmp_path is not. Ends what a failed test left running."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        for process in Serve.running:
+            process.terminate()
+            process.wait(30)
+        Serve.running.clear()
+
+
+async def test_it_says_when_it_is_ready_and_leaves_nothing_when_stopped(run_folder: Path, model: Path) -> None:
+    run = Serve(
+        run_folder, model, "--grpc-address=127.0.0.1:0", "--device=cpu",
+        gateway=[sys.executable, "-c", GATEWAY, "LISTEN"], scheduler=["sleep", "1000"],
+    )  # fmt: skip
+    line = await run.ready_line()
+    assert line.startswith("ready in "), await run.end()
+    children = run.children()
+    assert len(list(run.run_folder.iterdir())) == 1
+    assert (next(run.run_folder.iterdir()).stat().st_mode & 0o777) == 0o700
+
+    run.process.send_signal(signal.SIGTERM)
+
+    status, err = await run.end()
+    assert (status, err) == (0, "octavo serve: stopping (again to stop at once)\n")
+    assert "s: my-model on cpu, grpc 127.0.0.1:" in line
+    assert len(children) == 2
+    assert not any(child.is_running() for child in children)
+    assert list(run.run_folder.iterdir()) == []
+
+
+async def test_a_stop_before_it_is_ready_is_a_stop(run_folder: Path, model: Path) -> None:
+    run = Serve(run_folder, model, "--grpc-address=127.0.0.1:0", worker=["sh", "-c", "echo up; sleep 1000"])
+    assert run.process.stderr
+    assert await asyncio.to_thread(run.process.stderr.readline) == "worker    | up\n"
+
+    run.process.send_signal(signal.SIGINT)
+
+    assert (await run.end())[0] == 0
+    assert list(run.run_folder.iterdir()) == []
+
+
+async def test_a_child_that_fails_at_first_ends_it_with_its_words(run_folder: Path, model: Path) -> None:
+    run = Serve(
+        run_folder, model, "--grpc-address=127.0.0.1:0", "--log-format=json",
+        scheduler=["sleep", "1000"], worker=["sh", "-c", "echo no memory; exit 7"],
+    )  # fmt: skip
+
+    status, err = await run.end()
+
+    assert status == 1
+    assert '{"process": "worker", "message": "no memory"}' in err
+    assert "worker failed while starting (exit status 7): giving up; its last lines:" in err
+    assert list(run.run_folder.iterdir()) == []
+
+
+async def test_a_busy_port_is_one_line_and_nothing_is_started(run_folder: Path, model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        run = Serve(run_folder, model, f"--grpc-address={address}", worker=["sh", "-c", "echo started"])
+
+        assert await run.end() == (
+            1,
+            f"octavo serve: {address} is in use: stop what listens there, or choose another port\n",
+        )
+
+
+async def test_a_missing_model_is_one_line_and_nothing_is_started(run_folder: Path, tmp_path: Path) -> None:
+    run = Serve(run_folder, tmp_path / "none", "--grpc-address=127.0.0.1:0", worker=["sh", "-c", "echo started"])
+
+    status, err = await run.end()
+
+    assert status == 1
+    assert err.startswith(f"octavo serve: there is no {tmp_path}/none: ")
+    assert err.count("\n") == 1
+
+
+def test_every_option_reaches_its_process_and_is_known_there() -> None:
+    config = ServeConfig(
+        model="m", device="cpu", kv_cache_memory=1 << 30, max_model_len=512, reflection=False, gateways=2, workers=2,
+        max_running=16, max_waiting=5, max_batch_tokens=64, max_prefill_tokens=32, grace_s=7, log_level="debug",
+    )  # fmt: skip
+    listen = ["127.0.0.1:1", "127.0.0.1:2"]
+
+    specs = child_specs(config, Model(Path("/models/m"), "org/m"), listen, Path("/run/x"))
+
+    built: dict[str, Any] = {}
+    for spec in specs:
+        kind, *options = spec.command[spec.command.index("octavo.services.cli") + 1 :]
+        cls: Any = {"gateway": GatewayConfig, "scheduler": SchedulerConfig, "worker": WorkerConfig}[kind]
+        if spec.progress_flag:
+            options.append(f"{spec.progress_flag}=9")
+        built[spec.name] = parse(cls, options, prog=kind, environ={})
+    assert list(built) == ["scheduler", "worker-0", "worker-1", "gateway-0", "gateway-1"]
+    scheduler, worker, gateway = built["scheduler"], built["worker-1"], built["gateway-1"]
+    assert (scheduler.max_running, scheduler.max_waiting, scheduler.max_batch_tokens) == (16, 5, 64)
+    assert (scheduler.max_prefill_tokens, scheduler.grace_s, scheduler.log_level) == (32, 7, "debug")
+    assert (worker.worker_id, worker.device, worker.kv_cache_memory) == ("worker-1", "cpu", 1 << 30)
+    assert (worker.model, worker.max_model_len, worker.progress_fd) == ("/models/m", 512, 9)
+    assert 2 * worker.num_threads <= max(2, os.cpu_count() or 1)
+    assert worker.worker_endpoint == scheduler.worker_endpoint == "ipc:///run/x/workers.sock"
+    assert (gateway.model_name, gateway.grpc_address, gateway.reflection) == ("org/m", "127.0.0.1:2", False)
+    assert gateway.scheduler_address == scheduler.scheduler_address == "unix:/run/x/scheduler.sock"
+    order = sorted(specs, key=lambda spec: spec.stop_order)
+    assert [spec.name.split("-")[0] for spec in order] == ["gateway", "gateway", "scheduler", "worker", "worker"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gateways": 0}, "--gateways must be from 1 to 64, not 0"),
+        ({"workers": 65}, "--workers must be from 1 to 64, not 65"),
+        ({"max_model_len": 0}, "--max-model-len must be at least 1, not 0"),
+        ({"kv_cache_memory": 0}, "--kv-cache-memory must be positive, not 0"),
+        ({"grace_s": -1.0}, "--grace-s must not be negative"),
+    ],
+)
+def test_settings_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServeConfig(model="m", **options)
+
+
+def test_free_addresses_are_consecutive_or_any() -> None:
+    (first,) = addresses.take_free("127.0.0.1:0", 1)
+    host, port = addresses.split(first)
+    assert addresses.take_free(f"{host}:{port}", 1) == [first]
+    assert len(set(addresses.take_free("127.0.0.1:0", 3))) == 3
+
+
+@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:x", "host:65536", "127.0.0.1:-1"])
+def test_what_is_no_address_is_one_line(address: str) -> None:
+    with pytest.raises(CommandError, match="is not an address"):
+        addresses.split(address)
+
+
+def test_ports_must_exist() -> None:
+    with pytest.raises(CommandError, match="there is no port 65536"):
+        addresses.take_free("127.0.0.1:65535", 2)
+
+
+def test_a_server_on_all_addresses_is_reached_on_this_machine() -> None:
+    assert addresses.reachable("0.0.0.0:5") == "127.0.0.1:5"
+    assert addresses.reachable("[::]:5") == "[::1]:5"
+    assert addresses.reachable("10.0.0.1:5") == "10.0.0.1:5"
+
+
+def test_the_folder_of_a_killed_run_is_removed_and_a_living_ones_is_not(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(run_folder))
+    left = run_folder / "octavo-serve-left"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    with serve._run_directory() as living:
+        os.utime(living, (0, 0))
+        with serve._run_directory() as second:
+            assert sorted(run_folder.iterdir()) == sorted([living, second])
+    assert list(run_folder.iterdir()) == []
