@@ -1,0 +1,1 @@
+"""The gateway: tokenizes, validates, detokenizes, and speaks the public API. Keeps nothing after a call."""

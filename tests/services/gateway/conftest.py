@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from grpc import aio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -20,7 +21,12 @@ from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
 
-END, START = 0, 1
+# No property is about time, and the machine may be busy.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+END = 0  # the token
+EOF: Any = aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'critic' %}{{ raise_exception('no critics') }}{% endif %}"
     "<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -70,7 +76,7 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
     async def start(self) -> None:
         self.epoch += 1
         self._server = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
-        scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(self, self._server)
+        scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         self._server.add_insecure_port(self.address)
         await self._server.start()
 
@@ -82,7 +88,8 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         self.attached.clear()
 
     async def Attach(self, request_iterator: AsyncIterator[scheduler_pb2.AttachRequest], context: Any) -> None:  # noqa: N802
-        self._outgoing = outgoing = asyncio.Queue()
+        outgoing: asyncio.Queue[scheduler_pb2.AttachResponse | None] = asyncio.Queue()
+        self._outgoing = outgoing
         hello = await anext(aiter(request_iterator))
         assert hello.hello.protocol_revision == 1
         welcome = scheduler_pb2.Welcome(
@@ -117,7 +124,9 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
     def admit(self, handle: int, cached: int = 0) -> None:
         self.send(admitted=scheduler_pb2.Admitted(handle=handle, cached_prompt_tokens=cached))
 
-    def tokens(self, handle: int, token_ids: Sequence[int], candidate: int = 0, finish: int = 0, **finished: Any) -> None:
+    def tokens(
+        self, handle: int, token_ids: Sequence[int], candidate: int = 0, finish: int = 0, **finished: Any
+    ) -> None:
         """Send a run of tokens of one candidate, and its end if `finish` is a FinishReason."""
         step = scheduler_pb2.StepOutputs(handles=[handle], token_counts=[len(token_ids)], token_ids=token_ids)
         if candidate:
@@ -147,7 +156,11 @@ class Harness:
         self.scheduler = scheduler
         self.channel = channel
         self.tokenizer = tokenizer
-        self.stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+        self.stub = self.service(generation_pb2_grpc.GenerationServiceStub)
+
+    def service(self, stub: Any) -> Any:
+        """Return a stub of this class for the gateway."""
+        return stub(self.channel)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -171,9 +184,7 @@ class Harness:
     async def connected(self) -> None:
         """Return once the gateway has a scheduler."""
         await asyncio.wait_for(self.scheduler.attached.wait(), 10)
-        async with asyncio.timeout(10):
-            while not self.gateway.scheduler.connected:
-                await asyncio.sleep(0.005)
+        await until(lambda: self.gateway.scheduler.connected)
 
 
 class Rejection(Exception):  # noqa: N818 - what a client got, not a failure of the test
@@ -185,7 +196,8 @@ class Rejection(Exception):  # noqa: N818 - what a client got, not a failure of 
         super().__init__(error.details())
         self.code = error.code()
         self.message = error.details() or ""
-        self.trailers = {key: value for key, value in error.trailing_metadata() or ()}
+        trailing: Any = error.trailing_metadata() or ()
+        self.trailers: dict[str, Any] = dict(trailing)
         self.status = status_pb2.Status.FromString(self.trailers["grpc-status-details-bin"])
         self.details: dict[str, Any] = {}
         for packed in self.status.details:
@@ -193,14 +205,23 @@ class Rejection(Exception):  # noqa: N818 - what a client got, not a failure of 
             assert packed.Unpack(detail)
             self.details[type(detail).__name__] = detail
         self.reason = self.details["ErrorInfo"].reason
-        self.fields = [v.field for v in self.details["BadRequest"].field_violations] if "BadRequest" in self.details else []
+        self.fields = (
+            [v.field for v in self.details["BadRequest"].field_violations] if "BadRequest" in self.details else []
+        )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once something is so that nothing announces."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.005)
 
 
 async def rejection(call: Any) -> Rejection:
     """Run a call that must fail; return how."""
     try:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
+        if hasattr(call, "read"):
+            while await call.read() is not EOF:
                 pass
         else:
             await call
@@ -219,6 +240,8 @@ def tools() -> Any:
     """The helpers of this file: tests are not on the import path."""
 
     class Tools:
+        EOF = EOF
+        until = staticmethod(until)
         rejection = staticmethod(rejection)
         write_model = staticmethod(write_model)
         make_tokenizer = staticmethod(make_tokenizer)
@@ -259,4 +282,3 @@ async def harness(config: GatewayConfig, scheduler: FakeScheduler) -> AsyncItera
         await harness.connected()
         yield harness
     await gateway.stop(0)
-

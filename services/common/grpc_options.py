@@ -1,0 +1,53 @@
+"""Options of gRPC servers and channels, for every process."""
+
+from __future__ import annotations
+
+Options = list[tuple[str, int | str]]
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+"""Longest message on every hop: the longest prompt fits, and so does a prompt as token ids."""
+
+_KEEPALIVE: Options = [
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A client may ping through a long, silent prefill. The key has "http2" in it: the one without
+    # is ignored by gRPC core, and then pings end calls with "too many pings".
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.max_ping_strikes", 0),
+]
+_MESSAGES: Options = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+
+
+def server_options(max_concurrent_streams: int = 0, max_connection_age_s: int = 0) -> Options:
+    """Return the options of a server; 0 sets no limit.
+
+    `max_connection_age_s` makes clients connect again, so that new replicas get their share; calls
+    that run then have an hour to end. A second server on the same port fails instead of sharing it.
+    """
+    options = [("grpc.so_reuseport", 0), ("grpc.keepalive_time_ms", 30_000), *_KEEPALIVE, *_MESSAGES]
+    if max_concurrent_streams:
+        options.append(("grpc.max_concurrent_streams", max_concurrent_streams))
+    if max_connection_age_s:
+        options.append(("grpc.max_connection_age_ms", max_connection_age_s * 1000))
+        options.append(("grpc.max_connection_age_grace_ms", 3_600_000))
+    return options
+
+
+def hop_channel_options() -> Options:
+    """Return the options of a channel between two of our processes.
+
+    A dead peer is noticed within ten seconds, and a restarted one is connected to within one.
+    """
+    return [
+        ("grpc.keepalive_time_ms", 5_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.initial_reconnect_backoff_ms", 50),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.use_local_subchannel_pool", 1),
+        *_KEEPALIVE,
+        *_MESSAGES,
+    ]

@@ -1,0 +1,130 @@
+"""Puts a gateway together: one model, one scheduler, the public server and the operators' one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from grpc import aio
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from octavo.admin.v1 import admin_pb2_grpc
+from octavo.inference.v1 import generation_pb2_grpc, load_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
+from octavo.services.common.grpc_options import server_options
+from octavo.services.common.interceptor import ErrorInterceptor
+from octavo.services.gateway.admin import AdminServicer
+from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.health import SERVICE_NAMES, HealthMonitor
+from octavo.services.gateway.load_service import LoadServicer
+from octavo.services.gateway.model import Models, ServedModel
+from octavo.services.gateway.model_files import ModelError
+from octavo.services.gateway.model_service import ModelServicer
+from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.server import GenerationServicer
+from octavo.services.gateway.tokenizer import ModelTokenizer
+from octavo.services.gateway.tokenizer_service import TokenizerServicer
+from octavo.services.gateway.validation import RequestValidator
+
+
+class BindError(RuntimeError):
+    """An address cannot be listened on; the message is one line."""
+
+
+class Gateway:
+    """A gateway in this process. Make it on the event loop that runs it."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        """Load the model's tokenizer and bind the addresses. Raises ModelError, BindError."""
+        self._config = config
+        gateway_id = config.gateway_id or f"{socket.gethostname()}-{os.getpid()}"
+        model = _load_model(config)
+        models = Models([model])
+        validator = RequestValidator()
+        self._tokenizer = model.tokenizer
+        self.scheduler = SchedulerClient(config.scheduler_address, gateway_id, config.failover_s)
+        self._health = HealthMonitor(self.scheduler)
+        self._generation = GenerationServicer(models, self.scheduler, validator, config.max_requests)
+
+        self._server = aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=server_options(config.max_concurrent_streams, config.max_connection_age_s),
+        )
+        _add(self._server, generation_pb2_grpc.add_GenerationServiceServicer_to_server, self._generation)
+        _add(
+            self._server,
+            model_pb2_grpc.add_ModelServiceServicer_to_server,
+            ModelServicer(models, self.scheduler, validator),
+        )
+        _add(
+            self._server,
+            tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server,
+            TokenizerServicer(models, validator),
+        )
+        load = LoadServicer(model.name, self.scheduler, validator)
+        _add(self._server, load_pb2_grpc.add_LoadServiceServicer_to_server, load)
+        _add(self._server, health_pb2_grpc.add_HealthServicer_to_server, self._health.servicer)
+        if config.reflection:
+            names = (*SERVICE_NAMES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        self.port = _bind(self._server, config.grpc_address)
+        """The port that is listened on; for tests, which ask for port 0."""
+
+        self._admin: aio.Server | None = None
+        self.admin_port = 0
+        if config.admin_address:
+            admin = AdminServicer(self._generation, self._health, self.scheduler, validator, gateway_id, config.grace_s)
+            self._admin = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
+            _add(self._admin, admin_pb2_grpc.add_AdminServiceServicer_to_server, admin)
+            self.admin_port = _bind(self._admin, config.admin_address)
+
+    async def start(self) -> None:
+        """Connect to the scheduler and take calls; does not wait for the scheduler."""
+        self.scheduler.start()
+        await self._health.start()
+        await self._server.start()
+        if self._admin is not None:
+            await self._admin.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, let running ones go on for `grace_s`, then end everything."""
+        self._generation.draining = True
+        await self._health.stop()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._generation.wait_idle()
+        except TimeoutError:
+            pass  # stopping the server ends them
+        await self._server.stop(0.5)
+        if self._admin is not None:
+            await self._admin.stop(0.5)
+        await self.scheduler.close()
+        self._tokenizer.close()
+
+
+def _add(server: aio.Server, register: Callable[[Any, aio.Server], None], servicer: Any) -> None:
+    """Register a servicer: generated code has no types, and this is the one place that knows."""
+    register(servicer, server)
+
+
+def _load_model(config: GatewayConfig) -> ServedModel:
+    tokenizer = ModelTokenizer.load(config.model, config.tokenizer_threads)
+    limits = [limit for limit in (config.max_model_len, tokenizer.max_model_len) if limit]
+    if not limits:
+        raise ModelError(f"{config.model} does not say how long its context is; set --max-model-len")
+    name = config.served_name
+    aliases = tuple(dict.fromkeys(alias for alias in config.model_aliases if alias != name))
+    return ServedModel(name, aliases, tokenizer, min(limits))
+
+
+def _bind(server: aio.Server, address: str) -> int:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise BindError(f"cannot listen on {address}: it is in use, or not an address of this machine")
+    return port

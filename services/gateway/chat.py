@@ -1,0 +1,91 @@
+"""Turns a Chat message into what chat templates expect: dicts in the shape transformers documents."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.inference.v1 import generation_pb2
+from octavo.services.common.errors import FieldViolation, feature_disabled, invalid_fields
+from octavo.services.gateway.chat_template import ChatTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """A conversation, ready for ChatTemplate.render."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any]
+    options: dict[str, Any]
+    continue_final_message: bool
+
+    def render(self, template: ChatTemplate) -> str:
+        """Return the prompt."""
+        return template.render(self.messages, self.tools, self.options, self.continue_final_message)
+
+
+def read_chat(chat: generation_pb2.Chat, template: ChatTemplate, path: str) -> ChatInput:
+    """Return the conversation in `chat`, which lies at `path` in the request.
+
+    Raises FEATURE_DISABLED for media, and INVALID_FIELD with every unknown role and broken JSON.
+    """
+    violations: list[FieldViolation] = []
+    messages: list[dict[str, Any]] = []
+    for index, message in enumerate(chat.messages):
+        at = f"{path}.messages[{index}]"
+        if not template.knows_role(message.role):
+            description = f"the model's chat template knows no role {message.role!r}; use system, user or assistant"
+            violations.append(FieldViolation(f"{at}.role", description))
+        messages += _read_message(message, at, violations)
+    tools = [
+        _read_json(text, dict, f"{path}.tools_json[{index}]", violations) for index, text in enumerate(chat.tools_json)
+    ]
+    options: dict[str, Any] = {}
+    if chat.template_options_json:
+        options = _read_json(chat.template_options_json, dict, f"{path}.template_options_json", violations)
+    if violations:
+        raise invalid_fields(violations)
+    return ChatInput(messages, tools, options, chat.continue_final_message)
+
+
+def _read_message(message: generation_pb2.Message, path: str, violations: list[FieldViolation]) -> list[dict[str, Any]]:
+    """Return the dicts of one message: one, and one for each tool result in it."""
+    texts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for index, part in enumerate(message.parts):
+        kind = part.WhichOneof("content")
+        if kind == "text":
+            texts.append(part.text)
+        elif kind == "tool_call":
+            calls.append(_read_tool_call(part.tool_call, f"{path}.parts[{index}].tool_call", violations))
+        elif kind == "tool_result":
+            result = part.tool_result
+            results.append({"role": message.role, "content": result.text, "tool_call_id": result.id})
+        elif kind == "media":
+            raise feature_disabled("media", f"{path}.parts[{index}] is media, and this server takes text only")
+    if results and not texts and not calls:
+        return results
+    whole: dict[str, Any] = {"role": message.role, "content": "".join(texts)}
+    if calls:
+        whole["tool_calls"] = calls
+    return [whole, *results]
+
+
+def _read_tool_call(call: generation_pb2.ToolCall, path: str, violations: list[FieldViolation]) -> dict[str, Any]:
+    arguments = _read_json(call.arguments_json or "{}", dict, f"{path}.arguments_json", violations)
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _read_json(text: str, kind: type, path: str, violations: list[FieldViolation]) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        violations.append(FieldViolation(path, f"is not JSON: {reason}"))
+        return kind()
+    if not isinstance(value, kind):
+        violations.append(FieldViolation(path, "must be a JSON object"))
+        return kind()
+    return value

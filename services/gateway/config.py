@@ -1,0 +1,67 @@
+"""What a gateway can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """Settings of one gateway process. Raises ValueError, with one line that says what to change."""
+
+    model: Path = field(metadata={"help": "the model's folder, or a .gguf file", "positional": True})
+    model_name: str = field(default="", metadata={"help": "name that clients use; empty: the folder's name"})
+    model_aliases: tuple[str, ...] = field(default=(), metadata={"help": "further names that work as well"})
+    max_model_len: int = field(
+        default=0, metadata={"help": "most tokens of prompt and output together; 0: what the model allows"}
+    )
+    grpc_address: str = field(default="127.0.0.1:50051", metadata={"help": "where to listen: host:port or unix:PATH"})
+    scheduler_address: str = field(
+        default="127.0.0.1:50052", metadata={"help": "the scheduler: host:port or unix:PATH"}
+    )
+    admin_address: str = field(
+        default="", metadata={"help": "where to listen for operators (octavo.admin.v1); empty: nowhere"}
+    )
+    reflection: bool = field(default=True, metadata={"help": "let tools such as grpcurl ask for the API's description"})
+    gateway_id: str = field(default="", metadata={"help": "name of this process; empty: host name and process id"})
+    max_requests: int = field(
+        default=4096, metadata={"help": "most generate calls at once; further ones are refused with a retry delay"}
+    )
+    max_concurrent_streams: int = field(default=1024, metadata={"help": "most calls at once on one connection"})
+    max_connection_age_s: int = field(
+        default=1800,
+        metadata={"help": "close connections after so long, so that new replicas get their share; 0: never"},
+    )
+    tokenizer_threads: int = field(default=2, metadata={"help": "threads for long texts and chat templates"})
+    failover_s: float = field(
+        default=30.0, metadata={"help": "how long a running request waits for a lost scheduler to come back"}
+    )
+    grace_s: float = field(default=30.0, metadata={"help": "how long running calls may take after a stop signal"})
+    log_level: str = field(
+        default="info",
+        metadata={"help": "least severe messages to log", "choices": ("debug", "info", "warning", "error")},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_requests", "tokenizer_threads", "max_concurrent_streams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_model_len", "failover_s", "grace_s", "max_connection_age_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
+        for name in ("grpc_address", "scheduler_address", "admin_address"):
+            _check_address(f"--{name.replace('_', '-')}", getattr(self, name), may_be_empty=name == "admin_address")
+
+    @property
+    def served_name(self) -> str:
+        """The model's name for clients."""
+        return self.model_name or self.model.resolve().name.removesuffix(".gguf")
+
+
+def _check_address(flag: str, address: str, may_be_empty: bool) -> None:
+    if address.startswith("unix:") and len(address) > len("unix:"):
+        return
+    host, colon, port = address.rpartition(":")
+    if not (may_be_empty and not address) and not (host and colon and port.isdigit() and int(port) < 65536):
+        raise ValueError(f"{flag} must be host:port or unix:PATH, not {address!r}")

@@ -1,0 +1,161 @@
+"""Turns output tokens into text as they come.
+
+The text that is out after k tokens depends on those k tokens only, not on how they arrived, and
+never ends inside a character. All texts of an output, `finish` included, concatenate to what the
+tokenizer would decode at once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+_PRIMING_TOKENS = 6  # of the prompt, before the output: enough to decide about a leading blank
+_MAX_HELD_TOKENS = 8  # a character has four bytes; longer runs are no text, and are not waited for
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Detokenizer(Protocol):
+    """The text of one output."""
+
+    def push(self, token_id: int) -> str:
+        """Take the next token; return the text it settles, often that of earlier tokens, or ""."""
+
+    def finish(self) -> str:
+        """Return the text of what is still held: U+FFFD for a character that was never completed."""
+
+
+class DetokenizerFactory:
+    """Makes the detokenizers of one model. Token texts are computed once, on first use."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        to_bytes = _token_bytes(json.loads(tokenizer.to_str())["decoder"])
+        self._table = None if to_bytes is None else _TokenTable(tokenizer, to_bytes)
+
+    def new(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
+        """Return the detokenizer of an output that follows this prompt."""
+        if self._table is not None:
+            return _ByteDetokenizer(self._table)
+        return _WindowDetokenizer(self._tokenizer, prompt_token_ids[-_PRIMING_TOKENS:])
+
+
+class _TokenTable:
+    """The bytes of each token, and its text where the bytes are whole characters."""
+
+    def __init__(self, tokenizer: Tokenizer, to_bytes: Callable[[str], bytes]) -> None:
+        self.entries: dict[int, tuple[bytes, str | None]] = {}
+        self._tokenizer = tokenizer
+        self._to_bytes = to_bytes
+        self._special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def load(self, token_id: int) -> tuple[bytes, str | None]:
+        """Compute and keep the entry of a token; special and unknown tokens have no text."""
+        token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+        data = b"" if token is None else self._to_bytes(token)
+        try:
+            entry: tuple[bytes, str | None] = (data, data.decode())
+        except UnicodeDecodeError:
+            entry = (data, None)
+        self.entries[token_id] = entry
+        return entry
+
+
+class _ByteDetokenizer:
+    """For tokenizers whose tokens stand for bytes: the output is those bytes, decoded as they come."""
+
+    __slots__ = ("_decode", "_holds", "_table")
+
+    def __init__(self, table: _TokenTable) -> None:
+        self._table = table
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._holds = False
+
+    def push(self, token_id: int) -> str:
+        data, text = self._table.entries.get(token_id) or self._table.load(token_id)
+        if text is not None and not self._holds:
+            return text
+        if not data:
+            return ""
+        # The decoder may hold bytes from here on, until a token made of whole characters follows:
+        # that one completes or breaks whatever is held.
+        released = self._decode(data)
+        self._holds = text is None
+        return released
+
+    def finish(self) -> str:
+        self._holds = False
+        return self._decode(b"", True)
+
+
+class _WindowDetokenizer:
+    """For all other tokenizers: decodes a short window of tokens with and without the new ones."""
+
+    __slots__ = ("_ids", "_read", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, priming: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(priming)
+        self._read = len(self._ids)  # tokens of the window whose text is out
+
+    def push(self, token_id: int) -> str:
+        self._ids.append(token_id)
+        known, text = self._texts()
+        held = len(self._ids) - self._read
+        if len(text) <= len(known) or (text.endswith(_REPLACEMENT) and held < _MAX_HELD_TOKENS):
+            return ""
+        del self._ids[: self._read]  # the tokens just settled are the next window's context
+        self._read = len(self._ids)
+        return text[len(known) :]
+
+    def finish(self) -> str:
+        known, text = self._texts()
+        self._read = len(self._ids)
+        return text[len(known) :]
+
+    def _texts(self) -> tuple[str, str]:
+        decode = self._tokenizer.decode
+        return decode(self._ids[: self._read], skip_special_tokens=True), decode(self._ids, skip_special_tokens=True)
+
+
+def _token_bytes(decoder: dict[str, Any] | None) -> Callable[[str], bytes] | None:
+    """Return how the bytes of a token follow from its name, or None if they depend on its neighbours."""
+    if decoder is None:
+        return None
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return _byte_level_bytes
+    blanks = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    # Strip takes the blank off the start of a text. An output never is the start: the prompt is.
+    if blanks in steps and set(kinds) <= {"Replace", "ByteFallback", "Fuse", "Strip"} and kinds.count("Replace") == 1:
+        return _sentencepiece_bytes if "ByteFallback" in kinds else lambda token: token.replace("▁", " ").encode()
+    return None
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return which byte each character of a byte-level token stands for."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF[character] for character in token])
+    except KeyError:  # an added token: plain text
+        return token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    byte = _BYTE_TOKEN.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()

@@ -1,0 +1,171 @@
+"""Turns what the scheduler sends about one request into the events clients see."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import generation_pb2
+from octavo.services.common.errors import Reason, ServingError
+from octavo.services.gateway.output import CandidateOutput
+from octavo.services.gateway.prepare import Prepared
+from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
+
+Response = generation_pb2.GenerateStreamResponse
+
+
+class _Candidate:
+    """One candidate: what came in, and what has gone out."""
+
+    __slots__ = ("done", "inbox", "output", "read")
+
+    def __init__(self, inbox: CandidateInbox, output: CandidateOutput) -> None:
+        self.inbox = inbox
+        self.output = output
+        self.read = 0  # of inbox.token_ids
+        self.done = False
+
+
+class GenerationRun:
+    """An admitted request. `responses` yields its stream, once."""
+
+    def __init__(self, prepared: Prepared, stream: RequestStream, model_version: str) -> None:
+        assert stream.admitted is not None, "the request was not admitted"
+        self.started = prepared.started
+        self.started.model_version = model_version
+        self.started.cached_prompt_tokens = stream.admitted.cached_prompt_tokens
+        self.completed = generation_pb2.Completed()
+        self._stream = stream
+        self._options = prepared.output
+        self._wants_logprobs = stream.wants_logprobs
+        self._base = len(prepared.submit.continue_token_ids)
+        self._candidates = [_Candidate(inbox, prepared.new_candidate()) for inbox in stream.candidates]
+        self._sequence_number = 0
+        self._delta_response = Response()  # filled again for each delta
+        self._admitted_at = time.monotonic()
+        self._first_token_at = 0.0
+
+    async def responses(self, coalesce_ms: int) -> AsyncIterator[Response]:
+        """Yield Started, deltas, endings and Completed; a response is valid until the next is asked for.
+
+        coalesce_ms: how long tokens after the first may gather before a delta. Raises ServingError.
+        """
+        yield self._event(started=self.started)
+        stream = self._stream
+        while True:  # tokens may have come with the admission: look first, then wait
+            error = stream.error  # seen before the tokens are taken: what comes during a yield is for the next round
+            for candidate in self._candidates:
+                if candidate.done:
+                    continue
+                ended = candidate.inbox.finished is not None
+                delta = self._delta(candidate, ended)
+                if delta is not None:
+                    yield delta
+                if ended or candidate.output.matched is not None:
+                    yield self._finish(candidate)
+            if all(candidate.done for candidate in self._candidates):
+                break
+            if error is not None:
+                raise self._with_position(error)
+            if stream.progress is not None:
+                progress, stream.progress = stream.progress, None
+                yield self._event(progress=progress)
+            await stream.wait()
+            if coalesce_ms and self._first_token_at:
+                await stream.hold(coalesce_ms / 1000)
+        self._complete()
+        yield self._event(completed=self.completed)
+
+    def _event(
+        self,
+        started: generation_pb2.Started | None = None,
+        candidate_finished: generation_pb2.CandidateFinished | None = None,
+        completed: generation_pb2.Completed | None = None,
+        progress: generation_pb2.Progress | None = None,
+    ) -> Response:
+        event = generation_pb2.StreamEvent(
+            sequence_number=self._sequence_number,
+            started=started,
+            candidate_finished=candidate_finished,
+            completed=completed,
+            progress=progress,
+        )
+        self._sequence_number += 1
+        return Response(event=event)
+
+    def _delta(self, candidate: _Candidate, ended: bool) -> Response | None:
+        """Return everything new of a candidate in one delta, or None if there is nothing.
+
+        ended: no further tokens follow, so nothing is held back.
+        """
+        inbox, start = candidate.inbox, candidate.read
+        new = inbox.token_ids[start:]
+        text, taken = candidate.output.push(new) if new else ("", 0)
+        candidate.read += taken
+        if ended and candidate.output.matched is None:
+            text += candidate.output.finish()
+        if not taken and not text:
+            return None
+        if not self._first_token_at:
+            self._first_token_at = time.monotonic()
+        event = self._delta_response.event
+        event.sequence_number = self._sequence_number
+        self._sequence_number += 1
+        delta = event.delta
+        delta.candidate_index = inbox.index
+        delta.token_offset = self._base + start
+        delta.token_count = taken
+        delta.text = text
+        if self._options.token_ids:
+            delta.token_ids[:] = new[:taken]
+        if self._wants_logprobs:
+            delta.logprobs.CopyFrom(inbox.logprobs.take(taken, self._options.logprobs))
+        return self._delta_response
+
+    def _finish(self, candidate: _Candidate) -> Response:
+        """End a candidate; if a stop string did it, the scheduler does not know yet."""
+        candidate.done = True
+        finished = generation_pb2.CandidateFinished(
+            candidate_index=candidate.inbox.index, output_tokens=candidate.output.num_tokens
+        )
+        matched, ending = candidate.output.matched, candidate.inbox.finished
+        if matched is not None:
+            self._stream.cancel(candidate.inbox.index)
+            finished.finish_reason = common_pb2.FINISH_REASON_STOP_SEQUENCE
+            finished.stop_sequence = matched
+        else:
+            assert ending is not None, "a candidate ends by a stop string or by the scheduler"
+            finished.finish_reason = ending.reason
+            if ending.reason in (common_pb2.FINISH_REASON_END_OF_SEQUENCE, common_pb2.FINISH_REASON_STOP_TOKEN):
+                finished.stop_token_id = ending.stop_token_id
+        return self._event(candidate_finished=finished)
+
+    def _complete(self) -> None:
+        """Add the candidates up. What a stop string ended has no account of the scheduler's."""
+        usage, timing = self.completed.usage, self.completed.timing
+        endings = [ending for candidate in self._candidates if (ending := candidate.inbox.finished) is not None]
+        accounts = [ending for ending in endings if ending.HasField("usage")]
+        usage.prompt_tokens = self.started.prompt_tokens
+        usage.output_tokens = sum(candidate.output.num_tokens for candidate in self._candidates)
+        cached = [ending.usage.cached_prompt_tokens for ending in accounts]
+        if not cached or self._stream.failovers:  # after a loss the scheduler counts output as prompt, too
+            cached = [self.started.cached_prompt_tokens]
+        usage.cached_prompt_tokens = min(*cached, usage.prompt_tokens)
+        usage.reasoning_tokens = sum(ending.usage.reasoning_tokens for ending in accounts)
+        usage.speculative_accepted_tokens = sum(ending.usage.speculative_accepted_tokens for ending in accounts)
+        if accounts:
+            slowest = max(accounts, key=lambda e: e.timing.queue_us + e.timing.prefill_us + e.timing.decode_us)
+            timing.CopyFrom(slowest.timing)
+        else:
+            # Seen from here, waiting and computing the prompt look alike.
+            first = self._first_token_at or time.monotonic()
+            timing.prefill_us = int((first - self._admitted_at) * 1e6)
+            timing.decode_us = int((time.monotonic() - first) * 1e6)
+        self.completed.failovers = self._stream.failovers
+
+    def _with_position(self, error: ServingError) -> ServingError:
+        """Say how far a stream got that ends in the middle."""
+        if error.reason == Reason.STREAM_INTERRUPTED:
+            error.metadata.setdefault("last_sequence_number", str(self._sequence_number - 1))
+        return error

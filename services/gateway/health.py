@@ -1,0 +1,68 @@
+"""grpc.health.v1: SERVING only while a generate call could succeed."""
+
+from __future__ import annotations
+
+import asyncio
+
+from grpc_health.v1 import health, health_pb2
+
+from octavo.services.gateway.scheduler_client import SchedulerClient
+
+SERVICE_NAMES = (
+    "octavo.inference.v1.GenerationService",
+    "octavo.inference.v1.ModelService",
+    "octavo.inference.v1.TokenizerService",
+    "octavo.inference.v1.LoadService",
+)
+# The whole server, and generating, need a scheduler with workers; the rest needs the gateway only.
+_NEED_SCHEDULER = ("", SERVICE_NAMES[0])
+_CHECK_S = 0.25
+_MAX_SILENCE_S = 10.0
+_MAX_STEP_AGE_MS = 30_000
+
+
+class HealthMonitor:
+    """Keeps the statuses of all services current."""
+
+    def __init__(self, scheduler: SchedulerClient) -> None:
+        self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs do not know it
+        self._scheduler = scheduler
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Set the first statuses and go on checking until `stop`."""
+        for name in ("", *SERVICE_NAMES):
+            await self._set(name, name not in _NEED_SCHEDULER)
+        self._task = asyncio.create_task(self._check())
+
+    async def stop(self) -> None:
+        """Set every service to NOT_SERVING, for good."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self.servicer.enter_graceful_shutdown()
+
+    def ready(self) -> bool:
+        """Return whether a generate call could succeed now."""
+        scheduler = self._scheduler
+        return (
+            scheduler.connected
+            and not scheduler.draining
+            and scheduler.silence_s < _MAX_SILENCE_S
+            and scheduler.load.workers_ready > 0
+            and scheduler.load.step_age_ms < _MAX_STEP_AGE_MS
+        )
+
+    async def _check(self) -> None:
+        before = False
+        while True:
+            now = self.ready()
+            if now != before:
+                for name in _NEED_SCHEDULER:
+                    await self._set(name, now)
+                before = now
+            await asyncio.sleep(_CHECK_S)
+
+    async def _set(self, name: str, serving: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        await self.servicer.set(name, statuses.SERVING if serving else statuses.NOT_SERVING)

@@ -1,0 +1,65 @@
+"""The LoadService: how busy the scheduler is, for routers and autoscalers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from grpc import aio
+
+from octavo.inference.v1 import load_pb2, load_pb2_grpc
+from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.validation import RequestValidator
+
+_DEFAULT_INTERVAL_MS = 1000
+_LEAST_INTERVAL_MS = 50  # the scheduler itself reports each second
+
+GetContext = aio.ServicerContext[load_pb2.GetLoadRequest, load_pb2.GetLoadResponse]
+WatchContext = aio.ServicerContext[load_pb2.WatchLoadRequest, load_pb2.WatchLoadResponse]
+
+
+class LoadServicer(load_pb2_grpc.LoadServiceServicer):
+    """Passes on what the scheduler said last; without a scheduler the list is empty."""
+
+    def __init__(self, model_name: str, scheduler: SchedulerClient, validator: RequestValidator) -> None:
+        self._model_name = model_name
+        self._scheduler = scheduler
+        self._validator = validator
+
+    async def GetLoad(  # noqa: N802 - named by the proto
+        self, request: load_pb2.GetLoadRequest, context: GetContext
+    ) -> load_pb2.GetLoadResponse:
+        """Return the load now."""
+        del request, context
+        return load_pb2.GetLoadResponse(schedulers=self._loads())
+
+    async def WatchLoad(  # noqa: N802 - named by the proto
+        self, request: load_pb2.WatchLoadRequest, context: WatchContext
+    ) -> AsyncIterator[load_pb2.WatchLoadResponse]:
+        """Report at once and then at the interval asked for, at least 50 ms."""
+        del context
+        self._validator.check(request)
+        interval_s = max(request.interval_ms or _DEFAULT_INTERVAL_MS, _LEAST_INTERVAL_MS) / 1000
+        while True:
+            yield load_pb2.WatchLoadResponse(schedulers=self._loads())
+            await asyncio.sleep(interval_s)
+
+    def _loads(self) -> list[load_pb2.SchedulerLoad]:
+        welcome, load = self._scheduler.welcome, self._scheduler.load
+        if welcome is None:
+            return []
+        return [
+            load_pb2.SchedulerLoad(
+                scheduler_id=welcome.scheduler_id,
+                model=self._model_name,
+                running=load.running,
+                waiting=load.waiting,
+                waiting_uncached_tokens=load.waiting_uncached_tokens,
+                kv_blocks_free=load.kv_blocks_free,
+                kv_blocks_total=load.kv_blocks_total or welcome.kv_blocks_total,
+                kv_block_size=welcome.kv_block_size,
+                estimated_queue_ms=load.estimated_queue_ms,
+                draining=load.draining or self._scheduler.draining,
+                workers_ready=load.workers_ready,
+            )
+        ]

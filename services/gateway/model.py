@@ -1,0 +1,69 @@
+"""The models a gateway serves, by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from octavo.inference.v1 import model_pb2
+from octavo.services.common.errors import Reason, Resource, ServingError
+from octavo.services.common.protocol import API_REVISION
+from octavo.services.gateway.tokenizer import ModelTokenizer
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model and the names it has."""
+
+    name: str
+    aliases: tuple[str, ...]
+    tokenizer: ModelTokenizer
+    max_model_len: int
+    """Most tokens of prompt and output together, before the workers' own limit."""
+
+    def context_limit(self, workers_limit: int) -> int:
+        """Return the longest context now; `workers_limit` 0 means that it is not known."""
+        return min(self.max_model_len, workers_limit) if workers_limit else self.max_model_len
+
+    def version(self, weights_version: str) -> str:
+        """Return what changes when the weights or the tokenizer do. `weights_version` comes from the workers."""
+        return hashlib.sha256(f"{self.tokenizer.sha256} {weights_version}".encode()).hexdigest()[:16]
+
+    def describe(self, weights_version: str, workers_limit: int) -> model_pb2.Model:
+        """Return the model as clients see it."""
+        template = self.tokenizer.chat_template
+        return model_pb2.Model(
+            name=self.name,
+            aliases=self.aliases,
+            version=self.version(weights_version),
+            max_context_tokens=self.context_limit(workers_limit),
+            vocab_size=self.tokenizer.vocab_size,
+            end_of_sequence_ids=self.tokenizer.end_of_sequence_ids,
+            features=["generate", *(["chat"] if template else []), "logprobs"],
+            tokenizer_sha256=self.tokenizer.sha256,
+            chat_template_sha256=template.sha256 if template else "",
+            default_sampling=self.tokenizer.default_sampling,
+            api_revision=API_REVISION,
+        )
+
+
+class Models:
+    """All models of a gateway."""
+
+    def __init__(self, models: Iterable[ServedModel]) -> None:
+        self._by_name: dict[str, ServedModel] = {}
+        self.all = tuple(sorted(models, key=lambda model: model.name))
+        for model in self.all:
+            for name in (model.name, *model.aliases):
+                assert name not in self._by_name, f"two models are named {name!r}"
+                self._by_name[name] = model
+
+    def get(self, name: str) -> ServedModel:
+        """Return a model by name or alias. Raises MODEL_NOT_FOUND."""
+        model = self._by_name.get(name)
+        if model is None:
+            served = ", ".join(model.name for model in self.all)
+            message = f"there is no model {name!r} here; this server has: {served}"
+            raise ServingError(Reason.MODEL_NOT_FOUND, message, resource=Resource("model", name))
+        return model

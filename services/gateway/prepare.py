@@ -1,0 +1,260 @@
+"""Turns a validated Generation into what the scheduler gets: tokens, and every setting in force."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import generation_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.errors import (
+    MAX_VIOLATIONS,
+    FieldViolation,
+    Reason,
+    Resource,
+    ServingError,
+    feature_disabled,
+    invalid_field,
+    invalid_fields,
+)
+from octavo.services.gateway.chat import read_chat
+from octavo.services.gateway.model import Models, ServedModel
+from octavo.services.gateway.output import CandidateOutput, OutputSettings
+from octavo.services.gateway.stop_matcher import StopStrings
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that may be submitted."""
+
+    model: ServedModel
+    submit: scheduler_pb2.Submit
+    """Complete but for the handle and the remaining time."""
+    started: generation_pb2.Started
+    """Complete but for what admission tells: model version and cached tokens."""
+    output: generation_pb2.OutputOptions
+    settings: OutputSettings
+    new_candidate: Callable[[], CandidateOutput]
+    """Makes the output of a candidate, with `continue_output` already behind it."""
+
+
+async def prepare(
+    generation: generation_pb2.Generation,
+    models: Models,
+    workers_limit: int,
+    request_id: str,
+    tenant: str,
+    headers: Mapping[str, str],
+) -> Prepared:
+    """Resolve a request that obeys the rules of its fields. Raises ServingError.
+
+    workers_limit: longest context the workers can hold, 0 if not known.
+    headers: the call's metadata, for x-model, x-session-id and traceparent.
+    """
+    _check_headers(generation, headers)
+    model = models.get(generation.model)
+    _check_features(generation)
+    stop = _effective_stop(generation.stop)
+    sampling = _effective_sampling(generation.sampling, model)
+    prompt = await _prompt_token_ids(generation, model)
+    limit = model.context_limit(workers_limit)
+    _set_max_new_tokens(stop, generation, len(prompt), limit)
+    _check_values(generation, model, stop, prompt)
+    settings = _output_settings(generation, model, stop, prompt)
+    continued = generation.continue_output.ids
+    submit = scheduler_pb2.Submit(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        continue_token_ids=continued,
+        sampling=sampling,
+        stop=stop,
+        candidate_count=generation.candidate_count or 1,
+        logprobs=generation.output.logprobs,
+        chosen_logprob=_wants_logprobs(generation.output),
+        priority=generation.scheduling.priority,
+        tenant=tenant,
+        cache_salt=_cache_salt(tenant, generation.scheduling.cache_salt),
+        traceparent=_traceparent(headers),
+        bypass_prefix_cache=generation.scheduling.bypass_prefix_cache,
+        progress_interval_ms=generation.output.progress_interval_ms,
+    )
+    del submit.stop.stop_sequences[:]  # the gateway's business
+    if not stop.ignore_end_of_sequence:
+        submit.end_of_sequence_ids.extend(model.tokenizer.end_of_sequence_ids)
+    started = generation_pb2.Started(
+        request_id=request_id,
+        model=model.name,
+        prompt_tokens=len(prompt),
+        effective_sampling=sampling,
+        effective_stop=stop,
+    )
+
+    def new_candidate() -> CandidateOutput:
+        candidate = CandidateOutput(settings)
+        candidate.push(continued)
+        return candidate
+
+    _check_continues(new_candidate(), settings, continued)
+    return Prepared(model, submit, started, generation.output, settings, new_candidate)
+
+
+def _wants_logprobs(output: generation_pb2.OutputOptions) -> bool:
+    return output.chosen_logprob or output.logprobs > 0
+
+
+def _check_headers(generation: generation_pb2.Generation, headers: Mapping[str, str]) -> None:
+    """Refuse headers that say something else than the body: a router may have believed them."""
+    for header, field, value in (
+        ("x-model", "generation.model", generation.model),
+        ("x-session-id", "generation.scheduling.session_id", generation.scheduling.session_id),
+    ):
+        if header in headers and headers[header] != value:
+            raise invalid_field(field, f"differs from the header {header}; send the same value or leave the header out")
+
+
+def _check_features(generation: generation_pb2.Generation) -> None:
+    if generation.adapter:
+        message = (
+            f"the model {generation.model!r} has no adapter {generation.adapter!r}; leave generation.adapter empty"
+        )
+        raise ServingError(Reason.ADAPTER_NOT_FOUND, message, resource=Resource("adapter", generation.adapter))
+    for asked, feature, field in (
+        (generation.HasField("constraint"), "structured_output", "generation.constraint"),
+        (generation.idempotency_key, "idempotency", "generation.idempotency_key"),
+        (generation.scheduling.resume_window_ms, "resume", "generation.scheduling.resume_window_ms"),
+        (generation.output.prompt_logprobs, "prompt_logprobs", "generation.output.prompt_logprobs"),
+    ):
+        if asked:
+            raise feature_disabled(feature, f"{field} needs the feature {feature!r}, which is off here; leave it unset")
+
+
+def _effective_sampling(given: common_pb2.SamplingParams, model: ServedModel) -> common_pb2.SamplingParams:
+    """Return the model's defaults with what the client set on top, and a seed in any case."""
+    sampling = common_pb2.SamplingParams(seed=secrets.randbits(64))
+    sampling.MergeFrom(model.tokenizer.default_sampling)
+    sampling.MergeFrom(given)
+    return sampling
+
+
+def _effective_stop(given: common_pb2.StopCriteria) -> common_pb2.StopCriteria:
+    stop = common_pb2.StopCriteria(min_new_tokens=0, ignore_end_of_sequence=False, include_stop_sequence=False)
+    stop.MergeFrom(given)
+    return stop
+
+
+async def _prompt_token_ids(generation: generation_pb2.Generation, model: ServedModel) -> Sequence[int]:
+    kind = generation.WhichOneof("prompt")
+    if kind == "token_ids":
+        return generation.token_ids.ids
+    if kind == "text":
+        return await model.tokenizer.encode(generation.text)
+    template = model.tokenizer.chat_template
+    if template is None:
+        message = f"the model {model.name!r} has no chat template; send generation.text, or serve a chat model"
+        raise feature_disabled("chat", message)
+    return await model.tokenizer.encode_chat(read_chat(generation.chat, template, "generation.chat"))
+
+
+def _set_max_new_tokens(
+    stop: common_pb2.StopCriteria, generation: generation_pb2.Generation, num_prompt: int, limit: int
+) -> None:
+    """Fill `max_new_tokens` in with the room there is; raise CONTEXT_LENGTH_EXCEEDED if it does not fit."""
+    wanted = stop.max_new_tokens if stop.HasField("max_new_tokens") else 0
+    room = limit - num_prompt
+    if room >= max(wanted, 1):
+        stop.max_new_tokens = wanted or room
+        return
+    output = f" and {wanted} of output" if wanted else ""
+    message = f"{num_prompt} tokens of prompt{output} do not fit the model's context of {limit}"
+    message += f"; set max_new_tokens to at most {room}" if room > 0 else "; shorten the prompt"
+    field = "generation.stop.max_new_tokens" if room > 0 else f"generation.{generation.WhichOneof('prompt')}"
+    raise ServingError(
+        Reason.CONTEXT_LENGTH_EXCEEDED,
+        message,
+        metadata={"prompt": str(num_prompt), "limit": str(limit), "max_new_tokens": str(wanted)},
+        violations=[FieldViolation(field, message)],
+    )
+
+
+def _check_values(
+    generation: generation_pb2.Generation,
+    model: ServedModel,
+    stop: common_pb2.StopCriteria,
+    prompt: Sequence[int],
+) -> None:
+    """Refuse what the rules beside the fields cannot know: the vocabulary, and fields that contradict each other."""
+    violations: list[FieldViolation] = []
+
+    def report(field: str, description: str) -> None:
+        violations.append(FieldViolation(f"generation.{field}", description))
+
+    kind = generation.WhichOneof("prompt")
+    if not prompt:
+        report("token_ids.ids" if kind == "token_ids" else kind, "the prompt is empty; send at least one token")
+    vocab_size = model.tokenizer.vocab_size
+    continued = generation.continue_output.ids
+    for field, token_ids in (
+        ("token_ids.ids" if kind == "token_ids" else kind, prompt),
+        ("continue_output.ids", continued),
+        ("sampling.allowed_token_ids", generation.sampling.allowed_token_ids),
+        ("sampling.logit_bias", generation.sampling.logit_bias),
+        ("stop.stop_token_ids", stop.stop_token_ids),
+    ):
+        if token_ids and max(token_ids) >= vocab_size:
+            index, token_id = next((at, value) for at, value in enumerate(token_ids) if value >= vocab_size)
+            at = token_id if field.endswith("logit_bias") else index
+            report(f"{field}[{at}]", f"token {token_id} is not in the vocabulary; ids are below {vocab_size}")
+    if stop.min_new_tokens > stop.max_new_tokens:
+        report("stop.min_new_tokens", f"is above max_new_tokens; send at most {stop.max_new_tokens}")
+    if continued and generation.candidate_count > 1:
+        report("candidate_count", "continue_output belongs to one candidate; continue each in a call of its own")
+    if len(continued) >= stop.max_new_tokens and continued:
+        description = f"has {len(continued)} tokens, and max_new_tokens ({stop.max_new_tokens}) counts them"
+        report("continue_output.ids", description + "; nothing is left to produce")
+    if violations:
+        raise invalid_fields(violations[:MAX_VIOLATIONS])
+
+
+def _output_settings(
+    generation: generation_pb2.Generation,
+    model: ServedModel,
+    stop: common_pb2.StopCriteria,
+    prompt: Sequence[int],
+) -> OutputSettings:
+    ends = [] if stop.ignore_end_of_sequence else model.tokenizer.end_of_sequence_ids
+    return OutputSettings(
+        new_detokenizer=lambda: model.tokenizer.new_detokenizer(prompt),
+        stop_strings=StopStrings(stop.stop_sequences) if stop.stop_sequences else None,
+        include_stop_sequence=stop.include_stop_sequence,
+        min_new_tokens=stop.min_new_tokens,
+        ending_token_ids=frozenset([*ends, *stop.stop_token_ids]),
+        omit_text=generation.output.omit_text,
+    )
+
+
+def _check_continues(candidate: CandidateOutput, settings: OutputSettings, continued: Sequence[int]) -> None:
+    """Refuse to continue an output that has ended already."""
+    field = "generation.continue_output.ids"
+    if candidate.matched is not None:
+        raise invalid_field(
+            field, f"already ended with the stop string {candidate.matched!r}; nothing is left to produce"
+        )
+    for index, token_id in enumerate(continued):
+        if token_id in settings.ending_token_ids and index + 1 >= settings.min_new_tokens:
+            raise invalid_field(f"{field}[{index}]", f"token {token_id} already ended the output; nothing is left")
+
+
+def _cache_salt(tenant: str, salt: str) -> str:
+    """Return what cached prefixes are shared within: never across tenants, whatever their clients send."""
+    return hashlib.sha256(f"{len(tenant)}:{tenant}{salt}".encode()).hexdigest()
+
+
+def _traceparent(headers: Mapping[str, str]) -> str:
+    value = headers.get("traceparent", "")
+    return value if _TRACEPARENT.fullmatch(value) else ""

@@ -1,0 +1,147 @@
+"""What the scheduler has sent about one request, and has not been read yet.
+
+The scheduler's stream is read by one task that never waits for a client: it appends to these lists
+and wakes the reader. They are bounded by construction, by the length of the output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import generation_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.errors import ServingError
+
+
+class Logprobs:
+    """Columns of a candidate that have not been read; an entry for each token that has not been, either."""
+
+    __slots__ = ("candidate_logprobs", "candidate_token_ids", "chosen", "ranks")
+
+    def __init__(self) -> None:
+        self.chosen: list[float] = []
+        self.ranks: list[int] = []
+        self.candidate_token_ids: list[int] = []
+        self.candidate_logprobs: list[float] = []
+
+    def take(self, count: int, width: int) -> common_pb2.LogprobColumns:
+        """Remove and return the entries of the first `count` tokens, `width` alternatives each."""
+        columns = common_pb2.LogprobColumns(
+            chosen=self.chosen[:count],
+            ranks=self.ranks[:count],
+            width=width,
+            candidate_token_ids=self.candidate_token_ids[: count * width],
+            candidate_logprobs=self.candidate_logprobs[: count * width],
+        )
+        del self.chosen[:count], self.ranks[:count]
+        del self.candidate_token_ids[: count * width], self.candidate_logprobs[: count * width]
+        return columns
+
+
+class CandidateInbox:
+    """One candidate: written by the scheduler client, read by the call's handler."""
+
+    __slots__ = ("finished", "handle", "index", "logprobs", "token_ids")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.handle = 0
+        """The handle it is submitted under now; 0 while it waits for a scheduler."""
+        self.token_ids: list[int] = []
+        """All its tokens after `continue_output`; also what another scheduler would go on from."""
+        self.logprobs = Logprobs()
+        self.finished: scheduler_pb2.Finished | None = None
+
+
+class RequestStream:
+    """One request at the scheduler. `close` it in any case."""
+
+    def __init__(
+        self,
+        submit: scheduler_pb2.Submit,
+        deadline: float | None,
+        cancel: Callable[[RequestStream, int | None], None],
+    ) -> None:
+        """`deadline` is a time of the event loop; `cancel` tells the scheduler that a candidate, or all, ended."""
+        self.submit = submit
+        self.deadline = deadline
+        self.submitted_at = asyncio.get_running_loop().time()
+        self.wants_logprobs = submit.chosen_logprob
+        self.candidates = [CandidateInbox(index) for index in range(submit.candidate_count)]
+        self.admitted: scheduler_pb2.Admitted | None = None
+        self.progress: generation_pb2.Progress | None = None
+        self.error: ServingError | None = None
+        self.failovers = 0
+        self._cancel = cancel
+        self._waiter: asyncio.Future[None] | None = None
+        self._changed = False
+        self._only_ends = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.error is not None or all(candidate.finished is not None for candidate in self.candidates)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of all candidates, `continue_output` not included."""
+        return sum(len(candidate.token_ids) for candidate in self.candidates)
+
+    async def wait(self) -> None:
+        """Return when something has changed since the last wait. One task at a time may wait."""
+        if not self._changed:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        self._changed = False
+
+    async def hold(self, seconds: float) -> None:
+        """Let tokens gather for so long, or until the request has ended."""
+        if self.ended or seconds <= 0:
+            return
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        self._only_ends = True
+        timer = loop.call_later(seconds, self._release)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+            self._only_ends = False
+
+    def wake(self) -> None:
+        """Tell the reader that there are tokens."""
+        self._changed = True
+        if not self._only_ends:
+            self._release()
+
+    def wake_at_end(self) -> None:
+        """Tell the reader that a candidate, or the request, has ended: no wait holds this back."""
+        self._changed = True
+        self._release()
+
+    def fail(self, error: ServingError) -> None:
+        """End the request with an error; the first one counts."""
+        if not self.ended:
+            self.error = error
+            self.wake_at_end()
+
+    def cancel(self, candidate_index: int) -> None:
+        """End one candidate here, and tell the scheduler."""
+        candidate = self.candidates[candidate_index]
+        if candidate.finished is None:
+            self._cancel(self, candidate_index)
+            candidate.finished = scheduler_pb2.Finished(candidate_index=candidate_index)
+
+    def close(self) -> None:
+        """Forget the request; tell the scheduler, if it still has it."""
+        self._cancel(self, None)
+
+    def _release(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,164 @@
+"""The connection to a scheduler: one Attach stream, opened again whenever it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import deque
+from typing import Any, Protocol
+
+from grpc import aio
+
+from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from octavo.services.common.grpc_options import hop_channel_options
+from octavo.services.common.logging import RateLimiter
+from octavo.services.common.protocol import PROTOCOL_REVISION
+
+_log = logging.getLogger(__name__)
+_EOF: Any = aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
+_BACKOFF_S = (0.05, 1.0)
+_HELLO_S = 10.0
+_SILENCE_S = 15.0  # the scheduler sends its load every second
+_WATCH_S = 1.0
+
+
+class LinkUser(Protocol):
+    """Who uses a link."""
+
+    def on_connected(self, welcome: scheduler_pb2.Welcome) -> None:
+        """Messages can be sent now."""
+
+    def on_message(self, message: scheduler_pb2.AttachResponse) -> None:
+        """A message came. IndexError or ValueError: it does not fit its contract, and the stream is given up."""
+
+    def on_disconnected(self) -> None:
+        """The stream broke, or could not be opened; nothing that was sent on it will be answered."""
+
+
+class _LostError(Exception):
+    """The stream is no use any more; the message says why."""
+
+
+class SchedulerLink:
+    """Keeps one stream open. One task reads and never waits for its user, one writes, one watches the clock."""
+
+    def __init__(self, address: str, gateway_id: str, user: LinkUser) -> None:
+        self._address = address
+        self._gateway_id = gateway_id
+        self._user = user
+        self._outgoing: deque[scheduler_pb2.AttachRequest] = deque()
+        self._outgoing_changed = asyncio.Event()
+        self._warnings = RateLimiter(_log)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._call: aio.StreamStreamCall[scheduler_pb2.AttachRequest, scheduler_pb2.AttachResponse] | None = None
+        self._heard_at = 0.0
+
+    @property
+    def silence_s(self) -> float:
+        """How long ago the scheduler was last heard."""
+        return asyncio.get_running_loop().time() - self._heard_at
+
+    def start(self) -> list[asyncio.Task[None]]:
+        """Connect, and stay connected until `close`; return the tasks, none of which ends by itself."""
+        self._tasks = [asyncio.create_task(self._stay_connected()), asyncio.create_task(self._watch())]
+        return self._tasks
+
+    async def close(self) -> None:
+        """Disconnect, for good."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def send(self, message: scheduler_pb2.AttachRequest) -> None:
+        """Send a message on the stream that is open now."""
+        self._outgoing.append(message)
+        self._outgoing_changed.set()
+
+    async def _stay_connected(self) -> None:
+        backoff, longest = _BACKOFF_S
+        async with aio.insecure_channel(self._address, options=hop_channel_options()) as channel:
+            stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)  # type: ignore[no-untyped-call]
+            while True:
+                try:
+                    await self._attach(stub)
+                except _LostError as error:
+                    self._warnings.warning("lost", "scheduler at %s: %s", self._address, error)
+                except aio.AioRpcError as error:
+                    self._warnings.warning("lost", "scheduler at %s: %s", self._address, error.details())
+                if self._call is not None:  # it was open
+                    backoff = _BACKOFF_S[0]
+                self._call = None
+                self._user.on_disconnected()
+                await asyncio.sleep(backoff * random.uniform(0.8, 1.2))
+                backoff = min(2 * backoff, longest)
+
+    async def _attach(self, stub: scheduler_pb2_grpc.SchedulerServiceStub) -> None:
+        """Run one stream until it breaks; always raises."""
+        call = stub.Attach()
+        self._outgoing.clear()
+        hello = scheduler_pb2.Hello(gateway_id=self._gateway_id, protocol_revision=PROTOCOL_REVISION)
+        writer: asyncio.Task[None] | None = None
+        try:
+            async with asyncio.timeout(_HELLO_S):
+                await call.write(scheduler_pb2.AttachRequest(hello=hello))
+                welcome = _read_welcome(await call.read())
+            writer = asyncio.create_task(self._write(call))
+            self._call = call
+            self._heard_at = asyncio.get_running_loop().time()
+            _log.info("connected to scheduler %s at %s, epoch %d", welcome.scheduler_id, self._address, welcome.epoch)
+            self._user.on_connected(welcome)
+            await self._read(call)
+        except TimeoutError:
+            raise _LostError("it does not answer") from None
+        except asyncio.CancelledError:
+            # The watch cancels the call, which looks the same as the end of this task.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise _LostError(f"nothing was heard of it for {_SILENCE_S:g} s") from None
+        finally:
+            call.cancel()
+            if writer is not None:
+                writer.cancel()
+
+    async def _read(self, call: Any) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            message = await call.read()
+            if message is _EOF:
+                raise _LostError("it ended the stream")
+            self._heard_at = loop.time()
+            try:
+                self._user.on_message(message)
+            except (IndexError, ValueError) as error:
+                _log.exception("the scheduler sent %s", message.WhichOneof("kind"))
+                raise _LostError("it sent a message that does not fit its contract") from error
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            await self._outgoing_changed.wait()
+            self._outgoing_changed.clear()
+            while self._outgoing:
+                try:
+                    await call.write(self._outgoing.popleft())
+                except (aio.AioRpcError, asyncio.InvalidStateError):
+                    return  # the call is over; its reader knows why
+
+    async def _watch(self) -> None:
+        """Give a scheduler up that hangs: its machine still answers, it does not."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if self._call is not None and self.silence_s > _SILENCE_S:
+                self._call.cancel()
+
+
+def _read_welcome(first: Any) -> scheduler_pb2.Welcome:
+    """Return what a scheduler introduces itself with, or give it up."""
+    if first is _EOF or first.WhichOneof("kind") != "welcome":
+        raise _LostError("it did not answer Hello with Welcome")
+    welcome: scheduler_pb2.Welcome = first.welcome
+    if welcome.protocol_revision != PROTOCOL_REVISION:
+        revisions = f"revision {welcome.protocol_revision}, this gateway {PROTOCOL_REVISION}"
+        raise _LostError(f"it speaks {revisions}: install one version")
+    return welcome

@@ -1,0 +1,221 @@
+"""Plans become batches, and a plan that breaks the contract is refused before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from octavo.gpu_worker.batch import Limits, Slots, Step
+from octavo.gpu_worker.errors import PlanError
+from octavo.worker.v1 import worker_pb2
+
+LIMITS = Limits(max_running=4, max_batch_tokens=64, max_blocks_per_sequence=4, num_blocks=10, vocab_size=100)
+
+
+def column(*values: int) -> bytes:
+    return np.array(values, "<u4").tobytes()
+
+
+def opening(*slots: int) -> list[worker_pb2.SamplingUpdate]:
+    return [worker_pb2.SamplingUpdate(slot=slot, top_p=1.0) for slot in slots]
+
+
+def prompts() -> worker_pb2.StepPlan:
+    """Slot 2 computes 3 tokens of 3 and samples, slot 0 the first 18 of more."""
+    return worker_pb2.StepPlan(
+        step_id=1,
+        num_sequences=2,
+        num_tokens=21,
+        slot_indexes=column(2, 0),
+        query_lengths=column(3, 18),
+        context_lengths=column(0, 0),
+        token_ids=column(*range(50, 71)),
+        block_table_rows=column(0, 2),
+        block_table_counts=column(2, 1),
+        block_ids=column(7, 8, 3),
+        sampling_updates=opening(0, 2),
+        row_flags=bytes([1, 0]),
+    )
+
+
+def apply(slots: Slots, **fields: Any) -> Step:
+    return slots.apply(worker_pb2.StepPlan(**fields))
+
+
+def after_prompts() -> Slots:
+    slots = Slots(LIMITS)
+    step = slots.apply(prompts())
+    slots.record(step.sampled_slots, np.array([42], np.uint32))
+    return slots
+
+
+def test_rows_lie_one_after_the_other_on_their_blocks() -> None:
+    step = Slots(LIMITS).apply(prompts())
+
+    batch = step.input
+    assert batch is not None
+    assert batch.token_ids.tolist() == list(range(50, 71))
+    assert batch.positions.tolist() == [0, 1, 2, *range(18)]
+    assert batch.slot_mapping.tolist() == [48, 49, 50, *range(112, 128), 128, 129]
+    assert batch.query_start_loc.tolist() == [0, 3, 21]
+    assert batch.seq_lens.tolist() == [3, 18]
+    assert batch.block_tables.tolist() == [[3, 0, 0, 0], [7, 8, 0, 0]]
+    assert batch.logits_rows.tolist() == [2]
+    assert step.sampled_slots.tolist() == [2]
+    assert step.sampled_positions.tolist() == [3]
+    assert [slot for slot, _ in step.opened] == [0, 2]
+    for array in vars(batch).values():
+        assert array.dtype == np.int32
+        assert array.flags.c_contiguous
+
+
+def test_tokens_only_the_worker_knows_are_filled_in() -> None:
+    step = apply(
+        after_prompts(),
+        num_sequences=2,
+        num_tokens=4,
+        slot_indexes=column(0, 2),
+        query_lengths=column(3, 1),
+        context_lengths=column(18, 3),
+        token_ids=column(91, 92, 93),
+        row_flags=bytes([1, 3]),
+    )
+    assert step.input is not None
+    assert step.input.token_ids.tolist() == [91, 92, 93, 42]
+    assert step.input.positions.tolist() == [18, 19, 20, 3]
+    assert step.sampled_positions.tolist() == [21, 4]
+
+
+def test_a_token_that_was_not_finite_counts_as_token_zero() -> None:
+    slots = after_prompts()
+    slots.record(np.array([2], np.int32), np.array([0xFFFFFFFF], np.uint32))
+    step = apply(slots, **continuing())
+    assert step.input is not None
+    assert step.input.token_ids.tolist() == [0]
+
+
+def continuing() -> dict[str, Any]:
+    """Slot 2 computes the token it sampled."""
+    return {
+        "num_sequences": 1,
+        "num_tokens": 1,
+        "slot_indexes": column(2),
+        "query_lengths": column(1),
+        "context_lengths": column(3),
+        "row_flags": bytes([3]),
+    }
+
+
+def test_a_slot_can_be_freed_and_opened_again_in_one_plan() -> None:
+    step = apply(
+        after_prompts(),
+        freed_slots=column(2),
+        sampling_updates=opening(2),
+        block_table_rows=column(2),
+        block_table_counts=column(1),
+        block_ids=column(9),
+        num_sequences=1,
+        num_tokens=2,
+        slot_indexes=column(2),
+        query_lengths=column(2),
+        context_lengths=column(0),
+        token_ids=column(1, 2),
+        row_flags=bytes([1]),
+    )
+    assert step.freed_slots.tolist() == [2]
+    assert step.input is not None
+    assert step.input.block_tables.tolist() == [[9, 0, 0, 0]]
+
+
+def test_blocks_are_appended() -> None:
+    slots = after_prompts()
+    apply(slots, block_table_rows=column(2, 0), block_table_counts=column(2, 0), block_ids=column(4, 5))
+    step = apply(slots, **continuing())
+    assert step.input is not None
+    assert step.input.block_tables.tolist() == [[3, 4, 5, 0]]
+
+
+def test_a_plan_without_rows_only_changes_slots() -> None:
+    step = apply(after_prompts(), freed_slots=column(0, 2), copy_pairs=column(1, 2, 2, 3))
+    assert step.input is None
+    assert step.copy_pairs.tolist() == [[1, 2], [2, 3]]
+    assert len(step.sampled_slots) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"freed_slots": column(4)}, "freed_slots: holds 4, must be below 4"),
+        ({"freed_slots": b"123"}, "freed_slots: 3 bytes"),
+        ({"sampling_updates": opening(4)}, "sampling_updates: slot: holds 4"),
+        ({"sampling_updates": opening(1, 1)}, "sampling_updates: slot: names a slot twice"),
+        ({"copy_pairs": column(1, 2, 3)}, "copy_pairs"),
+        ({"copy_pairs": column(0, 1)}, "block 0"),
+        ({"copy_pairs": column(1, 10)}, "copy_pairs: holds 10"),
+        ({"block_table_rows": column(2)}, "block_table_counts"),
+        ({"block_table_rows": column(2), "block_table_counts": column(2), "block_ids": column(1)}, "2 blocks"),
+        (
+            {"block_table_rows": column(2), "block_table_counts": column(0xFFFFFFFF), "block_ids": column(1)},
+            "block_table_counts",
+        ),
+        ({"block_table_rows": column(2), "block_table_counts": column(1), "block_ids": column(0)}, "block 0"),
+        ({"block_table_rows": column(2), "block_table_counts": column(1), "block_ids": column(10)}, "holds 10"),
+        (
+            {"block_table_rows": column(1), "block_table_counts": column(1), "block_ids": column(1)},
+            "slot 1 is not open",
+        ),
+        (
+            {"block_table_rows": column(2), "block_table_counts": column(4), "block_ids": column(1, 2, 4, 5)},
+            "a slot gets 5 blocks, a sequence holds at most 4",
+        ),
+        ({**continuing(), "num_sequences": 2}, "slot_indexes: 1 rows, but num_sequences is 2"),
+        ({**continuing(), "slot_indexes": column(1)}, "slot 1 is not open"),
+        ({**continuing(), "slot_indexes": column(9)}, "slot_indexes: holds 9"),
+        ({**continuing(), "query_lengths": column(0), "num_tokens": 0}, "a row has no token"),
+        ({**continuing(), "num_tokens": 2}, "num_tokens: is 2"),
+        ({**continuing(), "query_lengths": column(0xFFFFFFFF)}, "num_tokens"),
+        ({**continuing(), "context_lengths": column(16)}, "slot 2 has 1 blocks"),
+        ({**continuing(), "context_lengths": column(0xFFFFFFFF)}, "slot 2 has 1 blocks"),
+        ({**continuing(), "row_flags": b""}, "row_flags: 0 rows"),
+        ({**continuing(), "row_flags": bytes([4])}, "an unknown bit"),
+        ({**continuing(), "token_ids": column(5)}, "token_ids: 1 tokens, expected 0"),
+        ({**continuing(), "row_flags": bytes([1]), "token_ids": column(100)}, "token_ids: holds 100"),
+        ({**continuing(), "row_flags": bytes([1])}, "token_ids: 0 tokens, expected 1"),
+        ({**continuing(), "slot_indexes": column(0), "context_lengths": column(18)}, "none was sampled"),
+        (
+            {
+                "num_sequences": 2,
+                "num_tokens": 2,
+                "slot_indexes": column(2, 2),
+                "query_lengths": column(1, 1),
+                "context_lengths": column(3, 4),
+                "token_ids": column(1, 2),
+                "row_flags": bytes([0, 0]),
+            },
+            "names a slot twice",
+        ),
+    ],
+)
+def test_a_plan_that_breaks_the_contract_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        apply(after_prompts(), **fields)
+
+
+def test_a_step_larger_than_agreed_is_refused() -> None:
+    slots = after_prompts()
+    apply(slots, block_table_rows=column(0), block_table_counts=column(2), block_ids=column(1, 2))
+    apply(slots, sampling_updates=opening(1), block_table_rows=column(1), block_table_counts=column(4),
+          block_ids=column(4, 5, 6, 9))  # fmt: skip
+    with pytest.raises(PlanError, match="a step holds at most 64"):
+        apply(
+            slots,
+            num_sequences=2,
+            num_tokens=65,
+            slot_indexes=column(0, 1),
+            query_lengths=column(1, 64),
+            context_lengths=column(0, 0),
+            token_ids=column(*[1] * 65),
+            row_flags=bytes([0, 0]),
+        )

@@ -1,0 +1,464 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.gpu_worker.devices.cpu import CpuDevice
+from octavo.gpu_worker.ops import Activation, Draw, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
+from octavo.kernels.cpu import library
+
+BLOCK_TOKENS = 16
+MAX_TOKENS = 512
+MAX_SEQUENCES = 40
+MAX_BLOCKS = 24
+NUM_BLOCKS = 400
+VARIANTS = library.runnable_variants()
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int = 64
+    intermediate: int = 96
+    vocab: int = 128
+    heads: Heads = Heads(num_heads=4, num_kv_heads=2, head_dim=16)
+    rotary_dim: int = 16
+    window: int = 0
+    bias: bool = False
+    qk_norm: bool = False
+    activation: Activation = "silu"
+    layers: int = 2
+
+
+SHAPES = {
+    "plain": Shape(),
+    "odd sizes": Shape(hidden=77, intermediate=101, vocab=131, bias=True),
+    "group of 3, head_dim 64": Shape(hidden=96, heads=Heads(9, 3, 64), rotary_dim=64),
+    "group of 14": Shape(heads=Heads(14, 1, 32), rotary_dim=32),
+    "no sharing, head_dim 80, partial rotary": Shape(heads=Heads(3, 3, 80), rotary_dim=40, bias=True),
+    "head_dim 256, gelu": Shape(heads=Heads(4, 2, 256), rotary_dim=256, activation="gelu_tanh"),
+    "head_dim 128, qk norm": Shape(hidden=160, heads=Heads(8, 2, 128), rotary_dim=128, qk_norm=True),
+    "window across tiles": Shape(window=37, heads=Heads(8, 2, 32), rotary_dim=32),
+    "head_dim 48, odd rotary, window of one block": Shape(heads=Heads(2, 1, 48), rotary_dim=18, window=16),
+}
+
+
+class TinyModel:
+    """A model of any shape with random bf16 weights."""
+
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        self.shape = shape
+        self.num_layers, self.heads, self.vocab_size = shape.layers, shape.heads, shape.vocab
+        self._generator = torch.Generator().manual_seed(seed)
+        q_size = self.heads.num_heads * self.heads.head_dim
+        qkv_size = q_size + 2 * self.heads.num_kv_heads * self.heads.head_dim
+        self.embedding = self._random(shape.vocab, shape.hidden)
+        angles = torch.outer(torch.arange(MAX_BLOCKS * BLOCK_TOKENS), 0.7 ** torch.arange(shape.rotary_dim // 2))
+        self.rotary = Rotary(angles.cos(), angles.sin(), shape.rotary_dim)
+        self.layers = [
+            {
+                "qkv": self._linear(qkv_size, shape.hidden),
+                "output": self._linear(shape.hidden, q_size),
+                "gate": self._linear(shape.intermediate, shape.hidden),
+                "up": self._linear(shape.intermediate, shape.hidden),
+                "down": self._linear(shape.hidden, shape.intermediate),
+                "norm": self._norm(shape.hidden),
+                "q_norm": self._norm(self.heads.head_dim) if shape.qk_norm else None,
+                "k_norm": self._norm(self.heads.head_dim) if shape.qk_norm else None,
+            }
+            for _ in range(shape.layers)
+        ]
+        self.norm = self._norm(shape.hidden)
+        self.head = Linear(self._random(shape.vocab, shape.hidden))
+
+    def forward(self, ops: Ops) -> Value:
+        x = ops.embed(self.embedding)
+        scale = self.heads.head_dim**-0.5
+        for index, layer in enumerate(self.layers):
+            weights: dict[str, Any] = layer
+            qkv = ops.norm_linear(x, weights["norm"], weights["qkv"])
+            queries = ops.rotary_write_kv(qkv, index, self.heads, self.rotary, weights["q_norm"], weights["k_norm"])
+            attended = ops.paged_attention(queries, index, self.heads, scale, self.shape.window)
+            x = ops.linear_residual(attended, weights["output"], x)
+            gated = ops.norm_gated_linear(x, weights["norm"], weights["gate"], weights["up"], self.shape.activation)
+            x = ops.linear_residual(gated, weights["down"], x)
+        return ops.logits(x, self.norm, self.head)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=self._generator) * shape[-1] ** -0.5).to(torch.bfloat16)
+
+    def _linear(self, rows: int, columns: int) -> Linear:
+        return Linear(self._random(rows, columns), self._random(rows) if self.shape.bias else None)
+
+    def _norm(self, size: int) -> Norm:
+        return Norm(1 + 0.1 * torch.randn(size, generator=self._generator), 1e-5)
+
+
+class WholeSequenceOps:
+    """Plain torch over all tokens of one sequence, without a cache; rounds to bf16 where the device does."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self.token_ids = token_ids
+        self.keys = self.values = torch.empty(0)
+
+    def embed(self, table: torch.Tensor) -> torch.Tensor:
+        return table[self.token_ids].float()
+
+    def norm_linear(self, x: torch.Tensor, norm: Norm, linear: Linear) -> torch.Tensor:
+        return self._linear(_rounded(self._norm(x, norm)), linear)
+
+    def rotary_write_kv(
+        self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, q_norm: Norm | None, k_norm: Norm | None
+    ) -> torch.Tensor:
+        parts = qkv.view(len(qkv), -1, heads.head_dim).split(
+            [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], 1
+        )
+        queries, keys = (
+            _rounded(self._rotate(part if norm is None else self._norm(part, norm), rotary))
+            for part, norm in zip(parts, (q_norm, k_norm), strict=False)
+        )
+        group = heads.num_heads // heads.num_kv_heads
+        self.keys = keys.repeat_interleave(group, 1)
+        self.values = _rounded(parts[2]).repeat_interleave(group, 1)
+        return queries
+
+    def paged_attention(
+        self, queries: torch.Tensor, layer: int, heads: Heads, scale: float, window: int
+    ) -> torch.Tensor:
+        scores = torch.einsum("qhd,khd->hqk", queries, self.keys) * scale
+        age = torch.arange(len(queries))[:, None] - torch.arange(len(queries))
+        hidden = (age < 0) | (age >= window if window else torch.tensor(False))
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return _rounded(torch.einsum("hqk,khd->qhd", weights, self.values)).flatten(1)
+
+    def linear_residual(self, x: torch.Tensor, linear: Linear, residual: torch.Tensor) -> torch.Tensor:
+        return residual + self._linear(x, linear)
+
+    def norm_gated_linear(
+        self, x: torch.Tensor, norm: Norm, gate: Linear, up: Linear, activation: Activation
+    ) -> torch.Tensor:
+        h = _rounded(self._norm(x, norm))
+        gated = self._linear(h, gate)
+        active = torch.nn.functional.silu(gated)
+        if activation == "gelu_tanh":
+            active = torch.nn.functional.gelu(gated, approximate="tanh")
+        return _rounded(active * self._linear(h, up))
+
+    def logits(self, x: torch.Tensor, norm: Norm, head: Linear) -> torch.Tensor:
+        return self.norm_linear(x, norm, head)
+
+    @staticmethod
+    def _norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.weight
+
+    @staticmethod
+    def _linear(x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        return torch.nn.functional.linear(
+            x, linear.weight.float(), None if linear.bias is None else linear.bias.float()
+        )
+
+    @staticmethod
+    def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        half = rotary.rotary_dim // 2
+        one, two, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        cos, sin = rotary.cos[: len(x), None], rotary.sin[: len(x), None]
+        return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], dim=-1)
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+@dataclass
+class Sequence:
+    """Tokens, the blocks that hold them, and how many of them are computed."""
+
+    token_ids: list[int]
+    blocks: list[int]
+    computed: int = 0
+
+
+def make_sequence(seed: int, length: int, blocks: list[int]) -> Sequence:
+    return Sequence(np.random.default_rng(seed).integers(0, 128, length).tolist(), blocks)
+
+
+def make_step(parts: list[tuple[Sequence, int]]) -> StepInput:
+    """Return a step of the next so many tokens of each sequence, with logits of all of them."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts = [0]
+    block_tables = np.zeros((len(parts), MAX_BLOCKS), np.int32)
+    for row, (sequence, count) in enumerate(parts):
+        new = range(sequence.computed, sequence.computed + count)
+        token_ids += [sequence.token_ids[p] for p in new]
+        positions += new
+        slots += [sequence.blocks[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in new]
+        starts.append(len(token_ids))
+        block_tables[row, : len(sequence.blocks)] = sequence.blocks
+    seq_lens = [sequence.computed + count for sequence, count in parts]
+    columns = (token_ids, positions, slots, starts, seq_lens, block_tables, range(len(token_ids)))
+    return StepInput(*(np.array(column, dtype=np.int32) for column in columns))
+
+
+def run(device: CpuDevice, parts: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
+    """Run a step; return the logits of each sequence's new tokens."""
+    logits = device.forward(make_step(parts)).clone()
+    for sequence, count in parts:
+        sequence.computed += count
+    return list(logits.split([count for _, count in parts]))
+
+
+def run_in_chunks(device: CpuDevice, sequence: Sequence, chunk: int) -> torch.Tensor:
+    """Compute a whole sequence alone; return the logits of all its tokens."""
+    outputs = []
+    while sequence.computed < len(sequence.token_ids):
+        outputs += run(device, [(sequence, min(chunk, len(sequence.token_ids) - sequence.computed))])
+    return torch.cat(outputs)
+
+
+def make_device(model: TinyModel, variant: str = "", num_threads: int = 2) -> CpuDevice:
+    device = CpuDevice(model, MAX_TOKENS, MAX_SEQUENCES, MAX_BLOCKS, num_threads=num_threads, variant=variant)
+    device.allocate_kv(NUM_BLOCKS)
+    return device
+
+
+def shuffled_blocks(seed: int) -> list[int]:
+    return np.random.default_rng(seed).permutation(np.arange(1, NUM_BLOCKS))[:MAX_BLOCKS].tolist()
+
+
+@pytest.fixture(scope="module")
+def invariance_model() -> TinyModel:
+    return TinyModel(Shape(hidden=112, intermediate=200, heads=Heads(6, 2, 32), rotary_dim=32, bias=True))
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_are_those_of_plain_torch(name: str, variant: str) -> None:
+    model = TinyModel(SHAPES[name])
+    device = make_device(model, variant)
+    sequence = make_sequence(1, 150, shuffled_blocks(1))
+
+    logits = torch.cat([*run(device, [(sequence, 141)]), run_in_chunks(device, sequence, 1)])
+
+    expected = model.forward(WholeSequenceOps(sequence.token_ids))
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits, expected, atol=0.06, rtol=0.03)
+    assert (logits - expected).square().mean().sqrt() < 0.01 * expected.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_any_float_type_are_packed(dtype: torch.dtype) -> None:
+    model = TinyModel(SHAPES["odd sizes"])
+    expected = run_in_chunks(make_device(model), make_sequence(1, 20, [3, 1]), 20)
+
+    def cast(linear: Linear) -> Linear:
+        return Linear(linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype))
+
+    for layer in model.layers:
+        layer.update({name: cast(value) for name, value in layer.items() if isinstance(value, Linear)})
+    model.embedding, model.head = model.embedding.to(dtype), cast(model.head)
+    logits = run_in_chunks(make_device(model), make_sequence(1, 20, [3, 1]), 20)
+
+    if dtype == torch.float16:  # the smallest bf16 weights are rounded in float16
+        torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.01)
+    else:
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+def test_bits_do_not_depend_on_how_a_prompt_is_chunked(invariance_model: TinyModel, variant: str, chunk: int) -> None:
+    device = make_device(invariance_model, variant)
+    whole = run_in_chunks(device, make_sequence(1, 200, shuffled_blocks(1)), 200)
+
+    chunked = run_in_chunks(device, make_sequence(1, 200, shuffled_blocks(2)), chunk)
+
+    assert torch.equal(chunked, whole)
+
+
+@pytest.mark.parametrize("window", [0, 21])
+def test_bits_do_not_depend_on_the_rest_of_the_batch(variant: str, window: int) -> None:
+    model = TinyModel(Shape(hidden=112, heads=Heads(6, 2, 32), rotary_dim=32, window=window))
+    device = make_device(model, variant)
+    sequences = [make_sequence(seed, 150, [1 + 10 * seed + i for i in range(10)]) for seed in range(32)]
+    alone = []
+    for sequence in sequences:
+        alone.append(run_in_chunks(device, sequence, 150))
+        sequence.computed = 0
+        sequence.blocks = sequence.blocks[::-1]
+    random = np.random.default_rng(0)
+
+    together: list[list[torch.Tensor]] = [[] for _ in sequences]
+    while any(s.computed < 150 for s in sequences):
+        chosen = [i for i in random.permutation(32) if sequences[i].computed < 150][: random.integers(1, 33)]
+        budget, parts = MAX_TOKENS, []
+        for i in chosen:  # decodes, and prefill chunks of all lengths
+            count = min(150 - sequences[i].computed, int(random.choice([1, 1, 2, 5, 13, 30, 90])), budget)
+            if count:
+                parts.append((i, count))
+                budget -= count
+        for (i, _), logits in zip(parts, run(device, [(sequences[i], n) for i, n in parts]), strict=True):
+            together[i].append(logits)
+
+    for one, pieces in zip(alone, together, strict=True):
+        assert torch.equal(torch.cat(pieces), one)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(invariance_model: TinyModel) -> None:
+    outputs = []
+    for num_threads in (1, 2, 5):
+        device = make_device(invariance_model, num_threads=num_threads)
+        outputs.append(run_in_chunks(device, make_sequence(1, 130, shuffled_blocks(1)), 43))
+
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_a_broken_sequence_leaves_nothing_in_its_blocks_that_spoils_the_next_owner() -> None:
+    model = TinyModel(Shape())
+    model.embedding[5] = torch.nan
+    device = make_device(model)
+    clean = run_in_chunks(device, make_sequence(1, 3, [1]), 3)
+    broken = Sequence([5] * 16, [2])
+
+    assert run_in_chunks(device, broken, 16).isnan().all()
+    sequence = make_sequence(1, 3, [2])
+    sequence_tokens = [t if t != 5 else 6 for t in sequence.token_ids]
+    assert sequence.token_ids == sequence_tokens  # the random prompt is a clean one
+
+    assert torch.equal(run_in_chunks(device, sequence, 3), clean)
+
+
+def test_a_copied_block_holds_the_same_cache(invariance_model: TinyModel) -> None:
+    device = make_device(invariance_model)
+    original = make_sequence(1, 40, [5, 6, 7])
+    run(device, [(original, 32)])
+
+    device.copy_blocks(np.array([[5, 20], [6, 21], [21, 22]], np.int32))
+
+    copy = replace(original, blocks=[20, 22, 23])
+    assert torch.equal(run(device, [(copy, 8)])[0], run(device, [(original, 8)])[0])
+
+
+def test_logits_may_be_changed_in_place_and_only_wanted_rows_are_computed(invariance_model: TinyModel) -> None:
+    device = make_device(invariance_model)
+    sequence = make_sequence(1, 10, [1])
+    everything = run_in_chunks(device, sequence, 10)
+    sequence.computed = 0
+    step = replace(make_step([(sequence, 10)]), logits_rows=np.array([2, 9], np.int32))
+
+    device.forward(step).fill_(torch.nan)
+
+    assert torch.equal(device.forward(step), everything[[2, 9]])
+
+
+def test_an_empty_step_gives_no_logits(invariance_model: TinyModel) -> None:
+    assert make_device(invariance_model).forward(make_step([])).shape == (0, 128)
+
+
+def test_a_block_takes_keys_and_values_of_all_layers_in_bf16(invariance_model: TinyModel) -> None:
+    device = make_device(invariance_model)
+
+    assert device.kv_block_bytes() == 2 * 2 * 2 * 16 * 32 * 2  # layers, K and V, kv heads, tokens, head_dim, bytes
+
+
+BAD_STEPS: dict[str, tuple[str, int, int]] = {
+    "token above the vocabulary": ("token_ids", 2, 128),
+    "negative token": ("token_ids", 0, -1),
+    "position beyond the rotary table": ("positions", 1, MAX_BLOCKS * BLOCK_TOKENS),
+    "position that is not the sequence's": ("positions", 1, 7),
+    "slot beyond the cache": ("slot_mapping", 3, NUM_BLOCKS * BLOCK_TOKENS),
+    "negative slot": ("slot_mapping", 3, -1),
+    "query_start_loc not from 0": ("query_start_loc", 0, 1),
+    "query_start_loc beyond the tokens": ("query_start_loc", 1, 100),
+    "query_start_loc falling": ("query_start_loc", 2, 1),
+    "sequence longer than its blocks": ("seq_lens", 0, MAX_BLOCKS * BLOCK_TOKENS + 1),
+    "sequence shorter than its new tokens": ("seq_lens", 1, 1),
+    "negative length": ("seq_lens", 1, -(2**31)),
+    "logits of a token that is not there": ("logits_rows", 0, 9),
+    "logits of a negative token": ("logits_rows", 0, -1),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_a_bad_index_is_refused_before_anything_is_written(invariance_model: TinyModel, name: str) -> None:
+    column, index, value = BAD_STEPS[name]
+    device = make_device(invariance_model)
+    step = make_step([(make_sequence(1, 5, [1]), 5), (make_sequence(2, 4, [2]), 4)])
+    changed = getattr(step, column).copy()
+    changed[index] = value
+
+    with pytest.raises(ValueError, match=column):
+        device.forward(replace(step, **{column: changed}))
+
+    assert not device._blocks.any()
+
+
+@pytest.mark.parametrize("block", [-1, NUM_BLOCKS])
+def test_a_block_outside_the_cache_is_refused(invariance_model: TinyModel, block: int) -> None:
+    device = make_device(invariance_model)
+    sequence = make_sequence(1, 20, [1, 2])
+    step = make_step([(sequence, 20)])
+    step.block_tables[0, 1] = block
+
+    with pytest.raises(ValueError, match="block_tables"):
+        device.forward(step)
+    with pytest.raises(ValueError, match="copy_blocks"):
+        device.copy_blocks(np.array([[1, block]], np.int32))
+
+
+def test_a_step_above_the_limits_is_refused(invariance_model: TinyModel) -> None:
+    device = CpuDevice(invariance_model, 8, 1, 2, num_threads=1)
+    device.allocate_kv(4)
+
+    with pytest.raises(ValueError, match="max_batch_tokens 8"):
+        device.forward(make_step([(make_sequence(1, 9, [1]), 9)]))
+    with pytest.raises(ValueError, match="max_running 1"):
+        device.forward(make_step([(make_sequence(1, 1, [1]), 1), (make_sequence(2, 1, [2]), 1)]))
+    with pytest.raises(ValueError, match="room for 2 blocks"):
+        device.forward(make_step([(Sequence([1] * 33, [1, 2, 3], computed=32), 1)]))
+
+
+def test_arrays_that_do_not_fit_together_are_refused(invariance_model: TinyModel) -> None:
+    device = make_device(invariance_model)
+    step = make_step([(make_sequence(1, 4, [1]), 4)])
+
+    with pytest.raises(ValueError, match="positions must be"):
+        device.forward(replace(step, positions=step.positions[:2]))
+    with pytest.raises(ValueError, match="token_ids must be"):
+        device.forward(replace(step, token_ids=step.token_ids.astype(np.int64)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="slot_mapping must be"):
+        device.forward(replace(step, slot_mapping=np.repeat(step.slot_mapping, 2)[::2]))
+
+
+def test_the_model_is_not_kept_alive() -> None:
+    model = TinyModel(Shape())
+    weight = weakref.ref(model.layers[0]["qkv"])
+    device = make_device(model)
+
+    del model
+    gc.collect()
+
+    assert weight() is None
+    assert run_in_chunks(device, make_sequence(1, 3, [1]), 3).isfinite().all()
+
+
+def test_a_token_is_drawn_for_each_row(invariance_model: TinyModel) -> None:
+    device = make_device(invariance_model)
+    logits = torch.zeros(3, 128)
+    logits[0, 7] = logits[2, 9] = 50.0
+    logits[1] = -torch.inf
+
+    greedy = Draw(0.0, 0, 1.0, 0.0, seed=1, candidate_index=0, position=0)
+    tokens = device.draw(logits, [greedy, greedy, replace(greedy, temperature=1.0, seed=2**64 - 1)])
+
+    assert tokens.tolist() == [7, -1, 9]

@@ -1,0 +1,240 @@
+"""Masks, biases, minimum length, penalties and log probabilities, against plain statements of the rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.gpu_worker.draw import draw_tokens
+from octavo.gpu_worker.errors import PlanError
+from octavo.gpu_worker.ops import Draw, Int32Array
+from octavo.gpu_worker.sampler import Sampled, Sampler
+from octavo.gpu_worker.sampling_settings import read_sampling_update
+from octavo.worker.v1 import worker_pb2
+
+VOCABULARY = 50
+NOT_FINITE = 0xFFFFFFFF
+
+
+class Drawer:
+    """Draws like the reference device and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.Tensor, list[Draw]]] = []
+
+    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> Int32Array:
+        self.calls.append((logits.clone(), draws))
+        return draw_tokens(logits, draws)
+
+
+def column(*values: float, dtype: str = "<u4") -> bytes:
+    return np.array(values, dtype).tobytes()
+
+
+def sampler_with(*updates: dict[str, Any]) -> tuple[Sampler, Drawer]:
+    drawer = Drawer()
+    sampler = Sampler(drawer, VOCABULARY, 8)
+    for slot, update in enumerate(updates):
+        sampler.open_slot(slot, read_sampling_update(worker_pb2.SamplingUpdate(**{"top_p": 1.0, **update}), VOCABULARY))
+    return sampler, drawer
+
+
+def logits_of(seed: int = 0, rows: int = 1) -> torch.Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def sample(sampler: Sampler, logits: torch.Tensor, positions: list[int] | None = None) -> Sampled:
+    count = len(logits)
+    return sampler.sample(
+        logits.clone(), np.arange(count, dtype=np.int32), np.array(positions or [10] * count, np.int32)
+    )
+
+
+def test_greedy_rows_alone_need_no_draw_and_take_the_lowest_of_equal_best() -> None:
+    sampler, drawer = sampler_with({}, {})
+    logits = logits_of(rows=2)
+    logits[1, 7] = logits[1, 30] = 100.0
+
+    token_ids = sample(sampler, logits).token_ids
+
+    assert token_ids.tolist() == [int(logits[0].argmax()), 7]
+    assert drawer.calls == []
+
+
+def test_only_allowed_tokens_keep_their_logits() -> None:
+    mask = np.zeros(VOCABULARY, np.uint8)
+    mask[[3, 4, 5, 49]] = 1
+    packed = np.packbits(mask, bitorder="little").tobytes()
+    sampler, drawer = sampler_with({"allowed_token_mask": packed, "allowed_token_ids": column(4, 5, 6)})
+    logits = logits_of()
+
+    sample(sampler, logits)
+
+    expected = np.full(VOCABULARY, -np.inf, np.float32)
+    expected[[4, 5]] = logits[0, [4, 5]]
+    np.testing.assert_array_equal(drawer.calls[0][0][0].numpy(), expected)
+
+
+def test_a_bias_is_added_to_what_is_allowed() -> None:
+    sampler, drawer = sampler_with(
+        {"bias_token_ids": column(1, 2), "bias_values": column(5, -100, dtype="<f4"), "allowed_token_ids": column(2, 3)}
+    )
+    logits = logits_of()
+
+    sample(sampler, logits)
+
+    processed = drawer.calls[0][0][0]
+    assert processed[1] == -torch.inf
+    assert processed[2] == logits[0, 2] - 100
+    assert processed[3] == logits[0, 3]
+
+
+@pytest.mark.parametrize(("position", "banned"), [(10, True), (12, True), (13, False)])
+def test_banned_tokens_return_when_the_output_is_long_enough(position: int, banned: bool) -> None:
+    # prompt of 10: the token at position 13 is the fourth, after the three that must be
+    sampler, _ = sampler_with({"banned_until_min_token_ids": column(8, 9), "min_new_tokens": 3, "prompt_length": 10})
+    logits = logits_of()
+    logits[0, 8] = 100.0
+
+    assert (int(sample(sampler, logits, [position]).token_ids[0]) != 8) is banned
+
+
+def stated_penalties(logits: np.ndarray, update: dict[str, Any], history: list[int], output: list[int]) -> np.ndarray:
+    result = logits.copy()
+    for token in set(history):
+        factor = np.float32(update["repetition_penalty"])
+        result[token] = result[token] / factor if result[token] > 0 else result[token] * factor
+    for token in set(output):
+        result[token] -= np.float32(update["frequency_penalty"]) * np.float32(output.count(token))
+        result[token] -= np.float32(update["presence_penalty"])
+    return result
+
+
+def test_penalties_follow_history_and_what_was_sampled_since() -> None:
+    penalties = {"repetition_penalty": 1.3, "frequency_penalty": 0.25, "presence_penalty": 0.5}
+    prompt, output = [1, 2, 3, 3, 40], [5, 5, 6]
+    sampler, drawer = sampler_with(
+        {
+            **penalties,
+            "temperature": 1.0,
+            "seed": 3,
+            "prompt_length": len(prompt),
+            "history_token_ids": column(*prompt, *output),
+        }
+    )
+    for step in range(12):
+        logits = logits_of(seed=step)
+        token_ids = sample(sampler, logits, [len(prompt) + len(output)]).token_ids
+
+        expected = stated_penalties(logits[0].numpy(), penalties, prompt + output, output)
+        np.testing.assert_allclose(drawer.calls[-1][0][0].numpy(), expected, rtol=1e-6, atol=1e-6)
+        output.append(int(token_ids[0]))
+    assert len(set(output)) < len(output)  # something did repeat
+
+
+def test_a_slot_rebuilt_from_history_goes_on_as_if_never_lost() -> None:
+    update = {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "temperature": 0.8, "seed": 9, "prompt_length": 3}
+    history = [1, 2, 3]
+    first, _ = sampler_with({**update, "history_token_ids": column(*history)})
+    for step in range(5):
+        history.append(int(sample(first, logits_of(seed=step), [len(history)]).token_ids[0]))
+    second, _ = sampler_with({**update, "history_token_ids": column(*history)})
+
+    for step in range(5, 10):
+        one, two = (sample(s, logits_of(seed=step), [3 + step]).token_ids.tolist() for s in (first, second))
+        assert one == two
+
+
+def test_log_probabilities_are_of_the_raw_logits() -> None:
+    sampler, _ = sampler_with(
+        {"chosen_logprob": True, "logprobs": 3, "allowed_token_ids": column(11)},
+        {},
+        {"logprobs": 2},
+        {"chosen_logprob": True, "temperature": 2.0},
+    )
+    logits = logits_of(rows=4)
+    logits[2, 20] = logits[2, 10] = logits[2].max() + 1  # a tie at the top
+
+    result = sample(sampler, logits)
+
+    raw = torch.log_softmax(logits.double(), dim=1)
+    chosen = [(0, 11), (2, 10), (3, int(result.token_ids[3]))]
+    np.testing.assert_allclose(result.logprobs, [raw[row, token] for row, token in chosen], rtol=1e-5)
+    assert result.ranks.tolist() == [int((logits[row] >= logits[row, token]).sum()) for row, token in chosen]
+    best = logits[0].sort(descending=True).indices[:3].tolist()
+    assert result.candidate_token_ids.tolist() == [*best, 10, 20]
+    np.testing.assert_allclose(result.candidate_logprobs, [*raw[0, best].tolist(), raw[2, 10], raw[2, 20]], rtol=1e-5)
+    assert result.ranks[1] == 2  # an equal logit counts as better, or as good
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_costs_only_itself(temperature: float) -> None:
+    sampler, _ = sampler_with(*[{"temperature": temperature, "logprobs": 1}] * 5)
+    logits = logits_of(rows=5)
+    good = sample(sampler, logits).token_ids.tolist()
+    logits[0, 3] = torch.nan
+    logits[2, 4] = torch.inf
+    logits[4] = -torch.inf
+
+    result = sample(sampler, logits)
+
+    assert result.token_ids.tolist() == [NOT_FINITE, good[1], NOT_FINITE, good[3], NOT_FINITE]
+    assert np.isnan(result.logprobs).tolist() == [True, False, True, False, True]
+    assert len(result.candidate_token_ids) == 5
+
+
+def test_a_row_with_no_token_left_is_not_finite() -> None:
+    sampler, _ = sampler_with(
+        {"allowed_token_ids": column(3), "banned_until_min_token_ids": column(3), "min_new_tokens": 99}
+    )
+    assert sample(sampler, logits_of()).token_ids.tolist() == [NOT_FINITE]
+
+
+def test_a_rows_token_does_not_depend_on_the_other_rows() -> None:
+    updates: list[dict[str, Any]] = [
+        {"temperature": 0.9, "seed": 1, "top_p": 0.9},
+        {"temperature": 1.1, "seed": 2, "top_k": 5, "repetition_penalty": 1.2, "history_token_ids": column(1, 2)},
+        {"logprobs": 2},
+        {
+            "temperature": 1.0,
+            "seed": 4,
+            "min_p": 0.05,
+            "bias_token_ids": column(4),
+            "bias_values": column(2, dtype="<f4"),
+        },
+    ]
+    logits = logits_of(rows=4)
+    together, _ = sampler_with(*updates)
+    token_ids = sample(together, logits).token_ids.tolist()
+
+    for row, update in enumerate(updates):
+        alone, _ = sampler_with(update)
+        assert sample(alone, logits[row : row + 1]).token_ids.tolist() == [token_ids[row]]
+
+
+def test_no_rows_make_no_tokens() -> None:
+    sampler, _ = sampler_with()
+    assert sample(sampler, logits_of(rows=0)).token_ids.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty"),
+        ({"logprobs": 51}, "logprobs"),
+        ({"bias_token_ids": column(1), "bias_values": b""}, "differ in length"),
+        ({"bias_token_ids": column(50), "bias_values": column(1, dtype="<f4")}, "bias_token_ids holds 50"),
+        ({"bias_token_ids": column(1), "bias_values": column(np.nan, dtype="<f4")}, "bias_values"),
+        ({"allowed_token_ids": column(1, 77)}, "allowed_token_ids holds 77"),
+        ({"allowed_token_mask": b"\xff"}, "allowed_token_mask has 1 bytes"),
+        ({"history_token_ids": b"abc"}, "3 bytes"),
+        ({"presence_penalty": 1.0, "prompt_length": 4}, "history_token_ids holds 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(update: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        sampler_with(update)

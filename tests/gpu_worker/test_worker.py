@@ -1,0 +1,370 @@
+"""The worker's protocol, over a real socket, with a scheduler's end in the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import zmq
+
+from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.devices.reference import ReferenceDevice
+from octavo.gpu_worker.engine import count_blocks
+from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.loading import LoadedModel, load_model
+from octavo.gpu_worker.progress import Progress
+from octavo.gpu_worker.worker import Worker
+from octavo.worker.v1 import worker_pb2
+
+from .test_batch import column
+from .tiny import make_checkpoint
+
+TIMEOUT_MS = 20_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("model")
+    make_checkpoint(path, "llama")
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedModel:
+    return load_model(folder, "auto", 0, lambda *_: None)
+
+
+class Scheduler:
+    """The scheduler's end of the socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.endpoint = f"ipc://{path}"
+        self.identity = b""
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.bind(self.endpoint)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def send(self, epoch: int, revision: int = 1, **kind: Any) -> None:
+        self.send_raw(worker_pb2.WorkerFrame(protocol_revision=revision, epoch=epoch, **kind).SerializeToString())
+
+    def send_raw(self, *parts: bytes) -> None:
+        self._socket.send_multipart([self.identity, *parts])
+
+    def expect(self, kind: str, where: Callable[[worker_pb2.WorkerFrame], bool] = lambda _: True) -> Any:
+        """Return the next message of a kind; heartbeats and hellos before it are passed over."""
+        while True:
+            assert self._socket.poll(TIMEOUT_MS), f"no {kind} came"
+            self.identity, data = self._socket.recv_multipart()
+            frame = worker_pb2.WorkerFrame.FromString(data)
+            found = frame.WhichOneof("kind")
+            if found == kind and where(frame):
+                assert frame.protocol_revision == 1
+                return getattr(frame, kind)
+            assert found in ("heartbeat", "worker_hello", kind), f"{found} came instead of {kind}: {frame}"
+
+    def join(self, epoch: int = 1, **limits: int) -> worker_pb2.WorkerReady:
+        self.expect("worker_hello")
+        fields: dict[str, Any] = {"kv_block_size": 16, "max_batch_tokens": 64, "max_running": 4, "kv_blocks": 20}
+        self.send(epoch, worker_config=worker_pb2.WorkerConfig(**{**fields, **limits}))
+        ready: worker_pb2.WorkerReady = self.expect("worker_ready", lambda frame: frame.epoch == epoch)
+        return ready
+
+
+class Running:
+    """A worker in a thread, and its scheduler."""
+
+    def __init__(self, scheduler: Scheduler, worker: Worker, stop: threading.Event) -> None:
+        self.scheduler = scheduler
+        self.worker = worker
+        self.stop = stop
+        self.status: int | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def end(self) -> int | None:
+        """Wait for its end; return its exit status."""
+        self._thread.join(timeout=TIMEOUT_MS / 1000)
+        assert not self._thread.is_alive()
+        return self.status
+
+    def _run(self) -> None:
+        self.status = self.worker.run()
+
+
+@pytest.fixture
+def running(loaded: LoadedModel, tmp_path: Path) -> Iterator[Running]:
+    scheduler = Scheduler(tmp_path / "worker.sock")
+    config = WorkerConfig(
+        model="unused", device="reference", worker_endpoint=scheduler.endpoint, kv_cache_memory=4 << 20, group_id="g"
+    )
+    stop = threading.Event()
+    running = Running(scheduler, Worker(config, "worker-1", loaded, Progress(-1), stop), stop)
+    yield running
+    stop.set()
+    running.end()
+    scheduler.close()
+
+
+def prompt(step_id: int = 1, slot: int = 0, token_ids: tuple[int, ...] = (5, 6, 7), **update: Any) -> Any:
+    """A plan that opens a slot and computes a prompt on block slot + 1."""
+    return worker_pb2.StepPlan(
+        step_id=step_id,
+        num_sequences=1,
+        num_tokens=len(token_ids),
+        slot_indexes=column(slot),
+        query_lengths=column(len(token_ids)),
+        context_lengths=column(0),
+        token_ids=column(*token_ids),
+        block_table_rows=column(slot),
+        block_table_counts=column(1),
+        block_ids=column(slot + 1),
+        sampling_updates=[worker_pb2.SamplingUpdate(**{"slot": slot, "top_p": 1.0, **update})],
+        row_flags=bytes([1]),
+    )
+
+
+def next_token(step_id: int, context: int, slot: int = 0) -> Any:
+    """A plan that computes the token the slot sampled last."""
+    return worker_pb2.StepPlan(
+        step_id=step_id,
+        num_sequences=1,
+        num_tokens=1,
+        slot_indexes=column(slot),
+        query_lengths=column(1),
+        context_lengths=column(context),
+        row_flags=bytes([3]),
+    )
+
+
+def tokens(result: worker_pb2.StepResult) -> list[int]:
+    found: list[int] = np.frombuffer(result.token_ids, "<u4").tolist()
+    return found
+
+
+def generate(scheduler: Scheduler, epoch: int) -> list[int]:
+    """Four greedy tokens, with two plans in flight."""
+    scheduler.send(epoch, step_plan=prompt())
+    scheduler.send(epoch, step_plan=next_token(2, 3))
+    made = tokens(scheduler.expect("step_result"))
+    scheduler.send(epoch, step_plan=next_token(3, 4))
+    made += tokens(scheduler.expect("step_result"))
+    scheduler.send(epoch, step_plan=next_token(4, 5))
+    made += tokens(scheduler.expect("step_result"))
+    return made + tokens(scheduler.expect("step_result"))
+
+
+def test_a_worker_introduces_itself_and_joins(running: Running, loaded: LoadedModel) -> None:
+    hello = running.scheduler.expect("worker_hello")
+    assert (hello.worker_id, hello.world_size, hello.rank, hello.group_id) == ("worker-1", 1, 0, "g")
+    assert hello.model_version == loaded.model_version
+    assert hello.code_version
+    assert running.scheduler.identity == b"worker-1"
+    running.scheduler.expect("worker_hello")  # again, until it is answered
+
+    ready = running.scheduler.join()
+
+    assert (ready.kv_blocks, ready.max_model_len, ready.vocab_size) == (20, 304, 320)
+
+
+def test_steps_are_computed_in_order_and_answered(running: Running, folder: Path) -> None:
+    running.scheduler.join()
+    made = generate(running.scheduler, 1)
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    true = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert made == true[0, 3:].tolist()
+    assert running.scheduler.expect("heartbeat", lambda frame: frame.heartbeat.last_step_id == 4)
+
+
+def test_results_hold_times_and_log_probabilities(running: Running) -> None:
+    running.scheduler.join()
+    running.scheduler.send(1, step_plan=prompt(logprobs=2, chosen_logprob=True))
+
+    result = running.scheduler.expect("step_result")
+
+    assert (result.step_id, result.slot_indexes, result.ranks) == (1, column(0), column(1))
+    assert result.forward_us > 0
+    assert result.sample_us > 0
+    assert np.frombuffer(result.candidate_token_ids, "<u4")[0] == tokens(result)[0]
+    assert np.frombuffer(result.logprobs, "<f4")[0] == np.frombuffer(result.candidate_logprobs, "<f4")[0] < 0
+
+
+def test_a_repeated_step_is_ignored(running: Running) -> None:
+    running.scheduler.join()
+    for step in (prompt(), prompt(), next_token(2, 3), next_token(2, 3), next_token(3, 4)):
+        running.scheduler.send(1, step_plan=step)
+    assert [running.scheduler.expect("step_result").step_id for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_gap_is_a_fault_and_the_worker_joins_again(running: Running) -> None:
+    running.scheduler.join()
+    running.scheduler.send(1, step_plan=prompt())
+    first = tokens(running.scheduler.expect("step_result"))
+    running.scheduler.send(1, step_plan=next_token(3, 4))
+
+    fault = running.scheduler.expect("worker_fault")
+
+    assert (fault.reason, fault.step_id, fault.fatal) == ("STEP_GAP", 3, False)
+    running.scheduler.send(1, step_plan=next_token(2, 3))  # of the ended epoch: dropped
+    running.scheduler.join(epoch=2)
+    running.scheduler.send(2, step_plan=prompt())
+    assert tokens(running.scheduler.expect("step_result")) == first
+
+
+def test_a_new_epoch_forgets_slots_and_drops_frames_of_the_old(running: Running) -> None:
+    running.scheduler.join()
+    made = generate(running.scheduler, 1)
+    config = worker_pb2.WorkerConfig(kv_block_size=16, max_batch_tokens=64, max_running=4, kv_blocks=20)
+    running.scheduler.send(7, worker_config=config)
+    running.scheduler.expect("worker_ready", lambda frame: frame.epoch == 7)
+    running.scheduler.send(1, step_plan=next_token(5, 6))
+
+    assert generate(running.scheduler, 7) == made
+    assert running.worker.num_dropped == 1
+
+
+def test_other_limits_build_another_cache(running: Running) -> None:
+    running.scheduler.join()
+    config = worker_pb2.WorkerConfig(max_batch_tokens=32, max_running=2, kv_blocks=10)
+    running.scheduler.send(2, worker_config=config)
+
+    ready = running.scheduler.expect("worker_ready", lambda frame: frame.epoch == 2)
+
+    assert (ready.kv_blocks, ready.max_model_len) == (10, 144)
+    assert len(generate(running.scheduler, 2)) == 4
+
+
+def test_a_plan_that_breaks_the_contract_is_a_fault(running: Running) -> None:
+    running.scheduler.join()
+    running.scheduler.send(1, step_plan=prompt(slot=4))
+
+    fault = running.scheduler.expect("worker_fault")
+
+    assert (fault.reason, fault.step_id, fault.fatal) == ("INVALID_PLAN", 1, False)
+    running.scheduler.join(epoch=2)
+
+
+def test_malformed_frames_are_counted_and_dropped(running: Running) -> None:
+    running.scheduler.join()
+    running.scheduler.send_raw(b"\xff\xff\xff\xff")
+    running.scheduler.send_raw(b"")
+    running.scheduler.send_raw(b"", b"two parts")
+    running.scheduler.send(1, step_plan=prompt())
+    running.scheduler.expect("step_result")
+    assert running.worker._link.num_malformed == 3
+
+
+def test_another_protocol_revision_is_refused(running: Running) -> None:
+    running.scheduler.expect("worker_hello")
+    running.scheduler.send(1, revision=99, worker_config=worker_pb2.WorkerConfig())
+    fault = running.scheduler.expect("worker_fault")
+    assert fault.reason == "PROTOCOL_REVISION"
+    assert "revision 1, the scheduler 99" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"kv_block_size": 32}, "hold 16 tokens"),
+        ({"weights_sha256": "0" * 16}, "this worker's model is"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"kv_blocks": 4}, "raise kv_cache_memory"),
+    ],
+)
+def test_a_configuration_that_cannot_be_met_ends_the_worker(
+    running: Running, config: dict[str, Any], message: str
+) -> None:
+    running.scheduler.expect("worker_hello")
+    running.scheduler.send(1, worker_config=worker_pb2.WorkerConfig(**config))
+
+    fault = running.scheduler.expect("worker_fault")
+
+    assert fault.fatal
+    assert fault.reason == "CONFIG_REFUSED"
+    assert message in fault.message
+    assert running.end() == 1
+
+
+def test_a_device_error_is_fatal(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    running.scheduler.join()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(ReferenceDevice, "forward", fail)
+    running.scheduler.send(1, step_plan=prompt())
+
+    fault = running.scheduler.expect("worker_fault")
+
+    assert (fault.reason, fault.fatal, fault.step_id) == ("DEVICE_FAULT", True, 1)
+    assert "on fire" in fault.message
+    assert running.end() == 1
+
+
+def test_shutdown_ends_the_worker(running: Running) -> None:
+    running.scheduler.join()
+    running.scheduler.send(1, shutdown=worker_pb2.Shutdown())
+    assert running.end() == 0
+
+
+def test_a_worker_says_hello_again_when_the_scheduler_falls_silent(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.gpu_worker.worker._SILENCE_S", 0.3)
+    running.scheduler.join()
+    running.scheduler.expect("worker_hello", lambda frame: frame.epoch == 0)
+    running.scheduler.join(epoch=2)
+
+
+def test_room_for_less_than_a_useful_context_is_refused() -> None:
+    assert count_blocks(kv_cache_memory=1000, block_bytes=100, wanted=0) == 10
+    assert count_blocks(kv_cache_memory=1000, block_bytes=100, wanted=6) == 6
+    with pytest.raises(ModelError, match=r"room for 48 tokens.* from 450 to 500 bytes"):
+        count_blocks(kv_cache_memory=450, block_bytes=100, wanted=0)
+
+
+def test_the_process_reports_progress_and_ends_on_sigterm(folder: Path, tmp_path: Path) -> None:
+    scheduler = Scheduler(tmp_path / "worker.sock")
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "octavo.gpu_worker", "--model", str(folder), "--device", "reference"]
+    command += ["--worker-endpoint", scheduler.endpoint, "--kv-cache-memory", "4MiB", "--progress-fd", str(write)]
+    process = subprocess.Popen([*command, "--num-threads", "1"], pass_fds=[write], stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    try:
+        scheduler.join()
+        name = Path(f"/proc/{process.pid}/comm").read_text().strip()
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        scheduler.close()
+    with os.fdopen(read) as lines:
+        progress = [json.loads(line) for line in lines]
+    assert process.returncode == 0, log
+    assert name == "octavo worker"
+    assert [line["phase"] for line in progress][-3:] == ["load", "join", "ready"]
+    assert progress[-3]["done"] > 0
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process_with_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "octavo.gpu_worker", "--model", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1
+    assert "cannot load the model" in result.stderr
+    assert "Traceback" not in result.stderr

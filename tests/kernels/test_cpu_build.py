@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+from octavo.kernels.cpu import build, library
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, and a compiler that writes down its calls instead of compiling."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "READY_FOLDER", tmp_path / "ready")
+    use_compiler(monkeypatch, tmp_path, 'echo "$@" >> "$0.calls"; while [ "$1" != -o ]; do shift; done; echo > "$2"')
+    return tmp_path / "cache" / "octavo"
+
+
+def use_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> Path:
+    path = folder / "fake-c++"
+    path.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit\n{script}\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(path))
+    return path
+
+
+def num_compiles(tmp_path: Path) -> int:
+    calls = tmp_path / "fake-c++.calls"
+    return len(calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def test_a_library_is_compiled_once_and_then_found_in_the_cache(cache: Path, tmp_path: Path) -> None:
+    first = build.library_path("portable")
+    second = build.library_path("portable")
+
+    assert first == second
+    assert first.parent == cache
+    assert num_compiles(tmp_path) == 1
+    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == [first]  # nothing is left behind
+
+
+def test_other_sources_or_flags_make_another_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = build.library_path("portable")
+    sources = tmp_path / "sources"
+    shutil.copytree(build.SOURCE_FOLDER, sources, ignore=shutil.ignore_patterns("__pycache__"))
+    (sources / "simd.h").write_text((sources / "simd.h").read_text() + "\n// changed\n")
+    monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
+    second = build.library_path("portable")
+    monkeypatch.setattr(build, "COMMON_FLAGS", (*build.COMMON_FLAGS, "-g"))
+    third = build.library_path("portable")
+
+    assert len({first, second, third}) == 3
+
+
+def test_a_ready_library_is_used_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ready = build.build_into(tmp_path)
+    monkeypatch.setenv("CXX", "/does/not/exist")
+
+    assert sorted(build.library_path(variant) for variant in build.variants()) == sorted(ready)
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", "")
+
+    with pytest.raises(build.BuildError, match=r"apt install g\+\+"):
+        build.library_path("portable")
+
+
+def test_a_failing_compiler_is_quoted_and_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_compiler(monkeypatch, tmp_path, "echo 'simd.h:1: no such instruction' >&2; exit 1")
+
+    with pytest.raises(build.BuildError, match="no such instruction"):
+        build.library_path("portable")
+
+    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_lock_that_is_never_released_ends_in_an_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir(parents=True)
+    monkeypatch.setattr(build, "LOCK_TIMEOUT_S", 0)
+    target = cache / "x.lock"
+    with target.open("w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+
+        with pytest.raises(build.BuildError, match="another process"), build._lock(target):
+            pass
+
+
+def test_compiling_is_logged_and_prints_nothing(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        build.library_path("portable")
+
+    assert "compiled the portable kernels" in caplog.text
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_variant_that_the_cpu_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_cpu_flags", lambda: {"sse2"})
+
+    assert library.runnable_variants() == ["portable"]
+    with pytest.raises(ValueError, match="this machine can run portable"):
+        library.load.__wrapped__("avx2")
+
+
+def test_cores_are_those_that_this_process_may_use() -> None:
+    assert 1 <= library.available_cores() <= 4096

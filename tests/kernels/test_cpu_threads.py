@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.kernels.cpu import library
+from octavo.kernels.cpu.runtime import Runtime
+
+TIMEOUT_S = 60
+
+
+def argmax_is_right(runtime: Runtime, num_rows: int = 64) -> bool:
+    logits = torch.randn(num_rows, 400)
+    return bool((runtime.argmax(logits) == logits.argmax(1).numpy()).all())
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+def test_every_item_of_many_short_jobs_runs_once(num_threads: int) -> None:
+    runtime = Runtime(num_threads=num_threads)
+
+    assert all(argmax_is_right(runtime, num_rows) for num_rows in (0, 1, 2, 3, 40) * 200)
+
+
+def test_calls_from_several_threads_take_turns() -> None:
+    runtime = Runtime(num_threads=3)
+    results: list[bool] = []
+    callers = [
+        threading.Thread(target=lambda: results.append(all(argmax_is_right(runtime) for _ in range(100))))
+        for _ in range(4)
+    ]
+
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(TIMEOUT_S)
+
+    assert results == [True] * 4
+
+
+def test_a_forked_child_goes_on_alone_and_may_exit() -> None:
+    runtime = Runtime(num_threads=4)
+    assert argmax_is_right(runtime)
+    logits = np.random.default_rng(0).standard_normal((8, 100)).astype(np.float32)
+
+    def check() -> None:
+        tokens = runtime.argmax(torch.from_numpy(logits))
+        runtime._release()
+        os._exit(0 if tokens.tolist() == logits.argmax(1).tolist() else 1)
+
+    child = multiprocessing.get_context("fork").Process(target=check)
+    child.start()
+    child.join(TIMEOUT_S)
+
+    assert child.exitcode == 0
+    assert argmax_is_right(runtime)
+
+
+def test_an_idle_pool_uses_no_processor_time() -> None:
+    runtime = Runtime(num_threads=4)
+    argmax_is_right(runtime)
+
+    before = os.times()
+    threading.Event().wait(0.3)
+    after = os.times()
+
+    assert after.user + after.system - before.user - before.system < 0.1
+
+
+def test_a_runtime_that_is_dropped_ends_its_threads() -> None:
+    library.load()
+    before = len(os.listdir("/proc/self/task"))
+    runtime = Runtime(num_threads=6)
+    assert len(os.listdir("/proc/self/task")) == before + 5
+
+    del runtime
+
+    assert len(os.listdir("/proc/self/task")) == before
