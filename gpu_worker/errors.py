@@ -1,0 +1,15 @@
+"""What can go wrong in a worker that is not a bug."""
+
+from __future__ import annotations
+
+
+class ModelError(Exception):
+    """A model cannot be loaded or held. The message says which file or setting, and what to change."""
+
+
+class DeviceError(Exception):
+    """A device is missing, or cannot be used as asked. The message says what to change."""
+
+
+class PlanError(Exception):
+    """A StepPlan breaks the contract. The message names the field. Nothing of the plan was computed."""

@@ -1,0 +1,177 @@
+"""Reads a Hugging Face folder: config.json and safetensors files, mapped into memory and not copied."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.models.config import ModelConfig, from_json
+from octavo.gpu_worker.models.registry import Architecture, find_architecture
+
+# Called with a tensor's name, bytes done and bytes in all.
+Progress = Callable[[str, int, int], None]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
+_ENDS_HASHED_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, read and checked: exactly the tensors that its architecture wants."""
+
+    config: ModelConfig
+    architecture: Architecture
+    tensors: dict[str, torch.Tensor]
+    fingerprint: str
+
+
+def load_folder(folder: Path, dtype: str, progress: Progress) -> Checkpoint:
+    """Load a folder. `dtype` is a name of DTYPES, or "auto" to keep what is stored. Raises ModelError."""
+    config_path = folder / "config.json"
+    values = _read_json(config_path)
+    names = values.get("architectures") or ["(none named)"]
+    architecture = find_architecture(str(names[0]), str(config_path))
+    config = from_json(values, str(names[0]), architecture.traits, str(config_path))
+    files = _weight_files(folder)
+    owners = _tensor_files(files)
+    wanted = architecture.tensor_shapes(config)
+    _check_names(wanted, owners, config, folder)
+    fingerprint = fingerprint_of([config_path.read_bytes(), dtype.encode()], files)
+    return Checkpoint(config, architecture, _read_tensors(wanted, owners, dtype, progress), fingerprint)
+
+
+def fingerprint_of(settings: Iterable[bytes], files: Iterable[Path]) -> str:
+    """Return 16 hex digits that change with settings, tensor names, shapes, types and file sizes.
+
+    Of each file the head (a safetensors file's own list of its tensors) and both ends of the data
+    are hashed, not all of it: gigabytes would take longer than loading them.
+    """
+    digest = hashlib.sha256()
+    for part in settings:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as handle:
+            head = int.from_bytes(handle.read(8), "little") if path.suffix == ".safetensors" else 0
+            handle.seek(0)
+            first = handle.read(min(head + _ENDS_HASHED_BYTES, size))
+            handle.seek(max(size - _ENDS_HASHED_BYTES, 0))
+            digest.update(size.to_bytes(8, "little") + first + handle.read())
+    return digest.hexdigest()[:16]
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:
+    """Raise ModelError if a tensor's shape is not what the config says."""
+    if found != wanted:
+        raise ModelError(f"{where}: {name} has shape {list(found)}, the config asks for {list(wanted)}")
+
+
+def name_list(names: Iterable[str]) -> str:
+    """Return some of `names` for a message."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; give a folder that holds a whole checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return values
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, from its index if it has one."""
+    if (folder / INDEX_FILE).is_file():
+        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{folder / INDEX_FILE}: weight_map is missing or empty")
+        names = sorted({str(name) for name in weight_map.values()})
+        if any(Path(name).name != name for name in names):
+            raise ModelError(f"{folder / INDEX_FILE}: names a file outside its folder")
+    elif (folder / SINGLE_FILE).is_file():
+        names = [SINGLE_FILE]
+    elif pickled := [path.name for path in folder.iterdir() if path.suffix in _PICKLED_SUFFIXES]:
+        raise ModelError(
+            f"{folder}: holds only pickled weights ({name_list(pickled)}), which can run any code when loaded "
+            "and are refused; download the safetensors files, or convert them: load them with transformers where you "
+            "trust them and call save_pretrained"
+        )
+    else:
+        raise ModelError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ModelError(f"{folder}: {INDEX_FILE} names files that are not there: {name_list(missing)}")
+    return [folder / name for name in names]
+
+
+def _open(path: Path) -> Any:
+    """Map a safetensors file. Its header and its length are checked here."""
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+
+
+def _tensor_files(files: list[Path]) -> dict[str, tuple[Path, Any]]:
+    """Return for each tensor its file and the open handle."""
+    owners: dict[str, tuple[Path, Any]] = {}
+    for path in files:
+        handle = _open(path)
+        for name in handle.keys():  # noqa: SIM118 - not a dict
+            if name in owners:
+                raise ModelError(f"{path}: {name} is also in {owners[name][0].name}")
+            owners[name] = (path, handle)
+    return owners
+
+
+def _check_names(wanted: Mapping[str, object], found: Mapping[str, object], config: ModelConfig, folder: Path) -> None:
+    """Raise ModelError if tensors are missing, or there that the architecture does not know."""
+    if missing := wanted.keys() - found.keys():
+        raise ModelError(
+            f"{folder}: tensors of {config.architecture} are missing: {name_list(missing)}; "
+            "the checkpoint is incomplete or config.json is of another model"
+        )
+    unknown = {name for name in found.keys() - wanted.keys() if not name.endswith(".rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        unknown.discard("lm_head.weight")
+    if unknown:
+        raise ModelError(
+            f"{folder}: holds tensors that {config.architecture} does not have: {name_list(unknown)}; "
+            "config.json is of another model, or the checkpoint is of a variant that is not supported"
+        )
+
+
+def _read_tensors(
+    wanted: Mapping[str, tuple[int, ...]], owners: Mapping[str, tuple[Path, Any]], dtype: str, progress: Progress
+) -> dict[str, torch.Tensor]:
+    """Return the wanted tensors, still in the mapped files unless their type changes."""
+    tensors: dict[str, torch.Tensor] = {}
+    total = sum(path.stat().st_size for path in {path for path, _ in owners.values()})
+    done = 0
+    for name, shape in wanted.items():
+        path, handle = owners[name]
+        check_shape(name, tuple(handle.get_slice(name).get_shape()), shape, str(path))
+        tensor: torch.Tensor = handle.get_tensor(name)
+        if tensor.dtype not in (*DTYPES.values(), torch.float64):
+            raise ModelError(f"{path}: {name} is of type {tensor.dtype}; supported are {', '.join(DTYPES)}")
+        done += tensor.nbytes
+        kept = torch.float32 if tensor.dtype is torch.float64 else tensor.dtype
+        tensors[name] = tensor.to(DTYPES.get(dtype, kept))
+        progress(name, done, total)
+    return tensors

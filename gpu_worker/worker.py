@@ -1,0 +1,255 @@
+"""The worker's part of the protocol: joins a scheduler, computes its plans in order, reports faults.
+
+One membership is an epoch. It begins with a WorkerConfig and ends when something is wrong with it
+(a gap in the steps, a plan that breaks the contract, a scheduler that fell silent): then the worker
+says hello again and gets the next one. Weights and KV memory outlive epochs.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from importlib import metadata
+
+from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.engine import Engine, make_engine
+from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError
+from octavo.gpu_worker.link import Link
+from octavo.gpu_worker.loading import LoadedModel
+from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
+from octavo.gpu_worker.progress import Progress
+from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION
+from octavo.worker.v1 import worker_pb2
+
+log = logging.getLogger("octavo.worker")
+
+_REPORT_S = 0.2  # a hello or a heartbeat at least so often
+_SILENCE_S = 3.0
+# Of google.rpc.Code.
+_RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INVALID_ARGUMENT, _INTERNAL = 8, 9, 10, 3, 13
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """An engine being built in the background for a WorkerConfig."""
+
+    wanted: worker_pb2.WorkerConfig
+    engine: Future[Engine]
+    started: float
+
+
+class Worker:
+    """One worker process's loop. `stop` set from outside (a signal) ends it within a fraction of a second."""
+
+    def __init__(
+        self, config: WorkerConfig, worker_id: str, loaded: LoadedModel, progress: Progress, stop: threading.Event
+    ) -> None:
+        """Connect to the scheduler; raise zmq.ZMQError if `worker_endpoint` is not an endpoint."""
+        self._config = config
+        self._worker_id = worker_id
+        self._loaded = loaded
+        self._progress = progress
+        self._stop = stop
+        self._link = Link(config.worker_endpoint, worker_id.encode())
+        self._engine: Engine | None = None
+        self._wanted = worker_pb2.WorkerConfig()  # the newest
+        self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for
+        self._preparation: _Preparation | None = None
+        self._epoch = 0  # 0: in no membership
+        self._last_step_id = 0
+        self._heard_at = 0.0
+        self._reported_at = float("-inf")
+        self._status: int | None = None  # the exit status, once there is one
+        self.num_dropped = 0
+
+    def run(self) -> int:
+        """Serve until a Shutdown frame, `stop` or a fatal fault; return the exit status."""
+        log.info("worker %s: waiting for a scheduler at %s", self._worker_id, self._config.worker_endpoint)
+        try:
+            while self._status is None and not self._stop.is_set():
+                self._report_if_due()
+                if self._link.wait(_REPORT_S / 4 if self._preparation else _REPORT_S / 2):
+                    frame = self._link.receive()
+                    if frame is not None:
+                        self._handle(frame)
+                elif self._epoch and time.monotonic() - self._heard_at > _SILENCE_S:
+                    log.warning("the scheduler is silent; joining again")
+                    self._epoch = 0
+                self._finish_preparation()
+        finally:
+            self._link.close(farewell=bool(self._status))
+        log.info("worker %s: ends", self._worker_id)
+        return self._status or 0
+
+    def _handle(self, frame: worker_pb2.WorkerFrame) -> None:
+        """Handle one frame from the scheduler."""
+        kind = frame.WhichOneof("kind")
+        if frame.protocol_revision != PROTOCOL_REVISION:
+            self.num_dropped += 1
+            message = f"this worker speaks revision {PROTOCOL_REVISION}, the scheduler {frame.protocol_revision}"
+            self._fault(0, _FAILED_PRECONDITION, "PROTOCOL_REVISION", f"{message}: run the same version of both")
+        elif kind == "worker_config":
+            self._configure(frame.epoch, frame.worker_config)
+        elif frame.epoch != self._epoch or not self._epoch:
+            self.num_dropped += 1
+        else:
+            self._heard_at = time.monotonic()
+            if kind == "step_plan":
+                self._compute(frame.step_plan)
+            elif kind == "shutdown":
+                log.info("the scheduler ends this worker")
+                self._status = 0
+
+    def _configure(self, epoch: int, wanted: worker_pb2.WorkerConfig) -> None:
+        """Begin an epoch: with the engine there is if its limits fit, else with a new one."""
+        if refusal := self._refusal(wanted):
+            self._epoch = epoch
+            self._end(0, _FAILED_PRECONDITION, "CONFIG_REFUSED", refusal)
+            return
+        self._epoch = epoch
+        self._wanted = wanted
+        self._last_step_id = 0
+        self._heard_at = time.monotonic()
+        if self._preparation is not None:
+            return  # when it is done, it is compared with what is wanted then
+        if self._engine is not None and wanted == self._prepared:
+            self._engine.reset()
+            self._ready(self._engine, 0.0)
+        else:
+            self._prepare(wanted)
+
+    def _refusal(self, wanted: worker_pb2.WorkerConfig) -> str:
+        """Return why a WorkerConfig cannot be met, or nothing."""
+        if wanted.kv_block_size not in (0, BLOCK_SIZE):
+            return f"this worker's KV blocks hold {BLOCK_SIZE} tokens, the scheduler asks for {wanted.kv_block_size}"
+        if wanted.weights_sha256 not in ("", self._loaded.model_version):
+            return f"this worker's model is {self._loaded.model_version}, the scheduler's {wanted.weights_sha256}"
+        if wanted.dtype not in ("", "auto", self._config.dtype):
+            return f"this worker's dtype is {self._config.dtype}, the scheduler asks for {wanted.dtype}"
+        return ""
+
+    def _prepare(self, wanted: worker_pb2.WorkerConfig) -> None:
+        """Build an engine in the background: a scheduler gives up a worker that shows no life meanwhile."""
+        self._engine = None  # its memory must be free before the next one takes as much
+        future: Future[Engine] = Future()
+
+        def build() -> None:
+            try:
+                future.set_result(make_engine(self._loaded, self._config, wanted))
+            except Exception as error:  # raised again, or reported, by whoever waits for the future
+                future.set_exception(error)
+
+        self._preparation = _Preparation(wanted, future, time.monotonic())
+        threading.Thread(target=build, name="prepare", daemon=True).start()
+
+    def _finish_preparation(self) -> None:
+        """Join with the engine that was built, if one was."""
+        done = self._preparation
+        if done is None or not done.engine.done():
+            return
+        self._preparation = None
+        error = done.engine.exception()
+        if isinstance(error, ModelError | DeviceError):
+            self._end(0, _FAILED_PRECONDITION, "CONFIG_REFUSED", str(error))
+        elif error is not None:
+            log.error("the device cannot be prepared", exc_info=error)
+            self._end(0, *_device_fault(error))
+        elif done.wanted != self._wanted:
+            self._prepare(self._wanted)
+        else:
+            self._engine = done.engine.result()
+            self._prepared = done.wanted
+            if self._epoch:
+                self._ready(self._engine, time.monotonic() - done.started)
+
+    def _ready(self, engine: Engine, took_s: float) -> None:
+        limits = engine.limits
+        ready = worker_pb2.WorkerReady(
+            kv_blocks=limits.num_blocks,
+            warmup_us=round(took_s * 1e6),
+            max_model_len=engine.max_model_len,
+            vocab_size=limits.vocab_size,
+        )
+        log.info(
+            "joined with epoch %d: device %s, %d KV blocks, context %d",
+            self._epoch, engine.device.name, limits.num_blocks, engine.max_model_len,
+        )  # fmt: skip
+        self._send(worker_pb2.WorkerFrame(worker_ready=ready))
+        self._progress.emit("ready", 1, 1)
+
+    def _compute(self, plan: worker_pb2.StepPlan) -> None:
+        """Compute a plan, if it is the next one."""
+        if plan.step_id <= self._last_step_id:
+            self.num_dropped += 1  # repeated: it was computed and answered
+            return
+        if plan.step_id != self._last_step_id + 1 or self._engine is None:
+            message = f"got step {plan.step_id} after step {self._last_step_id}"
+            self._leave(plan.step_id, _ABORTED, "STEP_GAP", message)
+            return
+        try:
+            result = self._engine.run(plan)
+        except PlanError as error:
+            self._leave(plan.step_id, _INVALID_ARGUMENT, "INVALID_PLAN", str(error))
+            return
+        except Exception as error:
+            log.exception("step %d failed", plan.step_id)
+            self._end(plan.step_id, *_device_fault(error))
+            return
+        self._last_step_id = plan.step_id
+        self._send(worker_pb2.WorkerFrame(step_result=result))
+
+    def _report_if_due(self) -> None:
+        """Show life when nothing else was sent for a while."""
+        if time.monotonic() - self._reported_at < _REPORT_S:
+            return
+        if self._epoch:
+            heartbeat = worker_pb2.Heartbeat(last_step_id=self._last_step_id, device_memory_used_bytes=resident_bytes())
+            self._send(worker_pb2.WorkerFrame(heartbeat=heartbeat))
+        else:
+            self._send(worker_pb2.WorkerFrame(worker_hello=self._hello()))
+
+    def _hello(self) -> worker_pb2.WorkerHello:
+        device = self._config.device if self._engine is None else self._engine.device.name
+        return worker_pb2.WorkerHello(
+            worker_id=self._worker_id,
+            rank=0,
+            world_size=1,
+            device="cpu" if device == "auto" else device,
+            free_memory_bytes=free_memory_bytes(),
+            code_version=metadata.version("octavo"),
+            model_version=self._loaded.model_version,
+            group_id=self._config.group_id,
+        )
+
+    def _send(self, frame: worker_pb2.WorkerFrame) -> None:
+        frame.epoch = self._epoch
+        self._link.send(frame)
+        self._reported_at = time.monotonic()
+
+    def _fault(self, step_id: int, code: int, reason: str, message: str, *, fatal: bool = False) -> None:
+        log.error("%s: %s", reason, message)
+        fault = worker_pb2.WorkerFault(step_id=step_id, code=code, reason=reason, message=message, fatal=fatal)
+        self._send(worker_pb2.WorkerFrame(worker_fault=fault))
+
+    def _leave(self, step_id: int, code: int, reason: str, message: str) -> None:
+        """Report a fault and end the epoch; a hello follows at once."""
+        self._fault(step_id, code, reason, message)
+        self._epoch = 0
+        self._reported_at = float("-inf")
+
+    def _end(self, step_id: int, code: int, reason: str, message: str) -> None:
+        """Report a fault and end the process."""
+        self._fault(step_id, code, reason, message, fatal=True)
+        self._status = 1
+
+
+def _device_fault(error: BaseException) -> tuple[int, str, str]:
+    """Return code, reason and message of a fault for an error that a device raised."""
+    message = f"{type(error).__name__}: {error}"
+    # torch has no class of its own for it on the CPU.
+    if isinstance(error, MemoryError) or "allocate memory" in message:
+        return _RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", f"{message}; lower kv_cache_memory or max_batch_tokens"
+    return _INTERNAL, "DEVICE_FAULT", message
