@@ -12,8 +12,8 @@ _INTERVAL_S = 0.1
 class Progress:
     """Writes lines like {"phase": "load", "done": 1048576, "total": 269060552}.
 
-    Phases: "load" (bytes), "join" (waits for a scheduler, or prepares for it), "ready". With a
-    descriptor of -1, or once the reader is gone, nothing is written.
+    Phases: "load" (bytes), "join" (waits for a scheduler, or prepares for it), "ready" (with the
+    device in use). With a descriptor of -1, or once the reader is gone, nothing is written.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -27,11 +27,11 @@ class Progress:
             self._next_at = now + _INTERVAL_S
             self.emit("load", done, total)
 
-    def emit(self, phase: str, done: int, total: int) -> None:
-        """Write one line."""
+    def emit(self, phase: str, done: int, total: int, **facts: str) -> None:
+        """Write one line; `facts` are added to it."""
         if self._descriptor < 0:
             return
-        line = json.dumps({"phase": phase, "done": done, "total": total}) + "\n"
+        line = json.dumps({"phase": phase, "done": done, "total": total, **facts}) + "\n"
         try:
             os.write(self._descriptor, line.encode())
         except OSError:  # the reader is gone, which is no reason to stop

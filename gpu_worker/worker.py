@@ -27,7 +27,7 @@ from octavo.worker.v1 import worker_pb2
 log = logging.getLogger("octavo.worker")
 
 _REPORT_S = 0.2  # a hello or a heartbeat at least so often
-_SILENCE_S = 3.0
+_SILENCE_S = 1.0  # a scheduler sends a heartbeat forty times a second
 # Of google.rpc.Code.
 _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INVALID_ARGUMENT, _INTERNAL = 8, 9, 10, 3, 13
 
@@ -178,7 +178,7 @@ class Worker:
             self._epoch, engine.device.name, limits.num_blocks, engine.max_model_len,
         )  # fmt: skip
         self._send(worker_pb2.WorkerFrame(worker_ready=ready))
-        self._progress.emit("ready", 1, 1)
+        self._progress.emit("ready", 1, 1, device=engine.device.name)
 
     def _compute(self, plan: worker_pb2.StepPlan) -> None:
         """Compute a plan, if it is the next one."""
@@ -207,7 +207,9 @@ class Worker:
             return
         if self._epoch:
             heartbeat = worker_pb2.Heartbeat(last_step_id=self._last_step_id, device_memory_used_bytes=resident_bytes())
-            self._send(worker_pb2.WorkerFrame(heartbeat=heartbeat))
+            if not self._send(worker_pb2.WorkerFrame(heartbeat=heartbeat)):
+                log.warning("the scheduler is gone; joining the next one")
+                self._epoch = 0
         else:
             self._send(worker_pb2.WorkerFrame(worker_hello=self._hello()))
 
@@ -224,10 +226,11 @@ class Worker:
             group_id=self._config.group_id,
         )
 
-    def _send(self, frame: worker_pb2.WorkerFrame) -> None:
+    def _send(self, frame: worker_pb2.WorkerFrame) -> bool:
+        """Send a frame of this epoch; False if there is no scheduler to send it to."""
         frame.epoch = self._epoch
-        self._link.send(frame)
         self._reported_at = time.monotonic()
+        return self._link.send(frame)
 
     def _fault(self, step_id: int, code: int, reason: str, message: str, *, fatal: bool = False) -> None:
         log.error("%s: %s", reason, message)
