@@ -1,0 +1,1 @@
+"""What turns plans into tensors and back: device code. Knows no sequence, no proto, no configuration."""

@@ -38,7 +38,11 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         made = generate(Path(folder))
         new = {path: (Path(folder) / path).read_bytes() for path in made}
-    old = {path.relative_to(ROOT): path.read_bytes() for path in ROOT.rglob("*_pb2*.py*") if "__pycache__" not in path.parts}
+    old = {
+        path.relative_to(ROOT): path.read_bytes()
+        for path in ROOT.rglob("*_pb2*.py*")
+        if "__pycache__" not in path.parts
+    }
     if arguments:
         stale = sorted(str(path) for path in new.keys() | old.keys() if new.get(path) != old.get(path))
         if stale:

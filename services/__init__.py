@@ -1,0 +1,1 @@
+"""The processes that need no torch: gateway, scheduler, commands and client."""

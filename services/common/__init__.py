@@ -1,0 +1,1 @@
+"""What several services share: errors, configuration, logging, gRPC options."""

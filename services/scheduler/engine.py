@@ -133,6 +133,10 @@ class Engine:
             self.core.submit(connection.gateway_id, message.submit, now)
         elif kind == "cancel":
             self.core.cancel(connection.gateway_id, message.cancel, now)
+        elif kind == "detach":  # nothing is kept for later: giving a request up ends it
+            self.core.cancel(connection.gateway_id, scheduler_pb2.Cancel(handle=message.detach.handle), now)
+        elif kind == "reattach":
+            self.core.reattach(connection.gateway_id, message.reattach)
         self._pump_soon()
 
     # -- workers ---------------------------------------------------------------------------------

@@ -173,6 +173,16 @@ class Scheduler:
             if not cancel.HasField("candidate_index") or seq.candidate_index == cancel.candidate_index:
                 self._stop(seq)
 
+    def reattach(self, gateway_id: str, reattach: scheduler_pb2.Reattach) -> None:
+        """Answer a gateway that wants to take a request over: requests end with their gateway's stream here."""
+        failed = scheduler_pb2.Failed(
+            handle=reattach.handle,
+            code=code_pb2.DATA_LOSS,
+            reason="RESUME_STATE_LOST",
+            message="the request ended with the stream it came on; submit it again with the output so far",
+        )
+        self._send(gateway_id, scheduler_pb2.AttachResponse(failed=failed))
+
     def gateway_lost(self, gateway_id: str) -> None:
         """End every request of a gateway that is gone."""
         for request in [r for r in self._requests.values() if r.gateway_id == gateway_id]:

@@ -74,6 +74,16 @@ class Stack:
             self.kill()
             raise
 
+    def wait_for_restart(self, name: str, old_pid: int, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait until the one process `name` is another than `old_pid`, and the gateway's port takes connections."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.children(name) not in ([], [old_pid]):
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"{name} did not come back")
+
     def client(self) -> Client:
         return Client(self.address)
 

@@ -275,6 +275,23 @@ async def test_a_gateway_that_leaves_takes_its_requests_along(tmp_path: Path) ->
         worker.close()
 
 
+async def test_detach_ends_a_request_and_reattach_is_answered(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = process.worker(), process.gateway()
+        await worker.join()
+        worker.work()
+        await gateway.hello()
+        await until(lambda: process.engine.load().workers_ready)
+        await gateway.submit(1, max_new_tokens=400)
+        await gateway.receive("step_outputs")
+        await gateway.send(detach=scheduler_pb2.Detach(handle=1))
+        await until(lambda: process.engine.core.is_idle)
+        await gateway.send(reattach=scheduler_pb2.Reattach(handle=2, request_id="request-1"))
+        failed = (await gateway.receive("failed")).failed
+        assert (failed.handle, failed.reason) == (2, "RESUME_STATE_LOST")
+        worker.close()
+
+
 async def test_another_revision_of_a_gateway_is_refused_with_advice(tmp_path: Path) -> None:
     async with running(tmp_path) as process:
         gateway = process.gateway()
