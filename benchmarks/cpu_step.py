@@ -1,4 +1,6 @@
-"""Measure steps of the cpu device: python benchmarks/cpu_step.py [--threads N] [--variant NAME]
+"""Measure steps of the cpu device.
+
+    python benchmarks/cpu_step.py [--threads N] [--variant NAME] [--long]
 
 The model has the shapes of SmolLM2-135M and random weights: nothing is fetched. GB/s counts packed
 weights and the KV cache read, GFLOP/s the multiplications and additions of the model. A step is

@@ -105,9 +105,7 @@ class CpuDevice:
 
         A row of which no token can be drawn, all -inf or not a number, gives -1.
         """
-        rows = [
-            (d.top_p, d.min_p, d.seed, d.temperature, d.top_k, d.candidate_index, d.position) for d in draws
-        ]
+        rows = [(d.top_p, d.min_p, d.seed, d.temperature, d.top_k, d.candidate_index, d.position) for d in draws]
         return self._runtime.draw(logits, np.array(rows, dtype=library.DRAW_FIELDS))
 
 
@@ -182,7 +180,7 @@ class _Recorder:
         return self._record(op, None, _Value(table.shape[1], is_float=True))
 
     def norm_linear(self, x: _Value, norm: Norm, linear: Linear) -> _Value:
-        op = library.Op(kind=library.NORM_LINEAR, norm=self._norm(norm, x.columns), linear=self._linear(linear, x))
+        op = library.Op(kind=library.NORM_LINEAR, norm=self._norm(norm, x), linear=self._linear(linear, x))
         return self._record(op, x, _Value(linear.weight.shape[0], is_float=True))
 
     def rotary_write_kv(
@@ -190,7 +188,7 @@ class _Recorder:
     ) -> _Value:
         self._check_layer(layer, heads)
         assert qkv.columns == (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, qkv
-        assert rotary.rotary_dim % 2 == 0 and rotary.rotary_dim <= heads.head_dim, rotary.rotary_dim
+        assert rotary.rotary_dim in range(0, heads.head_dim + 1, 2), rotary.rotary_dim
         assert rotary.cos.shape == rotary.sin.shape == (len(rotary.cos), rotary.rotary_dim // 2), rotary.cos.shape
         op = library.Op(
             kind=library.ROTARY_WRITE_KV,
@@ -201,9 +199,9 @@ class _Recorder:
             **self._attention_fields(layer, heads),
         )
         if q_norm is not None:
-            op.q_norm = self._norm(q_norm, heads.head_dim)
+            op.q_norm = self._head_norm(q_norm, heads)
         if k_norm is not None:
-            op.k_norm = self._norm(k_norm, heads.head_dim)
+            op.k_norm = self._head_norm(k_norm, heads)
         return self._record(op, qkv, _Value(heads.num_heads * heads.head_dim, is_float=False))
 
     def paged_attention(self, queries: _Value, layer: int, heads: Heads, scale: float, window: int) -> _Value:
@@ -215,7 +213,7 @@ class _Recorder:
         return self._record(op, queries, _Value(queries.columns, is_float=False))
 
     def linear_residual(self, x: _Value, linear: Linear, residual: _Value) -> _Value:
-        assert not x.is_float and residual.is_float, (x, residual)
+        assert (x.is_float, residual.is_float) == (False, True), (x, residual)
         assert linear.weight.shape[0] == residual.columns, (tuple(linear.weight.shape), residual)
         op = library.Op(kind=library.LINEAR_RESIDUAL, linear=self._linear(linear, x))
         return self._record(op, x, residual)
@@ -224,7 +222,7 @@ class _Recorder:
         assert gate.weight.shape[1] == x.columns, (tuple(gate.weight.shape), x)
         op = library.Op(
             kind=library.NORM_GATED_LINEAR,
-            norm=self._norm(norm, x.columns),
+            norm=self._norm(norm, x),
             linear=self._runtime.pack_gated(gate.weight, up.weight, gate.bias, up.bias),
             activation=library.ACTIVATIONS[activation],
         )
@@ -232,8 +230,8 @@ class _Recorder:
 
     def logits(self, x: _Value, norm: Norm, head: Linear) -> object:
         assert head.weight.shape[0] == self._vocab_size, (tuple(head.weight.shape), self._vocab_size)
-        op = library.Op(kind=library.LOGITS, norm=self._norm(norm, x.columns), linear=self._linear(head, x))
-        self._record(op, x, None)
+        op = library.Op(kind=library.LOGITS, norm=self._norm(norm, x), linear=self._linear(head, x))
+        self._append(op, x, None)
         return self.end
 
     def allocate_buffers(self, max_batch_tokens: int) -> tuple[ctypes.Array[library.Buffer], int]:
@@ -259,14 +257,22 @@ class _Recorder:
                     free.setdefault((value.columns, value.is_float), []).append(numbers[value])
         return (library.Buffer * len(buffers))(*buffers), len(buffers)
 
-    def _record(self, op: library.Op, read: _Value | None, written: _Value | None) -> _Value:
+    def _record(self, op: library.Op, read: _Value | None, written: _Value) -> _Value:
+        self._append(op, read, written)
+        return written
+
+    def _append(self, op: library.Op, read: _Value | None, written: _Value | None) -> None:
         self.ops.append(op)
         self._inputs.append(read)
         self._outputs.append(written)
-        return written  # type: ignore[return-value]
 
-    def _norm(self, norm: Norm, columns: int) -> library.Norm:
-        assert norm.weight.shape == (columns,), (tuple(norm.weight.shape), columns)
+    def _norm(self, norm: Norm, x: _Value) -> library.Norm:
+        assert x.is_float, x
+        assert norm.weight.shape == (x.columns,), (tuple(norm.weight.shape), x)
+        return self._runtime.store_norm(norm.weight, norm.eps)
+
+    def _head_norm(self, norm: Norm, heads: Heads) -> library.Norm:
+        assert norm.weight.shape == (heads.head_dim,), (tuple(norm.weight.shape), heads)
         return self._runtime.store_norm(norm.weight, norm.eps)
 
     def _linear(self, linear: Linear, x: _Value) -> library.Linear:

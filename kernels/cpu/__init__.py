@@ -1,0 +1,1 @@
+"""Native CPU kernels: C++ behind a plain C interface, compiled once for each instruction set."""

@@ -19,6 +19,7 @@ MAX_SEQUENCES = 40
 MAX_BLOCKS = 24
 NUM_BLOCKS = 400
 VARIANTS = library.runnable_variants()
+DEFAULT_HEADS = Heads(num_heads=4, num_kv_heads=2, head_dim=16)
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Shape:
     hidden: int = 64
     intermediate: int = 96
     vocab: int = 128
-    heads: Heads = Heads(num_heads=4, num_kv_heads=2, head_dim=16)
+    heads: Heads = DEFAULT_HEADS
     rotary_dim: int = 16
     window: int = 0
     bias: bool = False
@@ -90,7 +91,8 @@ class TinyModel:
         return ops.logits(x, self.norm, self.head)
 
     def _random(self, *shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=self._generator) * shape[-1] ** -0.5).to(torch.bfloat16)
+        weights: torch.Tensor = (torch.randn(*shape, generator=self._generator) * shape[-1] ** -0.5).to(torch.bfloat16)
+        return weights
 
     def _linear(self, rows: int, columns: int) -> Linear:
         return Linear(self._random(rows, columns), self._random(rows) if self.shape.bias else None)
@@ -115,9 +117,8 @@ class WholeSequenceOps:
     def rotary_write_kv(
         self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, q_norm: Norm | None, k_norm: Norm | None
     ) -> torch.Tensor:
-        parts = qkv.view(len(qkv), -1, heads.head_dim).split(
-            [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], 1
-        )
+        counts = [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads]
+        parts = torch.split(qkv.view(len(qkv), -1, heads.head_dim), counts, dim=1)
         queries, keys = (
             _rounded(self._rotate(part if norm is None else self._norm(part, norm), rotary))
             for part, norm in zip(parts, (q_norm, k_norm), strict=False)
@@ -165,7 +166,7 @@ class WholeSequenceOps:
     @staticmethod
     def _rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         half = rotary.rotary_dim // 2
-        one, two, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        one, two, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
         cos, sin = rotary.cos[: len(x), None], rotary.sin[: len(x), None]
         return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], dim=-1)
 
@@ -211,7 +212,7 @@ def run(device: CpuDevice, parts: list[tuple[Sequence, int]]) -> list[torch.Tens
     logits = device.forward(make_step(parts)).clone()
     for sequence, count in parts:
         sequence.computed += count
-    return list(logits.split([count for _, count in parts]))
+    return list(torch.split(logits, [count for _, count in parts]))
 
 
 def run_in_chunks(device: CpuDevice, sequence: Sequence, chunk: int) -> torch.Tensor:
@@ -229,7 +230,7 @@ def make_device(model: TinyModel, variant: str = "", num_threads: int = 2) -> Cp
 
 
 def shuffled_blocks(seed: int) -> list[int]:
-    return np.random.default_rng(seed).permutation(np.arange(1, NUM_BLOCKS))[:MAX_BLOCKS].tolist()
+    return [int(block) for block in np.random.default_rng(seed).permutation(np.arange(1, NUM_BLOCKS))[:MAX_BLOCKS]]
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +436,7 @@ def test_arrays_that_do_not_fit_together_are_refused(invariance_model: TinyModel
     with pytest.raises(ValueError, match="positions must be"):
         device.forward(replace(step, positions=step.positions[:2]))
     with pytest.raises(ValueError, match="token_ids must be"):
-        device.forward(replace(step, token_ids=step.token_ids.astype(np.int64)))  # type: ignore[arg-type]
+        device.forward(replace(step, token_ids=step.token_ids.astype(np.int64)))
     with pytest.raises(ValueError, match="slot_mapping must be"):
         device.forward(replace(step, slot_mapping=np.repeat(step.slot_mapping, 2)[::2]))
 

@@ -42,7 +42,12 @@ def test_chunking_a_prompt_changes_no_bit(folder: Path, chunk: int) -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_chunking_changes_no_bit_at_the_sizes_of_a_real_model(tmp_path: Path, num_threads: int) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     make_checkpoint(tmp_path, "llama_linear", num_hidden_layers=2, **sizes)
     token_ids = random_tokens(100)
     torch.set_num_threads(num_threads)

@@ -67,7 +67,10 @@ def log_of_parts(f: Floats, k: Floats) -> Floats:
     t1 = w * (F32(float.fromhex("0xccce13p-25")) + w * F32(float.fromhex("0xf89e26p-26")))
     t2 = z * (F32(float.fromhex("0xaaaaaap-24")) + w * F32(float.fromhex("0x91e9eep-25")))
     half_square = F32(0.5) * f * f
-    return s * (half_square + (t2 + t1)) + k * F32(9.0580006145e-06) - half_square + f + k * F32(6.9313812256e-01)
+    log: Floats = (
+        s * (half_square + (t2 + t1)) + k * F32(9.0580006145e-06) - half_square + f + k * F32(6.9313812256e-01)
+    )
+    return log
 
 
 def split(x: Floats) -> tuple[Floats, Floats]:
@@ -110,7 +113,12 @@ def expected_token(logits: Floats, draw: Any) -> int:
 
 def test_noise_is_that_of_philox4x32_10() -> None:
     # Random123's published answers for counters and keys of zeros and of ones.
-    assert [int(w[0]) for w in philox(np.zeros(1, np.uint64), 0, 0, 0)] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(w[0]) for w in philox(np.zeros(1, np.uint64), 0, 0, 0)] == [
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    ]
 
 
 @pytest.mark.parametrize("name", SETTINGS)

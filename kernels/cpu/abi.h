@@ -1,0 +1,179 @@
+// The C interface of the library: plain structs, pointers and sizes. `library.py` mirrors it.
+//
+// Unless a comment says otherwise, the caller owns all memory and keeps it alive and in place.
+// bf16 values travel as uint16_t. Every row of an internal buffer starts at a multiple of 32
+// elements; the padding between the last column and the next row holds zeros.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define OCTAVO_EXPORT extern "C" __attribute__((visibility("default")))
+
+extern "C" {
+
+// Raised when a struct or function below changes; checked by `library.py` after loading.
+enum { OCTAVO_ABI_REVISION = 1 };
+
+enum OctavoType : int32_t { OCTAVO_BF16 = 0, OCTAVO_F16 = 1, OCTAVO_F32 = 2 };
+
+enum OctavoOpKind : int32_t {
+  OCTAVO_EMBED = 0,
+  OCTAVO_NORM_LINEAR = 1,
+  OCTAVO_ROTARY_WRITE_KV = 2,
+  OCTAVO_PAGED_ATTENTION = 3,
+  OCTAVO_LINEAR_RESIDUAL = 4,
+  OCTAVO_NORM_GATED_LINEAR = 5,
+  OCTAVO_LOGITS = 6,
+};
+
+enum OctavoActivation : int32_t { OCTAVO_SILU = 0, OCTAVO_GELU_TANH = 1 };
+
+// A row-major matrix as the checkpoint holds it; read only while it is packed.
+struct OctavoMatrix {
+  const void* data;
+  int32_t type;  // OctavoType
+  int32_t rows;
+  int32_t columns;
+};
+
+// RMSNorm. `weight` is float32, zero-padded to a multiple of 32; null where there is no norm.
+struct OctavoNorm {
+  const float* weight;
+  float eps;
+  int32_t size;
+};
+
+// A linear layer packed by octavo_pack_linear or octavo_pack_gated.
+struct OctavoLinear {
+  const uint16_t* weight;
+  const float* bias;  // in packed column order, zero-padded to whole blocks; null without bias
+  int32_t in_features;
+  int32_t out_features;  // of the result: for a gated pair, the intermediate size
+};
+
+// One operation of a recorded program. Fields that an operation does not use are zero.
+struct OctavoOp {
+  int32_t kind;    // OctavoOpKind
+  int32_t input;   // number of the buffer read, -1 for OCTAVO_EMBED
+  int32_t output;  // number of the buffer written (added to, for OCTAVO_LINEAR_RESIDUAL); -1 for OCTAVO_LOGITS
+  int32_t layer;
+  OctavoNorm norm;
+  OctavoNorm q_norm;
+  OctavoNorm k_norm;
+  OctavoLinear linear;
+  int32_t activation;  // OctavoActivation
+  int32_t num_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;  // a multiple of 16
+  float scale;
+  int32_t window;  // 0: no window
+  // embedding: bf16 rows [vocab_size, table_stride]
+  const uint16_t* table;
+  int32_t table_stride;
+  int32_t vocab_size;
+  // rotary: cos, sin [max_positions, rotary_dim / 2]
+  const float* cos;
+  const float* sin;
+  int32_t rotary_dim;
+  int32_t max_positions;
+};
+
+// A buffer between operations: [max_batch_tokens, stride], float32 or bf16 as its users expect.
+struct OctavoBuffer {
+  void* data;
+  int32_t stride;
+};
+
+struct OctavoProgramInfo {
+  const OctavoOp* ops;
+  const OctavoBuffer* buffers;
+  int32_t num_ops;
+  int32_t num_buffers;
+  int32_t num_layers;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t vocab_size;
+  int32_t max_batch_tokens;
+  int32_t max_running;
+  int32_t max_blocks_per_sequence;
+};
+
+// `StepInput` of gpu_worker/ops.py, plus the sizes of its arrays.
+struct OctavoStep {
+  const int32_t* token_ids;
+  const int32_t* positions;
+  const int32_t* slot_mapping;
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  const int32_t* block_tables;
+  const int32_t* logits_rows;
+  int32_t num_tokens;
+  int32_t num_sequences;
+  int32_t num_logits_rows;
+  int32_t max_blocks;  // width of block_tables
+};
+
+// The KV cache: bf16 [num_blocks, num_layers, num_kv_heads, 2, head_dim * 16].
+// The first of the two is the K page, [head_dim / 2][16 tokens][2]; the second the V page,
+// [8 token pairs][head_dim][2]. Either feeds the bf16 pair dot product without a shuffle.
+// A block is one piece of memory, so blocks that were never used take no memory.
+struct OctavoCache {
+  uint16_t* data;
+  int32_t num_blocks;
+};
+
+// `Draw` of gpu_worker/ops.py. Switched off by temperature == 0 (greedy), top_k <= 0,
+// top_p >= 1, min_p <= 0.
+struct OctavoDraw {
+  double top_p;
+  double min_p;
+  uint64_t seed;
+  float temperature;
+  int32_t top_k;
+  uint32_t candidate_index;
+  uint32_t position;
+};
+
+typedef struct OctavoPool OctavoPool;
+typedef struct OctavoArena OctavoArena;
+typedef struct OctavoProgram OctavoProgram;
+
+OCTAVO_EXPORT int32_t octavo_abi_revision(void);
+
+// Threads. The calling thread is one of `num_threads`; the others sleep between calls.
+OCTAVO_EXPORT OctavoPool* octavo_pool_create(int32_t num_threads);
+// In a forked child, destroying does nothing.
+OCTAVO_EXPORT void octavo_pool_destroy(OctavoPool* pool);
+
+// Memory: zeroed, 64-byte aligned, on huge pages where the system gives them, touched lazily.
+// Pieces live until the whole arena is destroyed. Returns null when there is no memory.
+OCTAVO_EXPORT OctavoArena* octavo_arena_create(void);
+OCTAVO_EXPORT void octavo_arena_destroy(OctavoArena* arena);
+OCTAVO_EXPORT void* octavo_arena_allocate(OctavoArena* arena, size_t num_bytes);
+
+// Packing. Sizes are in elements of the destination, which must be zeroed.
+OCTAVO_EXPORT size_t octavo_packed_weight_size(int32_t out_features, int32_t in_features);
+OCTAVO_EXPORT void octavo_pack_linear(OctavoPool* pool, const OctavoMatrix* weight, uint16_t* packed);
+// Gate and up, same shape, interleaved by 16 columns. Size: octavo_packed_weight_size of twice
+// the intermediate size rounded up to 16.
+OCTAVO_EXPORT void octavo_pack_gated(OctavoPool* pool, const OctavoMatrix* gate, const OctavoMatrix* up,
+                                     uint16_t* packed);
+OCTAVO_EXPORT void octavo_to_bf16(OctavoPool* pool, const OctavoMatrix* matrix, uint16_t* rows, int32_t stride);
+
+// Programs. `info` and the arrays it points to are copied; buffers and weights are not.
+OCTAVO_EXPORT OctavoProgram* octavo_program_create(OctavoPool* pool, const OctavoProgramInfo* info);
+OCTAVO_EXPORT void octavo_program_destroy(OctavoProgram* program);
+// Run one step and write logits [num_logits_rows, vocab_size]. Returns 0, or -1 with a sentence in
+// `error` when an index of the step is out of range; then nothing was written.
+OCTAVO_EXPORT int32_t octavo_program_run(OctavoProgram* program, const OctavoStep* step, const OctavoCache* cache,
+                                         float* logits, char* error, size_t error_size);
+
+// Sampling over rows of `logits`, `stride` elements apart. A row without a drawable token (all
+// -inf, or not a number) gives -1.
+OCTAVO_EXPORT void octavo_draw(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows,
+                               int32_t vocab_size, const OctavoDraw* draws, int32_t* token_ids);
+OCTAVO_EXPORT void octavo_argmax(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows,
+                                 int32_t vocab_size, int32_t* token_ids);
+
+}  // extern "C"

@@ -1,0 +1,23 @@
+// Activation functions on vectors.
+#pragma once
+
+#include "simd.h"
+
+namespace octavo {
+
+// x / (1 + e^-y). The power is capped where the quotient is below any bf16 number anyway.
+inline Vec times_sigmoid(Vec x, Vec y) {
+  const Vec log2_e = broadcast(1.44269504f);
+  const Vec power = minimum(-y * log2_e, broadcast(126.0f));
+  return x / (broadcast(1.0f) + exp2(power));
+}
+
+inline Vec silu(Vec x) { return times_sigmoid(x, x); }
+
+// 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), with 0.5 (1 + tanh(y)) = sigmoid(2 y).
+inline Vec gelu_tanh(Vec x) {
+  const Vec cubic = multiply_add(broadcast(0.044715f) * x * x, x, x);
+  return times_sigmoid(x, broadcast(1.59576912f) * cubic);
+}
+
+}  // namespace octavo

@@ -1,0 +1,47 @@
+#include "arena.h"
+
+#include <sys/mman.h>
+
+#include "simd.h"
+
+namespace octavo {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kMappingSize = size_t{64} << 20;
+constexpr size_t kAlignment = 64;
+
+}  // namespace
+
+Arena::~Arena() {
+  for (const Mapping& mapping : mappings_) munmap(mapping.data, mapping.size);
+}
+
+void* Arena::allocate(size_t num_bytes) {
+  const size_t size = round_up(num_bytes, kAlignment);
+  if (mappings_.empty() || mappings_.back().size - mappings_.back().used < size) {
+    if (!add_mapping(size)) return nullptr;
+  }
+  Mapping& mapping = mappings_.back();
+  void* result = mapping.data + mapping.used;
+  mapping.used += size;
+  return result;
+}
+
+bool Arena::add_mapping(size_t num_bytes) {
+  // Map a huge page too much, and give back what lies before the first whole one.
+  const size_t size = round_up(num_bytes > kMappingSize ? num_bytes : kMappingSize, kHugePage);
+  void* address = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (address == MAP_FAILED) return false;
+  char* start = static_cast<char*>(address);
+  const size_t skipped = (kHugePage - reinterpret_cast<size_t>(start) % kHugePage) % kHugePage;
+  if (skipped > 0) munmap(start, skipped);
+  munmap(start + skipped + size, kHugePage - skipped);
+#if defined(MADV_HUGEPAGE)
+  madvise(start + skipped, size, MADV_HUGEPAGE);
+#endif
+  mappings_.push_back({start + skipped, size, 0});
+  return true;
+}
+
+}  // namespace octavo

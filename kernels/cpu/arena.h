@@ -1,0 +1,31 @@
+// Memory for weights, activations and the KV cache.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+namespace octavo {
+
+// Hands out zeroed memory from large mappings that ask for huge pages: a decode step streams all
+// weights, and small pages would cost it a tenth of its time in address translation.
+class Arena {
+ public:
+  Arena() = default;
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  // Null when the system gives no memory.
+  void* allocate(size_t num_bytes);
+
+ private:
+  struct Mapping {
+    char* data;
+    size_t size;
+    size_t used;
+  };
+  bool add_mapping(size_t num_bytes);
+  std::vector<Mapping> mappings_;
+};
+
+}  // namespace octavo

@@ -1,0 +1,119 @@
+#include "elementwise.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace octavo {
+namespace {
+
+// The cache never holds infinity or not-a-number: a later owner of the block multiplies what it
+// finds beyond its last token by zero, and must get zero.
+constexpr float kLargest = 3.38e38f;
+
+Vec make_finite(Vec value) { return minimum(maximum(value, broadcast(-kLargest)), broadcast(kLargest)); }
+
+// Sum of squares over a multiple of kRowMultiple elements, in one fixed order.
+float sum_of_squares(const float* x, int64_t padded_size) {
+  constexpr int kSums = kRowMultiple / kLanes;
+  Vec sums[kSums] = {};
+  for (int64_t i = 0; i < padded_size; i += kRowMultiple) {
+    for (int s = 0; s < kSums; ++s) {
+      const Vec value = load(x + i + s * kLanes);
+      sums[s] = multiply_add(value, value, sums[s]);
+    }
+  }
+  for (int width = kSums / 2; width > 0; width /= 2)
+    for (int s = 0; s < width; ++s) sums[s] = sums[s] + sums[s + width];
+  return sum_lanes(sums[0]);
+}
+
+float inverse_rms(const OctavoNorm& norm, const float* x, int64_t padded_size) {
+  return 1.0f / std::sqrt(sum_of_squares(x, padded_size) / static_cast<float>(norm.size) + norm.eps);
+}
+
+// A head between its float32 sums and its bf16 form; zero beyond head_dim up to kRowMultiple.
+struct Head {
+  alignas(64) float values[kMaxHeadDim];
+  alignas(64) bf16 rounded[kMaxHeadDim];
+};
+
+void norm_head(const OctavoNorm& norm, Head& head) {
+  const Vec factor = broadcast(inverse_rms(norm, head.values, round_up(norm.size, kRowMultiple)));
+  for (int i = 0; i < norm.size; i += kLanes)
+    store(head.values + i, load(head.values + i) * factor * load(norm.weight + i));
+}
+
+void rotate_head(const OctavoOp& op, int32_t position, Head& head) {
+  const int half = op.rotary_dim / 2;
+  const float* cos = op.cos + static_cast<int64_t>(position) * half;
+  const float* sin = op.sin + static_cast<int64_t>(position) * half;
+  float* first = head.values;
+  float* second = head.values + half;
+  int i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
+    store(first + i, a * c - b * s);
+    store(second + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
+    const float a = first[i], b = second[i];
+    first[i] = a * cos[i] - b * sin[i];
+    second[i] = b * cos[i] + a * sin[i];
+  }
+}
+
+void load_head(const float* source, int head_dim, Head& head) {
+  std::memcpy(head.values, source, sizeof(float) * head_dim);
+  std::memset(head.values + head_dim, 0, sizeof(float) * (round_up(head_dim, kRowMultiple) - head_dim));
+}
+
+void write_key(const Head& head, int head_dim, int offset, bf16* page) {
+  for (int i = 0; i < head_dim; i += 2) std::memcpy(page + i * kBlockTokens + offset * 2, head.rounded + i, 2 * sizeof(bf16));
+}
+
+void write_value(const Head& head, int head_dim, int offset, bf16* page) {
+  bf16* target = page + offset / 2 * head_dim * 2 + offset % 2;
+  for (int i = 0; i < head_dim; ++i) target[2 * i] = head.rounded[i];
+}
+
+}  // namespace
+
+void embed_token(const OctavoOp& op, int32_t token_id, float* output) {
+  const bf16* row = op.table + static_cast<int64_t>(token_id) * op.table_stride;
+  for (int i = 0; i < op.table_stride; i += kLanes) store(output + i, load_bf16(row + i));
+}
+
+void norm_row(const OctavoNorm& norm, const float* x, bf16* output) {
+  const int64_t padded_size = round_up(norm.size, kRowMultiple);
+  const Vec factor = broadcast(inverse_rms(norm, x, padded_size));
+  for (int64_t i = 0; i < padded_size; i += kLanes) store_bf16(output + i, load(x + i) * factor * load(norm.weight + i));
+}
+
+void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, bf16* pages, int offset, bf16* queries) {
+  const int head_dim = op.head_dim;
+  const int num_rotated = op.num_heads + op.num_kv_heads;
+  const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
+  Head head;
+  for (int h = 0; h < num_rotated + op.num_kv_heads; ++h) {
+    const bool is_query = h < op.num_heads;
+    load_head(qkv + h * head_dim, head_dim, head);
+    if (h < num_rotated) {
+      const OctavoNorm& norm = is_query ? op.q_norm : op.k_norm;
+      if (norm.weight != nullptr) norm_head(norm, head);
+      rotate_head(op, position, head);
+    }
+    if (is_query) {
+      for (int i = 0; i < head_dim; i += kLanes) store_bf16(queries + h * head_dim + i, load(head.values + i));
+      continue;
+    }
+    for (int i = 0; i < head_dim; i += kLanes) store_bf16(head.rounded + i, make_finite(load(head.values + i)));
+    bf16* kv_head_pages = pages + (h - op.num_heads) % op.num_kv_heads * 2 * page_size;
+    if (h < num_rotated) {
+      write_key(head, head_dim, offset, kv_head_pages);
+    } else {
+      write_value(head, head_dim, offset, kv_head_pages + page_size);
+    }
+  }
+}
+
+}  // namespace octavo

@@ -1,0 +1,28 @@
+// The operations that work on one token at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "abi.h"
+#include "simd.h"
+
+namespace octavo {
+
+constexpr int kBlockTokens = 16;   // tokens in a KV block
+constexpr int kMaxHeadDim = 256;
+constexpr int kRowMultiple = 32;   // buffer rows are padded to this many elements
+
+// Look up one token: bf16 table row to float32.
+void embed_token(const OctavoOp& op, int32_t token_id, float* output);
+
+// output = bf16(x / sqrt(mean(x^2) + eps) * weight), padding included (zeros stay zeros).
+void norm_row(const OctavoNorm& norm, const float* x, bf16* output);
+
+// Norm (if the op has norms) and rotate the heads of one token, write its key and value to place
+// `offset` of the block's pages, and its queries to `queries`.
+//
+// qkv     [num_heads + 2 * num_kv_heads, head_dim]
+// pages   K and V page of each kv head: [num_kv_heads, 2, head_dim * 16]
+void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, bf16* pages, int offset, bf16* queries);
+
+}  // namespace octavo

@@ -1,0 +1,55 @@
+// Linear layers over packed weights.
+#pragma once
+
+#include <cstdint>
+
+#include "abi.h"
+#include "simd.h"
+
+namespace octavo {
+
+// Weights [out, in] are packed into blocks of 32 outputs: [out / 32][in / 2][32][2], so that a
+// vector load gives one pair of inputs for `kLanes` outputs. Outputs are padded to whole blocks,
+// inputs to whole pairs, with zeros. A gated pair of layers is packed as one, 16 columns of the
+// gate and then the same 16 of up in each block.
+constexpr int kBlockColumns = 32;
+constexpr int kGatedColumns = kBlockColumns / 2;
+
+// What happens to the sums of a row, 32 at a time.
+enum class Epilogue {
+  kStore,        // float32 output = sum
+  kAddResidual,  // float32 output += sum
+  kSilu,         // bf16 output = silu(gate) * up
+  kGeluTanh,     // bf16 output = gelu_tanh(gate) * up
+};
+
+struct Gemm {
+  const bf16* input;  // [num_rows, input_stride]
+  int64_t input_stride;
+  int num_rows;
+  const OctavoLinear* linear;
+  Epilogue epilogue;
+  void* output;  // [num_rows, output_stride]
+  int64_t output_stride;
+  int num_columns;  // columns that may be written; below the stride only where the caller owns the rows
+};
+
+// A Gemm is cut into items that threads take one by one: a range of rows times a range of blocks.
+//
+// Every output is one chain of sums over the inputs in ascending order, whatever the number of
+// rows and however the work is cut. So a row's bits do not depend on the rows beside it.
+struct GemmItems {
+  int num_rows = 0;
+  int num_blocks = 0;
+  int rows_per_item = 0;
+  int num_row_items = 0;
+  int num_block_items = 0;
+
+  GemmItems() = default;
+  GemmItems(int num_rows, const OctavoLinear& linear, bool gated, int num_threads);
+  int count() const { return num_row_items * num_block_items; }
+};
+
+void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item);
+
+}  // namespace octavo

@@ -1,0 +1,16 @@
+// The parts of the C interface that need no kernel.
+#include "abi.h"
+#include "handles.h"
+
+int32_t octavo_abi_revision(void) { return OCTAVO_ABI_REVISION; }
+
+OctavoPool* octavo_pool_create(int32_t num_threads) { return new OctavoPool(num_threads); }
+
+void octavo_pool_destroy(OctavoPool* pool) {
+  if (!pool->threads.is_forked()) delete pool;
+}
+
+
+OctavoArena* octavo_arena_create(void) { return new OctavoArena; }
+void octavo_arena_destroy(OctavoArena* arena) { delete arena; }
+void* octavo_arena_allocate(OctavoArena* arena, size_t num_bytes) { return arena->memory.allocate(num_bytes); }

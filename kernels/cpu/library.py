@@ -1,0 +1,203 @@
+"""The native CPU kernels as Python sees them: `abi.h`, mirrored with ctypes."""
+
+from __future__ import annotations
+
+import ctypes as c
+import functools
+import math
+import os
+from pathlib import Path
+
+from octavo.kernels.cpu import build
+
+ABI_REVISION = 1
+
+BF16, F16, F32 = range(3)
+EMBED, NORM_LINEAR, ROTARY_WRITE_KV, PAGED_ATTENTION, LINEAR_RESIDUAL, NORM_GATED_LINEAR, LOGITS = range(7)
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+
+# What a CPU must have for a variant, as /proc/cpuinfo names it.
+_NEEDED_FLAGS = {
+    "avx512_bf16": {"avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_bf16"},
+    "avx2": {"avx2", "fma"},
+    "portable": set[str](),
+}
+
+
+class Matrix(c.Structure):
+    """OctavoMatrix."""
+
+    _fields_ = (("data", c.c_void_p), ("type", c.c_int32), ("rows", c.c_int32), ("columns", c.c_int32))
+
+
+class Norm(c.Structure):
+    """OctavoNorm."""
+
+    _fields_ = (("weight", c.c_void_p), ("eps", c.c_float), ("size", c.c_int32))
+
+
+class Linear(c.Structure):
+    """OctavoLinear."""
+
+    _fields_ = (
+        ("weight", c.c_void_p),
+        ("bias", c.c_void_p),
+        ("in_features", c.c_int32),
+        ("out_features", c.c_int32),
+    )
+
+
+class Op(c.Structure):
+    """OctavoOp."""
+
+    _fields_ = (
+        ("kind", c.c_int32),
+        ("input", c.c_int32),
+        ("output", c.c_int32),
+        ("layer", c.c_int32),
+        ("norm", Norm),
+        ("q_norm", Norm),
+        ("k_norm", Norm),
+        ("linear", Linear),
+        ("activation", c.c_int32),
+        ("num_heads", c.c_int32),
+        ("num_kv_heads", c.c_int32),
+        ("head_dim", c.c_int32),
+        ("scale", c.c_float),
+        ("window", c.c_int32),
+        ("table", c.c_void_p),
+        ("table_stride", c.c_int32),
+        ("vocab_size", c.c_int32),
+        ("cos", c.c_void_p),
+        ("sin", c.c_void_p),
+        ("rotary_dim", c.c_int32),
+        ("max_positions", c.c_int32),
+    )
+
+
+class Buffer(c.Structure):
+    """OctavoBuffer."""
+
+    _fields_ = (("data", c.c_void_p), ("stride", c.c_int32))
+
+
+class ProgramInfo(c.Structure):
+    """OctavoProgramInfo."""
+
+    _fields_ = (
+        ("ops", c.POINTER(Op)),
+        ("buffers", c.POINTER(Buffer)),
+        ("num_ops", c.c_int32),
+        ("num_buffers", c.c_int32),
+        ("num_layers", c.c_int32),
+        ("num_kv_heads", c.c_int32),
+        ("head_dim", c.c_int32),
+        ("vocab_size", c.c_int32),
+        ("max_batch_tokens", c.c_int32),
+        ("max_running", c.c_int32),
+        ("max_blocks_per_sequence", c.c_int32),
+    )
+
+
+class Step(c.Structure):
+    """OctavoStep."""
+
+    _fields_ = (
+        ("token_ids", c.c_void_p),
+        ("positions", c.c_void_p),
+        ("slot_mapping", c.c_void_p),
+        ("query_start_loc", c.c_void_p),
+        ("seq_lens", c.c_void_p),
+        ("block_tables", c.c_void_p),
+        ("logits_rows", c.c_void_p),
+        ("num_tokens", c.c_int32),
+        ("num_sequences", c.c_int32),
+        ("num_logits_rows", c.c_int32),
+        ("max_blocks", c.c_int32),
+    )
+
+
+class Cache(c.Structure):
+    """OctavoCache."""
+
+    _fields_ = (("data", c.c_void_p), ("num_blocks", c.c_int32))
+
+
+# OctavoDraw, as a numpy type.
+DRAW_FIELDS = [
+    ("top_p", "f8"),
+    ("min_p", "f8"),
+    ("seed", "u8"),
+    ("temperature", "f4"),
+    ("top_k", "i4"),
+    ("candidate_index", "u4"),
+    ("position", "u4"),
+]
+
+_MatrixPointer = c.POINTER(Matrix)
+_FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "octavo_abi_revision": (c.c_int32, ()),
+    "octavo_pool_create": (c.c_void_p, (c.c_int32,)),
+    "octavo_pool_destroy": (None, (c.c_void_p,)),
+    "octavo_arena_create": (c.c_void_p, ()),
+    "octavo_arena_destroy": (None, (c.c_void_p,)),
+    "octavo_arena_allocate": (c.c_void_p, (c.c_void_p, c.c_size_t)),
+    "octavo_packed_weight_size": (c.c_size_t, (c.c_int32, c.c_int32)),
+    "octavo_pack_linear": (None, (c.c_void_p, _MatrixPointer, c.c_void_p)),
+    "octavo_pack_gated": (None, (c.c_void_p, _MatrixPointer, _MatrixPointer, c.c_void_p)),
+    "octavo_to_bf16": (None, (c.c_void_p, _MatrixPointer, c.c_void_p, c.c_int32)),
+    "octavo_program_create": (c.c_void_p, (c.c_void_p, c.POINTER(ProgramInfo))),
+    "octavo_program_destroy": (None, (c.c_void_p,)),
+    "octavo_program_run": (
+        c.c_int32,
+        (c.c_void_p, c.POINTER(Step), c.POINTER(Cache), c.c_void_p, c.c_char_p, c.c_size_t),
+    ),
+    "octavo_draw": (
+        None,
+        (c.c_void_p, c.c_void_p, c.c_int64, c.c_int32, c.c_int32, c.c_void_p, c.c_void_p),
+    ),
+    "octavo_argmax": (None, (c.c_void_p, c.c_void_p, c.c_int64, c.c_int32, c.c_int32, c.c_void_p)),
+}
+
+
+def runnable_variants() -> list[str]:
+    """Return the variants that this CPU can run, best first."""
+    flags = _cpu_flags()
+    return [variant for variant in build.variants() if _NEEDED_FLAGS[variant] <= flags]
+
+
+@functools.cache
+def load(variant: str = "") -> c.CDLL:
+    """Load the kernels: `variant`, or the best that this CPU can run.
+
+    Compiles them first where no ready library is found. Raises build.BuildError without a
+    compiler, ValueError for a variant that this CPU cannot run.
+    """
+    runnable = runnable_variants()
+    if variant and variant not in runnable:
+        raise ValueError(f"CPU kernels {variant!r}: this machine can run {', '.join(runnable)}")
+    library = c.CDLL(str(build.library_path(variant or runnable[0])))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    revision = library.octavo_abi_revision()
+    assert revision == ABI_REVISION, f"library.py mirrors revision {ABI_REVISION} of abi.h, not {revision}"
+    return library
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use: its affinity mask, cut to the cgroup's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):  # no cgroup v2
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())

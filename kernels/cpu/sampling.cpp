@@ -1,0 +1,289 @@
+// Draws tokens from processed logits.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "abi.h"
+#include "gumbel.h"
+#include "handles.h"
+
+namespace octavo {
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr int kNoToken = -1;
+
+// ---------------------------------------------------------------- argmax
+
+// The largest value, or -inf if there is none.
+float largest_of(const float* values, int64_t size) {
+  Vec largest = broadcast(kMinusInfinity);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) largest = maximum(load(values + i), largest);
+  float result = max_lanes(largest);
+  for (; i < size; ++i) result = values[i] > result ? values[i] : result;
+  return result;
+}
+
+// The lowest index of the largest value.
+int32_t argmax(const float* values, int32_t size) {
+  const float largest = largest_of(values, size);
+  if (largest == kMinusInfinity) return kNoToken;
+  return static_cast<int32_t>(std::find(values, values + size, largest) - values);
+}
+
+// ---------------------------------------------------------------- which tokens may be drawn
+
+struct Candidate {
+  float value;
+  int32_t token_id;
+};
+
+bool is_before(const Candidate& a, const Candidate& b) {
+  return a.value != b.value ? a.value > b.value : a.token_id < b.token_id;
+}
+
+// e^x for x <= 0, to about one unit in the last place; plain arithmetic, so that loops over it
+// become vector code.
+double exp_of_negative(double x) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
+  x = x > -700.0 ? x : -700.0;
+  const double shifted = x * 1.4426950408889634 + kMagic;
+  const double n = shifted - kMagic;
+  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  double power = 1.0 / 6227020800.0;
+  constexpr double kFactors[] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0};
+  for (double factor : kFactors) power = power * r + 1.0 / factor;
+  int64_t exponent, word;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  std::memcpy(&word, &power, sizeof word);
+  word += exponent << 52;
+  double result;
+  std::memcpy(&result, &word, sizeof result);
+  return result;
+}
+
+// One row of logits on its way to a token. Memory is kept from row to row.
+class RowSampler {
+ public:
+  int32_t draw(const float* logits, int32_t vocab_size, const OctavoDraw& draw);
+
+ private:
+  void scale(const float* logits, float temperature);
+  void filter(const OctavoDraw& draw);
+  void collect(float lowest);
+  float lower_bound_of_top_k(int32_t top_k);
+  void keep_top_k(int32_t top_k);
+  void keep_top_p(double top_p);
+  double sum_of_weights() const;
+  bool cut_at(double top_p, double total);
+  void drop_all_but_candidates();
+  int32_t argmax_with_noise(const NoiseKey& key) const;
+
+  int32_t vocab_size_ = 0;
+  float largest_ = kMinusInfinity;
+  std::vector<float> scaled_;         // logits / temperature, padded with -inf to whole noise blocks
+  std::vector<float> block_largest_;  // the largest of each kNoiseTokens
+  std::vector<float> order_;
+  std::vector<Candidate> candidates_;
+};
+
+int32_t RowSampler::draw(const float* logits, int32_t vocab_size, const OctavoDraw& draw) {
+  if (draw.temperature == 0.0f) return argmax(logits, vocab_size);
+  vocab_size_ = vocab_size;
+  scale(logits, draw.temperature);
+  if (largest_ == kMinusInfinity) return kNoToken;
+  filter(draw);
+  return argmax_with_noise({draw.seed, draw.position, draw.candidate_index});
+}
+
+void RowSampler::scale(const float* logits, float temperature) {
+  const int64_t num_blocks = divide_up(vocab_size_, kNoiseTokens);
+  scaled_.resize(num_blocks * kNoiseTokens);
+  block_largest_.resize(num_blocks);
+  for (int32_t i = 0; i < vocab_size_; ++i) scaled_[i] = logits[i] / temperature;
+  std::fill(scaled_.begin() + vocab_size_, scaled_.end(), kMinusInfinity);
+  for (int64_t block = 0; block < num_blocks; ++block)
+    block_largest_[block] = largest_of(scaled_.data() + block * kNoiseTokens, kNoiseTokens);
+  largest_ = largest_of(block_largest_.data(), num_blocks);
+}
+
+// Leave in scaled_ only what may be drawn; the rest becomes -inf.
+void RowSampler::filter(const OctavoDraw& draw) {
+  const bool has_top_k = draw.top_k > 0 && draw.top_k < vocab_size_;
+  const bool has_top_p = draw.top_p < 1.0;
+  const bool has_min_p = draw.min_p > 0.0;
+  if (!has_top_k && !has_top_p && !has_min_p) return;
+  const float min_p_floor = has_min_p ? largest_ + static_cast<float>(std::log(draw.min_p)) : kMinusInfinity;
+  if (has_top_k) {
+    keep_top_k(draw.top_k);
+  } else if (!has_top_p) {
+    collect(min_p_floor);
+  }
+  if (has_top_p) {
+    if (has_top_k) {
+      std::sort(candidates_.begin(), candidates_.end(), is_before);
+      cut_at(draw.top_p, sum_of_weights());
+    } else {
+      keep_top_p(draw.top_p);
+    }
+  }
+  const auto is_too_low = [min_p_floor](const Candidate& c) { return c.value < min_p_floor; };
+  candidates_.erase(std::remove_if(candidates_.begin(), candidates_.end(), is_too_low), candidates_.end());
+  drop_all_but_candidates();
+}
+
+// Make candidates_ of all tokens at or above `lowest`, in the order of their ids.
+void RowSampler::collect(float lowest) {
+  candidates_.clear();
+  for (size_t block = 0; block < block_largest_.size(); ++block) {
+    if (!(block_largest_[block] >= lowest)) continue;
+    const int32_t begin = static_cast<int32_t>(block) * kNoiseTokens;
+    for (int32_t i = begin; i < begin + kNoiseTokens; ++i) {
+      if (scaled_[i] >= lowest && scaled_[i] > kMinusInfinity) candidates_.push_back({scaled_[i], i});
+    }
+  }
+}
+
+// k blocks have their largest value at or above the k-th largest of these: so have k tokens.
+float RowSampler::lower_bound_of_top_k(int32_t top_k) {
+  if (static_cast<size_t>(top_k) > block_largest_.size()) return kMinusInfinity;
+  order_ = block_largest_;
+  std::nth_element(order_.begin(), order_.begin() + top_k - 1, order_.end(), std::greater<float>());
+  return order_[top_k - 1];
+}
+
+void RowSampler::keep_top_k(int32_t top_k) {
+  collect(lower_bound_of_top_k(top_k));
+  if (candidates_.size() <= static_cast<size_t>(top_k)) return;
+  std::nth_element(candidates_.begin(), candidates_.begin() + top_k, candidates_.end(), is_before);
+  candidates_.resize(top_k);
+}
+
+// Top-p over the whole vocabulary. Most of the probability lies close to the largest logit, so
+// sort only that far, and further where it does not suffice.
+void RowSampler::keep_top_p(double top_p) {
+  collect(kMinusInfinity);
+  const double total = sum_of_weights();
+  for (const float depth : {4.0f, 8.0f, 16.0f}) {
+    collect(largest_ - depth);
+    std::sort(candidates_.begin(), candidates_.end(), is_before);
+    if (cut_at(top_p, total)) return;
+  }
+  collect(kMinusInfinity);
+  std::sort(candidates_.begin(), candidates_.end(), is_before);
+  cut_at(top_p, total);
+}
+
+double RowSampler::sum_of_weights() const {
+  constexpr size_t kChunk = 256;
+  double weights[kChunk];
+  double total = 0.0;
+  for (size_t begin = 0; begin < candidates_.size(); begin += kChunk) {
+    const size_t count = std::min(kChunk, candidates_.size() - begin);
+    for (size_t i = 0; i < count; ++i)
+      weights[i] = exp_of_negative(static_cast<double>(candidates_[begin + i].value) - largest_);
+    for (size_t i = 0; i < count; ++i) total += weights[i];
+  }
+  return total;
+}
+
+// Keep the shortest prefix of the sorted candidates whose weights reach top_p of the total. Returns
+// false, and keeps all, where they do not.
+bool RowSampler::cut_at(double top_p, double total) {
+  double sum = 0.0;
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    sum += exp_of_negative(static_cast<double>(candidates_[i].value) - largest_);
+    if (sum >= top_p * total) {
+      candidates_.resize(i + 1);
+      return true;
+    }
+  }
+  return false;
+}
+
+void RowSampler::drop_all_but_candidates() {
+  std::fill(scaled_.begin(), scaled_.end(), kMinusInfinity);
+  std::fill(block_largest_.begin(), block_largest_.end(), kMinusInfinity);
+  for (const Candidate& candidate : candidates_) {
+    scaled_[candidate.token_id] = candidate.value;
+    float& largest = block_largest_[candidate.token_id / kNoiseTokens];
+    largest = std::max(largest, candidate.value);
+  }
+}
+
+// ---------------------------------------------------------------- the draw
+
+// The best token so far, separately for each lane and each of the four words of a counter.
+struct LaneBest {
+  Vec value = broadcast(kMinusInfinity);
+  IntVec token_id = IntVec{} + kNoToken;
+
+  void offer(Vec other, IntVec other_token_id) {
+    const auto is_better = other > value;
+    value = is_better ? other : value;
+    token_id = is_better ? other_token_id : token_id;
+  }
+};
+
+void offer_block(const NoiseKey& key, const float* scaled, int32_t block, LaneBest (&best)[4]) {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const IntVec counter = lane + block * kLanes;
+  UintVec words[4];
+  philox(key, reinterpret_cast<UintVec>(counter), words);
+  float by_word[4][kLanes];
+  for (int i = 0; i < kLanes; ++i)
+    for (int word = 0; word < 4; ++word) by_word[word][i] = scaled[i * 4 + word];
+  for (int word = 0; word < 4; ++word)
+    best[word].offer(load(by_word[word]) + gumbel(words[word]), counter * 4 + word);
+}
+
+Candidate best_of(const LaneBest (&best)[4]) {
+  Candidate result{kMinusInfinity, kNoToken};
+  for (const LaneBest& lanes : best) {
+    for (int i = 0; i < kLanes; ++i) {
+      const Candidate candidate{lanes.value[i], lanes.token_id[i]};
+      if (candidate.token_id != kNoToken && (result.token_id == kNoToken || is_before(candidate, result)))
+        result = candidate;
+    }
+  }
+  return result;
+}
+
+int32_t RowSampler::argmax_with_noise(const NoiseKey& key) const {
+  const int32_t num_blocks = static_cast<int32_t>(block_largest_.size());
+  // What the most likely block reaches is a bar: blocks that would miss it with the largest noise
+  // there is need none computed.
+  const int32_t likeliest = argmax(block_largest_.data(), num_blocks);
+  LaneBest bar[4];
+  offer_block(key, scaled_.data() + int64_t{likeliest} * kNoiseTokens, likeliest, bar);
+  const float lowest = best_of(bar).value;
+  LaneBest best[4];
+  for (int32_t block = 0; block < num_blocks; ++block) {
+    if (block_largest_[block] + kLargestNoise >= lowest && block_largest_[block] > kMinusInfinity)
+      offer_block(key, scaled_.data() + int64_t{block} * kNoiseTokens, block, best);
+  }
+  return best_of(best).token_id;
+}
+
+}  // namespace
+}  // namespace octavo
+
+using namespace octavo;
+
+void octavo_draw(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows, int32_t vocab_size,
+                 const OctavoDraw* draws, int32_t* token_ids) {
+  std::vector<RowSampler> samplers(pool->threads.num_threads());
+  pool->threads.for_each(num_rows, [&](int64_t row, int thread) {
+    token_ids[row] = samplers[thread].draw(logits + row * stride, vocab_size, draws[row]);
+  });
+}
+
+void octavo_argmax(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows, int32_t vocab_size,
+                   int32_t* token_ids) {
+  pool->threads.for_each(num_rows,
+                         [&](int64_t row, int) { token_ids[row] = argmax(logits + row * stride, vocab_size); });
+}

@@ -1,0 +1,250 @@
+// Vector primitives. The library is compiled once per instruction set; this header is the only
+// file that knows which. To add one, give it a block below and a row in build.py.
+//
+// Vectors are the compiler's own vector types, so + - * / work on them in every variant.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace octavo {
+
+using bf16 = uint16_t;
+
+// ---------------------------------------------------------------- width and registers
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512VL__)
+#define OCTAVO_AVX512_BF16 1
+constexpr int kLanes = 16;        // float32 values in a vector
+constexpr int kAccumulators = 24;  // vector registers that a kernel may fill with sums
+constexpr int kMaxTileRows = 12;  // rows that a kernel multiplies at once
+#elif defined(__AVX2__) && defined(__FMA__)
+#define OCTAVO_AVX2 1
+constexpr int kLanes = 8;
+constexpr int kAccumulators = 8;
+constexpr int kMaxTileRows = 4;
+#else
+constexpr int kLanes = 4;
+constexpr int kAccumulators = 8;
+constexpr int kMaxTileRows = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+
+// ---------------------------------------------------------------- loads, stores, lanes
+
+inline Vec load(const float* source) {
+  Vec value;
+  std::memcpy(&value, source, sizeof value);
+  return value;
+}
+
+inline void store(float* target, Vec value) { std::memcpy(target, &value, sizeof value); }
+
+inline Vec broadcast(float value) { return value - Vec{}; }
+
+inline IntVec bits(Vec value) { return reinterpret_cast<IntVec>(value); }
+inline Vec from_bits(IntVec value) { return reinterpret_cast<Vec>(value); }
+
+// ---------------------------------------------------------------- arithmetic
+
+// a * b + c, rounded once where the instruction set can.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(OCTAVO_AVX512_BF16)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(OCTAVO_AVX2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger of the two; b where one is not a number.
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
+
+// Sum and maximum over the lanes, always in the same order.
+inline float sum_lanes(Vec value) {
+#if defined(OCTAVO_AVX512_BF16)
+  return _mm512_reduce_add_ps(value);
+#else
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) value[i] += value[i + width];
+  return value[0];
+#endif
+}
+
+inline float max_lanes(Vec value) {
+#if defined(OCTAVO_AVX512_BF16)
+  return _mm512_reduce_max_ps(value);
+#else
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) value[i] = value[i] > value[i + width] ? value[i] : value[i + width];
+  return value[0];
+#endif
+}
+
+// 2^x, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -126. x must not exceed 127.
+inline Vec exp2(Vec x) {
+  const Vec clamped = maximum(x, broadcast(-126.0f));
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = clamped + magic;
+  const Vec fraction = clamped - (shifted - magic);  // in [-0.5, 0.5]
+  Vec power = broadcast(1.5403530393e-4f);
+  power = multiply_add(power, fraction, broadcast(1.3333558146e-3f));
+  power = multiply_add(power, fraction, broadcast(9.6181291076e-3f));
+  power = multiply_add(power, fraction, broadcast(5.5504108665e-2f));
+  power = multiply_add(power, fraction, broadcast(2.4022650696e-1f));
+  power = multiply_add(power, fraction, broadcast(6.9314718056e-1f));
+  power = multiply_add(power, fraction, broadcast(1.0f));
+  const IntVec exponent = (bits(shifted) - bits(magic)) << 23;
+  const Vec result = from_bits(bits(power) + exponent);
+  return x < broadcast(-126.0f) ? Vec{} : result;
+}
+
+// Upper and lower halves of the 64-bit products a * b.
+inline void multiply_wide(UintVec a, uint32_t b, UintVec& high, UintVec& low) {
+#if defined(OCTAVO_AVX512_BF16)
+  const __m512i factor = _mm512_set1_epi32(static_cast<int32_t>(b));
+  const __m512i even = _mm512_mul_epu32(reinterpret_cast<__m512i>(a), factor);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(reinterpret_cast<__m512i>(a), 32), factor);
+  high = reinterpret_cast<UintVec>(_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd));
+  low = reinterpret_cast<UintVec>(_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32)));
+#elif defined(OCTAVO_AVX2)
+  const __m256i factor = _mm256_set1_epi32(static_cast<int32_t>(b));
+  const __m256i even = _mm256_mul_epu32(reinterpret_cast<__m256i>(a), factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(reinterpret_cast<__m256i>(a), 32), factor);
+  high = reinterpret_cast<UintVec>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
+  low = reinterpret_cast<UintVec>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const uint64_t product = static_cast<uint64_t>(a[i]) * b;
+    high[i] = static_cast<uint32_t>(product >> 32);
+    low[i] = static_cast<uint32_t>(product);
+  }
+#endif
+}
+
+template <int kRows, int kColumns>
+inline void clear(Vec (&values)[kRows][kColumns]) {
+  for (auto& row : values)
+    for (Vec& value : row) value = Vec{};
+}
+
+// ---------------------------------------------------------------- bf16
+
+inline float bf16_to_float(bf16 value) {
+  const uint32_t word = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &word, sizeof result);
+  return result;
+}
+
+// Round to nearest even; a value that is not a number stays one.
+inline bf16 float_to_bf16(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  if ((word & 0x7fffffff) > 0x7f800000) return static_cast<bf16>((word >> 16) | 0x40);
+  return static_cast<bf16>((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+inline Vec load_bf16(const bf16* source) {
+  HalfVec half;
+  std::memcpy(&half, source, sizeof half);
+  return from_bits(__builtin_convertvector(half, IntVec) << 16);
+}
+
+inline void store_bf16(bf16* target, Vec value) {
+#if defined(OCTAVO_AVX512_BF16)
+  const __m256bh half = _mm512_cvtneps_pbh(value);
+#else
+  const IntVec word = bits(value);
+  const IntVec rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  const IntVec not_a_number = ((word >> 16) & 0xffff) | 0x40;
+  const HalfVec half = __builtin_convertvector(value == value ? rounded : not_a_number, HalfVec);
+#endif
+  std::memcpy(target, &half, sizeof half);
+}
+
+// Pairs of bf16, one pair a lane: what the dot product instruction eats.
+#if defined(OCTAVO_AVX512_BF16)
+using Pairs = __m512bh;
+
+inline Pairs load_pairs(const bf16* source) { return (__m512bh)_mm512_loadu_si512(source); }
+
+inline Pairs broadcast_pair(const bf16* source) {
+  int32_t pair;
+  std::memcpy(&pair, source, sizeof pair);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+// sum + a.even * b.even + a.odd * b.odd in each lane.
+inline Vec dot_pairs(Vec sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a, b); }
+#else
+struct Pairs {
+  Vec even;
+  Vec odd;
+};
+
+inline Pairs widen_pairs(IntVec words) {
+  const int32_t high = static_cast<int32_t>(0xffff0000u);
+  return {from_bits(words << 16), from_bits(words & high)};
+}
+
+inline Pairs load_pairs(const bf16* source) {
+  IntVec words;
+  std::memcpy(&words, source, sizeof words);
+  return widen_pairs(words);
+}
+
+inline Pairs broadcast_pair(const bf16* source) {
+  int32_t pair;
+  std::memcpy(&pair, source, sizeof pair);
+  return widen_pairs(pair - IntVec{});
+}
+
+inline Vec dot_pairs(Vec sum, Pairs a, Pairs b) {
+  return multiply_add(a.odd, b.odd, multiply_add(a.even, b.even, sum));
+}
+#endif
+
+// ---------------------------------------------------------------- processor state
+
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+inline void prefetch_l2(const void* address) { __builtin_prefetch(address, 0, 2); }
+
+// Rounds to nearest and keeps subnormal numbers while it lives, whatever the calling thread was
+// set to, so that all threads compute the same bits.
+class DefaultFloatMode {
+ public:
+#if defined(__SSE2__)
+  DefaultFloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  DefaultFloatMode() {}
+#endif
+};
+
+// ---------------------------------------------------------------- small helpers
+
+// Make the compiler forget how it came by a pointer, so that it does not derive others from it
+// ahead of time.
+template <class T>
+inline void keep_in_register(T*& pointer) {
+  asm("" : "+r"(pointer));
+}
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+constexpr int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+}  // namespace octavo

@@ -1,0 +1,84 @@
+// Threads that run the items of one phase after the other.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace octavo {
+
+// Work in phases. All items of a phase end before the next phase begins.
+class Job {
+ public:
+  virtual ~Job() = default;
+
+  // Run one item. `thread` is below the pool's number of threads and tells scratch memory apart.
+  virtual void run_item(int phase, int item, int thread) = 0;
+};
+
+// A barrier here waits for the items of a phase, not for the threads: a thread that the system
+// put aside between two items holds nobody up, and joins whatever phase is running when it comes
+// back. So beside a busy process the pool loses that core's share and no more.
+//
+// A thread without an item spins for tens of microseconds, which covers the gap between phases,
+// and then sleeps.
+class ThreadPool {
+ public:
+  explicit ThreadPool(int num_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int num_threads() const { return num_threads_; }
+
+  // Whether this process is a child of the one that started the threads. It has none of them, and
+  // must not destroy the pool: that would wait for them.
+  bool is_forked() const;
+
+  // Run all phases of `job`; the calling thread takes part. Calls from several threads take turns.
+  // After a fork the child has no threads but its own, and runs everything on it.
+  void run(Job& job, const std::vector<int>& items_per_phase);
+
+  // Run `body(item, thread)` for every item.
+  template <class Body>
+  void for_each(int num_items, const Body& body) {
+    struct ForEach : Job {
+      explicit ForEach(const Body& b) : body(b) {}
+      void run_item(int, int item, int thread) override { body(item, thread); }
+      const Body& body;
+    } job(body);
+    run(job, {num_items});
+  }
+
+ private:
+  void work(int thread);
+  bool run_one_item(int thread, uint64_t& ticket);
+  void start_next_phase();
+  void wait_for_next_phase(uint64_t ticket);
+
+  const int num_threads_;
+  const int owner_process_;
+  std::vector<std::thread> threads_;
+  std::mutex run_mutex_;
+
+  // Written by the thread that starts a phase, while no item is left or running.
+  Job* job_ = nullptr;
+  const std::vector<int>* items_per_phase_ = nullptr;
+  int phase_ = 0;
+
+  // The number of the phase since the start of the pool, shifted by 32, and the items of it that
+  // nobody has taken. One word, so that a late thread can never take an item of another phase
+  // than the one it looked at.
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<int> num_finished_{0};
+
+  alignas(64) std::atomic<int> num_sleeping_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex sleep_mutex_;
+  std::condition_variable wake_;
+};
+
+}  // namespace octavo
