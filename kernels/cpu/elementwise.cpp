@@ -68,7 +68,8 @@ void load_head(const float* source, int head_dim, Head& head) {
 }
 
 void write_key(const Head& head, int head_dim, int offset, bf16* page) {
-  for (int i = 0; i < head_dim; i += 2) std::memcpy(page + i * kBlockTokens + offset * 2, head.rounded + i, 2 * sizeof(bf16));
+  for (int i = 0; i < head_dim; i += 2)
+    std::memcpy(page + i * kBlockTokens + offset * 2, head.rounded + i, 2 * sizeof(bf16));
 }
 
 void write_value(const Head& head, int head_dim, int offset, bf16* page) {
@@ -86,7 +87,8 @@ void embed_token(const OctavoOp& op, int32_t token_id, float* output) {
 void norm_row(const OctavoNorm& norm, const float* x, bf16* output) {
   const int64_t padded_size = round_up(norm.size, kRowMultiple);
   const Vec factor = broadcast(inverse_rms(norm, x, padded_size));
-  for (int64_t i = 0; i < padded_size; i += kLanes) store_bf16(output + i, load(x + i) * factor * load(norm.weight + i));
+  for (int64_t i = 0; i < padded_size; i += kLanes)
+    store_bf16(output + i, load(x + i) * factor * load(norm.weight + i));
 }
 
 void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, bf16* pages, int offset, bf16* queries) {

@@ -53,8 +53,9 @@ double exp_of_negative(double x) {
   const double shifted = x * 1.4426950408889634 + kMagic;
   const double n = shifted - kMagic;
   const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  double power = 1.0 / 6227020800.0;
-  constexpr double kFactors[] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0, 120.0, 24.0, 6.0, 2.0, 1.0, 1.0};
+  double power = 1.0 / 6227020800.0;  // Taylor's series, from 1 / 13! down
+  constexpr double kFactors[] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0,
+                                 120.0,       24.0,       6.0,       2.0,      1.0,     1.0};
   for (double factor : kFactors) power = power * r + 1.0 / factor;
   int64_t exponent, word;
   std::memcpy(&exponent, &shifted, sizeof exponent);

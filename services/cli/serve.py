@@ -66,7 +66,8 @@ class ServeConfig:
         default="127.0.0.1:8000",
         metadata={
             "group": _LISTENING,
-            "help": "reserved for the OpenAI-compatible listener, which is not there yet: nothing listens here",
+            "help": "where the first gateway listens for the OpenAI-compatible API; further ones take the ports after "
+            "it. Empty: nowhere",
         },
     )
     reflection: bool = field(
@@ -137,15 +138,32 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     with open_display(config.log_format == "json") as display:
         try:
-            listen = addresses.take_free(config.grpc_address, config.gateways)
-            if config.http_address:
-                addresses.split(config.http_address)
+            listen = _take_addresses(config)
             model = model_source.find(config.model, display.progress)
             with _run_directory() as folder:
                 return asyncio.run(_supervise(config, model, listen, folder, display, started))
         except CommandError as error:
             display.line(f"octavo serve: {error}")
             return 1
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where one gateway listens; `http` is empty for nowhere."""
+
+    grpc: str
+    http: str
+
+
+def _take_addresses(config: ServeConfig) -> list[Listen]:
+    """Return the addresses of each gateway, all free now. Raises CommandError."""
+    grpc = addresses.take_free(config.grpc_address, config.gateways)
+    if not config.http_address:
+        return [Listen(address, "") for address in grpc]
+    http = addresses.take_free(config.http_address, config.gateways)
+    if both := set(grpc) & set(http):
+        raise CommandError(f"{min(both)} is wanted for both gRPC and HTTP: choose ports that are further apart")
+    return [Listen(*pair) for pair in zip(grpc, http, strict=True)]
 
 
 def _interrupt(*_: object) -> None:
@@ -190,8 +208,10 @@ def _remove_if_left(folder: Path) -> None:
             os.close(descriptor)
 
 
-def child_specs(config: ServeConfig, model: model_source.Model, listen: Sequence[str], folder: Path) -> list[ChildSpec]:
-    """Return the processes to run: one scheduler, the workers, and a gateway for each address in `listen`."""
+def child_specs(
+    config: ServeConfig, model: model_source.Model, listen: Sequence[Listen], folder: Path
+) -> list[ChildSpec]:
+    """Return the processes to run: one scheduler, the workers, and a gateway for each entry of `listen`."""
     scheduler_address = f"unix:{folder}/scheduler.sock"
     worker_endpoint = f"ipc://{folder}/workers.sock"
     command = (sys.executable, "-P", "-m", "octavo.services.cli")
@@ -235,9 +255,10 @@ def child_specs(config: ServeConfig, model: model_source.Model, listen: Sequence
     for index in range(config.workers):
         name = f"worker-{index}"
         specs.append(spec(name, 2, {**worker, "worker_id": name}, progress="--progress-fd"))
-    for index, address in enumerate(listen):
+    for index, where in enumerate(listen):
         name = f"gateway-{index}"
-        specs.append(spec(name, 0, {**gateway, "gateway_id": name, "grpc_address": address}, str(model.path)))
+        own = {"gateway_id": name, "grpc_address": where.grpc, "http_address": where.http}
+        specs.append(spec(name, 0, {**gateway, **own}, str(model.path)))
     return specs
 
 
@@ -249,7 +270,7 @@ def _num_cores() -> int:
 async def _supervise(
     config: ServeConfig,
     model: model_source.Model,
-    listen: Sequence[str],
+    listen: Sequence[Listen],
     folder: Path,
     display: Display,
     started: float,
@@ -274,10 +295,11 @@ async def _supervise(
     def on_ready() -> None:
         display.close()
         on = f" on {device}" if device else ""
+        http = f", http {' '.join(where.http for where in listen)}" if config.http_address else ""
         with contextlib.suppress(OSError):
             print(
                 f"ready in {time.monotonic() - started:.1f} s: {model.name}{on}, "
-                f"grpc {' '.join(listen)} (Ctrl-C stops)",
+                f"grpc {' '.join(where.grpc for where in listen)}{http} (Ctrl-C stops)",
                 flush=True,
             )
 
@@ -285,7 +307,7 @@ async def _supervise(
         child_specs(config, model, listen, folder),
         # The processes end running requests themselves after grace_s: they get a little longer to end.
         Limits(start_s=config.startup_timeout_s, grace_s=config.grace_s + 5),
-        is_ready=lambda: _all_serving([addresses.reachable(address) for address in listen]),
+        is_ready=lambda: _all_serving([addresses.reachable(where.grpc) for where in listen]),
         on_ready=on_ready,
         say=output.say,
         on_line=output.child_line,

@@ -32,13 +32,14 @@ def request_id() -> str:
     return _request_id.get()
 
 
+def choose_request_id(given: str) -> str:
+    """Return the id that a client gave, cleaned, or a new one if nothing is left of it."""
+    return _NOT_ALLOWED.sub("", given)[:_MAX_REQUEST_ID] or secrets.token_hex(12)
+
+
 def _read_request_id(context: Any) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == "x-request-id" and isinstance(value, str):
-            cleaned = _NOT_ALLOWED.sub("", value)[:_MAX_REQUEST_ID]
-            if cleaned:
-                return cleaned
-    return secrets.token_hex(12)
+    values = (value for key, value in context.invocation_metadata() or () if key == "x-request-id")
+    return choose_request_id(next((value for value in values if isinstance(value, str)), ""))
 
 
 class _Malformed:

@@ -33,7 +33,8 @@ async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = Non
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await gateway.start()
-    _log.info("gateway ready on %s, model %s", config.grpc_address, config.served_name)
+    also = f" and http://{config.http_address}" if config.http_address else ""
+    _log.info("gateway ready on %s%s, model %s", config.grpc_address, also, config.served_name)
     if on_ready is not None:
         on_ready()
     crashed = asyncio.create_task(gateway.scheduler.wait_crashed())
@@ -66,7 +67,7 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 
 def main() -> int:
     """Run the command line."""
-    config = load(GatewayConfig, sys.argv[1:], prog="octavo-gateway", description="Serve the public gRPC API.")
+    config = load(GatewayConfig, sys.argv[1:], prog="octavo-gateway", description="Serve the public APIs.")
     logs.setup(config.log_level, "gateway")
     return run(config)
 

@@ -8,10 +8,10 @@ from grpc import aio
 
 from octavo.admin.v1 import admin_pb2, admin_pb2_grpc
 from octavo.services.common.errors import feature_disabled
+from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.health import HealthMonitor
 from octavo.services.gateway.request_stream import RequestStream
 from octavo.services.gateway.scheduler_client import SchedulerClient
-from octavo.services.gateway.server import GenerationServicer
 from octavo.services.gateway.validation import RequestValidator
 
 _DEFAULT_LIST = 1000
@@ -26,14 +26,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     def __init__(
         self,
-        generation: GenerationServicer,
+        calls: GenerateCalls,
         health: HealthMonitor,
         scheduler: SchedulerClient,
         validator: RequestValidator,
         gateway_id: str,
         grace_s: float,
     ) -> None:
-        self._generation = generation
+        self._calls = calls
         self._health = health
         self._scheduler = scheduler
         self._validator = validator
@@ -46,15 +46,15 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Refuse new calls, for good, and wait for the running ones."""
         del context
         self._validator.check(request)
-        self._generation.draining = True
+        self._calls.draining = True
         await self._health.stop()
         grace_s = request.grace_ms / 1000 if request.grace_ms else self._grace_s
         try:
             async with asyncio.timeout(grace_s):
-                await self._generation.wait_idle()
+                await self._calls.wait_idle()
         except TimeoutError:
             pass  # the answer says how many are left
-        return admin_pb2.DrainResponse(requests_left=self._generation.num_requests)
+        return admin_pb2.DrainResponse(requests_left=self._calls.num_requests)
 
     async def ListRequests(  # noqa: N802 - named by the proto
         self, request: admin_pb2.ListRequestsRequest, context: ListContext

@@ -1,4 +1,4 @@
-"""Puts a gateway together: one model, one scheduler, the public server and the operators' one."""
+"""Puts a gateway together: one model, one scheduler, the public servers and the operators' one."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from typing import Any
 from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from starlette.types import ASGIApp
 
 from octavo.admin.v1 import admin_pb2_grpc
 from octavo.inference.v1 import generation_pb2_grpc, load_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
 from octavo.services.common.grpc_options import server_options
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.gateway.admin import AdminServicer
+from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.health import SERVICE_NAMES, HealthMonitor
+from octavo.services.gateway.http.app import make_app
+from octavo.services.gateway.http.generate import GenerateEndpoints
+from octavo.services.gateway.http.info import InfoEndpoints
+from octavo.services.gateway.http.listener import HttpListener
 from octavo.services.gateway.load_service import LoadServicer
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.model_files import ModelError
@@ -47,23 +53,18 @@ class Gateway:
         self._tokenizer = model.tokenizer
         self.scheduler = SchedulerClient(config.scheduler_address, gateway_id, config.failover_s)
         self._health = HealthMonitor(self.scheduler)
-        self._generation = GenerationServicer(models, self.scheduler, validator, config.max_requests)
+        self._calls = GenerateCalls(models, self.scheduler, config.max_requests)
 
         self._server = aio.server(
             interceptors=[ErrorInterceptor()],
             options=server_options(config.max_concurrent_streams, config.max_connection_age_s),
         )
-        _add(self._server, generation_pb2_grpc.add_GenerationServiceServicer_to_server, self._generation)
-        _add(
-            self._server,
-            model_pb2_grpc.add_ModelServiceServicer_to_server,
-            ModelServicer(models, self.scheduler, validator),
-        )
-        _add(
-            self._server,
-            tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server,
-            TokenizerServicer(models, validator),
-        )
+        generation = GenerationServicer(self._calls, self.scheduler, validator)
+        _add(self._server, generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation)
+        model_servicer = ModelServicer(models, self.scheduler, validator)
+        tokenizer_servicer = TokenizerServicer(models, validator)
+        _add(self._server, model_pb2_grpc.add_ModelServiceServicer_to_server, model_servicer)
+        _add(self._server, tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server, tokenizer_servicer)
         load = LoadServicer(model.name, self.scheduler, validator)
         _add(self._server, load_pb2_grpc.add_LoadServiceServicer_to_server, load)
         _add(self._server, health_pb2_grpc.add_HealthServicer_to_server, self._health.servicer)
@@ -76,33 +77,52 @@ class Gateway:
         self._admin: aio.Server | None = None
         self.admin_port = 0
         if config.admin_address:
-            admin = AdminServicer(self._generation, self._health, self.scheduler, validator, gateway_id, config.grace_s)
+            admin = AdminServicer(self._calls, self._health, self.scheduler, validator, gateway_id, config.grace_s)
             self._admin = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
             _add(self._admin, admin_pb2_grpc.add_AdminServiceServicer_to_server, admin)
             self.admin_port = _bind(self._admin, config.admin_address)
+
+        self._http: HttpListener | None = None
+        self.http_port = 0
+        if config.http_address:
+            http_app = make_app(
+                GenerateEndpoints(self._calls, models, validator),
+                InfoEndpoints(models, model_servicer, tokenizer_servicer, self._ready),
+                config.http_max_body_bytes,
+                config.http_cors_origins,
+            )
+            self._http = _bind_http(config, http_app)
+            self.http_port = self._http.port
 
     async def start(self) -> None:
         """Connect to the scheduler and take calls; does not wait for the scheduler."""
         self.scheduler.start()
         await self._health.start()
+        if self._http is not None:
+            await self._http.start()  # first: gRPC's health check says that all of the gateway serves
         await self._server.start()
         if self._admin is not None:
             await self._admin.start()
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, let running ones go on for `grace_s`, then end everything."""
-        self._generation.draining = True
+        self._calls.draining = True
         await self._health.stop()
         try:
             async with asyncio.timeout(grace_s):
-                await self._generation.wait_idle()
+                await self._calls.wait_idle()
         except TimeoutError:
             pass  # stopping the server ends them
         await self._server.stop(0.5)
         if self._admin is not None:
             await self._admin.stop(0.5)
         await self.scheduler.close()
+        if self._http is not None:
+            await self._http.stop()  # last: HTTP streams that were still running have got their error by now
         self._tokenizer.close()
+
+    def _ready(self) -> bool:
+        return self._health.ready() and not self._calls.draining
 
 
 def _add(server: aio.Server, register: Callable[[Any, aio.Server], None], servicer: Any) -> None:
@@ -118,6 +138,13 @@ def _load_model(config: GatewayConfig) -> ServedModel:
     name = config.served_name
     aliases = tuple(dict.fromkeys(alias for alias in config.model_aliases if alias != name))
     return ServedModel(name, aliases, tokenizer, min(limits))
+
+
+def _bind_http(config: GatewayConfig, app: ASGIApp) -> HttpListener:
+    try:
+        return HttpListener(config.http_address, app, config.http_max_connections, config.http_keep_alive_s)
+    except OSError as error:
+        raise BindError(f"cannot listen on {config.http_address}: {error.strerror}") from None
 
 
 def _bind(server: aio.Server, address: str) -> int:

@@ -23,6 +23,18 @@ class GatewayConfig:
     admin_address: str = field(
         default="", metadata={"help": "where to listen for operators (octavo.admin.v1); empty: nowhere"}
     )
+    http_address: str = field(
+        default="",
+        metadata={"help": "where to listen for the OpenAI-compatible HTTP API: host:port; empty: nowhere"},
+    )
+    http_max_body_bytes: int = field(default=32 * 1024 * 1024, metadata={"help": "longest body of an HTTP request"})
+    http_max_connections: int = field(default=4096, metadata={"help": "most HTTP connections at once"})
+    http_keep_alive_s: int = field(
+        default=75, metadata={"help": "close an HTTP connection that is idle for so long; longer than a proxy keeps it"}
+    )
+    http_cors_origins: tuple[str, ...] = field(
+        default=(), metadata={"help": "origins whose web pages may call the HTTP API, * for all; empty: none"}
+    )
     reflection: bool = field(default=True, metadata={"help": "let tools such as grpcurl ask for the API's description"})
     gateway_id: str = field(default="", metadata={"help": "name of this process; empty: host name and process id"})
     max_requests: int = field(
@@ -44,7 +56,14 @@ class GatewayConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_requests", "tokenizer_threads", "max_concurrent_streams"):
+        for name in (
+            "max_requests",
+            "tokenizer_threads",
+            "max_concurrent_streams",
+            "http_max_body_bytes",
+            "http_max_connections",
+            "http_keep_alive_s",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         for name in ("max_model_len", "failover_s", "grace_s", "max_connection_age_s"):
@@ -52,6 +71,9 @@ class GatewayConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
         for name in ("grpc_address", "scheduler_address", "admin_address"):
             _check_address(f"--{name.replace('_', '-')}", getattr(self, name), may_be_empty=name == "admin_address")
+        if self.http_address.startswith("unix:"):
+            raise ValueError(f"--http-address must be host:port, not {self.http_address!r}")
+        _check_address("--http-address", self.http_address, may_be_empty=True)
 
     @property
     def served_name(self) -> str:

@@ -45,6 +45,13 @@ class DetokenizerFactory:
             return _ByteDetokenizer(self._table)
         return _WindowDetokenizer(self._tokenizer, prompt_token_ids[-_PRIMING_TOKENS:])
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the text of one token by itself, which may be part of a character; a special token's is its name."""
+        if self._table is not None:
+            data, _ = self._table.entries.get(token_id) or self._table.load(token_id)
+            return data or (self._tokenizer.id_to_token(token_id) or "").encode()
+        return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
+
 
 class _TokenTable:
     """The bytes of each token, and its text where the bytes are whole characters."""

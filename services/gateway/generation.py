@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
@@ -36,6 +36,7 @@ class GenerationRun:
         self.started.model_version = model_version
         self.started.cached_prompt_tokens = stream.admitted.cached_prompt_tokens
         self.completed = generation_pb2.Completed()
+        self.prompt_token_ids = prepared.submit.prompt_token_ids
         self._stream = stream
         self._options = prepared.output
         self._wants_logprobs = stream.wants_logprobs
@@ -46,10 +47,13 @@ class GenerationRun:
         self._admitted_at = time.monotonic()
         self._first_token_at = 0.0
 
-    async def responses(self, coalesce_ms: int) -> AsyncIterator[Response]:
+    async def responses(
+        self, coalesce_ms: int, before_wait: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncIterator[Response]:
         """Yield Started, deltas, endings and Completed; a response is valid until the next is asked for.
 
-        coalesce_ms: how long tokens after the first may gather before a delta. Raises ServingError.
+        coalesce_ms: how long tokens after the first may gather before a delta.
+        before_wait: called when all that is known has been yielded: the time to write it. Raises ServingError.
         """
         yield self._event(started=self.started)
         stream = self._stream
@@ -71,6 +75,8 @@ class GenerationRun:
             if stream.progress is not None:
                 progress, stream.progress = stream.progress, None
                 yield self._event(progress=progress)
+            if before_wait is not None:
+                await before_wait()
             await stream.wait()
             if coalesce_ms and self._first_token_at:
                 await stream.hold(coalesce_ms / 1000)

@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from grpc import aio
 
 from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
-from octavo.services.common.errors import Reason, ServingError, feature_disabled
+from octavo.services.common.errors import feature_disabled
 from octavo.services.common.interceptor import request_id
+from octavo.services.gateway.answer import whole_answer
+from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.generation import GenerationRun
-from octavo.services.gateway.model import Models
-from octavo.services.gateway.prepare import prepare
 from octavo.services.gateway.scheduler_client import SchedulerClient
 from octavo.services.gateway.validation import RequestValidator
 
@@ -21,9 +21,6 @@ GenerateContext = aio.ServicerContext[generation_pb2.GenerateRequest, generation
 StreamContext = aio.ServicerContext[generation_pb2.GenerateStreamRequest, generation_pb2.GenerateStreamResponse]
 ResumeContext = aio.ServicerContext[generation_pb2.ResumeStreamRequest, generation_pb2.ResumeStreamResponse]
 CancelContext = aio.ServicerContext[generation_pb2.CancelGenerationRequest, generation_pb2.CancelGenerationResponse]
-
-# A unary answer needs no wake-up for each token; its end is never held back.
-_UNARY_COALESCE_MS = 20
 
 
 def tenant_of(context: GenerateContext | StreamContext) -> str:
@@ -39,23 +36,10 @@ def _headers_of(context: GenerateContext | StreamContext) -> dict[str, str]:
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Every method raises ServingError; the interceptor makes the status."""
 
-    def __init__(
-        self, models: Models, scheduler: SchedulerClient, validator: RequestValidator, max_requests: int
-    ) -> None:
-        self._models = models
+    def __init__(self, calls: GenerateCalls, scheduler: SchedulerClient, validator: RequestValidator) -> None:
+        self._calls = calls
         self._scheduler = scheduler
         self._validator = validator
-        self._max_requests = max_requests
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self.num_requests = 0
-        """Generate calls that run now."""
-        self.draining = False
-        """New calls are refused."""
-
-    async def wait_idle(self) -> None:
-        """Return when no call runs."""
-        await self._idle.wait()
 
     async def Generate(  # noqa: N802 - named by the proto
         self, request: generation_pb2.GenerateRequest, context: GenerateContext
@@ -63,12 +47,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         """Answer with the whole output."""
         self._validator.check(request)
         async with self._admitted(request.generation, context) as run:
-            answer = _Answer(request.generation.candidate_count or 1)
-            coalesce_ms = max(_UNARY_COALESCE_MS, request.generation.output.max_coalesce_ms)
-            async for part in run.responses(coalesce_ms):
-                answer.add(part.event)
+            coalesce_ms = request.generation.output.max_coalesce_ms
+            answer = await whole_answer(run, request.generation.candidate_count or 1, coalesce_ms)
             context.set_trailing_metadata(_usage_trailers(run))
-            return answer.response()
+            return answer
 
     async def GenerateStream(  # noqa: N802 - named by the proto
         self, request: generation_pb2.GenerateStreamRequest, context: StreamContext
@@ -103,56 +85,20 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def _admitted(
         self, generation: generation_pb2.Generation, context: GenerateContext | StreamContext
     ) -> AsyncIterator[GenerationRun]:
-        """Submit a request and wait for its admission; response headers are sent then, and not before.
-
-        However the body ends, the scheduler is told unless it ended the request itself.
-        """
-        self._enter()
-        try:
-            scheduler = self._scheduler
-            prepared = await prepare(
-                generation,
-                self._models,
-                scheduler.load.max_model_len,
-                request_id(),
-                tenant_of(context),
-                _headers_of(context),
-            )
-            stream = scheduler.submit(prepared.submit, context.time_remaining())
-            try:
-                while stream.admitted is None and stream.error is None:
-                    await stream.wait()
-                if stream.admitted is None:
-                    assert stream.error is not None, "a stream is admitted or fails"
-                    raise stream.error
-                version = prepared.model.version(scheduler.load.model_version)
-                run = GenerationRun(prepared, stream, version)
-                await context.send_initial_metadata(
-                    (
-                        ("x-request-id", request_id()),
-                        ("x-model-version", version),
-                        ("x-scheduler-id", scheduler.welcome.scheduler_id if scheduler.welcome else ""),
-                    )
+        """Submit a request and wait for its admission; response headers are sent then, and not before."""
+        remaining_s = context.time_remaining()
+        deadline = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
+        call = self._calls.admitted(generation, request_id(), tenant_of(context), _headers_of(context), deadline)
+        async with call as run:
+            welcome = self._scheduler.welcome
+            await context.send_initial_metadata(
+                (
+                    ("x-request-id", request_id()),
+                    ("x-model-version", run.started.model_version),
+                    ("x-scheduler-id", welcome.scheduler_id if welcome else ""),
                 )
-                yield run
-            finally:
-                stream.close()
-        finally:
-            self._leave()
-
-    def _enter(self) -> None:
-        if self.draining:
-            raise ServingError(Reason.DRAINING, "the gateway is stopping; try again", retry_after_ms=500)
-        if self.num_requests >= self._max_requests:
-            message = f"{self.num_requests} calls are running, as many as this gateway takes; try again later"
-            raise ServingError(Reason.QUEUE_FULL, message, retry_after_ms=1000)
-        self.num_requests += 1
-        self._idle.clear()
-
-    def _leave(self) -> None:
-        self.num_requests -= 1
-        if self.num_requests == 0:
-            self._idle.set()
+            )
+            yield run
 
 
 def _usage_trailers(run: GenerationRun) -> tuple[tuple[str, str], ...]:
@@ -163,37 +109,3 @@ def _usage_trailers(run: GenerationRun) -> tuple[tuple[str, str], ...]:
         ("x-usage-cached-tokens", str(usage.cached_prompt_tokens)),
         ("x-usage-output-tokens", str(usage.output_tokens)),
     )
-
-
-class _Answer:
-    """Gathers the events of a stream into the answer of Generate."""
-
-    def __init__(self, num_candidates: int) -> None:
-        self._response = generation_pb2.GenerateResponse(
-            candidates=[generation_pb2.Candidate(index=index) for index in range(num_candidates)]
-        )
-        self._texts: list[list[str]] = [[] for _ in range(num_candidates)]
-
-    def add(self, event: generation_pb2.StreamEvent) -> None:
-        """Take the next event."""
-        response = self._response
-        kind = event.WhichOneof("payload")
-        if kind == "delta":
-            delta = event.delta
-            candidate = response.candidates[delta.candidate_index]
-            self._texts[delta.candidate_index].append(delta.text)
-            candidate.token_ids.extend(delta.token_ids)
-            if delta.HasField("logprobs"):
-                candidate.logprobs.MergeFrom(delta.logprobs)  # appends to each column
-        elif kind == "candidate_finished":
-            response.candidates[event.candidate_finished.candidate_index].finished.CopyFrom(event.candidate_finished)
-        elif kind == "started":
-            response.started.CopyFrom(event.started)
-        elif kind == "completed":
-            response.completed.CopyFrom(event.completed)
-
-    def response(self) -> generation_pb2.GenerateResponse:
-        """Return the answer, once the last event is in."""
-        for candidate in self._response.candidates:
-            candidate.text = "".join(self._texts[candidate.index])
-        return self._response

@@ -97,6 +97,10 @@ class ModelTokenizer:
         """Return a detokenizer for an output after this prompt."""
         return self._detokenizers.new(prompt_token_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the text of one token by itself, which may be part of a character; a special token's is its name."""
+        return self._detokenizers.token_bytes(token_id)
+
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 

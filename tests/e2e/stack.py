@@ -41,7 +41,10 @@ class Stack:
     def __init__(self, model: Path | str, *flags: str) -> None:
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
+        self.http_port = free_port()
+        self.http_url = f"http://127.0.0.1:{self.http_port}"
         command = [sys.executable, "-m", "octavo.services.cli", "serve", str(model), "--grpc-address", self.address]
+        command += ["--http-address", f"127.0.0.1:{self.http_port}"]
         self.process = subprocess.Popen(
             [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )

@@ -20,7 +20,8 @@ def octavo(*arguments: str, stdin: str | None = None, timeout_s: float = 120) ->
 
 
 def serve(model: Path | str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return octavo("serve", str(model), "--grpc-address", f"127.0.0.1:{free_port()}", "--device", "cpu", *flags)
+    address = f"127.0.0.1:{free_port()}"
+    return octavo("serve", str(model), "--grpc-address", address, "--http-address=", "--device", "cpu", *flags)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import grpc
+import httpx
 from google.protobuf import descriptor_pool, json_format, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -53,6 +55,14 @@ def test_the_grpcurl_example_works(stack: Stack) -> None:
             call = channel.unary_unary(f"/{method}", request_serializer=None, response_deserializer=reply.FromString)
             answer = json_format.MessageToDict(call(request.SerializeToString()))
     assert "Paris" in answer["candidates"][0]["text"]
+
+
+def test_the_curl_example_works(stack: Stack) -> None:
+    words = shlex.split(block("bash").replace("http://127.0.0.1:8000", stack.http_url))
+    assert words[:2] == ["curl", f"{stack.http_url}/v1/chat/completions"]
+    headers = dict(word.split(": ") for flag, word in itertools.pairwise(words) if flag == "-H")
+    reply = httpx.post(words[1], content=words[words.index("-d") + 1], headers=headers)
+    assert "Paris" in reply.json()["choices"][0]["message"]["content"]
 
 
 def test_the_ten_hops_exist() -> None:

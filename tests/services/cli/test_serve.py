@@ -21,7 +21,7 @@ from octavo.gpu_worker.config import WorkerConfig
 from octavo.services.cli import addresses, serve
 from octavo.services.cli.errors import CommandError
 from octavo.services.cli.model_source import Model
-from octavo.services.cli.serve import ServeConfig, child_specs
+from octavo.services.cli.serve import Listen, ServeConfig, child_specs
 from octavo.services.common.config import parse
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.scheduler.config import SchedulerConfig
@@ -48,7 +48,7 @@ from octavo.services.cli.child import ChildSpec
 commands = json.loads(sys.argv.pop())
 
 def stand_ins(config, model, listen, folder):
-    return [ChildSpec(name, tuple(part.replace("LISTEN", listen[0]) for part in command), order)
+    return [ChildSpec(name, tuple(part.replace("LISTEN", listen[0].grpc) for part in command), order)
             for order, (name, command) in enumerate(commands.items())]
 
 serve.child_specs = stand_ins
@@ -73,7 +73,7 @@ class Serve:
     def __init__(self, run_folder: Path, model: Path, *options: str, **commands: list[str]) -> None:
         self.run_folder = run_folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, str(model), *options, json.dumps(commands)],
+            [sys.executable, "-c", SERVE, str(model), "--http-address=", *options, json.dumps(commands)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -122,6 +122,7 @@ async def test_it_says_when_it_is_ready_and_leaves_nothing_when_stopped(run_fold
     status, err = await run.end()
     assert (status, err) == (0, "octavo serve: stopping (again to stop at once)\n")
     assert "s: my-model on cpu, grpc 127.0.0.1:" in line
+    assert ", http" not in line
     assert len(children) == 2
     assert not any(child.is_running() for child in children)
     assert list(run.run_folder.iterdir()) == []
@@ -163,6 +164,36 @@ async def test_a_busy_port_is_one_line_and_nothing_is_started(run_folder: Path, 
         )
 
 
+async def test_the_http_address_is_free_and_named_when_it_is_ready(run_folder: Path, model: Path) -> None:
+    run = Serve(
+        run_folder, model, "--grpc-address=127.0.0.1:0", "--http-address=127.0.0.1:0",
+        gateway=[sys.executable, "-c", GATEWAY, "LISTEN"],
+    )  # fmt: skip
+
+    line = await run.ready_line()
+
+    assert ", http 127.0.0.1:" in line, line
+    assert "http 127.0.0.1:0 " not in line
+
+
+async def test_a_busy_http_port_is_one_line_and_nothing_is_started(run_folder: Path, model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        options = ["--grpc-address=127.0.0.1:0", f"--http-address={address}"]
+        run = Serve(run_folder, model, *options, worker=["sh", "-c", "echo started"])
+
+        assert await run.end() == (
+            1,
+            f"octavo serve: {address} is in use: stop what listens there, or choose another port\n",
+        )
+
+
+def test_one_port_cannot_serve_both_apis() -> None:
+    (address,) = addresses.take_free("127.0.0.1:0", 1)
+    with pytest.raises(CommandError, match="both gRPC and HTTP"):
+        serve._take_addresses(ServeConfig(model="m", grpc_address=address, http_address=address))
+
+
 async def test_a_missing_model_is_one_line_and_nothing_is_started(run_folder: Path, tmp_path: Path) -> None:
     run = Serve(run_folder, tmp_path / "none", "--grpc-address=127.0.0.1:0", worker=["sh", "-c", "echo started"])
 
@@ -178,7 +209,7 @@ def test_every_option_reaches_its_process_and_is_known_there() -> None:
         model="m", device="cpu", kv_cache_memory=1 << 30, max_model_len=512, reflection=False, gateways=2, workers=2,
         max_running=16, max_waiting=5, max_batch_tokens=64, max_prefill_tokens=32, grace_s=7, log_level="debug",
     )  # fmt: skip
-    listen = ["127.0.0.1:1", "127.0.0.1:2"]
+    listen = [Listen("127.0.0.1:1", "127.0.0.1:3"), Listen("127.0.0.1:2", "")]
 
     specs = child_specs(config, Model(Path("/models/m"), "org/m"), listen, Path("/run/x"))
 
@@ -198,6 +229,7 @@ def test_every_option_reaches_its_process_and_is_known_there() -> None:
     assert 2 * worker.num_threads <= max(2, os.cpu_count() or 1)
     assert worker.worker_endpoint == scheduler.worker_endpoint == "ipc:///run/x/workers.sock"
     assert (gateway.model_name, gateway.grpc_address, gateway.reflection) == ("org/m", "127.0.0.1:2", False)
+    assert (built["gateway-0"].http_address, gateway.http_address) == ("127.0.0.1:3", "")
     assert gateway.scheduler_address == scheduler.scheduler_address == "unix:/run/x/scheduler.sock"
     order = sorted(specs, key=lambda spec: spec.stop_order)
     assert [spec.name.split("-")[0] for spec in order] == ["gateway", "gateway", "scheduler", "worker", "worker"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -177,3 +178,21 @@ def test_the_text_of_a_stop_token_is_left_out_unless_wanted(include: bool) -> No
     output = CandidateOutput(shared)
 
     assert output.push([he, he]) == ("hehe" if include else "he", 2)  # the first cannot end anything yet
+
+
+@pytest.mark.parametrize(
+    ("make", "token", "text"),
+    [
+        (byte_level, "he", b"he"),
+        (byte_level, "Ã", b"\xc3"),
+        (byte_level, "<|end|>", b"<|end|>"),
+        (sentencepiece, "▁a", b" a"),
+        (sentencepiece, "<0xE2>", b"\xe2"),
+        (word_piece, "[PAD]", b"[PAD]"),
+        (word_piece, "word", b"word"),
+    ],
+)
+def test_a_token_by_itself_has_its_bytes_and_a_special_one_its_name(make: Any, token: str, text: bytes) -> None:
+    tokenizer = make()
+
+    assert DetokenizerFactory(tokenizer).token_bytes(tokenizer.token_to_id(token)) == text

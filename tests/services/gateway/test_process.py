@@ -46,7 +46,16 @@ def test_a_wrong_setting_is_one_line_that_names_it() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_requests", 0), ("max_model_len", -1), ("grace_s", -1.0), ("scheduler_address", "x"), ("grpc_address", "")],
+    [
+        ("max_requests", 0),
+        ("max_model_len", -1),
+        ("grace_s", -1.0),
+        ("scheduler_address", "x"),
+        ("grpc_address", ""),
+        ("http_max_body_bytes", 0),
+        ("http_max_connections", 0),
+        ("http_keep_alive_s", 0),
+    ],
 )
 def test_a_setting_out_of_range_names_its_flag(field: str, value: object) -> None:
     with pytest.raises(ValueError, match="--" + field.replace("_", "-")):
@@ -59,8 +68,11 @@ def test_the_served_name_is_the_folder_s_unless_given() -> None:
     assert GatewayConfig(model=Path("/models/tiny"), model_name="x").served_name == "x"
 
 
-def test_sigterm_ends_an_idle_gateway_with_status_0(model_path: Path) -> None:
-    config = GatewayConfig(model=model_path, grpc_address="127.0.0.1:0", scheduler_address="127.0.0.1:1")
+@pytest.mark.parametrize("http_address", ["", "127.0.0.1:0"])
+def test_sigterm_ends_an_idle_gateway_with_status_0(model_path: Path, http_address: str) -> None:
+    config = GatewayConfig(
+        model=model_path, grpc_address="127.0.0.1:0", http_address=http_address, scheduler_address="127.0.0.1:1"
+    )
 
     status = run(config, on_ready=lambda: os.kill(os.getpid(), signal.SIGTERM))
 

@@ -1,0 +1,257 @@
+# mypy: allow-untyped-calls
+"""Compile every Triton kernel for every target without a GPU, and check what comes out.
+
+    python -m octavo.kernels.aot [--target cuda:90]... [--only TEXT] [--timeout SECONDS] [--markdown]
+
+Prints a row for each kernel, configuration and target. The exit status is 1 if one does not
+compile, spills, wants more shared memory than the target has, or lacks an instruction that its
+`AotSpec` requires. Each is compiled in a child process: a compiler that dies or hangs costs one row.
+Triton's wheel brings the compilers and disassemblers, so nothing else need be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from octavo.kernels.aot_spec import AotSpec
+from octavo.kernels.configs import SHARED_MEMORY, TARGETS
+
+MODULES = ("paged_attention", "rotary_kv", "rms_norm", "gated", "sampling_kernels")
+
+_SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_SASS_KINDS = {
+    "mma": re.compile(r"(HMMA|IMMA|QMMA|OMMA|DMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b"),
+    "wgmma": re.compile(r"(HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b"),
+    "ld128": re.compile(r"(LDG|LDGSTS)\..*\b128\b"),
+}
+_GCN_INSTRUCTION = re.compile(r"^\s+([a-z][a-z0-9_]+)(?=\s|$)", re.MULTILINE)
+_GCN_KINDS = {
+    "mma": re.compile(r"v_(mfma|wmma|smfmac)_"),
+    "wgmma": re.compile(r"(?!)"),
+    "ld128": re.compile(r"(global|buffer|flat)_load_(lds_)?(dwordx4|b128)"),
+}
+# In PTX, before ptxas builds the exact division from the like.
+_INEXACT = re.compile(
+    r"\b(?:fma\.\w+(?:\.ftz)?\.f32|div\.(?:full|approx)(?:\.ftz)?\.f32|(?:mul|add|sub)(?:\.\w+)?\.ftz\.f32)"
+)
+
+
+@dataclass
+class Row:
+    """What a kernel became. None: not known.
+
+    registers  per thread; on hip, vector registers
+    spills     bytes stored and loaded, on hip registers
+    shared     bytes of shared memory (LDS) of a block
+    counts     instructions by kind, see `AotSpec.require`
+    inexact    fused multiply-adds and approximate divisions, where Triton's output shows them (cuda)
+    problems   why the row fails; empty if it passes
+    """
+
+    kernel: str
+    target: str
+    registers: int | None = None
+    spills: int | None = None
+    shared: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    inexact: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def compile_all(
+    targets: Sequence[str] = TARGETS, only: str = "", timeout: float = 120.0, modules: Sequence[str] = MODULES
+) -> list[Row]:
+    """Compile each spec whose name contains `only`, for each of its targets that is in `targets`.
+
+    timeout  seconds that one compilation may take
+    modules  of `octavo.kernels`, each with AOT_SPECS
+    """
+    assert os.environ.get("TRITON_INTERPRET", "0") != "1", "interpreted kernels cannot be compiled"
+    rows = []
+    for name in modules:
+        module = importlib.import_module(f"octavo.kernels.{name}")
+        for spec in module.AOT_SPECS:
+            chosen = [target for target in spec.targets if target in targets and only in spec.name]
+            rows += [compile_in_child(module, spec, target, timeout) for target in chosen]
+    return rows
+
+
+def check(row: Row, spec: AotSpec) -> list[str]:
+    """Return what is wrong with a row that was compiled."""
+    problems = []
+    if row.spills != 0:
+        problems.append(f"spills {row.spills}")
+    if row.shared is None or row.shared > SHARED_MEMORY[row.target]:
+        problems.append(f"shared memory {row.shared} > {SHARED_MEMORY[row.target]}")
+    if row.inexact and not spec.enable_fp_fusion:
+        problems.append(f"{row.inexact} operations that are not specified to the bit")
+    for kind, least in spec.require.items():
+        if row.counts.get(kind, 0) < least:
+            problems.append(f"{kind} {row.counts.get(kind)} < {least}")
+    return problems
+
+
+def compile_in_child(module: Any, spec: AotSpec, target: str, timeout: float) -> Row:
+    """Compile one kernel of `module`; what goes wrong, the compiler's death included, is a problem of the row."""
+    # fork: the child has Triton and the kernels imported already.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory(prefix="octavo-aot-") as cache:
+        child = context.Process(target=_child, args=(sender, module, spec, target, cache))
+        child.start()
+        sender.close()
+        try:
+            if receiver.poll(timeout):
+                return Row(**json.loads(receiver.recv_bytes()))
+            problem = f"still compiling after {timeout:g} s"
+            child.kill()
+        except EOFError:
+            child.join()
+            problem = f"the compiler died with exit status {child.exitcode}"
+        finally:
+            child.join()
+            receiver.close()
+    return Row(spec.name, target, problems=[problem])
+
+
+def _child(sender: Connection, module: Any, spec: AotSpec, target: str, cache: str) -> None:
+    # A kernel from the cache would come without the log of ptxas.
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+    os.environ["TRITON_CACHE_DIR"] = cache
+    sender.send_bytes(json.dumps(asdict(_compile(module, spec, target))).encode())
+
+
+def _compile(module: Any, spec: AotSpec, target: str) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    row = Row(spec.name, target)
+    backend, arch = target.split(":")
+    gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
+    options = {
+        "num_warps": spec.num_warps,
+        "num_stages": spec.num_stages,
+        "enable_fp_fusion": spec.enable_fp_fusion,
+    }
+    log = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(_source(getattr(module, spec.function), spec), target=gpu, options=options)
+    except Exception as error:  # whatever a compiler raises is the result
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        row.problems = [f"{type(error).__name__}: {' | '.join(lines[-3:])}"]
+        return row
+    row.shared = compiled.metadata.shared
+    if backend == "cuda":
+        _inspect_cuda(row, compiled.asm["cubin"], log.getvalue())
+        row.inexact = len(_INEXACT.findall(compiled.asm["ptx"]))
+    else:
+        _inspect_hip(row, compiled.asm["amdgcn"])
+    row.problems = check(row, spec)
+    return row
+
+
+def _source(function: Any, spec: AotSpec) -> Any:
+    """Return what `triton.compile` takes: the types and constants that a launch would have found."""
+    import triton
+
+    named = {**spec.signature, **spec.constexprs}
+    assert set(named) == set(function.arg_names), f"{spec.name}: {set(named) ^ set(function.arg_names)}"
+    signature, attributes = {}, {}
+    for index, name in enumerate(function.arg_names):
+        kind, _, multiple = spec.signature.get(name, "constexpr").partition(":")
+        signature[name] = kind
+        if multiple:
+            assert multiple == "16", f"{spec.name}.{name}: :16 is the only hint"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return triton.compiler.ASTSource(
+        fn=function, signature=signature, constexprs=dict(spec.constexprs), attrs=attributes
+    )
+
+
+def _inspect_cuda(row: Row, cubin: bytes, log: str) -> None:
+    """Read the log of ptxas and the disassembled machine code."""
+    registers = re.search(r"Used (\d+) registers", log)
+    row.registers = int(registers.group(1)) if registers else None
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    row.spills = sum(map(int, spilled)) if spilled else None
+    row.counts = _count(_SASS_INSTRUCTION.findall(_disassemble(cubin)), _SASS_KINDS)
+
+
+def _disassemble(cubin: bytes) -> str:
+    """Return the machine code, or nothing if no tool can read it (then requirements fail)."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        for tool, flag in ((knobs.nvidia.nvdisasm, "-c"), (knobs.nvidia.cuobjdump, "-sass")):
+            done = subprocess.run([tool.path, flag, str(file)], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stdout
+    return ""
+
+
+def _inspect_hip(row: Row, assembly: str) -> None:
+    """Read the assembly and the metadata at its end."""
+    fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", assembly))
+    row.registers = int(fields["vgpr_count"]) if "vgpr_count" in fields else None
+    # Scalar registers spill to lanes of vector registers, not to memory.
+    row.spills = int(fields["vgpr_spill_count"]) if "vgpr_spill_count" in fields else None
+    row.counts = _count(_GCN_INSTRUCTION.findall(assembly), _GCN_KINDS)
+
+
+def _count(instructions: list[str], kinds: dict[str, re.Pattern[str]]) -> dict[str, int]:
+    return {kind: sum(1 for name in instructions if pattern.match(name)) for kind, pattern in kinds.items()}
+
+
+def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
+    """Return the rows as text."""
+    kinds = tuple(_SASS_KINDS)
+    lines = [["kernel", "target", "registers", "spills", "shared", *kinds, "problems"]]
+    for row in rows:
+        numbers = [row.registers, row.spills, row.shared, *(row.counts.get(kind) for kind in kinds)]
+        cells = ["-" if number is None else str(number) for number in numbers]
+        lines.append([row.kernel, row.target, *cells, "; ".join(row.problems)])
+    if markdown:
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    widths = [max(len(cells[i]) for cells in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in lines
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m octavo.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--target", action="append", choices=TARGETS, help="compile only for this one; may be repeated")
+    parser.add_argument("--only", default="", help="compile only kernels whose name contains this")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one compilation may take")
+    parser.add_argument("--markdown", action="store_true", help="print the table for documentation")
+    parsed = parser.parse_args(arguments)
+    os.environ.pop("TRITON_INTERPRET", None)  # read by Triton when the kernels are imported
+    rows = compile_all(parsed.target or TARGETS, parsed.only, parsed.timeout)
+    failed = sum(1 for row in rows if row.problems)
+    print(table(rows, markdown=parsed.markdown))
+    print(f"\n{len(rows) - failed} passed, {failed} failed")
+    return 1 if failed or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

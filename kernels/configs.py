@@ -1,0 +1,110 @@
+"""Launch configurations of the Triton kernels, by target and shape: a table, not a search.
+
+A search at run time would choose differently on a busy GPU than on an idle one, and so change the
+order of a sum and with it the bits of a result. The values here were chosen from what the compiler
+reports (`aot.py`: registers, spills, shared memory, instructions). No GPU was at hand: none of them
+is tuned, and `docs/gpu.md` says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+"""What kernels are compiled for: A100, H100 and H200, B200, MI300."""
+
+SHARED_MEMORY = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
+"""Most shared memory (LDS) in bytes that one block may have."""
+
+Step = Literal["decode", "mixed"]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How paged attention is launched.
+
+    block_m     rows of a tile: queries times the queries that share a key head, a power of two >= 16
+    block_n     keys taken at once
+    split_keys  most keys in one row of the work list; fixed, see `attention_plan.py`
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    split_keys: int
+
+
+# By padded head dimension. "decode" has small tiles that leave bandwidth to many blocks; "mixed" has
+# tiles large enough for the wide matrix instructions, and serves prompts and decodes in one launch.
+_DECODE = {
+    64: AttentionConfig(16, 64, 4, 2, 256),
+    128: AttentionConfig(16, 64, 4, 2, 256),
+    256: AttentionConfig(16, 32, 4, 2, 256),
+}
+_MIXED = {
+    64: AttentionConfig(64, 64, 4, 2, 1024),
+    128: AttentionConfig(64, 64, 4, 2, 1024),
+    256: AttentionConfig(64, 32, 8, 2, 1024),
+}
+# With 32 keys at once ptxas takes 128 registers on sm_80 and spills; with 64 it takes more and does not.
+_DECODE_80 = {**_DECODE, 256: AttentionConfig(16, 64, 4, 2, 256)}
+# The tile that suits sm_90 spills on sm_80; 64 KB of LDS hold smaller tiles.
+_SMALL_MIXED = {**_MIXED, 128: AttentionConfig(64, 32, 4, 2, 1024)}
+# Float32 has no matrix instruction, and larger tiles spill. It is for checking results, not for speed.
+_FLOAT32 = {
+    64: AttentionConfig(16, 32, 4, 1, 256),
+    128: AttentionConfig(16, 32, 4, 1, 256),
+    256: AttentionConfig(16, 16, 8, 1, 256),
+}
+
+_ATTENTION: dict[tuple[str, Step], dict[int, AttentionConfig]] = {
+    ("cuda:80", "decode"): _DECODE_80,
+    ("cuda:80", "mixed"): _SMALL_MIXED,
+    ("cuda:90", "decode"): _DECODE,
+    ("cuda:90", "mixed"): _MIXED,
+    ("cuda:100", "decode"): _DECODE,
+    ("cuda:100", "mixed"): _MIXED,
+    ("hip:gfx942", "decode"): _DECODE,
+    ("hip:gfx942", "mixed"): _SMALL_MIXED,
+}
+
+
+def attention_config(target: str, step: Step, head_dim: int, *, is_float32: bool = False) -> AttentionConfig:
+    """Return the configuration for a target of `TARGETS`; `is_float32` tells the type of the queries.
+
+    Which of the two kinds of step computes a token may change its last bits. A device that promises
+    bits takes "mixed" for all its steps.
+    """
+    assert target in TARGETS, f"{target} is none of {TARGETS}"
+    padded = min(size for size in _DECODE if size >= head_dim)
+    return _FLOAT32[padded] if is_float32 else _ATTENTION[target, step][padded]
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How a kernel that takes `block` elements at a time is launched."""
+
+    block: int
+    num_warps: int
+
+
+def norm_config(hidden_size: int) -> RowConfig:
+    """Return how RMSNorm takes a row in one piece: about 16 elements a thread, on every target."""
+    block = max(power_of_two(hidden_size), 128)
+    return RowConfig(block, min(max(block // 512, 1), 16))
+
+
+# Eight elements of two bytes a thread are one 16-byte load. A warp has 32 threads on cuda, 64 on hip.
+GATED = {target: RowConfig(1024, 2 if target.startswith("hip") else 4) for target in TARGETS}
+# `block` is what one program takes of the first halves of its heads.
+ROTARY = {target: RowConfig(512 if target.startswith("hip") else 256, 1) for target in TARGETS}
+# Four logits of four bytes a thread are one 16-byte load.
+LOGITS = {target: RowConfig(1024, 4 if target.startswith("hip") else 8) for target in TARGETS}
+
+
+def power_of_two(size: int) -> int:
+    """Return the smallest power of two that is at least `size`."""
+    assert size > 0, size
+    return 1 << (size - 1).bit_length()

@@ -1,0 +1,184 @@
+# mypy: allow-untyped-calls
+"""The Triton kernels in plain torch: slow, obvious, and what the kernels' tests compare with.
+
+Everything is computed in float32 (or float64 where the arguments are) and rounded once, at the end,
+to the type of the result. Shapes: T tokens in the step, S sequences, R rows of logits, V tokens in
+the vocabulary. A KV cache is [num_blocks, 2, 16, num_kv_heads, head_dim], see `paged_attention.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_BLOCK_SIZE = 16
+_FP8_MAX = 448.0
+
+
+def paged_attention(
+    queries: torch.Tensor,
+    kv_cache: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_tables: torch.Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> torch.Tensor:
+    """Attend causally over a paged cache; return [T, num_heads, head_dim] float32.
+
+    queries          [T, num_heads, head_dim]
+    query_start_loc  [S + 1] row s owns queries query_start_loc[s] .. query_start_loc[s + 1]
+    seq_lens         [S] tokens of each sequence, its new ones included
+    block_tables     [S, max_blocks]
+    window > 0: a query at position p sees positions p - window + 1 .. p, else 0 .. p.
+    soft_cap > 0: scores become soft_cap * tanh(score / soft_cap).
+    """
+    num_kv_heads = kv_cache.shape[3]
+    output = torch.zeros(queries.shape, dtype=torch.float32)
+    for seq, length in enumerate(seq_lens.tolist()):
+        start, end = int(query_start_loc[seq]), int(query_start_loc[seq + 1])
+        blocks = kv_cache[block_tables[seq, : math.ceil(length / _BLOCK_SIZE)].long()].float()
+        keys = blocks[:, 0].flatten(0, 1)[:length] * key_scale
+        values = blocks[:, 1].flatten(0, 1)[:length] * value_scale
+        shared = queries.shape[1] // num_kv_heads
+        q = queries[start:end].float().unflatten(1, (num_kv_heads, shared))
+        scores = torch.einsum("qhgd,khd->hgqk", q, keys) * scale
+        if soft_cap > 0:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        position = torch.arange(length - (end - start), length)[:, None]
+        key = torch.arange(length)[None, :]
+        visible = key <= position
+        if window > 0:
+            visible &= key > position - window
+        weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+        output[start:end] = torch.einsum("hgqk,khd->qhgd", weights, values).flatten(1, 2)
+    return output
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension, float32."""
+    x = x.float()
+    return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps) * weight.float()
+
+
+def rotary_write_kv(
+    qkv: torch.Tensor,
+    kv_cache: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    num_heads: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> torch.Tensor:
+    """Norm and rotate queries and keys, write keys and values; return queries [T, num_heads, head_dim] float32.
+
+    qkv           [T, num_heads + 2 * num_kv_heads, head_dim]: queries, keys, values
+    kv_cache      written in place
+    slot_mapping  [T] block_id * 16 + offset, or -1: nothing is written
+    cos, sin      [max_positions, rotary_dim / 2] float32
+    """
+    num_kv_heads = kv_cache.shape[3]
+    queries, keys, values = qkv.float().split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if q_norm is not None:
+        queries = rms_norm(queries, q_norm, eps)
+    if k_norm is not None:
+        keys = rms_norm(keys, k_norm, eps)
+    c, s = cos[positions.long()][:, None], sin[positions.long()][:, None]
+    queries, keys = _rotate(queries, c, s), _rotate(keys, c, s)
+    written = slot_mapping >= 0
+    slots = slot_mapping[written].long()
+    for side, (rows, scale) in enumerate(((keys, key_scale), (values, value_scale))):
+        stored = rows[written] / scale
+        if kv_cache.dtype == torch.float8_e4m3fn:
+            stored = stored.clamp(-_FP8_MAX, _FP8_MAX)
+        kv_cache[:, side][slots // _BLOCK_SIZE, slots % _BLOCK_SIZE] = stored.to(kv_cache.dtype)
+    return queries
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1]
+    one, two, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], dim=-1)
+
+
+def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """Return activation(gate) * up of `gate_up` [T, 2 * intermediate_size]: gate, then up. float32."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    if activation == "silu":
+        return torch.nn.functional.silu(gate) * up
+    assert activation == "gelu_tanh", activation
+    return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def process_logits(
+    logits: torch.Tensor,
+    *,
+    allowed: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    banned: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
+    repetition: float = 1.0,
+    frequency: float = 0.0,
+    presence: float = 0.0,
+) -> torch.Tensor:
+    """Return one row of `logits` [V] float32 with masks, biases and penalties applied, in that order.
+
+    allowed, banned, seen  [V] bool;  bias  [V] float32;  counts  [V] how often a token was produced
+    """
+    row = logits.clone()
+    if allowed is not None:
+        row[~allowed] = -math.inf
+    if bias is not None:
+        row += bias
+    if banned is not None:
+        row[banned] = -math.inf
+    if counts is None or seen is None:
+        return row
+    if repetition != 1:
+        row = torch.where(seen, torch.where(row > 0, row / repetition, row * repetition), row)
+    row = row - counts.float() * frequency
+    return row - (counts > 0) * presence
+
+
+def kept_tokens(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
+    """Return which of the logits [V], divided by the temperature, top-k, top-p and min-p leave: [V] bool.
+
+    top_k = 0, top_p = 1 and min_p = 0 leave all. On a tie at the edge of top-k or top-p the lower
+    ids stay. A token of -inf never stays.
+    """
+    order = scaled.double().sort(descending=True, stable=True)
+    count = int((scaled > -math.inf).sum())
+    if 0 < top_k < count:
+        count = top_k
+    weights = (order.values[:count] - order.values[0]).exp()
+    if top_p < 1:
+        sums = weights.cumsum(0)
+        count = int((sums < top_p * sums[-1]).sum()) + 1
+    kept = torch.zeros(scaled.shape, dtype=torch.bool)
+    kept[order.indices[:count]] = True
+    if min_p > 0:
+        log_min_p = torch.tensor(math.log(min_p), dtype=torch.float32)
+        kept &= scaled >= scaled.max() + log_min_p
+    return kept
+
+
+def logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log probability [R] float32 and the rank [R] of a token of each row of `logits` [R, V].
+
+    The rank is the number of logits that are at least as high: 1 is the best.
+    """
+    chosen = logits.gather(1, token_ids.long()[:, None])
+    values = chosen.double()[:, 0] - logits.double().logsumexp(dim=1)
+    return values.float(), (logits >= chosen).sum(dim=1).int()

@@ -1,0 +1,77 @@
+"""The body of POST /v1/completions as our requests, one for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from octavo.services.gateway.http.params import Params, are_token_ids
+from octavo.services.gateway.http.requests import (
+    ApiCall,
+    GenerateRequest,
+    copies,
+    read_common,
+    read_max_tokens,
+    read_stream,
+    want_logprobs,
+)
+
+_MAX_PROMPTS = 256
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's, which clients of this old endpoint rely on
+
+
+def read_completion_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCall:
+    """Return what a body asks for. Raises ServingError that names OpenAI's parameters."""
+    params = Params(body)
+    request = GenerateRequest()
+    generation = request.generation
+    names = read_common(params, generation, headers)
+    stream, include_usage = read_stream(params)
+    limit_name, limit = read_max_tokens(params)
+    generation.stop.max_new_tokens = _DEFAULT_MAX_TOKENS if limit is None else limit
+    logprobs = params.integer("logprobs")
+    token_ids = want_logprobs(generation.output, logprobs)
+    params.only("echo", (False,), "is not supported; put the prompt before the output yourself")
+    params.only("best_of", (generation.candidate_count,), "must equal n: all outputs are returned")
+    params.only("suffix", ("",), "is not supported: this server only continues a prompt")
+    prompts = _read_prompts(params)
+    params.finish()
+    requests = copies(request, len(prompts))
+    for each, prompt in zip(requests, prompts, strict=True):
+        if isinstance(prompt, str):
+            each.generation.text = prompt
+        else:
+            each.generation.token_ids.ids.extend(prompt)
+            each.generation.token_ids.SetInParent()  # an empty list is still a list
+    return ApiCall(
+        requests=requests,
+        stream=stream,
+        include_usage=include_usage,
+        logprobs=logprobs,
+        token_ids=token_ids,
+        names={
+            **names,
+            "generation.stop.max_new_tokens": limit_name,
+            "max_new_tokens": limit_name,
+            "generation.output.logprobs": "logprobs",
+        },
+    )
+
+
+def _read_prompts(params: Params) -> list[str | list[int]]:
+    """Return all prompts: a prompt is a string or a list of token ids, and a list holds several."""
+    given = params.take("prompt")
+    if given is None:
+        raise params.wrong("prompt", "must be set")
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, list) and given:
+        if are_token_ids(given):
+            return [given]
+        if len(given) > _MAX_PROMPTS:
+            raise params.wrong("prompt", f"has {len(given)} prompts; send at most {_MAX_PROMPTS} at a time")
+        if all(isinstance(prompt, str) for prompt in given):
+            return given
+        if all(isinstance(prompt, list) and are_token_ids(prompt) for prompt in given):
+            return given
+    raise params.wrong("prompt", "must be a string, a list of strings, a list of token ids, or a list of such lists")

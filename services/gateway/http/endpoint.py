@@ -1,0 +1,139 @@
+"""What every endpoint of the listener has in common: request id, body within limits, errors, disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from octavo.services.common.errors import Reason, ServingError
+from octavo.services.common.interceptor import choose_request_id
+from octavo.services.gateway.http.errors import HttpError, error_response, http_error_response
+from octavo.services.gateway.http.params import parse_object
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_BODY_S = 120.0
+_DISCARD_S = 5.0
+
+
+class HttpRequest:
+    """One request. A handler returns a response, or sends one itself and returns None."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+        self.headers = Headers(scope=scope)
+        self.path_params: dict[str, Any] = scope.get("path_params", {})
+        self.request_id = choose_request_id(self.headers.get("x-request-id", ""))
+        self.send = send
+        self.where = f"{scope['method']} {scope['path']}"
+        self._receive = receive
+        self._max_body_bytes = max_body_bytes
+        self._arrived = asyncio.get_running_loop().time()
+
+    async def json(self) -> dict[str, Any]:
+        """Return the body, a JSON object. Raises HttpError, ServingError, ClientDisconnect."""
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            message = f"the body must be application/json, not {kind or 'of no type'}; set the content-type header"
+            raise HttpError(415, message, "unsupported_media_type")
+        try:
+            async with asyncio.timeout(_BODY_S):
+                return parse_object(await self._body())
+        except TimeoutError:
+            raise HttpError(408, "the body did not arrive in time", "timeout", {"connection": "close"}) from None
+
+    async def unless_gone(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work`, once the body is read; cancel it and raise ClientDisconnect if the client goes away."""
+        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(self._gone())
+        try:
+            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise ClientDisconnect
+        finally:
+            task.cancel()
+            gone.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    def deadline(self) -> float | None:
+        """Return when the answer must be complete, as a time of the event loop, or None."""
+        value = self.headers.get("x-request-timeout-ms")
+        if value is None:
+            return None
+        if not (value.isascii() and value.isdecimal() and 0 < len(value) < 12 and int(value) > 0):
+            raise HttpError(400, "the header x-request-timeout-ms must be a number of milliseconds", "invalid_header")
+        return self._arrived + int(value) / 1000
+
+    async def _gone(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _body(self) -> bytes:
+        announced = self.headers.get("content-length", "0")
+        if int(announced) > self._max_body_bytes:
+            raise await self._too_large()
+        pieces: list[bytes] = []
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            piece = message.get("body", b"")
+            pieces.append(piece)
+            size += len(piece)
+            if size > self._max_body_bytes:
+                raise await self._too_large()
+            if not message.get("more_body", False):
+                return b"".join(pieces)
+
+    async def _too_large(self) -> HttpError:
+        """Return the error; first discard, for a while, what still comes: a client reads when it has written."""
+        try:
+            if "expect" not in self.headers:
+                async with asyncio.timeout(_DISCARD_S):
+                    while (await self._receive()).get("more_body", False):
+                        pass
+        except TimeoutError:
+            pass  # it is told, even if it may not listen
+        message = f"the body is longer than {self._max_body_bytes} bytes"
+        return HttpError(413, message, "request_too_large", {"connection": "close"})
+
+
+Handler = Callable[[HttpRequest], Awaitable[Response | None]]
+
+
+class Endpoint:
+    """An ASGI application around a handler: the one place where an exception becomes an HTTP response."""
+
+    def __init__(self, handler: Handler, max_body_bytes: int) -> None:
+        self._handler = handler
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        request = HttpRequest(scope, receive, send, self._max_body_bytes)
+        try:
+            response = await self._handler(request)
+        except ClientDisconnect:
+            return
+        except HttpError as error:
+            response = http_error_response(error, request.request_id)
+        except ServingError as error:
+            response = error_response(error, request.request_id)
+        except Exception:
+            response = error_response(internal_error(request), request.request_id)
+        if response is not None:
+            response.headers.setdefault("x-request-id", request.request_id)
+            await response(scope, receive, send)
+
+
+def internal_error(request: HttpRequest) -> ServingError:
+    """Return what a client is told about a bug; the log has the exception that is being handled."""
+    _log.exception("%s of request %s failed", request.where, request.request_id)
+    return ServingError(Reason.INTERNAL, "the server failed; its log has the details under this request id")

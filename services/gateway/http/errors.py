@@ -1,0 +1,154 @@
+"""Errors as OpenAI's clients expect them, and OpenAI's names for the fields of our requests."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from starlette.responses import Response
+
+from octavo.services.common.errors import FieldViolation, Reason, ServingError
+
+_Code = grpc.StatusCode
+_STATUS: Mapping[grpc.StatusCode, int] = {
+    _Code.INVALID_ARGUMENT: 400,
+    _Code.OUT_OF_RANGE: 400,
+    _Code.FAILED_PRECONDITION: 400,
+    _Code.UNAUTHENTICATED: 401,
+    _Code.PERMISSION_DENIED: 403,
+    _Code.NOT_FOUND: 404,
+    _Code.ALREADY_EXISTS: 409,
+    _Code.RESOURCE_EXHAUSTED: 429,
+    _Code.CANCELLED: 499,
+    _Code.UNIMPLEMENTED: 501,
+    _Code.UNAVAILABLE: 503,
+    _Code.ABORTED: 503,
+    _Code.DEADLINE_EXCEEDED: 504,
+}
+"""The HTTP status of each code; 500 for all others."""
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+# What a field of a request, or a phrase about it, is called in OpenAI's API, unless the request says otherwise.
+_PARAMETERS = {
+    "generation.model": "model",
+    "generation.text": "prompt",
+    "generation.token_ids.ids": "prompt",
+    "generation.token_ids": "prompt",
+    "generation.prompt": "prompt",
+    "generation.chat.messages": "messages",
+    "generation.chat.tools_json": "tools",
+    "generation.chat.template_options_json": "chat_template_kwargs",
+    "generation.chat.continue_final_message": "continue_final_message",
+    "generation.chat": "messages",
+    "generation.sampling.": "",  # the names are the same
+    "generation.stop.max_new_tokens": "max_tokens",
+    "generation.stop.min_new_tokens": "min_tokens",
+    "generation.stop.stop_sequences": "stop",
+    "generation.stop.stop_token_ids": "stop_token_ids",
+    "generation.constraint": "response_format",
+    "generation.candidate_count": "n",
+    "generation.output.logprobs": "top_logprobs",
+    "generation.scheduling.priority": "priority",
+    "generation.scheduling.cache_salt": "cache_salt",
+    "generation.scheduling.session_id": "prompt_cache_key",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "; send the request again with continue_output set to the tokens received": "; send the request again",
+    # Of TokenizeRequest and DetokenizeRequest
+    "texts[0]": "prompt",
+    "chat.messages": "messages",
+    "chat.tools_json": "tools",
+    "chat.template_options_json": "chat_template_kwargs",
+    "chat.continue_final_message": "continue_final_message",
+    "sequences[0].ids": "tokens",
+}
+_PART = re.compile(r"\.parts(?:\[\d+\])?(?:\.(tool_call|tool_result)?(?:\.(\w+))?)?")
+
+
+def in_openai_words(error: ServingError, names: Mapping[str, str] | None = None) -> ServingError:
+    """Return the error with OpenAI's names of our fields in its message and violations.
+
+    names: those that are not the usual ones in this request.
+    """
+    all_names = {**_PARAMETERS, **(names or {})}
+    longest_first = sorted(all_names, key=len, reverse=True)
+    pattern = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}" for name in longest_first))
+
+    def say(text: str) -> str:
+        return _PART.sub(_say_part, pattern.sub(lambda found: all_names[found[0]], text))
+
+    message = say(error.message)
+    violations = [FieldViolation(say(each.field), say(each.description)) for each in error.violations]
+    named = None if violations else pattern.search(error.message)
+    if named is not None and named[0].startswith("generation."):
+        violations = [FieldViolation(all_names[named[0]], message)]
+    if error.reason == Reason.INVALID_FIELD:
+        message = "; ".join(f"{each.field}: {each.description}" for each in violations)
+    return ServingError(
+        error.reason,
+        message,
+        code=error.code,
+        violations=violations,
+        resource=error.resource,
+        retry_after_ms=error.retry_after_ms,
+    )
+
+
+def _say_part(found: re.Match[str]) -> str:
+    """Return where in a message of OpenAI's a part of ours comes from."""
+    if found[1] == "tool_call":
+        return ".tool_calls"
+    return ".tool_call_id" if found[1] == "tool_result" and found[2] == "id" else ".content"
+
+
+class HttpError(Exception):
+    """A request is wrong as HTTP, before its fields are looked at. `code` is for programs."""
+
+    def __init__(self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+def status_of(error: ServingError) -> int:
+    """Return the HTTP status of an error."""
+    return _STATUS.get(error.code, 500)
+
+
+def error_body(error: ServingError) -> dict[str, Any]:
+    """Return the error as OpenAI's JSON."""
+    status = status_of(error)
+    param = error.violations[0].field if error.violations else "model" if error.resource is not None else None
+    return _body(status, error.message, param, error.reason.lower())
+
+
+def error_response(error: ServingError, request_id: str) -> Response:
+    """Return the answer to a request that failed before anything of its output was sent."""
+    status = status_of(error)
+    headers = {"x-request-id": request_id}
+    if status in (429, 503):
+        retry_after_ms = error.retry_after_ms or 1000
+        headers["retry-after"] = str(math.ceil(retry_after_ms / 1000))
+        headers["retry-after-ms"] = str(retry_after_ms)
+    return _response(status, error_body(error), headers)
+
+
+def http_error_response(error: HttpError, request_id: str) -> Response:
+    """Return the answer to a request that is wrong as HTTP."""
+    headers = {**error.headers, "x-request-id": request_id}
+    return _response(error.status, _body(error.status, error.message, None, error.code), headers)
+
+
+def _body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _response(status: int, body: dict[str, Any], headers: Mapping[str, str]) -> Response:
+    return Response(json.dumps(body), status, headers, "application/json")

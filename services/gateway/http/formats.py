@@ -1,0 +1,214 @@
+"""The answers of both generate endpoints: whole, and as chunks of a stream.
+
+A chunk is made for each token, so everything that is the same in all chunks of a stream is made once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import generation_pb2
+from octavo.services.gateway.http.logprobs import TokenTexts, chat_logprobs, completion_logprobs
+from octavo.services.gateway.http.requests import ApiCall
+
+# ASCII, so that a client which ends lines at U+2028 does not break an event in two.
+to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+_FINISH_REASONS: Mapping[int, str] = {
+    common_pb2.FINISH_REASON_END_OF_SEQUENCE: "stop",
+    common_pb2.FINISH_REASON_STOP_SEQUENCE: "stop",
+    common_pb2.FINISH_REASON_STOP_TOKEN: "stop",
+    common_pb2.FINISH_REASON_MAX_TOKENS: "length",
+    common_pb2.FINISH_REASON_CONTEXT_LIMIT: "length",
+    common_pb2.FINISH_REASON_TIME_LIMIT: "length",
+    common_pb2.FINISH_REASON_CANCELLED: "abort",
+    common_pb2.FINISH_REASON_TOOL_CALL: "tool_calls",
+}
+
+
+class Format:
+    """One answer. Candidates are numbered through all prompts: `index` below."""
+
+    _ID_PREFIX: str
+    _KIND: str
+    _CHUNK_KIND: str
+    # A chunk's output: what stands before and after the JSON string of its text, and what stands for none.
+    _BEFORE_TEXT: str
+    _AFTER_TEXT: str
+    _NO_TEXT: str
+
+    def __init__(self, call: ApiCall, request_id: str, texts: TokenTexts) -> None:
+        self._call = call
+        self._texts = texts
+        self._id = self._ID_PREFIX + request_id
+        self._created = int(time.time())
+        self._head = ""  # of every chunk, up to the index of its choice
+        self._tail = "}]" + (',"usage":null' if call.include_usage else "") + "}\n\n"
+
+    def start(self, started: generation_pb2.Started) -> None:
+        """Learn the model's name and version, before any chunk is made."""
+        about = to_json(self._about(self._CHUNK_KIND, started))
+        self._head = f'data: {about[:-1]},"choices":['
+
+    def first_chunks(self, first_index: int, prompt_token_ids: Sequence[int]) -> str:
+        """Return the chunks of a prompt's candidates before any output."""
+        indexes = range(first_index, first_index + self._call.num_candidates)
+        return "".join(self._first_chunk(index, prompt_token_ids) for index in indexes)
+
+    def delta(self, index: int, delta: generation_pb2.Delta) -> str:
+        """Return the chunk for new output; nothing if there is nothing to show yet."""
+        call = self._call
+        logprobs, rest = "null", ""
+        if call.logprobs is not None and delta.token_count:
+            logprobs = to_json(self._logprobs(index, delta.token_ids, delta.logprobs))
+        elif not delta.text and not call.token_ids:
+            return ""
+        if call.token_ids:
+            rest = f',"token_ids":{to_json(list(delta.token_ids))}'
+        return (
+            f'{self._head}{{"index":{index},{self._BEFORE_TEXT}{to_json(delta.text)}{self._AFTER_TEXT},'
+            f'"logprobs":{logprobs},"finish_reason":null{rest}{self._tail}'
+        )
+
+    def finish(self, index: int, finished: generation_pb2.CandidateFinished) -> str:
+        """Return the chunk that ends a candidate."""
+        reason = _FINISH_REASONS[finished.finish_reason]
+        return f'{self._head}{{"index":{index},{self._NO_TEXT},"logprobs":null,"finish_reason":"{reason}"{self._tail}'
+
+    def usage_chunk(self, usage: common_pb2.Usage) -> str:
+        """Return the last chunk, without choices."""
+        return f'{self._head}],"usage":{to_json(usage_object(usage))}}}\n\n'
+
+    def whole(
+        self, answers: Sequence[generation_pb2.GenerateResponse], prompts: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
+        """Return the whole answer; `prompts` are the token ids of each."""
+        choices = [
+            self._choice(number * self._call.num_candidates + candidate.index, candidate)
+            for number, answer in enumerate(answers)
+            for candidate in answer.candidates
+        ]
+        usage = usage_object(add_usages([answer.completed.usage for answer in answers]))
+        body = {**self._about(self._KIND, answers[0].started), "choices": choices, "usage": usage}
+        if self._call.token_ids:
+            self._add_prompts(body, prompts)
+        return body
+
+    def _about(self, kind: str, started: generation_pb2.Started) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": started.model,
+            "system_fingerprint": started.model_version,
+        }
+
+    def _choice(self, index: int, candidate: generation_pb2.Candidate) -> dict[str, Any]:
+        call = self._call
+        wants_logprobs = call.logprobs is not None
+        return {
+            "index": index,
+            **self._whole_text(candidate.text),
+            "logprobs": self._logprobs(index, candidate.token_ids, candidate.logprobs) if wants_logprobs else None,
+            "finish_reason": _FINISH_REASONS[candidate.finished.finish_reason],
+            **({"token_ids": list(candidate.token_ids)} if call.token_ids else {}),
+        }
+
+    def _first_chunk(self, index: int, prompt_token_ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
+    def _whole_text(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, index: int, token_ids: Sequence[int], columns: common_pb2.LogprobColumns) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _add_prompts(self, body: dict[str, Any], prompts: Sequence[Sequence[int]]) -> None:
+        """Put the prompts' token ids where vLLM has them."""
+        raise NotImplementedError
+
+
+class ChatFormat(Format):
+    """Answers of /v1/chat/completions."""
+
+    _ID_PREFIX = "chatcmpl-"
+    _KIND = "chat.completion"
+    _CHUNK_KIND = "chat.completion.chunk"
+    _BEFORE_TEXT = '"delta":{"content":'
+    _AFTER_TEXT = "}"
+    _NO_TEXT = '"delta":{}'
+
+    def _first_chunk(self, index: int, prompt_token_ids: Sequence[int]) -> str:
+        tail = self._tail
+        if self._call.token_ids:
+            tail = f'}}],"prompt_token_ids":{to_json(list(prompt_token_ids))}{tail[2:]}'
+        delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return f'{self._head}{{"index":{index},{delta}{tail}'
+
+    def _whole_text(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _logprobs(self, index: int, token_ids: Sequence[int], columns: common_pb2.LogprobColumns) -> dict[str, Any]:
+        del index
+        return chat_logprobs(self._texts, token_ids, columns)
+
+    def _add_prompts(self, body: dict[str, Any], prompts: Sequence[Sequence[int]]) -> None:
+        body["prompt_token_ids"] = list(prompts[0])
+
+
+class CompletionFormat(Format):
+    """Answers of /v1/completions."""
+
+    _ID_PREFIX = "cmpl-"
+    _KIND = "text_completion"
+    _CHUNK_KIND = "text_completion"
+    _BEFORE_TEXT = '"text":'
+    _AFTER_TEXT = ""
+    _NO_TEXT = '"text":""'
+
+    def __init__(self, call: ApiCall, request_id: str, texts: TokenTexts) -> None:
+        super().__init__(call, request_id, texts)
+        self._offsets = [0] * (len(call.requests) * call.num_candidates)  # in characters, by candidate
+
+    def _first_chunk(self, index: int, prompt_token_ids: Sequence[int]) -> str:
+        if not self._call.token_ids:
+            return ""
+        prompt = f'"prompt_token_ids":{to_json(list(prompt_token_ids))}'
+        return f'{self._head}{{"index":{index},"text":"","logprobs":null,"finish_reason":null,{prompt}{self._tail}'
+
+    def _whole_text(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def _logprobs(self, index: int, token_ids: Sequence[int], columns: common_pb2.LogprobColumns) -> dict[str, Any]:
+        offset = self._offsets[index]
+        logprobs, self._offsets[index] = completion_logprobs(self._texts, token_ids, columns, offset)
+        return logprobs
+
+    def _add_prompts(self, body: dict[str, Any], prompts: Sequence[Sequence[int]]) -> None:
+        for choice in body["choices"]:
+            choice["prompt_token_ids"] = list(prompts[choice["index"] // self._call.num_candidates])
+
+
+def add_usages(usages: Sequence[common_pb2.Usage]) -> common_pb2.Usage:
+    """Return what several prompts used together."""
+    return common_pb2.Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+        cached_prompt_tokens=sum(usage.cached_prompt_tokens for usage in usages),
+        output_tokens=sum(usage.output_tokens for usage in usages),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
+    )
+
+
+def usage_object(usage: common_pb2.Usage) -> dict[str, Any]:
+    """Return OpenAI's usage object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.prompt_tokens + usage.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_prompt_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }

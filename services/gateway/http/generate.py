@@ -1,0 +1,204 @@
+"""POST /v1/chat/completions and /v1/completions: the same calls as the GenerationService's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Send
+
+from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import generation_pb2
+from octavo.services.common.errors import Reason, ServingError
+from octavo.services.gateway.answer import whole_answer
+from octavo.services.gateway.calls import GenerateCalls
+from octavo.services.gateway.generation import GenerationRun
+from octavo.services.gateway.http.chat_request import read_chat_call
+from octavo.services.gateway.http.completion_request import read_completion_call
+from octavo.services.gateway.http.endpoint import HttpRequest, internal_error
+from octavo.services.gateway.http.errors import error_body, in_openai_words
+from octavo.services.gateway.http.formats import ChatFormat, CompletionFormat, Format, add_usages, to_json
+from octavo.services.gateway.http.logprobs import TokenTexts
+from octavo.services.gateway.http.requests import ApiCall, GenerateRequest
+from octavo.services.gateway.model import Models
+from octavo.services.gateway.validation import RequestValidator
+
+T = TypeVar("T")
+_Read = Callable[[Mapping[str, Any], Mapping[str, str]], ApiCall]
+_TENANT = ""  # as in gRPC: without authentication all calls are one tenant's
+
+
+class GenerateEndpoints:
+    """The two endpoints that produce text."""
+
+    def __init__(self, calls: GenerateCalls, models: Models, validator: RequestValidator) -> None:
+        self._calls = calls
+        self._models = models
+        self._validator = validator
+        self._texts = {model.name: TokenTexts(model.tokenizer) for model in models.all}
+
+    async def chat(self, request: HttpRequest) -> Response | None:
+        """Answer a conversation."""
+        return await self._answer(request, read_chat_call, ChatFormat)
+
+    async def complete(self, request: HttpRequest) -> Response | None:
+        """Continue prompts."""
+        return await self._answer(request, read_completion_call, CompletionFormat)
+
+    async def _answer(self, request: HttpRequest, read: _Read, make_format: type[Format]) -> Response | None:
+        body = await request.json()
+        names: Mapping[str, str] = {}
+        try:
+            call = read(body, request.headers)
+            names = call.names
+            for each in call.requests:
+                self._validator.check(each)
+            model = self._models.get(call.requests[0].generation.model)
+            shape = make_format(call, request.request_id, self._texts[model.name])
+            answering = _Answering(self._calls, request, call, shape)
+            work = answering.stream() if call.stream else answering.whole()
+            return await request.unless_gone(work)
+        except ServingError as error:
+            raise in_openai_words(error, names) from None
+
+
+class _Answering:
+    """One call on its way: a run for each prompt."""
+
+    def __init__(self, calls: GenerateCalls, request: HttpRequest, call: ApiCall, answer: Format) -> None:
+        self._calls = calls
+        self._request = request
+        self._call = call
+        self._format = answer
+
+    async def whole(self) -> Response:
+        """Return everything at once."""
+
+        async def one(number: int, run: GenerationRun) -> tuple[generation_pb2.GenerateResponse, Sequence[int]]:
+            del number
+            return await whole_answer(run, self._call.num_candidates), run.prompt_token_ids
+
+        answers = await self._each_prompt(one)
+        body = self._format.whole([answer for answer, _ in answers], [prompt for _, prompt in answers])
+        return Response(to_json(body), media_type="application/json")
+
+    async def stream(self) -> None:
+        """Send chunks as they come. Once the response has begun, an error is its last event."""
+        events = _EventStream(self._request)
+        all_admitted = _Gate(len(self._call.requests), events.start)
+
+        async def one(number: int, run: GenerationRun) -> common_pb2.Usage:
+            make = self._format
+            first_index = number * self._call.num_candidates
+            make.start(run.started)
+            events.add(make.first_chunks(first_index, run.prompt_token_ids))
+            await all_admitted.arrive()
+            async for response in run.responses(0, events.flush):
+                event = response.event
+                kind = event.WhichOneof("payload")
+                if kind == "delta":
+                    events.add(make.delta(first_index + event.delta.candidate_index, event.delta))
+                elif kind == "candidate_finished":
+                    finished = event.candidate_finished
+                    events.add(make.finish(first_index + finished.candidate_index, finished))
+            return run.completed.usage
+
+        try:
+            usages = await self._each_prompt(one)
+        except Exception as error:
+            if not events.started:
+                raise
+            failure = error if isinstance(error, ServingError) else internal_error(self._request)
+            events.add(f"data: {to_json(error_body(in_openai_words(failure, self._call.names)))}\n\n")
+        else:
+            if self._call.include_usage:
+                events.add(self._format.usage_chunk(add_usages(usages)))
+            events.add("data: [DONE]\n\n")
+        await events.end()
+
+    async def _each_prompt(self, body: Callable[[int, GenerationRun], Coroutine[Any, Any, T]]) -> list[T]:
+        """Run `body` for each prompt, all at once, when that prompt is admitted; return what each returned.
+
+        Raises ServingError: the first that one of them raised; the others are cancelled then.
+        """
+        requests = self._call.requests
+        deadline = self._request.deadline()
+
+        async def run(number: int, request: GenerateRequest) -> T:
+            headers = self._request.headers
+            request_id = self._request.request_id if len(requests) == 1 else f"{self._request.request_id}-{number}"
+            async with self._calls.admitted(request.generation, request_id, _TENANT, headers, deadline) as admitted:
+                return await body(number, admitted)
+
+        try:
+            async with asyncio.timeout_at(deadline) as limit:
+                if len(requests) == 1:
+                    return [await run(0, requests[0])]
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(run(*numbered)) for numbered in enumerate(requests)]
+                return [task.result() for task in tasks]
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            message = "the time in the header x-request-timeout-ms is over; allow more, or ask for less"
+            raise ServingError(Reason.GENERATION_TIMEOUT, message) from None
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+
+class _Gate:
+    """Lets all through when the last has arrived, and not before `begin` is done."""
+
+    def __init__(self, count: int, begin: Callable[[], Awaitable[None]]) -> None:
+        self._missing = count
+        self._begin = begin
+        self._open = asyncio.Event()
+
+    async def arrive(self) -> None:
+        """Wait for the others."""
+        self._missing -= 1
+        if self._missing == 0:
+            await self._begin()
+            self._open.set()
+        await self._open.wait()
+
+
+class _EventStream:
+    """Server-sent events; what gathers between two flushes is one write."""
+
+    def __init__(self, request: HttpRequest) -> None:
+        self._send: Send = request.send
+        self._request_id = request.request_id
+        self._pending: list[str] = []
+        self.started = False
+
+    async def start(self) -> None:
+        """Send the headers."""
+        self.started = True
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",  # nginx would gather events
+            "x-request-id": self._request_id,
+        }
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+
+    def add(self, events: str) -> None:
+        """Add events to the next write."""
+        if events:
+            self._pending.append(events)
+
+    async def flush(self) -> None:
+        """Write what there is; waits while the client reads too slowly."""
+        if self._pending:
+            body = "".join(self._pending).encode()
+            self._pending.clear()
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        """Write what there is, and end the response."""
+        body = "".join(self._pending).encode()
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})

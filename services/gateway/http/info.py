@@ -1,0 +1,119 @@
+"""The endpoints that produce no text: models, tokens, and how the gateway is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.responses import Response
+
+from octavo import __version__
+from octavo.inference.v1 import model_pb2, tokenizer_pb2
+from octavo.services.common.errors import ServingError
+from octavo.services.gateway.http.chat_request import read_chat
+from octavo.services.gateway.http.endpoint import HttpRequest
+from octavo.services.gateway.http.errors import in_openai_words
+from octavo.services.gateway.http.params import Params
+from octavo.services.gateway.model import Models
+from octavo.services.gateway.model_service import ModelServicer
+from octavo.services.gateway.tokenizer_service import TokenizerServicer
+
+_NO_CONTEXT: Any = None  # the servicers take nothing from their calls' contexts
+
+
+class InfoEndpoints:
+    """Answers from the gateway's own services."""
+
+    def __init__(
+        self,
+        models: Models,
+        model_servicer: ModelServicer,
+        tokenizer_servicer: TokenizerServicer,
+        is_ready: Callable[[], bool],
+    ) -> None:
+        self._models = models
+        self._model_servicer = model_servicer
+        self._tokenizer_servicer = tokenizer_servicer
+        self._is_ready = is_ready
+        self._created = int(time.time())
+
+    async def list_models(self, request: HttpRequest) -> Response:
+        """List every name that works."""
+        del request
+        listed = await self._model_servicer.ListModels(model_pb2.ListModelsRequest(), _NO_CONTEXT)
+        names = [(name, model) for model in listed.models for name in (model.name, *model.aliases)]
+        return _json({"object": "list", "data": [self._describe(name, model) for name, model in names]})
+
+    async def get_model(self, request: HttpRequest) -> Response:
+        """Describe one model."""
+        name = request.path_params["model"]
+        found = await self._model_servicer.GetModel(model_pb2.GetModelRequest(name=name), _NO_CONTEXT)
+        return _json(self._describe(name, found.model))
+
+    async def tokenize(self, request: HttpRequest) -> Response:
+        """Return the tokens of a text or a conversation."""
+        params = Params(await request.json())
+        body = tokenizer_pb2.TokenizeRequest(model=params.text("model") or "")
+        prompt = params.text("prompt")
+        with_texts = params.boolean("return_token_strs")
+        if prompt is None:
+            read_chat(params, body.chat)
+            params.only("add_special_tokens", (False,), "only goes with prompt: a chat template has them already")
+        else:
+            body.texts.append(prompt)
+            body.omit_special_tokens = params.boolean("add_special_tokens") is False
+        params.finish()
+        try:
+            answer = await self._tokenizer_servicer.Tokenize(body, _NO_CONTEXT)
+        except ServingError as error:
+            raise in_openai_words(error) from None
+        token_ids = list(answer.tokenizations[0].token_ids)
+        model = self._models.get(body.model)
+        described = (await self._model_servicer.GetModel(model_pb2.GetModelRequest(name=body.model), _NO_CONTEXT)).model
+        texts = [model.tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in token_ids]
+        return _json(
+            {
+                "count": len(token_ids),
+                "max_model_len": described.max_context_tokens,
+                "tokens": token_ids,
+                "token_strs": texts if with_texts else None,
+            }
+        )
+
+    async def detokenize(self, request: HttpRequest) -> Response:
+        """Return the text of tokens."""
+        params = Params(await request.json())
+        body = tokenizer_pb2.DetokenizeRequest(model=params.text("model") or "", keep_special_tokens=True)
+        body.sequences.add(ids=params.token_ids("tokens") or ())
+        params.finish()
+        try:
+            answer = await self._tokenizer_servicer.Detokenize(body, _NO_CONTEXT)
+        except ServingError as error:
+            raise in_openai_words(error) from None
+        return _json({"prompt": answer.texts[0]})
+
+    async def health(self, request: HttpRequest) -> Response:
+        """Answer 200 while a generate call could succeed, else 503."""
+        del request
+        return Response(status_code=200 if self._is_ready() else 503)
+
+    async def version(self, request: HttpRequest) -> Response:
+        """Return the version of this software."""
+        del request
+        return _json({"version": __version__})
+
+    def _describe(self, name: str, model: model_pb2.Model) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "octavo",
+            "root": model.name,
+            "max_model_len": model.max_context_tokens,
+        }
+
+
+def _json(body: Any) -> Response:
+    return Response(json.dumps(body), media_type="application/json")

@@ -1,0 +1,94 @@
+"""Listens for HTTP on the gateway's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Generator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from octavo.services.gateway.http.protocol import LimitedProtocol
+
+_BACKLOG = 2048
+_LAST_WRITES_S = 2  # for responses that are complete when the listener stops
+
+
+class HttpListener:
+    """A socket that is bound at once, and served between `start` and `stop`."""
+
+    def __init__(self, address: str, app: ASGIApp, max_connections: int, keep_alive_s: int) -> None:
+        """`address` is host:port. Raises OSError if it cannot be listened on."""
+        self._socket = _bind(address)
+        self.port: int = self._socket.getsockname()[1]
+        """The port that is listened on."""
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http=LimitedProtocol,
+                ws="none",
+                lifespan="off",
+                interface="asgi3",
+                log_config=None,
+                log_level="error",  # at "warning" each broken request is a line
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                limit_concurrency=max_connections,
+                timeout_keep_alive=keep_alive_s,
+                timeout_graceful_shutdown=_LAST_WRITES_S,
+            )
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take requests."""
+        self._task = asyncio.create_task(self._server.serve([self._socket]))
+        serving = asyncio.create_task(self._server.serving.wait())
+        await asyncio.wait((self._task, serving), return_when=asyncio.FIRST_COMPLETED)
+        serving.cancel()
+        if self._task.done():
+            self._task.result()
+
+    async def stop(self) -> None:
+        """Close idle connections and let responses end that have nothing to wait for; then cut the rest off."""
+        if self._task is None:
+            self._socket.close()
+            return
+        self._server.should_exit = True
+        await self._task
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the process, and says when it serves."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.serving = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.serving.set()
+
+
+def _bind(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    family, kind, protocol, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        # An old connection that is still closing does not matter; another listener makes this fail.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(_BACKLOG)  # at once, so that nobody else can bind it before `start`
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,128 @@
+"""Reads the fields of a JSON object, each with its type; what nobody reads is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from octavo.services.common.errors import FieldViolation, Reason, ServingError, invalid_field
+
+T = TypeVar("T")
+UINT32_MAX = 2**32 - 1
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body. Raises MALFORMED_REQUEST."""
+    try:
+        body = json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise _malformed("it is nested too deeply") from None
+    except ValueError as error:  # broken JSON, or broken UTF-8
+        raise _malformed(str(error)) from None
+    if not isinstance(body, dict):
+        raise _malformed("it must be a JSON object")
+    if _SURROGATE.search(data):
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _malformed("it has half of a surrogate pair in it; send whole characters") from None
+    return body
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _malformed(why: str) -> ServingError:
+    return ServingError(Reason.MALFORMED_REQUEST, f"the body is not what it should be: {why}")
+
+
+class Params:
+    """The fields of an object. Null is the same as absent: readers return None for both."""
+
+    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
+        """`path`: what precedes the fields' names in errors, such as "stream_options."."""
+        self._values = {name: value for name, value in values.items() if value is not None}
+        self._path = path
+
+    def wrong(self, name: str, description: str) -> ServingError:
+        """Return the error for a field."""
+        return invalid_field(self._path + name, description)
+
+    def take(self, name: str) -> Any:
+        """Return a field of any type."""
+        return self._values.pop(name, None)
+
+    def text(self, name: str) -> str | None:
+        """Return a string."""
+        return self._typed(name, str, "a string")
+
+    def boolean(self, name: str) -> bool | None:
+        """Return true or false."""
+        return self._typed(name, bool, "true or false")
+
+    def integer(self, name: str, low: int = 0, high: int = UINT32_MAX) -> int | None:
+        """Return a whole number that fits its field; the narrower limits are checked with the whole request."""
+        value = self._typed(name, int, "a whole number")
+        if value is not None and not low <= value <= high:
+            raise self.wrong(name, f"must be from {low} up to {high}")
+        return value
+
+    def number(self, name: str) -> float | None:
+        """Return a number."""
+        value = self.take(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.wrong(name, "must be a number")
+        try:
+            return float(value)
+        except OverflowError:
+            raise self.wrong(name, "is too large") from None
+
+    def token_ids(self, name: str) -> list[int] | None:
+        """Return a list of numbers that could be token ids."""
+        value = self._typed(name, list, "a list of token ids")
+        if value is not None and not are_token_ids(value):
+            raise self.wrong(name, "must be a list of token ids, which are whole numbers from 0")
+        return value
+
+    def object(self, name: str) -> dict[str, Any] | None:
+        """Return a JSON object."""
+        return self._typed(name, dict, "an object")
+
+    def array(self, name: str) -> list[Any] | None:
+        """Return a JSON array."""
+        return self._typed(name, list, "a list")
+
+    def only(self, name: str, values: Iterable[Any], advice: str) -> None:
+        """Read a field that may have these values only; `advice` says why not others."""
+        value = self.take(name)
+        if value is not None and not any(value is allowed or value == allowed for allowed in values):
+            raise self.wrong(name, advice)
+
+    def finish(self) -> None:
+        """Refuse the fields that nobody has read."""
+        if self._values:
+            names = ", ".join(sorted(self._path + name for name in self._values))
+            message = f"Unrecognized request argument{'s' if len(self._values) > 1 else ''} supplied: {names}"
+            first = FieldViolation(self._path + min(self._values), "is not known here; leave it out")
+            raise ServingError(Reason.MALFORMED_REQUEST, message, violations=[first])
+
+    def _typed(self, name: str, kind: type[T], wanted: str) -> T | None:
+        value = self.take(name)
+        if value is None:
+            return None
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):  # a bool is an int for Python
+            raise self.wrong(name, f"must be {wanted}")
+        return value
+
+
+def are_token_ids(values: list[Any]) -> bool:
+    """Return whether all values could be token ids."""
+    return all(type(value) is int for value in values) and (
+        not values or (min(values) >= 0 and max(values) <= UINT32_MAX)
+    )

@@ -1,0 +1,205 @@
+"""What both generate endpoints share: OpenAI's and vLLM's parameters, as fields of a Generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import generation_pb2
+from octavo.services.common.errors import ServingError
+from octavo.services.gateway.http.params import Params
+
+GenerateRequest = generation_pb2.GenerateRequest
+
+_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_SESSION_HEADER = "x-session-id"
+
+
+@dataclass(frozen=True, slots=True)
+class ApiCall:
+    """A translated request: one GenerateRequest for each prompt, equal but for the prompt."""
+
+    requests: list[GenerateRequest]
+    stream: bool
+    include_usage: bool
+    logprobs: int | None
+    """Alternatives for each token; None: no log probabilities at all."""
+    token_ids: bool
+    names: Mapping[str, str]
+    """OpenAI's names of our fields, where this request chose among several."""
+
+    @property
+    def num_candidates(self) -> int:
+        """Outputs of each prompt."""
+        return self.requests[0].generation.candidate_count
+
+
+def read_common(params: Params, generation: generation_pb2.Generation, headers: Mapping[str, str]) -> dict[str, str]:
+    """Fill in what does not depend on the endpoint; return OpenAI's names as in ApiCall.names."""
+    generation.model = params.text("model") or ""
+    _read_sampling(params, generation.sampling)
+    _read_stop(params, generation.stop)
+    generation.candidate_count = _default(params.integer("n", low=1), 1)
+    generation.output.token_ids = bool(params.boolean("return_token_ids"))
+    # vLLM serves small numbers first, this gateway large ones.
+    generation.scheduling.priority = -_default(params.integer("priority", -(2**31) + 1, 2**31 - 1), 0)
+    generation.scheduling.cache_salt = params.text("cache_salt") or ""
+    generation.scheduling.session_id = params.text("prompt_cache_key") or headers.get(_SESSION_HEADER, "")
+    params.only("skip_special_tokens", (True,), "special tokens are never part of the text here; leave it out")
+    _read_harmless(params)
+    return _read_constraint(params, generation)
+
+
+def read_stream(params: Params) -> tuple[bool, bool]:
+    """Return whether to stream, and whether with the usage at the end."""
+    stream = bool(params.boolean("stream"))
+    given = params.object("stream_options")
+    if given is None:
+        return stream, False
+    if not stream:
+        raise params.wrong("stream_options", "is only allowed when stream is true")
+    options = Params(given, "stream_options.")
+    include_usage = bool(options.boolean("include_usage"))
+    options.only("continuous_usage_stats", (False,), "is not supported; usage comes once, at the end")
+    options.only("include_obfuscation", (False,), "is not supported; leave it out")
+    options.finish()
+    return stream, include_usage
+
+
+def want_logprobs(output: generation_pb2.OutputOptions, logprobs: int | None) -> bool:
+    """Ask for log probabilities as in ApiCall.logprobs; return whether the client wants token ids, too.
+
+    Log probabilities are written with the tokens' texts, so they need the ids.
+    """
+    wants_token_ids = output.token_ids
+    output.token_ids = wants_token_ids or logprobs is not None
+    output.chosen_logprob = logprobs is not None
+    output.logprobs = logprobs or 0
+    return wants_token_ids
+
+
+def copies(request: GenerateRequest, count: int) -> list[GenerateRequest]:
+    """Return `count` requests that are equal to `request`, itself the first."""
+    requests = [request]
+    for _ in range(count - 1):
+        copy = GenerateRequest()
+        copy.CopyFrom(request)
+        requests.append(copy)
+    return requests
+
+
+def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
+    for name in _FLOATS:
+        value = params.number(name)
+        if value is not None:
+            setattr(sampling, name, value)
+    top_k = params.integer("top_k", low=-1)
+    if top_k is not None:
+        sampling.top_k = max(top_k, 0)  # vLLM says -1 for all
+    seed = params.integer("seed", low=-(2**63), high=2**64 - 1)
+    if seed is not None:
+        sampling.seed = seed % 2**64
+    sampling.allowed_token_ids.extend(params.token_ids("allowed_token_ids") or ())
+    bias = params.object("logit_bias") or {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdecimal() and int(key) < 2**32):
+            raise params.wrong("logit_bias", "must have token ids as keys")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e30:
+            raise params.wrong(f"logit_bias[{key}]", "must be a number from -100 up to 100")
+        sampling.logit_bias[int(key)] = value
+
+
+def _read_stop(params: Params, stop: common_pb2.StopCriteria) -> None:
+    given = params.take("stop")
+    for text in given if isinstance(given, list) else () if given is None else (given,):
+        # The same check for one string and for each of a list.
+        stop.stop_sequences.append(Params({"stop": text}).text("stop") or "")
+    stop.stop_token_ids.extend(params.token_ids("stop_token_ids") or ())
+    min_tokens = params.integer("min_tokens")
+    if min_tokens is not None:
+        stop.min_new_tokens = min_tokens
+    stop.ignore_end_of_sequence = bool(params.boolean("ignore_eos"))
+    stop.include_stop_sequence = bool(params.boolean("include_stop_str_in_output"))
+
+
+def _read_harmless(params: Params) -> None:
+    """Read what clients send along and what changes nothing here."""
+    params.text("user")
+    params.text("safety_identifier")
+    params.object("metadata")
+    params.only("store", (False,), "nothing is stored here; leave it out")
+    params.only("service_tier", ("auto", "default"), "there is one tier; leave it out")
+
+
+def _read_constraint(params: Params, generation: generation_pb2.Generation) -> dict[str, str]:
+    """Read what the output must look like, however it is said; return the name it was said by."""
+    found: list[tuple[str, str, Any]] = []  # parameter, kind, value
+    response_format = params.object("response_format")
+    if response_format is not None:
+        found += _response_format(Params(response_format, "response_format."))
+    for kind in ("json", "regex", "choice", "grammar"):
+        value = params.take(f"guided_{kind}")
+        if value is not None:
+            found.append((f"guided_{kind}", kind, value))
+    structured = params.object("structured_outputs")
+    if structured is not None:
+        options = Params(structured, "structured_outputs.")
+        for kind in ("json", "regex", "choice", "grammar", "json_object"):
+            value = options.take(kind)
+            if value is not None and value is not False:
+                found.append((f"structured_outputs.{kind}", kind, value))
+        options.finish()
+    if not found:
+        return {}
+    name, kind, value = found[0]
+    if len(found) > 1:
+        raise params.wrong(found[1][0], f"cannot be given together with {name}")
+    _set_constraint(generation.constraint, kind, value, lambda why: params.wrong(name, why))
+    return {"generation.constraint": name}
+
+
+def _response_format(params: Params) -> list[tuple[str, str, Any]]:
+    kind = params.text("type")
+    if kind == "json_schema":
+        schema = params.object("json_schema") or {}
+        if not isinstance(schema.get("schema"), dict):
+            raise params.wrong("json_schema", "must have a schema, which is an object")
+        return [("response_format", "json", schema["schema"])]
+    params.finish()
+    if kind == "json_object":
+        return [("response_format", "json_object", True)]
+    if kind != "text":
+        raise params.wrong("type", "must be text, json_object or json_schema")
+    return []
+
+
+def _set_constraint(
+    constraint: common_pb2.OutputConstraint, kind: str, value: Any, wrong: Callable[[str], ServingError]
+) -> None:
+    if kind == "json":
+        constraint.json_schema = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    elif kind == "json_object":
+        constraint.any_json = True
+    elif kind == "choice":
+        if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
+            raise wrong("must be a list of strings")
+        constraint.choices.values.extend(value)
+    elif not isinstance(value, str):
+        raise wrong("must be a string")
+    else:
+        setattr(constraint, kind, value)
+
+
+def _default(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def read_max_tokens(params: Params) -> tuple[str, int | None]:
+    """Return the most tokens to produce, None if not given, after the name that it was given by."""
+    old, new = params.integer("max_tokens"), params.integer("max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise params.wrong("max_tokens", "differs from max_completion_tokens; send one of them")
+    return ("max_tokens", old) if new is None else ("max_completion_tokens", new)

@@ -1,0 +1,115 @@
+"""Every kernel and configuration compiles for every target; and the check would notice if not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from octavo.kernels import configs
+from octavo.kernels.aot import Row, check, compile_in_child, table
+from octavo.kernels.aot_spec import AotSpec
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="triton is not installed, or interprets",
+)
+SPEC = AotSpec("kernel", "", {}, {}, num_warps=4, require={"mma": 1})
+GOOD = Row("kernel", "cuda:90", registers=40, spills=0, shared=1024, counts={"mma": 2})
+
+
+def run_aot(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "octavo.kernels.aot", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("target", configs.TARGETS)
+def test_every_kernel_compiles_without_spills_and_with_its_instructions(target: str) -> None:
+    done = run_aot("--target", target)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 failed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("row", "spec"),
+    [
+        (replace(GOOD, spills=8), SPEC),
+        (replace(GOOD, spills=None), SPEC),
+        (replace(GOOD, shared=232449), SPEC),
+        (replace(GOOD, shared=None), SPEC),
+        (replace(GOOD, counts={}), SPEC),
+        (replace(GOOD, inexact=1), replace(SPEC, enable_fp_fusion=False)),
+    ],
+    ids=["spills", "unknown spills", "shared memory", "unknown shared memory", "instruction", "fused"],
+)
+def test_a_row_that_breaks_a_rule_has_a_problem(row: Row, spec: AotSpec) -> None:
+    assert check(GOOD, spec) == []
+    assert len(check(row, spec)) == 1
+
+
+def compile_gated(timeout: float = 60, **changes: Any) -> Row:
+    from octavo.kernels import gated
+
+    spec = next(spec for spec in gated.AOT_SPECS if spec.targets == ("cuda:90",))
+    return compile_in_child(gated, replace(spec, **changes), "cuda:90", timeout)
+
+
+@needs_triton
+def test_a_kernel_that_does_not_compile_is_a_failed_row() -> None:
+    assert compile_gated().problems == []
+    assert "power of" in compile_gated(constexprs={"COLS": 8, "IS_SILU": True, "BLOCK": 1000}).problems[0]
+
+
+@needs_triton
+def test_a_compiler_that_hangs_or_dies_costs_one_row() -> None:
+    assert compile_gated(timeout=0).problems == ["still compiling after 0 s"]
+
+    class Deadly:
+        def __getattr__(self, name: str) -> Any:
+            os._exit(3)
+
+    row = compile_in_child(Deadly(), SPEC, "cuda:90", 60)
+    assert row.problems == ["the compiler died with exit status 3"]
+
+
+@needs_triton
+def test_a_kernel_that_lacks_a_required_instruction_is_a_failed_row() -> None:
+    assert compile_gated(require={"mma": 1}).problems == ["mma 0 < 1"]
+
+
+@needs_triton
+def test_kernels_that_are_specified_to_the_bit_would_be_caught_if_they_fused() -> None:
+    from octavo.kernels import sampling_kernels
+
+    def draws(specs: Sequence[AotSpec]) -> AotSpec:
+        return next(spec for spec in specs if spec.function == "draw_piece" and spec.targets == ("cuda:90",))
+
+    spec = draws(sampling_kernels.AOT_SPECS)
+    assert not spec.enable_fp_fusion
+    fused = compile_in_child(sampling_kernels, replace(spec, enable_fp_fusion=True), "cuda:90", 60)
+    assert fused.inexact > 0
+
+
+@pytest.mark.parametrize("target", configs.TARGETS)
+@pytest.mark.parametrize("head_dim", [1, 64, 80, 128, 192, 256])
+def test_there_is_a_configuration_for_every_shape(target: str, head_dim: int) -> None:
+    for step in ("decode", "mixed"):
+        for is_float32 in (False, True):
+            config = configs.attention_config(target, step, head_dim, is_float32=is_float32)
+            assert config.split_keys % config.block_n == 0
+            assert config.block_m >= 16
+
+
+def test_the_table_shows_what_is_not_known_and_what_is_wrong() -> None:
+    text = table([GOOD, Row("other", "hip:gfx942", problems=["it broke"])])
+    assert "kernel" in text
+    assert "it broke" in text.splitlines()[-1]
+    assert " -" in text.splitlines()[-1]
