@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_PIECE_VALUES = 1 << 19
 _F32, _F16 = 0, 1  # GGUF's numbers of the types that are no quantisation
 
 
@@ -54,20 +56,30 @@ def load_gguf(path: Path, dtype: str, progress: Progress) -> Checkpoint:
         check_shape(names[name], source.tensors[names[name]].shape, shape, str(path))
     target = DTYPES.get(dtype) or _natural_dtype(source)
 
-    def read(name: str) -> torch.Tensor:
-        values = _dequantise(source, source.tensors[names[name]])
-        return _rows_as_published(name, values, config, source).to(target).contiguous()
+    tensors = {name: torch.empty(shape, dtype=target) for name, shape in wanted.items()}
+    pieces = [(name, rows) for name, shape in wanted.items() for rows in _row_pieces(shape)]
+
+    def read(piece: tuple[str, slice]) -> None:
+        name, rows = piece
+        whole = rows.stop - rows.start == wanted[name][0]  # a vector has no rows to cut
+        tensors[name][rows] = _dequantise(source, source.tensors[names[name]], slice(None) if whole else rows)
 
     total = sum(source.tensors[name].num_bytes for name in names.values())
     done = 0
-    tensors: dict[str, torch.Tensor] = {}
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy computes without the interpreter's lock
-        for name, tensor in zip(wanted, threads.map(read, wanted), strict=True):
-            tensors[name] = tensor
-            done += source.tensors[names[name]].num_bytes
-            progress(name, done, total)
+        for (name, rows), _ in zip(pieces, threads.map(read, pieces), strict=True):
+            if rows.stop >= wanted[name][0]:
+                tensors[name] = _rows_as_published(name, tensors[name], config, source).contiguous()
+                done += source.tensors[names[name]].num_bytes
+                progress(name, done, total)
     fingerprint = fingerprint_of([source.header_bytes(), dtype.encode()], [path])
     return Checkpoint(config, architecture, tensors, fingerprint)
+
+
+def _row_pieces(shape: tuple[int, ...]) -> list[slice]:
+    """Cut a tensor's rows into pieces whose float32 values stay in the processor's cache."""
+    step = max(1, _PIECE_VALUES // math.prod(shape[1:])) if len(shape) > 1 else shape[0]
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 def _hub_name(name: str, path: Path) -> str:
@@ -187,7 +199,9 @@ def _dequantise(source: GgufFile, tensor: GgufTensor, rows: slice = slice(None))
         raise ModelError(
             f"{source.path}: {tensor.name} is quantised as {kind}, which cannot be read; use another quantisation"
         ) from None
-    values = np.array(values, dtype=np.float32)  # a copy: an unquantised tensor comes as a view of the file
+    if not values.flags.writeable:  # an unquantised tensor comes as a view of the file
+        values = values.copy()
+    values = values.astype(np.float32, copy=False)
     return torch.from_numpy(values.reshape(-1, *tensor.shape[1:]))
 
 

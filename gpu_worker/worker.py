@@ -27,6 +27,7 @@ from octavo.worker.v1 import worker_pb2
 log = logging.getLogger("octavo.worker")
 
 _REPORT_S = 0.2  # a hello or a heartbeat at least so often
+_JOINING_S = 0.01  # how often to look, while joining: start-up waits for it
 _SILENCE_S = 1.0  # a scheduler sends a heartbeat forty times a second
 # Of google.rpc.Code.
 _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INVALID_ARGUMENT, _INTERNAL = 8, 9, 10, 3, 13
@@ -71,7 +72,7 @@ class Worker:
         try:
             while self._status is None and not self._stop.is_set():
                 self._report_if_due()
-                if self._link.wait(_REPORT_S / 4 if self._preparation else _REPORT_S / 2):
+                if self._link.wait(_REPORT_S / 2 if self._epoch and not self._preparation else _JOINING_S):
                     frame = self._link.receive()
                     if frame is not None:
                         self._handle(frame)
@@ -210,8 +211,8 @@ class Worker:
             if not self._send(worker_pb2.WorkerFrame(heartbeat=heartbeat)):
                 log.warning("the scheduler is gone; joining the next one")
                 self._epoch = 0
-        else:
-            self._send(worker_pb2.WorkerFrame(worker_hello=self._hello()))
+        elif not self._send(worker_pb2.WorkerFrame(worker_hello=self._hello())):
+            self._reported_at -= _REPORT_S - _JOINING_S  # not connected yet: try again soon
 
     def _hello(self) -> worker_pb2.WorkerHello:
         device = self._config.device if self._engine is None else self._engine.device.name
