@@ -43,9 +43,11 @@ class Terminal:
 
     def __init__(self, *arguments: str, home: Path) -> None:
         self._fd, other = pty.openpty()
-        # The new session takes its standard input as its terminal, so that a typed Ctrl-C is a signal.
+        # The new session takes its standard input as its terminal, so that a typed Ctrl-C is a signal; and it
+        # takes that signal as a person's shell would, also where the tests run in the background.
         code = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+            "import fcntl, os, signal, sys, termios; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
         )
         self.process = subprocess.Popen(
             [sys.executable, "-Sc", code, *OCTAVO, *arguments],
@@ -83,10 +85,13 @@ class Terminal:
 
     async def until(self, text: str, timeout_s: float = 30) -> None:
         """Wait until `text` is seen after what was waited for before."""
-        async with asyncio.timeout(timeout_s):
-            while (at := self.seen.find(text, self._from)) < 0:
-                self._changed.clear()
-                await self._changed.wait()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (at := self.seen.find(text, self._from)) < 0:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            raise TimeoutError(f"no {text!r} after {self.seen[self._from :]!r}") from None
         self._from = at + len(text)
 
     def type(self, text: str) -> None:
