@@ -143,6 +143,14 @@ class Process:
     def worker(self, name: str = "w1") -> WorkerClient:
         return WorkerClient(self.config.worker_endpoint, name)
 
+    async def connect(self) -> tuple[WorkerClient, Gateway]:
+        """A worker that has joined, and a gateway that was welcomed."""
+        worker, gateway = self.worker(), self.gateway()
+        await worker.join()
+        await gateway.hello()
+        await until(lambda: self.engine.load().workers_ready)
+        return worker, gateway
+
 
 @asynccontextmanager
 async def running(folder: Path, **settings: Any) -> AsyncIterator[Process]:
@@ -181,10 +189,7 @@ async def test_a_gateway_gets_the_tokens_of_a_worker(tmp_path: Path) -> None:
 
 async def test_a_dead_worker_is_noticed_and_another_one_goes_on(tmp_path: Path) -> None:
     async with running(tmp_path) as process:
-        worker, gateway = process.worker(), process.gateway()
-        await worker.join()
-        await gateway.hello()
-        await until(lambda: process.engine.load().workers_ready)
+        worker, gateway = await process.connect()
         await gateway.submit(1, max_new_tokens=20)
         for _ in range(3):
             plan = (await worker.receive("step_plan")).step_plan
@@ -201,10 +206,7 @@ async def test_a_dead_worker_is_noticed_and_another_one_goes_on(tmp_path: Path) 
 
 async def test_results_of_an_ended_epoch_are_dropped(tmp_path: Path) -> None:
     async with running(tmp_path) as process:
-        worker, gateway = process.worker(), process.gateway()
-        await worker.join()
-        await gateway.hello()
-        await until(lambda: process.engine.load().workers_ready)
+        worker, gateway = await process.connect()
         await gateway.submit(1)
         plan = (await worker.receive("step_plan")).step_plan
         old_epoch, late = worker.epoch, worker.model.execute(plan)
@@ -218,10 +220,7 @@ async def test_results_of_an_ended_epoch_are_dropped(tmp_path: Path) -> None:
 
 async def test_a_worker_that_answers_nonsense_is_given_up(tmp_path: Path) -> None:
     async with running(tmp_path) as process:
-        worker, gateway = process.worker(), process.gateway()
-        await worker.join()
-        await gateway.hello()
-        await until(lambda: process.engine.load().workers_ready)
+        worker, gateway = await process.connect()
         await gateway.submit(1)
         await worker.receive("step_plan")
         await worker.send(step_result=worker_pb2.StepResult(step_id=77, token_ids=array("I", [1]).tobytes()))
@@ -249,10 +248,7 @@ async def test_garbage_and_other_revisions_on_the_worker_socket_change_nothing(t
 
 async def test_a_step_that_is_never_answered_costs_the_worker_its_place(tmp_path: Path) -> None:
     async with running(tmp_path, step_timeout_s=0.2) as process:
-        worker, gateway = process.worker(), process.gateway()
-        await worker.join()
-        await gateway.hello()
-        await until(lambda: process.engine.load().workers_ready)
+        worker, gateway = await process.connect()
         await gateway.submit(1)
         await worker.receive("step_plan")
         await until(lambda: not process.engine.load().workers_ready)
@@ -261,11 +257,8 @@ async def test_a_step_that_is_never_answered_costs_the_worker_its_place(tmp_path
 
 async def test_a_gateway_that_leaves_takes_its_requests_along(tmp_path: Path) -> None:
     async with running(tmp_path) as process:
-        worker, gateway = process.worker(), process.gateway()
-        await worker.join()
+        worker, gateway = await process.connect()
         worker.work()
-        await gateway.hello()
-        await until(lambda: process.engine.load().workers_ready)
         await gateway.submit(1, max_new_tokens=400)
         await gateway.receive("step_outputs")
         gateway.call.cancel()
@@ -277,11 +270,8 @@ async def test_a_gateway_that_leaves_takes_its_requests_along(tmp_path: Path) ->
 
 async def test_detach_ends_a_request_and_reattach_is_answered(tmp_path: Path) -> None:
     async with running(tmp_path) as process:
-        worker, gateway = process.worker(), process.gateway()
-        await worker.join()
+        worker, gateway = await process.connect()
         worker.work()
-        await gateway.hello()
-        await until(lambda: process.engine.load().workers_ready)
         await gateway.submit(1, max_new_tokens=400)
         await gateway.receive("step_outputs")
         await gateway.send(detach=scheduler_pb2.Detach(handle=1))
@@ -316,11 +306,8 @@ async def test_load_is_reported_without_being_asked_for(tmp_path: Path) -> None:
 
 async def test_draining_tells_gateways_and_waits_for_running_requests(tmp_path: Path) -> None:
     async with running(tmp_path) as process:
-        worker, gateway = process.worker(), process.gateway()
-        await worker.join()
+        worker, gateway = await process.connect()
         worker.work()
-        await gateway.hello()
-        await until(lambda: process.engine.load().workers_ready)
         await gateway.submit(1, max_new_tokens=100)
         await gateway.receive("admitted")
         admin = AdminServicer(process.engine, process.config)
