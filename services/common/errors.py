@@ -52,6 +52,7 @@ class Reason(StrEnum):
     CLIENT_CANCELLED = "CLIENT_CANCELLED"
     ADMIN_CANCELLED = "ADMIN_CANCELLED"
     WORKER_FAULT = "WORKER_FAULT"
+    QUARANTINED = "QUARANTINED"
     INTERNAL = "INTERNAL"
 
 
@@ -86,6 +87,7 @@ CODES: Mapping[Reason, grpc.StatusCode] = {
     Reason.CLIENT_CANCELLED: grpc.StatusCode.CANCELLED,
     Reason.ADMIN_CANCELLED: grpc.StatusCode.CANCELLED,
     Reason.WORKER_FAULT: grpc.StatusCode.INTERNAL,
+    Reason.QUARANTINED: grpc.StatusCode.INTERNAL,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 """The one table: which code each reason has."""

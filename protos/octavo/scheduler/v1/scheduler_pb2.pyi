@@ -30,7 +30,7 @@ class Hello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., protocol_revision: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "body_sha256", "prompt_token_ids", "continue_token_ids", "sampling", "stop", "constraint", "candidate_count", "logprobs", "remaining_ms", "priority", "tenant", "cache_salt", "adapter", "resume_window_ms", "traceparent", "first_candidate_index", "end_of_sequence_ids", "chosen_logprob", "bypass_prefix_cache", "progress_interval_ms")
+    __slots__ = ("handle", "request_id", "body_sha256", "prompt_token_ids", "continue_token_ids", "sampling", "stop", "constraint", "candidate_count", "logprobs", "remaining_ms", "priority", "tenant", "cache_salt", "adapter", "resume_window_ms", "traceparent", "first_candidate_index", "end_of_sequence_ids", "chosen_logprob", "bypass_prefix_cache", "progress_interval_ms", "gateway_state")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BODY_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class Submit(_message.Message):
     CHOSEN_LOGPROB_FIELD_NUMBER: _ClassVar[int]
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_STATE_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     body_sha256: bytes
@@ -75,7 +76,8 @@ class Submit(_message.Message):
     chosen_logprob: bool
     bypass_prefix_cache: bool
     progress_interval_ms: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., body_sha256: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., constraint: _Optional[_Union[_common_pb2.OutputConstraint, _Mapping]] = ..., candidate_count: _Optional[int] = ..., logprobs: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., resume_window_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., first_candidate_index: _Optional[int] = ..., end_of_sequence_ids: _Optional[_Iterable[int]] = ..., chosen_logprob: _Optional[bool] = ..., bypass_prefix_cache: _Optional[bool] = ..., progress_interval_ms: _Optional[int] = ...) -> None: ...
+    gateway_state: bytes
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., body_sha256: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., constraint: _Optional[_Union[_common_pb2.OutputConstraint, _Mapping]] = ..., candidate_count: _Optional[int] = ..., logprobs: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., resume_window_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., first_candidate_index: _Optional[int] = ..., end_of_sequence_ids: _Optional[_Iterable[int]] = ..., chosen_logprob: _Optional[bool] = ..., bypass_prefix_cache: _Optional[bool] = ..., progress_interval_ms: _Optional[int] = ..., gateway_state: _Optional[bytes] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("handle", "request_id", "candidate_index")
@@ -106,7 +108,7 @@ class Detach(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("welcome", "admitted", "rejected", "step_outputs", "draining", "failed", "progress", "cancelled", "load")
+    __slots__ = ("welcome", "admitted", "rejected", "step_outputs", "draining", "failed", "progress", "cancelled", "load", "reattached")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +118,7 @@ class AttachResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    REATTACHED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     admitted: Admitted
     rejected: Rejected
@@ -125,7 +128,8 @@ class AttachResponse(_message.Message):
     progress: Progress
     cancelled: Cancelled
     load: Load
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., step_outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    reattached: Reattached
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., step_outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., reattached: _Optional[_Union[Reattached, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("scheduler_id", "epoch", "kv_block_size", "kv_blocks_total", "max_running", "protocol_revision", "load")
@@ -154,6 +158,22 @@ class Admitted(_message.Message):
     cached_prompt_tokens: int
     seed: int
     def __init__(self, handle: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+
+class Reattached(_message.Message):
+    __slots__ = ("handle", "gateway_state", "seed", "prompt_tokens", "candidate_count", "first_candidate_index")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_STATE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CANDIDATE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    gateway_state: bytes
+    seed: int
+    prompt_tokens: int
+    candidate_count: int
+    first_candidate_index: int
+    def __init__(self, handle: _Optional[int] = ..., gateway_state: _Optional[bytes] = ..., seed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., candidate_count: _Optional[int] = ..., first_candidate_index: _Optional[int] = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("handle", "code", "reason", "message", "retry_after_ms", "metadata")
@@ -293,19 +313,27 @@ class Draining(_message.Message):
     def __init__(self, deadline_ms: _Optional[int] = ...) -> None: ...
 
 class WatchCacheRequest(_message.Message):
-    __slots__ = ("after_event_id",)
+    __slots__ = ("after_event_id", "epoch")
     AFTER_EVENT_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     after_event_id: int
-    def __init__(self, after_event_id: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, after_event_id: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class WatchCacheResponse(_message.Message):
-    __slots__ = ("event_id", "stored_block_hashes", "removed_block_hashes", "cleared")
+    __slots__ = ("event_id", "stored_block_hashes", "removed_block_hashes", "cleared", "more_follows", "epoch", "kv_block_size")
     EVENT_ID_FIELD_NUMBER: _ClassVar[int]
     STORED_BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     REMOVED_BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     CLEARED_FIELD_NUMBER: _ClassVar[int]
+    MORE_FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     event_id: int
     stored_block_hashes: _containers.RepeatedScalarFieldContainer[int]
     removed_block_hashes: _containers.RepeatedScalarFieldContainer[int]
     cleared: bool
-    def __init__(self, event_id: _Optional[int] = ..., stored_block_hashes: _Optional[_Iterable[int]] = ..., removed_block_hashes: _Optional[_Iterable[int]] = ..., cleared: _Optional[bool] = ...) -> None: ...
+    more_follows: bool
+    epoch: int
+    kv_block_size: int
+    def __init__(self, event_id: _Optional[int] = ..., stored_block_hashes: _Optional[_Iterable[int]] = ..., removed_block_hashes: _Optional[_Iterable[int]] = ..., cleared: _Optional[bool] = ..., more_follows: _Optional[bool] = ..., epoch: _Optional[int] = ..., kv_block_size: _Optional[int] = ...) -> None: ...

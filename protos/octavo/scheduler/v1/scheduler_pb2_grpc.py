@@ -53,14 +53,16 @@ class SchedulerServiceServicer:
 
     def Attach(self, request_iterator, context):
         """Carries all requests of one gateway. The gateway sends Hello first and gets Welcome; when the
-        stream breaks, its requests are cancelled after a short grace.
+        stream breaks, its requests end, except those with a resume window: they go on for so long,
+        and can be taken over with Reattach.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchCache(self, request, context):
-        """Streams what the prefix cache holds, so that a gateway can route by prefix.
+        """Streams what the prefix cache holds, so that a gateway can route by prefix. What is out of
+        date costs speed, never correctness. The stream does not end by itself.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerFrame(_message.Message):
-    __slots__ = ("protocol_revision", "epoch", "worker_hello", "worker_config", "worker_ready", "step_plan", "step_result", "worker_fault", "heartbeat", "shutdown")
+    __slots__ = ("protocol_revision", "epoch", "worker_hello", "worker_config", "worker_ready", "step_plan", "step_result", "worker_fault", "heartbeat", "shutdown", "fenced")
     PROTOCOL_REVISION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class WorkerFrame(_message.Message):
     WORKER_FAULT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
+    FENCED_FIELD_NUMBER: _ClassVar[int]
     protocol_revision: int
     epoch: int
     worker_hello: WorkerHello
@@ -28,7 +29,8 @@ class WorkerFrame(_message.Message):
     worker_fault: WorkerFault
     heartbeat: Heartbeat
     shutdown: Shutdown
-    def __init__(self, protocol_revision: _Optional[int] = ..., epoch: _Optional[int] = ..., worker_hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., worker_config: _Optional[_Union[WorkerConfig, _Mapping]] = ..., worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., step_plan: _Optional[_Union[StepPlan, _Mapping]] = ..., step_result: _Optional[_Union[StepResult, _Mapping]] = ..., worker_fault: _Optional[_Union[WorkerFault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ...) -> None: ...
+    fenced: Fenced
+    def __init__(self, protocol_revision: _Optional[int] = ..., epoch: _Optional[int] = ..., worker_hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., worker_config: _Optional[_Union[WorkerConfig, _Mapping]] = ..., worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., step_plan: _Optional[_Union[StepPlan, _Mapping]] = ..., step_result: _Optional[_Union[StepResult, _Mapping]] = ..., worker_fault: _Optional[_Union[WorkerFault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("worker_id", "rank", "world_size", "device", "free_memory_bytes", "code_version", "model_version", "group_id")
@@ -199,6 +201,12 @@ class Heartbeat(_message.Message):
     last_step_id: int
     device_memory_used_bytes: int
     def __init__(self, last_step_id: _Optional[int] = ..., device_memory_used_bytes: _Optional[int] = ...) -> None: ...
+
+class Fenced(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Shutdown(_message.Message):
     __slots__ = ("grace_ms",)
