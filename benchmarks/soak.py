@@ -2,7 +2,7 @@
 
     python benchmarks/soak.py [--minutes 10] [--streams 64] [--seed 0] [--model demo] [--device cpu]
 
-Each stream takes a random row of workloads/chat.jsonl, sampled or greedy, and one in five is
+Each stream takes a random row of services/bench/workloads/chat.jsonl, sampled or greedy, and one in five is
 cancelled at a random token, one in ten has a deadline that it cannot meet. What must hold:
 
 - no error but DEADLINE_EXCEEDED (or its refusal, DEADLINE_UNREACHABLE) on streams with a deadline
@@ -34,7 +34,7 @@ import psutil
 
 from octavo.services.client import Client, OctavoError
 
-WORKLOAD = Path(__file__).resolve().parent / "workloads" / "chat.jsonl"
+WORKLOAD = Path(__file__).resolve().parent.parent / "services" / "bench" / "workloads" / "chat.jsonl"
 EXPECTED_WITH_DEADLINE = {"QUEUE_TIMEOUT", "GENERATION_TIMEOUT", "DEADLINE_UNREACHABLE"}
 
 

@@ -23,8 +23,10 @@ ALLOWED = {
     "services.gateway": {"protos", "services.common"},
     "services.scheduler": {"protos", "services.common"},
     "services.client": {"protos", "services.common"},
+    "services.bench": {"services.client"},
     "services.cli": {
-        "protos", "services.common", "services.client", "services.gateway", "services.scheduler", "gpu_worker",
+        "protos", "services.bench", "services.client", "services.common", "services.gateway", "services.scheduler",
+        "gpu_worker",
     },
 }  # fmt: skip
 PROTO_AREAS = {"admin", "common", "inference", "scheduler", "worker"}

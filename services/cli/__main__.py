@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": ("octavo.services.cli.serve", "serve a model on this machine: starts all processes and looks after them"),
     "chat": ("octavo.services.cli.chat", "talk to a server in the terminal"),
     "generate": ("octavo.services.cli.generate", "stream one answer to standard output"),
+    "bench": ("octavo.services.cli.bench", "measure a server as its clients see it"),
     "gateway": ("octavo.services.cli.one_process", "run one gateway process"),
     "scheduler": ("octavo.services.cli.one_process", "run one scheduler process"),
     "worker": ("octavo.services.cli.one_process", "run one worker process"),
