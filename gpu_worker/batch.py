@@ -1,27 +1,34 @@
-"""Turns StepPlans into StepInputs: keeps each slot's block table and last token, checks every field.
+"""Turns StepPlans into Steps: checks every field against what each slot holds.
 
 All work is on whole columns. A plan is checked before anything is computed; a plan that breaks the
 contract raises PlanError and leaves the slots in an unknown state, so the worker must join again.
+The contents of block tables and the tokens sampled are the runner's (`runner.py`): they may live on
+a device. Here is only what the checks need, so a step can be checked while others still run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from octavo.gpu_worker.errors import PlanError
-from octavo.gpu_worker.ops import Int32Array, StepInput
-from octavo.gpu_worker.protocol import BLOCK_SIZE, NOT_FINITE_TOKEN
+from octavo.gpu_worker.ops import Int32Array
+from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.sampling_settings import SamplingSettings, column, read_sampling_update
 from octavo.worker.v1 import worker_pb2
 
 UInt32Array = npt.NDArray[np.uint32]
 Int64Array = npt.NDArray[np.int64]
 
+BoolArray = npt.NDArray[np.bool_]
+
+LAST_TOKEN: Final = -1
+"""In `Step.token_ids`: the token that was sampled last for the row's slot."""
+
 _SAMPLES, _LAST_TOKEN_IN_SLOT = 1, 2
-_NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -37,60 +44,86 @@ class Limits:
 
 @dataclass(frozen=True)
 class Step:
-    """A checked plan.
+    """A checked plan: S rows, T tokens. Things happen in this order.
 
-    freed_slots       slots to forget in the sampler, before `opened`
-    opened            (slot, settings) to open in the sampler
-    copy_pairs        [N, 2] blocks to copy before the step, (from, to)
-    input             the batch; None if the plan has no rows
-    sampled_slots     [R] slots that a token is drawn for
-    sampled_positions [R] absolute position of that token
+    freed_slots      slots to forget
+    opened           (slot, settings) to open; the slot's block table is empty then
+    block_slots      [N] slots whose block tables grow, each once
+    first_blocks     [N] how many blocks each of them has before
+    block_counts     [N] how many it gets
+    block_ids        the blocks, slot after slot
+    copy_pairs       [P, 2] blocks to copy before the step, (from, to)
+    slots            [S] slot of each row
+    query_lengths    [S] tokens to compute, at least 1
+    context_lengths  [S] tokens whose keys and values are in the cache
+    token_ids        [T] tokens to compute, row after row, or LAST_TOKEN
+    samples          [S] whether a token is drawn from the row's last position
     """
 
     freed_slots: UInt32Array
     opened: list[tuple[int, SamplingSettings]]
+    block_slots: Int64Array
+    first_blocks: Int64Array
+    block_counts: Int64Array
+    block_ids: UInt32Array
     copy_pairs: Int32Array
-    input: StepInput | None
-    sampled_slots: Int32Array
-    sampled_positions: Int32Array
+    slots: Int64Array
+    query_lengths: Int64Array
+    context_lengths: Int64Array
+    token_ids: Int32Array
+    samples: BoolArray
+
+    @property
+    def sampled_slots(self) -> Int32Array:
+        """The R slots that a token is drawn for."""
+        return self.slots[self.samples].astype(np.int32)
+
+    @property
+    def sampled_positions(self) -> Int32Array:
+        """The absolute position of each of those tokens, [R]."""
+        return (self.context_lengths + self.query_lengths)[self.samples].astype(np.int32)
+
+    @property
+    def query_ends(self) -> Int64Array:
+        """Where each row's tokens end in `token_ids`, [S]."""
+        return np.cumsum(self.query_lengths)
 
 
 class Slots:
-    """The state that plans refer to. All of it comes from plans and results of the present epoch."""
+    """The state that plans are checked against. All of it comes from plans of the present epoch."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._open = np.zeros(limits.max_running, np.bool_)
         self._num_blocks = np.zeros(limits.max_running, np.int64)
-        self._block_tables = np.zeros((limits.max_running, limits.max_blocks_per_sequence), np.int32)
-        self._last_token_ids = np.full(limits.max_running, _NO_TOKEN, np.int64)
+        self._has_token = np.zeros(limits.max_running, np.bool_)
 
     def apply(self, plan: worker_pb2.StepPlan) -> Step:
         """Take a plan's changes and return its step. Raises PlanError."""
         freed = self._slots(plan.freed_slots, "freed_slots")
         opened = self._open_slots(plan, freed)
-        self._append_blocks(plan)
+        block_slots, first_blocks, block_counts, block_ids = self._append_blocks(plan)
         copy_pairs = self._blocks(plan.copy_pairs, "copy_pairs")
         if len(copy_pairs) % 2:
             raise PlanError(f"copy_pairs: {len(copy_pairs)} blocks are no pairs")
         rows = self._rows(plan)
         samples = (rows.flags & _SAMPLES) != 0
+        token_ids = self._token_ids(plan, rows)
+        self._has_token[rows.slots[samples]] = True
         return Step(
             freed_slots=freed,
             opened=opened,
+            block_slots=block_slots,
+            first_blocks=first_blocks,
+            block_counts=block_counts,
+            block_ids=block_ids,
             copy_pairs=copy_pairs.astype(np.int32).reshape(-1, 2),
-            input=self._input(plan, rows, samples) if len(rows.slots) else None,
-            sampled_slots=rows.slots[samples].astype(np.int32),
-            sampled_positions=(rows.contexts + rows.lengths)[samples].astype(np.int32),
+            slots=rows.slots,
+            query_lengths=rows.lengths,
+            context_lengths=rows.contexts,
+            token_ids=token_ids,
+            samples=samples,
         )
-
-    def record(self, slots: Int32Array, token_ids: UInt32Array) -> None:
-        """Remember the tokens drawn for `slots`.
-
-        A sequence whose logits were not finite ends, but the next plan may already hold it: it
-        goes on with token 0 until the scheduler knows.
-        """
-        self._last_token_ids[slots] = np.where(token_ids == NOT_FINITE_TOKEN, 0, token_ids)
 
     def _open_slots(self, plan: worker_pb2.StepPlan, freed: UInt32Array) -> list[tuple[int, SamplingSettings]]:
         opened = [
@@ -101,14 +134,14 @@ class Slots:
         _check_distinct(slots, "sampling_updates: slot")
         for cleared in (freed, slots):
             self._num_blocks[cleared] = 0
-            self._block_tables[cleared] = 0
-            self._last_token_ids[cleared] = _NO_TOKEN
+            self._has_token[cleared] = False
         self._open[freed] = False
         self._open[slots] = True
         return opened
 
-    def _append_blocks(self, plan: worker_pb2.StepPlan) -> None:
-        slots = self._slots(plan.block_table_rows, "block_table_rows")
+    def _append_blocks(self, plan: worker_pb2.StepPlan) -> tuple[Int64Array, Int64Array, Int64Array, UInt32Array]:
+        """Return slots, their blocks before, how many they get, and the blocks."""
+        slots = self._slots(plan.block_table_rows, "block_table_rows").astype(np.int64)
         counts = column(plan.block_table_counts, np.uint32, "block_table_counts").astype(np.int64)
         blocks = self._blocks(plan.block_ids, "block_ids")
         if len(counts) != len(slots) or counts.sum() != len(blocks):
@@ -124,10 +157,8 @@ class Slots:
                 f"block_ids: a slot gets {(first + counts).max()} blocks, "
                 f"a sequence holds at most {self._limits.max_blocks_per_sequence}"
             )
-        starts = np.cumsum(counts) - counts
-        columns = np.arange(len(blocks)) + np.repeat(first - starts, counts)
-        self._block_tables[np.repeat(slots, counts), columns] = blocks
         self._num_blocks[slots] += counts
+        return slots, first, counts, blocks
 
     def _rows(self, plan: worker_pb2.StepPlan) -> _Rows:
         rows = _Rows(
@@ -161,39 +192,21 @@ class Slots:
             raise PlanError("row_flags: an unknown bit is set")
         return rows
 
-    def _input(self, plan: worker_pb2.StepPlan, rows: _Rows, samples: npt.NDArray[np.bool_]) -> StepInput:
-        ends = np.cumsum(rows.lengths)
-        starts = ends - rows.lengths
-        positions = np.arange(plan.num_tokens) + np.repeat(rows.contexts - starts, rows.lengths)
-        slot_of_token = np.repeat(rows.slots, rows.lengths)
-        blocks = self._block_tables[slot_of_token, positions // BLOCK_SIZE].astype(np.int64)
-        query_start_loc = np.zeros(len(rows.slots) + 1, np.int32)
-        query_start_loc[1:] = ends
-        return StepInput(
-            token_ids=self._token_ids(plan, rows, ends),
-            positions=positions.astype(np.int32),
-            slot_mapping=(blocks * BLOCK_SIZE + positions % BLOCK_SIZE).astype(np.int32),
-            query_start_loc=query_start_loc,
-            seq_lens=(rows.contexts + rows.lengths).astype(np.int32),
-            block_tables=self._block_tables[rows.slots],
-            logits_rows=(ends[samples] - 1).astype(np.int32),
-        )
-
-    def _token_ids(self, plan: worker_pb2.StepPlan, rows: _Rows, ends: Int64Array) -> Int32Array:
-        """Merge the plan's tokens with those that only the worker knows."""
+    def _token_ids(self, plan: worker_pb2.StepPlan, rows: _Rows) -> Int32Array:
+        """Return the plan's tokens, with LAST_TOKEN where only the runner knows."""
         from_slot = (rows.flags & _LAST_TOKEN_IN_SLOT) != 0
-        last = self._last_token_ids[rows.slots[from_slot]]
-        if (last == _NO_TOKEN).any():
+        if not self._has_token[rows.slots[from_slot]].all():
             raise PlanError("row_flags: a row's last token is its slot's, but none was sampled for the slot yet")
         sent = column(plan.token_ids, np.uint32, "token_ids")
-        if len(sent) != plan.num_tokens - len(last):
-            raise PlanError(f"token_ids: {len(sent)} tokens, expected {plan.num_tokens - len(last)}")
+        expected = plan.num_tokens - int(from_slot.sum())
+        if len(sent) != expected:
+            raise PlanError(f"token_ids: {len(sent)} tokens, expected {expected}")
         _check_below(sent, self._limits.vocab_size, "token_ids")
         token_ids = np.empty(plan.num_tokens, np.int32)
         is_sent = np.ones(plan.num_tokens, np.bool_)
-        is_sent[ends[from_slot] - 1] = False
+        is_sent[np.cumsum(rows.lengths)[from_slot] - 1] = False
         token_ids[is_sent] = sent
-        token_ids[~is_sent] = last
+        token_ids[~is_sent] = LAST_TOKEN
         return token_ids
 
     def _slots(self, data: bytes, name: str) -> UInt32Array:

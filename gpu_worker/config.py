@@ -24,8 +24,12 @@ class WorkerConfig:
     worker_id: str = field(default="", metadata={"help": "this worker's name, unique; empty: generated"})
     group_id: str = field(default="", metadata={"help": "the copy of the model it belongs to; empty: its own"})
     kv_cache_memory: int = field(
-        default=512 << 20,
-        metadata={"help": "memory for the KV cache, for example 512MiB", "kind": "bytes", "metavar": "BYTES"},
+        default=0,
+        metadata={
+            "help": "memory for the KV cache, for example 2GiB; 0: 512MiB on a CPU, all that is left on a GPU",
+            "kind": "bytes",
+            "metavar": "BYTES",
+        },
     )
     max_model_len: int = field(
         default=0, metadata={"help": "longest context in tokens; 0: all that the model was made for"}

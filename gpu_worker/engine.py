@@ -1,20 +1,19 @@
-"""Computes StepPlans: a device with its KV memory, and the slots of the present epoch."""
+"""Computes StepPlans: a runner with its KV memory, and the slots of the present epoch."""
 
 from __future__ import annotations
 
 import logging
-import time
-
-import torch
+from collections import deque
+from dataclasses import dataclass
 
 from octavo.gpu_worker.batch import Limits, Slots
 from octavo.gpu_worker.config import WorkerConfig
-from octavo.gpu_worker.devices import make_device
+from octavo.gpu_worker.devices import make_runner
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.loading import LoadedModel
-from octavo.gpu_worker.ops import Device
+from octavo.gpu_worker.ops import Int32Array
 from octavo.gpu_worker.protocol import BLOCK_SIZE
-from octavo.gpu_worker.sampler import Sampled, Sampler
+from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Outcome, Runner, Running
 from octavo.worker.v1 import worker_pb2
 
 log = logging.getLogger("octavo.worker")
@@ -25,40 +24,53 @@ _MIN_CONTEXT = 64
 
 
 class Engine:
-    """Owner of the device and of all that plans refer to. Not thread safe."""
+    """Owner of the runner and of the checks of plans. Not thread safe.
 
-    def __init__(self, device: Device, limits: Limits, max_model_len: int) -> None:
-        self.device = device
+    A plan is started, and its result is collected later, in the same order; at most
+    MAX_STEPS_IN_FLIGHT are started and not collected.
+    """
+
+    def __init__(self, runner: Runner, limits: Limits, max_model_len: int) -> None:
+        self.runner = runner
         self.limits = limits
         self.max_model_len = max_model_len
-        self.reset()
+        self._in_flight: deque[_Started] = deque()
+        self._slots = Slots(limits)
 
     def reset(self) -> None:
-        """Forget every slot; weights and KV memory stay."""
+        """Forget every slot and drop what is in flight; weights and KV memory stay."""
+        self._in_flight.clear()
+        self.runner.reset()
         self._slots = Slots(self.limits)
-        self._sampler = Sampler(self.device, self.limits.vocab_size, self.limits.max_running)
 
-    def run(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepResult:
-        """Compute a plan. Raises PlanError if it breaks the contract; other errors are the device's."""
+    def start(self, plan: worker_pb2.StepPlan) -> None:
+        """Start a plan. Raises PlanError if it breaks the contract; other errors are the device's."""
+        assert self.num_in_flight < MAX_STEPS_IN_FLIGHT, self.num_in_flight
         step = self._slots.apply(plan)
-        for slot in step.freed_slots.tolist():
-            self._sampler.free_slot(slot)
-        for slot, settings in step.opened:
-            self._sampler.open_slot(slot, settings)
-        if len(step.copy_pairs):
-            self.device.copy_blocks(step.copy_pairs)
-        started = time.perf_counter()
-        logits = torch.empty(0, self.limits.vocab_size) if step.input is None else self.device.forward(step.input)
-        computed = time.perf_counter()
-        sampled = self._sampler.sample(logits, step.sampled_slots, step.sampled_positions)
-        self._slots.record(step.sampled_slots, sampled.token_ids)
-        return _result(
-            plan.step_id,
-            step.sampled_slots.astype("<u4").tobytes(),
-            sampled,
-            forward_us=round((computed - started) * 1e6),
-            sample_us=round((time.perf_counter() - computed) * 1e6),
-        )
+        self._in_flight.append(_Started(plan.step_id, step.sampled_slots, self.runner.start(step)))
+
+    @property
+    def num_in_flight(self) -> int:
+        """Plans that were started and not collected."""
+        return len(self._in_flight)
+
+    def is_done(self) -> bool:
+        """Tell whether the oldest plan in flight has a result."""
+        return bool(self._in_flight) and self._in_flight[0].running.is_done()
+
+    def collect(self) -> worker_pb2.StepResult:
+        """Wait for the oldest plan in flight and return its result. Raises what the device raises."""
+        started = self._in_flight.popleft()
+        return _result(started.step_id, started.sampled_slots, started.running.wait())
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A plan in flight."""
+
+    step_id: int
+    sampled_slots: Int32Array
+    running: Running
 
 
 def make_engine(loaded: LoadedModel, config: WorkerConfig, wanted: worker_pb2.WorkerConfig) -> Engine:
@@ -69,7 +81,7 @@ def make_engine(loaded: LoadedModel, config: WorkerConfig, wanted: worker_pb2.Wo
     max_batch_tokens = wanted.max_batch_tokens or _DEFAULT_MAX_BATCH_TOKENS
     max_running = wanted.max_running or _DEFAULT_MAX_RUNNING
     max_blocks_per_sequence = -(-loaded.max_model_len // BLOCK_SIZE)
-    device = make_device(
+    runner = make_runner(
         config.device,
         loaded.model,
         max_batch_tokens,
@@ -77,13 +89,14 @@ def make_engine(loaded: LoadedModel, config: WorkerConfig, wanted: worker_pb2.Wo
         max_blocks_per_sequence,
         num_threads=config.num_threads,
     )
-    num_blocks = count_blocks(config.kv_cache_memory, device.kv_block_bytes(), wanted.kv_blocks)
-    device.allocate_kv(num_blocks)
+    kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
+    num_blocks = count_blocks(kv_cache_memory, runner.kv_block_bytes(), wanted.kv_blocks)
+    runner.allocate_kv(num_blocks)
     limits = Limits(max_running, max_batch_tokens, max_blocks_per_sequence, num_blocks, loaded.model.vocab_size)
     max_model_len = min(loaded.max_model_len, (num_blocks - 1) * BLOCK_SIZE)
     if max_model_len < loaded.max_model_len:
         log.info("kv_cache_memory limits the context to %d of %d tokens", max_model_len, loaded.max_model_len)
-    return Engine(device, limits, max_model_len)
+    return Engine(runner, limits, max_model_len)
 
 
 def count_blocks(kv_cache_memory: int, block_bytes: int, wanted: int) -> int:
@@ -101,18 +114,17 @@ def count_blocks(kv_cache_memory: int, block_bytes: int, wanted: int) -> int:
     return num_blocks
 
 
-def _result(
-    step_id: int, slot_indexes: bytes, sampled: Sampled, *, forward_us: int, sample_us: int
-) -> worker_pb2.StepResult:
+def _result(step_id: int, sampled_slots: Int32Array, outcome: Outcome) -> worker_pb2.StepResult:
     """Pack a step's tokens into columns."""
+    sampled = outcome.sampled
     return worker_pb2.StepResult(
         step_id=step_id,
-        slot_indexes=slot_indexes,
+        slot_indexes=sampled_slots.astype("<u4").tobytes(),
         token_ids=sampled.token_ids.astype("<u4").tobytes(),
         logprobs=sampled.logprobs.astype("<f4").tobytes(),
         ranks=sampled.ranks.astype("<u4").tobytes(),
         candidate_token_ids=sampled.candidate_token_ids.astype("<u4").tobytes(),
         candidate_logprobs=sampled.candidate_logprobs.astype("<f4").tobytes(),
-        forward_us=forward_us,
-        sample_us=sample_us,
+        forward_us=outcome.forward_us,
+        sample_us=outcome.sample_us,
     )

@@ -22,12 +22,14 @@ from octavo.gpu_worker.loading import LoadedModel
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION
+from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT
 from octavo.worker.v1 import worker_pb2
 
 log = logging.getLogger("octavo.worker")
 
 _REPORT_S = 0.2  # a hello or a heartbeat at least so often
 _JOINING_S = 0.01  # how often to look, while joining: start-up waits for it
+_POLL_S = 50e-6  # how often to look for a step's result and for the next plan, while steps run
 _SILENCE_S = 1.0  # a scheduler sends a heartbeat forty times a second
 # Of google.rpc.Code.
 _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INVALID_ARGUMENT, _INTERNAL = 8, 9, 10, 3, 13
@@ -60,7 +62,9 @@ class Worker:
         self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for
         self._preparation: _Preparation | None = None
         self._epoch = 0  # 0: in no membership
-        self._last_step_id = 0
+        self._last_step_id = 0  # started
+        self._last_done_id = 0  # answered
+        self._idle_work = False  # whether the engine may have something to prepare when there are no plans
         self._heard_at = 0.0
         self._reported_at = float("-inf")
         self._status: int | None = None  # the exit status, once there is one
@@ -72,18 +76,29 @@ class Worker:
         try:
             while self._status is None and not self._stop.is_set():
                 self._report_if_due()
-                if self._link.wait(_REPORT_S / 2 if self._epoch and not self._preparation else _JOINING_S):
+                self._send_finished()
+                if self._link.wait(self._patience_s()):
                     frame = self._link.receive()
                     if frame is not None:
                         self._handle(frame)
+                elif self._engine is not None and self._engine.num_in_flight:
+                    time.sleep(_POLL_S)
+                elif self._idle_work:
+                    self._idle_work = self._engine is not None and self._engine.runner.use_idle_time()
                 elif self._epoch and time.monotonic() - self._heard_at > _SILENCE_S:
                     log.warning("the scheduler is silent; joining again")
-                    self._epoch = 0
+                    self._end_epoch()
                 self._finish_preparation()
         finally:
             self._link.close(farewell=bool(self._status))
         log.info("worker %s: ends", self._worker_id)
         return self._status or 0
+
+    def _patience_s(self) -> float:
+        """How long to wait for a frame before looking at other things."""
+        if self._idle_work or (self._engine is not None and self._engine.num_in_flight):
+            return 0.0
+        return _REPORT_S / 2 if self._epoch and not self._preparation else _JOINING_S
 
     def _handle(self, frame: worker_pb2.WorkerFrame) -> None:
         """Handle one frame from the scheduler."""
@@ -112,7 +127,7 @@ class Worker:
             return
         self._epoch = epoch
         self._wanted = wanted
-        self._last_step_id = 0
+        self._last_step_id = self._last_done_id = 0
         self._heard_at = time.monotonic()
         if self._preparation is not None:
             return  # when it is done, it is compared with what is wanted then
@@ -134,6 +149,8 @@ class Worker:
 
     def _prepare(self, wanted: worker_pb2.WorkerConfig) -> None:
         """Build an engine in the background: a scheduler gives up a worker that shows no life meanwhile."""
+        if self._engine is not None:
+            self._engine.reset()
         self._engine = None  # its memory must be free before the next one takes as much
         future: Future[Engine] = Future()
 
@@ -176,10 +193,11 @@ class Worker:
         )
         log.info(
             "joined with epoch %d: device %s, %d KV blocks, context %d",
-            self._epoch, engine.device.name, limits.num_blocks, engine.max_model_len,
+            self._epoch, engine.runner.name, limits.num_blocks, engine.max_model_len,
         )  # fmt: skip
         self._send(worker_pb2.WorkerFrame(worker_ready=ready))
-        self._progress.emit("ready", 1, 1, device=engine.device.name)
+        self._idle_work = True
+        self._progress.emit("ready", 1, 1, device=engine.runner.name)
 
     def _compute(self, plan: worker_pb2.StepPlan) -> None:
         """Compute a plan, if it is the next one."""
@@ -190,32 +208,52 @@ class Worker:
             message = f"got step {plan.step_id} after step {self._last_step_id}"
             self._leave(plan.step_id, _ABORTED, "STEP_GAP", message)
             return
+        if self._engine.num_in_flight == MAX_STEPS_IN_FLIGHT:
+            self._send_finished(num_left=MAX_STEPS_IN_FLIGHT - 1)
+            if self._epoch == 0 or self._status is not None:
+                return
         try:
-            result = self._engine.run(plan)
+            self._engine.start(plan)
         except PlanError as error:
             self._leave(plan.step_id, _INVALID_ARGUMENT, "INVALID_PLAN", str(error))
-            return
         except Exception as error:
-            log.exception("step %d failed", plan.step_id)
-            self._end(plan.step_id, *_device_fault(error))
-            return
-        self._last_step_id = plan.step_id
-        self._send(worker_pb2.WorkerFrame(step_result=result))
+            self._fail(plan.step_id, error)
+        else:
+            self._last_step_id = plan.step_id
+            self._send_finished()
+
+    def _send_finished(self, num_left: int = MAX_STEPS_IN_FLIGHT) -> None:
+        """Send the results that are there; wait for them while more than `num_left` steps are in flight."""
+        engine = self._engine
+        while self._epoch and engine is not None and (engine.is_done() or engine.num_in_flight > num_left):
+            try:
+                result = engine.collect()
+            except Exception as error:
+                self._fail(self._last_done_id + 1, error)
+                return
+            self._last_done_id = result.step_id
+            self._send(worker_pb2.WorkerFrame(step_result=result))
+
+    def _fail(self, step_id: int, error: Exception) -> None:
+        """Report an error of the device in a step."""
+        log.error("step %d failed", step_id, exc_info=error)
+        self._end(step_id, *_device_fault(error))
 
     def _report_if_due(self) -> None:
         """Show life when nothing else was sent for a while."""
         if time.monotonic() - self._reported_at < _REPORT_S:
             return
         if self._epoch:
-            heartbeat = worker_pb2.Heartbeat(last_step_id=self._last_step_id, device_memory_used_bytes=resident_bytes())
+            used = resident_bytes() if self._engine is None else self._engine.runner.memory_used_bytes()
+            heartbeat = worker_pb2.Heartbeat(last_step_id=self._last_done_id, device_memory_used_bytes=used)
             if not self._send(worker_pb2.WorkerFrame(heartbeat=heartbeat)):
                 log.warning("the scheduler is gone; joining the next one")
-                self._epoch = 0
+                self._end_epoch()
         elif not self._send(worker_pb2.WorkerFrame(worker_hello=self._hello())):
             self._reported_at -= _REPORT_S - _JOINING_S  # not connected yet: try again soon
 
     def _hello(self) -> worker_pb2.WorkerHello:
-        device = self._config.device if self._engine is None else self._engine.device.name
+        device = self._config.device if self._engine is None else self._engine.runner.name
         return worker_pb2.WorkerHello(
             worker_id=self._worker_id,
             rank=0,
@@ -241,8 +279,14 @@ class Worker:
     def _leave(self, step_id: int, code: int, reason: str, message: str) -> None:
         """Report a fault and end the epoch; a hello follows at once."""
         self._fault(step_id, code, reason, message)
-        self._epoch = 0
+        self._end_epoch()
         self._reported_at = float("-inf")
+
+    def _end_epoch(self) -> None:
+        """Be in no membership: what is in flight is nobody's."""
+        self._epoch = 0
+        if self._engine is not None:
+            self._engine.reset()
 
     def _end(self, step_id: int, code: int, reason: str, message: str) -> None:
         """Report a fault and end the process."""

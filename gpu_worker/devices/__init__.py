@@ -8,11 +8,31 @@ from typing import Final
 import torch
 
 from octavo.gpu_worker.errors import DeviceError
+from octavo.gpu_worker.host_runner import HostRunner
 from octavo.gpu_worker.ops import Device, Model
+from octavo.gpu_worker.runner import Runner
 
 log = logging.getLogger("octavo.worker")
 
 DEVICES: Final = ("auto", "cuda", "cpu", "reference")
+
+
+def make_runner(
+    name: str,
+    model: Model,
+    max_batch_tokens: int,
+    max_running: int,
+    max_blocks_per_sequence: int,
+    *,
+    num_threads: int = 0,
+) -> Runner:
+    """Build what runs steps on a device of DEVICES. Raises DeviceError if it is missing.
+
+    "auto" is the native CPU device, or the slow reference device where the native one cannot be
+    built. num_threads 0 means all cores.
+    """
+    device = make_device(name, model, max_batch_tokens, max_running, max_blocks_per_sequence, num_threads=num_threads)
+    return HostRunner(device, max_running, max_blocks_per_sequence, model.vocab_size)
 
 
 def make_device(

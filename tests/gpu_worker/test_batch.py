@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo.gpu_worker.batch import Limits, Slots, Step
+from octavo.gpu_worker.batch import LAST_TOKEN, Limits, Slots, Step
 from octavo.gpu_worker.errors import PlanError
+from octavo.gpu_worker.host_runner import Tables
+from octavo.gpu_worker.ops import StepInput
 from octavo.worker.v1 import worker_pb2
 
 LIMITS = Limits(max_running=4, max_batch_tokens=64, max_blocks_per_sequence=4, num_blocks=10, vocab_size=100)
@@ -44,18 +46,33 @@ def apply(slots: Slots, **fields: Any) -> Step:
     return slots.apply(worker_pb2.StepPlan(**fields))
 
 
+class Host:
+    """Slots, and the tables of the host beside them."""
+
+    def __init__(self, token: int) -> None:
+        """Compute `prompts`; slot 2 samples `token`."""
+        self.slots = Slots(LIMITS)
+        self.tables = Tables(LIMITS.max_running, LIMITS.max_blocks_per_sequence)
+        step = self.slots.apply(prompts())
+        self.tables.append(step)
+        self.tables.record(step.sampled_slots, np.array([token], np.uint32))
+
+    def input(self, **fields: Any) -> StepInput:
+        step = apply(self.slots, **fields)
+        self.tables.append(step)
+        return self.tables.step_input(step)
+
+
 def after_prompts() -> Slots:
-    slots = Slots(LIMITS)
-    step = slots.apply(prompts())
-    slots.record(step.sampled_slots, np.array([42], np.uint32))
-    return slots
+    return Host(42).slots
 
 
 def test_rows_lie_one_after_the_other_on_their_blocks() -> None:
     step = Slots(LIMITS).apply(prompts())
+    tables = Tables(LIMITS.max_running, LIMITS.max_blocks_per_sequence)
+    tables.append(step)
 
-    batch = step.input
-    assert batch is not None
+    batch = tables.step_input(step)
     assert batch.token_ids.tolist() == list(range(50, 71))
     assert batch.positions.tolist() == [0, 1, 2, *range(18)]
     assert batch.slot_mapping.tolist() == [48, 49, 50, *range(112, 128), 128, 129]
@@ -72,28 +89,26 @@ def test_rows_lie_one_after_the_other_on_their_blocks() -> None:
 
 
 def test_tokens_only_the_worker_knows_are_filled_in() -> None:
-    step = apply(
-        after_prompts(),
-        num_sequences=2,
-        num_tokens=4,
-        slot_indexes=column(0, 2),
-        query_lengths=column(3, 1),
-        context_lengths=column(18, 3),
-        token_ids=column(91, 92, 93),
-        row_flags=bytes([1, 3]),
-    )
-    assert step.input is not None
-    assert step.input.token_ids.tolist() == [91, 92, 93, 42]
-    assert step.input.positions.tolist() == [18, 19, 20, 3]
+    host = Host(42)
+    fields: dict[str, Any] = {
+        "num_sequences": 2,
+        "num_tokens": 4,
+        "slot_indexes": column(0, 2),
+        "query_lengths": column(3, 1),
+        "context_lengths": column(18, 3),
+        "token_ids": column(91, 92, 93),
+        "row_flags": bytes([1, 3]),
+    }
+    step = apply(host.slots, **fields)
+    batch = host.tables.step_input(step)
+    assert step.token_ids.tolist() == [91, 92, 93, LAST_TOKEN]
+    assert batch.token_ids.tolist() == [91, 92, 93, 42]
+    assert batch.positions.tolist() == [18, 19, 20, 3]
     assert step.sampled_positions.tolist() == [21, 4]
 
 
 def test_a_token_that_was_not_finite_counts_as_token_zero() -> None:
-    slots = after_prompts()
-    slots.record(np.array([2], np.int32), np.array([0xFFFFFFFF], np.uint32))
-    step = apply(slots, **continuing())
-    assert step.input is not None
-    assert step.input.token_ids.tolist() == [0]
+    assert Host(0xFFFFFFFF).input(**continuing()).token_ids.tolist() == [0]
 
 
 def continuing() -> dict[str, Any]:
@@ -109,8 +124,7 @@ def continuing() -> dict[str, Any]:
 
 
 def test_a_slot_can_be_freed_and_opened_again_in_one_plan() -> None:
-    step = apply(
-        after_prompts(),
+    batch = Host(42).input(
         freed_slots=column(2),
         sampling_updates=opening(2),
         block_table_rows=column(2),
@@ -124,22 +138,20 @@ def test_a_slot_can_be_freed_and_opened_again_in_one_plan() -> None:
         token_ids=column(1, 2),
         row_flags=bytes([1]),
     )
-    assert step.freed_slots.tolist() == [2]
-    assert step.input is not None
-    assert step.input.block_tables.tolist() == [[9, 0, 0, 0]]
+    assert batch.block_tables.tolist() == [[9, 0, 0, 0]]
 
 
 def test_blocks_are_appended() -> None:
-    slots = after_prompts()
-    apply(slots, block_table_rows=column(2, 0), block_table_counts=column(2, 0), block_ids=column(4, 5))
-    step = apply(slots, **continuing())
-    assert step.input is not None
-    assert step.input.block_tables.tolist() == [[3, 4, 5, 0]]
+    host = Host(42)
+    host.tables.append(
+        apply(host.slots, block_table_rows=column(2, 0), block_table_counts=column(2, 0), block_ids=column(4, 5))
+    )
+    assert host.input(**continuing()).block_tables.tolist() == [[3, 4, 5, 0]]
 
 
 def test_a_plan_without_rows_only_changes_slots() -> None:
     step = apply(after_prompts(), freed_slots=column(0, 2), copy_pairs=column(1, 2, 2, 3))
-    assert step.input is None
+    assert len(step.slots) == len(step.token_ids) == 0
     assert step.copy_pairs.tolist() == [[1, 2], [2, 3]]
     assert len(step.sampled_slots) == 0
 

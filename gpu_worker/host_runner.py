@@ -1,0 +1,131 @@
+"""Runs steps on a device whose memory is the host's: each is done when `start` returns."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from octavo.gpu_worker.batch import LAST_TOKEN, Step
+from octavo.gpu_worker.memory import resident_bytes
+from octavo.gpu_worker.ops import Device, Int32Array, StepInput
+from octavo.gpu_worker.protocol import BLOCK_SIZE, NOT_FINITE_TOKEN
+from octavo.gpu_worker.runner import Outcome
+from octavo.gpu_worker.sampler import Sampler, UInt32Array
+
+_KV_MEMORY_BYTES = 512 << 20
+
+
+class HostRunner:
+    """A `Runner` over a `Device`."""
+
+    def __init__(self, device: Device, max_running: int, max_blocks_per_sequence: int, vocab_size: int) -> None:
+        self.name = device.name
+        self._device = device
+        self._sizes = (max_running, max_blocks_per_sequence, vocab_size)
+        self.reset()
+
+    def kv_block_bytes(self) -> int:
+        """See `runner.Runner`; so are the others."""
+        return self._device.kv_block_bytes()
+
+    def kv_memory_bytes(self) -> int:
+        """512 MiB: other processes want memory too."""
+        return _KV_MEMORY_BYTES
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate the device's cache."""
+        self._device.allocate_kv(num_blocks)
+
+    def memory_used_bytes(self) -> int:
+        """Return what this process takes."""
+        return resident_bytes()
+
+    def reset(self) -> None:
+        """Forget every slot."""
+        max_running, max_blocks, vocab_size = self._sizes
+        self._sampler = Sampler(self._device, vocab_size, max_running)
+        self._tables = Tables(max_running, max_blocks)
+        self._no_logits = torch.empty(0, vocab_size)
+
+    def start(self, step: Step) -> _Done:
+        """Compute the step."""
+        for slot in step.freed_slots.tolist():
+            self._sampler.free_slot(slot)
+        for slot, settings in step.opened:
+            self._sampler.open_slot(slot, settings)
+        self._tables.append(step)
+        if len(step.copy_pairs):
+            self._device.copy_blocks(step.copy_pairs)
+        started = time.perf_counter()
+        logits = self._device.forward(self._tables.step_input(step)) if len(step.slots) else self._no_logits
+        computed = time.perf_counter()
+        sampled_slots = step.sampled_slots
+        sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions)
+        self._tables.record(sampled_slots, sampled.token_ids)
+        ended = time.perf_counter()
+        return _Done(Outcome(sampled, round((computed - started) * 1e6), round((ended - computed) * 1e6)))
+
+    def use_idle_time(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A step that has ended."""
+
+    outcome: Outcome
+
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> Outcome:
+        return self.outcome
+
+
+class Tables:
+    """Each slot's block table and last token."""
+
+    def __init__(self, max_running: int, max_blocks_per_sequence: int) -> None:
+        self._block_tables = np.zeros((max_running, max_blocks_per_sequence), np.int32)
+        self._last_token_ids = np.zeros(max_running, np.int32)
+
+    def append(self, step: Step) -> None:
+        """Empty the tables of freed and opened slots, then append the step's blocks."""
+        self._block_tables[step.freed_slots] = 0
+        self._block_tables[[slot for slot, _ in step.opened]] = 0
+        counts = step.block_counts
+        starts = np.cumsum(counts) - counts
+        columns = np.arange(len(step.block_ids)) + np.repeat(step.first_blocks - starts, counts)
+        self._block_tables[np.repeat(step.block_slots, counts), columns] = step.block_ids
+
+    def record(self, slots: Int32Array, token_ids: UInt32Array) -> None:
+        """Remember the tokens drawn for `slots`.
+
+        A sequence whose logits were not finite ends, but the next plan may already hold it: it
+        goes on with token 0 until the scheduler knows.
+        """
+        self._last_token_ids[slots] = np.where(token_ids == NOT_FINITE_TOKEN, 0, token_ids)
+
+    def step_input(self, step: Step) -> StepInput:
+        """Return the batch of a step that has rows."""
+        ends, num_tokens = step.query_ends, len(step.token_ids)
+        starts = ends - step.query_lengths
+        positions = np.arange(num_tokens) + np.repeat(step.context_lengths - starts, step.query_lengths)
+        slot_of_token = np.repeat(step.slots, step.query_lengths)
+        blocks = self._block_tables[slot_of_token, positions // BLOCK_SIZE].astype(np.int64)
+        query_start_loc = np.zeros(len(step.slots) + 1, np.int32)
+        query_start_loc[1:] = ends
+        last = self._last_token_ids[slot_of_token]
+        return StepInput(
+            token_ids=np.where(step.token_ids == LAST_TOKEN, last, step.token_ids),
+            positions=positions.astype(np.int32),
+            slot_mapping=(blocks * BLOCK_SIZE + positions % BLOCK_SIZE).astype(np.int32),
+            query_start_loc=query_start_loc,
+            seq_lens=(step.context_lengths + step.query_lengths).astype(np.int32),
+            block_tables=self._block_tables[step.slots],
+            logits_rows=(ends[step.samples] - 1).astype(np.int32),
+        )

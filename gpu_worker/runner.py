@@ -1,0 +1,61 @@
+"""What computes the steps of an epoch.
+
+A step is started, and its result is collected later: a device that works on its own has the next
+step ready when it ends one. Steps are collected in the order in which they were started.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from octavo.gpu_worker.batch import Step
+from octavo.gpu_worker.sampler import Sampled
+
+MAX_STEPS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step made, and what it took."""
+
+    sampled: Sampled
+    forward_us: int
+    sample_us: int
+
+
+class Running(Protocol):
+    """A step that was started."""
+
+    def is_done(self) -> bool:
+        """Tell whether `wait` would return at once."""
+
+    def wait(self) -> Outcome:
+        """Return what the step made; called once. Raises what went wrong in it."""
+
+
+class Runner(Protocol):
+    """A device with all that plans refer to: block tables, sampling settings, last tokens."""
+
+    name: str
+
+    def kv_block_bytes(self) -> int:
+        """Bytes that one block of 16 tokens takes, over all layers, keys and values."""
+
+    def kv_memory_bytes(self) -> int:
+        """Bytes for the KV cache where the settings do not say."""
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate the zeroed cache, block 0 (never read as data) included. Called once."""
+
+    def memory_used_bytes(self) -> int:
+        """Memory in use where the weights and the cache are; 0 if unknown."""
+
+    def reset(self) -> None:
+        """Forget every slot and drop the steps in flight; weights and KV memory stay."""
+
+    def start(self, step: Step) -> Running:
+        """Start a step, with at most MAX_STEPS_IN_FLIGHT not yet collected. Raises what went wrong."""
+
+    def use_idle_time(self) -> bool:
+        """Prepare a piece of what makes later steps faster; False if there is none left."""
