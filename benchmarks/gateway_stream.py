@@ -151,7 +151,7 @@ def main() -> None:
         hop, public = f"unix:{folder}/scheduler.sock", f"unix:{folder}/gateway.sock"
         same = ["--streams", str(options.streams), "--step-ms", str(options.step_ms), "--model", str(model)]
         scheduler = subprocess.Popen([sys.executable, __file__, "--scheduler-at", hop, *same])
-        addresses = ["--grpc-address", public, "--scheduler-address", hop, "--model-name", "bench"]
+        addresses = ["--grpc-address", public, "--scheduler-addresses", hop, "--model-name", "bench"]
         command = [sys.executable, "-m", "octavo.services.gateway", str(model), *addresses, "--log-level", "warning"]
         gateway = subprocess.Popen(command)
         try:

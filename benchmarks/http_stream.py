@@ -93,7 +93,7 @@ def main() -> None:
         same = ["--streams", str(options.streams), "--step-ms", str(options.step_ms), "--model", str(model)]
         scheduler = subprocess.Popen([sys.executable, __file__, "--scheduler-at", hop, *same])
         addresses = ["--grpc-address", f"unix:{folder}/gateway.sock", "--http-address", f"127.0.0.1:{port}"]
-        names = ["--scheduler-address", hop, "--model-name", "bench", "--log-level", "warning"]
+        names = ["--scheduler-addresses", hop, "--model-name", "bench", "--log-level", "warning"]
         gateway = subprocess.Popen([sys.executable, "-m", "octavo.services.gateway", str(model), *addresses, *names])
         try:
             uvloop.run(run_client(port, psutil.Process(gateway.pid), options))

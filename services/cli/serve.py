@@ -75,8 +75,16 @@ class ServeConfig:
     )
 
     gateways: int = field(default=1, metadata={"group": _PROCESSES, "help": "how many gateway processes"})
+    schedulers: int = field(
+        default=1,
+        metadata={"group": _PROCESSES, "help": "how many scheduler processes, each with workers of its own"},
+    )
     workers: int = field(
-        default=1, metadata={"group": _PROCESSES, "help": "how many worker processes, each with the whole model"}
+        default=1,
+        metadata={
+            "group": _PROCESSES,
+            "help": "how many worker processes for each scheduler, each with the whole model",
+        },
     )
     startup_timeout_s: float = field(
         default=1800.0, metadata={"group": _PROCESSES, "help": "give up if not ready after this time"}
@@ -109,7 +117,7 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("gateways", "workers"):
+        for name in ("gateways", "schedulers", "workers"):
             if not 1 <= getattr(self, name) <= 64:
                 raise ValueError(f"--{name} must be from 1 to 64, not {getattr(self, name)}")
         for name in ("max_model_len", "max_running", "max_waiting", "max_batch_tokens", "max_prefill_tokens"):
@@ -211,9 +219,11 @@ def _remove_if_left(folder: Path) -> None:
 def child_specs(
     config: ServeConfig, model: model_source.Model, listen: Sequence[Listen], folder: Path
 ) -> list[ChildSpec]:
-    """Return the processes to run: one scheduler, the workers, and a gateway for each entry of `listen`."""
-    scheduler_address = f"unix:{folder}/scheduler.sock"
-    worker_endpoint = f"ipc://{folder}/workers.sock"
+    """Return the processes to run: the schedulers, workers for each, and a gateway for each entry of `listen`."""
+    names = ["scheduler"] if config.schedulers == 1 else [f"scheduler-{index}" for index in range(config.schedulers)]
+    scheduler_addresses = [f"unix:{folder}/{name}.sock" for name in names]
+    worker_endpoints = [f"ipc://{folder}/{name}-workers.sock" for name in names]
+    num_workers = config.schedulers * config.workers
     command = (sys.executable, "-P", "-m", "octavo.services.cli")
     environment = {SUPERVISOR_PID: str(os.getpid()), LOG_FORMAT: config.log_format, "PYTHONUNBUFFERED": "1"}
 
@@ -225,8 +235,6 @@ def child_specs(
         return ChildSpec(name, (*command, kind, *arguments, *options), stop_order, environment, progress)
 
     scheduler = {
-        "scheduler_address": scheduler_address,
-        "worker_endpoint": worker_endpoint,
         "admin_address": "",  # one variable in the environment would name the same port to several processes
         "max_running": config.max_running,
         "max_waiting": config.max_waiting,
@@ -236,25 +244,28 @@ def child_specs(
     }
     worker = {
         "model": str(model.path),
-        "worker_endpoint": worker_endpoint,
         "device": config.device,
         "kv_cache_memory": config.kv_cache_memory,
         "max_model_len": config.max_model_len,
         # By default a worker takes every core: several of them would only wait for each other.
-        "num_threads": max(1, _num_cores() // config.workers) if config.workers > 1 else None,
+        "num_threads": max(1, _num_cores() // num_workers) if num_workers > 1 else None,
     }
     gateway = {
         "model_name": model.name,
-        "scheduler_address": scheduler_address,
+        "scheduler_addresses": tuple(scheduler_addresses),
         "admin_address": "",
         "max_model_len": config.max_model_len,
         "reflection": config.reflection,
         "grace_s": config.grace_s,
     }
-    specs = [spec("scheduler", 1, scheduler)]
-    for index in range(config.workers):
+    specs = []
+    for name, address, endpoint in zip(names, scheduler_addresses, worker_endpoints, strict=True):
+        own = {"scheduler_id": name, "scheduler_address": address, "worker_endpoint": endpoint}
+        specs.append(spec(name, 1, {**scheduler, **own}))
+    for index in range(num_workers):
         name = f"worker-{index}"
-        specs.append(spec(name, 2, {**worker, "worker_id": name}, progress="--progress-fd"))
+        own = {"worker_id": name, "worker_endpoint": worker_endpoints[index // config.workers]}
+        specs.append(spec(name, 2, {**worker, **own}, progress="--progress-fd"))
     for index, where in enumerate(listen):
         name = f"gateway-{index}"
         own = {"gateway_id": name, "grpc_address": where.grpc, "http_address": where.http}

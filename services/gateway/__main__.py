@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = None) -> int:
     """Run a gateway until SIGTERM or SIGINT; return the process's exit status.
 
-    `on_ready` is called once calls are taken; the scheduler may not be there yet.
+    `on_ready` is called once calls are taken; the schedulers may not be there yet.
     """
     try:
         gateway = Gateway(config)
@@ -37,7 +37,7 @@ async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = Non
     _log.info("gateway ready on %s%s, model %s", config.grpc_address, also, config.served_name)
     if on_ready is not None:
         on_ready()
-    crashed = asyncio.create_task(gateway.scheduler.wait_crashed())
+    crashed = asyncio.create_task(gateway.schedulers.wait_crashed())
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait((crashed, stopped), return_when=asyncio.FIRST_COMPLETED)

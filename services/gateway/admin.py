@@ -11,7 +11,7 @@ from octavo.services.common.errors import feature_disabled
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.health import HealthMonitor
 from octavo.services.gateway.request_stream import RequestStream
-from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.validation import RequestValidator
 
 _DEFAULT_LIST = 1000
@@ -28,14 +28,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self,
         calls: GenerateCalls,
         health: HealthMonitor,
-        scheduler: SchedulerClient,
+        schedulers: SchedulerPool,
         validator: RequestValidator,
         gateway_id: str,
         grace_s: float,
     ) -> None:
         self._calls = calls
         self._health = health
-        self._scheduler = scheduler
+        self._schedulers = schedulers
         self._validator = validator
         self._gateway_id = gateway_id
         self._grace_s = grace_s
@@ -62,7 +62,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """List what this gateway has at the scheduler, oldest first."""
         del context
         self._validator.check(request)
-        streams = self._scheduler.streams[: request.max_requests or _DEFAULT_LIST]
+        streams = self._schedulers.streams[: request.max_requests or _DEFAULT_LIST]
         return admin_pb2.ListRequestsResponse(requests=[self._describe(stream) for stream in streams])
 
     async def FlushPrefixCache(  # noqa: N802 - named by the proto

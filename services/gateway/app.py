@@ -1,4 +1,4 @@
-"""Puts a gateway together: one model, one scheduler, the public servers and the operators' one."""
+"""Puts a gateway together: one model, the schedulers, the public servers and the operators' one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from octavo.services.gateway.load_service import LoadServicer
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.model_files import ModelError
 from octavo.services.gateway.model_service import ModelServicer
-from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.server import GenerationServicer
 from octavo.services.gateway.tokenizer import ModelTokenizer
 from octavo.services.gateway.tokenizer_service import TokenizerServicer
@@ -51,21 +51,21 @@ class Gateway:
         models = Models([model])
         validator = RequestValidator()
         self._tokenizer = model.tokenizer
-        self.scheduler = SchedulerClient(config.scheduler_address, gateway_id, config.failover_s)
-        self._health = HealthMonitor(self.scheduler)
-        self._calls = GenerateCalls(models, self.scheduler, config.max_requests)
+        self.schedulers = SchedulerPool(config.scheduler_addresses, gateway_id, config.failover_s)
+        self._health = HealthMonitor(self.schedulers)
+        self._calls = GenerateCalls(models, self.schedulers, config.max_requests)
 
         self._server = aio.server(
             interceptors=[ErrorInterceptor()],
             options=server_options(config.max_concurrent_streams, config.max_connection_age_s),
         )
-        generation = GenerationServicer(self._calls, self.scheduler, validator)
+        generation = GenerationServicer(self._calls, self.schedulers, validator)
         _add(self._server, generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation)
-        model_servicer = ModelServicer(models, self.scheduler, validator)
+        model_servicer = ModelServicer(models, self.schedulers, validator)
         tokenizer_servicer = TokenizerServicer(models, validator)
         _add(self._server, model_pb2_grpc.add_ModelServiceServicer_to_server, model_servicer)
         _add(self._server, tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server, tokenizer_servicer)
-        load = LoadServicer(model.name, self.scheduler, validator)
+        load = LoadServicer(model.name, self.schedulers, validator)
         _add(self._server, load_pb2_grpc.add_LoadServiceServicer_to_server, load)
         _add(self._server, health_pb2_grpc.add_HealthServicer_to_server, self._health.servicer)
         if config.reflection:
@@ -77,7 +77,7 @@ class Gateway:
         self._admin: aio.Server | None = None
         self.admin_port = 0
         if config.admin_address:
-            admin = AdminServicer(self._calls, self._health, self.scheduler, validator, gateway_id, config.grace_s)
+            admin = AdminServicer(self._calls, self._health, self.schedulers, validator, gateway_id, config.grace_s)
             self._admin = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
             _add(self._admin, admin_pb2_grpc.add_AdminServiceServicer_to_server, admin)
             self.admin_port = _bind(self._admin, config.admin_address)
@@ -95,8 +95,8 @@ class Gateway:
             self.http_port = self._http.port
 
     async def start(self) -> None:
-        """Connect to the scheduler and take calls; does not wait for the scheduler."""
-        self.scheduler.start()
+        """Connect to the schedulers and take calls; does not wait for the schedulers."""
+        self.schedulers.start()
         await self._health.start()
         if self._http is not None:
             await self._http.start()  # first: gRPC's health check says that all of the gateway serves
@@ -116,7 +116,7 @@ class Gateway:
         await self._server.stop(0.5)
         if self._admin is not None:
             await self._admin.stop(0.5)
-        await self.scheduler.close()
+        await self.schedulers.close()
         if self._http is not None:
             await self._http.stop()  # last: HTTP streams that were still running have got their error by now
         self._tokenizer.close()

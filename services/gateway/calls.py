@@ -11,15 +11,15 @@ from octavo.services.common.errors import Reason, ServingError
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.model import Models
 from octavo.services.gateway.prepare import prepare
-from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.scheduler_pool import SchedulerPool
 
 
 class GenerateCalls:
     """All generate calls of this gateway."""
 
-    def __init__(self, models: Models, scheduler: SchedulerClient, max_requests: int) -> None:
+    def __init__(self, models: Models, schedulers: SchedulerPool, max_requests: int) -> None:
         self._models = models
-        self._scheduler = scheduler
+        self._schedulers = schedulers
         self._max_requests = max_requests
         self._idle = asyncio.Event()
         self._idle.set()
@@ -48,18 +48,18 @@ class GenerateCalls:
         """
         self._enter()
         try:
-            scheduler = self._scheduler
-            workers_limit = scheduler.load.max_model_len
+            workers_limit = self._schedulers.max_model_len
             prepared = await prepare(generation, self._models, workers_limit, request_id, tenant, headers)
             remaining_s = None if deadline is None else deadline - asyncio.get_running_loop().time()
-            stream = scheduler.submit(prepared.submit, remaining_s)
+            session_id = generation.scheduling.session_id
+            stream = self._schedulers.submit(prepared.submit, remaining_s, session_id)
             try:
                 while stream.admitted is None and stream.error is None:
                     await stream.wait()
                 if stream.admitted is None:
                     assert stream.error is not None, "a stream is admitted or fails"
                     raise stream.error
-                yield GenerationRun(prepared, stream, prepared.model.version(scheduler.load.model_version))
+                yield GenerationRun(prepared, stream)
             finally:
                 stream.close()
         finally:

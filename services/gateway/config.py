@@ -17,8 +17,12 @@ class GatewayConfig:
         default=0, metadata={"help": "most tokens of prompt and output together; 0: what the model allows"}
     )
     grpc_address: str = field(default="127.0.0.1:50051", metadata={"help": "where to listen: host:port or unix:PATH"})
-    scheduler_address: str = field(
-        default="127.0.0.1:50052", metadata={"help": "the scheduler: host:port or unix:PATH"}
+    scheduler_addresses: tuple[str, ...] = field(
+        default=("127.0.0.1:50052",),
+        metadata={
+            "help": "the schedulers: host:port or unix:PATH; a name stands for all addresses that DNS has for it",
+            "metavar": "ADDRESS,...",
+        },
     )
     admin_address: str = field(
         default="", metadata={"help": "where to listen for operators (octavo.admin.v1); empty: nowhere"}
@@ -69,8 +73,12 @@ class GatewayConfig:
         for name in ("max_model_len", "failover_s", "grace_s", "max_connection_age_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
-        for name in ("grpc_address", "scheduler_address", "admin_address"):
+        for name in ("grpc_address", "admin_address"):
             _check_address(f"--{name.replace('_', '-')}", getattr(self, name), may_be_empty=name == "admin_address")
+        if not self.scheduler_addresses:
+            raise ValueError("--scheduler-addresses must name at least one scheduler")
+        for address in self.scheduler_addresses:
+            _check_address("--scheduler-addresses", address, may_be_empty=False)
         if self.http_address.startswith("unix:"):
             raise ValueError(f"--http-address must be host:port, not {self.http_address!r}")
         _check_address("--http-address", self.http_address, may_be_empty=True)

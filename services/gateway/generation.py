@@ -18,22 +18,22 @@ Response = generation_pb2.GenerateStreamResponse
 class _Candidate:
     """One candidate: what came in, and what has gone out."""
 
-    __slots__ = ("done", "inbox", "output", "read")
+    __slots__ = ("done", "inbox", "output")
 
     def __init__(self, inbox: CandidateInbox, output: CandidateOutput) -> None:
         self.inbox = inbox
         self.output = output
-        self.read = 0  # of inbox.token_ids
         self.done = False
 
 
 class GenerationRun:
     """An admitted request. `responses` yields its stream, once."""
 
-    def __init__(self, prepared: Prepared, stream: RequestStream, model_version: str) -> None:
+    def __init__(self, prepared: Prepared, stream: RequestStream) -> None:
         assert stream.admitted is not None, "the request was not admitted"
         self.started = prepared.started
-        self.started.model_version = model_version
+        self.started.model_version = prepared.model.version(stream.model_version)
+        self.scheduler_id = stream.scheduler_id
         self.started.cached_prompt_tokens = stream.admitted.cached_prompt_tokens
         self.completed = generation_pb2.Completed()
         self.prompt_token_ids = prepared.submit.prompt_token_ids
@@ -105,10 +105,10 @@ class GenerationRun:
 
         ended: no further tokens follow, so nothing is held back.
         """
-        inbox, start = candidate.inbox, candidate.read
+        inbox, start = candidate.inbox, candidate.inbox.num_read
         new = inbox.token_ids[start:]
         text, taken = candidate.output.push(new) if new else ("", 0)
-        candidate.read += taken
+        inbox.num_read += taken
         if ended and candidate.output.matched is None:
             text += candidate.output.finish()
         if not taken and not text:

@@ -6,7 +6,7 @@ import asyncio
 
 from grpc_health.v1 import health, health_pb2
 
-from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.scheduler_pool import SchedulerPool
 
 SERVICE_NAMES = (
     "octavo.inference.v1.GenerationService",
@@ -17,16 +17,14 @@ SERVICE_NAMES = (
 # The whole server, and generating, need a scheduler with workers; the rest needs the gateway only.
 _NEED_SCHEDULER = ("", SERVICE_NAMES[0])
 _CHECK_S = 0.25
-_MAX_SILENCE_S = 10.0
-_MAX_STEP_AGE_MS = 30_000
 
 
 class HealthMonitor:
     """Keeps the statuses of all services current."""
 
-    def __init__(self, scheduler: SchedulerClient) -> None:
+    def __init__(self, schedulers: SchedulerPool) -> None:
         self.servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs do not know it
-        self._scheduler = scheduler
+        self._schedulers = schedulers
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -44,14 +42,7 @@ class HealthMonitor:
 
     def ready(self) -> bool:
         """Return whether a generate call could succeed now."""
-        scheduler = self._scheduler
-        return (
-            scheduler.connected
-            and not scheduler.draining
-            and scheduler.silence_s < _MAX_SILENCE_S
-            and scheduler.load.workers_ready > 0
-            and scheduler.load.step_age_ms < _MAX_STEP_AGE_MS
-        )
+        return self._schedulers.healthy
 
     async def _check(self) -> None:
         before = False

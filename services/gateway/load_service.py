@@ -1,4 +1,4 @@
-"""The LoadService: how busy the scheduler is, for routers and autoscalers."""
+"""The LoadService: how busy the schedulers are, for routers and autoscalers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from grpc import aio
 
 from octavo.inference.v1 import load_pb2, load_pb2_grpc
-from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.scheduler_peer import SchedulerPeer
+from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.validation import RequestValidator
 
 _DEFAULT_INTERVAL_MS = 1000
@@ -19,11 +20,11 @@ WatchContext = aio.ServicerContext[load_pb2.WatchLoadRequest, load_pb2.WatchLoad
 
 
 class LoadServicer(load_pb2_grpc.LoadServiceServicer):
-    """Passes on what the scheduler said last; without a scheduler the list is empty."""
+    """Passes on what each scheduler said last; the list has those that are connected."""
 
-    def __init__(self, model_name: str, scheduler: SchedulerClient, validator: RequestValidator) -> None:
+    def __init__(self, model_name: str, schedulers: SchedulerPool, validator: RequestValidator) -> None:
         self._model_name = model_name
-        self._scheduler = scheduler
+        self._schedulers = schedulers
         self._validator = validator
 
     async def GetLoad(  # noqa: N802 - named by the proto
@@ -45,21 +46,21 @@ class LoadServicer(load_pb2_grpc.LoadServiceServicer):
             await asyncio.sleep(interval_s)
 
     def _loads(self) -> list[load_pb2.SchedulerLoad]:
-        welcome, load = self._scheduler.welcome, self._scheduler.load
-        if welcome is None:
-            return []
-        return [
-            load_pb2.SchedulerLoad(
-                scheduler_id=welcome.scheduler_id,
-                model=self._model_name,
-                running=load.running,
-                waiting=load.waiting,
-                waiting_uncached_tokens=load.waiting_uncached_tokens,
-                kv_blocks_free=load.kv_blocks_free,
-                kv_blocks_total=load.kv_blocks_total or welcome.kv_blocks_total,
-                kv_block_size=welcome.kv_block_size,
-                estimated_queue_ms=load.estimated_queue_ms,
-                draining=load.draining or self._scheduler.draining,
-                workers_ready=load.workers_ready,
-            )
-        ]
+        return [self._load(peer) for peer in self._schedulers.peers]
+
+    def _load(self, peer: SchedulerPeer) -> load_pb2.SchedulerLoad:
+        load, welcome = peer.load, peer.welcome
+        assert welcome is not None, "a peer of the pool is connected"
+        return load_pb2.SchedulerLoad(
+            scheduler_id=peer.scheduler_id,
+            model=self._model_name,
+            running=load.running,
+            waiting=load.waiting,
+            waiting_uncached_tokens=load.waiting_uncached_tokens,
+            kv_blocks_free=load.kv_blocks_free,
+            kv_blocks_total=load.kv_blocks_total or welcome.kv_blocks_total,
+            kv_block_size=welcome.kv_block_size,
+            estimated_queue_ms=load.estimated_queue_ms,
+            draining=peer.draining,
+            workers_ready=load.workers_ready,
+        )

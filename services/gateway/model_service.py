@@ -6,7 +6,7 @@ from grpc import aio
 
 from octavo.inference.v1 import model_pb2, model_pb2_grpc
 from octavo.services.gateway.model import Models, ServedModel
-from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.validation import RequestValidator
 
 ListContext = aio.ServicerContext[model_pb2.ListModelsRequest, model_pb2.ListModelsResponse]
@@ -16,9 +16,9 @@ GetContext = aio.ServicerContext[model_pb2.GetModelRequest, model_pb2.GetModelRe
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """Describes the models; answers without a scheduler, too."""
 
-    def __init__(self, models: Models, scheduler: SchedulerClient, validator: RequestValidator) -> None:
+    def __init__(self, models: Models, schedulers: SchedulerPool, validator: RequestValidator) -> None:
         self._models = models
-        self._scheduler = scheduler
+        self._schedulers = schedulers
         self._validator = validator
 
     async def ListModels(  # noqa: N802 - named by the proto
@@ -37,5 +37,4 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.GetModelResponse(model=self._describe(self._models.get(request.name)))
 
     def _describe(self, model: ServedModel) -> model_pb2.Model:
-        load = self._scheduler.load
-        return model.describe(load.model_version, load.max_model_len)
+        return model.describe(self._schedulers.model_version, self._schedulers.max_model_len)

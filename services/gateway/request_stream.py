@@ -41,9 +41,9 @@ class Logprobs:
 
 
 class CandidateInbox:
-    """One candidate: written by the scheduler client, read by the call's handler."""
+    """One candidate: written by its scheduler's peer, read by the call's handler."""
 
-    __slots__ = ("finished", "handle", "index", "logprobs", "token_ids")
+    __slots__ = ("finished", "handle", "index", "logprobs", "num_read", "token_ids")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -51,6 +51,8 @@ class CandidateInbox:
         """The handle it is submitted under now; 0 while it waits for a scheduler."""
         self.token_ids: list[int] = []
         """All its tokens after `continue_output`; also what another scheduler would go on from."""
+        self.num_read = 0
+        """Of these, how many the handler has taken."""
         self.logprobs = Logprobs()
         self.finished: scheduler_pb2.Finished | None = None
 
@@ -63,9 +65,11 @@ class RequestStream:
         submit: scheduler_pb2.Submit,
         deadline: float | None,
         cancel: Callable[[RequestStream, int | None], None],
+        session_id: str = "",
     ) -> None:
         """`deadline` is a time of the event loop; `cancel` tells the scheduler that a candidate, or all, ended."""
         self.submit = submit
+        self.session_id = session_id
         self.deadline = deadline
         self.submitted_at = asyncio.get_running_loop().time()
         self.wants_logprobs = submit.chosen_logprob
@@ -74,6 +78,12 @@ class RequestStream:
         self.progress: generation_pb2.Progress | None = None
         self.error: ServingError | None = None
         self.failovers = 0
+        self.refused_by: set[str] = set()
+        """Addresses of schedulers that did not admit it."""
+        self.scheduler_id = ""
+        """Who has it now, or had it last."""
+        self.model_version = ""
+        """Of the weights that made its output; it goes on with no others."""
         self._cancel = cancel
         self._waiter: asyncio.Future[None] | None = None
         self._changed = False

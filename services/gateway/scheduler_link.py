@@ -14,13 +14,15 @@ from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from octavo.services.common.grpc_options import hop_channel_options
 from octavo.services.common.logging import RateLimiter
 from octavo.services.common.protocol import PROTOCOL_REVISION
+from octavo.services.gateway.cache_watch import watch_cache
+from octavo.services.gateway.prefix_index import PrefixIndex
 
 _log = logging.getLogger(__name__)
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
 _BACKOFF_S = (0.05, 1.0)
-_HELLO_S = 10.0
-_SILENCE_S = 15.0  # the scheduler sends its load every second
-_WATCH_S = 1.0
+_HELLO_S = 5.0
+_SILENCE_S = 2.0  # the scheduler sends its load five times a second
+_WATCH_S = 0.1
 
 
 class LinkUser(Protocol):
@@ -49,18 +51,23 @@ class SchedulerLink:
         self._user = user
         self._outgoing: deque[scheduler_pb2.AttachRequest] = deque()
         self._outgoing_changed = asyncio.Event()
+        self._prefixes = PrefixIndex()
         self._warnings = RateLimiter(_log)
         self._tasks: list[asyncio.Task[None]] = []
         self._call: aio.StreamStreamCall[scheduler_pb2.AttachRequest, scheduler_pb2.AttachResponse] | None = None
-        self._heard_at = 0.0
+        self._quiet_turns = 0
 
     @property
     def silence_s(self) -> float:
-        """How long ago the scheduler was last heard."""
-        return asyncio.get_running_loop().time() - self._heard_at
+        """How long nothing was heard of the scheduler, in this process's own turns: its own pauses do not count."""
+        return self._quiet_turns * _WATCH_S
 
-    def start(self) -> list[asyncio.Task[None]]:
-        """Connect, and stay connected until `close`; return the tasks, none of which ends by itself."""
+    def start(self, prefixes: PrefixIndex) -> list[asyncio.Task[None]]:
+        """Connect, and stay connected until `close`; return the tasks, none of which ends by itself.
+
+        `prefixes` is kept equal to the scheduler's prefix cache while there is a connection.
+        """
+        self._prefixes = prefixes
         self._tasks = [asyncio.create_task(self._stay_connected()), asyncio.create_task(self._watch())]
         return self._tasks
 
@@ -98,14 +105,17 @@ class SchedulerLink:
         call = stub.Attach()
         self._outgoing.clear()
         hello = scheduler_pb2.Hello(gateway_id=self._gateway_id, protocol_revision=PROTOCOL_REVISION)
-        writer: asyncio.Task[None] | None = None
+        helpers: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(_HELLO_S):
                 await call.write(scheduler_pb2.AttachRequest(hello=hello))
                 welcome = _read_welcome(await call.read())
-            writer = asyncio.create_task(self._write(call))
+            helpers = [
+                asyncio.create_task(self._write(call)),
+                asyncio.create_task(watch_cache(stub, self._prefixes)),
+            ]
             self._call = call
-            self._heard_at = asyncio.get_running_loop().time()
+            self._quiet_turns = 0
             _log.info("connected to scheduler %s at %s, epoch %d", welcome.scheduler_id, self._address, welcome.epoch)
             self._user.on_connected(welcome)
             await self._read(call)
@@ -119,16 +129,15 @@ class SchedulerLink:
             raise _LostError(f"nothing was heard of it for {_SILENCE_S:g} s") from None
         finally:
             call.cancel()
-            if writer is not None:
-                writer.cancel()
+            for helper in helpers:
+                helper.cancel()
 
     async def _read(self, call: Any) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             message = await call.read()
             if message is _EOF:
                 raise _LostError("it ended the stream")
-            self._heard_at = loop.time()
+            self._quiet_turns = 0
             try:
                 self._user.on_message(message)
             except (IndexError, ValueError) as error:
@@ -149,6 +158,7 @@ class SchedulerLink:
         """Give a scheduler up that hangs: its machine still answers, it does not."""
         while True:
             await asyncio.sleep(_WATCH_S)
+            self._quiet_turns += 1
             if self._call is not None and self.silence_s > _SILENCE_S:
                 self._call.cancel()
 

@@ -14,7 +14,7 @@ from octavo.services.common.interceptor import request_id
 from octavo.services.gateway.answer import whole_answer
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.generation import GenerationRun
-from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.validation import RequestValidator
 
 GenerateContext = aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]
@@ -36,9 +36,9 @@ def _headers_of(context: GenerateContext | StreamContext) -> dict[str, str]:
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Every method raises ServingError; the interceptor makes the status."""
 
-    def __init__(self, calls: GenerateCalls, scheduler: SchedulerClient, validator: RequestValidator) -> None:
+    def __init__(self, calls: GenerateCalls, schedulers: SchedulerPool, validator: RequestValidator) -> None:
         self._calls = calls
-        self._scheduler = scheduler
+        self._schedulers = schedulers
         self._validator = validator
 
     async def Generate(  # noqa: N802 - named by the proto
@@ -74,10 +74,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def CancelGeneration(  # noqa: N802 - named by the proto
         self, request: generation_pb2.CancelGenerationRequest, context: CancelContext
     ) -> generation_pb2.CancelGenerationResponse:
-        """End a request of any gateway of this scheduler."""
+        """End a request of any gateway, at any scheduler."""
         del context
         self._validator.check(request)
-        cancelled = await self._scheduler.cancel_request(request.request_id)
+        cancelled = await self._schedulers.cancel_request(request.request_id)
         usage = cancelled.usage if cancelled.HasField("usage") else None
         return generation_pb2.CancelGenerationResponse(was_running=cancelled.was_running, usage=usage)
 
@@ -90,12 +90,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         deadline = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
         call = self._calls.admitted(generation, request_id(), tenant_of(context), _headers_of(context), deadline)
         async with call as run:
-            welcome = self._scheduler.welcome
             await context.send_initial_metadata(
                 (
                     ("x-request-id", request_id()),
                     ("x-model-version", run.started.model_version),
-                    ("x-scheduler-id", welcome.scheduler_id if welcome else ""),
+                    ("x-scheduler-id", run.scheduler_id),
                 )
             )
             yield run

@@ -227,12 +227,30 @@ def test_every_option_reaches_its_process_and_is_known_there() -> None:
     assert (worker.worker_id, worker.device, worker.kv_cache_memory) == ("worker-1", "cpu", 1 << 30)
     assert (worker.model, worker.max_model_len, worker.progress_fd) == ("/models/m", 512, 9)
     assert 2 * worker.num_threads <= max(2, os.cpu_count() or 1)
-    assert worker.worker_endpoint == scheduler.worker_endpoint == "ipc:///run/x/workers.sock"
+    assert worker.worker_endpoint == scheduler.worker_endpoint == "ipc:///run/x/scheduler-workers.sock"
     assert (gateway.model_name, gateway.grpc_address, gateway.reflection) == ("org/m", "127.0.0.1:2", False)
     assert (built["gateway-0"].http_address, gateway.http_address) == ("127.0.0.1:3", "")
-    assert gateway.scheduler_address == scheduler.scheduler_address == "unix:/run/x/scheduler.sock"
+    assert gateway.scheduler_addresses == (scheduler.scheduler_address,) == ("unix:/run/x/scheduler.sock",)
     order = sorted(specs, key=lambda spec: spec.stop_order)
     assert [spec.name.split("-")[0] for spec in order] == ["gateway", "gateway", "scheduler", "worker", "worker"]
+
+
+def test_each_scheduler_has_workers_of_its_own_and_every_gateway_knows_all_schedulers(tmp_path: Path) -> None:
+    model = Model("m", tmp_path)
+    specs = child_specs(ServeConfig(model="m", schedulers=2, workers=2), model, [Listen("127.0.0.1:1", "")], tmp_path)
+
+    def options(name: str) -> dict[str, str]:
+        (command,) = [spec.command for spec in specs if spec.name == name]
+        return dict(option[2:].split("=", 1) for option in command if option.startswith("--") and "=" in option)
+
+    names = [spec.name for spec in specs]
+    assert names == ["scheduler-0", "scheduler-1", "worker-0", "worker-1", "worker-2", "worker-3", "gateway-0"]
+    ends = [options(f"worker-{n}")["worker-endpoint"] for n in range(4)]
+    assert ends[0] == ends[1] == options("scheduler-0")["worker-endpoint"]
+    assert ends[2] == ends[3] == options("scheduler-1")["worker-endpoint"] != ends[0]
+    (gateway,) = [spec.command for spec in specs if spec.name == "gateway-0"]
+    known = [option.partition("=")[2] for option in gateway if option.startswith("--scheduler-addresses=")]
+    assert known == [options(f"scheduler-{n}")["scheduler-address"] for n in range(2)]
 
 
 @pytest.mark.parametrize(

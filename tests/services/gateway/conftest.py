@@ -62,8 +62,11 @@ def write_model(folder: Path, template: str | None = TEMPLATE, **generation_conf
 class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
     """Admits what it is told to and sends what it is told to; keeps all that gateways sent."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, scheduler_id: str = "sched") -> None:
         self.address = address
+        self.scheduler_id = scheduler_id
+        self.cache_events: asyncio.Queue[scheduler_pb2.WatchCacheResponse] = asyncio.Queue()
+        self.watched_from: list[int] = []
         self.load = scheduler_pb2.Load(workers_ready=1, kv_blocks_total=100, kv_blocks_free=90, model_version="w1")
         self.protocol_revision = 1
         self.received: asyncio.Queue[scheduler_pb2.AttachRequest] = asyncio.Queue()
@@ -93,7 +96,11 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         hello = await anext(aiter(request_iterator))
         assert hello.hello.protocol_revision == 1
         welcome = scheduler_pb2.Welcome(
-            scheduler_id="sched", epoch=self.epoch, protocol_revision=self.protocol_revision, load=self.load
+            scheduler_id=self.scheduler_id,
+            epoch=self.epoch,
+            kv_block_size=16,
+            protocol_revision=self.protocol_revision,
+            load=self.load,
         )
         await context.write(scheduler_pb2.AttachResponse(welcome=welcome))
 
@@ -116,6 +123,18 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
                 await context.write(message)
         finally:
             reader.cancel()
+
+    async def WatchCache(  # noqa: N802
+        self, request: scheduler_pb2.WatchCacheRequest, context: Any
+    ) -> AsyncIterator[scheduler_pb2.WatchCacheResponse]:
+        self.watched_from.append(request.after_event_id)
+        while True:
+            yield await self.cache_events.get()
+
+    def say_load(self, **changes: Any) -> None:
+        """Change the state it reports, and report it."""
+        self.load.MergeFrom(scheduler_pb2.Load(**changes))
+        self.send(load=self.load)
 
     def send(self, **kind: Any) -> None:
         """Send one message to the gateway."""
@@ -184,7 +203,7 @@ class Harness:
     async def connected(self) -> None:
         """Return once the gateway has a scheduler."""
         await asyncio.wait_for(self.scheduler.attached.wait(), 10)
-        await until(lambda: self.gateway.scheduler.connected)
+        await until(lambda: self.gateway.schedulers.connected)
 
 
 class Rejection(Exception):  # noqa: N818 - what a client got, not a failure of the test
@@ -267,7 +286,7 @@ def config(model_path: Path, scheduler: FakeScheduler) -> GatewayConfig:
         model_aliases=("little",),
         grpc_address="127.0.0.1:0",
         admin_address="127.0.0.1:0",
-        scheduler_address=scheduler.address,
+        scheduler_addresses=(scheduler.address,),
         gateway_id="gw",
         failover_s=10.0,
     )

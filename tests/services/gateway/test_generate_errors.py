@@ -277,7 +277,7 @@ async def test_without_a_deadline_none_is_sent(harness: Any) -> None:
 
 async def test_without_a_scheduler_a_call_is_refused_as_retryable(harness: Any, tools: Any) -> None:
     await harness.scheduler.stop()
-    await tools.until(lambda: not harness.gateway.scheduler.connected)
+    await tools.until(lambda: not harness.gateway.schedulers.connected)
 
     failure = await tools.rejection(harness.stream())
 
@@ -287,7 +287,7 @@ async def test_without_a_scheduler_a_call_is_refused_as_retryable(harness: Any, 
 
 async def test_a_draining_scheduler_gets_no_new_requests(harness: Any, tools: Any) -> None:
     harness.scheduler.send(draining=scheduler_pb2.Draining(deadline_ms=1000))
-    await tools.until(lambda: harness.gateway.scheduler.draining)
+    await tools.until(lambda: harness.gateway.schedulers.draining)
 
     failure = await tools.rejection(harness.stream())
 

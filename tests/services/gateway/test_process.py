@@ -50,7 +50,7 @@ def test_a_wrong_setting_is_one_line_that_names_it() -> None:
         ("max_requests", 0),
         ("max_model_len", -1),
         ("grace_s", -1.0),
-        ("scheduler_address", "x"),
+        ("scheduler_addresses", ("x",)),
         ("grpc_address", ""),
         ("http_max_body_bytes", 0),
         ("http_max_connections", 0),
@@ -71,7 +71,7 @@ def test_the_served_name_is_the_folder_s_unless_given() -> None:
 @pytest.mark.parametrize("http_address", ["", "127.0.0.1:0"])
 def test_sigterm_ends_an_idle_gateway_with_status_0(model_path: Path, http_address: str) -> None:
     config = GatewayConfig(
-        model=model_path, grpc_address="127.0.0.1:0", http_address=http_address, scheduler_address="127.0.0.1:1"
+        model=model_path, grpc_address="127.0.0.1:0", http_address=http_address, scheduler_addresses=("127.0.0.1:1",)
     )
 
     status = run(config, on_ready=lambda: os.kill(os.getpid(), signal.SIGTERM))

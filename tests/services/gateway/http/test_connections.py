@@ -76,7 +76,7 @@ async def test_a_client_that_does_not_read_is_cut_off(
     submit = await harness.scheduler.next_admitted()
 
     async def produce() -> None:  # until the sockets between them are full
-        while harness.gateway.scheduler.streams:
+        while harness.gateway.schedulers.streams:
             harness.scheduler.tokens(submit.handle, [9] * 20_000)
             await asyncio.sleep(0)
 

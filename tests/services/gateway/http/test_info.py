@@ -72,7 +72,7 @@ async def test_a_wrong_field_is_named(
 async def test_health_follows_the_scheduler(harness: Any, http: httpx.AsyncClient, tools: Any) -> None:
     healthy = [(await http.get(path)).status_code for path in ("/health", "/ping")]
     await harness.scheduler.stop()
-    await tools.until(lambda: not harness.gateway.scheduler.connected)
+    await tools.until(lambda: not harness.gateway.schedulers.connected)
     ill = [(await http.get(path)).status_code for path in ("/health", "/ping")]
 
     assert (healthy, ill) == ([200, 200], [503, 503])

@@ -15,7 +15,7 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.gateway import scheduler_link
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.scheduler_client import SchedulerClient
+from octavo.services.gateway.scheduler_pool import SchedulerPool
 
 Code = grpc.StatusCode
 
@@ -67,7 +67,7 @@ async def test_each_unfinished_candidate_goes_on_alone_under_its_own_index(harne
     harness.scheduler.tokens(first.handle, harness.ids("a"), candidate=0)
     harness.scheduler.tokens(first.handle, harness.ids("b"), candidate=1, finish=common_pb2.FINISH_REASON_MAX_TOKENS)
     harness.scheduler.tokens(first.handle, harness.ids("c"), candidate=2)
-    stream = harness.gateway.scheduler.streams[0]
+    stream = harness.gateway.schedulers.streams[0]
     await tools.until(lambda: stream.num_output_tokens == 3)
 
     await restart(harness.scheduler)
@@ -171,10 +171,10 @@ async def test_a_call_that_ends_while_its_request_waits_is_not_submitted_again(h
     call = harness.stream()
     await harness.scheduler.next_admitted()
     await harness.scheduler.stop()
-    await tools.until(lambda: not harness.gateway.scheduler.connected)
+    await tools.until(lambda: not harness.gateway.schedulers.connected)
 
     call.cancel()
-    await tools.until(lambda: not harness.gateway.scheduler.streams)
+    await tools.until(lambda: not harness.gateway.schedulers.streams)
     await harness.scheduler.start()
     await harness.connected()
 
@@ -185,9 +185,9 @@ async def test_a_request_cancelled_by_id_while_it_waits_ends_as_cancelled(harnes
     call = harness.stream(metadata=(("x-request-id", "lost"),))
     await harness.scheduler.next_admitted()
     await harness.scheduler.stop()
-    await tools.until(lambda: not harness.gateway.scheduler.connected)
+    await tools.until(lambda: not harness.gateway.schedulers.connected)
 
-    answer = await harness.gateway.scheduler.cancel_request("lost")
+    answer = await harness.gateway.schedulers.cancel_request("lost")
 
     assert answer.was_running
     events = [response.event async for response in call]
@@ -196,7 +196,7 @@ async def test_a_request_cancelled_by_id_while_it_waits_ends_as_cancelled(harnes
 
 async def test_another_protocol_revision_is_refused(scheduler: Any) -> None:
     scheduler.protocol_revision = 2
-    client = SchedulerClient(scheduler.address, "gw")
+    client = SchedulerPool((scheduler.address,), "gw")
     client.start()
     try:
         await asyncio.wait_for(scheduler.attached.wait(), 10)

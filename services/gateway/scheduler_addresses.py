@@ -1,0 +1,65 @@
+"""Where the schedulers are: addresses as configured, names looked up again and again."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import Sequence
+
+from octavo.services.common.logging import RateLimiter
+
+_log = logging.getLogger(__name__)
+
+
+class AddressBook:
+    """Turns configured addresses into those of single schedulers.
+
+    A name, such as a headless Service's, stands for all addresses that DNS has for it. A name that
+    cannot be looked up keeps those it had.
+    """
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        """`addresses`: host:port or unix:PATH."""
+        self._found: dict[str, list[str]] = {
+            address: [] if is_name(address) else [address] for address in dict.fromkeys(addresses)
+        }
+        self._warnings = RateLimiter(_log)
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the answer can change."""
+        return any(map(is_name, self._found))
+
+    @property
+    def current(self) -> list[str]:
+        """What is known, each address once."""
+        return list(dict.fromkeys(address for found in self._found.values() for address in found))
+
+    async def refresh(self) -> None:
+        """Look all names up again."""
+        loop = asyncio.get_running_loop()
+        for name in filter(is_name, self._found):
+            host, _, port = name.rpartition(":")
+            try:
+                answers = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+            except OSError as error:
+                self._warnings.warning(name, "cannot look up %s: %s", host, error)
+                continue
+            # A name with addresses of both families has two for each scheduler: one family names each once.
+            family = answers[0][0]
+            hosts = sorted({str(where[0]) for found, _, _, _, where in answers if found == family})
+            self._found[name] = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+
+
+def is_name(address: str) -> bool:
+    """Return whether DNS has to say what an address means."""
+    if address.startswith("unix:"):
+        return False
+    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False

@@ -1,0 +1,343 @@
+"""One scheduler as the gateway sees it: its state, and the requests it has now.
+
+What it sends is handed out to the requests' inboxes here; what becomes of requests that it refuses or
+that are lost with it is its owner's to decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+from octavo.inference.v1 import generation_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.errors import Reason, ServingError
+from octavo.services.gateway.prefix_index import PrefixIndex
+from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
+from octavo.services.gateway.routing import SchedulerView
+from octavo.services.gateway.scheduler_link import SchedulerLink
+from octavo.services.gateway.step_columns import StepColumns
+
+_CANCEL_S = 10.0
+_MAX_RETIRED = 4096
+_MAX_SILENCE_S = 1.0
+_MAX_STEP_AGE_MS = 10_000
+
+
+class PeerOwner(Protocol):
+    """Decides about requests. A stream comes with those of its candidates that it is about."""
+
+    def on_peer_ready(self, peer: SchedulerPeer) -> None:
+        """The scheduler takes requests now."""
+
+    def on_peer_lost(self, peer: SchedulerPeer, lost: Sequence[tuple[RequestStream, list[CandidateInbox]]]) -> None:
+        """The scheduler is gone, and with it these requests."""
+
+    def on_admitted(self, stream: RequestStream, admitted: scheduler_pb2.Admitted) -> None:
+        """A request was admitted."""
+
+    def on_rejected(
+        self, peer: SchedulerPeer, stream: RequestStream, candidates: list[CandidateInbox], error: ServingError
+    ) -> None:
+        """A request was refused."""
+
+    def on_failed(self, stream: RequestStream, candidates: list[CandidateInbox], failed: scheduler_pb2.Failed) -> None:
+        """An admitted request cannot go on there."""
+
+
+class SchedulerPeer:
+    """A scheduler at one address, connected or not. Everything runs on one event loop."""
+
+    def __init__(self, address: str, gateway_id: str, owner: PeerOwner) -> None:
+        self.address = address
+        self._owner = owner
+        self._link = SchedulerLink(address, gateway_id, self)
+        self._streams: dict[int, RequestStream] = {}  # by handle
+        # Cancelled requests with log probabilities: tokens on their way still have columns to be skipped.
+        self._retired: OrderedDict[int, RequestStream] = OrderedDict()
+        self._cancels: dict[str, list[asyncio.Future[scheduler_pb2.Cancelled]]] = {}
+        self._refused_until = 0.0
+        self._sent_tokens = 0
+        self._sent_requests = 0
+        self.prefixes = PrefixIndex()
+        self.welcome: scheduler_pb2.Welcome | None = None
+        """Its introduction; None while it is not connected."""
+        self.load = scheduler_pb2.Load()
+        """The last one heard."""
+        self.draining = False
+        """It asked for no new requests."""
+
+    def start(self) -> list[asyncio.Task[None]]:
+        """Connect, and stay connected until `close`; return the tasks, none of which ends by itself."""
+        return self._link.start(self.prefixes)
+
+    async def close(self) -> None:
+        """Disconnect, for good. Its requests are nobody's then."""
+        await self._link.close()
+
+    @property
+    def scheduler_id(self) -> str:
+        """Its name; the address until it has told one."""
+        return (self.welcome.scheduler_id if self.welcome else "") or self.address
+
+    @property
+    def connected(self) -> bool:
+        """Whether messages can be sent."""
+        return self.welcome is not None
+
+    @property
+    def usable(self) -> bool:
+        """Whether it would take requests, if need be into its queue."""
+        return self.welcome is not None and not self.draining
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it makes progress: this follows from what it last said, so no state of it can get stuck."""
+        load = self.load
+        return (
+            self.usable
+            and self._link.silence_s < _MAX_SILENCE_S
+            and load.workers_ready > 0
+            and load.step_age_ms < _MAX_STEP_AGE_MS
+        )
+
+    @property
+    def num_requests(self) -> int:
+        """Handles that are in use."""
+        return len(self._streams)
+
+    def has(self, handle: int) -> bool:
+        """Return whether a request is here under this handle."""
+        return handle in self._streams
+
+    def view(self, block_hashes: Sequence[int], now: float) -> SchedulerView:
+        """Describe it for the routing of a request with these blocks; `now` is a time of the event loop."""
+        load, block_size = self.load, self.welcome.kv_block_size if self.welcome else 0
+        return SchedulerView(
+            scheduler_id=self.scheduler_id,
+            running=load.running,
+            waiting_uncached_tokens=load.waiting_uncached_tokens,
+            estimated_queue_ms=load.estimated_queue_ms,
+            kv_blocks_free=load.kv_blocks_free,
+            kv_block_size=block_size,
+            workers_ready=load.workers_ready,
+            cached_tokens=self.prefixes.count_cached(block_hashes) * block_size,
+            sent_tokens=self._sent_tokens,
+            sent_requests=self._sent_requests,
+            recently_refused=now < self._refused_until,
+        )
+
+    def avoid_until(self, time: float) -> None:
+        """Prefer others until a time of the event loop; with no other this changes nothing."""
+        self._refused_until = time
+
+    # What is sent
+
+    def submit(self, stream: RequestStream, candidates: Sequence[CandidateInbox], submit: scheduler_pb2.Submit) -> None:
+        """Send candidates of a request, under a handle that is set."""
+        for candidate in candidates:
+            candidate.handle = submit.handle
+        self._streams[submit.handle] = stream
+        self._sent_tokens += len(submit.prompt_token_ids) + len(submit.continue_token_ids)
+        self._sent_requests += len(candidates)
+        stream.scheduler_id = self.scheduler_id
+        self._link.send(scheduler_pb2.AttachRequest(submit=submit))
+
+    def drop(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
+        """End candidates here; the scheduler answers nothing, and what it still sends about them is ignored."""
+        handles = dict.fromkeys(candidate.handle for candidate in candidates if candidate.handle in self._streams)
+        for handle in handles:
+            dropped = [candidate for candidate in candidates if candidate.handle == handle]
+            for candidate in dropped:
+                candidate.handle = 0
+            if any(other.handle == handle and other.finished is None for other in stream.candidates):
+                for candidate in dropped:
+                    self._send_cancel(scheduler_pb2.Cancel(handle=handle, candidate_index=candidate.index))
+            else:
+                self._retire(handle, stream)
+                self._send_cancel(scheduler_pb2.Cancel(handle=handle))
+
+    async def cancel_request(self, request_id: str) -> scheduler_pb2.Cancelled:
+        """End a request of any gateway by its id. Raises SCHEDULER_UNREACHABLE."""
+        if not self.connected:
+            raise unreachable()
+        answer: asyncio.Future[scheduler_pb2.Cancelled] = asyncio.get_running_loop().create_future()
+        self._cancels.setdefault(request_id, []).append(answer)
+        self._send_cancel(scheduler_pb2.Cancel(request_id=request_id))
+        try:
+            async with asyncio.timeout(_CANCEL_S):
+                return await answer
+        except TimeoutError:
+            raise unreachable() from None
+        finally:
+            answers = self._cancels[request_id]
+            answers.remove(answer)
+            if not answers:
+                del self._cancels[request_id]
+
+    def _send_cancel(self, cancel: scheduler_pb2.Cancel) -> None:
+        self._link.send(scheduler_pb2.AttachRequest(cancel=cancel))
+
+    def _retire(self, handle: int, stream: RequestStream) -> None:
+        self._streams.pop(handle, None)
+        if stream.wants_logprobs:
+            self._retired[handle] = stream
+            if len(self._retired) > _MAX_RETIRED:
+                self._retired.popitem(last=False)
+
+    # Connection
+
+    def on_connected(self, welcome: scheduler_pb2.Welcome) -> None:
+        """Take the scheduler's introduction."""
+        self.welcome = welcome
+        self._refused_until = 0.0
+        self._take_load(welcome.load)
+        self._owner.on_peer_ready(self)
+
+    def on_disconnected(self) -> None:
+        """Give back what the scheduler had."""
+        if self.welcome is None:
+            return
+        self.welcome = None
+        lost = [(stream, _under(stream, handle)) for handle, stream in self._streams.items()]
+        for _, candidates in lost:
+            for candidate in candidates:
+                candidate.handle = 0
+        self._streams.clear()
+        self._retired.clear()
+        for answers in self._cancels.values():
+            for answer in answers:
+                if not answer.done():
+                    answer.set_exception(unreachable())
+        self._owner.on_peer_lost(self, lost)
+
+    def _take_load(self, load: scheduler_pb2.Load) -> None:
+        self.load = load
+        self.draining = load.draining
+        self._sent_tokens = self._sent_requests = 0
+
+    # Messages
+
+    def on_message(self, message: scheduler_pb2.AttachResponse) -> None:
+        """Hand one message out. IndexError or ValueError: it does not fit its contract."""
+        kind = message.WhichOneof("kind")
+        if kind == "step_outputs":
+            self._on_step(message.step_outputs)
+        elif kind == "load":
+            self._take_load(message.load)
+        elif kind == "admitted":
+            self._on_admitted(message.admitted)
+        elif kind == "rejected":
+            self._on_rejected(message.rejected)
+        elif kind == "failed":
+            self._on_failed(message.failed)
+        elif kind == "progress":
+            self._on_progress(message.progress)
+        elif kind == "cancelled":
+            for answer in self._cancels.get(message.cancelled.request_id, ()):
+                if not answer.done():
+                    answer.set_result(message.cancelled)
+        elif kind == "draining":
+            self.draining = True
+
+    def _on_step(self, step: scheduler_pb2.StepOutputs) -> None:
+        if step.logprobs or step.token_counts or step.candidate_indexes:
+            self._on_general_rows(step)
+        else:
+            streams = self._streams
+            for handle, token_id in zip(step.handles, step.token_ids, strict=True):
+                stream = streams.get(handle)
+                if stream is not None:
+                    candidate = stream.candidates[0]
+                    if candidate.handle == handle and candidate.finished is None:
+                        candidate.token_ids.append(token_id)
+                        stream.wake()
+        for finished in step.finished:
+            self._on_finished(finished)
+
+    def _on_general_rows(self, step: scheduler_pb2.StepOutputs) -> None:
+        num_rows = len(step.handles)
+        counts = step.token_counts or [1] * num_rows
+        indexes = step.candidate_indexes or [0] * num_rows
+        columns = StepColumns(step)
+        at = 0
+        for handle, index, count in zip(step.handles, indexes, counts, strict=True):
+            start, at = at, at + count
+            stream = self._streams.get(handle)
+            owner = stream or self._retired.get(handle)
+            if owner is not None and owner.wants_logprobs:
+                columns.next(count, owner.submit.logprobs)
+            if stream is None:
+                continue
+            candidate = stream.candidates[index]
+            if candidate.handle == handle and candidate.finished is None:
+                candidate.token_ids.extend(step.token_ids[start:at])
+                if stream.wants_logprobs:
+                    columns.append_to(candidate)
+                stream.wake()
+
+    def _on_finished(self, finished: scheduler_pb2.Finished) -> None:
+        stream = self._streams.get(finished.handle)
+        if stream is None:
+            return
+        candidate = stream.candidates[finished.candidate_index]
+        if candidate.handle != finished.handle or candidate.finished is not None:
+            return
+        candidate.finished = finished
+        candidate.handle = 0
+        if not _under(stream, finished.handle):
+            del self._streams[finished.handle]
+        stream.wake_at_end()
+
+    def _on_admitted(self, admitted: scheduler_pb2.Admitted) -> None:
+        stream = self._streams.get(admitted.handle)
+        if stream is not None:
+            stream.model_version = stream.model_version or self.load.model_version
+            self._owner.on_admitted(stream, admitted)
+
+    def _on_rejected(self, rejected: scheduler_pb2.Rejected) -> None:
+        stream = self._streams.pop(rejected.handle, None)
+        if stream is not None:
+            error = ServingError.from_wire(
+                rejected.code, rejected.reason, rejected.message, rejected.retry_after_ms, dict(rejected.metadata)
+            )
+            self._owner.on_rejected(self, stream, _take(stream, rejected.handle), error)
+
+    def _on_failed(self, failed: scheduler_pb2.Failed) -> None:
+        stream = self._streams.pop(failed.handle, None)
+        if stream is not None:
+            self._owner.on_failed(stream, _take(stream, failed.handle), failed)
+
+    def _on_progress(self, progress: scheduler_pb2.Progress) -> None:
+        for handle, phase, position, done in zip(
+            progress.handles, progress.phases, progress.queue_positions, progress.prefill_tokens_done, strict=True
+        ):
+            stream = self._streams.get(handle)
+            if stream is not None:
+                stream.progress = generation_pb2.Progress(
+                    phase=generation_pb2.Progress.Phase.Name(phase),
+                    queue_position=position,
+                    prefill_tokens_done=done,
+                )
+                stream.wake()
+
+
+def unreachable() -> ServingError:
+    """Return the error of a call that no scheduler is there for."""
+    message = "no scheduler can be reached; try again"
+    return ServingError(Reason.SCHEDULER_UNREACHABLE, message, retry_after_ms=500)
+
+
+def _under(stream: RequestStream, handle: int) -> list[CandidateInbox]:
+    """Return the candidates of a stream that are out under a handle."""
+    return [candidate for candidate in stream.candidates if candidate.handle == handle]
+
+
+def _take(stream: RequestStream, handle: int) -> list[CandidateInbox]:
+    """Return the same, with their handle taken from them."""
+    taken = _under(stream, handle)
+    for candidate in taken:
+        candidate.handle = 0
+    return taken

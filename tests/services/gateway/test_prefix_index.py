@@ -1,0 +1,51 @@
+"""What gateways know about prefix caches."""
+
+from __future__ import annotations
+
+import pytest
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.gateway.prefix_index import LostEventsError, PrefixIndex, prompt_block_hashes
+from octavo.services.scheduler.block_allocator import BlockAllocator
+from octavo.services.scheduler.outputs import Outbox
+from octavo.services.scheduler.sequence import Request, Sequence
+
+
+def event(event_id: int, **fields: object) -> scheduler_pb2.WatchCacheResponse:
+    return scheduler_pb2.WatchCacheResponse(event_id=event_id, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 50])
+def test_blocks_have_the_names_that_the_scheduler_gives_them(num_tokens: int) -> None:
+    submit = scheduler_pb2.Submit(prompt_token_ids=range(7, 7 + num_tokens), cache_salt="salt", adapter="a")
+    request = Request(submit=submit, gateway_id="g", arrival=1, admitted_at=0, deadline=1, soft_deadline=1)
+    seq = Sequence(request, 0, 1000, Outbox("g"))
+    BlockAllocator(8).cached_blocks(seq)
+
+    hashes = prompt_block_hashes(submit, 16)
+
+    # The block of the very last token is computed anew, so it is no hit.
+    known = seq.block_hashes[: max(0, num_tokens - 1) // 16]
+    assert hashes == [int.from_bytes(name[:8], "little") for name in known]
+
+
+def test_only_blocks_from_the_start_on_count() -> None:
+    index = PrefixIndex()
+    index.apply(event(1, cleared=True, stored_block_hashes=[1, 2, 4]))
+    assert [index.count_cached(each) for each in ([], [1, 2, 3, 4], [3, 1], [1, 2, 4])] == [0, 2, 0, 3]
+    index.apply(event(2, removed_block_hashes=[1], stored_block_hashes=[3]))
+    assert index.count_cached([1, 2]) == 0
+    assert index.count_cached([3]) == 1
+
+
+def test_a_missing_event_is_noticed_and_a_cleared_one_starts_over() -> None:
+    index = PrefixIndex()
+    index.apply(event(5, stored_block_hashes=[1]))
+    with pytest.raises(LostEventsError):
+        index.apply(event(7, stored_block_hashes=[2]))
+    index.apply(event(9, cleared=True, stored_block_hashes=[3]))
+    assert (index.count_cached([1]), index.count_cached([3]), index.last_event_id) == (0, 1, 9)
+
+
+def test_a_request_that_bypasses_the_cache_has_no_prefix() -> None:
+    assert prompt_block_hashes(scheduler_pb2.Submit(prompt_token_ids=range(64), bypass_prefix_cache=True), 16) == []

@@ -1,0 +1,249 @@
+"""A gateway with two schedulers: who gets requests, and where they go on."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc import aio
+
+from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import generation_pb2, load_pb2, load_pb2_grpc
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.gateway.app import Gateway
+from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.prefix_index import prompt_block_hashes
+from octavo.services.gateway.scheduler_addresses import AddressBook
+
+Code = grpc.StatusCode
+MAX_TOKENS = common_pb2.FINISH_REASON_MAX_TOKENS
+
+
+@dataclasses.dataclass
+class Pair:
+    """Two schedulers, and a harness whose gateway knows both; `first` is preferred while both are idle."""
+
+    harness: Any
+    first: Any
+    second: Any
+    tools: Any
+
+    async def prefer_first(self) -> None:
+        """Make the second scheduler the busier one, and wait until the gateway knows."""
+        self.second.say_load(running=10)
+        await self.tools.until(lambda: any(peer.load.running == 10 for peer in self.harness.gateway.schedulers.peers))
+
+    def peer(self, scheduler: Any) -> Any:
+        (peer,) = [p for p in self.harness.gateway.schedulers.peers if p.scheduler_id == scheduler.scheduler_id]
+        return peer
+
+
+@pytest.fixture
+async def pair(config: GatewayConfig, scheduler: Any, tmp_path: Path, tools: Any) -> AsyncIterator[Pair]:
+    second = tools.FakeScheduler(f"unix:{tmp_path}/s2.sock", "second")
+    await second.start()
+    gateway = Gateway(dataclasses.replace(config, scheduler_addresses=(scheduler.address, second.address)))
+    await gateway.start()
+    async with aio.insecure_channel(f"127.0.0.1:{gateway.port}", [("grpc.enable_retries", 0)]) as channel:
+        pair = Pair(tools.Harness(gateway, scheduler, channel, tools.make_tokenizer()), scheduler, second, tools)
+        await tools.until(lambda: len(gateway.schedulers.peers) == 2)
+        await pair.prefer_first()
+        yield pair
+    await gateway.stop(0)
+    await second.stop()
+
+
+def reject(scheduler: Any, submit: Any, code: grpc.StatusCode, reason: str, retry_after_ms: int = 50) -> None:
+    rejected = scheduler_pb2.Rejected(
+        handle=submit.handle, code=code.value[0], reason=reason, message="no", retry_after_ms=retry_after_ms
+    )
+    scheduler.send(rejected=rejected)
+
+
+async def finish(scheduler: Any, submit: Any, ids: list[int]) -> None:
+    scheduler.tokens(submit.handle, ids, finish=MAX_TOKENS)
+
+
+async def test_a_lost_stream_goes_on_at_the_other_scheduler_at_once(pair: Pair) -> None:
+    call = pair.harness.stream(sampling={"seed": 5}, stop={"stop_sequences": ["STOP"], "min_new_tokens": 3})
+    submit = await pair.first.next_admitted()
+    await call.read()
+    pair.first.tokens(submit.handle, pair.harness.ids("a S"))
+    text = (await call.read()).event.delta.text
+
+    await pair.first.stop()
+    again = await pair.second.next_admitted()
+    await finish(pair.second, again, pair.harness.ids("TOPx"))
+    events = []
+    while (response := await call.read()) is not pair.tools.EOF:
+        events.append(response.event)
+
+    assert list(again.continue_token_ids) == pair.harness.ids("a S")
+    assert (again.sampling.seed, again.stop.min_new_tokens) == (5, 3)
+    assert text + "".join(event.delta.text for event in events) == "a "  # a stop string across the loss
+    assert events[-2].candidate_finished.stop_sequence == "STOP"
+    assert events[-1].completed.failovers == 1
+
+
+async def test_a_request_that_was_not_admitted_is_tried_at_the_other_scheduler(pair: Pair) -> None:
+    call = pair.harness.stream(candidate_count=2)
+    await pair.first.next("submit")
+
+    await pair.first.stop()
+    again = await pair.second.next_admitted()
+    for candidate in range(2):
+        pair.second.tokens(again.handle, pair.harness.ids("x"), candidate=candidate, finish=MAX_TOKENS)
+
+    events = [response.event async for response in call]
+    assert again.candidate_count == 2
+    assert events[-1].completed.failovers == 0
+    assert dict(await call.initial_metadata())["x-scheduler-id"] == "second"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+        (Code.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE"),
+        (Code.UNAVAILABLE, "NO_WORKERS"),
+        (Code.UNAVAILABLE, "DRAINING"),
+    ],
+)
+async def test_what_one_scheduler_cannot_take_the_other_gets(pair: Pair, code: grpc.StatusCode, reason: str) -> None:
+    call = pair.harness.stream()
+    reject(pair.first, await pair.first.next("submit"), code, reason)
+
+    taken = await pair.second.next_admitted()
+    await finish(pair.second, taken, pair.harness.ids("ok"))
+
+    assert "".join([response.event.delta.text async for response in call]) == "ok"
+
+
+async def test_a_request_that_all_refuse_fails_once_with_the_last_answer(pair: Pair) -> None:
+    call = pair.harness.stream()
+    reject(pair.first, await pair.first.next("submit"), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    reject(pair.second, await pair.second.next("submit"), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", 70)
+
+    failure = await pair.tools.rejection(call)
+
+    assert (failure.code, failure.reason) == (Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert failure.trailers["grpc-retry-pushback-ms"] == "70"
+    later = pair.harness.stream()  # refusing once closes nothing: there is no state to get stuck in
+    await pair.first.next_admitted()
+    later.cancel()
+
+
+async def test_a_wrong_request_is_not_tried_elsewhere(pair: Pair) -> None:
+    call = pair.harness.stream()
+    reject(pair.first, await pair.first.next("submit"), Code.INVALID_ARGUMENT, "KV_CAPACITY_EXCEEDED")
+
+    assert (await pair.tools.rejection(call)).code is Code.INVALID_ARGUMENT
+    assert pair.second.received.empty()
+
+
+@pytest.mark.parametrize("sick", [{"draining": True}, {"step_age_ms": 60_000}])
+async def test_a_scheduler_that_drains_or_makes_no_progress_gets_nothing(pair: Pair, sick: dict[str, Any]) -> None:
+    pair.first.say_load(**sick)
+    await pair.tools.until(lambda: not pair.peer(pair.first).healthy)
+
+    for _ in range(3):
+        pair.harness.stream()
+        await pair.second.next_admitted()
+
+    pair.first.load.CopyFrom(scheduler_pb2.Load(workers_ready=1, kv_blocks_free=90, model_version="w1"))
+    pair.first.send(load=pair.first.load)
+    await pair.tools.until(lambda: pair.peer(pair.first).healthy)
+    pair.harness.stream()
+    await pair.first.next_admitted()  # well again, it is used again
+
+
+async def test_a_request_goes_where_its_prefix_is_cached(pair: Pair) -> None:
+    prompt = list(range(3, 43))
+    pair.harness.stream(token_ids={"ids": prompt})
+    submit = await pair.first.next_admitted()
+    stored = prompt_block_hashes(submit, 16)
+    pair.second.load.running = 0
+    pair.second.say_load()
+    pair.second.cache_events.put_nowait(
+        scheduler_pb2.WatchCacheResponse(event_id=1, cleared=True, stored_block_hashes=stored)
+    )
+    await pair.tools.until(
+        lambda: len(pair.peer(pair.second).prefixes) == 2 and not pair.peer(pair.second).load.running
+    )
+
+    for _ in range(3):
+        pair.first.send(load=pair.first.load)
+        pair.second.send(load=pair.second.load)
+        pair.harness.stream(token_ids={"ids": [*prompt[:-1], 50]})
+        await pair.second.next_admitted()
+
+
+async def test_a_gap_in_the_cache_s_events_starts_the_index_over(pair: Pair) -> None:
+    for event_id in (3, 5):
+        pair.first.cache_events.put_nowait(
+            scheduler_pb2.WatchCacheResponse(event_id=event_id, stored_block_hashes=[event_id])
+        )
+    await pair.tools.until(lambda: pair.first.watched_from == [0, 0])
+    assert len(pair.peer(pair.first).prefixes) == 0
+
+
+async def test_cancel_generation_finds_a_request_at_any_scheduler(pair: Pair) -> None:
+    pair.second.running_ids.add("elsewhere")
+
+    answer = await pair.harness.stub.CancelGeneration(generation_pb2.CancelGenerationRequest(request_id="elsewhere"))
+
+    assert answer.was_running
+    assert answer.usage.output_tokens == 3
+
+
+async def test_an_output_goes_on_with_the_same_weights_only(pair: Pair) -> None:
+    pair.second.say_load(model_version="w2")
+    await pair.tools.until(lambda: pair.peer(pair.second).load.model_version == "w2")
+    call = pair.harness.stream()
+    await pair.first.next_admitted()
+    await pair.first.stop()
+    await pair.first.start()
+
+    again = await pair.first.next_admitted()
+    await finish(pair.first, again, pair.harness.ids("ok"))
+
+    assert "".join([response.event.delta.text async for response in call]) == "ok"
+    assert pair.second.received.empty()
+
+
+async def test_the_load_of_each_scheduler_is_reported(pair: Pair) -> None:
+    stub = pair.harness.service(load_pb2_grpc.LoadServiceStub)
+    answer = await stub.GetLoad(load_pb2.GetLoadRequest())
+    assert [(load.scheduler_id, load.running) for load in answer.schedulers] == [("sched", 0), ("second", 10)]
+
+
+async def test_a_name_stands_for_all_its_addresses_and_keeps_them_while_dns_is_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    book = AddressBook(["10.0.0.9:1", "schedulers:50052", "unix:/run/s", "10.0.0.9:1"])
+    answers: list[list[str] | OSError] = [["10.0.0.2", "10.0.0.1"], socket.gaierror("down"), ["10.0.0.3"]]
+
+    async def getaddrinfo(host: str, port: int, **_: object) -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        v6 = [(socket.AF_INET6, None, 0, "", ("fd00::1", port, 0, 0))]
+        return [(socket.AF_INET, None, 0, "", (address, port)) for address in answer] + v6
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
+    seen = [book.current]
+    for _ in range(3):
+        await book.refresh()
+        seen.append(book.current)
+
+    fixed = ["10.0.0.9:1", "unix:/run/s"]
+    assert book.has_names
+    assert sorted(seen[0]) == fixed
+    assert sorted(seen[1]) == sorted(seen[2]) == sorted([*fixed, "10.0.0.1:50052", "10.0.0.2:50052"])
+    assert sorted(seen[3]) == sorted([*fixed, "10.0.0.3:50052"])
