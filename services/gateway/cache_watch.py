@@ -24,7 +24,8 @@ async def watch_cache(stub: scheduler_pb2_grpc.SchedulerServiceStub, index: Pref
     """
     index.clear()
     while True:
-        call = stub.WatchCache(scheduler_pb2.WatchCacheRequest(after_event_id=index.last_event_id))
+        after = scheduler_pb2.WatchCacheRequest(after_event_id=index.last_event_id, epoch=index.epoch)
+        call = stub.WatchCache(after)
         try:
             while (event := await call.read()) is not _EOF:
                 index.apply(event)

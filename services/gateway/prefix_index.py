@@ -21,26 +21,38 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._blocks: set[int] = set()
         self.last_event_id = 0
+        self.epoch = 0
+        self._is_part = False  # more of the last event follows
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def clear(self) -> None:
-        """Forget everything: the next event may have any number."""
+        """Forget everything: the next event must be the start of everything there is."""
         self._blocks.clear()
-        self.last_event_id = 0
+        self.last_event_id = self.epoch = 0
+        self._is_part = False
 
     def apply(self, event: scheduler_pb2.WatchCacheResponse) -> None:
         """Take a change. Raises LostEventsError if one before it did not arrive, or there are too many blocks."""
         if event.cleared:
             self._blocks.clear()
-        elif self.last_event_id and event.event_id != self.last_event_id + 1:
+            self.epoch = event.epoch
+        elif event.epoch != self.epoch or not self._follows(event):
             raise LostEventsError(f"event {event.event_id} came after {self.last_event_id}")
         self.last_event_id = event.event_id
+        self._is_part = event.more_follows
         self._blocks.difference_update(event.removed_block_hashes)
         self._blocks.update(event.stored_block_hashes)
         if len(self._blocks) > _MAX_BLOCKS:
             raise LostEventsError(f"the scheduler's cache has more than {_MAX_BLOCKS} blocks")
+
+    def _follows(self, event: scheduler_pb2.WatchCacheResponse) -> bool:
+        """Return whether nothing is missing between the last event and this one. A sign of life changes nothing."""
+        if self._is_part:
+            return event.event_id == self.last_event_id
+        changes = event.stored_block_hashes or event.removed_block_hashes
+        return event.event_id == self.last_event_id + bool(changes)
 
     def count_cached(self, block_hashes: Sequence[int]) -> int:
         """Return how many of a prompt's blocks, from its start on, are in the cache."""

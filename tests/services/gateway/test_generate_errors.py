@@ -337,7 +337,7 @@ async def test_a_bug_is_internal_and_shows_the_client_nothing_of_it(
     def broken(*_: object) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(harness.gateway.scheduler, "submit", broken)
+    monkeypatch.setattr(harness.gateway.schedulers, "submit", broken)
 
     failure = await tools.rejection(harness.stream())
 

@@ -38,7 +38,7 @@ async def test_tokens_and_the_end_that_came_with_the_admission_are_not_waited_fo
     stream.wake_at_end()
     await stream.wait()  # as the handler does for the admission
 
-    run = GenerationRun(request, stream, "v")
+    run = GenerationRun(request, stream)
     async with asyncio.timeout(10):
         kinds = [response.event.WhichOneof("payload") async for response in run.responses(0)]
 
@@ -53,7 +53,7 @@ async def test_what_comes_while_a_delta_is_written_is_in_the_next_one(model_path
     kinds, counts = [], []
 
     async with asyncio.timeout(10):
-        async for response in GenerationRun(request, stream, "v").responses(0):
+        async for response in GenerationRun(request, stream).responses(0):
             kinds.append(response.event.WhichOneof("payload"))
             counts.append(response.event.delta.token_count)
             if kinds == ["started", "delta"]:
@@ -73,7 +73,7 @@ async def test_an_error_comes_after_the_tokens_before_it(model_path: Path) -> No
     kinds = []
 
     async def read() -> None:
-        async for response in GenerationRun(request, stream, "v").responses(0):
+        async for response in GenerationRun(request, stream).responses(0):
             kinds.append(response.event.WhichOneof("payload"))  # noqa: PERF401 - kept when an error ends it
 
     with pytest.raises(ServingError, match="lost"):

@@ -40,11 +40,29 @@ def test_only_blocks_from_the_start_on_count() -> None:
 
 def test_a_missing_event_is_noticed_and_a_cleared_one_starts_over() -> None:
     index = PrefixIndex()
-    index.apply(event(5, stored_block_hashes=[1]))
+    index.apply(event(5, cleared=True, epoch=1, stored_block_hashes=[1]))
+    for wrong in (
+        event(7, epoch=1, stored_block_hashes=[2]),
+        event(6, epoch=2, stored_block_hashes=[2]),
+        event(5, epoch=1, stored_block_hashes=[2]),
+    ):
+        with pytest.raises(LostEventsError):
+            index.apply(wrong)
+    index.apply(event(9, cleared=True, epoch=2, stored_block_hashes=[3]))
+    assert (index.count_cached([1]), index.count_cached([3]), index.last_event_id, index.epoch) == (0, 1, 9, 2)
+
+
+def test_an_event_can_come_in_parts_and_signs_of_life_change_nothing() -> None:
+    index = PrefixIndex()
+    index.apply(event(5, cleared=True, more_follows=True, stored_block_hashes=[1]))
+    index.apply(event(5, more_follows=True, stored_block_hashes=[2]))
+    index.apply(event(5, stored_block_hashes=[3]))
+    index.apply(event(5))
+    index.apply(event(6, removed_block_hashes=[3, 2], stored_block_hashes=[2]))
+    assert index.count_cached([1, 2, 3]) == 2
+    index.apply(event(7, more_follows=True, stored_block_hashes=[4]))
     with pytest.raises(LostEventsError):
-        index.apply(event(7, stored_block_hashes=[2]))
-    index.apply(event(9, cleared=True, stored_block_hashes=[3]))
-    assert (index.count_cached([1]), index.count_cached([3]), index.last_event_id) == (0, 1, 9)
+        index.apply(event(8, stored_block_hashes=[5]))
 
 
 def test_a_request_that_bypasses_the_cache_has_no_prefix() -> None:

@@ -54,7 +54,7 @@ async def test_the_version_and_the_context_follow_the_workers(harness: Any, tool
     before = (await stub.GetModel(model_pb2.GetModelRequest(name="tiny"))).model
 
     harness.scheduler.send(load=scheduler_pb2.Load(workers_ready=1, model_version="w2", max_model_len=40))
-    await tools.until(lambda: harness.gateway.schedulers.load.max_model_len == 40)
+    await tools.until(lambda: harness.gateway.schedulers.max_model_len == 40)
     after = (await stub.GetModel(model_pb2.GetModelRequest(name="tiny"))).model
 
     assert before.version != after.version

@@ -187,7 +187,7 @@ async def test_a_request_goes_where_its_prefix_is_cached(pair: Pair) -> None:
 async def test_a_gap_in_the_cache_s_events_starts_the_index_over(pair: Pair) -> None:
     for event_id in (3, 5):
         pair.first.cache_events.put_nowait(
-            scheduler_pb2.WatchCacheResponse(event_id=event_id, stored_block_hashes=[event_id])
+            scheduler_pb2.WatchCacheResponse(event_id=event_id, cleared=event_id == 3, stored_block_hashes=[event_id])
         )
     await pair.tools.until(lambda: pair.first.watched_from == [0, 0])
     assert len(pair.peer(pair.first).prefixes) == 0
