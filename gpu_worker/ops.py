@@ -56,6 +56,34 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: gated layers of one shape, of which each row is computed by a few.
+
+    A row's logits are router(h). Of the first `num_routed` experts it takes the `num_chosen` with the
+    highest logits, the lower index on a tie, and weighs them by the softmax over all routed ones, or
+    over the chosen ones if `is_normalized`. The other experts are shared: each row takes them all,
+    weighed by the sigmoid of its last logit.
+
+    router    [num_routed, hidden_size], one row more if there are shared experts; any float type
+    gate, up  of each expert [intermediate_size, hidden_size], any float type
+    down      of each expert [hidden_size, intermediate_size]
+    """
+
+    router: torch.Tensor
+    gate: tuple[torch.Tensor, ...]
+    up: tuple[torch.Tensor, ...]
+    down: tuple[torch.Tensor, ...]
+    num_chosen: int
+    num_shared: int
+    is_normalized: bool
+
+    @property
+    def num_routed(self) -> int:
+        """Experts that rows choose from."""
+        return len(self.gate) - self.num_shared
+
+
+@dataclass(frozen=True)
 class Rotary:
     """Rotary position embedding, rotating halves (the Hugging Face layout), not pairs.
 
@@ -120,6 +148,12 @@ class Ops(Protocol):
 
     def norm_gated_linear(self, x: Value, norm: Norm, gate: Linear, up: Linear, activation: Activation) -> Value:
         """Return activation(gate(h)) * up(h) with h = norm(x): [T, intermediate_size]."""
+
+    def norm_experts_residual(self, x: Value, norm: Norm, experts: Experts, activation: Activation) -> Value:
+        """Return x + the weighted sum of down(activation(gate(h)) * up(h)) over a row's experts, h = norm(x).
+
+        The terms are added in the order of the experts, to x first. `x` must not be used afterwards.
+        """
 
     def logits(self, x: Value, norm: Norm, head: Linear) -> Value:
         """Return head(norm(x)) of the rows in `logits_rows`: [R, vocab_size] float32."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from octavo.gpu_worker.ops import Activation, Draw, Heads, Int32Array, Linear, Model, Norm, Rotary, StepInput
+from octavo.gpu_worker.ops import Activation, Draw, Experts, Heads, Int32Array, Linear, Model, Norm, Rotary, StepInput
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import BLOCK_COLUMNS, Program, Runtime, padded
 
@@ -227,6 +227,23 @@ class _Recorder:
             activation=library.ACTIVATIONS[activation],
         )
         return self._record(op, x, _Value(gate.weight.shape[0], is_float=False))
+
+    def norm_experts_residual(self, x: _Value, norm: Norm, experts: Experts, activation: Activation) -> _Value:
+        assert experts.gate[0].shape[1] == x.columns, (tuple(experts.gate[0].shape), x)
+        num_logits = experts.num_routed + (experts.num_shared > 0)
+        assert experts.router.shape == (num_logits, x.columns), (tuple(experts.router.shape), experts.num_routed)
+        assert 0 < experts.num_chosen <= experts.num_routed, (experts.num_chosen, experts.num_routed)
+        gated, down = self._runtime.pack_experts(experts.gate, experts.up, experts.down)
+        op = library.Op(
+            kind=library.NORM_EXPERTS_RESIDUAL,
+            norm=self._norm(norm, x),
+            linear=self._linear(Linear(experts.router), x),
+            activation=library.ACTIVATIONS[activation],
+            experts=library.Experts(
+                gated, down, len(experts.gate), experts.num_chosen, experts.num_shared, experts.is_normalized
+            ),
+        )
+        return self._record(op, x, x)
 
     def logits(self, x: _Value, norm: Norm, head: Linear) -> object:
         assert head.weight.shape[0] == self._vocab_size, (tuple(head.weight.shape), self._vocab_size)

@@ -14,7 +14,7 @@ import torch
 
 from octavo.gpu_worker.devices.attention_plan import TILE_KEYS, TILE_ROWS, AttentionGroup, plan_attention
 from octavo.gpu_worker.draw import draw_tokens
-from octavo.gpu_worker.ops import Activation, Draw, Heads, Int32Array, Linear, Model, Norm, Rotary, StepInput
+from octavo.gpu_worker.ops import Activation, Draw, Experts, Heads, Int32Array, Linear, Model, Norm, Rotary, StepInput
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 
 _PAIRS_PER_CALL = 8
@@ -132,13 +132,26 @@ class _StepOps:
         h = self._norm(x, norm)
         return _activate(self._linear(h, gate), activation) * self._linear(h, up)
 
+    def norm_experts_residual(
+        self, x: torch.Tensor, norm: Norm, experts: Experts, activation: Activation
+    ) -> torch.Tensor:
+        h = self._norm(x, norm)
+        weights = _expert_weights(self._linear(h, Linear(experts.router)), experts)
+        output = x.clone()
+        for expert, (gate, up, down) in enumerate(zip(experts.gate, experts.up, experts.down, strict=True)):
+            rows = weights[:, expert].nonzero()[:, 0]
+            if len(rows):
+                chosen = _whole_tiles(h[rows])
+                gated = _activate(self._linear(chosen, Linear(gate)), activation) * self._linear(chosen, Linear(up))
+                output[rows] += weights[rows, expert, None] * self._linear(gated, Linear(down))[: len(rows)]
+        return output
+
     def logits(self, x: torch.Tensor, norm: Norm, head: Linear) -> torch.Tensor:
         rows = x[torch.from_numpy(self._step.logits_rows).long()]
-        padded = torch.cat([rows, rows.new_zeros(_padded(len(rows)) - len(rows), rows.shape[1])])
-        return self._linear(self._norm(padded, norm), head)[: len(rows)].float()
+        return self._linear(self._norm(_whole_tiles(rows), norm), head)[: len(rows)].float()
 
     def _pad(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.cat([rows, rows.new_zeros(self._num_rows - len(rows), *rows.shape[1:])])
+        return _whole_tiles(rows)
 
     def _norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         mean = (x * x).sum(dim=-1, keepdim=True) / x.shape[-1]
@@ -220,6 +233,26 @@ def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
         return x / (1 + torch.exp(-x))
     inner = 0.7978845608028654 * (x + 0.044715 * (x * x * x))
     return x * (1 - 1 / (torch.exp(2 * inner) + 1))
+
+
+def _expert_weights(logits: torch.Tensor, experts: Experts) -> torch.Tensor:
+    """Return how much each row weighs each expert, 0 for those it does not take: [rows, experts].
+
+    logits  [rows, num_routed], one column more if there are shared experts
+    """
+    routed = logits[:, : experts.num_routed]
+    chosen = routed.sort(dim=-1, descending=True, stable=True).indices[:, : experts.num_chosen]
+    taken = torch.zeros_like(routed).scatter_(1, chosen, 1.0)
+    powers = torch.exp(routed - routed.amax(dim=-1, keepdim=True))
+    taken_powers = powers * taken
+    weights = taken_powers / (taken_powers if experts.is_normalized else powers).sum(dim=-1, keepdim=True)
+    shared = 1 / (1 + torch.exp(-logits[:, experts.num_routed :]))
+    return torch.cat([weights, shared.expand(-1, experts.num_shared)], dim=-1) if experts.num_shared else weights
+
+
+def _whole_tiles(rows: torch.Tensor) -> torch.Tensor:
+    """Return the rows with zeros behind them, up to whole tiles."""
+    return torch.cat([rows, rows.new_zeros(_padded(len(rows)) - len(rows), *rows.shape[1:])])
 
 
 def _padded(rows: int) -> int:

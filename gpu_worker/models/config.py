@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pyt
 # Far above any model: a damaged file must not make loops and tables that never end.
 MAX_LAYERS = 4096
 MAX_POSITIONS = 1 << 24
+MAX_EXPERTS = 4096
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -50,14 +51,45 @@ class Traits:
     """What the name of an architecture says, and its config.json does not.
 
     `defaults` are for keys that a config.json may leave out. A bias of None follows
-    `attention_bias`. `windows`: no layer has a sliding window, each has, or `layer_types` says.
+    `attention_bias`. `windows`: no layer has a sliding window, each has, each has if
+    `use_sliding_window`, or `layer_types` says.
+    `has_experts`: layers are a mixture of experts, but those of `mlp_only_layers` or off `decoder_sparse_step`.
     """
 
     defaults: Json = field(default_factory=dict)
     qkv_bias: bool | None = False
     output_bias: bool | None = False
     qk_norm: bool = False
-    windows: Literal["none", "all", "some"] = "none"
+    windows: Literal["none", "all", "switched", "some"] = "none"
+    has_experts: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """The mixture of experts of the layers for which `in_layer` is true.
+
+    num_chosen                 experts that a token takes
+    is_normalized              whether the weights of the chosen ones are scaled to a sum of 1
+    intermediate_size          of one expert
+    shared_intermediate_size   of the expert that every token takes, 0 for none
+    """
+
+    num_experts: int
+    num_chosen: int
+    is_normalized: bool
+    intermediate_size: int
+    shared_intermediate_size: int
+    in_layer: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that do not fit together."""
+        if not 1 <= self.num_chosen <= self.num_experts <= MAX_EXPERTS:
+            raise ModelError(
+                f"the model's config takes {self.num_chosen} of {self.num_experts} experts; "
+                f"at least 1 and at most all are supported, and at most {MAX_EXPERTS} experts"
+            )
+        if self.intermediate_size < 1 or self.shared_intermediate_size < 0:
+            raise ModelError("the model's config has an expert of a size below 1; the checkpoint is damaged")
 
 
 @dataclass(frozen=True)
@@ -80,6 +112,7 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -176,6 +209,23 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
         output_bias=attention_bias if traits.output_bias is None else traits.output_bias,
         mlp_bias=read.flag("mlp_bias"),
         qk_norm=traits.qk_norm,
+        experts=_experts(merged, read, num_layers, where) if traits.has_experts else None,
+    )
+
+
+def _experts(values: Json, read: _Values, num_layers: int, where: str) -> ExpertsConfig:
+    """Read the settings of a mixture of experts, in the names of Mixtral or of Qwen."""
+    step = read.integer("decoder_sparse_step", 1)
+    dense = values.get("mlp_only_layers") or []
+    if step < 1 or not isinstance(dense, list):
+        raise ModelError(f"{where}: decoder_sparse_step must be at least 1 and mlp_only_layers a list of layers")
+    return ExpertsConfig(
+        num_experts=read.integer("num_experts" if values.get("num_experts") is not None else "num_local_experts"),
+        num_chosen=read.integer("num_experts_per_tok"),
+        is_normalized=read.flag("norm_topk_prob"),
+        intermediate_size=read.integer("moe_intermediate_size", read.integer("intermediate_size")),
+        shared_intermediate_size=read.integer("shared_expert_intermediate_size", 0),
+        in_layer=tuple((layer + 1) % step == 0 and layer not in dense for layer in range(num_layers)),
     )
 
 
@@ -210,12 +260,12 @@ def _rope(values: Json, head_dim: int, where: str) -> RopeConfig:
 def _windows(values: Json, read: _Values, traits: Traits, num_layers: int, where: str) -> tuple[int, ...]:
     """Return each layer's sliding window, 0 for none."""
     no_window = values.get("sliding_window") is None or traits.windows == "none"
-    if no_window or (traits.windows == "some" and not read.flag("use_sliding_window")):
+    if no_window or (traits.windows in ("switched", "some") and not read.flag("use_sliding_window")):
         return (0,) * num_layers
     window = read.integer("sliding_window")
     if window < 1:
         raise ModelError(f"{where}: sliding_window is {window}, expected at least 1")
-    if traits.windows == "all":
+    if traits.windows != "some":
         return (window,) * num_layers
     kinds = values.get("layer_types")
     if kinds is None:

@@ -1,4 +1,7 @@
-"""The Llama family: Llama, Mistral, Qwen2 and Qwen3, and models that share their shape (SmolLM2)."""
+"""The Llama family: Llama, Mistral, Qwen2 and Qwen3, and models that share their shape (SmolLM2).
+
+`experts.py` has what those of them differ in whose feed-forward layers are a mixture of experts.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.gpu_worker.models import experts
 from octavo.gpu_worker.models.config import ModelConfig, Traits
 from octavo.gpu_worker.models.rope import make_rotary
-from octavo.gpu_worker.ops import Linear, Norm, Ops, Value
+from octavo.gpu_worker.ops import Activation, Linear, Norm, Ops, Value
 
 # The defaults are those of transformers' config classes: published files leave them out.
 ARCHITECTURES: dict[str, Traits] = {
@@ -32,6 +36,20 @@ ARCHITECTURES: dict[str, Traits] = {
 
 
 @dataclass(frozen=True)
+class _FeedForward:
+    """A dense feed-forward layer."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    def forward(self, ops: Ops, residual: Value, norm: Norm, activation: Activation) -> Value:
+        """Return residual + down(activation(gate(h)) * up(h)), h = norm(residual)."""
+        gated = ops.norm_gated_linear(residual, norm, self.gate, self.up, activation)
+        return ops.linear_residual(gated, self.down, residual)
+
+
+@dataclass(frozen=True)
 class _Layer:
     """Weights of one decoder layer. `qkv` is queries, keys and values in one matrix."""
 
@@ -41,9 +59,7 @@ class _Layer:
     k_norm: Norm | None
     output: Linear
     mlp_norm: Norm
-    gate: Linear
-    up: Linear
-    down: Linear
+    mlp: _FeedForward | experts.ExpertsFeedForward
     window: int
 
 
@@ -74,8 +90,7 @@ class LlamaModel:
             queries = ops.rotary_write_kv(qkv, index, self.heads, self._rotary, layer.q_norm, layer.k_norm)
             attended = ops.paged_attention(queries, index, self.heads, self._scale, layer.window)
             residual = ops.linear_residual(attended, layer.output, residual)
-            gated = ops.norm_gated_linear(residual, layer.mlp_norm, layer.gate, layer.up, self.config.activation)
-            residual = ops.linear_residual(gated, layer.down, residual)
+            residual = layer.mlp.forward(ops, residual, layer.mlp_norm, self.config.activation)
         return ops.logits(residual, self._norm, self._head)
 
 
@@ -94,6 +109,8 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (kv_size, hidden, config.qkv_bias),
         "self_attn.v_proj": (kv_size, hidden, config.qkv_bias),
         "self_attn.o_proj": (hidden, q_size, config.output_bias),
+    }
+    dense = {
         "mlp.gate_proj": (inner, hidden, config.mlp_bias),
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
@@ -102,7 +119,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        for name, (rows, columns, bias) in linears.items():
+        has_experts = experts.in_layer(config, layer)
+        if has_experts:
+            shapes |= {prefix + name: shape for name, shape in experts.tensor_shapes(config).items()}
+        for name, (rows, columns, bias) in (linears if has_experts else {**linears, **dense}).items():
             shapes[f"{prefix}{name}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{name}.bias"] = (rows,)
@@ -132,8 +152,10 @@ def _take_layer(config: ModelConfig, tensors: dict[str, torch.Tensor], layer: in
         k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
         output=linear("self_attn.o_proj"),
         mlp_norm=norm("post_attention_layernorm"),
-        gate=linear("mlp.gate_proj"),
-        up=linear("mlp.up_proj"),
-        down=linear("mlp.down_proj"),
+        mlp=(
+            experts.take_layer(config, tensors, prefix)
+            if experts.in_layer(config, layer)
+            else _FeedForward(linear("mlp.gate_proj"), linear("mlp.up_proj"), linear("mlp.down_proj"))
+        ),
         window=config.windows[layer],
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.models import llama
+from octavo.gpu_worker.models import experts, llama
 from octavo.gpu_worker.models.config import ModelConfig, Traits
 from octavo.gpu_worker.ops import Model
 
@@ -23,7 +23,8 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    name: Architecture(traits, llama.tensor_shapes, llama.LlamaModel) for name, traits in llama.ARCHITECTURES.items()
+    name: Architecture(traits, llama.tensor_shapes, llama.LlamaModel)
+    for name, traits in {**llama.ARCHITECTURES, **experts.ARCHITECTURES}.items()
 }
 
 

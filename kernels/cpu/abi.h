@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 1 };
+enum { OCTAVO_ABI_REVISION = 2 };
 
 enum OctavoType : int32_t { OCTAVO_BF16 = 0, OCTAVO_F16 = 1, OCTAVO_F32 = 2 };
 
@@ -25,6 +25,7 @@ enum OctavoOpKind : int32_t {
   OCTAVO_LINEAR_RESIDUAL = 4,
   OCTAVO_NORM_GATED_LINEAR = 5,
   OCTAVO_LOGITS = 6,
+  OCTAVO_NORM_EXPERTS_RESIDUAL = 7,
 };
 
 enum OctavoActivation : int32_t { OCTAVO_SILU = 0, OCTAVO_GELU_TANH = 1 };
@@ -52,11 +53,23 @@ struct OctavoLinear {
   int32_t out_features;  // of the result: for a gated pair, the intermediate size
 };
 
+// `Experts` of gpu_worker/ops.py, whose router is the operation's `linear`. The layers of all experts
+// have one shape and no bias; `gated` and `down` are the first one's, and the packed weights of the
+// others lie behind it, octavo_packed_weight_size apart.
+struct OctavoExperts {
+  OctavoLinear gated;
+  OctavoLinear down;
+  int32_t num_experts;
+  int32_t num_chosen;
+  int32_t num_shared;
+  int32_t is_normalized;
+};
+
 // One operation of a recorded program. Fields that an operation does not use are zero.
 struct OctavoOp {
   int32_t kind;    // OctavoOpKind
   int32_t input;   // number of the buffer read, -1 for OCTAVO_EMBED
-  int32_t output;  // number of the buffer written (added to, for OCTAVO_LINEAR_RESIDUAL); -1 for OCTAVO_LOGITS
+  int32_t output;  // number of the buffer written (added to, for the two with a residual); -1 for OCTAVO_LOGITS
   int32_t layer;
   OctavoNorm norm;
   OctavoNorm q_norm;
@@ -77,6 +90,7 @@ struct OctavoOp {
   const float* sin;
   int32_t rotary_dim;
   int32_t max_positions;
+  OctavoExperts experts;
 };
 
 // A buffer between operations: [max_batch_tokens, stride], float32 or bf16 as its users expect.

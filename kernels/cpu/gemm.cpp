@@ -116,6 +116,12 @@ void finish_block(const Gemm& gemm, int64_t row, int64_t block, float* sums) {
     case Epilogue::kAddResidual:
       for (int i = 0; i < kBlockColumns; i += kLanes) store(output + i, load(output + i) + load(sums + i));
       break;
+    case Epilogue::kAddWeighted: {
+      output = static_cast<float*>(gemm.output) + gemm.output_rows[row] * gemm.output_stride + block * kBlockColumns;
+      const Vec weight = broadcast(gemm.row_weights[row]);
+      for (int i = 0; i < kBlockColumns; i += kLanes) store(output + i, load(output + i) + weight * load(sums + i));
+      break;
+    }
     case Epilogue::kSilu:
       store_gated<silu>(gated_output, sums);
       break;
@@ -178,13 +184,28 @@ void run_many_rows(const Gemm& gemm, int64_t begin, int64_t end, int64_t block, 
   }
 }
 
+// Rows [begin, end) of blocks [block, block_end).
+void run_part(const Gemm& gemm, int64_t row, int64_t row_end, int64_t block, int64_t block_end) {
+  const int num_rows = static_cast<int>(row_end - row);
+  if (num_rows <= kMaxTileRows && blocks_at_once(num_rows) > 1) {
+    dispatch_rows(num_rows, [&](auto rows) { run_few_rows<rows()>(gemm, row, block, block_end); });
+  } else {
+    run_many_rows(gemm, row, row_end, block, block_end);
+  }
+}
+
+// How many rows stay in cache while the blocks pass.
+int64_t rows_at_once(const OctavoLinear& linear) {
+  const int64_t row_bytes = round_up(linear.in_features, 2) * static_cast<int64_t>(sizeof(bf16));
+  const int64_t rows_in_cache = kActivationBytesInCache / row_bytes / kMaxTileRows * kMaxTileRows;
+  return std::clamp<int64_t>(rows_in_cache, kMaxTileRows, 8 * kMaxTileRows);
+}
+
 }  // namespace
 
 GemmItems::GemmItems(int rows, const OctavoLinear& linear, bool gated, int num_threads) : num_rows(rows) {
   num_blocks = static_cast<int>(divide_up(linear.out_features, gated ? kGatedColumns : kBlockColumns));
-  const int64_t row_bytes = round_up(linear.in_features, 2) * static_cast<int64_t>(sizeof(bf16));
-  const int64_t rows_in_cache = kActivationBytesInCache / row_bytes / kMaxTileRows * kMaxTileRows;
-  rows_per_item = static_cast<int>(std::clamp<int64_t>(rows_in_cache, kMaxTileRows, 8 * kMaxTileRows));
+  rows_per_item = static_cast<int>(rows_at_once(linear));
   num_row_items = static_cast<int>(divide_up(rows, rows_per_item));
   // As many items as threads, or a multiple of it, so that none is left alone with a last item.
   const int items = static_cast<int>(round_up(divide_up(num_blocks, kMaxBlocksAtOnce), num_threads));
@@ -197,12 +218,13 @@ void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item) {
   const int64_t row_end = std::min<int64_t>(row + items.rows_per_item, items.num_rows);
   const int64_t block = items.num_blocks * block_item / items.num_block_items;
   const int64_t block_end = items.num_blocks * (block_item + 1) / items.num_block_items;
-  const int num_rows = static_cast<int>(row_end - row);
-  if (num_rows <= kMaxTileRows && blocks_at_once(num_rows) > 1) {
-    dispatch_rows(num_rows, [&](auto rows) { run_few_rows<rows()>(gemm, row, block, block_end); });
-  } else {
-    run_many_rows(gemm, row, row_end, block, block_end);
-  }
+  run_part(gemm, row, row_end, block, block_end);
+}
+
+void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end) {
+  const int64_t step = rows_at_once(*gemm.linear);
+  for (int64_t row = 0; row < gemm.num_rows; row += step)
+    run_part(gemm, row, std::min<int64_t>(row + step, gemm.num_rows), begin, end);
 }
 
 }  // namespace octavo

@@ -19,6 +19,7 @@ constexpr int kGatedColumns = kBlockColumns / 2;
 enum class Epilogue {
   kStore,        // float32 output = sum
   kAddResidual,  // float32 output += sum
+  kAddWeighted,  // float32 output of output_rows[row] += row_weights[row] * sum
   kSilu,         // bf16 output = silu(gate) * up
   kGeluTanh,     // bf16 output = gelu_tanh(gate) * up
 };
@@ -32,6 +33,8 @@ struct Gemm {
   void* output;  // [num_rows, output_stride]
   int64_t output_stride;
   int num_columns;  // columns that may be written; below the stride only where the caller owns the rows
+  const int32_t* output_rows;  // for kAddWeighted
+  const float* row_weights;
 };
 
 // A Gemm is cut into items that threads take one by one: a range of rows times a range of blocks.
@@ -49,6 +52,9 @@ struct GemmItems {
   GemmItems(int num_rows, const OctavoLinear& linear, bool gated, int num_threads);
   int count() const { return num_row_items * num_block_items; }
 };
+
+// Compute all rows of blocks [begin, end).
+void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end);
 
 void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item);
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 1
+ABI_REVISION = 2
 
 BF16, F16, F32 = range(3)
 EMBED, NORM_LINEAR, ROTARY_WRITE_KV, PAGED_ATTENTION, LINEAR_RESIDUAL, NORM_GATED_LINEAR, LOGITS = range(7)
+NORM_EXPERTS_RESIDUAL = 7
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 # What a CPU must have for a variant, as /proc/cpuinfo names it.
@@ -47,6 +48,19 @@ class Linear(c.Structure):
     )
 
 
+class Experts(c.Structure):
+    """OctavoExperts."""
+
+    _fields_ = (
+        ("gated", Linear),
+        ("down", Linear),
+        ("num_experts", c.c_int32),
+        ("num_chosen", c.c_int32),
+        ("num_shared", c.c_int32),
+        ("is_normalized", c.c_int32),
+    )
+
+
 class Op(c.Structure):
     """OctavoOp."""
 
@@ -72,6 +86,7 @@ class Op(c.Structure):
         ("sin", c.c_void_p),
         ("rotary_dim", c.c_int32),
         ("max_positions", c.c_int32),
+        ("experts", Experts),
     )
 
 

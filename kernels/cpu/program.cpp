@@ -8,6 +8,7 @@
 #include "abi.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "gemm.h"
 #include "handles.h"
 
@@ -18,9 +19,9 @@ namespace {
 constexpr int kPrivateNormRows = 8;
 constexpr int kRowsPerItem = 4;  // of embedding, norm and rotary
 
-enum class PhaseKind { kEmbed, kNorm, kGemm, kNormGemm, kRotary, kAttention };
+enum class PhaseKind { kEmbed, kNorm, kGemm, kNormGemm, kRotary, kAttention, kChoose, kGather, kExpertsGated, kExpertsDown };
 
-// What the threads do between two barriers. An operation becomes one phase or two.
+// What the threads do between two barriers. An operation becomes one phase or more.
 struct Phase {
   PhaseKind kind;
   const OctavoOp* op;
@@ -76,6 +77,7 @@ class Program {
   int64_t normed_stride_ = 0;
   std::vector<bf16> normed_;                       // [max_batch_tokens, normed_stride]
   std::vector<std::vector<bf16>> private_normed_;  // a thread's own, [kPrivateNormRows, normed_stride]
+  ExpertsWork experts_;
 };
 
 // One step: the phases of the program for this batch, and the code of their items.
@@ -90,6 +92,7 @@ class StepJob : public Job {
   void add_phases(const OctavoOp& op);
   void add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items);
   void add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows);
+  void add_experts(const OctavoOp& op);
   void add_attention_items();
   void norm_rows(const Phase& phase, int begin, int end, bf16* output) const;
   void run_private_norm_gemm(int phase, int item, int thread);
@@ -124,6 +127,7 @@ Program::Program(ThreadPool& threads, const OctavoProgramInfo& info)
   for (const OctavoOp& op : ops_) {
     if (op.kind == OCTAVO_ROTARY_WRITE_KV) max_positions_ = std::min(max_positions_, op.max_positions);
     normed_stride_ = std::max(normed_stride_, round_up(op.norm.size, kRowMultiple));
+    if (op.kind == OCTAVO_NORM_EXPERTS_RESIDUAL) experts_.reserve(op, info.max_batch_tokens);
   }
   normed_.resize(normed_stride_ * info.max_batch_tokens);
   private_normed_.resize(threads.num_threads());
@@ -227,6 +231,9 @@ void StepJob::add_phases(const OctavoOp& op) {
     case OCTAVO_LINEAR_RESIDUAL:
       add_gemm(PhaseKind::kGemm, op, num_tokens);
       break;
+    case OCTAVO_NORM_EXPERTS_RESIDUAL:
+      add_experts(op);
+      break;
     case OCTAVO_NORM_LINEAR:
     case OCTAVO_NORM_GATED_LINEAR:
     case OCTAVO_LOGITS: {
@@ -259,7 +266,10 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
     gemm.input = program_.normed_.data();
     gemm.input_stride = program_.normed_stride_;
   }
-  if (op.kind == OCTAVO_LOGITS) {
+  if (op.kind == OCTAVO_NORM_EXPERTS_RESIDUAL) {  // the router
+    gemm.output = program_.experts_.logits();
+    gemm.output_stride = gemm.num_columns = static_cast<int>(ExpertsWork::logits_stride(op));
+  } else if (op.kind == OCTAVO_LOGITS) {
     gemm.output = logits_;
     gemm.output_stride = gemm.num_columns = op.linear.out_features;
   } else {
@@ -269,6 +279,17 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
   const GemmItems items(num_rows, op.linear, is_gated(op), program_.threads_.num_threads());
   phases_.push_back({kind, &op, num_rows, gemm, items});
   items_per_phase_.push_back(items.count());
+}
+
+void StepJob::add_experts(const OctavoOp& op) {
+  const int num_rows = step_.num_tokens, num_threads = program_.threads_.num_threads();
+  if (num_rows == 0) return;
+  add_phase(PhaseKind::kNorm, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
+  add_gemm(PhaseKind::kGemm, op, num_rows);
+  add_phase(PhaseKind::kChoose, op, num_rows, 1);
+  add_phase(PhaseKind::kGather, op, num_rows, ExpertsWork::num_gather_items(op, num_rows));
+  add_phase(PhaseKind::kExpertsGated, op, num_rows, ExpertsWork::num_gated_items(op, num_rows, num_threads));
+  add_phase(PhaseKind::kExpertsDown, op, num_rows, ExpertsWork::num_down_items(op, num_threads));
 }
 
 void StepJob::run_item(int index, int item, int thread) {
@@ -294,6 +315,19 @@ void StepJob::run_item(int index, int item, int thread) {
       break;
     case PhaseKind::kAttention:
       run_attention(op, item);
+      break;
+    case PhaseKind::kChoose:
+      program_.experts_.choose(op, phase.num_rows);
+      break;
+    case PhaseKind::kGather:
+      program_.experts_.gather(program_.normed_.data(), program_.normed_stride_, item);
+      break;
+    case PhaseKind::kExpertsGated:
+      program_.experts_.run_gated(op, program_.normed_.data(), program_.normed_stride_, item, items_per_phase_[index]);
+      break;
+    case PhaseKind::kExpertsDown:
+      program_.experts_.run_down(op, row<float>(op.output, 0), program_.buffers_[op.output].stride, item,
+                                 items_per_phase_[index]);
       break;
   }
 }

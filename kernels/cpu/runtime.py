@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +86,25 @@ class Runtime:
                     row[:out_features] = bias.detach()
             packed_bias = self.store_floats(pair.view(2, -1, GATED_COLUMNS).transpose(0, 1).flatten())
         return library.Linear(address, packed_bias, in_features, out_features)
+
+    def pack_experts(
+        self, gate: Sequence[torch.Tensor], up: Sequence[torch.Tensor], down: Sequence[torch.Tensor]
+    ) -> tuple[library.Linear, library.Linear]:
+        """Pack experts of one shape behind each other; return the first one's gated pair and down layer.
+
+        gate, up  of each expert [intermediate_size, hidden_size];  down  [hidden_size, intermediate_size]
+        """
+        inner, hidden = gate[0].shape
+        gated_bytes = 2 * self.library.octavo_packed_weight_size(2 * padded(inner, GATED_COLUMNS), hidden)
+        down_bytes = 2 * self.library.octavo_packed_weight_size(hidden, inner)
+        gated_address, down_address = self.allocate(len(gate) * gated_bytes), self.allocate(len(down) * down_bytes)
+        for expert, parts in enumerate(zip(gate, up, down, strict=True)):
+            assert [tuple(part.shape) for part in parts] == [(inner, hidden), (inner, hidden), (hidden, inner)], expert
+            views = [_MatrixView(part) for part in parts]
+            with views[0] as gate_view, views[1] as up_view, views[2] as down_view:
+                self.library.octavo_pack_gated(self.pool, gate_view, up_view, gated_address + expert * gated_bytes)
+                self.library.octavo_pack_linear(self.pool, down_view, down_address + expert * down_bytes)
+        return library.Linear(gated_address, None, hidden, inner), library.Linear(down_address, None, inner, hidden)
 
     def draw(self, logits: torch.Tensor, draws: npt.NDArray[np.void]) -> npt.NDArray[np.int32]:
         """Draw a token for each row; `draws` [N] of library.DRAW_FIELDS. -1 where no token can be drawn."""

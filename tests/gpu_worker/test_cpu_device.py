@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from octavo.gpu_worker.devices.cpu import CpuDevice
-from octavo.gpu_worker.ops import Activation, Draw, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
+from octavo.gpu_worker.ops import Activation, Draw, Experts, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
 from octavo.kernels.cpu import library
 
 BLOCK_TOKENS = 16
@@ -107,6 +107,8 @@ class WholeSequenceOps:
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids = token_ids
         self.keys = self.values = torch.empty(0)
+        # For each row, by how much the last expert that it takes is ahead of the first that it does not.
+        self.choice_margins = torch.full([len(token_ids)], torch.inf)
 
     def embed(self, table: torch.Tensor) -> torch.Tensor:
         return table[self.token_ids].float()
@@ -149,6 +151,27 @@ class WholeSequenceOps:
         if activation == "gelu_tanh":
             active = torch.nn.functional.gelu(gated, approximate="tanh")
         return _rounded(active * self._linear(h, up))
+
+    def norm_experts_residual(
+        self, x: torch.Tensor, norm: Norm, experts: Experts, activation: Activation
+    ) -> torch.Tensor:
+        h = _rounded(self._norm(x, norm))
+        logits = self._linear(h, Linear(experts.router))
+        routed, shared = logits[:, : experts.num_routed], logits[:, experts.num_routed :]
+        order = routed.sort(descending=True)
+        chosen = torch.zeros_like(routed).scatter_(1, order.indices[:, : experts.num_chosen], 1.0)
+        if experts.num_chosen < experts.num_routed:
+            margins = order.values[:, experts.num_chosen - 1] - order.values[:, experts.num_chosen]
+            self.choice_margins = torch.minimum(self.choice_margins, margins)
+        weights = routed.softmax(-1) * chosen
+        if experts.is_normalized:
+            weights /= weights.sum(-1, keepdim=True)
+        weights = torch.cat([weights, shared.sigmoid().repeat(1, experts.num_shared)], 1)
+        total = x
+        for weight, gate, up, down in zip(weights.T, experts.gate, experts.up, experts.down, strict=True):
+            gated = self.norm_gated_linear(x, norm, Linear(gate), Linear(up), activation)
+            total = total + weight[:, None] * self._linear(gated, Linear(down))
+        return total
 
     def logits(self, x: torch.Tensor, norm: Norm, head: Linear) -> torch.Tensor:
         return self.norm_linear(x, norm, head)

@@ -19,7 +19,7 @@ from .test_models import random_tokens
 from .tiny import make_checkpoint
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3", "qwen2_moe"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path: Path = tmp_path_factory.mktemp(request.param)
     make_checkpoint(path, request.param)

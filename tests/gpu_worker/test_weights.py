@@ -175,3 +175,27 @@ def test_a_path_that_holds_no_model_is_told(tmp_path: Path) -> None:
         load(tmp_path / "absent")
     with pytest.raises(ModelError, match=r"config\.json: no such file"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts_per_tok": 7}, "takes 7 of 6 experts"),
+        ({"num_experts_per_tok": 0}, "takes 0 of 6 experts"),
+        ({"num_experts": 5000}, "at most 4096 experts"),
+        ({"moe_intermediate_size": 0}, "an expert of a size below 1"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers a list"),
+        ({"num_experts": 7}, r"missing: model\.layers\.1\.mlp\.experts\.6"),
+        ({"moe_intermediate_size": 49}, r"experts\.0\.gate_proj\.weight has shape \[48, 64\], .* \[49, 64\]"),
+        ({"shared_expert_intermediate_size": 0}, r"does not have: .*shared_expert"),
+        ({"mlp_only_layers": [1]}, r"missing: model\.layers\.1\.mlp\.down_proj\.weight"),
+    ],
+)
+def test_a_mixture_that_does_not_fit_its_config_is_refused(
+    tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    make_checkpoint(tmp_path, "qwen2_moe")
+    edit_config(tmp_path, **values)
+    with pytest.raises(ModelError, match=message):
+        load(tmp_path)
