@@ -7,10 +7,12 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 MODEL ?= demo
 SERVE_FLAGS ?=
+# Where the engines that Octavo is measured against are installed.
+PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench soak clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers soak clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +46,9 @@ bench: setup-dev  ## Print the figures in docs/performance.md
 	$(BIN)/python benchmarks/scheduler_step.py
 	$(BIN)/python benchmarks/gateway_stream.py
 	$(BIN)/python benchmarks/cpu_step.py
+
+bench-peers: setup-dev  ## Measure Octavo beside vLLM, llama.cpp and OpenVINO, in turn (an hour; 15 GB in PEERS)
+	$(BIN)/python benchmarks/peers/run.py --home $(PEERS)
 
 soak: setup-dev  ## Serve 64 mixed streams for ten minutes and check that nothing is lost
 	$(BIN)/python benchmarks/soak.py --minutes 10

@@ -41,9 +41,8 @@ async def run_case(case: str, repeat: int, transport: Transport, plan: Plan, cpu
     Each repeat draws other prompts, so that no prefix cache answers it. Raises ValueError for an
     unknown case.
     """
-    prompts = _prompts(case, f"{plan.seed}/{case}/{repeat}", plan)
-    width = _width(case)
-    await _together(transport, _warm_up(prompts[: min(width, 32)], f"{plan.seed}/{case}/{repeat}"))
+    prompts, warm_up, width = work(case, repeat, plan)
+    await _together(transport, warm_up)
     cpu_before, started = cpu(), time.monotonic()
     if case.startswith("r"):
         outcomes = await _poisson(transport, prompts, float(case[1:]), random.Random(f"{plan.seed}/{repeat}"))
@@ -55,6 +54,16 @@ async def run_case(case: str, repeat: int, transport: Transport, plan: Plan, cpu
         outcomes = await _together(transport, prompts)
     seconds = time.monotonic() - started
     return summarise(case, outcomes, seconds, cpu() - cpu_before, plan.objective)
+
+
+def work(case: str, repeat: int, plan: Plan) -> tuple[list[Prompt], list[Prompt], int]:
+    """Return what a repeat of a case sends, what it sends to warm up, and how many streams it keeps busy.
+
+    Raises ValueError for an unknown case.
+    """
+    seed = f"{plan.seed}/{case}/{repeat}"
+    prompts, width = _prompts(case, seed, plan), _width(case)
+    return prompts, _warm_up(prompts[: min(width, 32)], seed), width
 
 
 def check_case(case: str) -> None:

@@ -1,0 +1,187 @@
+"""Measure Octavo and its peers in turn on this machine, and print the ratios.
+
+    python benchmarks/peers/run.py --home FOLDER [--rounds 2] [--case c1 ...] [--only octavo llama ...]
+
+FOLDER gets an environment for each peer and the models (about 15 GB); what is there is used again. In each round
+every contender starts, runs every case and stops, one after the other, so that all of them meet the same
+machine: A B C A B C. A ratio compares the medians of the rounds; a peer counts with the better of one and two
+threads. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import models
+import peers
+
+from octavo.services.bench import cases, report
+from octavo.services.bench.outcomes import Outcome, Run, summarise
+from octavo.services.bench.server import Server, ServerError
+from octavo.services.bench.transports import OpenAITransport
+from octavo.services.cli import demo_model
+
+CASES = ("c1", "c8", "c32", "offline", "prefill", "prefix")
+PORT = 18200
+# What is compared, by case: title, field of Run, and whether more is better.
+MEASURES = {
+    "c1": ("output tokens/s at concurrency 1", "output_rate", True),
+    "c8": ("output tokens/s at concurrency 8", "output_rate", True),
+    "c32": ("output tokens/s at concurrency 32", "output_rate", True),
+    "c32 ITL": ("median inter-token latency at concurrency 32, ms", "itl_p50", False),
+    "offline": ("output tokens/s, 64 requests at once", "output_rate", True),
+    "prefill": ("prompt tokens/s, documents of about 2,048 tokens", "prompt_rate", True),
+    "prefix": ("seconds for 32 requests with a shared prefix", "seconds", False),
+}
+
+
+@dataclasses.dataclass
+class Result:
+    """What one contender came to, over all rounds."""
+
+    runs: dict[str, list[Run]] = dataclasses.field(default_factory=dict)
+    ready_s: list[float] = dataclasses.field(default_factory=list)
+    peak_memory: int = 0
+
+
+async def measure_server(contender: peers.Contender, round_: int, chosen: list[str], result: Result, log: Path) -> None:
+    """Start a contender, run the cases, stop it."""
+    url = f"http://127.0.0.1:{PORT}"
+    async with (
+        Server(contender.command, url + contender.ready_path, log, contender.environment) as server,
+        OpenAITransport(url, contender.model, contender.extra) as transport,
+    ):
+        result.ready_s.append(server.ready_s)
+        for case in chosen:
+            run = await cases.run_case(case, round_, transport, cases.Plan(), server.cpu_seconds)
+            result.runs.setdefault(case, []).append(run)
+            print(f"  {contender.name}: {case} {run.output_rate:.0f} out tok/s, {run.failed} failed", flush=True)
+        result.peak_memory = max(result.peak_memory, server.peak_memory)
+
+
+def measure_openvino(home: Path, folder: Path, threads: int, round_: int, chosen: list[str], result: Result) -> None:
+    """Run the cases in a process of OpenVINO's environment."""
+    work = {}
+    for case in chosen:
+        prompts, warm_up, width = cases.work(case, round_, cases.Plan())
+        closed = case == "prefill" or case.startswith("c")
+        work[case] = {
+            "streams": width if closed else 0,
+            "prefix_cache": case == "prefix",
+            "warm_up": [dataclasses.asdict(prompt) for prompt in warm_up],
+            "prompts": [dataclasses.asdict(prompt) for prompt in prompts],
+        }
+    script = Path(__file__).with_name("openvino_in_process.py")
+    done = subprocess.run(
+        [home / "openvino" / "bin" / "python", script, folder, str(threads)],
+        input=json.dumps(work), capture_output=True, text=True, check=True, timeout=1800,
+    )  # fmt: skip
+    for case, measured in json.loads(done.stdout).items():
+        outcomes = [Outcome(**outcome) for outcome in measured["outcomes"]]
+        run = summarise(case, outcomes, measured["seconds"])
+        result.runs.setdefault(case, []).append(run)
+        print(f"  openvino, {threads} thread(s): {case} {run.output_rate:.0f} out tok/s", flush=True)
+
+
+def ratios(results: dict[str, Result]) -> list[str]:
+    """Return Markdown rows: Octavo's figure, the best peer's, and how many times better Octavo is."""
+    rows = ["| measure | octavo | best peer | which | ratio |", "| --- | --- | --- | --- | --- |"]
+    for key, (title, field, more_is_better) in MEASURES.items():
+        figures = {
+            name: statistics.median(getattr(run, field) for run in result.runs[key.split()[0]])
+            for name, result in results.items()
+            if result.runs.get(key.split()[0])
+        }
+        ours = figures.pop("octavo", math.nan)
+        if not figures or math.isnan(ours):
+            continue
+        best = (max if more_is_better else min)(figures, key=lambda name: figures[name])
+        ratio = ours / figures[best] if more_is_better else figures[best] / ours
+        scale, form = (1000, ".1f") if field == "itl_p50" else (1, ",.1f" if field == "seconds" else ",.0f")
+        rows.append(f"| {title} | {scale * ours:{form}} | {scale * figures[best]:{form}} | {best} | {ratio:.2f} |")
+    return rows
+
+
+def details(results: dict[str, Result]) -> list[str]:
+    """Return the table of every contender."""
+    lines = []
+    for name, result in results.items():
+        lines += [f"\n### {name}\n"]
+        if result.ready_s:
+            ready, peak = statistics.median(result.ready_s), result.peak_memory / 2**20
+            lines += [f"Ready after {ready:.1f} s; at most {peak:,.0f} MiB.\n"]
+        lines += [report.table(result.runs)]
+    return lines
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--case", nargs="+", default=list(CASES))
+    parser.add_argument("--only", nargs="+", default=["octavo", "vllm", "llama", "openvino"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--output", type=Path, help="write everything there, as JSON")
+    options = parser.parse_args()
+    home = options.home.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    peers.install(home)
+    source = demo_model.fetch(demo_model.cache_dir(), lambda *_: None)
+    model = models.folder_from_gguf(home / "vllm" / "bin" / "python", source, home / "model")
+    gguf = models.bfloat16_gguf(source, home / "model-bf16.gguf")
+    results: dict[str, Result] = {}
+    print("machine:", json.dumps(report.machine_facts()), flush=True)
+    for round_ in range(options.rounds):
+        print(f"round {round_ + 1}, load {psutil.getloadavg()[0]:.1f}", flush=True)
+        for kind in options.only:
+            for threads in options.threads if kind != "octavo" else [0]:
+                name = kind if kind == "octavo" else f"{kind}, {threads} thread(s)"
+                result = results.setdefault(name, Result())
+                try:
+                    await measure(kind, threads, round_, options.case, result, home, model, gguf)
+                except (ServerError, subprocess.SubprocessError) as error:
+                    print(f"  {name} was not measured: {error}", flush=True)
+    for line in [*ratios(results), *details(results)]:
+        print(line)
+    if options.output:
+        document = {name: report.document(result.runs, ready_s=result.ready_s) for name, result in results.items()}
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+async def measure(
+    kind: str, threads: int, round_: int, chosen: list[str], result: Result, home: Path, model: Path, gguf: Path
+) -> None:
+    """Run one contender's turn. Cases with a shared prefix need other settings than the rest of some peers."""
+    if kind == "openvino":
+        folder = models.openvino_ir(home, model, home / "openvino-model")
+        await asyncio.to_thread(measure_openvino, home, folder, threads, round_, chosen, result)
+        return
+    log = home / f"{kind}.log"
+    if kind == "octavo":
+        await measure_server(peers.octavo(model, PORT), round_, chosen, result, log)
+        return
+    for prefix_cache in (False, True):
+        part = [case for case in chosen if (case == "prefix") == prefix_cache]
+        if part:
+            contender = (
+                peers.vllm(home, model, PORT, threads, prefix_cache)
+                if kind == "vllm"
+                else peers.llama(home, gguf, PORT, threads, prefix_cache)
+            )
+            await measure_server(contender, round_, part, result, log)
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
