@@ -1,12 +1,13 @@
 # mypy: allow-untyped-calls
 """Compile every Triton kernel for every target without a GPU, and check what comes out.
 
-    python -m octavo.kernels.aot [--target cuda:90]... [--only TEXT] [--timeout SECONDS] [--markdown]
+    python -m octavo.kernels.aot [--target cuda:90]... [--only TEXT] [--timeout SECONDS] [--jobs N] [--markdown]
 
 Prints a row for each kernel, configuration and target. The exit status is 1 if one does not
-compile, spills, wants more shared memory than the target has, or lacks an instruction that its
-`AotSpec` requires. Each is compiled in a child process: a compiler that dies or hangs costs one row.
-Triton's wheel brings the compilers and disassemblers, so nothing else need be installed.
+compile, spills, wants more shared memory than the target has, leaves room for fewer blocks on a
+multiprocessor than its `AotSpec` wants, or lacks an instruction that it requires. Each is compiled in a
+child process: a compiler that dies or hangs costs one row. Triton's wheel brings the compilers and
+disassemblers, so nothing else need be installed.
 """
 
 from __future__ import annotations
@@ -22,28 +23,31 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from octavo.kernels.aot_spec import AotSpec
-from octavo.kernels.configs import SHARED_MEMORY, TARGETS
+from octavo.kernels.configs import MULTIPROCESSORS, SHARED_MEMORY, TARGETS
 
-MODULES = ("paged_attention", "rotary_kv", "rms_norm", "gated", "sampling_kernels")
+MODULES = ("paged_attention", "rotary_kv", "rms_norm", "gated", "quantized_linear", "sampling_kernels")
 
 _SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _SASS_KINDS = {
     "mma": re.compile(r"(HMMA|IMMA|QMMA|OMMA|DMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b"),
     "wgmma": re.compile(r"(HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b"),
     "ld128": re.compile(r"(LDG|LDGSTS)\..*\b128\b"),
+    "tma": re.compile(r"UTMALDG\b"),
 }
 _GCN_INSTRUCTION = re.compile(r"^\s+([a-z][a-z0-9_]+)(?=\s|$)", re.MULTILINE)
 _GCN_KINDS = {
     "mma": re.compile(r"v_(mfma|wmma|smfmac)_"),
     "wgmma": re.compile(r"(?!)"),
     "ld128": re.compile(r"(global|buffer|flat)_load_(lds_)?(dwordx4|b128)"),
+    "tma": re.compile(r"(?!)"),
 }
 # In PTX, before ptxas builds the exact division from the like.
 _INEXACT = re.compile(
@@ -58,6 +62,7 @@ class Row:
     registers  per thread; on hip, vector registers
     spills     bytes stored and loaded, on hip registers
     shared     bytes of shared memory (LDS) of a block
+    blocks     how many fit on a multiprocessor (compute unit), by registers and shared memory
     counts     instructions by kind, see `AotSpec.require`
     inexact    fused multiply-adds and approximate divisions, where Triton's output shows them (cuda)
     problems   why the row fails; empty if it passes
@@ -68,27 +73,53 @@ class Row:
     registers: int | None = None
     spills: int | None = None
     shared: int | None = None
+    blocks: int | None = None
     counts: dict[str, int] = field(default_factory=dict)
     inexact: int = 0
     problems: list[str] = field(default_factory=list)
 
 
 def compile_all(
-    targets: Sequence[str] = TARGETS, only: str = "", timeout: float = 120.0, modules: Sequence[str] = MODULES
+    targets: Sequence[str] = TARGETS,
+    only: str = "",
+    timeout: float = 120.0,
+    modules: Sequence[str] = MODULES,
+    jobs: int = 1,
 ) -> list[Row]:
     """Compile each spec whose name contains `only`, for each of its targets that is in `targets`.
 
     timeout  seconds that one compilation may take
     modules  of `octavo.kernels`, each with AOT_SPECS
+    jobs     compilations at once
     """
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "interpreted kernels cannot be compiled"
-    rows = []
+    waiting = []
     for name in modules:
         module = importlib.import_module(f"octavo.kernels.{name}")
         for spec in module.AOT_SPECS:
             chosen = [target for target in spec.targets if target in targets and only in spec.name]
-            rows += [compile_in_child(module, spec, target, timeout) for target in chosen]
-    return rows
+            waiting += [(module, spec, target) for target in chosen]
+    rows: list[Row | None] = [None] * len(waiting)
+    running: dict[int, _Compilation] = {}
+    for number, (module, spec, target) in enumerate(waiting):
+        while len(running) >= jobs:
+            _collect(running, rows)
+        running[number] = _Compilation(module, spec, target, timeout)
+    while running:
+        _collect(running, rows)
+    return [row for row in rows if row is not None]
+
+
+def _collect(running: dict[int, _Compilation], rows: list[Row | None]) -> None:
+    """Wait until at least one compilation has ended, or is out of time; move those that have to `rows`."""
+    wait(
+        [compilation.receiver for compilation in running.values()],
+        timeout=min(compilation.remaining() for compilation in running.values()),
+    )
+    for number, compilation in list(running.items()):
+        if compilation.remaining() == 0 or compilation.receiver.poll():
+            rows[number] = compilation.result()
+            del running[number]
 
 
 def check(row: Row, spec: AotSpec) -> list[str]:
@@ -98,6 +129,8 @@ def check(row: Row, spec: AotSpec) -> list[str]:
         problems.append(f"spills {row.spills}")
     if row.shared is None or row.shared > SHARED_MEMORY[row.target]:
         problems.append(f"shared memory {row.shared} > {SHARED_MEMORY[row.target]}")
+    if row.blocks is None or row.blocks < spec.min_blocks:
+        problems.append(f"blocks {row.blocks} < {spec.min_blocks}")
     if row.inexact and not spec.enable_fp_fusion:
         problems.append(f"{row.inexact} operations that are not specified to the bit")
     for kind, least in spec.require.items():
@@ -106,27 +139,45 @@ def check(row: Row, spec: AotSpec) -> list[str]:
     return problems
 
 
-def compile_in_child(module: Any, spec: AotSpec, target: str, timeout: float) -> Row:
-    """Compile one kernel of `module`; what goes wrong, the compiler's death included, is a problem of the row."""
-    # fork: the child has Triton and the kernels imported already.
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(prefix="octavo-aot-") as cache:
-        child = context.Process(target=_child, args=(sender, module, spec, target, cache))
-        child.start()
+class _Compilation:
+    """One kernel of `module` that is compiled in a child process for up to `timeout` seconds."""
+
+    def __init__(self, module: Any, spec: AotSpec, target: str, timeout: float) -> None:
+        # fork: the child has Triton and the kernels imported already.
+        context = multiprocessing.get_context("fork")
+        self.receiver, sender = context.Pipe(duplex=False)
+        self._row = Row(spec.name, target)
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
+        self._cache = tempfile.TemporaryDirectory(prefix="octavo-aot-")
+        self._child = context.Process(target=_child, args=(sender, module, spec, target, self._cache.name))
+        self._child.start()
         sender.close()
+
+    def remaining(self) -> float:
+        """Seconds that it still has."""
+        return max(self._deadline - time.monotonic(), 0.0)
+
+    def result(self) -> Row:
+        """Wait for the end; what went wrong, the compiler's death included, is a problem of the row."""
         try:
-            if receiver.poll(timeout):
-                return Row(**json.loads(receiver.recv_bytes()))
-            problem = f"still compiling after {timeout:g} s"
-            child.kill()
+            if self.receiver.poll(self.remaining()):
+                return Row(**json.loads(self.receiver.recv_bytes()))
+            self._row.problems = [f"still compiling after {self._timeout:g} s"]
+            self._child.kill()
         except EOFError:
-            child.join()
-            problem = f"the compiler died with exit status {child.exitcode}"
+            self._child.join()
+            self._row.problems = [f"the compiler died with exit status {self._child.exitcode}"]
         finally:
-            child.join()
-            receiver.close()
-    return Row(spec.name, target, problems=[problem])
+            self._child.join()
+            self.receiver.close()
+            self._cache.cleanup()
+        return self._row
+
+
+def compile_in_child(module: Any, spec: AotSpec, target: str, timeout: float) -> Row:
+    """Compile one kernel of `module`."""
+    return _Compilation(module, spec, target, timeout).result()
 
 
 def _child(sender: Connection, module: Any, spec: AotSpec, target: str, cache: str) -> None:
@@ -162,8 +213,19 @@ def _compile(module: Any, spec: AotSpec, target: str) -> Row:
         row.inexact = len(_INEXACT.findall(compiled.asm["ptx"]))
     else:
         _inspect_hip(row, compiled.asm["amdgcn"])
+    if row.registers is not None and row.shared is not None:
+        row.blocks = fitting_blocks(target, row.registers, row.shared, spec.num_warps)
     row.problems = check(row, spec)
     return row
+
+
+def fitting_blocks(target: str, registers: int, shared: int, num_warps: int) -> int:
+    """Return how many blocks fit on a multiprocessor, by registers a thread and bytes of shared memory."""
+    size = MULTIPROCESSORS[target]
+    # Registers are handed out by eight a thread. A wavefront of hip stays on one of four vector units.
+    warps = size.registers // max(-(-registers // 8) * 8, 8)
+    by_registers = size.units * warps // num_warps
+    return min(by_registers, size.shared // max(shared + size.reserved, 1))
 
 
 def _source(function: Any, spec: AotSpec) -> Any:
@@ -223,9 +285,9 @@ def _count(instructions: list[str], kinds: dict[str, re.Pattern[str]]) -> dict[s
 def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
     """Return the rows as text."""
     kinds = tuple(_SASS_KINDS)
-    lines = [["kernel", "target", "registers", "spills", "shared", *kinds, "problems"]]
+    lines = [["kernel", "target", "registers", "spills", "shared", "blocks", *kinds, "problems"]]
     for row in rows:
-        numbers = [row.registers, row.spills, row.shared, *(row.counts.get(kind) for kind in kinds)]
+        numbers = [row.registers, row.spills, row.shared, row.blocks, *(row.counts.get(kind) for kind in kinds)]
         cells = ["-" if number is None else str(number) for number in numbers]
         lines.append([row.kernel, row.target, *cells, "; ".join(row.problems)])
     if markdown:
@@ -243,10 +305,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=TARGETS, help="compile only for this one; may be repeated")
     parser.add_argument("--only", default="", help="compile only kernels whose name contains this")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one compilation may take")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at once")
     parser.add_argument("--markdown", action="store_true", help="print the table for documentation")
     parsed = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # read by Triton when the kernels are imported
-    rows = compile_all(parsed.target or TARGETS, parsed.only, parsed.timeout)
+    rows = compile_all(parsed.target or TARGETS, parsed.only, parsed.timeout, jobs=parsed.jobs)
     failed = sum(1 for row in rows if row.problems)
     print(table(rows, markdown=parsed.markdown))
     print(f"\n{len(rows) - failed} passed, {failed} failed")

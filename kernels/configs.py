@@ -17,6 +17,29 @@ TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 SHARED_MEMORY = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
 """Most shared memory (LDS) in bytes that one block may have."""
 
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What blocks share: a multiprocessor of cuda, a compute unit of hip.
+
+    registers  of all lanes of a unit, divided by those of a warp
+    units      parts with registers of their own (hip: a wavefront stays in one)
+    shared     bytes of shared memory;  reserved  bytes of them that each block takes beside its own
+    """
+
+    registers: int
+    units: int
+    shared: int
+    reserved: int
+
+
+MULTIPROCESSORS = {
+    "cuda:80": Multiprocessor(512, 4, 167936, 1024),
+    "cuda:90": Multiprocessor(512, 4, 233472, 1024),
+    "cuda:100": Multiprocessor(512, 4, 233472, 1024),
+    "hip:gfx942": Multiprocessor(512, 4, 65536, 0),
+}
+
 Step = Literal["decode", "mixed"]
 
 
@@ -80,6 +103,89 @@ def attention_config(target: str, step: Step, head_dim: int, *, is_float32: bool
     assert target in TARGETS, f"{target} is none of {TARGETS}"
     padded = min(size for size in _DECODE if size >= head_dim)
     return _FLOAT32[padded] if is_float32 else _ATTENTION[target, step][padded]
+
+
+LinearKind = Literal["int8", "fp8", "int8_int8", "fp8_fp8"]
+"""Type of the weights of a quantised linear layer, and after "_" of its activations; without, they have 16 bits."""
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How a quantised linear layer is launched.
+
+    block_out, block_tokens  outputs and tokens of a tile
+    block_in                 inputs taken at once; the order of the sum
+    tma                      whether tiles are read through tensor descriptors
+    """
+
+    block_out: int
+    block_tokens: int
+    block_in: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+
+
+# A sum of float32 has one tile for a shape of weights, whatever the number of tokens: other tiles may
+# mean other matrix instructions. 64 tokens at once read weights of 8 bits from memory about as fast as
+# they are multiplied. Few outputs want small tiles, or half of the multiprocessors would have none.
+_NARROW_LINEAR = {
+    "cuda:80": LinearConfig(64, 64, 64, 4, 3),
+    "cuda:90": LinearConfig(64, 64, 128, 4, 4, tma=True),
+    "cuda:100": LinearConfig(64, 64, 128, 4, 3, tma=True),
+    "hip:gfx942": LinearConfig(64, 64, 64, 4, 2),
+}
+_WIDE_LINEAR = {
+    **_NARROW_LINEAR,
+    "cuda:90": LinearConfig(128, 64, 64, 8, 4, tma=True),  # with 128 inputs one block fits instead of two
+    "cuda:100": LinearConfig(128, 64, 128, 8, 3, tma=True),
+}
+_WIDE_FROM = 8192
+# A sum of int32 is exact, so tiles may follow the number of tokens: up to 16, up to 64, more.
+_INTEGER_LINEAR = {
+    "cuda:80": (LinearConfig(64, 16, 128, 4, 3), _NARROW_LINEAR["cuda:80"], LinearConfig(128, 128, 64, 8, 3)),
+    "cuda:90": (
+        LinearConfig(64, 16, 256, 4, 4, tma=True),
+        _NARROW_LINEAR["cuda:90"],
+        LinearConfig(128, 128, 128, 8, 3, tma=True),
+    ),
+    "cuda:100": (
+        LinearConfig(64, 16, 256, 4, 4, tma=True),
+        _NARROW_LINEAR["cuda:100"],
+        LinearConfig(128, 128, 128, 8, 3, tma=True),
+    ),
+    "hip:gfx942": (
+        LinearConfig(64, 16, 128, 4, 2),
+        _NARROW_LINEAR["hip:gfx942"],
+        LinearConfig(128, 64, 64, 8, 2),
+    ),
+}
+_FLOAT32_LINEAR = LinearConfig(32, 16, 32, 4, 1)  # for checking results, not for speed
+
+LINEAR_KINDS: dict[str, tuple[LinearKind, ...]] = {
+    "cuda:80": ("int8", "int8_int8"),  # which has no float8_e4m3fn
+    "cuda:90": ("int8", "fp8", "int8_int8", "fp8_fp8"),
+    "cuda:100": ("int8", "fp8", "int8_int8", "fp8_fp8"),
+    "hip:gfx942": ("int8", "fp8", "int8_int8"),  # its fp8 products are of another fp8: float8_e4m3fnuz
+}
+"""The kinds of quantised linear layers that a target can do."""
+
+
+def linear_config(
+    target: str, kind: LinearKind, out_features: int, num_tokens: int, *, is_float32: bool = False
+) -> LinearConfig:
+    """Return the configuration of a quantised linear layer; `is_float32` tells the type of the activations.
+
+    `num_tokens` only matters where the sum is exact, so that a row's bits never depend on it.
+    """
+    assert target in TARGETS, f"{target} is none of {TARGETS}"
+    assert kind in LINEAR_KINDS[target], f"{target} cannot do {kind}: one of {LINEAR_KINDS[target]}"
+    if is_float32:
+        return _FLOAT32_LINEAR
+    if kind == "int8_int8":
+        few, some, many = _INTEGER_LINEAR[target]
+        return few if num_tokens <= 16 else some if num_tokens <= 64 else many
+    return (_WIDE_LINEAR if out_features >= _WIDE_FROM else _NARROW_LINEAR)[target]
 
 
 @dataclass(frozen=True)

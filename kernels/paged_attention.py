@@ -361,6 +361,8 @@ def _attend_spec(
         num_stages=config.num_stages,
         targets=(target,),
         require={"ld128": 1, **({"mma": 1} if kind != "fp32" else {}), **({"wgmma": 1} if wide else {})},
+        # The sums of a large tile of wide heads fill the registers.
+        min_blocks=1 if head_dim > 128 else 2,
     )
 
 

@@ -14,6 +14,7 @@ import torch
 
 _BLOCK_SIZE = 16
 _FP8_MAX = 448.0
+_INT8_MAX = 127.0
 
 
 def paged_attention(
@@ -39,7 +40,7 @@ def paged_attention(
     soft_cap > 0: scores become soft_cap * tanh(score / soft_cap).
     """
     num_kv_heads = kv_cache.shape[3]
-    output = torch.zeros(queries.shape, dtype=torch.float32)
+    output = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
     for seq, length in enumerate(seq_lens.tolist()):
         start, end = int(query_start_loc[seq]), int(query_start_loc[seq + 1])
         blocks = kv_cache[block_tables[seq, : math.ceil(length / _BLOCK_SIZE)].long()].float()
@@ -50,8 +51,8 @@ def paged_attention(
         scores = torch.einsum("qhgd,khd->hgqk", q, keys) * scale
         if soft_cap > 0:
             scores = soft_cap * torch.tanh(scores / soft_cap)
-        position = torch.arange(length - (end - start), length)[:, None]
-        key = torch.arange(length)[None, :]
+        position = torch.arange(length - (end - start), length, device=queries.device)[:, None]
+        key = torch.arange(length, device=queries.device)[None, :]
         visible = key <= position
         if window > 0:
             visible &= key > position - window
@@ -119,6 +120,37 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
         return torch.nn.functional.silu(gate) * up
     assert activation == "gelu_tanh", activation
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `x` [T, in_features] as int8 or float8_e4m3fn, and what to multiply each row with: [T] float32."""
+    largest = _INT8_MAX if dtype == torch.int8 else _FP8_MAX
+    x = x.float()
+    scales = x.abs().amax(dim=1) / largest
+    scales = torch.where(scales == 0, 1.0, scales)
+    values = (x / scales[:, None]).clamp(-largest, largest)
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scales
+
+
+def quantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    *,
+    x_scales: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return x @ (weight * weight_scales).T + bias: [T, out_features] float32, rounded once from float64.
+
+    x       [T, in_features]; with `x_scales` [T] of eight bits too
+    weight  [out_features, in_features];  weight_scales, bias [out_features]
+    """
+    output = (x.double() @ weight.double().T) * weight_scales.double()
+    if x_scales is not None:
+        output *= x_scales.double()[:, None]
+    if bias is not None:
+        output += bias.double()
+    return output.float()
 
 
 def process_logits(

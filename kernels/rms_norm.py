@@ -93,6 +93,7 @@ def _spec(hidden_size: int, *, has_update: bool) -> AotSpec:
         constexprs={"HIDDEN": hidden_size, "COLS": config.block, "HAS_UPDATE": has_update},
         num_warps=config.num_warps,
         require={"ld128": 2},
+        min_blocks=1 if config.num_warps == 16 else 2,
     )
 
 

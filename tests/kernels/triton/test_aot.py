@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from octavo.kernels import configs
-from octavo.kernels.aot import Row, check, compile_in_child, table
+from octavo.kernels.aot import Row, check, compile_all, compile_in_child, fitting_blocks, table
 from octavo.kernels.aot_spec import AotSpec
 
 needs_triton = pytest.mark.skipif(
@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(
     reason="triton is not installed, or interprets",
 )
 SPEC = AotSpec("kernel", "", {}, {}, num_warps=4, require={"mma": 1})
-GOOD = Row("kernel", "cuda:90", registers=40, spills=0, shared=1024, counts={"mma": 2})
+GOOD = Row("kernel", "cuda:90", registers=40, spills=0, shared=1024, blocks=8, counts={"mma": 2})
 
 
 def run_aot(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,14 +45,43 @@ def test_every_kernel_compiles_without_spills_and_with_its_instructions(target: 
         (replace(GOOD, spills=None), SPEC),
         (replace(GOOD, shared=232449), SPEC),
         (replace(GOOD, shared=None), SPEC),
+        (replace(GOOD, blocks=1), SPEC),
+        (replace(GOOD, blocks=None), SPEC),
         (replace(GOOD, counts={}), SPEC),
         (replace(GOOD, inexact=1), replace(SPEC, enable_fp_fusion=False)),
     ],
-    ids=["spills", "unknown spills", "shared memory", "unknown shared memory", "instruction", "fused"],
+    ids=[
+        "spills",
+        "unknown spills",
+        "shared memory",
+        "unknown shared memory",
+        "blocks",
+        "unknown blocks",
+        "instruction",
+        "fused",
+    ],
 )
 def test_a_row_that_breaks_a_rule_has_a_problem(row: Row, spec: AotSpec) -> None:
     assert check(GOOD, spec) == []
     assert len(check(row, spec)) == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "num_warps", "blocks"),
+    [
+        ("cuda:90", 128, 0, 4, 4),  # 65536 registers / (128 * 128)
+        ("cuda:90", 129, 0, 8, 1),  # rounded up to 136: 15 warps
+        ("cuda:90", 32, 113000, 4, 2),
+        ("cuda:90", 32, 116000, 4, 1),
+        ("hip:gfx942", 257, 0, 4, 1),
+        ("hip:gfx942", 0, 0, 4, 64),
+        ("hip:gfx942", 64, 32768, 4, 2),
+    ],
+)
+def test_registers_and_shared_memory_limit_the_blocks_of_a_multiprocessor(
+    target: str, registers: int, shared: int, num_warps: int, blocks: int
+) -> None:
+    assert fitting_blocks(target, registers, shared, num_warps) == blocks
 
 
 def compile_gated(timeout: float = 60, **changes: Any) -> Row:
@@ -81,6 +110,15 @@ def test_a_compiler_that_hangs_or_dies_costs_one_row() -> None:
 
 
 @needs_triton
+def test_rows_come_in_the_order_of_the_kernels_however_many_are_compiled_at_once() -> None:
+    rows = compile_all(["cuda:90"], only="silu", modules=("gated",), jobs=2)
+    assert [row.kernel for row in rows] == ["gated silu 1536", "gated silu 14336"]
+    assert [row.problems for row in rows] == [[], []]
+    late = compile_all(["cuda:90"], only="silu", modules=("gated",), timeout=0, jobs=2)
+    assert [row.problems for row in late] == [["still compiling after 0 s"]] * 2
+
+
+@needs_triton
 def test_a_kernel_that_lacks_a_required_instruction_is_a_failed_row() -> None:
     assert compile_gated(require={"mma": 1}).problems == ["mma 0 < 1"]
 
@@ -106,6 +144,14 @@ def test_there_is_a_configuration_for_every_shape(target: str, head_dim: int) ->
             config = configs.attention_config(target, step, head_dim, is_float32=is_float32)
             assert config.split_keys % config.block_n == 0
             assert config.block_m >= 16
+
+
+@pytest.mark.parametrize("target", configs.TARGETS)
+def test_tiles_of_a_layer_follow_the_number_of_tokens_only_where_sums_are_exact(target: str) -> None:
+    for kind in configs.LINEAR_KINDS[target]:
+        for out_features in (576, 4096, 28672):
+            tiles = {configs.linear_config(target, kind, out_features, tokens) for tokens in (1, 17, 64, 65, 8192)}
+            assert len(tiles) == (3 if kind == "int8_int8" else 1)
 
 
 def test_the_table_shows_what_is_not_known_and_what_is_wrong() -> None:

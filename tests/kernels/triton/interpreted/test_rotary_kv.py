@@ -118,6 +118,7 @@ MUTATIONS = [
     ("padding written", "if slot >= 0:", "if True:"),
     ("keys for values", "value_ptr = source_ptr + NUM_KV_HEADS * HEAD_DIM", "value_ptr = source_ptr"),
     ("values beside the wrong block", "(2 * SIDE)", "SIDE"),
+    ("a block too far", "slot // BLOCK_SIZE * (2 * SIDE)", "(slot // BLOCK_SIZE + 1) * (2 * SIDE)"),
     ("offset in the block ignored", "slot % BLOCK_SIZE *", "0 *"),
     ("no norm", "if HAS_NORM:", "if False:"),
     ("norm of keys for queries", "norm_ptr = q_norm_ptr", "norm_ptr = k_norm_ptr"),

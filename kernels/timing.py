@@ -1,0 +1,57 @@
+# mypy: allow-untyped-calls
+"""Times what is launched on a device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+_FLUSH_BYTES = 512 << 20  # several times what the second-level cache of any target holds
+
+
+class Timer:
+    """Times launches on `device`: with events on a GPU, with the clock on "cpu" (Triton's interpreter)."""
+
+    def __init__(self, device: str, repeats: int = 30) -> None:
+        """`repeats`: how often a launch is timed; one is enough where time means nothing."""
+        self._is_gpu = device != "cpu"
+        self._repeats = repeats
+        self._flush = torch.empty(_FLUSH_BYTES if self._is_gpu else 0, dtype=torch.int8, device=device)
+
+    def median_us(self, run: Callable[[], object]) -> float:
+        """Return the median time of `run` in microseconds, each time with a cold cache; it runs once before that."""
+        run()
+        return statistics.median(self._events(run) if self._is_gpu else self._clock(run))
+
+    def _clock(self, run: Callable[[], object]) -> list[float]:
+        times = []
+        for _ in range(self._repeats):
+            started = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - started) * 1e6)
+        return times
+
+    def _events(self, run: Callable[[], object]) -> list[float]:
+        pairs = []
+        for _ in range(self._repeats):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # Takes longer than the host needs to launch: the device never waits between the events.
+            self._flush.zero_()
+            before.record()
+            run()
+            after.record()
+            pairs.append((before, after))
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) * 1e3 for before, after in pairs]
+
+
+def gpu_target() -> str:
+    """Return the target of `configs.TARGETS` whose configurations fit this machine's GPU; it must have one."""
+    if torch.version.hip:
+        return "hip:gfx942"
+    major, _ = torch.cuda.get_device_capability()
+    # Those of workstations and consumers, 8.9 and 12.0 too, have no more shared memory than sm_80.
+    return {9: "cuda:90", 10: "cuda:100"}.get(major, "cuda:80")
