@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-PROTOCOL_REVISION: Final = 1
+PROTOCOL_REVISION: Final = 2
 
 # Tokens in a KV block: a fact that scheduler, worker and kernels share, not a setting.
 BLOCK_SIZE: Final = 16

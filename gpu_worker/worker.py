@@ -115,6 +115,10 @@ class Worker:
             self._heard_at = time.monotonic()
             if kind == "step_plan":
                 self._compute(frame.step_plan)
+            elif kind == "fenced":
+                log.warning("fenced by the scheduler (%s); joining again", frame.fenced.reason)
+                self._epoch = 0
+                self._reported_at = float("-inf")
             elif kind == "shutdown":
                 log.info("the scheduler ends this worker")
                 self._status = 0

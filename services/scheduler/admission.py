@@ -8,9 +8,12 @@ from google.rpc import code_pb2
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
+from octavo.services.scheduler.resume import MAX_STATE_BYTES
 from octavo.services.scheduler.worker_group import WorkerGroup
 
 MIN_RETRY_MS, MAX_RETRY_MS = 50, 60_000
+MIN_MEASURED_S = 0.5  # of a queue, before its rate is believed
+RATE_WINDOW_S = 10.0
 
 
 class Admission:
@@ -18,6 +21,32 @@ class Admission:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
+        # How fast the queue moves while there is one: tokens of sequences that left it to run,
+        # and seconds. Slots, blocks and decoding all show in it, as they do in no worker's rate.
+        self._opened_tokens = 0.0
+        self._queue_s = 0.0
+        self._observed_at: float | None = None  # None: there was no queue
+
+    def opened(self, num_tokens: int) -> None:
+        """Learn that a sequence left the queue to run."""
+        if self._observed_at is not None:
+            self._opened_tokens += num_tokens
+
+    def observe(self, waiting_tokens: int, now: float) -> None:
+        """Learn how long there has been a queue. To be called many times a second."""
+        if self._observed_at is not None:
+            self._queue_s += now - self._observed_at
+        self._observed_at = now if waiting_tokens else None
+        if self._queue_s > RATE_WINDOW_S:  # what is old counts for less and less
+            self._queue_s /= 2
+            self._opened_tokens /= 2
+
+    def estimate_ms(self, tokens: int, groups: Collection[WorkerGroup]) -> int:
+        """Return how many milliseconds pass until so many waiting tokens have begun to run; 0 if unknown."""
+        if self._queue_s >= MIN_MEASURED_S and self._opened_tokens:
+            return int(1000 * tokens * self._queue_s / self._opened_tokens)
+        rate = sum(group.tokens_per_s for group in groups)
+        return int(1000 * tokens / rate) if rate else 0
 
     def refuse(
         self,
@@ -32,26 +61,19 @@ class Admission:
         `max_model_len` is what the workers can hold, 0 if there are none, nor soon will be.
         """
         num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
-        queue_ms = estimate_ms(waiting_tokens, groups)
-
-        def reject(
-            code: int, reason: str, message: str, retry_ms: int = 0, **metadata: object
-        ) -> scheduler_pb2.Rejected:
-            return scheduler_pb2.Rejected(
-                handle=submit.handle,
-                code=code,
-                reason=reason,
-                message=message,
-                retry_after_ms=min(max(retry_ms, MIN_RETRY_MS), MAX_RETRY_MS) if retry_ms else 0,
-                metadata={key: str(value) for key, value in metadata.items()},
-            )
-
+        queue_ms = self.estimate_ms(waiting_tokens, groups)
         if max_model_len == 0:
-            return reject(code_pb2.UNAVAILABLE, "NO_WORKERS", "no worker is ready; try again shortly", retry_ms=1000)
+            return reject(
+                submit, code_pb2.UNAVAILABLE, "NO_WORKERS", "no worker is ready; try again shortly", retry_ms=1000
+            )
         if not submit.prompt_token_ids:
-            return reject(code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "the prompt is empty")
+            return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "the prompt is empty")
+        if len(submit.gateway_state) > MAX_STATE_BYTES:
+            message = f"gateway_state has {len(submit.gateway_state)} bytes; the limit is {MAX_STATE_BYTES}"
+            return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", message)
         if num_tokens >= max_model_len:
             return reject(
+                submit,
                 code_pb2.INVALID_ARGUMENT,
                 "KV_CAPACITY_EXCEEDED",
                 f"prompt and output so far have {num_tokens} tokens; "
@@ -61,6 +83,7 @@ class Admission:
             )
         if num_waiting >= self._config.max_waiting:
             return reject(
+                submit,
                 code_pb2.RESOURCE_EXHAUSTED,
                 "QUEUE_FULL",
                 f"{num_waiting} requests are waiting, which is the limit",
@@ -68,6 +91,7 @@ class Admission:
             )
         if waiting_tokens and waiting_tokens + num_tokens > self._config.max_waiting_tokens:
             return reject(
+                submit,
                 code_pb2.RESOURCE_EXHAUSTED,
                 "QUEUE_FULL",
                 f"{waiting_tokens} tokens are waiting; {num_tokens} more would pass the limit of "
@@ -76,6 +100,7 @@ class Admission:
             )
         if submit.remaining_ms and queue_ms > submit.remaining_ms:
             return reject(
+                submit,
                 code_pb2.RESOURCE_EXHAUSTED,
                 "DEADLINE_UNREACHABLE",
                 f"the queue takes about {queue_ms} ms and the deadline is in {submit.remaining_ms} ms",
@@ -84,7 +109,15 @@ class Admission:
         return None
 
 
-def estimate_ms(tokens: int, groups: Collection[WorkerGroup]) -> int:
-    """Return how many milliseconds the groups need for `tokens` at their measured rates; 0 if unknown."""
-    rate = sum(group.tokens_per_s for group in groups)
-    return int(1000 * tokens / rate) if rate else 0
+def reject(
+    submit: scheduler_pb2.Submit, code: int, reason: str, message: str, retry_ms: int = 0, **metadata: object
+) -> scheduler_pb2.Rejected:
+    """Return the refusal of a request; with `retry_ms` it is worth trying again, after about so long."""
+    return scheduler_pb2.Rejected(
+        handle=submit.handle,
+        code=code,
+        reason=reason,
+        message=message,
+        retry_after_ms=min(max(retry_ms, MIN_RETRY_MS), MAX_RETRY_MS) if retry_ms else 0,
+        metadata={key: str(value) for key, value in metadata.items()},
+    )

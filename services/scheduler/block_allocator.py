@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from octavo.services.scheduler.block_pool import Block, BlockPool
+from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.sequence import Sequence
 
@@ -19,9 +20,9 @@ class BlockAllocator:
     from the start of the sequence, within one salt.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, feed: CacheFeed) -> None:
         """Manage `num_blocks` blocks, the null block included."""
-        self.pool = BlockPool(num_blocks)
+        self.pool = BlockPool(num_blocks, feed)
         # Names of blocks that a running sequence will have computed soon, and which one.
         self._computing: dict[bytes, Sequence] = {}
 
@@ -81,7 +82,8 @@ class BlockAllocator:
         "Computed" means planned: a plan that uses the block is executed after the one that fills it.
         """
         num_full = min(seq.num_computed, len(seq.tokens)) // BLOCK_SIZE
-        if num_full <= seq.num_hashed_blocks or seq.request.submit.bypass_prefix_cache:
+        request = seq.request
+        if num_full <= seq.num_hashed_blocks or request.is_spoiled or request.submit.bypass_prefix_cache:
             return
         self._hash_known_blocks(seq)
         for index in range(seq.num_hashed_blocks, num_full):
@@ -101,6 +103,13 @@ class BlockAllocator:
         seq.blocks = []
         seq.num_computed = 0
         seq.num_hashed_blocks = 0
+
+    def spoil(self, seq: Sequence) -> None:
+        """Let nobody else find what `seq` was computed from, or has computed: some of it is not finite."""
+        for block_hash in seq.block_hashes:
+            block = self.pool.find(block_hash)
+            if block is not None:
+                self.pool.forget(block)
 
     def num_exclusive_tokens(self, seq: Sequence) -> int:
         """Return how many computed tokens of `seq` would be lost with its blocks: no one else holds them."""

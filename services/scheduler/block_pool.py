@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from octavo.services.scheduler.cache_feed import CacheFeed
+
 
 class Block:
     """One KV block. Only BlockPool writes its fields.
@@ -34,10 +36,11 @@ class BlockPool:
     Block 0 is the null block: padding points to it, and it is never given out.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        """Make a pool of `num_blocks`, the null block included."""
+    def __init__(self, num_blocks: int, feed: CacheFeed) -> None:
+        """Make a pool of `num_blocks`, the null block included. What it caches is reported to `feed`."""
         assert num_blocks >= 2, num_blocks
         self.num_blocks = num_blocks
+        self._feed = feed
         self.num_free = 0
         self.num_cached = 0  # blocks with a hash, held or free
         self._blocks = [Block(block_id) for block_id in range(num_blocks)]
@@ -92,11 +95,13 @@ class BlockPool:
             block.hash = block_hash
             self._by_hash[block_hash] = block
             self.num_cached += 1
+            self._feed.stored(block_hash)
 
     def forget(self, block: Block) -> None:
         """Make a block unfindable."""
         assert block.hash is not None
         del self._by_hash[block.hash]
+        self._feed.removed(block.hash)
         block.hash = None
         self.num_cached -= 1
 
@@ -106,6 +111,11 @@ class BlockPool:
         for block in forgotten:
             self.forget(block)
         return len(forgotten)
+
+    def close(self) -> None:
+        """Report everything as no longer cached: the memory is gone."""
+        for block_hash in self._by_hash:
+            self._feed.removed(block_hash)
 
     def check_invariants(self, held: dict[int, int]) -> None:
         """Assert that the books balance. `held` counts, by block id, the sequences that hold it."""

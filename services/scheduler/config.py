@@ -8,6 +8,14 @@ BLOCK_SIZE = 16  # tokens in a KV block: fixed, the kernels' page layout depends
 
 
 @dataclass(frozen=True)
+class Quota:
+    """What one tenant may use, whatever others do; 0 means no limit."""
+
+    max_requests: int = 0
+    tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class SchedulerConfig:
     """Settings of a scheduler. Times are seconds, sizes are tokens unless the name says otherwise."""
 
@@ -30,7 +38,10 @@ class SchedulerConfig:
     max_waiting: int = field(default=1024, metadata={"help": "most requests in the queue; more are refused"})
     max_waiting_tokens: int = field(default=1 << 20, metadata={"help": "most prompt tokens in the queue"})
     max_request_ms: int = field(default=3_600_000, metadata={"help": "deadline of requests that have none"})
-    max_recoveries: int = field(default=3, metadata={"help": "how often a request survives the loss of its worker"})
+    max_recoveries: int = field(default=16, metadata={"help": "how often a request survives the loss of its worker"})
+    max_resume_window_ms: int = field(
+        default=600_000, metadata={"help": "how long requests may go on after their gateway's stream broke"}
+    )
     ageing_tokens_per_s: float = field(
         default=1024.0,
         metadata={"help": "prompt tokens by which a second of waiting moves a request forward in the queue"},
@@ -38,7 +49,19 @@ class SchedulerConfig:
     tenant_weights: tuple[str, ...] = field(
         default=(), metadata={"help": "shares of tenants, as NAME=WEIGHT; others weigh 1"}
     )
-    step_timeout_s: float = field(default=60.0, metadata={"help": "a worker that owes a step for longer is given up"})
+    tenant_max_requests: int = field(
+        default=0, metadata={"help": "most requests that a tenant has in the queue and running; 0: no limit"}
+    )
+    tenant_tokens_per_s: float = field(
+        default=0.0, metadata={"help": "prompt and output tokens that a tenant may use in the long run; 0: no limit"}
+    )
+    tenant_quotas: tuple[str, ...] = field(
+        default=(), metadata={"help": "other quotas of single tenants, as NAME=REQUESTS:TOKENS_PER_S"}
+    )
+    step_timeout_s: float = field(
+        default=60.0,
+        metadata={"help": "a worker that owes a step for longer is given up, and sooner once steps were measured"},
+    )
     worker_grace_s: float = field(
         default=15.0, metadata={"help": "how long requests are still queued after the last worker went"}
     )
@@ -48,6 +71,11 @@ class SchedulerConfig:
     grace_s: float = field(default=30.0, metadata={"help": "how long running requests may take on shutdown"})
     log_level: str = field(
         default="info", metadata={"help": "how much to log", "choices": ("debug", "info", "warning", "error")}
+    )
+
+    progress_fd: int = field(
+        default=-1,
+        metadata={"help": "file descriptor that workers given up are reported to, as JSON lines", "hidden": True},
     )
 
     def __post_init__(self) -> None:
@@ -61,7 +89,28 @@ class SchedulerConfig:
             )
         if self.step_timeout_s <= 0 or self.grace_s < 0 or self.worker_grace_s < 0:
             raise ValueError("step_timeout_s must be positive, grace_s and worker_grace_s not negative")
+        if self.tenant_max_requests < 0 or self.tenant_tokens_per_s < 0:
+            raise ValueError("tenant_max_requests and tenant_tokens_per_s must not be negative")
         self.weights()
+        self.quotas()
+
+    def default_quota(self) -> Quota:
+        """Return the limits of tenants that have none of their own."""
+        return Quota(self.tenant_max_requests, self.tenant_tokens_per_s)
+
+    def quotas(self) -> dict[str, Quota]:
+        """Return the limits of single tenants, by name."""
+        quotas = {}
+        for entry in self.tenant_quotas:
+            name, _, limits = entry.rpartition("=")
+            max_requests, _, tokens_per_s = limits.partition(":")
+            try:
+                quotas[name] = Quota(int(max_requests), float(tokens_per_s))
+            except ValueError:
+                raise ValueError(f"tenant_quotas: {entry!r} is not NAME=REQUESTS:TOKENS_PER_S") from None
+            if quotas[name].max_requests < 0 or not 0 <= quotas[name].tokens_per_s < 1e12:
+                raise ValueError(f"tenant_quotas: the limits in {entry!r} must not be negative; 0 means none")
+        return quotas
 
     def weights(self) -> dict[str, float]:
         """Return the tenants' weights by name."""

@@ -1,7 +1,7 @@
-"""The shell around the Scheduler: connects it to gateways and workers on one event loop.
+"""The shell around a Node: connects it to gateways and workers on one event loop.
 
 Events are handled as they arrive and change the scheduler at once; planning happens once for all
-events of one turn of the loop. Nothing here decides anything about a request.
+events of one turn of the loop. Nothing here decides anything about a request or a worker.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import os
 import time
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.common.protocol import PROTOCOL_REVISION
-from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
-from octavo.services.scheduler.outputs import WorkerMisbehavedError
-from octavo.services.scheduler.scheduler import Scheduler, SendPlan, SendToGateway
-from octavo.services.scheduler.worker_link import HEARTBEAT_S, LinkEvents, WorkerLink
+from octavo.services.scheduler.cache_watchers import CacheWatchers
+from octavo.services.scheduler.config import SchedulerConfig
+from octavo.services.scheduler.membership import HEARTBEAT_S
+from octavo.services.scheduler.node import Node
+from octavo.services.scheduler.reports import Reports
+from octavo.services.scheduler.scheduler import SendToGateway
+from octavo.services.scheduler.worker_link import WorkerLink
 from octavo.worker.v1 import worker_pb2
 
 log = logging.getLogger("octavo.scheduler")
@@ -44,20 +46,30 @@ class GatewayConnection:
 
 
 class Engine:
-    """Runs one Scheduler. All methods are called on the event loop's thread."""
+    """Runs one Node. All methods are called on the event loop's thread."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._started_ms = int(time.time() * 1000)  # so that epochs grow from one start to the next
         self.scheduler_id = config.scheduler_id or f"scheduler-{os.getpid()}"
-        self.core = Scheduler(config, now=time.monotonic())
-        events = LinkEvents(self._on_group_ready, self._on_group_lost, self._on_step_done)
-        self.link = WorkerLink(config, self._started_ms << 16, events, time.monotonic)
+        self.link = WorkerLink(config.worker_endpoint, self._on_frame)
+        self._reports = Reports(config.progress_fd)
+        self.node = Node(
+            config,
+            self.scheduler_id,
+            int(time.time() * 1000),  # so that epochs grow from one start to the next
+            time.monotonic(),
+            send=self.link.send,
+            deliver=self._send,
+            changed=self._on_workers_changed,
+            fenced=self._reports.fenced,
+        )
+        self.core = self.node.core
+        self.cache_watchers = CacheWatchers(self.core.cache_feed)
         self._gateways: dict[str, GatewayConnection] = {}
         self._pump_scheduled = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.Task[None] | None = None
-        self._steps_since_check = 0
+        self._steps_checked = 0
         self._checked_idle = False
         self._no_requests = asyncio.Event()
 
@@ -99,67 +111,42 @@ class Engine:
         if old is not None:
             self._close(old)
         connection = self._gateways[hello.gateway_id] = GatewayConnection(hello.gateway_id)
-        load = self.load()
-        welcome = scheduler_pb2.Welcome(
-            scheduler_id=self.scheduler_id,
-            epoch=self._started_ms,
-            kv_block_size=BLOCK_SIZE,
-            kv_blocks_total=load.kv_blocks_total,
-            max_running=self._config.max_running,
-            protocol_revision=PROTOCOL_REVISION,
-            load=load,
-        )
+        welcome = self.node.welcome(hello.protocol_revision, time.monotonic())
         connection.send(scheduler_pb2.AttachResponse(welcome=welcome))
         return connection
 
     def detach(self, connection: GatewayConnection) -> None:
-        """Let a gateway go, and end its requests."""
+        """Let a gateway go, and those of its requests that it cannot resume."""
         if self._gateways.get(connection.gateway_id) is connection:
             del self._gateways[connection.gateway_id]
             self._close(connection)
 
     def _close(self, connection: GatewayConnection) -> None:
         connection.closed.set()
-        self.core.gateway_lost(connection.gateway_id)
+        self.node.gateway_lost(connection.gateway_id, time.monotonic())
         self._pump_soon()
 
     def on_gateway_message(self, connection: GatewayConnection, message: scheduler_pb2.AttachRequest) -> None:
         """Hand one message of a gateway to the scheduler."""
         if connection.closed.is_set():
             return
-        now = time.monotonic()
-        kind = message.WhichOneof("kind")
-        if kind == "submit":
-            self.core.submit(connection.gateway_id, message.submit, now)
-        elif kind == "cancel":
-            self.core.cancel(connection.gateway_id, message.cancel, now)
-        elif kind == "detach":  # nothing is kept for later: giving a request up ends it
-            self.core.cancel(connection.gateway_id, scheduler_pb2.Cancel(handle=message.detach.handle), now)
-        elif kind == "reattach":
-            self.core.reattach(connection.gateway_id, message.reattach)
+        self.node.on_gateway_message(connection.gateway_id, message, time.monotonic())
         self._pump_soon()
 
     # -- workers ---------------------------------------------------------------------------------
 
-    def _on_group_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
-        self.core.worker_joined(group_id, epoch, ready.kv_blocks, ready.max_model_len, now)
+    def _on_frame(self, identity: bytes, frame: worker_pb2.WorkerFrame) -> None:
+        now = time.monotonic()
+        self.node.on_frame(identity, frame, now)
+        if frame.HasField("step_result"):
+            # At once and not at the loop's next turn: the worker may have nothing to do.
+            self._pump()
+        else:
+            self._pump_soon()
+
+    def _on_workers_changed(self) -> None:
         self._broadcast_load()
         self._pump_soon()
-
-    def _on_group_lost(self, group_id: str, now: float) -> None:
-        self.core.worker_lost(group_id, now)
-        self._broadcast_load()
-        self._pump_soon()
-
-    def _on_step_done(self, group_id: str, result: worker_pb2.StepResult, now: float) -> None:
-        try:
-            self.core.step_done(group_id, result, now)
-        except WorkerMisbehavedError as error:
-            self.link.give_up(group_id, str(error))
-            return
-        self._steps_since_check += 1
-        # At once and not at the loop's next turn: the worker may have nothing to do.
-        self._pump()
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -179,12 +166,7 @@ class Engine:
     def _pump(self) -> None:
         """Plan what can be planned and deliver all effects."""
         self._checked_idle = False
-        self.core.schedule(time.monotonic())
-        for effect in self.core.take_effects():
-            if isinstance(effect, SendPlan):
-                self.link.send_plan(effect.group_id, effect.epoch, effect.plan)
-            else:
-                self._send(effect)
+        self.node.pump(time.monotonic())
         if self.core.num_requests:
             self._no_requests.clear()
         else:
@@ -202,16 +184,12 @@ class Engine:
             await asyncio.sleep(HEARTBEAT_S)
             now = time.monotonic()
             self.link.receive()
-            ages = self.core.step_ages(now)
-            self.link.check(now, busy=ages.keys())
-            for group_id, age_s in ages.items():
-                if age_s > self._config.step_timeout_s:
-                    self.link.give_up(group_id, f"a step is unanswered for {age_s:.1f} s")
-            self.core.tick(now)
+            self.node.tick(now)
             self._pump()
             if now >= next_load:
                 next_load = now + LOAD_INTERVAL_S
                 self._broadcast_load()
+                self.cache_watchers.flush(now)
             if now >= next_idle_check:
                 next_idle_check = now + IDLE_CHECK_S
                 self._check_books()
@@ -219,17 +197,15 @@ class Engine:
     def _check_books(self) -> None:
         """Verify the scheduler's invariants, when idle and after so many steps."""
         every = self._config.check_every_steps
-        is_due = bool(every) and self._steps_since_check >= every
+        is_due = bool(every) and self.node.num_steps - self._steps_checked >= every
         if is_due or (self.core.is_idle and not self._checked_idle):
             self.core.check_invariants()
-            self._steps_since_check = 0
+            self._steps_checked = self.node.num_steps
             self._checked_idle = self.core.is_idle
 
     def load(self) -> scheduler_pb2.Load:
         """Describe the state of the scheduler."""
-        load = self.core.load(time.monotonic())
-        load.model_version = self.link.model_version
-        return load
+        return self.node.load(time.monotonic())
 
     def _broadcast_load(self) -> None:
         """Tell every gateway the state of the scheduler."""

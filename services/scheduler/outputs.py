@@ -15,6 +15,10 @@ class WorkerMisbehavedError(Exception):
     """A worker's answer does not fit what it was asked. The caller gives the worker up."""
 
 
+LogprobRow = tuple[float, int, "array[int]", "array[float]"]
+"""Of one token: log probability, rank, alternatives and their log probabilities."""
+
+
 @dataclass(eq=False)
 class Outbox:
     """What one gateway is owed of the step being digested: the columns of a StepOutputs."""
@@ -22,12 +26,21 @@ class Outbox:
     gateway_id: str
     handles: list[int] = field(default_factory=list)
     candidate_indexes: list[int] = field(default_factory=list)
+    token_counts: list[int] = field(default_factory=list)  # empty: 1 in each row
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     candidate_token_ids: list[int] = field(default_factory=list)
     candidate_logprobs: list[float] = field(default_factory=list)
     finished: list[scheduler_pb2.Finished] = field(default_factory=list)
+
+    def add_logprobs(self, row: LogprobRow) -> None:
+        """Append what belongs to one token of a row that wants it."""
+        chosen, rank, ids, values = row
+        self.logprobs.append(chosen)
+        self.ranks.append(rank)
+        self.candidate_token_ids.extend(ids)
+        self.candidate_logprobs.extend(values)
 
     def take(self, step_id: int) -> scheduler_pb2.StepOutputs | None:
         """Return its content as a message and empty it; None if there is none."""
@@ -37,6 +50,7 @@ class Outbox:
             step_id=step_id,
             handles=self.handles,
             candidate_indexes=self.candidate_indexes if any(self.candidate_indexes) else (),
+            token_counts=self.token_counts,
             token_ids=self.token_ids,
             logprobs=self.logprobs,
             ranks=self.ranks,
@@ -60,17 +74,13 @@ class LogprobReader:
         self._values = array("f", result.candidate_logprobs)
         self._row = self._candidate = 0
 
-    def read(self, width: int, outbox: Outbox | None) -> None:
-        """Move the next row, with `width` alternatives, to `outbox`, or past it."""
+    def read(self, width: int) -> LogprobRow:
+        """Return the next row, with `width` alternatives."""
         row, begin, end = self._row, self._candidate, self._candidate + width
         if row >= len(self._chosen) or end > len(self._ids) or len(self._values) != len(self._ids):
             raise WorkerMisbehavedError("log probabilities are missing from a step's answer")
         self._row, self._candidate = row + 1, end
-        if outbox is not None:
-            outbox.logprobs.append(self._chosen[row])
-            outbox.ranks.append(self._ranks[row])
-            outbox.candidate_token_ids.extend(self._ids[begin:end])
-            outbox.candidate_logprobs.extend(self._values[begin:end])
+        return self._chosen[row], self._ranks[row], self._ids[begin:end], self._values[begin:end]
 
 
 def stop_reason(seq: Sequence, token: int) -> common_pb2.FinishReason:

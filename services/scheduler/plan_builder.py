@@ -20,7 +20,7 @@ class PlanBuilder:
 
     __slots__ = (
         "block_ids", "block_table_counts", "block_table_rows", "context_lengths", "num_tokens", "query_lengths",
-        "row_flags", "sampled", "sampling_updates", "slots", "token_ids",
+        "row_flags", "sampled", "sampling_updates", "slots", "token_ids", "unsampled",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class PlanBuilder:
         self.block_ids = array("I")
         self.sampling_updates: list[worker_pb2.SamplingUpdate] = []
         self.sampled: list[Sequence] = []
+        self.unsampled: list[Sequence] = []  # rows that do not reach their sequence's end
         self.num_tokens = 0
 
     def add_tokens(self, seq: Sequence, count: int) -> None:
@@ -56,6 +57,8 @@ class PlanBuilder:
         if reaches_end:
             seq.num_pending += 1
             self.sampled.append(seq)
+        else:
+            self.unsampled.append(seq)
 
     def add_blocks(self, slot: int, blocks: list[Block]) -> None:
         """Append blocks to the block table of a slot."""

@@ -18,27 +18,33 @@ from google.rpc import code_pb2
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.scheduler.admission import Admission, estimate_ms
+from octavo.services.scheduler.admission import Admission, reject
+from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.outputs import (
     LogprobReader,
     Outbox,
     WorkerMisbehavedError,
     length_reason,
-    phase,
     stop_reason,
     timing,
     usage,
 )
 from octavo.services.scheduler.plan_builder import LAST_SAMPLED, SAMPLE, PlanBuilder
 from octavo.services.scheduler.policy import FairShare, WaitingQueue, choose_group, choose_victim
+from octavo.services.scheduler.progress import ProgressReports
+from octavo.services.scheduler.quotas import Quotas
+from octavo.services.scheduler.resume import ResumableRequests, has_logprobs_from, num_output, replay
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
+from octavo.services.scheduler.step_clock import StepClock
+from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, StepInFlight, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
 NOT_FINITE = 0xFFFFFFFF  # a worker's answer for a row whose logits were not finite
 NEVER = math.inf
 MAX_TOKENS = 1 << 30  # longer than any context
+NOBODY = ""  # the gateway of requests whose stream broke: nothing is sent to it
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,10 @@ Effect = SendPlan | SendToGateway
 class Scheduler:
     """Owner of token history, block tables, the prefix cache, sampling positions and budgets."""
 
-    def __init__(self, config: SchedulerConfig, now: float) -> None:
+    def __init__(self, config: SchedulerConfig, now: float, epoch: int = 0) -> None:
+        """`epoch` names this life of the scheduler: requests of another one cannot be taken over."""
         self._config = config
+        self._epoch = epoch
         self._effects: list[Effect] = []
         self._requests: dict[tuple[str, int], Request] = {}  # by gateway and handle
         self._groups: dict[str, WorkerGroup] = {}
@@ -76,7 +84,11 @@ class Scheduler:
         self._outboxes: dict[str, Outbox] = {}  # by gateway
         self._admission = Admission(config)
         self._deadlines: list[tuple[float, str, int]] = []  # heap of (time, gateway, handle)
-        self._progress_due: dict[tuple[str, int], float] = {}
+        self._progress = ProgressReports()
+        self._resumable = ResumableRequests()
+        self._suspects = Suspects()
+        self._quotas = Quotas(config.default_quota(), config.quotas())
+        self.cache_feed = CacheFeed(epoch)
         self._num_arrivals = 0
         self._max_model_len = 0  # of the workers there are, or were last; 0: not known yet
         self._last_worker_at = now  # a scheduler that just started waits for its workers to come back
@@ -113,16 +125,20 @@ class Scheduler:
             waiting_uncached_tokens=self._waiting.num_tokens,
             kv_blocks_free=sum(group.pool.num_free for group in groups),
             kv_blocks_total=sum(group.pool.num_blocks - 1 for group in groups),
-            estimated_queue_ms=estimate_ms(self._waiting.num_tokens, groups),
+            estimated_queue_ms=self._admission.estimate_ms(self._waiting.num_tokens, groups),
             draining=self._draining,
             workers_ready=len(groups),
             step_age_ms=int(1000 * (now - oldest)),
             max_model_len=self._max_model_len,
         )
 
-    def step_ages(self, now: float) -> dict[str, float]:
-        """Return, by group that owes one, how many seconds ago its oldest unanswered step was sent."""
-        return {name: now - group.in_flight[0].sent_at for name, group in self._groups.items() if group.in_flight}
+    def busy_groups(self) -> set[str]:
+        """Return the groups that owe a step: their workers compute and cannot show life."""
+        return {name for name, group in self._groups.items() if group.in_flight}
+
+    def overdue_groups(self, now: float) -> dict[str, float]:
+        """Return the groups whose oldest step takes so long that they must hang, with its age in seconds."""
+        return {name: age_s for name, group in self._groups.items() if (age_s := group.overdue_s(now))}
 
     # -- events from gateways --------------------------------------------------------------------
 
@@ -138,21 +154,26 @@ class Scheduler:
         request = Request(
             submit=submit,
             gateway_id=gateway_id,
+            handle=submit.handle,
             arrival=self._num_arrivals,
             admitted_at=now,
             deadline=now + min(remaining_ms, self._config.max_request_ms) / 1000,
             soft_deadline=now + soft_ms / 1000 if soft_ms else NEVER,
         )
+        old = self._resumable.replaced_by(request)
+        if old is not None:  # its gateway starts over, with the output it has
+            self._drop(old)
+        self._resumable.add(request)
+        self._quotas.let_in(submit, now)
         outbox = self._outboxes.setdefault(gateway_id, Outbox(gateway_id))
         max_tokens = len(submit.prompt_token_ids) + (submit.stop.max_new_tokens or MAX_TOKENS)
         max_tokens = min(max_tokens, self._max_model_len or MAX_TOKENS)
         for index in range(max(submit.candidate_count, 1)):
             request.sequences.append(Sequence(request, submit.first_candidate_index + index, max_tokens, outbox))
         request.num_unfinished = len(request.sequences)
-        self._requests[gateway_id, submit.handle] = request
+        self._requests[request.key] = request
         self._set_deadline(request)
-        if submit.progress_interval_ms:
-            self._progress_due[gateway_id, submit.handle] = now + submit.progress_interval_ms / 1000
+        self._progress.add(request.key, request, now)
         self._send(gateway_id, scheduler_pb2.AttachResponse(admitted=self._admitted(request)))
         for seq in request.sequences:
             if len(seq.tokens) >= seq.max_tokens:  # nothing left to do of an output that is continued
@@ -172,21 +193,56 @@ class Scheduler:
         for seq in request.sequences:
             if not cancel.HasField("candidate_index") or seq.candidate_index == cancel.candidate_index:
                 self._stop(seq)
+        if request.num_unfinished == 0:  # nobody wants to take it over
+            self._resumable.forget(request)
 
-    def reattach(self, gateway_id: str, reattach: scheduler_pb2.Reattach) -> None:
-        """Answer a gateway that wants to take a request over: requests end with their gateway's stream here."""
-        failed = scheduler_pb2.Failed(
-            handle=reattach.handle,
-            code=code_pb2.DATA_LOSS,
-            reason="RESUME_STATE_LOST",
-            message="the request ended with the stream it came on; submit it again with the output so far",
+    def reattach(self, gateway_id: str, reattach: scheduler_pb2.Reattach, now: float) -> None:
+        """Give a request to a gateway, with what that one has not seen of it, or tell it that nothing is kept."""
+        request = self._resumable.get(reattach.request_id) if reattach.epoch == self._epoch else None
+        offsets = list(reattach.next_token_offsets)
+        if (
+            request is None
+            or not has_logprobs_from(request, offsets)
+            or (gateway_id, reattach.handle) in self._requests
+        ):
+            failed = scheduler_pb2.Failed(
+                handle=reattach.handle,
+                code=code_pb2.DATA_LOSS,
+                reason="RESUME_STATE_LOST",
+                message="nothing is kept of the request; submit it again with the output so far",
+            )
+            self._send(gateway_id, scheduler_pb2.AttachResponse(failed=failed))
+            return
+        self._hand_over(request, gateway_id, reattach.handle, now)
+        reattached = scheduler_pb2.Reattached(
+            handle=request.handle,
+            gateway_state=request.submit.gateway_state,
+            seed=request.submit.sampling.seed,
+            prompt_tokens=request.sequences[0].num_prompt,
+            candidate_count=len(request.sequences),
+            first_candidate_index=request.submit.first_candidate_index,
         )
-        self._send(gateway_id, scheduler_pb2.AttachResponse(failed=failed))
+        self._send(gateway_id, scheduler_pb2.AttachResponse(reattached=reattached))
+        for outputs in replay(request, offsets):
+            self._send(gateway_id, scheduler_pb2.AttachResponse(step_outputs=outputs))
 
-    def gateway_lost(self, gateway_id: str) -> None:
-        """End every request of a gateway that is gone."""
-        for request in [r for r in self._requests.values() if r.gateway_id == gateway_id]:
+    def detach(self, gateway_id: str, handle: int, now: float) -> None:
+        """Let a request of a gateway go on without it for the resume window, or end it if it has none."""
+        request = self._requests.get((gateway_id, handle))
+        if request is None:
+            return
+        if not self._resumable.holds(request):
             self._drop(request)
+            return
+        self._hand_over(request, NOBODY, request.arrival, now)
+        window_ms = min(request.submit.resume_window_ms, self._config.max_resume_window_ms)
+        request.resume_until = now + window_ms / 1000
+        self._resumable.detached[request] = num_output(request)
+
+    def gateway_lost(self, gateway_id: str, now: float) -> None:
+        """Let go of every request of a gateway that is gone."""
+        for request in [r for r in self._requests.values() if r.gateway_id == gateway_id]:
+            self.detach(gateway_id, request.handle, now)
         self._outboxes.pop(gateway_id, None)
 
     def drain(self) -> None:
@@ -202,7 +258,8 @@ class Scheduler:
     def worker_joined(self, group_id: str, epoch: int, num_blocks: int, max_model_len: int, now: float) -> None:
         """Take a worker group into service. Its cache is empty, its slots are free."""
         assert group_id not in self._groups, f"group {group_id} joined twice"
-        group = WorkerGroup(group_id, epoch, num_blocks, self._config.max_running, max_model_len)
+        config, clock = self._config, StepClock(self._config.step_timeout_s)
+        group = WorkerGroup(group_id, epoch, num_blocks, config.max_running, max_model_len, self.cache_feed, clock)
         self._groups[group_id] = group
         self._max_model_len = min(other.max_model_len for other in self._groups.values())
         self._last_worker_at = now
@@ -212,13 +269,16 @@ class Scheduler:
                 message = f"the workers hold at most {self._max_model_len} tokens of a sequence"
                 self._fail(seq.request, code_pb2.INVALID_ARGUMENT, "KV_CAPACITY_EXCEEDED", message)
 
-    def worker_lost(self, group_id: str, now: float) -> None:
+    def worker_lost(self, group_id: str, now: float, crashed: bool = False) -> None:
         """Take a worker group out of service: its sequences go on elsewhere, or when it is back.
 
-        What steps in flight had sampled is lost, and will be sampled again, identically.
+        What steps in flight had sampled is lost, and will be sampled again, identically. `crashed`:
+        the worker died or hung, and what it was computing may be why.
         """
         group = self._groups.pop(group_id)
+        group.pool.close()
         self._last_worker_at = now
+        in_flight = [seq for step in group.in_flight for seq in (*step.sampled, *step.unsampled)]
         lost = list(group.running()) + [seq for seq in self._settling if seq.group is group]
         for seq in lost:
             seq.num_pending = 0
@@ -230,10 +290,16 @@ class Scheduler:
         for seq in lost:
             if seq.num_recoveries > self._config.max_recoveries and seq.state is not SequenceState.FINISHED:
                 self._fail(seq.request, code_pb2.UNAVAILABLE, "NO_WORKERS", "lost its worker too often", resumable=True)
+        culprit = self._suspects.crashed(in_flight, now) if crashed else None
+        if culprit is not None:
+            message = "workers died of this request, and of no other: it is refused for a while"
+            self._fail(culprit, code_pb2.INTERNAL, "QUARANTINED", message)
 
     def step_done(self, group_id: str, result: worker_pb2.StepResult, now: float) -> None:
-        """Digest what a step sampled."""
+        """Digest what a step sampled. A step that was answered before is ignored."""
         group = self._groups[group_id]
+        if result.step_id <= group.num_steps - len(group.in_flight):
+            return
         if not group.in_flight or group.in_flight[0].step_id != result.step_id:
             raise WorkerMisbehavedError(f"step {result.step_id} was answered out of order")
         step = group.in_flight[0]
@@ -249,12 +315,15 @@ class Scheduler:
         for seq, token in zip(step.sampled, token_ids, strict=True):
             seq.num_pending -= 1
             is_wanted = seq.state is not SequenceState.FINISHED and token != NOT_FINITE
-            if seq.num_logprobs >= 0:
-                logprobs.read(seq.num_logprobs, seq.outbox if is_wanted else None)
+            row = logprobs.read(seq.num_logprobs) if seq.num_logprobs >= 0 else None
             if not is_wanted:
                 if seq.state is not SequenceState.FINISHED:  # else it ended while this step was running
-                    self._fail(seq.request, code_pb2.INTERNAL, "WORKER_FAULT", "the model's output is not finite")
+                    self._spoil(seq)
                 continue
+            if row is not None:
+                seq.outbox.add_logprobs(row)
+                if seq.request.submit.resume_window_ms:
+                    seq.kept_logprobs.append(row)
             tokens = seq.tokens
             tokens.append(token)
             outbox = seq.outbox
@@ -270,12 +339,17 @@ class Scheduler:
                 self._finish(seq, length_reason(seq), now)
             elif seq.num_pending == 0 and seq.state is SequenceState.WAITING:
                 self._settle(seq)
+        if self._suspects:
+            self._suspects.survived(step.sampled)
         self._flush_outboxes(result.step_id)
 
     # -- time ------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
-        """Act on deadlines and report progress."""
+        """Act on deadlines, measure the queue and report progress."""
+        self._admission.observe(self._waiting.num_tokens, now)
+        for unwanted in list(self._resumable.expired(now)):
+            self._drop(unwanted)
         while self._deadlines and self._deadlines[0][0] <= now:
             _, gateway_id, handle = heapq.heappop(self._deadlines)
             request = self._requests.get((gateway_id, handle))
@@ -286,7 +360,8 @@ class Scheduler:
             for request in self._requests.values():
                 self._set_deadline(request)
         self._flush_outboxes(step_id=0)
-        self._report_progress(now)
+        for gateway_id, progress in self._progress.take(self._requests, self._waiting, now).items():
+            self._send(gateway_id, scheduler_pb2.AttachResponse(progress=progress))
 
     def schedule(self, now: float) -> None:
         """Plan steps for every group that can take one more."""
@@ -309,7 +384,7 @@ class Scheduler:
         if not plan.slots:
             return False
         group.num_steps += 1
-        group.in_flight.append(StepInFlight(group.num_steps, plan.sampled, plan.num_tokens, now))
+        group.in_flight.append(StepInFlight(group.num_steps, plan.sampled, plan.unsampled, plan.num_tokens, now))
         message = plan.build(group.num_steps, group.freed_slots)
         group.freed_slots = []
         self._effects.append(SendPlan(group.group_id, group.epoch, message))
@@ -390,6 +465,8 @@ class Scheduler:
             ahead = sum(p.num_behind for p in group.prefilling if self._waiting.rank(p, now)[2:] < rank)
             if ahead >= budget or not group.free_slots:
                 return
+            if self._suspects and not self._suspects.may_run(seq, group.running()):
+                continue
             if len(self._groups) > 1 and choose_group(seq, self._groups.values()) is not group:
                 continue
             hits = group.allocator.cached_blocks(seq)
@@ -398,6 +475,7 @@ class Scheduler:
             if not group.allocator.open(seq, hits, reserve):
                 return
             self._waiting.remove(seq)
+            self._admission.opened(len(seq.tokens))
             seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
             if not seq.first_scheduled_at:
                 seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt)
@@ -446,31 +524,58 @@ class Scheduler:
         elif seq in self._waiting:
             self._waiting.remove(seq)
         seq.state = SequenceState.FINISHED
+        self._suspects.forget(seq)
         request = seq.request
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
-            key = request.gateway_id, request.handle
-            del self._requests[key]
-            self._progress_due.pop(key, None)
+            del self._requests[request.key]
+            self._progress.remove(request.key)
+            self._quotas.ended(request.submit, num_output(request))
             self._fair_share.forget_idle({other.submit.tenant for other in self._requests.values()})
 
     def _finish(self, seq: Sequence, reason: common_pb2.FinishReason, now: float, stop_token_id: int = 0) -> None:
         """End a sequence with a reason."""
         seq.last_token_at = seq.last_token_at or now
         self._stop(seq)
-        seq.outbox.finished.append(
-            scheduler_pb2.Finished(
-                handle=seq.handle,
-                candidate_index=seq.candidate_index,
-                reason=reason,
-                stop_token_id=stop_token_id,
-                usage=usage(seq),
-                timing=timing(seq, now),
-            )
+        seq.ending = scheduler_pb2.Finished(
+            handle=seq.handle,
+            candidate_index=seq.candidate_index,
+            reason=reason,
+            stop_token_id=stop_token_id,
+            usage=usage(seq),
+            timing=timing(seq, now),
         )
+        seq.outbox.finished.append(seq.ending)
+        if seq.request.num_unfinished == 0:
+            self._resumable.ended(seq.request, now)
+
+    def _spoil(self, seq: Sequence) -> None:
+        """End a request whose output is not finite, and let nobody use what it computed."""
+        request = seq.request
+        request.is_spoiled = True
+        for other in request.sequences:
+            if other.group is not None and other.group is self._groups.get(other.group.group_id):
+                other.group.allocator.spoil(other)
+        self._fail(request, code_pb2.INTERNAL, "WORKER_FAULT", "the model's output is not finite")
+
+    def _hand_over(self, request: Request, gateway_id: str, handle: int, now: float) -> None:
+        """Make a request another gateway's, or nobody's."""
+        is_live = self._requests.pop(request.key, None) is not None
+        self._progress.remove(request.key)
+        self._resumable.detached.pop(request, None)
+        request.gateway_id, request.handle, request.resume_until = gateway_id, handle, NEVER
+        outbox = self._outboxes.setdefault(gateway_id, Outbox(gateway_id))
+        for seq in request.sequences:
+            seq.handle, seq.outbox = handle, outbox
+        if is_live:
+            self._requests[request.key] = request
+            self._set_deadline(request)
+            if gateway_id != NOBODY:
+                self._progress.add(request.key, request, now)
 
     def _drop(self, request: Request) -> None:
         """End a request without a word."""
+        self._resumable.forget(request)
         for seq in request.sequences:
             self._stop(seq)
 
@@ -514,20 +619,20 @@ class Scheduler:
     def _refuse(self, gateway_id: str, submit: scheduler_pb2.Submit, now: float) -> scheduler_pb2.Rejected | None:
         """Return why a request cannot be queued, or None."""
         if self._draining:
-            return scheduler_pb2.Rejected(
-                handle=submit.handle,
-                code=code_pb2.UNAVAILABLE,
-                reason="DRAINING",
-                message="the scheduler is shutting down; another one can take the request",
-                retry_after_ms=1000,
-            )
+            message = "the scheduler is shutting down; another one can take the request"
+            return reject(submit, code_pb2.UNAVAILABLE, "DRAINING", message, retry_ms=1000)
         if (gateway_id, submit.handle) in self._requests:
-            return scheduler_pb2.Rejected(
-                handle=submit.handle,
-                code=code_pb2.ALREADY_EXISTS,
-                reason="IDEMPOTENCY_CONFLICT",
-                message=f"handle {submit.handle} is in use",
-            )
+            message = f"handle {submit.handle} is in use"
+            return reject(submit, code_pb2.ALREADY_EXISTS, "IDEMPOTENCY_CONFLICT", message)
+        quarantined_s = self._suspects.quarantined_s(submit, now)
+        if quarantined_s:
+            message = f"workers died of this request before; it is refused for another {quarantined_s:.0f} s"
+            return reject(submit, code_pb2.INTERNAL, "QUARANTINED", message)
+        # What is continued was let in once: its tenant pays for it, and must not lose it.
+        shortage, retry_ms = ("", 0) if submit.continue_token_ids else self._quotas.shortage(submit.tenant, now)
+        if shortage:
+            message = f"the quota of the tenant is used up: {shortage}"
+            return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", message, retry_ms=retry_ms)
         has_workers = self._groups or now - self._last_worker_at < self._config.worker_grace_s
         return self._admission.refuse(
             submit,
@@ -553,38 +658,20 @@ class Scheduler:
             if time is not NEVER:
                 heapq.heappush(self._deadlines, (time, request.gateway_id, request.handle))
 
-    def _report_progress(self, now: float) -> None:
-        """Send Progress for the requests that want it now, one message for each gateway."""
-        reports: dict[str, scheduler_pb2.Progress] = {}
-        positions: dict[Sequence, int] = {}
-        for key, due in self._progress_due.items():
-            if due > now:
-                continue
-            request = self._requests[key]
-            self._progress_due[key] = now + request.submit.progress_interval_ms / 1000
-            positions = positions or {seq: n for n, seq in enumerate(self._waiting.in_order(now, len(self._waiting)))}
-            seq = request.sequences[0]
-            report = reports.setdefault(request.gateway_id, scheduler_pb2.Progress())
-            report.handles.append(request.handle)
-            report.phases.append(phase(seq))
-            report.queue_positions.append(positions.get(seq, 0))
-            report.prefill_tokens_done.append(min(seq.num_computed, seq.num_prompt))
-        for gateway_id, report in reports.items():
-            self._send(gateway_id, scheduler_pb2.AttachResponse(progress=report))
-
     def _flush_outboxes(self, step_id: int) -> None:
         """Send each gateway what it is owed."""
         for gateway_id, outbox in self._outboxes.items():
             outputs = outbox.take(step_id)
-            if outputs is not None:
+            if outputs is not None and gateway_id != NOBODY:
                 outputs.running = sum(group.num_running for group in self._groups.values())
                 outputs.waiting = len(self._waiting) + len(self._settling)
                 outputs.kv_blocks_free = sum(group.pool.num_free for group in self._groups.values())
                 self._send(gateway_id, scheduler_pb2.AttachResponse(step_outputs=outputs))
 
     def _send(self, gateway_id: str, message: scheduler_pb2.AttachResponse) -> None:
-        """Send a message to a gateway."""
-        self._effects.append(SendToGateway(gateway_id, message))
+        """Send a message to a gateway, if there is one."""
+        if gateway_id != NOBODY:
+            self._effects.append(SendToGateway(gateway_id, message))
 
     def check_invariants(self) -> None:
         """Assert that all books balance. For tests, simulation and idle moments."""
@@ -604,6 +691,10 @@ class Scheduler:
             assert not seq.blocks, seq
             assert seq.slot == -1, seq
         assert all(seq.num_pending for seq in self._settling)
-        assert self._progress_due.keys() <= self._requests.keys()
+        for key, request in self._requests.items():
+            assert request.key == key, request
+        self._progress.check_invariants(self._requests)
+        self._resumable.check_invariants(set(self._requests.values()))
+        self._suspects.check_invariants(unfinished)
         for group in self._groups.values():
             group.check_invariants()

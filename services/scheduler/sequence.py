@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from octavo.services.scheduler.config import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from octavo.services.scheduler.block_pool import Block
-    from octavo.services.scheduler.outputs import Outbox
+    from octavo.services.scheduler.outputs import LogprobRow, Outbox
     from octavo.services.scheduler.worker_group import WorkerGroup
 
 
@@ -26,21 +27,30 @@ class SequenceState(enum.Enum):
 
 @dataclass(eq=False)
 class Request:
-    """A submitted request: one sequence for each candidate. Times are seconds on the caller's clock."""
+    """A submitted request: one sequence for each candidate. Times are seconds on the caller's clock.
+
+    gateway_id, handle   whose it is and the owner's name for it; "" and its arrival while nobody's
+    is_spoiled           what it computed must not be used by others
+    num_blames           how often in a row a worker died while it was the only suspect
+    """
 
     submit: scheduler_pb2.Submit
     gateway_id: str
+    handle: int
     arrival: int  # grows by one with each request: the oldest has the smallest
     admitted_at: float
     deadline: float
     soft_deadline: float  # inf: none
     sequences: list[Sequence] = field(default_factory=list)
     num_unfinished: int = 0
+    is_spoiled: bool = False
+    num_blames: int = 0
+    resume_until: float = math.inf  # when it ends if nobody takes it over
 
     @property
-    def handle(self) -> int:
-        """The gateway's name for it."""
-        return self.submit.handle
+    def key(self) -> tuple[str, int]:
+        """What the scheduler files it under."""
+        return self.gateway_id, self.handle
 
 
 class Sequence:
@@ -51,13 +61,15 @@ class Sequence:
     num_pending     tokens that plans in flight will sample: they exist, their values do not yet
     max_tokens      prompt and output together never get longer
     blocks          its blocks, in order; block_hashes names the full ones, as far as hashed
+    kept_logprobs   of its newest tokens, if its request can be resumed and wants them
+    ending          how it ended, if its client was told
     """
 
     __slots__ = (
-        "admitted_at", "block_hashes", "blocks", "candidate_index", "first_scheduled_at", "first_token_at", "group",
-        "handle", "last_token_at", "max_tokens", "min_stop_tokens", "num_cached_tokens", "num_computed",
-        "num_hashed_blocks", "num_logprobs", "num_pending", "num_preemptions", "num_prompt", "num_recoveries",
-        "outbox", "request", "slot", "state", "stop_ids", "tokens",
+        "admitted_at", "block_hashes", "blocks", "candidate_index", "ending", "first_scheduled_at", "first_token_at",
+        "group", "handle", "kept_logprobs", "last_token_at", "max_tokens", "min_stop_tokens", "num_cached_tokens",
+        "num_computed", "num_hashed_blocks", "num_logprobs", "num_pending", "num_preemptions", "num_prompt",
+        "num_recoveries", "outbox", "request", "slot", "state", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(self, request: Request, candidate_index: int, max_tokens: int, outbox: Outbox) -> None:
@@ -89,6 +101,8 @@ class Sequence:
         self.first_scheduled_at = 0.0
         self.first_token_at = 0.0
         self.last_token_at = 0.0
+        self.kept_logprobs: list[LogprobRow] = []
+        self.ending: scheduler_pb2.Finished | None = None
 
     def __repr__(self) -> str:
         return (

@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from octavo.services.common.errors import Reason, ServingError
-from octavo.services.common.protocol import PROTOCOL_REVISION
+from octavo.services.common.protocol import PROTOCOL_REVISION, is_spoken
 from octavo.services.scheduler.engine import Engine, GatewayConnection
 
 HELLO_TIMEOUT_S = 10.0
@@ -21,7 +21,7 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
         self._engine = engine
 
     async def Attach(self, request_iterator: AsyncIterator[scheduler_pb2.AttachRequest], context: Any) -> None:  # noqa: N802
-        """Serve one gateway until it leaves. Its requests end with the stream."""
+        """Serve one gateway until it leaves. Requests without a resume window end with the stream."""
         connection = self._engine.attach(await self._hello(request_iterator))
         reading = asyncio.create_task(self._read(connection, request_iterator))
         closing = asyncio.create_task(connection.closed.wait())
@@ -33,13 +33,25 @@ class SchedulerServicer(scheduler_pb2_grpc.SchedulerServiceServicer):
             for task in (reading, closing, writing):
                 task.cancel()
 
+    async def WatchCache(  # noqa: N802
+        self,
+        request: scheduler_pb2.WatchCacheRequest,
+        context: Any,  # noqa: ARG002
+    ) -> AsyncIterator[scheduler_pb2.WatchCacheResponse]:
+        """Stream what the prefix cache holds."""
+        watchers = self._engine.cache_watchers
+        if watchers.is_full:
+            raise ServingError(Reason.QUEUE_FULL, "too many gateways watch the cache", retry_after_ms=5000)
+        async for message in watchers.watch(request):
+            yield message
+
     async def _hello(self, requests: AsyncIterator[scheduler_pb2.AttachRequest]) -> scheduler_pb2.Hello:
         """Return the gateway's introduction, or refuse it."""
         async with asyncio.timeout(HELLO_TIMEOUT_S):
             first = await anext(aiter(requests), None)
         if first is None or not first.HasField("hello") or not first.hello.gateway_id:
             raise ServingError(Reason.MALFORMED_REQUEST, "the first message must be a Hello with a gateway id")
-        if first.hello.protocol_revision != PROTOCOL_REVISION:
+        if not is_spoken(first.hello.protocol_revision):
             raise ServingError(
                 Reason.PROTOCOL_REVISION,
                 f"the gateway has protocol revision {first.hello.protocol_revision}, "

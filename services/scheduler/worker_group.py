@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from octavo.services.scheduler.block_allocator import BlockAllocator
+from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.sequence import Sequence, SequenceState
+from octavo.services.scheduler.step_clock import StepClock
 
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one waits beside the worker
 
 
 @dataclass(frozen=True, eq=False)
 class StepInFlight:
-    """A plan that was sent: which sequences it samples, in the plan's order."""
+    """A plan that was sent: which sequences it samples, in the plan's order, and which it only computes."""
 
     step_id: int
     sampled: list[Sequence]
+    unsampled: list[Sequence]
     num_tokens: int
     sent_at: float
 
@@ -26,11 +29,20 @@ class StepInFlight:
 class WorkerGroup:
     """One copy of the model: the ranks that execute every plan together. Only the Scheduler writes it."""
 
-    def __init__(self, group_id: str, epoch: int, num_blocks: int, max_running: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        group_id: str,
+        epoch: int,
+        num_blocks: int,
+        max_running: int,
+        max_model_len: int,
+        feed: CacheFeed,
+        clock: StepClock,
+    ) -> None:
         self.group_id = group_id
         self.epoch = epoch
         self.max_model_len = min(max_model_len, (num_blocks - 1) * BLOCK_SIZE)
-        self.allocator = BlockAllocator(num_blocks)
+        self.allocator = BlockAllocator(num_blocks, feed)
         self.pool = self.allocator.pool
         self.decoding: list[Sequence] = []  # in the order they got here: one token a step
         self.prefilling: list[Sequence] = []  # more than one token behind
@@ -39,6 +51,7 @@ class WorkerGroup:
         self.free_slots = list(range(max_running - 1, -1, -1))
         self.freed_slots: list[int] = []  # since the last plan: the worker must hear of them
         self.tokens_per_s = 0.0  # moving average over steps; 0 until measured
+        self._clock = clock
         self._last_result_at = 0.0
 
     @property
@@ -61,12 +74,24 @@ class WorkerGroup:
 
     def measure(self, step: StepInFlight, now: float) -> None:
         """Learn the rate of the group from a step that was answered."""
-        # With two steps in flight a step starts when the one before is answered.
-        elapsed = now - max(step.sent_at, self._last_result_at)
+        elapsed = now - self._started_at(step)
         self._last_result_at = now
+        self._clock.record(step.num_tokens, elapsed)
         if elapsed > 0:
             rate = step.num_tokens / elapsed
             self.tokens_per_s += 0.1 * (rate - self.tokens_per_s) if self.tokens_per_s else rate
+
+    def overdue_s(self, now: float) -> float:
+        """Return for how long the oldest step in flight has taken if that is too long, else 0."""
+        if not self.in_flight:
+            return 0.0
+        step = self.in_flight[0]
+        age_s = now - self._started_at(step)
+        return age_s if age_s > self._clock.patience_s(step.num_tokens) else 0.0
+
+    def _started_at(self, step: StepInFlight) -> float:
+        """With two steps in flight a step starts when the one before is answered."""
+        return max(step.sent_at, self._last_result_at)
 
     def check_invariants(self) -> None:
         """Assert that slots, blocks and sequences agree."""

@@ -24,6 +24,7 @@ from octavo.gpu_worker.engine import count_blocks
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.loading import LoadedModel, load_model
 from octavo.gpu_worker.progress import Progress
+from octavo.gpu_worker.protocol import PROTOCOL_REVISION
 from octavo.gpu_worker.worker import Worker
 from octavo.worker.v1 import worker_pb2
 
@@ -60,7 +61,7 @@ class Scheduler:
         self._socket.close()
         self._context.term()
 
-    def send(self, epoch: int, revision: int = 1, **kind: Any) -> None:
+    def send(self, epoch: int, revision: int = PROTOCOL_REVISION, **kind: Any) -> None:
         self.send_raw(worker_pb2.WorkerFrame(protocol_revision=revision, epoch=epoch, **kind).SerializeToString())
 
     def send_raw(self, *parts: bytes) -> None:
@@ -74,7 +75,7 @@ class Scheduler:
             frame = worker_pb2.WorkerFrame.FromString(data)
             found = frame.WhichOneof("kind")
             if found == kind and where(frame):
-                assert frame.protocol_revision == 1
+                assert frame.protocol_revision == PROTOCOL_REVISION
                 return getattr(frame, kind)
             assert found in ("heartbeat", "worker_hello", kind), f"{found} came instead of {kind}: {frame}"
 
@@ -270,12 +271,25 @@ def test_malformed_frames_are_counted_and_dropped(running: Running) -> None:
     assert running.worker._link.num_malformed == 3
 
 
+def test_a_fenced_worker_forgets_its_plans_and_says_hello(running: Running) -> None:
+    running.scheduler.join()
+    running.scheduler.send(1, step_plan=prompt())
+    running.scheduler.expect("step_result")
+    running.scheduler.send(1, fenced=worker_pb2.Fenced(reason="too slow"))
+    running.scheduler.send(1, step_plan=prompt())  # of the epoch that has ended
+    running.scheduler.expect("worker_hello")
+    running.scheduler.join(epoch=2)
+    running.scheduler.send(2, step_plan=prompt())
+    assert running.scheduler.expect("step_result").step_id == 1
+    assert running.worker.num_dropped == 1
+
+
 def test_another_protocol_revision_is_refused(running: Running) -> None:
     running.scheduler.expect("worker_hello")
     running.scheduler.send(1, revision=99, worker_config=worker_pb2.WorkerConfig())
     fault = running.scheduler.expect("worker_fault")
     assert fault.reason == "PROTOCOL_REVISION"
-    assert "revision 1, the scheduler 99" in fault.message
+    assert f"revision {PROTOCOL_REVISION}, the scheduler 99" in fault.message
 
 
 @pytest.mark.parametrize(

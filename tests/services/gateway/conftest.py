@@ -18,6 +18,7 @@ from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from octavo.services.common.grpc_options import server_options
 from octavo.services.common.interceptor import ErrorInterceptor
+from octavo.services.common.protocol import PROTOCOL_REVISION
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
 
@@ -68,7 +69,7 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         self.cache_events: asyncio.Queue[scheduler_pb2.WatchCacheResponse] = asyncio.Queue()
         self.watched_from: list[int] = []
         self.load = scheduler_pb2.Load(workers_ready=1, kv_blocks_total=100, kv_blocks_free=90, model_version="w1")
-        self.protocol_revision = 1
+        self.protocol_revision = PROTOCOL_REVISION
         self.received: asyncio.Queue[scheduler_pb2.AttachRequest] = asyncio.Queue()
         self.attached = asyncio.Event()
         self._outgoing: asyncio.Queue[scheduler_pb2.AttachResponse | None] = asyncio.Queue()
@@ -94,7 +95,7 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         outgoing: asyncio.Queue[scheduler_pb2.AttachResponse | None] = asyncio.Queue()
         self._outgoing = outgoing
         hello = await anext(aiter(request_iterator))
-        assert hello.hello.protocol_revision == 1
+        assert hello.hello.protocol_revision == PROTOCOL_REVISION
         welcome = scheduler_pb2.Welcome(
             scheduler_id=self.scheduler_id,
             epoch=self.epoch,

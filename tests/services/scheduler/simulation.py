@@ -68,6 +68,7 @@ class FakeWorker:
         self.slots: dict[int, Slot] = {}
         self.steps = 0
         self.largest_step = 0
+        self.not_finite_after: int | None = None
 
     def execute(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepResult:
         """Run one plan; assert that it is well formed."""
@@ -106,6 +107,8 @@ class FakeWorker:
             state = self._write(slot, contexts[row], query)
             if flags & 1:
                 slot.last_sampled = next_token(state, slot.seed, slot.candidate)
+                if query[-1] == self.not_finite_after:
+                    slot.last_sampled = 0xFFFFFFFF
                 sampled_slots.append(index)
                 tokens.append(slot.last_sampled)
                 if slot.width >= 0:
@@ -163,6 +166,8 @@ class World:
         self.handles = 0
         self.num_blocks, self.max_model_len = num_blocks, max_model_len
         self.plans: list[worker_pb2.StepPlan] = []
+        self.not_finite_after: int | None = None  # a row that ends with this token has no finite logits
+        self.messages: list[scheduler_pb2.AttachResponse] = []
         self.others: list[scheduler_pb2.AttachResponse] = []
         for index in range(groups):
             self.join(f"group-{index}")
@@ -174,9 +179,9 @@ class World:
         self.core.worker_joined(group_id, self.epochs[group_id], self.num_blocks, self.max_model_len, self.now)
         self.settle()
 
-    def lose(self, group_id: str) -> None:
+    def lose(self, group_id: str, crashed: bool = False) -> None:
         del self.workers[group_id], self.queues[group_id]
-        self.core.worker_lost(group_id, self.now)
+        self.core.worker_lost(group_id, self.now, crashed)
         self.settle()
 
     def submit(self, prompt: list[int], max_new_tokens: int = 8, gateway: str = "g", **fields: object) -> Stream:
@@ -185,7 +190,7 @@ class World:
         stop = fields.pop("stop", {})
         submit = scheduler_pb2.Submit(
             handle=self.handles,
-            request_id=f"r{self.handles}",
+            request_id=str(fields.pop("request_id", f"r{self.handles}")),
             prompt_token_ids=prompt,
             sampling=sampling,  # type: ignore[arg-type]
             stop={"max_new_tokens": max_new_tokens, **stop},  # type: ignore[dict-item]
@@ -200,6 +205,17 @@ class World:
         stream.cancelled = True
         self.core.cancel(gateway, scheduler_pb2.Cancel(handle=stream.submit.handle), self.now)
         self.settle()
+
+    def reattach(self, stream: Stream, gateway: str, offsets: list[int], epoch: int = 0) -> Stream:
+        """Take a stream over under a new handle; what comes back is in the stream returned."""
+        self.handles += 1
+        taken = self.streams[gateway, self.handles] = Stream(stream.submit, admitted=True)
+        reattach = scheduler_pb2.Reattach(
+            handle=self.handles, request_id=stream.submit.request_id, epoch=epoch, next_token_offsets=offsets
+        )
+        self.core.reattach(gateway, reattach, self.now)
+        self.settle()
+        return taken
 
     def settle(self) -> None:
         """Schedule, and deliver all effects."""
@@ -217,16 +233,19 @@ class World:
 
     def deliver(self, effect: SendToGateway) -> None:
         message = effect.message
+        self.messages.append(message)
         kind = message.WhichOneof("kind")
         if kind == "step_outputs":
             outputs = message.step_outputs
             candidates = outputs.candidate_indexes or [0] * len(outputs.handles)
-            for handle, candidate, token in zip(outputs.handles, candidates, outputs.token_ids, strict=True):
+            counts, tokens = outputs.token_counts or [1] * len(outputs.handles), iter(outputs.token_ids)
+            for handle, candidate, count in zip(outputs.handles, candidates, counts, strict=True):
                 stream = self.streams[effect.gateway_id, handle]
                 assert stream.admitted
                 assert not stream.ended, f"output after the end of {handle}"
                 assert candidate not in stream.finished
-                stream.tokens[candidate].append(token)
+                stream.tokens[candidate] += [next(tokens) for _ in range(count)]
+            assert next(tokens, None) is None
             for finished in outputs.finished:
                 stream = self.streams[effect.gateway_id, finished.handle]
                 assert finished.candidate_index not in stream.finished, "ended twice"
@@ -246,11 +265,20 @@ class World:
         """Let a group execute its oldest plan; False if it has none."""
         if not self.queues.get(group_id):
             return False
-        result = self.workers[group_id].execute(self.queues[group_id].pop(0))
+        worker = self.workers[group_id]
+        worker.not_finite_after = self.not_finite_after
+        result = worker.execute(self.queues[group_id].pop(0))
         self.now += 0.01
         self.core.step_done(group_id, result, self.now)
         self.settle()
         return True
+
+    def would_feed(self, group_id: str, token: int) -> bool:
+        """Return whether a group's oldest plan computes `token`."""
+        plan, worker = self.queues[group_id][0], self.workers[group_id]
+        fed = zip(array("I", plan.slot_indexes), plan.row_flags, strict=True)
+        last = [worker.slots[slot].last_sampled for slot, flags in fed if flags & 2 and slot in worker.slots]
+        return token in array("I", plan.token_ids) or token in last
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing is left to do."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from octavo.services.scheduler.server import SchedulerServicer
 from octavo.worker.v1 import worker_pb2
 
 from .simulation import FakeWorker, expected_output
+from .test_cache_feed import names
 
 PROMPT = list(range(100, 140))
 
@@ -41,11 +45,12 @@ class WorkerClient:
         self.socket.connect(endpoint)
         self.name = name
         self.epoch = 0
+        self.revision = PROTOCOL_REVISION
         self.model = FakeWorker(64)
         self.task: asyncio.Task[None] | None = None
 
     async def send(self, **fields: Any) -> None:
-        frame = worker_pb2.WorkerFrame(**{"protocol_revision": PROTOCOL_REVISION, "epoch": self.epoch, **fields})
+        frame = worker_pb2.WorkerFrame(**{"protocol_revision": self.revision, "epoch": self.epoch, **fields})
         await self.socket.send(frame.SerializeToString())
 
     async def hello(self, **fields: Any) -> None:
@@ -55,6 +60,7 @@ class WorkerClient:
     async def receive(self, kind: str) -> worker_pb2.WorkerFrame:
         while True:
             frame = worker_pb2.WorkerFrame.FromString(await self.socket.recv())
+            assert frame.protocol_revision == self.revision
             if frame.WhichOneof("kind") == kind:
                 return frame
 
@@ -86,6 +92,7 @@ class Gateway:
     """One Attach stream."""
 
     def __init__(self, stub: scheduler_pb2_grpc.SchedulerServiceStub, name: str = "g1") -> None:
+        self.stub = stub
         self.call = stub.Attach()
         self.name = name
         self.tokens: dict[int, list[int]] = {}
@@ -103,8 +110,10 @@ class Gateway:
             message = await self.call.read()
             assert message is not aio.EOF, "the stream ended"
             if message.HasField("step_outputs"):
-                for handle, token in zip(message.step_outputs.handles, message.step_outputs.token_ids, strict=True):
-                    self.tokens.setdefault(handle, []).append(token)
+                outputs, tokens = message.step_outputs, iter(message.step_outputs.token_ids)
+                counts = outputs.token_counts or [1] * len(outputs.handles)
+                for handle, count in zip(outputs.handles, counts, strict=True):
+                    self.tokens.setdefault(handle, []).extend(islice(tokens, count))
             if message.WhichOneof("kind") == kind:
                 return message
 
@@ -268,7 +277,7 @@ async def test_a_gateway_that_leaves_takes_its_requests_along(tmp_path: Path) ->
         worker.close()
 
 
-async def test_detach_ends_a_request_and_reattach_is_answered(tmp_path: Path) -> None:
+async def test_detach_ends_a_request_without_a_window_and_reattach_is_answered(tmp_path: Path) -> None:
     async with running(tmp_path) as process:
         worker, gateway = await process.connect()
         worker.work()
@@ -282,11 +291,96 @@ async def test_detach_ends_a_request_and_reattach_is_answered(tmp_path: Path) ->
         worker.close()
 
 
-async def test_another_revision_of_a_gateway_is_refused_with_advice(tmp_path: Path) -> None:
+async def test_a_request_goes_on_without_its_gateway_and_with_another_one(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = await process.connect()
+        worker.work()
+        await gateway.submit(1, max_new_tokens=300, resume_window_ms=60_000, gateway_state=b"state")
+        await gateway.receive("step_outputs")
+        gateway.call.cancel()
+        second = process.gateway("g2")
+        welcome = await second.hello()
+        await until(lambda: process.engine.core.num_requests == 0)  # it ended without a reader
+        reattach = scheduler_pb2.Reattach(handle=5, request_id="request-1", epoch=welcome.epoch, next_token_offsets=[7])
+        await second.send(reattach=reattach)
+        assert (await second.receive("reattached")).reattached.gateway_state == b"state"
+        outputs = (await second.receive("step_outputs")).step_outputs
+        assert list(outputs.token_counts) == [293]
+        assert list(outputs.token_ids) == expected_output(PROMPT, 300)[7:]
+        assert outputs.finished[0].handle == 5
+        worker.close()
+
+
+async def test_watchers_learn_what_the_cache_holds(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = await process.connect()
+        worker.work()
+        watch = gateway.stub.WatchCache(scheduler_pb2.WatchCacheRequest())
+        first = await watch.read()
+        assert first.cleared
+        assert first.kv_block_size == 16
+        await gateway.submit(1)
+        await gateway.finish(1)
+        known: set[int] = set()
+        while not known >= set(names(PROMPT)):
+            known |= set((await watch.read()).stored_block_hashes)
+        worker.close()
+
+
+async def test_a_worker_that_hangs_is_reported_and_finds_itself_fenced(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    async with running(tmp_path, step_timeout_s=0.2, progress_fd=write_end) as process:
+        worker, gateway = await process.connect()
+        await gateway.submit(1)
+        plan = (await worker.receive("step_plan")).step_plan
+        await until(lambda: not process.engine.load().workers_ready)
+        report = json.loads(os.read(read_end, 1000))
+        assert (report["phase"], report["worker_id"]) == ("fenced", "w1")
+        await worker.send(step_result=worker.model.execute(plan))  # it goes on, too late
+        fenced = await worker.receive("fenced")
+        assert fenced.epoch == worker.epoch
+        await worker.join()
+        worker.work()
+        assert await gateway.finish(1) == expected_output(PROMPT, 8)
+        worker.close()
+    os.close(read_end)
+    os.close(write_end)
+
+
+async def test_a_repeated_result_changes_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = await process.connect()
+        await gateway.submit(1)
+        for _ in range(4):
+            result = worker.model.execute((await worker.receive("step_plan")).step_plan)
+            await worker.send(step_result=result)
+            await worker.send(step_result=result)
+        worker.work()
+        assert await gateway.finish(1) == expected_output(PROMPT, 8)
+        assert process.engine.load().workers_ready == 1
+        worker.close()
+
+
+@pytest.mark.parametrize("revision", [PROTOCOL_REVISION - 1, PROTOCOL_REVISION])
+async def test_gateways_and_workers_of_the_revision_before_are_served_in_it(tmp_path: Path, revision: int) -> None:
+    async with running(tmp_path) as process:
+        worker, gateway = process.worker(), process.gateway()
+        worker.revision = revision
+        await worker.join()
+        worker.work()
+        assert (await gateway.hello(revision=revision)).protocol_revision == revision
+        await until(lambda: process.engine.load().workers_ready)
+        await gateway.submit(1)
+        assert await gateway.finish(1) == expected_output(PROMPT, 8)
+        worker.close()
+
+
+@pytest.mark.parametrize("revision", [PROTOCOL_REVISION - 2, PROTOCOL_REVISION + 1])
+async def test_another_revision_of_a_gateway_is_refused_with_advice(tmp_path: Path, revision: int) -> None:
     async with running(tmp_path) as process:
         gateway = process.gateway()
         with pytest.raises(aio.AioRpcError) as caught:
-            await gateway.hello(revision=99)
+            await gateway.hello(revision=revision)
         assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
         assert "same version" in (caught.value.details() or "")
 

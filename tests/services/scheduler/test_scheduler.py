@@ -400,7 +400,7 @@ def test_a_gateway_that_is_gone_leaves_nothing_behind() -> None:
     gone = [world.submit(PROMPT, gateway="gone") for _ in range(3)]
     stays = world.submit([5] * 20, gateway="stays")
     world.step()
-    world.core.gateway_lost("gone")
+    world.core.gateway_lost("gone", world.now)
     for stream in gone:
         stream.cancelled = True
     world.settle()

@@ -1,0 +1,127 @@
+"""All of a scheduler process that is not a socket or a clock: the core, its workers, its gateways.
+
+Pure, like the core: the engine runs it on real sockets, the simulation on simulated ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
+from octavo.services.scheduler.membership import MemberEvents, Membership
+from octavo.services.scheduler.outputs import WorkerMisbehavedError
+from octavo.services.scheduler.scheduler import Scheduler, SendPlan, SendToGateway
+from octavo.worker.v1 import worker_pb2
+
+EPOCHS_OF_WORKERS = 16  # bits: each start of a scheduler has so many
+
+
+class Node:
+    """Joins a Scheduler with the workers' membership. Call `pump` after each event, or after several.
+
+    epoch   names this life of the scheduler, and is greater than that of any before
+    send    delivers a frame to a worker; False if it cannot be
+    deliver is given every message to a gateway, in order
+    changed is called when a worker came or went
+    fenced  is told the id of a worker that was given up, and why; it may be alive
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        scheduler_id: str,
+        epoch: int,
+        now: float,
+        *,
+        send: Callable[[bytes, worker_pb2.WorkerFrame], bool],
+        deliver: Callable[[SendToGateway], None],
+        changed: Callable[[], None],
+        fenced: Callable[[str, str], None],
+    ) -> None:
+        self._config = config
+        self._scheduler_id = scheduler_id
+        self._epoch = epoch
+        self._deliver = deliver
+        self._changed = changed
+        self.core = Scheduler(config, now, epoch)
+        events = MemberEvents(send, self._on_ready, self._on_lost, self._on_step_done, fenced)
+        self.members = Membership(config, epoch << EPOCHS_OF_WORKERS, events)
+        self.num_steps = 0
+
+    # -- gateways --------------------------------------------------------------------------------
+
+    def welcome(self, revision: int, now: float) -> scheduler_pb2.Welcome:
+        """Return the greeting for a gateway that speaks `revision`."""
+        load = self.load(now)
+        return scheduler_pb2.Welcome(
+            scheduler_id=self._scheduler_id,
+            epoch=self._epoch,
+            kv_block_size=BLOCK_SIZE,
+            kv_blocks_total=load.kv_blocks_total,
+            max_running=self._config.max_running,
+            protocol_revision=revision,
+            load=load,
+        )
+
+    def load(self, now: float) -> scheduler_pb2.Load:
+        """Describe the state of the scheduler."""
+        load = self.core.load(now)
+        load.model_version = self.members.model_version
+        return load
+
+    def on_gateway_message(self, gateway_id: str, message: scheduler_pb2.AttachRequest, now: float) -> None:
+        """Hand one message of a gateway to the scheduler."""
+        kind = message.WhichOneof("kind")
+        if kind == "submit":
+            self.core.submit(gateway_id, message.submit, now)
+        elif kind == "cancel":
+            self.core.cancel(gateway_id, message.cancel, now)
+        elif kind == "detach":
+            self.core.detach(gateway_id, message.detach.handle, now)
+        elif kind == "reattach":
+            self.core.reattach(gateway_id, message.reattach, now)
+
+    def gateway_lost(self, gateway_id: str, now: float) -> None:
+        """Let go of a gateway whose stream broke."""
+        self.core.gateway_lost(gateway_id, now)
+
+    # -- workers ---------------------------------------------------------------------------------
+
+    def on_frame(self, identity: bytes, frame: worker_pb2.WorkerFrame, now: float) -> None:
+        """Handle one frame of a worker."""
+        self.members.handle(identity, frame, now)
+
+    def _on_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
+        self.core.worker_joined(group_id, epoch, ready.kv_blocks, ready.max_model_len, now)
+        self._changed()
+
+    def _on_lost(self, group_id: str, crashed: bool, now: float) -> None:
+        self.core.worker_lost(group_id, now, crashed)
+        self._changed()
+
+    def _on_step_done(self, group_id: str, result: worker_pb2.StepResult, now: float) -> None:
+        try:
+            self.core.step_done(group_id, result, now)
+        except WorkerMisbehavedError as error:
+            self.members.give_up(group_id, str(error), now, crashed=False)
+            return
+        self.num_steps += 1
+
+    # -- time ------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Watch time: workers that are gone, silent or hang, and requests whose time is up."""
+        self.members.check(now, busy=self.core.busy_groups())
+        for group_id, age_s in self.core.overdue_groups(now).items():
+            self.members.give_up(group_id, f"hangs: a step is unanswered for {age_s:.1f} s", now)
+        self.core.tick(now)
+
+    def pump(self, now: float) -> None:
+        """Plan what can be planned and deliver all effects."""
+        self.core.schedule(now)
+        for effect in self.core.take_effects():
+            if isinstance(effect, SendPlan):
+                self.members.send_plan(effect.group_id, effect.epoch, effect.plan, now)
+            else:
+                self._deliver(effect)

@@ -1,0 +1,93 @@
+"""Finds the request that kills workers, and keeps it from killing more."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
+
+QUARANTINE_S = 600.0
+MAX_QUARANTINED = 1024  # requests; the oldest is forgotten
+MAX_BLAMES = 2
+MARGIN = 2  # steps in flight: a sequence is past a crash once it is so many tokens further
+
+
+class Suspects:
+    """Bisects a batch that died.
+
+    After a crash every sequence in the steps in flight is a suspect, and runs again in the company
+    of at most half as many suspects; others run along. A suspect that gets past the point of the
+    crash is cleared. One that was the only suspect when a worker died is blamed, and the second
+    time in a row its request is the culprit.
+    """
+
+    def __init__(self) -> None:
+        self._company: dict[Sequence, int] = {}  # the most suspects that may run together with it
+        self._cleared_at: dict[Sequence, int] = {}  # length at which it is cleared
+        self._quarantined: OrderedDict[bytes, float] = OrderedDict()  # until when, oldest first
+
+    def __bool__(self) -> bool:
+        return bool(self._company)
+
+    def crashed(self, in_flight: Iterable[Sequence], now: float) -> Request | None:
+        """Learn that a worker died while it computed these; return the culprit if it is found."""
+        alive = [seq for seq in dict.fromkeys(in_flight) if seq.state is not SequenceState.FINISHED]
+        suspects = [seq for seq in alive if seq in self._company] or alive
+        for seq in suspects:
+            self._company[seq] = max(1, len(suspects) // 2)
+            self._cleared_at[seq] = max(len(seq.tokens) + MARGIN, self._cleared_at.get(seq, 0))
+        if len(suspects) != 1:
+            return None
+        request = suspects[0].request
+        request.num_blames += 1
+        if request.num_blames < MAX_BLAMES:
+            return None
+        self._quarantined[request_key(request.submit)] = now + QUARANTINE_S
+        if len(self._quarantined) > MAX_QUARANTINED:
+            self._quarantined.popitem(last=False)
+        return request
+
+    def may_run(self, seq: Sequence, running: Iterable[Sequence]) -> bool:
+        """Return whether `seq` may run beside those that run on a group."""
+        company = self._company.get(seq)
+        if company is None:
+            return True
+        limits = [self._company[other] for other in running if other in self._company]
+        return len(limits) < min(company, *limits) if limits else True
+
+    def survived(self, computed: Iterable[Sequence]) -> None:
+        """Learn that a step was answered: clear who got past the crash."""
+        for seq in computed:
+            if seq in self._company and len(seq.tokens) >= min(self._cleared_at[seq], seq.max_tokens):
+                self.forget(seq)
+                seq.request.num_blames = 0
+
+    def forget(self, seq: Sequence) -> None:
+        """Let go of a sequence, cleared or ended."""
+        self._company.pop(seq, None)
+        self._cleared_at.pop(seq, None)
+
+    def quarantined_s(self, submit: scheduler_pb2.Submit, now: float) -> float:
+        """Return for how long a request like this one is still refused; 0 if it is not."""
+        if not self._quarantined:
+            return 0.0
+        return max(0.0, self._quarantined.get(request_key(submit), now) - now)
+
+    def check_invariants(self, unfinished: set[Sequence]) -> None:
+        """Assert that only sequences that have not ended are suspects."""
+        assert self._company.keys() <= unfinished
+        assert self._company.keys() == self._cleared_at.keys()
+        assert len(self._quarantined) <= MAX_QUARANTINED
+
+
+def request_key(submit: scheduler_pb2.Submit) -> bytes:
+    """Name what a request asks for, however much of its output is there already."""
+    if submit.body_sha256:
+        what = submit.body_sha256
+    else:
+        tokens = submit.prompt_token_ids
+        what = repr((list(tokens), submit.sampling.SerializeToString(deterministic=True), submit.adapter)).encode()
+    return hashlib.sha256(submit.tenant.encode() + b"\0" + what).digest()
