@@ -27,6 +27,7 @@ from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from octavo.services.common.grpc_options import hop_channel_options, server_options
+from octavo.services.common.protocol import PROTOCOL_REVISION
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while in the warm sun. "
 
@@ -58,7 +59,8 @@ class EndlessScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         """Serve one gateway."""
         left: dict[int, int] = {}
         load = scheduler_pb2.Load(workers_ready=1)
-        await context.write(scheduler_pb2.AttachResponse(welcome=scheduler_pb2.Welcome(protocol_revision=1, load=load)))
+        welcome = scheduler_pb2.Welcome(protocol_revision=PROTOCOL_REVISION, load=load)
+        await context.write(scheduler_pb2.AttachResponse(welcome=welcome))
         pump: asyncio.Task[None] | None = None
         async for message in request_iterator:
             if message.WhichOneof("kind") == "submit":

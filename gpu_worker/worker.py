@@ -117,7 +117,7 @@ class Worker:
                 self._compute(frame.step_plan)
             elif kind == "fenced":
                 log.warning("fenced by the scheduler (%s); joining again", frame.fenced.reason)
-                self._epoch = 0
+                self._end_epoch()
                 self._reported_at = float("-inf")
             elif kind == "shutdown":
                 log.info("the scheduler ends this worker")
