@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -31,6 +32,7 @@ _PROCESSES = "processes"
 _SCHEDULING = "scheduling"
 _RUN_PREFIX = "octavo-serve-"
 _MAX_BASE_BYTES = 64  # the path of a Unix socket in a run directory has at most 107 bytes
+_RESUME_KEY = "resume.key"
 _NEW_S = 60.0
 _POLL_S = 0.05
 
@@ -149,6 +151,7 @@ def main(argv: Sequence[str]) -> int:
             listen = _take_addresses(config)
             model = model_source.find(config.model, display.progress)
             with _run_directory() as folder:
+                _write_secret(folder / _RESUME_KEY)
                 return asyncio.run(_supervise(config, model, listen, folder, display, started))
         except CommandError as error:
             display.line(f"octavo serve: {error}")
@@ -202,6 +205,13 @@ def _run_directory() -> Iterator[Path]:
         os.close(lock)
 
 
+def _write_secret(path: Path) -> None:
+    """Make a file with a new secret that only this user can read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
 def _remove_if_left(folder: Path) -> None:
     """Remove a run directory of ours that no process holds; a new one may not be locked yet."""
     with contextlib.suppress(OSError):
@@ -253,6 +263,7 @@ def child_specs(
     gateway = {
         "model_name": model.name,
         "scheduler_addresses": tuple(scheduler_addresses),
+        "resume_key_file": str(folder / _RESUME_KEY),
         "admin_address": "",
         "max_model_len": config.max_model_len,
         "reflection": config.reflection,

@@ -4,5 +4,16 @@ from octavo.services.client.client import Client
 from octavo.services.client.errors import OctavoError, ProtocolError, Violation
 from octavo.services.client.request import GenerationOptions
 from octavo.services.client.stream import Result, Stream
+from octavo.services.client.sync import SyncClient, SyncStream
 
-__all__ = ["Client", "GenerationOptions", "OctavoError", "ProtocolError", "Result", "Stream", "Violation"]
+__all__ = [
+    "Client",
+    "GenerationOptions",
+    "OctavoError",
+    "ProtocolError",
+    "Result",
+    "Stream",
+    "SyncClient",
+    "SyncStream",
+    "Violation",
+]

@@ -52,6 +52,22 @@ class OctavoError(Exception):
         self.violations = violations
         self.retry_after = retry_after
         self.request_id = request_id
+        self.admitted = False
+        """The request had been admitted when this happened: it must not be sent again as it was."""
+
+    @property
+    def is_broken_call(self) -> bool:
+        """The call broke, and not the request: something on the way, or a process that had it, went away."""
+        own_words = bool(self.reason)
+        if self.reason == "STREAM_INTERRUPTED" or self.code is grpc.StatusCode.UNAVAILABLE:
+            return True
+        transport = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
+        return self.code in transport and not own_words
+
+    @property
+    def has_ended_already(self) -> bool:
+        """A request to continue an output was refused because nothing is left of it."""
+        return any(violation.field.startswith("generation.continue_output") for violation in self.violations)
 
     def __str__(self) -> str:
         line = f"{self.message} ({self.reason or self.code.name})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
@@ -69,13 +69,38 @@ class GenerationOptions(TypedDict, total=False):
     idempotency_key: str
 
 
+class CallOptions(TypedDict, total=False):
+    """Keyword arguments that concern a call and not what is generated."""
+
+    request_id: str
+    timeout_s: float | None
+
+
+class RequestOptions(GenerationOptions, CallOptions, total=False):
+    """All keyword arguments of Client.stream and Client.generate."""
+
+    model: str
+    messages: Sequence[MessageLike] | None
+    token_ids: Sequence[int] | None
+
+
 _SAMPLING = frozenset(common_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
 _STOP = frozenset(common_pb2.StopCriteria.DESCRIPTOR.fields_by_name)
 _CONSTRAINT = frozenset({"json_schema", "regex", "grammar", "choices", "any_json"})
 _OUTPUT = frozenset(generation_pb2.OutputOptions.DESCRIPTOR.fields_by_name)
 _SCHEDULING = frozenset(generation_pb2.Scheduling.DESCRIPTOR.fields_by_name)
 _CHAT = frozenset({"tools", "template_options", "continue_final_message"})
+_PROMPTS: Mapping[str, Any] = {"model": "", "messages": None, "token_ids": None}
 _OTHER = frozenset({"continue_output", "candidate_count", "adapter", "idempotency_key"})
+
+
+def split_options(prompt: str | None, options: RequestOptions) -> tuple[generation_pb2.Generation, CallOptions]:
+    """Return the request that keyword arguments describe, and those of its call. Raises what build_generation does."""
+    values: dict[str, Any] = dict(options)
+    call: dict[str, Any] = {name: values.pop(name) for name in CallOptions.__annotations__ if name in values}
+    model, messages, token_ids = (values.pop(name, default) for name, default in _PROMPTS.items())
+    generation = build_generation(model, prompt, messages, token_ids, cast(GenerationOptions, values))
+    return generation, cast(CallOptions, call)
 
 
 def build_generation(

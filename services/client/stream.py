@@ -1,36 +1,83 @@
-"""A running generation, and the checks that nothing of it was lost on the way."""
+"""A running generation, which goes on by itself when its call breaks."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import grpc
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
-from octavo.services.client.errors import ProtocolError, from_rpc_error
+from octavo.services.client.calls import pause
+from octavo.services.client.errors import OctavoError, from_rpc_error
+from octavo.services.client.progress import Progress
+
+Code = grpc.StatusCode
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
+_NOT_KEPT = (Code.DATA_LOSS, Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.NOT_FOUND, Code.UNIMPLEMENTED)
+_BUSY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
+
+
+class StreamCalls(Protocol):
+    """Makes the calls of a stream. Each returns the call and its first message. Raises OctavoError."""
+
+    async def generate(self, generation: generation_pb2.Generation) -> tuple[Any, Any]:
+        """Start a request."""
+
+    async def resume(self, token: str, cursors: Sequence[generation_pb2.Cursor]) -> tuple[Any, Any]:
+        """Pick one up."""
+
+    async def cancel(self, request_id: str) -> None:
+        """End one that would go on without its call."""
 
 
 class Stream:
-    """Iterates over the Deltas of one call. Used as a context manager, it ends the call when left.
+    """Iterates over the Deltas of one request. Used as a context manager, it ends the request when left.
 
-    started     what the request resolved to; None until the first event came
-    finished    how each candidate ended, by its index
-    completed   usage and timing; None unless the output ended as it should
+    A call that breaks is resumed, where a resume window was asked for, and else, or if nothing was kept, continued
+    from the tokens received: the caller sees no gap and no repeat. With several candidates only the first way
+    exists. `num_resumed` counts.
     """
 
-    def __init__(self, start: Callable[[], Awaitable[Any]], request: generation_pb2.Generation) -> None:
-        self._start = start  # makes the call; it is made when the first event is asked for
+    def __init__(
+        self,
+        calls: Callable[[], Awaitable[StreamCalls]],
+        request: generation_pb2.Generation,
+        resume_for_s: float,
+    ) -> None:
+        """`calls` is asked when the first event is; `resume_for_s`: how long a broken call is tried to be resumed."""
+        self._make_calls = calls
+        self._calls: StreamCalls | None = None
+        self._request = request
+        self._progress = Progress(request, request.output.token_ids)
+        self._resume_for_s = resume_for_s
         self._call: Any = None
-        self._checker = _Checker(request)
+        self._begun = False
         self._cancelled = False
-        self.started: generation_pb2.Started | None = None
-        self.finished: dict[int, generation_pb2.CandidateFinished] = {}
-        self.completed: generation_pb2.Completed | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self.num_resumed = 0
+        if resume_for_s > 0:
+            request.output.token_ids = True
+
+    @property
+    def started(self) -> generation_pb2.Started | None:
+        """What the request resolved to; None until the first event came."""
+        return self._progress.started
+
+    @property
+    def finished(self) -> dict[int, generation_pb2.CandidateFinished]:
+        """How each candidate ended, by its index."""
+        return self._progress.finished
+
+    @property
+    def completed(self) -> generation_pb2.Completed | None:
+        """Usage and timing; None unless the output ended as it should."""
+        return self._progress.completed
 
     @property
     def request_id(self) -> str:
@@ -45,31 +92,36 @@ class Stream:
 
     async def events(self) -> AsyncIterator[generation_pb2.StreamEvent]:
         """Yield every event, Started, Progress and the endings included. Raises what iteration raises."""
-        assert self._call is None, "a stream can be read only once"
+        assert not self._begun, "a stream can be read only once"
+        self._begun = True
         if self._cancelled:
             return
-        self._call = await self._start()
         try:
-            async for response in self._call:
-                self._checker.check(response.event)
-                self._record(response.event)
-                yield response.event
-            if not self._cancelled:
-                self._checker.check_end()
-        except grpc.aio.AioRpcError as error:
-            if not self._cancelled:
-                raise from_rpc_error(error) from None
+            self._calls = await self._make_calls()
+            self._call, response = await self._calls.generate(self._request)
+            while True:
+                try:
+                    while response is not None and response is not _EOF:
+                        if self._progress.take(response.event):
+                            yield response.event
+                        response = await self._call.read()
+                    if not self._cancelled:
+                        self._progress.check_end()
+                    return
+                except grpc.aio.AioRpcError as error:
+                    if self._cancelled:
+                        return
+                    self._call, response = await self._recover(from_rpc_error(error))
         except asyncio.CancelledError:
             if not self._cancelled:  # it is the caller's task that was cancelled
                 raise
         finally:
-            self._call.cancel()  # nothing, if it has ended
+            self._end_call()
 
     def cancel(self) -> None:
-        """End the call; the server stops the work. Iteration ends without an error."""
+        """End the request; the server stops the work. Iteration ends without an error."""
         self._cancelled = True
-        if self._call is not None:
-            self._call.cancel()
+        self._end_call()
 
     async def __aenter__(self) -> Self:
         return self
@@ -78,81 +130,53 @@ class Stream:
         self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.cancel()
+        if self._ending is not None:
+            await self._ending
 
-    def _record(self, event: generation_pb2.StreamEvent) -> None:
-        match event.WhichOneof("payload"):
-            case "started":
-                self.started = event.started
-            case "candidate_finished":
-                self.finished[event.candidate_finished.candidate_index] = event.candidate_finished
-            case "completed":
-                self.completed = event.completed
+    def _end_call(self) -> None:
+        if self._call is not None:
+            self._call.cancel()  # nothing, if it has ended
+        if self.started and self.started.resume_token and not self.completed and self._ending is None:
+            # A broken call and a cancelled one look alike: the server would keep the request for its window.
+            self._ending = asyncio.ensure_future(self._end_request())
 
+    async def _end_request(self) -> None:
+        assert self._calls is not None, "a request without calls"
+        with contextlib.suppress(OctavoError):  # then it ends with its window
+            await self._calls.cancel(self.request_id)
 
-class _Checker:
-    """Holds a stream to its contract: events without a gap, tokens without a gap, exactly one ending."""
-
-    def __init__(self, request: generation_pb2.Generation) -> None:
-        count = request.candidate_count or 1
-        # Offsets of a continued output go on where it was interrupted.
-        self._next_offsets = [len(request.continue_output.ids)] * count
-        self._open = set(range(count))
-        self._with_ids = request.output.token_ids
-        self._next_event = 0
-        self._completed = False
-        self._request_id = ""
-
-    def check(self, event: generation_pb2.StreamEvent) -> None:
-        """Raise ProtocolError if `event` cannot follow the events before it."""
-        kind = event.WhichOneof("payload")
-        if event.sequence_number != self._next_event:
-            self._fail(f"event {event.sequence_number} came where {self._next_event} was due")
-        if (kind == "started") != (self._next_event == 0):
-            self._fail(f"event {event.sequence_number} is {kind}; Started comes first and once")
-        if self._completed:
-            self._fail(f"{kind} came after Completed")
-        self._next_event += 1
-        match kind:
-            case "started":
-                self._request_id = event.started.request_id
-            case "delta":
-                self._check_delta(event.delta)
-            case "candidate_finished":
-                self._check_finished(event.candidate_finished)
-            case "completed":
-                if self._open:
-                    self._fail(f"Completed came before the end of candidate {min(self._open)}")
-                self._completed = True
-
-    def check_end(self) -> None:
-        """Raise ProtocolError if the stream may not end here."""
-        if not self._completed:
-            self._fail("the stream ended without Completed")
-
-    def _check_delta(self, delta: generation_pb2.Delta) -> None:
-        index = delta.candidate_index
-        if index not in self._open:
-            self._fail(f"a delta came for candidate {index}, which has ended or was not asked for")
-        if delta.token_offset != self._next_offsets[index]:
-            self._fail(
-                f"token {delta.token_offset} of candidate {index} came where {self._next_offsets[index]} was due"
-            )
-        if self._with_ids and len(delta.token_ids) != delta.token_count:
-            self._fail(f"a delta of {delta.token_count} tokens has {len(delta.token_ids)} token ids")
-        self._next_offsets[index] += delta.token_count
-
-    def _check_finished(self, finished: generation_pb2.CandidateFinished) -> None:
-        index = finished.candidate_index
-        if index not in self._open:
-            self._fail(f"candidate {index} ended twice or was not asked for")
-        if finished.output_tokens != self._next_offsets[index]:
-            self._fail(
-                f"candidate {index} ended with {finished.output_tokens} tokens, {self._next_offsets[index]} arrived"
-            )
-        self._open.remove(index)
-
-    def _fail(self, message: str) -> None:
-        raise ProtocolError(message, request_id=self._request_id)
+    async def _recover(self, failure: OctavoError) -> tuple[Any, Any]:
+        """Return a call that goes on where the last one broke; raise `failure` if that is not possible."""
+        if self._resume_for_s <= 0 or not failure.is_broken_call or self.started is None or self._calls is None:
+            raise failure
+        deadline = asyncio.get_running_loop().time() + self._resume_for_s
+        token = self.started.resume_token
+        leave_out = 0
+        attempt = 0
+        while True:
+            try:
+                if token:
+                    found = await self._calls.resume(token, self._progress.cursors)
+                else:
+                    rest = self._progress.rest(leave_out)
+                    if rest is None:
+                        raise failure
+                    found = await self._calls.generate(rest)
+                self.num_resumed += 1
+                self._progress.restart()
+                return found
+            except OctavoError as error:
+                if error is failure:
+                    raise
+                if token and error.code in _NOT_KEPT:
+                    token = ""
+                elif error.has_ended_already and not leave_out:
+                    leave_out = 1  # all tokens are here, their ending is not: produce the last one again
+                elif error.code in _BUSY or error.is_broken_call:
+                    await pause(attempt, error, deadline)
+                    attempt += 1
+                else:
+                    raise
 
 
 @dataclass(frozen=True)

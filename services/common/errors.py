@@ -21,6 +21,7 @@ MAX_VIOLATIONS = 16
 _MAX_STATUS_BYTES = 4000
 _MAX_MESSAGE_BYTES = 512
 _MAX_TEXT_BYTES = 200
+_MAX_TOKEN_BYTES = 1024  # a token that is cut is worth nothing
 _MAX_METADATA = 6
 
 
@@ -197,7 +198,10 @@ def _short(text: str, limit: int = _MAX_TEXT_BYTES) -> str:
 
 def _details(error: ServingError, request_id: str, num_violations: int) -> list[Any]:
     """Return the detail messages of an error, most important first."""
-    metadata = {_short(key, 64): _short(value) for key, value in list(error.metadata.items())[:_MAX_METADATA]}
+    metadata = {
+        _short(key, 64): _short(value, _MAX_TOKEN_BYTES if key == "resume_token" else _MAX_TEXT_BYTES)
+        for key, value in list(error.metadata.items())[:_MAX_METADATA]
+    }
     details: list[Any] = [
         error_details_pb2.ErrorInfo(reason=_short(error.reason, 64), domain=DOMAIN, metadata=metadata),
         error_details_pb2.RequestInfo(request_id=_short(request_id)),

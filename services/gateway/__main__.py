@@ -14,6 +14,7 @@ from octavo.services.common.config import load
 from octavo.services.gateway.app import BindError, Gateway
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.model_files import ModelError
+from octavo.services.gateway.resume_token import KeyFileError
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = Non
     """
     try:
         gateway = Gateway(config)
-    except (ModelError, BindError) as error:
+    except (ModelError, BindError, KeyFileError) as error:
         _log.error("%s", error)
         return 1
     stop = asyncio.Event()

@@ -29,11 +29,14 @@ from octavo.services.gateway.load_service import LoadServicer
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.model_files import ModelError
 from octavo.services.gateway.model_service import ModelServicer
+from octavo.services.gateway.resume_token import ResumeTokens
 from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.server import GenerationServicer
 from octavo.services.gateway.tokenizer import ModelTokenizer
 from octavo.services.gateway.tokenizer_service import TokenizerServicer
 from octavo.services.gateway.validation import RequestValidator
+
+_LAST_WRITES_S = 0.5
 
 
 class BindError(RuntimeError):
@@ -44,7 +47,8 @@ class Gateway:
     """A gateway in this process. Make it on the event loop that runs it."""
 
     def __init__(self, config: GatewayConfig) -> None:
-        """Load the model's tokenizer and bind the addresses. Raises ModelError, BindError."""
+        """Load the model's tokenizer and bind the addresses. Raises ModelError, BindError, KeyFileError."""
+        tokens = ResumeTokens.load(config.resume_key_file)
         self._config = config
         gateway_id = config.gateway_id or f"{socket.gethostname()}-{os.getpid()}"
         model = _load_model(config)
@@ -53,7 +57,7 @@ class Gateway:
         self._tokenizer = model.tokenizer
         self.schedulers = SchedulerPool(config.scheduler_addresses, gateway_id, config.failover_s)
         self._health = HealthMonitor(self.schedulers)
-        self._calls = GenerateCalls(models, self.schedulers, config.max_requests)
+        self._calls = GenerateCalls(models, self.schedulers, tokens, config.max_requests)
 
         self._server = aio.server(
             interceptors=[ErrorInterceptor()],
@@ -105,21 +109,35 @@ class Gateway:
             await self._admin.start()
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, let running ones go on for `grace_s`, then end everything."""
+        """Refuse new calls, let running ones go on for `grace_s`, then end everything.
+
+        Clients are told at once, by health checks and on every connection (GOAWAY). What has to be ended
+        ends with UNAVAILABLE and with what its client needs to go on elsewhere.
+        """
         self._calls.draining = True
         await self._health.stop()
-        try:
-            async with asyncio.timeout(grace_s):
-                await self._calls.wait_idle()
-        except TimeoutError:
-            pass  # stopping the server ends them
-        await self._server.stop(0.5)
+        # Refuses new connections and calls now, and would cancel the others after twice the grace.
+        stopping = asyncio.create_task(self._server.stop(2 * grace_s + _LAST_WRITES_S))
+        if not await self._idle_within(grace_s):
+            self.schedulers.interrupt_all("the gateway stops")
+            await self._idle_within(_LAST_WRITES_S)
+        await self._server.stop(_LAST_WRITES_S)
+        await stopping
         if self._admin is not None:
             await self._admin.stop(0.5)
         await self.schedulers.close()
         if self._http is not None:
             await self._http.stop()  # last: HTTP streams that were still running have got their error by now
         self._tokenizer.close()
+
+    async def _idle_within(self, seconds: float) -> bool:
+        """Wait for the end of all calls; return whether they ended in time."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._calls.wait_idle()
+        except TimeoutError:
+            return False
+        return True
 
     def _ready(self) -> bool:
         return self._health.ready() and not self._calls.draining

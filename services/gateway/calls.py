@@ -7,18 +7,21 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from octavo.inference.v1 import generation_pb2
-from octavo.services.common.errors import Reason, ServingError
+from octavo.services.common.errors import Reason, ServingError, invalid_field
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.model import Models
-from octavo.services.gateway.prepare import prepare
+from octavo.services.gateway.prepare import Prepared, prepare
+from octavo.services.gateway.request_stream import RequestStream
+from octavo.services.gateway.resume_token import ResumeToken, ResumeTokens
 from octavo.services.gateway.scheduler_pool import SchedulerPool
 
 
 class GenerateCalls:
     """All generate calls of this gateway."""
 
-    def __init__(self, models: Models, schedulers: SchedulerPool, max_requests: int) -> None:
+    def __init__(self, models: Models, schedulers: SchedulerPool, tokens: ResumeTokens, max_requests: int) -> None:
         self._models = models
+        self._tokens = tokens
         self._schedulers = schedulers
         self._max_requests = max_requests
         self._idle = asyncio.Event()
@@ -40,30 +43,78 @@ class GenerateCalls:
         tenant: str,
         headers: Mapping[str, str],
         deadline: float | None,
+        can_resume: bool = False,
     ) -> AsyncIterator[GenerationRun]:
         """Submit a request that obeys the rules of its fields, and wait for its admission. Raises ServingError.
 
         headers: the call's metadata, as for `prepare`; deadline: a time of the event loop, or None.
-        However the body ends, the scheduler is told unless it ended the request itself.
+        can_resume: the caller streams, and passes on the resume token. Then a request with a resume window goes
+            on after the body has failed. Otherwise, however the body ends, the scheduler is told.
         """
         self._enter()
         try:
             workers_limit = self._schedulers.max_model_len
             prepared = await prepare(generation, self._models, workers_limit, request_id, tenant, headers)
+            if not can_resume:
+                prepared.submit.ClearField("resume_window_ms")
+                prepared.submit.ClearField("gateway_state")
             remaining_s = None if deadline is None else deadline - asyncio.get_running_loop().time()
             session_id = generation.scheduling.session_id
             stream = self._schedulers.submit(prepared.submit, remaining_s, session_id)
-            try:
+            async with _closing(stream):
                 while stream.admitted is None and stream.error is None:
                     await stream.wait()
                 if stream.admitted is None:
                     assert stream.error is not None, "a stream is admitted or fails"
                     raise stream.error
-                yield GenerationRun(prepared, stream)
-            finally:
-                stream.close()
+                async with _interruptible(GenerationRun(prepared, stream, self._token(stream))) as run:
+                    yield run
         finally:
             self._leave()
+
+    @asynccontextmanager
+    async def resumed(self, request: generation_pb2.ResumeStreamRequest, tenant: str) -> AsyncIterator[GenerationRun]:
+        """Take over a request whose stream broke, and go on at the request's cursors. Raises ServingError."""
+        self._enter()
+        try:
+            token = self._tokens.read(request.resume_token, tenant)
+            stream = await self._schedulers.reattach(token)
+            async with _closing(stream):
+                prepared = await self._prepare_again(stream, tenant)
+                offsets = _offsets(request, token)
+                async with _interruptible(GenerationRun(prepared, stream, request.resume_token, offsets)) as run:
+                    yield run
+        finally:
+            self._leave()
+
+    async def _prepare_again(self, stream: RequestStream, tenant: str) -> Prepared:
+        """Rebuild what the gateway before had, from what it gave the scheduler to keep."""
+        reattached = stream.reattached
+        assert reattached is not None, "not reattached"
+        generation = generation_pb2.Generation.FromString(reattached.gateway_state)
+        workers_limit = self._schedulers.max_model_len
+        prepared = await prepare(generation, self._models, workers_limit, stream.submit.request_id, tenant, {})
+        stream.can_move = len(prepared.submit.prompt_token_ids) == reattached.prompt_tokens
+        stream.submit = prepared.submit
+        prepared.started.prompt_tokens = reattached.prompt_tokens
+        return prepared
+
+    def _token(self, stream: RequestStream) -> str:
+        """Return what the client can resume with; empty if it asked for no window."""
+        submit = stream.submit
+        if not submit.resume_window_ms:
+            return ""
+        return self._tokens.sign(
+            ResumeToken(
+                request_id=submit.request_id,
+                scheduler_id=stream.scheduler_id,
+                tenant=submit.tenant,
+                candidate_count=submit.candidate_count,
+                first_offset=len(submit.continue_token_ids),
+                chosen_logprob=submit.chosen_logprob,
+                logprobs=submit.logprobs,
+            )
+        )
 
     def _enter(self) -> None:
         if self.draining:
@@ -78,3 +129,44 @@ class GenerateCalls:
         self.num_requests -= 1
         if self.num_requests == 0:
             self._idle.set()
+
+
+@asynccontextmanager
+async def _closing(stream: RequestStream) -> AsyncIterator[None]:
+    """Close a stream; a request with a resume window goes on if the body failed: its client may come back."""
+    try:
+        yield
+    except BaseException:
+        stream.close(keep=stream.admitted is not None)
+        raise
+    stream.close()
+
+
+@asynccontextmanager
+async def _interruptible(run: GenerationRun) -> AsyncIterator[GenerationRun]:
+    """Let the pool end the body while it waits for its client. Raises what the stream failed with then."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(None) as limit:
+            run.stream.interrupt = lambda: limit.reschedule(loop.time())
+            yield run
+    except TimeoutError:
+        if not limit.expired() or run.stream.error is None:
+            raise
+        raise run.with_position(run.stream.error) from None
+    finally:
+        run.stream.interrupt = lambda: None
+
+
+def _offsets(request: generation_pb2.ResumeStreamRequest, token: ResumeToken) -> dict[int, int]:
+    """Return the client's cursors by candidate. Raises INVALID_FIELD."""
+    offsets: dict[int, int] = {}
+    for number, cursor in enumerate(request.cursors):
+        if cursor.candidate_index >= token.candidate_count or cursor.candidate_index in offsets:
+            advice = f"the request has {token.candidate_count} candidates; send one cursor for each"
+            raise invalid_field(f"cursors[{number}].candidate_index", advice)
+        if cursor.next_token_offset < token.first_offset:
+            advice = f"offsets of this request start at {token.first_offset}, the length of continue_output"
+            raise invalid_field(f"cursors[{number}].next_token_offset", advice)
+        offsets[cursor.candidate_index] = cursor.next_token_offset
+    return offsets

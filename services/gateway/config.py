@@ -50,6 +50,14 @@ class GatewayConfig:
         metadata={"help": "close connections after so long, so that new replicas get their share; 0: never"},
     )
     tokenizer_threads: int = field(default=2, metadata={"help": "threads for long texts and chat templates"})
+    resume_key_file: Path | None = field(
+        default=None,
+        metadata={
+            "help": "file with a secret that all gateways share, so that each can resume the others' streams; without "
+            "one only this process can resume its own",
+            "metavar": "FILE",
+        },
+    )
     failover_s: float = field(
         default=30.0, metadata={"help": "how long a running request waits for a lost scheduler to come back"}
     )

@@ -16,16 +16,18 @@ class Lost:
     """A candidate that waits.
 
     is_out      it has been submitted, and nothing has been answered yet
+    is_paused   it waits for its client, and not for a scheduler
     refused_by  addresses that would not take it now
     """
 
-    __slots__ = ("candidate", "is_out", "not_before", "refused_by", "retry_at", "stream", "until")
+    __slots__ = ("candidate", "is_out", "is_paused", "not_before", "refused_by", "retry_at", "stream", "until")
 
     def __init__(self, stream: RequestStream, candidate: CandidateInbox, until: float) -> None:
         self.stream = stream
         self.candidate = candidate
         self.until = until
         self.is_out = False
+        self.is_paused = False
         self.not_before = 0.0
         self.retry_at = 0.0
         self.refused_by: set[str] = set()
@@ -57,6 +59,20 @@ class LostCandidates:
         self._waiting[candidate] = Lost(stream, candidate, until)
         return True
 
+    def pause(self, stream: RequestStream, candidate: CandidateInbox) -> None:
+        """Let a candidate wait until `go_on`."""
+        lost = self._waiting.setdefault(candidate, Lost(stream, candidate, 0.0))
+        lost.is_paused = True
+        lost.is_out = False
+
+    def go_on(self, stream: RequestStream) -> None:
+        """Let the candidates of a stream be submitted that were paused."""
+        until = asyncio.get_running_loop().time() + self.failover_s
+        for lost in self._waiting.values():
+            if lost.stream is stream and lost.is_paused:
+                lost.is_paused = False
+                lost.until = until
+
     def remove(self, candidates: Iterable[CandidateInbox]) -> None:
         """Let candidates wait no longer, if they do."""
         for candidate in candidates:
@@ -72,11 +88,13 @@ class LostCandidates:
 
     def due(self, now: float) -> list[Lost]:
         """Return those that may be submitted now."""
-        return [lost for lost in self._waiting.values() if not lost.is_out and lost.not_before <= now]
+        return [
+            lost for lost in self._waiting.values() if not (lost.is_out or lost.is_paused) and lost.not_before <= now
+        ]
 
     def expired(self, now: float) -> list[Lost]:
         """Remove and return those that waited too long."""
-        expired = [lost for lost in self._waiting.values() if lost.until <= now]
+        expired = [lost for lost in self._waiting.values() if lost.until <= now and not lost.is_paused]
         self.remove([lost.candidate for lost in expired])
         return expired
 
@@ -96,5 +114,5 @@ def continuation(stream: RequestStream, candidate: CandidateInbox, now: float) -
 
 def interrupted(message: str) -> ServingError:
     """Return the error that ends a stream in the middle."""
-    advice = "send the request again with continue_output set to the tokens received"
+    advice = "resume it, or send the request again with continue_output set to the tokens received"
     return ServingError(Reason.STREAM_INTERRUPTED, f"{message}; {advice}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
@@ -18,30 +18,44 @@ Response = generation_pb2.GenerateStreamResponse
 class _Candidate:
     """One candidate: what came in, and what has gone out."""
 
-    __slots__ = ("done", "inbox", "output")
+    __slots__ = ("done", "inbox", "output", "skip")
 
-    def __init__(self, inbox: CandidateInbox, output: CandidateOutput) -> None:
+    def __init__(self, inbox: CandidateInbox, output: CandidateOutput, skip: int) -> None:
         self.inbox = inbox
         self.output = output
+        self.skip = skip  # first tokens of inbox.token_ids that the client has already
         self.done = False
 
 
 class GenerationRun:
     """An admitted request. `responses` yields its stream, once."""
 
-    def __init__(self, prepared: Prepared, stream: RequestStream) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        stream: RequestStream,
+        resume_token: str = "",
+        next_token_offsets: Mapping[int, int] | None = None,
+    ) -> None:
+        """`next_token_offsets`: by candidate, where the output goes on for the client of a resumed stream."""
         assert stream.admitted is not None, "the request was not admitted"
         self.started = prepared.started
         self.started.model_version = prepared.model.version(stream.model_version)
+        self.started.resume_token = resume_token
         self.scheduler_id = stream.scheduler_id
         self.started.cached_prompt_tokens = stream.admitted.cached_prompt_tokens
         self.completed = generation_pb2.Completed()
         self.prompt_token_ids = prepared.submit.prompt_token_ids
-        self._stream = stream
+        self.stream = stream
         self._options = prepared.output
+        self.max_coalesce_ms = prepared.output.max_coalesce_ms
         self._wants_logprobs = stream.wants_logprobs
         self._base = len(prepared.submit.continue_token_ids)
-        self._candidates = [_Candidate(inbox, prepared.new_candidate()) for inbox in stream.candidates]
+        offsets = next_token_offsets or {}
+        self._candidates = [
+            _Candidate(inbox, prepared.new_candidate(), offsets.get(inbox.index, self._base) - self._base)
+            for inbox in stream.candidates
+        ]
         self._sequence_number = 0
         self._delta_response = Response()  # filled again for each delta
         self._admitted_at = time.monotonic()
@@ -55,9 +69,11 @@ class GenerationRun:
         coalesce_ms: how long tokens after the first may gather before a delta.
         before_wait: called when all that is known has been yielded: the time to write it. Raises ServingError.
         """
+        stream = self.stream
+        stream.is_reading = False
         yield self._event(started=self.started)
-        stream = self._stream
         while True:  # tokens may have come with the admission: look first, then wait
+            stream.num_rounds += 1
             error = stream.error  # seen before the tokens are taken: what comes during a yield is for the next round
             for candidate in self._candidates:
                 if candidate.done:
@@ -71,15 +87,17 @@ class GenerationRun:
             if all(candidate.done for candidate in self._candidates):
                 break
             if error is not None:
-                raise self._with_position(error)
+                raise self.with_position(error)
             if stream.progress is not None:
                 progress, stream.progress = stream.progress, None
                 yield self._event(progress=progress)
             if before_wait is not None:
                 await before_wait()
+            stream.is_reading = True
             await stream.wait()
             if coalesce_ms and self._first_token_at:
                 await stream.hold(coalesce_ms / 1000)
+            stream.is_reading = False
         self._complete()
         yield self._event(completed=self.completed)
 
@@ -105,7 +123,10 @@ class GenerationRun:
 
         ended: no further tokens follow, so nothing is held back.
         """
-        inbox, start = candidate.inbox, candidate.inbox.num_read
+        inbox = candidate.inbox
+        if inbox.num_read < candidate.skip and not self._skip(candidate):
+            return None
+        start = inbox.num_read
         new = inbox.token_ids[start:]
         text, taken = candidate.output.push(new) if new else ("", 0)
         inbox.num_read += taken
@@ -129,6 +150,18 @@ class GenerationRun:
             delta.logprobs.CopyFrom(inbox.logprobs.take(taken, self._options.logprobs))
         return self._delta_response
 
+    def _skip(self, candidate: _Candidate) -> bool:
+        """Take what the client has already; return whether tokens after that are to be sent.
+
+        The text that is out after k tokens depends on these only: so the client has that, too.
+        """
+        inbox = candidate.inbox
+        _, taken = candidate.output.push(inbox.token_ids[inbox.num_read : candidate.skip])
+        inbox.num_read += taken
+        if self._wants_logprobs:
+            inbox.logprobs.take(taken, self._options.logprobs)
+        return inbox.num_read == candidate.skip and candidate.output.matched is None
+
     def _finish(self, candidate: _Candidate) -> Response:
         """End a candidate; if a stop string did it, the scheduler does not know yet."""
         candidate.done = True
@@ -137,7 +170,7 @@ class GenerationRun:
         )
         matched, ending = candidate.output.matched, candidate.inbox.finished
         if matched is not None:
-            self._stream.cancel(candidate.inbox.index)
+            self.stream.cancel(candidate.inbox.index)
             finished.finish_reason = common_pb2.FINISH_REASON_STOP_SEQUENCE
             finished.stop_sequence = matched
         else:
@@ -155,7 +188,7 @@ class GenerationRun:
         usage.prompt_tokens = self.started.prompt_tokens
         usage.output_tokens = sum(candidate.output.num_tokens for candidate in self._candidates)
         cached = [ending.usage.cached_prompt_tokens for ending in accounts]
-        if not cached or self._stream.failovers:  # after a loss the scheduler counts output as prompt, too
+        if not cached or self.stream.failovers:  # after a loss the scheduler counts output as prompt, too
             cached = [self.started.cached_prompt_tokens]
         usage.cached_prompt_tokens = min(*cached, usage.prompt_tokens)
         usage.reasoning_tokens = sum(ending.usage.reasoning_tokens for ending in accounts)
@@ -168,10 +201,12 @@ class GenerationRun:
             first = self._first_token_at or time.monotonic()
             timing.prefill_us = int((first - self._admitted_at) * 1e6)
             timing.decode_us = int((time.monotonic() - first) * 1e6)
-        self.completed.failovers = self._stream.failovers
+        self.completed.failovers = self.stream.failovers
 
-    def _with_position(self, error: ServingError) -> ServingError:
-        """Say how far a stream got that ends in the middle."""
+    def with_position(self, error: ServingError) -> ServingError:
+        """Say how far a stream got that ends in the middle, and how it can be picked up."""
         if error.reason == Reason.STREAM_INTERRUPTED:
             error.metadata.setdefault("last_sequence_number", str(self._sequence_number - 1))
+            if self.started.resume_token:
+                error.metadata["resume_token"] = self.started.resume_token
         return error

@@ -40,7 +40,7 @@ class ServedModel:
             max_context_tokens=self.context_limit(workers_limit),
             vocab_size=self.tokenizer.vocab_size,
             end_of_sequence_ids=self.tokenizer.end_of_sequence_ids,
-            features=["generate", *(["chat"] if template else []), "logprobs"],
+            features=["generate", *(["chat"] if template else []), "logprobs", "resume"],
             tokenizer_sha256=self.tokenizer.sha256,
             chat_template_sha256=template.sha256 if template else "",
             default_sampling=self.tokenizer.default_sampling,

@@ -26,6 +26,9 @@ from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.output import CandidateOutput, OutputSettings
 from octavo.services.gateway.stop_matcher import StopStrings
 
+MAX_STATE_BYTES = 60_000
+"""Longest state that a scheduler keeps for a request, with room for its own limit of 65,536."""
+KEPT_PROMPT_TOKENS = 16
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
@@ -83,7 +86,10 @@ async def prepare(
         traceparent=_traceparent(headers),
         bypass_prefix_cache=generation.scheduling.bypass_prefix_cache,
         progress_interval_ms=generation.output.progress_interval_ms,
+        resume_window_ms=generation.scheduling.resume_window_ms,
     )
+    if submit.resume_window_ms:
+        submit.gateway_state = _resolved(generation, prompt, sampling, stop).SerializeToString()
     del submit.stop.stop_sequences[:]  # the gateway's business
     if not stop.ignore_end_of_sequence:
         submit.end_of_sequence_ids.extend(model.tokenizer.end_of_sequence_ids)
@@ -102,6 +108,26 @@ async def prepare(
 
     _check_continues(new_candidate(), settings, continued)
     return Prepared(model, submit, started, generation.output, settings, new_candidate)
+
+
+def _resolved(
+    generation: generation_pb2.Generation,
+    prompt: Sequence[int],
+    sampling: common_pb2.SamplingParams,
+    stop: common_pb2.StopCriteria,
+) -> generation_pb2.Generation:
+    """Return the request with everything in force, for a gateway that goes on with it: `prepare` takes it again.
+
+    A prompt that is too long to be kept is cut to its end, which is all that the text of the output depends on.
+    """
+    resolved = generation_pb2.Generation()
+    resolved.CopyFrom(generation)
+    resolved.sampling.CopyFrom(sampling)
+    resolved.stop.CopyFrom(stop)
+    resolved.token_ids.ids.extend(prompt)
+    if resolved.ByteSize() > MAX_STATE_BYTES:
+        resolved.token_ids.ids[:] = prompt[-KEPT_PROMPT_TOKENS:]
+    return resolved
 
 
 def _wants_logprobs(output: generation_pb2.OutputOptions) -> bool:
@@ -127,7 +153,6 @@ def _check_features(generation: generation_pb2.Generation) -> None:
     for asked, feature, field in (
         (generation.HasField("constraint"), "structured_output", "generation.constraint"),
         (generation.idempotency_key, "idempotency", "generation.idempotency_key"),
-        (generation.scheduling.resume_window_ms, "resume", "generation.scheduling.resume_window_ms"),
         (generation.output.prompt_logprobs, "prompt_logprobs", "generation.output.prompt_logprobs"),
     ):
         if asked:

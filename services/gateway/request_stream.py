@@ -64,10 +64,14 @@ class RequestStream:
         self,
         submit: scheduler_pb2.Submit,
         deadline: float | None,
-        cancel: Callable[[RequestStream, int | None], None],
+        end: Callable[[RequestStream, int | None, bool], None],
         session_id: str = "",
     ) -> None:
-        """`deadline` is a time of the event loop; `cancel` tells the scheduler that a candidate, or all, ended."""
+        """`deadline` is a time of the event loop.
+
+        end: tells the scheduler that a candidate ended, or (None) that the reader leaves; with True as the
+            last argument the request goes on for its resume window.
+        """
         self.submit = submit
         self.session_id = session_id
         self.deadline = deadline
@@ -75,6 +79,16 @@ class RequestStream:
         self.wants_logprobs = submit.chosen_logprob
         self.candidates = [CandidateInbox(index) for index in range(submit.candidate_count)]
         self.admitted: scheduler_pb2.Admitted | None = None
+        self.reattached: scheduler_pb2.Reattached | None = None
+        """The answer to a Reattach."""
+        self.can_move = True
+        """`submit` is complete: another scheduler could go on with it."""
+        self.is_reading = True
+        """The handler waits for tokens. While it does not, it writes, and may be held up by its client."""
+        self.num_rounds = 0
+        """How often the handler has looked for tokens."""
+        self.interrupt: Callable[[], None] = lambda: None
+        """Ends the handler's write, if it is in one, with TimeoutError."""
         self.progress: generation_pb2.Progress | None = None
         self.error: ServingError | None = None
         self.failovers = 0
@@ -84,7 +98,7 @@ class RequestStream:
         """Who has it now, or had it last."""
         self.model_version = ""
         """Of the weights that made its output; it goes on with no others."""
-        self._cancel = cancel
+        self._end = end
         self._waiter: asyncio.Future[None] | None = None
         self._changed = False
         self._only_ends = False
@@ -142,15 +156,22 @@ class RequestStream:
             self.wake_at_end()
 
     def cancel(self, candidate_index: int) -> None:
-        """End one candidate here, and tell the scheduler."""
+        """End one candidate here, and tell the scheduler.
+
+        With a resume window it is told when the stream is closed: until then the output could be asked for again.
+        """
         candidate = self.candidates[candidate_index]
         if candidate.finished is None:
-            self._cancel(self, candidate_index)
+            if not self.submit.resume_window_ms:
+                self._end(self, candidate_index, False)
             candidate.finished = scheduler_pb2.Finished(candidate_index=candidate_index)
 
-    def close(self) -> None:
-        """Forget the request; tell the scheduler, if it still has it."""
-        self._cancel(self, None)
+    def close(self, keep: bool = False) -> None:
+        """Forget the request; tell the scheduler, if it still has it.
+
+        keep: it goes on for its resume window, if it has one.
+        """
+        self._end(self, None, keep and self.submit.resume_window_ms > 0)
 
     def _release(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -145,6 +145,28 @@ class SchedulerPeer:
         stream.scheduler_id = self.scheduler_id
         self._link.send(scheduler_pb2.AttachRequest(submit=submit))
 
+    def reattach(self, stream: RequestStream, handle: int, first_offset: int) -> None:
+        """Ask for a request that goes on here without a stream, all its output included."""
+        assert self.welcome is not None, "not connected"
+        for candidate in stream.candidates:
+            candidate.handle = handle
+        self._streams[handle] = stream
+        stream.scheduler_id = self.scheduler_id
+        reattach = scheduler_pb2.Reattach(
+            handle=handle,
+            request_id=stream.submit.request_id,
+            epoch=self.welcome.epoch,
+            next_token_offsets=[first_offset] * len(stream.candidates),
+        )
+        self._link.send(scheduler_pb2.AttachRequest(reattach=reattach))
+
+    def detach(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
+        """Let candidates go on here without a stream."""
+        for handle in dict.fromkeys(each.handle for each in candidates if each.handle in self._streams):
+            self._retire(handle, stream)
+            _take(stream, handle)
+            self._link.send(scheduler_pb2.AttachRequest(detach=scheduler_pb2.Detach(handle=handle)))
+
     def drop(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
         """End candidates here; the scheduler answers nothing, and what it still sends about them is ignored."""
         handles = dict.fromkeys(candidate.handle for candidate in candidates if candidate.handle in self._streams)
@@ -241,6 +263,8 @@ class SchedulerPeer:
                     answer.set_result(message.cancelled)
         elif kind == "draining":
             self.draining = True
+        elif kind == "reattached":
+            self._on_reattached(message.reattached)
 
     def _on_step(self, step: scheduler_pb2.StepOutputs) -> None:
         if step.logprobs or step.token_counts or step.candidate_indexes:
@@ -296,6 +320,13 @@ class SchedulerPeer:
         if stream is not None:
             stream.model_version = stream.model_version or self.load.model_version
             self._owner.on_admitted(stream, admitted)
+
+    def _on_reattached(self, reattached: scheduler_pb2.Reattached) -> None:
+        stream = self._streams.get(reattached.handle)
+        if stream is not None:
+            stream.model_version = self.load.model_version
+            stream.reattached = reattached
+            stream.wake()
 
     def _on_rejected(self, rejected: scheduler_pb2.Rejected) -> None:
         stream = self._streams.pop(rejected.handle, None)

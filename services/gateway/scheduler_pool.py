@@ -15,15 +15,19 @@ import grpc
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
+from octavo.services.gateway import slow_readers
 from octavo.services.gateway.failover import LostCandidates, continuation, interrupted
 from octavo.services.gateway.prefix_index import prompt_block_hashes
 from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
+from octavo.services.gateway.resume_token import ResumeToken
 from octavo.services.gateway.routing import RouteRequest, choose
 from octavo.services.gateway.scheduler_addresses import AddressBook
 from octavo.services.gateway.scheduler_peer import SchedulerPeer, unreachable
+from octavo.services.gateway.slow_readers import SlowReaders
 
 _TICK_S = 0.1
 _LOOKUP_S = 5.0
+_REATTACH_S = 5.0
 _MAX_REMAINING_MS = 2**32 - 1
 _MAX_AVOID_S = 1.0
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -41,6 +45,7 @@ class SchedulerPool:
         self._next_handle = 1
         self._streams: dict[RequestStream, None] = {}  # in order of submission
         self._lost = LostCandidates(failover_s)
+        self._slow_readers = SlowReaders()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crashed: asyncio.Future[None] | None = None
 
@@ -124,7 +129,7 @@ class SchedulerPool:
         """Send a request; its handle and remaining time are filled in. Raises ServingError if that cannot work now."""
         loop = asyncio.get_running_loop()
         deadline = None if remaining_s is None else loop.time() + remaining_s
-        stream = RequestStream(submit, deadline, self._end, session_id)
+        stream = RequestStream(submit, deadline, self._close, session_id)
         peer = self._choose(stream, submit)
         if peer is None:
             if self.draining:
@@ -133,6 +138,56 @@ class SchedulerPool:
         self._streams[stream] = None
         self._send(peer, stream, stream.candidates, submit)
         return stream
+
+    async def reattach(self, token: ResumeToken) -> RequestStream:
+        """Take over a request that goes on without a stream, from whichever scheduler has it.
+
+        Its `submit` knows the shape of the output only; it is the caller's to complete. Raises RESUME_STATE_LOST.
+        """
+        peers = sorted(self.peers, key=lambda peer: peer.scheduler_id != token.scheduler_id)
+        for peer in peers:  # it may have moved since the token was made
+            submit = scheduler_pb2.Submit(
+                request_id=token.request_id,
+                candidate_count=token.candidate_count,
+                chosen_logprob=token.chosen_logprob,
+                logprobs=token.logprobs,
+                resume_window_ms=1,
+            )
+            stream = RequestStream(submit, None, self._close)
+            stream.can_move = False
+            self._streams[stream] = None
+            handle, self._next_handle = self._next_handle, self._next_handle + 1
+            try:
+                peer.reattach(stream, handle, token.first_offset)
+                async with asyncio.timeout(_REATTACH_S):
+                    while stream.reattached is None and stream.error is None:
+                        await stream.wait()
+            except TimeoutError:
+                stream.close(keep=True)
+                continue
+            except BaseException:
+                stream.close(keep=True)
+                raise
+            if stream.reattached is not None and stream.reattached.candidate_count == token.candidate_count:
+                stream.admitted = scheduler_pb2.Admitted(handle=handle, seed=stream.reattached.seed)
+                return stream
+            stream.close(keep=True)
+        message = "nothing is kept of the request; send it again with continue_output set to the tokens received"
+        raise ServingError(Reason.RESUME_STATE_LOST, message)
+
+    def interrupt_all(self, message: str) -> None:
+        """End every request whose client has still to be told so; with a resume window they go on without it."""
+        for stream in list(self._streams):
+            if not stream.ended:
+                error = interrupted(message)
+                error.code = grpc.StatusCode.UNAVAILABLE
+                self._cut_off(stream, error)
+
+    def _cut_off(self, stream: RequestStream, error: ServingError) -> None:
+        """End a stream, even in the middle of a write."""
+        stream.fail(error)
+        if not stream.is_reading:
+            stream.interrupt()
 
     async def cancel_request(self, request_id: str) -> scheduler_pb2.Cancelled:
         """End a request of any gateway, at any scheduler, by its id. Raises SCHEDULER_UNREACHABLE if none answers."""
@@ -192,6 +247,15 @@ class SchedulerPool:
         remaining_s = stream.deadline - asyncio.get_running_loop().time()
         return min(max(1, int(remaining_s * 1000)), _MAX_REMAINING_MS)
 
+    def _close(self, stream: RequestStream, candidate_index: int | None, keep: bool) -> None:
+        """End one candidate, or all, and forget the request then; with `keep` it goes on without a stream."""
+        if keep:
+            self._lost.go_on(stream)  # what was paused is needed at a scheduler now
+            self._send_lost()
+            for peer in self._peers.values():
+                peer.detach(stream, stream.candidates)
+        self._end(stream, candidate_index)
+
     def _end(self, stream: RequestStream, candidate_index: int | None) -> None:
         """End one candidate, or all: tell the schedulers that have them, and forget them."""
         ended = stream.candidates if candidate_index is None else [stream.candidates[candidate_index]]
@@ -228,7 +292,9 @@ class SchedulerPool:
         for stream, candidates in lost:
             if stream.ended:
                 continue
-            if stream.admitted is None:
+            if not stream.can_move:
+                stream.fail(interrupted("the scheduler was lost, and with it the prompt"))
+            elif stream.admitted is None:
                 self._try_elsewhere(peer, stream, error)
             else:
                 self._lose(stream, candidates)
@@ -264,7 +330,7 @@ class SchedulerPool:
 
     def on_failed(self, stream: RequestStream, candidates: list[CandidateInbox], failed: scheduler_pb2.Failed) -> None:
         """Let a request go on elsewhere, if that is possible, or end it."""
-        if failed.resumable and self._lost.failover_s > 0:
+        if failed.resumable and stream.can_move and self._lost.failover_s > 0:
             self._lose(stream, candidates)
             return
         error = ServingError.from_wire(failed.code, failed.reason, failed.message)
@@ -308,7 +374,24 @@ class SchedulerPool:
             now = asyncio.get_running_loop().time()
             for lost in self._lost.expired(now):
                 lost.stream.fail(interrupted("no scheduler took the request over in time"))
+            verdicts = self._slow_readers.check(self._streams, now)
+            for stream in verdicts.pause:
+                self._pause(stream)
+            for stream in verdicts.go_on:
+                self._lost.go_on(stream)
+            for stream in verdicts.cut_off:
+                self._cut_off(stream, interrupted(f"the client took nothing for {slow_readers.PATIENCE_S:g} s"))
             self._send_lost()
+
+    def _pause(self, stream: RequestStream) -> None:
+        """Take the unfinished candidates of a request from their schedulers until the client has read."""
+        if not stream.can_move:
+            return
+        for candidate in stream.candidates:
+            if candidate.finished is None:
+                for peer in self._peers.values():
+                    peer.drop(stream, [candidate])
+                self._lost.pause(stream, candidate)
 
     async def _look_up(self) -> None:
         """Follow the names' addresses."""

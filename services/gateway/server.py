@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from grpc import aio
 
 from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
-from octavo.services.common.errors import feature_disabled
 from octavo.services.common.interceptor import request_id
 from octavo.services.gateway.answer import whole_answer
 from octavo.services.gateway.calls import GenerateCalls
@@ -21,9 +20,10 @@ GenerateContext = aio.ServicerContext[generation_pb2.GenerateRequest, generation
 StreamContext = aio.ServicerContext[generation_pb2.GenerateStreamRequest, generation_pb2.GenerateStreamResponse]
 ResumeContext = aio.ServicerContext[generation_pb2.ResumeStreamRequest, generation_pb2.ResumeStreamResponse]
 CancelContext = aio.ServicerContext[generation_pb2.CancelGenerationRequest, generation_pb2.CancelGenerationResponse]
+AnyContext = GenerateContext | StreamContext | ResumeContext
 
 
-def tenant_of(context: GenerateContext | StreamContext) -> str:
+def tenant_of(context: AnyContext) -> str:
     """Return whose call it is. Without authentication all calls are one tenant's."""
     del context
     return ""
@@ -57,7 +57,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         """Write the output as it comes."""
         self._validator.check(request)
-        async with self._admitted(request.generation, context) as run:
+        async with self._admitted(request.generation, context, can_resume=True) as run:
             async for response in run.responses(request.generation.output.max_coalesce_ms):
                 await context.write(response)
             context.set_trailing_metadata(_usage_trailers(run))
@@ -65,11 +65,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def ResumeStream(  # noqa: N802 - named by the proto
         self, request: generation_pb2.ResumeStreamRequest, context: ResumeContext
     ) -> None:
-        """Refuse: no request is kept after its stream."""
-        del context
+        """Write the rest of an output whose stream broke, from the client's cursors on."""
         self._validator.check(request)
-        message = "ResumeStream is off here; call GenerateStream with continue_output set to the tokens received"
-        raise feature_disabled("resume", message)
+        async with self._calls.resumed(request, tenant_of(context)) as run:
+            await self._send_headers(context, run)
+            async for response in run.responses(run.max_coalesce_ms):
+                await context.write(generation_pb2.ResumeStreamResponse(event=response.event))
+            context.set_trailing_metadata(_usage_trailers(run))
 
     async def CancelGeneration(  # noqa: N802 - named by the proto
         self, request: generation_pb2.CancelGenerationRequest, context: CancelContext
@@ -83,21 +85,29 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     @asynccontextmanager
     async def _admitted(
-        self, generation: generation_pb2.Generation, context: GenerateContext | StreamContext
+        self,
+        generation: generation_pb2.Generation,
+        context: GenerateContext | StreamContext,
+        can_resume: bool = False,
     ) -> AsyncIterator[GenerationRun]:
         """Submit a request and wait for its admission; response headers are sent then, and not before."""
         remaining_s = context.time_remaining()
         deadline = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
-        call = self._calls.admitted(generation, request_id(), tenant_of(context), _headers_of(context), deadline)
+        headers = _headers_of(context)
+        call = self._calls.admitted(generation, request_id(), tenant_of(context), headers, deadline, can_resume)
         async with call as run:
-            await context.send_initial_metadata(
-                (
-                    ("x-request-id", request_id()),
-                    ("x-model-version", run.started.model_version),
-                    ("x-scheduler-id", run.scheduler_id),
-                )
-            )
+            await self._send_headers(context, run)
             yield run
+
+    async def _send_headers(self, context: AnyContext, run: GenerationRun) -> None:
+        """Send the response headers: they tell the client that the request was admitted."""
+        await context.send_initial_metadata(
+            (
+                ("x-request-id", run.started.request_id),
+                ("x-model-version", run.started.model_version),
+                ("x-scheduler-id", run.scheduler_id),
+            )
+        )
 
 
 def _usage_trailers(run: GenerationRun) -> tuple[tuple[str, str], ...]:

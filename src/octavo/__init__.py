@@ -7,15 +7,15 @@ The folders of the repository appear here under one name: `octavo.services`, `oc
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from octavo.services.client import Client, OctavoError
+    from octavo.services.client import Client, OctavoError, SyncClient
 
-__all__ = ["Client", "OctavoError", "__version__"]
+__all__ = ["Client", "OctavoError", "SyncClient", "__version__"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
     """Import the client when it is first asked for: it needs gRPC, which `octavo --help` does not."""
-    if name in ("Client", "OctavoError"):
+    if name in ("Client", "OctavoError", "SyncClient"):
         from octavo.services import client
 
         return getattr(client, name)

@@ -33,7 +33,7 @@ async def until_running(client: Client, count: int) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", ["worker", "scheduler"])
+@pytest.mark.parametrize("name", ["worker", "scheduler", "gateway"])
 async def test_a_killed_process_costs_no_token(stack: Stack, name: str) -> None:
     async with stack.client() as client:
         undisturbed = await run_all(client)
@@ -50,7 +50,7 @@ async def test_a_killed_process_costs_no_token(stack: Stack, name: str) -> None:
 
 @pytest.mark.timeout(120)
 async def test_a_killed_gateway_breaks_its_streams_with_a_retryable_code_and_comes_back(stack: Stack) -> None:
-    async with stack.client() as client:
+    async with Client(stack.address, resume_for_s=0) as client:
         running = asyncio.create_task(answer(client, "Once upon a time", max_new_tokens=2000, **SAMPLED))
         await until_running(client, 1)
         (pid,) = stack.children("gateway")

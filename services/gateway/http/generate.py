@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from octavo.services.gateway.validation import RequestValidator
 
 T = TypeVar("T")
 _Read = Callable[[Mapping[str, Any], Mapping[str, str]], ApiCall]
+_LAST_EVENT_S = 1.0
 _TENANT = ""  # as in gRPC: without authentication all calls are one tenant's
 
 
@@ -112,10 +114,13 @@ class _Answering:
                 raise
             failure = error if isinstance(error, ServingError) else internal_error(self._request)
             events.add(f"data: {to_json(error_body(in_openai_words(failure, self._call.names)))}\n\n")
-        else:
-            if self._call.include_usage:
-                events.add(self._format.usage_chunk(add_usages(usages)))
-            events.add("data: [DONE]\n\n")
+            with contextlib.suppress(TimeoutError):  # a client that reads nothing is not waited for: it is cut off
+                async with asyncio.timeout(_LAST_EVENT_S):
+                    await events.end()
+            return
+        if self._call.include_usage:
+            events.add(self._format.usage_chunk(add_usages(usages)))
+        events.add("data: [DONE]\n\n")
         await events.end()
 
     async def _each_prompt(self, body: Callable[[int, GenerationRun], Coroutine[Any, Any, T]]) -> list[T]:

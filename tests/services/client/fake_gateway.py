@@ -65,9 +65,15 @@ class FakeGateway(
         self.metadata: list[dict[str, Any]] = []
         self.cancelled = asyncio.Event()
         self.cancelled_ids: list[str] = []
+        self.stream: Any = None  # if set, makes the events of each stream
+        self.resume: Any = None  # the same of each ResumeStream
 
     async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self._begin(request.generation, context)
+        if self.stream is not None:
+            async for event in self.stream(request.generation, context):
+                yield generation_pb2.GenerateStreamResponse(event=event)
+            return
         try:
             for event in self.answer:
                 yield generation_pb2.GenerateStreamResponse(event=event)
@@ -76,6 +82,10 @@ class FakeGateway(
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled.set()
             raise
+
+    async def ResumeStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for event in self.resume(request, context):
+            yield generation_pb2.ResumeStreamResponse(event=event)
 
     async def Generate(self, request: Any, context: Any) -> Any:
         await self._begin(request.generation, context)

@@ -68,6 +68,7 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         self.scheduler_id = scheduler_id
         self.cache_events: asyncio.Queue[scheduler_pb2.WatchCacheResponse] = asyncio.Queue()
         self.watched_from: list[int] = []
+        self.hangs = False
         self.load = scheduler_pb2.Load(workers_ready=1, kv_blocks_total=100, kv_blocks_free=90, model_version="w1")
         self.protocol_revision = PROTOCOL_REVISION
         self.received: asyncio.Queue[scheduler_pb2.AttachRequest] = asyncio.Queue()
@@ -117,13 +118,20 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
                         )
                     )
 
-        reader = asyncio.create_task(read())
+        async def report() -> None:
+            while True:
+                await asyncio.sleep(0.2)
+                if not self.hangs:
+                    outgoing.put_nowait(scheduler_pb2.AttachResponse(load=self.load))
+
+        tasks = [asyncio.create_task(read()), asyncio.create_task(report())]
         self.attached.set()
         try:
             while (message := await outgoing.get()) is not None:
                 await context.write(message)
         finally:
-            reader.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def WatchCache(  # noqa: N802
         self, request: scheduler_pb2.WatchCacheRequest, context: Any
@@ -135,7 +143,12 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
     def say_load(self, **changes: Any) -> None:
         """Change the state it reports, and report it."""
         self.load.MergeFrom(scheduler_pb2.Load(**changes))
-        self.send(load=self.load)
+        self.set_load(self.load)
+
+    def set_load(self, load: scheduler_pb2.Load) -> None:
+        """Report another state, now and from now on."""
+        self.load = load
+        self.send(load=load)
 
     def send(self, **kind: Any) -> None:
         """Send one message to the gateway."""

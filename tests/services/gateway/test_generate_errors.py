@@ -86,7 +86,6 @@ async def test_what_does_not_fit_the_context_says_how_long_it_is(
     [
         ({"constraint": {"regex": "a"}}, "structured_output"),
         ({"idempotency_key": "k"}, "idempotency"),
-        ({"scheduling": {"resume_window_ms": 5}}, "resume"),
         ({"output": {"prompt_logprobs": 1}}, "prompt_logprobs"),
         (
             {
@@ -103,13 +102,6 @@ async def test_a_feature_that_is_off_is_named(harness: Any, tools: Any, fields: 
 
     assert (failure.code, failure.reason) == (Code.FAILED_PRECONDITION, "FEATURE_DISABLED")
     assert failure.details["PreconditionFailure"].violations[0].subject == feature
-
-
-async def test_resume_is_off_and_says_what_to_do_instead(harness: Any, tools: Any) -> None:
-    failure = await tools.rejection(harness.stub.ResumeStream(generation_pb2.ResumeStreamRequest(resume_token="t")))
-
-    assert (failure.code, failure.reason) == (Code.FAILED_PRECONDITION, "FEATURE_DISABLED")
-    assert "continue_output" in failure.message
 
 
 async def test_an_unknown_model_and_adapter_are_not_found_with_their_names(harness: Any, tools: Any) -> None:

@@ -24,7 +24,7 @@ async def prepared(model_path: Path) -> Prepared:
 
 
 def admitted(request: Prepared) -> RequestStream:
-    stream = RequestStream(request.submit, None, lambda _stream, _index: None)
+    stream = RequestStream(request.submit, None, lambda _stream, _index, _keep: None)
     stream.admitted = scheduler_pb2.Admitted()
     stream.wake()
     return stream

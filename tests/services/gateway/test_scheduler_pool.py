@@ -228,9 +228,11 @@ async def test_a_scheduler_that_hangs_is_given_up(harness: Any, monkeypatch: pyt
     await harness.scheduler.next_admitted()
     harness.scheduler.attached.clear()
 
-    monkeypatch.setattr(scheduler_link, "_SILENCE_S", 0.01)  # it says nothing, and its connection stays open
+    harness.scheduler.hangs = True  # it says nothing, and its connection stays open
+    monkeypatch.setattr(scheduler_link, "_SILENCE_S", 0.01)
     await asyncio.wait_for(harness.scheduler.attached.wait(), 10)
     monkeypatch.undo()
+    harness.scheduler.hangs = False
 
     again = await harness.scheduler.next_admitted()
     harness.scheduler.tokens(again.handle, harness.ids("ok"), finish=common_pb2.FINISH_REASON_MAX_TOKENS)

@@ -41,7 +41,7 @@ async def test_models_are_listed_and_found_by_name_and_alias(harness: Any, tools
     assert model == by_alias
     assert (model.name, list(model.aliases)) == ("tiny", ["little"])
     assert (model.max_context_tokens, model.vocab_size, list(model.end_of_sequence_ids)) == (64, 272, [0])
-    assert set(model.features) == {"generate", "chat", "logprobs"}
+    assert set(model.features) == {"generate", "chat", "logprobs", "resume"}
     assert model.version
     assert model.default_sampling.temperature == 1
     assert model.api_revision == 1
@@ -53,7 +53,7 @@ async def test_the_version_and_the_context_follow_the_workers(harness: Any, tool
     stub = harness.service(model_pb2_grpc.ModelServiceStub)
     before = (await stub.GetModel(model_pb2.GetModelRequest(name="tiny"))).model
 
-    harness.scheduler.send(load=scheduler_pb2.Load(workers_ready=1, model_version="w2", max_model_len=40))
+    harness.scheduler.set_load(scheduler_pb2.Load(workers_ready=1, model_version="w2", max_model_len=40))
     await tools.until(lambda: harness.gateway.schedulers.max_model_len == 40)
     after = (await stub.GetModel(model_pb2.GetModelRequest(name="tiny"))).model
 
@@ -130,13 +130,13 @@ async def test_health_follows_the_scheduler_and_watch_sees_each_change(harness: 
                 pass
 
     await wait_for(SERVING)
-    harness.scheduler.send(load=scheduler_pb2.Load(workers_ready=0))
+    harness.scheduler.set_load(scheduler_pb2.Load(workers_ready=0))
     await wait_for(NOT_SERVING)
-    harness.scheduler.send(load=scheduler_pb2.Load(workers_ready=1))
+    harness.scheduler.set_load(scheduler_pb2.Load(workers_ready=1))
     await wait_for(SERVING)
-    harness.scheduler.send(load=scheduler_pb2.Load(workers_ready=1, step_age_ms=31_000))
+    harness.scheduler.set_load(scheduler_pb2.Load(workers_ready=1, step_age_ms=31_000))
     await wait_for(NOT_SERVING)
-    harness.scheduler.send(load=scheduler_pb2.Load(workers_ready=1))
+    harness.scheduler.set_load(scheduler_pb2.Load(workers_ready=1))
     await wait_for(SERVING)
     await harness.scheduler.stop()
     await wait_for(NOT_SERVING)

@@ -1,0 +1,125 @@
+"""Calls over one or several addresses: which one is next, and when a call may be tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+
+from octavo.inference.v1 import generation_pb2_grpc, load_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
+from octavo.services.client.errors import OctavoError, from_rpc_error
+
+T = TypeVar("T")
+
+_ATTEMPTS = 4
+_BACKOFF_S = (0.05, 1.0)
+_AVOID_S = 1.0
+_MAX_MESSAGE_BYTES = 64 << 20
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+    ("grpc.enable_retries", 0),  # calls are tried again here, with another address if there is one
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    # A long prefill sends nothing: pings notice a dead connection, and keep proxies from cutting a live one.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+
+
+class Endpoint:
+    """One address, with a stub for each service."""
+
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None) -> None:
+        self.channel = (
+            grpc.aio.insecure_channel(address, options=_OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+        )
+        # Generated stubs have no types.
+        self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)  # type: ignore[no-untyped-call]
+        self.models: Any = model_pb2_grpc.ModelServiceStub(self.channel)  # type: ignore[no-untyped-call]
+        self.tokenizer: Any = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)  # type: ignore[no-untyped-call]
+        self.load: Any = load_pb2_grpc.LoadServiceStub(self.channel)  # type: ignore[no-untyped-call]
+        self.failed_at = float("-inf")
+
+
+class Endpoints:
+    """All addresses of a client, taken in turn; one that failed a moment ago is passed over."""
+
+    def __init__(self, addresses: Sequence[str], credentials: grpc.ChannelCredentials | None) -> None:
+        if not addresses:
+            raise ValueError("give at least one address")
+        self._all = [Endpoint(address, credentials) for address in addresses]
+        self._next = 0
+
+    async def close(self) -> None:
+        """Close all connections; calls that still run are cancelled."""
+        await asyncio.gather(*(endpoint.channel.close(None) for endpoint in self._all))
+
+    def pick(self) -> Endpoint:
+        """Return whose turn it is."""
+        now = asyncio.get_running_loop().time()
+        for _ in self._all:
+            endpoint = self._all[self._next % len(self._all)]
+            self._next += 1
+            if now - endpoint.failed_at > _AVOID_S:
+                return endpoint
+        return min(self._all, key=lambda endpoint: endpoint.failed_at)
+
+    async def call(self, make: Callable[[Endpoint], Awaitable[T]], deadline: float | None) -> T:
+        """Run `make` until it succeeds, fails for good, or has failed often. Raises OctavoError.
+
+        It is tried again after UNAVAILABLE, if the request was not admitted: at once where another address is left,
+        else after the time that the server named, or a growing one. `deadline` is a time of the event loop.
+        """
+        attempts = max(_ATTEMPTS, len(self._all) + 1)
+        for attempt in range(attempts):
+            endpoint = self.pick()
+            try:
+                return await make(endpoint)
+            except OctavoError as error:
+                if error.code is not grpc.StatusCode.UNAVAILABLE or error.admitted or attempt == attempts - 1:
+                    raise
+                endpoint.failed_at = asyncio.get_running_loop().time()
+                if attempt + 1 >= len(self._all):
+                    await pause(attempt, error, deadline)
+        raise AssertionError("the last attempt returns or raises")
+
+
+async def pause(attempt: int, error: OctavoError, deadline: float | None) -> None:
+    """Wait before the next attempt; raise `error` if the deadline comes first."""
+    least, longest = _BACKOFF_S
+    seconds = max(error.retry_after or 0.0, min(least * 2**attempt, longest) * random.uniform(0.8, 1.2))
+    if deadline is not None and asyncio.get_running_loop().time() + seconds >= deadline:
+        raise error
+    await asyncio.sleep(seconds)
+
+
+async def unary(call: Any) -> Any:
+    """Return the answer of a call. Raises OctavoError."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from None
+
+
+async def first_of(call: Any) -> tuple[Any, Any]:
+    """Return a stream with its first message, None if it has none. Raises OctavoError, and cancels then."""
+    try:
+        first = await call.read()
+        return call, None if first is grpc.aio.EOF else first  # type: ignore[attr-defined]  # not in the stubs
+    except grpc.aio.AioRpcError as error:
+        failure = from_rpc_error(error)
+        # Headers of the server's own mean that the request was admitted.
+        failure.admitted = "x-request-id" in dict(await call.initial_metadata() or ())
+        raise failure from None
+    except BaseException:
+        call.cancel()
+        raise
