@@ -1,24 +1,31 @@
 """Measure steps of the cpu device.
 
-    python benchmarks/cpu_step.py [--threads N] [--variant NAME] [--long]
+    python benchmarks/cpu_step.py [--threads N] [--variant NAME] [--long] [--profile] [--beside-busy]
 
-The model has the shapes of SmolLM2-135M and random weights: nothing is fetched. GB/s counts packed
-weights and the KV cache read, GFLOP/s the multiplications and additions of the model. A step is
-timed many times on the wall clock; "best" says what the kernels can do, "median" what one gets.
+The model has the shapes of SmolLM2-135M and random weights: nothing is fetched. A step is timed
+many times on the wall clock; "best" says what the kernels can do, "median" what one gets.
+
+The floor of a step is max(bytes / read rate, operations / dot rate): bytes of packed weights and of
+the KV cache read, multiplications and additions of the model, and the two rates at which this
+machine reads memory and multiplies bf16 pairs in registers, measured in the same run by the same
+threads, before, between and after the steps. Shares are best against best and median against median.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.ops import Draw, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
+from octavo.kernels.cpu.runtime import Runtime
 
 BLOCK_TOKENS = 16
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 576, 1536, 30, 49152
@@ -27,6 +34,9 @@ QKV = (HEADS.num_heads + 2 * HEADS.num_kv_heads) * HEADS.head_dim
 LAYER_WEIGHTS = HIDDEN * (QKV + HEADS.num_heads * HEADS.head_dim + 3 * INTERMEDIATE)
 HEAD_WEIGHTS = HIDDEN * VOCAB
 MAX_POSITIONS = 4096
+BATCHES = (1, 8, 32)
+READ_BYTES = 256 << 20  # far more than any cache holds
+DOT_ITEMS = 64
 
 
 class RandomModel:
@@ -87,8 +97,61 @@ def make_step(batch: int, start: int, num_new: int) -> StepInput:
     return StepInput(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns))
 
 
-def measure(run: Callable[[], object], seconds: float) -> tuple[float, float]:
-    """Return best and median time of a call, in ms."""
+class Roofline:
+    """The machine's two limits: bytes read and bf16 multiplications and additions, per second."""
+
+    def __init__(self, num_threads: int, variant: str) -> None:
+        self._runtime = Runtime(variant, num_threads)
+        self._address = self._runtime.allocate(READ_BYTES)
+        ctypes.memset(self._address, 1, READ_BYTES)
+        self._read_ms: list[float] = []
+        self._dot_ms: list[float] = []
+
+    def measure(self, seconds: float) -> None:
+        """Measure both limits once more; every time counts."""
+        self._read_ms += times_of(lambda: self._runtime.measure_read(self._address, READ_BYTES), seconds)
+        self._dot_ms += times_of(lambda: self._runtime.measure_dot(DOT_ITEMS), seconds)
+
+    def rates(self, pick: Callable[[list[float]], float]) -> tuple[float, float]:
+        """Return bytes and operations per ms; `pick` chooses from all times measured."""
+        flops = self._runtime.measure_dot(DOT_ITEMS)
+        return READ_BYTES / pick(self._read_ms), flops / pick(self._dot_ms)
+
+    def __str__(self) -> str:
+        (read, dot), (median_read, median_dot) = self.rates(min), self.rates(statistics.median)
+        return (
+            f"this machine: reads {read / 1e6:.1f} GB/s best, {median_read / 1e6:.1f} median;"
+            f" {dot / 1e6:.0f} GFLOP/s of bf16 best, {median_dot / 1e6:.0f} median"
+        )
+
+
+@dataclass
+class Row:
+    """A kind of step and what was measured of it."""
+
+    name: str
+    tokens: int
+    num_bytes: int
+    flops: int
+    times: list[float]
+
+    def describe(self, roofline: Roofline) -> str:
+        """Return the line to print."""
+        parts = [f"{self.name:24}"]
+        for word, pick in (("best", min), ("median", statistics.median)):
+            read, dot = roofline.rates(pick)
+            floors = self.num_bytes / read, self.flops / dot
+            time_ms = pick(self.times)
+            parts.append(
+                f"{word} {time_ms:7.2f} ms, floor {max(floors):6.2f} (bytes {floors[0]:5.2f}, flop {floors[1]:6.2f}),"
+                f" {max(floors) / time_ms:4.0%} "
+            )
+        parts.append(f"{self.tokens / statistics.median(self.times) * 1e3:6.0f} tok/s")
+        return "  ".join(parts)
+
+
+def times_of(run: Callable[[], object], seconds: float) -> list[float]:
+    """Return the times of many calls, in ms."""
     run()
     times: list[float] = []
     end = time.perf_counter() + seconds
@@ -96,25 +159,34 @@ def measure(run: Callable[[], object], seconds: float) -> tuple[float, float]:
         started = time.perf_counter()
         run()
         times.append((time.perf_counter() - started) * 1e3)
-    return min(times), statistics.median(times)
+    return times
 
 
-def report(name: str, device: CpuDevice, batch: int, context: int, num_new: int, seconds: float) -> None:
-    """Fill the cache up to the step, time the step, print a line."""
+def make_row(name: str, device: CpuDevice, batch: int, context: int, num_new: int, seconds: float) -> Row:
+    """Fill the cache up to the step and time the step."""
     for start in range(0, context - num_new, 16):
         device.forward(make_step(batch, start, min(16, context - num_new - start)))
     step = make_step(batch, context - num_new, num_new)
-    best, median = measure(lambda: device.forward(step), seconds)
     tokens = batch * num_new
     keys_seen = batch * sum(range(context - num_new + 1, context + 1))
     attention = 4 * LAYERS * keys_seen * HEADS.num_heads * HEADS.head_dim
     flops = 2 * (LAYERS * LAYER_WEIGHTS * tokens + HEAD_WEIGHTS * batch) + attention
     num_bytes = 2 * (LAYERS * LAYER_WEIGHTS + HEAD_WEIGHTS) + batch * context * device.kv_block_bytes() // BLOCK_TOKENS
-    print(
-        f"{name:24} best {best:7.2f} ms  median {median:7.2f} ms  {tokens / median * 1e3:7.0f} tok/s"
-        f"  {num_bytes / best / 1e6:6.1f} GB/s  {flops / best / 1e6:6.0f} GFLOP/s",
-        flush=True,
-    )
+    return Row(name, tokens, num_bytes, flops, times_of(lambda: device.forward(step), seconds))
+
+
+def report_profile(name: str, device: CpuDevice, batch: int, context: int, num_new: int) -> None:
+    """Print where the time of a step goes, by kind of operation, and how often all threads wait for each other."""
+    step = make_step(batch, context - num_new, num_new)
+    device.profile(True)
+    num_steps = 20
+    for _ in range(num_steps):
+        device.forward(step)
+    kinds = device.profile(False)
+    total = sum(ns for ns, _ in kinds.values())
+    parts = [f"{kind} {ns / num_steps / 1e6:.2f} ms / {count // num_steps}" for kind, (ns, count) in kinds.items()]
+    barriers = sum(count for _, count in kinds.values()) // num_steps
+    print(f"  {name}: {total / num_steps / 1e6:.2f} ms in {barriers} phases: {', '.join(parts)}", flush=True)
 
 
 def report_draws(device: CpuDevice, seconds: float) -> None:
@@ -127,8 +199,9 @@ def report_draws(device: CpuDevice, seconds: float) -> None:
         "top_p 0.9": Draw(1, 0, 0.9, 0, 7, 0, 5),
         "min_p 0.1": Draw(1, 0, 1, 0.1, 7, 0, 5),
     }.items():
-        best, median = measure(lambda draw=draw: device.draw(logits, [draw] * 32), seconds / 4)  # type: ignore[misc]
-        print(f"draw {name:20} best {best / 32:7.4f} ms  median {median / 32:7.4f} ms a row, of 32", flush=True)
+        times = times_of(lambda draw=draw: device.draw(logits, [draw] * 32), seconds / 4)  # type: ignore[misc]
+        best, median = min(times) / 32, statistics.median(times) / 32
+        print(f"draw {name:20} best {best:7.4f} ms  median {median:7.4f} ms a row, of 32", flush=True)
 
 
 def main() -> None:
@@ -138,16 +211,25 @@ def main() -> None:
     parser.add_argument("--variant", default="", help="avx512_bf16, avx2 or portable; default: the best")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line")
     parser.add_argument("--long", action="store_true", help="contexts of 512 and 2048 as well")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     options = parser.parse_args()
+    roofline = Roofline(options.threads, options.variant)
     device = CpuDevice(
         RandomModel(), 1024, 32, MAX_POSITIONS // BLOCK_TOKENS, num_threads=options.threads, variant=options.variant
     )
     device.allocate_kv(32 * MAX_POSITIONS // BLOCK_TOKENS + 1)
-    for context in (128, 512, 2048) if options.long else (128,):
-        for batch in (1, 8, 32):
-            report(f"decode B={batch} ctx {context}", device, batch, context, 1, options.seconds)
-    for length in (32, 128, 512, 1024) if options.long else (512,):
-        report(f"prefill {length}", device, 1, length, length, options.seconds)
+    shapes = [(f"decode B={b} ctx {c}", b, c, 1) for c in ((128, 512, 2048) if options.long else (128,)) for b in BATCHES]
+    shapes += [(f"prefill {n}", 1, n, n) for n in ((32, 128, 512, 1024) if options.long else (512,))]
+    rows: list[Row] = []
+    for name, batch, context, num_new in shapes:
+        roofline.measure(options.seconds / 4)
+        rows.append(make_row(name, device, batch, context, num_new, options.seconds))
+        if options.profile:
+            report_profile(name, device, batch, context, num_new)
+    roofline.measure(options.seconds / 4)
+    print(roofline)
+    for row in rows:
+        print(row.describe(roofline))
     report_draws(device, options.seconds)
 
 

@@ -100,6 +100,10 @@ class CpuDevice:
         for source, target in pairs.tolist():
             self._blocks[target] = self._blocks[source]
 
+    def profile(self, on: bool) -> dict[str, tuple[int, int]]:
+        """Return (ns, phases) by name of operation since the last call, and go on measuring, or no longer."""
+        return {library.PROFILE_NAMES[kind]: values for kind, values in self._program.profile(on).items()}
+
     def draw(self, logits: torch.Tensor, draws: list[Draw]) -> Int32Array:
         """Draw a token for each row of processed `logits` [N, vocab_size] float32; return [N].
 

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 2 };
+enum { OCTAVO_ABI_REVISION = 3 };
 
 enum OctavoType : int32_t { OCTAVO_BF16 = 0, OCTAVO_F16 = 1, OCTAVO_F32 = 2 };
 
@@ -182,6 +182,17 @@ OCTAVO_EXPORT void octavo_program_destroy(OctavoProgram* program);
 // `error` when an index of the step is out of range; then nothing was written.
 OCTAVO_EXPORT int32_t octavo_program_run(OctavoProgram* program, const OctavoStep* step, const OctavoCache* cache,
                                          float* logits, char* error, size_t error_size);
+
+// Where the time of the steps since the last call went, in ns and number of phases (waits of all
+// threads for each other); both arrays are indexed by OctavoOpKind, and OCTAVO_PROFILE_NORM for norms
+// that are a phase of their own. Measured only while switched on, which is off at first.
+enum { OCTAVO_PROFILE_NORM = 15, OCTAVO_PROFILE_SIZE = 16 };
+OCTAVO_EXPORT void octavo_program_profile(OctavoProgram* program, int32_t on, int64_t* ns, int64_t* num_phases);
+
+// The most that this machine can do, for benchmarks: read memory, and multiply pairs of bf16 that
+// lie in registers. The caller takes the time. Return the bytes read and the floating-point operations.
+OCTAVO_EXPORT int64_t octavo_measure_read(OctavoPool* pool, const void* data, int64_t num_bytes);
+OCTAVO_EXPORT int64_t octavo_measure_dot(OctavoPool* pool, int32_t num_items);
 
 // Sampling over rows of `logits`, `stride` elements apart. A row without a drawable token (all
 // -inf, or not a number) gives -1.

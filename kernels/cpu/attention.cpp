@@ -10,10 +10,11 @@
 namespace octavo {
 namespace {
 
-constexpr int kTilePages = 8;
 constexpr int kTileKeys = kTilePages * kBlockTokens;
 constexpr int kVectorsPerPage = kBlockTokens / kLanes;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr int kPartialStride = sizeof(PartialRow) / sizeof(float);
+static_assert(kKeysPerPiece % kTileKeys == 0);
 
 // One query head of one token.
 struct Row {
@@ -23,11 +24,21 @@ struct Row {
   int end;
 };
 
-// The pages of a tile, and those that come after, to be fetched meanwhile.
+// The pages of a tile, and of what is read after it, to be fetched meanwhile.
 struct Tile {
-  const bf16* keys[2 * kTilePages];
+  const bf16* keys[kTilePages];
+  const bf16* next_keys[kTilePages];
   int num_pages;
 };
+
+// The first key that a token at `position` sees.
+int first_key(const OctavoOp& op, int position) {
+  return op.window > 0 ? std::max(0, position + 1 - op.window) : 0;
+}
+
+PieceRange pieces_of(int begin, int end) {
+  return {begin / kKeysPerPiece, static_cast<int>(divide_up(end, kKeysPerPiece))};
+}
 
 // The largest power of two of columns (vectors) that `rows` leave registers for.
 constexpr int columns_at_once(int rows, int vectors_per_column, int most) {
@@ -38,7 +49,7 @@ constexpr int columns_at_once(int rows, int vectors_per_column, int most) {
 
 // scores[row][key] = scale * (query . key) for `kPages` pages. Queries are kMaxHeadDim apart.
 template <int kRows, int kPages>
-void score_pages(const bf16* queries, const bf16* const* pages, int head_dim, Vec scale, float* scores) {
+void score_pages(const Activation* queries, const bf16* const* pages, int head_dim, Vec scale, float* scores) {
   constexpr int kVectors = kPages * kVectorsPerPage;
   Vec sums[kRows][kVectors];
   clear(sums);
@@ -48,7 +59,7 @@ void score_pages(const bf16* queries, const bf16* const* pages, int head_dim, Ve
       const bf16* page = pages[vector / kVectorsPerPage] + i * kBlockTokens;
       key[vector] = load_pairs(page + vector % kVectorsPerPage * kLanes * 2);
     }
-    for (int page = 0; page < kPages; ++page) prefetch(pages[page + kPages] + i * kBlockTokens);
+    for (int page = 0; page < kPages; ++page) prefetch(pages[page] + (head_dim + i) * kBlockTokens);  // its values
     for (int row = 0; row < kRows; ++row) {
       const Pairs query = broadcast_pair(queries + row * kMaxHeadDim + i);
       for (int vector = 0; vector < kVectors; ++vector)
@@ -61,7 +72,7 @@ void score_pages(const bf16* queries, const bf16* const* pages, int head_dim, Ve
 }
 
 template <int kRows>
-void score_tile(const bf16* queries, const Tile& tile, int head_dim, Vec scale, float* scores) {
+void score_tile(const Activation* queries, const Tile& tile, int head_dim, Vec scale, float* scores) {
   constexpr int kPages = columns_at_once(kRows, kVectorsPerPage, kTilePages);
   int page = 0;
   for (; page + kPages <= tile.num_pages; page += kPages)
@@ -70,53 +81,47 @@ void score_tile(const bf16* queries, const Tile& tile, int head_dim, Vec scale, 
     score_pages<kRows, 1>(queries, tile.keys + page, head_dim, scale, scores + page * kBlockTokens);
 }
 
-// The running softmax of one row: weights are 2^(score - largest).
-struct Softmax {
-  float largest = kMinusInfinity;
-  float total = 0.0f;
-
-  // Turn the scores of a tile, of which the row sees [begin, end), into weights. Returns by what
-  // all that was summed up before must be multiplied.
-  float add_tile(float* scores, bf16* weights, int begin, int end, int num_keys) {
-    if (begin >= end) {
-      std::fill(weights, weights + num_keys, bf16{0});
-      return 1.0f;
-    }
-    std::fill(scores, scores + begin, kMinusInfinity);
-    std::fill(scores + end, scores + num_keys, kMinusInfinity);
-    Vec tile_largest = load(scores);
-    for (int i = kLanes; i < num_keys; i += kLanes) tile_largest = maximum(tile_largest, load(scores + i));
-    const float old_largest = largest;
-    largest = std::max(largest, max_lanes(tile_largest));
-    Vec sum = {};
-    for (int i = 0; i < num_keys; i += kLanes) {
-      const Vec weight = exp2(load(scores + i) - broadcast(largest));
-      sum = sum + weight;
-      store_bf16(weights + i, weight);
-    }
-    const float factor = exp2(broadcast(old_largest - largest))[0];
-    total = total * factor + sum_lanes(sum);
-    return factor;
+// Turn the scores of a tile, of which the row sees [begin, end), into weights 2^(score - largest).
+// Returns by what all that was summed up before must be multiplied.
+float add_tile(PartialRow& row, float* scores, Activation* weights, int begin, int end, int num_keys) {
+  if (begin >= end) {
+    std::fill(weights, weights + num_keys, Activation{0});
+    return 1.0f;
   }
-};
+  std::fill(scores, scores + begin, kMinusInfinity);
+  std::fill(scores + end, scores + num_keys, kMinusInfinity);
+  Vec tile_largest = load(scores);
+  for (int i = kLanes; i < num_keys; i += kLanes) tile_largest = maximum(tile_largest, load(scores + i));
+  const float old_largest = row.largest;
+  row.largest = std::max(row.largest, max_lanes(tile_largest));
+  Vec sum = {};
+  for (int i = 0; i < num_keys; i += kLanes) {
+    const Vec weight = exp2(load(scores + i) - broadcast(row.largest));
+    sum = sum + weight;
+    store_activation(weights + i, weight);
+  }
+  const float factor = exp2(broadcast(old_largest - row.largest))[0];
+  row.total = row.total * factor + sum_lanes(sum);
+  return factor;
+}
 
 // output[row][d] = output[row][d] * factor[row] + sum over keys of weight * value, for `kVectors`
-// vectors of the head's dimensions.
+// vectors of the head's dimensions. The rows of `output` are those of neighbouring PartialRows.
 template <int kRows, int kVectors>
-void add_values(const Tile& tile, const bf16* weights, int head_dim, int dim, const float* factors, float* output) {
+void add_values(const Tile& tile, const Activation* weights, int head_dim, int dim, const float* factors, float* output) {
   const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
   Vec sums[kRows][kVectors];
   for (int row = 0; row < kRows; ++row)
     for (int vector = 0; vector < kVectors; ++vector)
-      sums[row][vector] = load(output + row * kMaxHeadDim + dim + vector * kLanes) * broadcast(factors[row]);
+      sums[row][vector] = load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
   for (int page = 0; page < tile.num_pages; ++page) {
     const bf16* values = tile.keys[page] + page_size + dim * 2;
-    const bf16* later_values = tile.keys[page + 2] + page_size + dim * 2;
+    const bf16* next_keys = tile.next_keys[page] + dim * 2;
     for (int pair = 0; pair < kBlockTokens / 2; ++pair) {
       Pairs value[kVectors];
       for (int vector = 0; vector < kVectors; ++vector) {
         value[vector] = load_pairs(values + (pair * head_dim + vector * kLanes) * 2);
-        prefetch(later_values + (pair * head_dim + vector * kLanes) * 2);
+        prefetch(next_keys + (pair * head_dim + vector * kLanes) * 2);
       }
       for (int row = 0; row < kRows; ++row) {
         const Pairs weight = broadcast_pair(weights + row * kTileKeys + page * kBlockTokens + pair * 2);
@@ -127,78 +132,145 @@ void add_values(const Tile& tile, const bf16* weights, int head_dim, int dim, co
   }
   for (int row = 0; row < kRows; ++row)
     for (int vector = 0; vector < kVectors; ++vector)
-      store(output + row * kMaxHeadDim + dim + vector * kLanes, sums[row][vector]);
+      store(output + row * kPartialStride + dim + vector * kLanes, sums[row][vector]);
 }
 
-// Pages [start, start + 16) of the sequence, the last one repeated where it has no more.
+// The tile of keys [start, end) at most. After the last one follows the start of the next head.
 Tile load_tile(const KvHead& kv, int start, int end) {
   Tile tile;
   const int first_page = start / kBlockTokens;
-  const int last_page = (end - 1) / kBlockTokens;
-  for (int i = 0; i < 2 * kTilePages; ++i)
-    tile.keys[i] = kv.pages + kv.block_table[std::min(first_page + i, last_page)] * kv.block_stride;
-  tile.num_pages = std::min(kTilePages, last_page - first_page + 1);
+  const int num_pages = static_cast<int>(divide_up(end - start, kBlockTokens));
+  tile.num_pages = std::min(kTilePages, num_pages);
+  for (int i = 0; i < tile.num_pages; ++i) tile.keys[i] = kv.page(first_page + i);
+  for (int i = 0; i < kTilePages; ++i) {
+    const int next = kTilePages + i;
+    tile.next_keys[i] = next < num_pages ? kv.page(first_page + next) : kv.read_next[i];
+  }
   return tile;
 }
 
+// What the rows see of piece number `piece`.
 template <int kRows>
-void attend_rows(const OctavoOp& op, const KvHead& kv, const Row* rows) {
+void attend_piece_rows(const OctavoOp& op, const KvHead& kv, const Row* rows, int piece, PartialRow* sums) {
   constexpr int kVectors = columns_at_once(kRows, 1, 4);
   // Copied so that they lie at distances known to the compiler.
-  alignas(64) bf16 queries[kRows * kMaxHeadDim];
-  for (int row = 0; row < kRows; ++row)
-    std::copy(rows[row].query, rows[row].query + op.head_dim, queries + row * kMaxHeadDim);
+  alignas(64) Activation queries[kRows * kMaxHeadDim];
   alignas(64) float scores[kRows * kTileKeys];
-  alignas(64) bf16 weights[kRows * kTileKeys];
-  alignas(64) float output[kRows * kMaxHeadDim] = {};
+  alignas(64) Activation weights[kRows * kTileKeys];
   float factors[kRows];
-  Softmax softmax[kRows];
-  const Vec scale = broadcast(op.scale * 1.44269504f);
   int begin = rows[0].begin, end = rows[0].end;
-  for (int row = 1; row < kRows; ++row) {
+  for (int row = 0; row < kRows; ++row) {
+    load_activations(rows[row].query, op.head_dim, queries + row * kMaxHeadDim);
+    sums[row].largest = kMinusInfinity;
+    sums[row].total = 0.0f;
+    std::fill(sums[row].output, sums[row].output + op.head_dim, 0.0f);
     begin = std::min(begin, rows[row].begin);
     end = std::max(end, rows[row].end);
   }
+  begin = std::max(begin, piece * kKeysPerPiece);
+  end = std::min(end, (piece + 1) * kKeysPerPiece);
+  const Vec scale = broadcast(op.scale * 1.44269504f);
   for (int start = begin / kTileKeys * kTileKeys; start < end; start += kTileKeys) {
     const Tile tile = load_tile(kv, start, end);
     const int num_keys = tile.num_pages * kBlockTokens;
     score_tile<kRows>(queries, tile, op.head_dim, scale, scores);
     for (int row = 0; row < kRows; ++row)
-      factors[row] = softmax[row].add_tile(scores + row * kTileKeys, weights + row * kTileKeys,
-                                           std::clamp(rows[row].begin - start, 0, num_keys),
-                                           std::clamp(rows[row].end - start, 0, num_keys), num_keys);
+      factors[row] = add_tile(sums[row], scores + row * kTileKeys, weights + row * kTileKeys,
+                              std::clamp(rows[row].begin - start, 0, num_keys),
+                              std::clamp(rows[row].end - start, 0, num_keys), num_keys);
     int dim = 0;
     for (; dim + kVectors * kLanes <= op.head_dim; dim += kVectors * kLanes)
-      add_values<kRows, kVectors>(tile, weights, op.head_dim, dim, factors, output);
+      add_values<kRows, kVectors>(tile, weights, op.head_dim, dim, factors, sums[0].output);
     for (; dim < op.head_dim; dim += kLanes)
-      add_values<kRows, 1>(tile, weights, op.head_dim, dim, factors, output);
+      add_values<kRows, 1>(tile, weights, op.head_dim, dim, factors, sums[0].output);
   }
-  for (int row = 0; row < kRows; ++row) {
-    const Vec factor = broadcast(1.0f / softmax[row].total);
-    // Adding zero turns -0 into 0: a sum of zeros may have either sign.
-    for (int dim = 0; dim < op.head_dim; dim += kLanes)
-      store_bf16(rows[row].output + dim, load(output + row * kMaxHeadDim + dim) * factor + Vec{});
+}
+
+// sum = sum and what was seen of a later piece.
+void merge(const PartialRow& piece, int head_dim, PartialRow& sum) {
+  if (piece.total == 0.0f) return;  // the row sees nothing of it, though one that it shares a tile with may
+  if (sum.total == 0.0f) {
+    sum = piece;
+    return;
+  }
+  const float largest = std::max(sum.largest, piece.largest);
+  const Vec old_factor = exp2(broadcast(sum.largest - largest));
+  const Vec factor = exp2(broadcast(piece.largest - largest));
+  sum.largest = largest;
+  sum.total = sum.total * old_factor[0] + piece.total * factor[0];
+  for (int dim = 0; dim < head_dim; dim += kLanes)
+    store(sum.output + dim, load(sum.output + dim) * old_factor + load(piece.output + dim) * factor);
+}
+
+void finish(const PartialRow& sum, int head_dim, bf16* output) {
+  const Vec factor = broadcast(1.0f / sum.total);
+  // Adding zero turns -0 into 0: a sum of zeros may have either sign.
+  for (int dim = 0; dim < head_dim; dim += kLanes) store_bf16(output + dim, load(sum.output + dim) * factor + Vec{});
+}
+
+template <int kRows>
+void attend_rows(const OctavoOp& op, const KvHead& kv, const Row* rows) {
+  PartialRow sums[kRows], next[kRows];
+  int begin = rows[0].begin, end = rows[0].end;
+  for (int row = 1; row < kRows; ++row) {
+    begin = std::min(begin, rows[row].begin);
+    end = std::max(end, rows[row].end);
+  }
+  const PieceRange pieces = pieces_of(begin, end);
+  attend_piece_rows<kRows>(op, kv, rows, pieces.begin, sums);
+  for (int piece = pieces.begin + 1; piece < pieces.end; ++piece) {
+    attend_piece_rows<kRows>(op, kv, rows, piece, next);
+    for (int row = 0; row < kRows; ++row) merge(next[row], op.head_dim, sums[row]);
+  }
+  for (int row = 0; row < kRows; ++row) finish(sums[row], op.head_dim, rows[row].output);
+}
+
+// Rows [first, first + count) of an item: token after token, each with all heads of the group.
+void fill_rows(const OctavoOp& op, const AttentionItem& item, const bf16* queries, bf16* output, int64_t stride,
+               int first, int count, Row* rows) {
+  const int group = op.num_heads / op.num_kv_heads;
+  for (int i = 0; i < count; ++i) {
+    const int token = (first + i) / group;
+    const int64_t offset = token * stride + (first + i) % group * op.head_dim;
+    const int end = item.first_position + token + 1;
+    rows[i] = {queries + offset, output + offset, first_key(op, end - 1), end};
   }
 }
 
 }  // namespace
 
+PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item) {
+  return pieces_of(first_key(op, item.first_position), item.first_position + item.num_tokens);
+}
+
 void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, bf16* output,
             int64_t stride) {
-  const int group = op.num_heads / op.num_kv_heads;
-  const int num_rows = item.num_tokens * group;
+  const int num_rows = num_rows_of(op, item);
   const int num_tiles = static_cast<int>(divide_up(num_rows, kMaxTileRows));
   for (int tile = 0; tile < num_tiles; ++tile) {
     const int first = num_rows * tile / num_tiles;
     const int count = num_rows * (tile + 1) / num_tiles - first;
     Row rows[kMaxTileRows];
-    for (int i = 0; i < count; ++i) {
-      const int token = (first + i) / group;
-      const int64_t offset = token * stride + (first + i) % group * op.head_dim;
-      const int end = item.first_position + token + 1;
-      rows[i] = {queries + offset, output + offset, op.window > 0 ? std::max(0, end - op.window) : 0, end};
-    }
+    fill_rows(op, item, queries, output, stride, first, count, rows);
     dispatch_rows(count, [&](auto constant) { attend_rows<constant()>(op, kv, rows); });
+  }
+}
+
+void attend_piece(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, int64_t stride,
+                  int piece, PartialRow* sums) {
+  const int num_rows = num_rows_of(op, item);
+  Row rows[kMaxTileRows];
+  fill_rows(op, item, queries, nullptr, stride, 0, num_rows, rows);
+  dispatch_rows(num_rows, [&](auto constant) { attend_piece_rows<constant()>(op, kv, rows, piece, sums); });
+}
+
+void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, int num_pieces, bf16* output,
+                  int64_t stride) {
+  const int group = op.num_heads / op.num_kv_heads;
+  const int num_rows = num_rows_of(op, item);
+  for (int row = 0; row < num_rows; ++row) {
+    for (int piece = 1; piece < num_pieces; ++piece) merge(sums[piece * num_rows + row], op.head_dim, sums[row]);
+    finish(sums[row], op.head_dim, output + row / group * stride + row % group * op.head_dim);
   }
 }
 

@@ -4,15 +4,21 @@
 #include <cstdint>
 
 #include "abi.h"
+#include "elementwise.h"
 #include "simd.h"
 
 namespace octavo {
+
+constexpr int kTilePages = 8;  // read together
 
 // Where one layer and kv head of a sequence's keys and values lie.
 struct KvHead {
   const bf16* pages;            // K page of block 0; its V page follows
   int64_t block_stride;         // from a block to the next
   const int32_t* block_table;
+  const bf16* read_next[kTilePages];  // the pages that this thread will likely read afterwards
+
+  const bf16* page(int64_t index) const { return pages + block_table[index] * block_stride; }
 };
 
 // Neighbouring tokens of one sequence that attend together.
@@ -25,6 +31,32 @@ struct AttentionItem {
 
 constexpr int kTokensPerAttentionItem = 16;
 
+// Keys are summed up in pieces at fixed positions, and the pieces put together in their order,
+// whether one thread computes them all or each another one.
+constexpr int kKeysPerPiece = 512;
+
+// Numbers of pieces.
+struct PieceRange {
+  int begin;
+  int end;
+  int count() const { return end - begin; }
+};
+
+// The softmax of one row over a part of its keys: weights are 2^(score - largest).
+struct alignas(64) PartialRow {
+  float output[kMaxHeadDim];  // sum of weight * value
+  float largest;
+  float total;  // of the weights; zero where the row sees none of the keys
+};
+
+// A row is one query head of one token.
+inline int num_rows_of(const OctavoOp& op, const AttentionItem& item) {
+  return item.num_tokens * (op.num_heads / op.num_kv_heads);
+}
+
+// The pieces that an item sees.
+PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item);
+
 // Attend with all query heads of one kv head.
 //
 // queries, output   first token's first such head; tokens are `stride` elements apart
@@ -34,5 +66,12 @@ constexpr int kTokensPerAttentionItem = 16;
 // cache only: not on the queries that it shares a tile with, nor on which block ids hold its cache.
 void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, bf16* output,
             int64_t stride);
+
+// The same in pieces, for items of at most kMaxTileRows rows: first each piece into its own
+// `sums` [rows], then all of them, [pieces][rows] in order of the pieces, into the output.
+void attend_piece(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, int64_t stride,
+                  int piece, PartialRow* sums);
+void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, int num_pieces, bf16* output,
+                  int64_t stride);
 
 }  // namespace octavo

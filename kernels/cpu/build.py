@@ -33,8 +33,10 @@ LOCK_TIMEOUT_S = 360
 # -ffp-contract=off keeps the sampler's noise equal in all of them.
 X86_VARIANTS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512bf16"),
+    "avx512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
     "avx2": ("-mavx2", "-mfma"),
 }
+ARM_VARIANTS: dict[str, tuple[str, ...]] = {"neon_bf16": ("-march=armv8.2-a+bf16",), "neon": ()}
 
 
 class BuildError(Exception):
@@ -43,8 +45,10 @@ class BuildError(Exception):
 
 def variants() -> dict[str, tuple[str, ...]]:
     """Return the variants that can be compiled for this kind of machine: name to compiler flags."""
-    x86 = X86_VARIANTS if platform.machine().lower() in ("x86_64", "amd64") else {}
-    return {**x86, "portable": ()}
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):  # where NEON is always there, and portable code uses it
+        return ARM_VARIANTS
+    return {**(X86_VARIANTS if machine in ("x86_64", "amd64") else {}), "portable": ()}
 
 
 def library_path(variant: str) -> Path:

@@ -91,30 +91,32 @@ void norm_row(const OctavoNorm& norm, const float* x, bf16* output) {
     store_bf16(output + i, load(x + i) * factor * load(norm.weight + i));
 }
 
-void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, bf16* pages, int offset, bf16* queries) {
+void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int first_kv_head, int num_kv_heads,
+                     bf16* pages, int offset, bf16* queries) {
   const int head_dim = op.head_dim;
-  const int num_rotated = op.num_heads + op.num_kv_heads;
+  const int group = op.num_heads / op.num_kv_heads;
   const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
   Head head;
-  for (int h = 0; h < num_rotated + op.num_kv_heads; ++h) {
-    const bool is_query = h < op.num_heads;
+  const auto rotated = [&](int h, const OctavoNorm& norm) {
     load_head(qkv + h * head_dim, head_dim, head);
-    if (h < num_rotated) {
-      const OctavoNorm& norm = is_query ? op.q_norm : op.k_norm;
-      if (norm.weight != nullptr) norm_head(norm, head);
-      rotate_head(op, position, head);
-    }
-    if (is_query) {
-      for (int i = 0; i < head_dim; i += kLanes) store_bf16(queries + h * head_dim + i, load(head.values + i));
-      continue;
-    }
+    if (norm.weight != nullptr) norm_head(norm, head);
+    rotate_head(op, position, head);
+  };
+  const auto round_finite = [&] {
     for (int i = 0; i < head_dim; i += kLanes) store_bf16(head.rounded + i, make_finite(load(head.values + i)));
-    bf16* kv_head_pages = pages + (h - op.num_heads) % op.num_kv_heads * 2 * page_size;
-    if (h < num_rotated) {
-      write_key(head, head_dim, offset, kv_head_pages);
-    } else {
-      write_value(head, head_dim, offset, kv_head_pages + page_size);
-    }
+  };
+  for (int h = first_kv_head * group; h < (first_kv_head + num_kv_heads) * group; ++h) {
+    rotated(h, op.q_norm);
+    for (int i = 0; i < head_dim; i += kLanes) store_bf16(queries + h * head_dim + i, load(head.values + i));
+  }
+  for (int h = first_kv_head; h < first_kv_head + num_kv_heads; ++h) {
+    bf16* head_pages = pages + h * 2 * page_size;
+    rotated(op.num_heads + h, op.k_norm);
+    round_finite();
+    write_key(head, head_dim, offset, head_pages);
+    load_head(qkv + (op.num_heads + op.num_kv_heads + h) * head_dim, head_dim, head);
+    round_finite();
+    write_value(head, head_dim, offset, head_pages + page_size);
   }
 }
 

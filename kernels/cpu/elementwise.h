@@ -18,11 +18,14 @@ void embed_token(const OctavoOp& op, int32_t token_id, float* output);
 // output = bf16(x / sqrt(mean(x^2) + eps) * weight), padding included (zeros stay zeros).
 void norm_row(const OctavoNorm& norm, const float* x, bf16* output);
 
-// Norm (if the op has norms) and rotate the heads of one token, write its key and value to place
-// `offset` of the block's pages, and its queries to `queries`.
+// Norm (if the op has norms) and rotate some heads of one token: the kv heads [first_kv_head,
+// first_kv_head + num_kv_heads) and the query heads that belong to them. Keys and values go to
+// place `offset` of the block's pages, queries to `queries`.
 //
-// qkv     [num_heads + 2 * num_kv_heads, head_dim]
-// pages   K and V page of each kv head: [num_kv_heads, 2, head_dim * 16]
-void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, bf16* pages, int offset, bf16* queries);
+// qkv      [op.num_heads + 2 * op.num_kv_heads, head_dim]
+// pages    K and V page of each kv head: [op.num_kv_heads, 2, head_dim * 16]
+// queries  [op.num_heads, head_dim]
+void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int first_kv_head, int num_kv_heads,
+                     bf16* pages, int offset, bf16* queries);
 
 }  // namespace octavo

@@ -5,6 +5,7 @@
 
 #include "abi.h"
 #include "simd.h"
+#include "thread_pool.h"
 
 namespace octavo {
 
@@ -55,6 +56,9 @@ struct GemmItems {
 
 // Compute all rows of blocks [begin, end).
 void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end);
+
+// The weights that an item reads.
+MemoryRange weights_of_gemm_item(const Gemm& gemm, const GemmItems& items, int item);
 
 void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item);
 

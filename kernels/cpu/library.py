@@ -10,17 +10,32 @@ from pathlib import Path
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 2
+ABI_REVISION = 3
 
 BF16, F16, F32 = range(3)
 EMBED, NORM_LINEAR, ROTARY_WRITE_KV, PAGED_ATTENTION, LINEAR_RESIDUAL, NORM_GATED_LINEAR, LOGITS = range(7)
 NORM_EXPERTS_RESIDUAL = 7
+PROFILE_NORM, PROFILE_SIZE = 15, 16
+PROFILE_NAMES = {
+    EMBED: "embed",
+    NORM_LINEAR: "norm_linear",
+    ROTARY_WRITE_KV: "rotary_write_kv",
+    PAGED_ATTENTION: "paged_attention",
+    LINEAR_RESIDUAL: "linear_residual",
+    NORM_GATED_LINEAR: "norm_gated_linear",
+    LOGITS: "logits",
+    NORM_EXPERTS_RESIDUAL: "norm_experts_residual",
+    PROFILE_NORM: "norm",
+}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 # What a CPU must have for a variant, as /proc/cpuinfo names it.
 _NEEDED_FLAGS = {
     "avx512_bf16": {"avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_bf16"},
+    "avx512": {"avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq"},
     "avx2": {"avx2", "fma"},
+    "neon_bf16": {"bf16"},
+    "neon": set[str](),
     "portable": set[str](),
 }
 
@@ -167,6 +182,9 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
         c.c_int32,
         (c.c_void_p, c.POINTER(Step), c.POINTER(Cache), c.c_void_p, c.c_char_p, c.c_size_t),
     ),
+    "octavo_program_profile": (None, (c.c_void_p, c.c_int32, c.c_void_p, c.c_void_p)),
+    "octavo_measure_read": (c.c_int64, (c.c_void_p, c.c_void_p, c.c_int64)),
+    "octavo_measure_dot": (c.c_int64, (c.c_void_p, c.c_int32)),
     "octavo_draw": (
         None,
         (c.c_void_p, c.c_void_p, c.c_int64, c.c_int32, c.c_int32, c.c_void_p, c.c_void_p),
@@ -215,4 +233,4 @@ def _cpu_flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), set())

@@ -1,12 +1,13 @@
 // Runs a recorded program over a ragged batch, in one call.
 #include <algorithm>
+#include <chrono>
 #include <cstdarg>
 #include <cstdio>
 #include <limits>
 #include <vector>
 
 #include "abi.h"
-#include "attention.h"
+#include "attention_plan.h"
 #include "elementwise.h"
 #include "experts.h"
 #include "gemm.h"
@@ -19,12 +20,27 @@ namespace {
 constexpr int kPrivateNormRows = 8;
 constexpr int kRowsPerItem = 4;  // of embedding, norm and rotary
 
-enum class PhaseKind { kEmbed, kNorm, kGemm, kNormGemm, kRotary, kAttention, kChoose, kGather, kExpertsGated, kExpertsDown };
+constexpr size_t kBytesFetchedAhead = 256 << 10;  // by a thread that waits; a fraction of its cache
+constexpr size_t kBytesFetchedBeforeNorm = 2 << 10;
+
+enum class PhaseKind {
+  kEmbed,
+  kNorm,
+  kGemm,
+  kNormGemm,
+  kRotary,
+  kAttention,
+  kRotaryAttention,
+  kChoose,
+  kGather,
+  kExpertsGated,
+  kExpertsDown,
+};
 
 // What the threads do between two barriers. An operation becomes one phase or more.
 struct Phase {
   PhaseKind kind;
-  const OctavoOp* op;
+  const OctavoOp* op;  // for kRotaryAttention the second of the two
   int num_rows;
   Gemm gemm;
   GemmItems gemm_items;
@@ -56,12 +72,21 @@ class IndexError {
   size_t size_;
 };
 
+// Where time goes: see octavo_program_profile.
+struct Profile {
+  bool on = false;
+  int64_t ns[OCTAVO_PROFILE_SIZE] = {};
+  int64_t num_phases[OCTAVO_PROFILE_SIZE] = {};
+};
+
 class Program {
  public:
   Program(ThreadPool& threads, const OctavoProgramInfo& info);
 
   bool check(const OctavoStep& step, const OctavoCache& cache, const IndexError& error) const;
   void run(const OctavoStep& step, const OctavoCache& cache, float* logits);
+
+  Profile profile;
 
  private:
   friend class StepJob;
@@ -87,17 +112,20 @@ class StepJob : public Job {
 
   const std::vector<int>& items_per_phase() const { return items_per_phase_; }
   void run_item(int phase, int item, int thread) override;
+  MemoryRange first_read(int phase, int item) const override;
+  void phase_begins(int phase) override;
 
  private:
-  void add_phases(const OctavoOp& op);
+  bool attends_at_once(const OctavoOp& op, const OctavoOp* next) const;
+  void add_phases(const OctavoOp& op, const OctavoOp* next);
   void add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items);
   void add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows);
   void add_experts(const OctavoOp& op);
-  void add_attention_items();
   void norm_rows(const Phase& phase, int begin, int end, bf16* output) const;
   void run_private_norm_gemm(int phase, int item, int thread);
-  void run_rotary(const OctavoOp& op, int begin, int end) const;
-  void run_attention(const OctavoOp& op, int item) const;
+  void run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const;
+  void run_rotary_attention(int phase, int unit);
+  void run_attention(int phase, int unit);
   bf16* layer_pages(const OctavoOp& op, int64_t block) const;
 
   template <class T>
@@ -112,7 +140,9 @@ class StepJob : public Job {
   float* const logits_;
   std::vector<Phase> phases_;
   std::vector<int> items_per_phase_;
-  std::vector<AttentionItem> attention_items_;
+  AttentionPlan attention_;
+  int measured_phase_ = -1;  // began at phase_start_
+  std::chrono::steady_clock::time_point phase_start_;
   std::vector<int> private_norm_phase_;  // by thread: the phase whose rows its own memory holds
 };
 
@@ -200,34 +230,34 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
       step_(step),
       cache_(cache),
       logits_(logits),
+      attention_(step, program.threads_.num_threads()),
       private_norm_phase_(program.threads_.num_threads(), -1) {
-  add_attention_items();
-  for (const OctavoOp& op : program.ops_) add_phases(op);
+  const OctavoOp* end = program.ops_.data() + program.ops_.size();
+  for (const OctavoOp& op : program.ops_) add_phases(op, &op + 1 == end ? nullptr : &op + 1);
 }
 
-void StepJob::add_attention_items() {
-  for (int s = 0; s < step_.num_sequences; ++s) {
-    const int begin = step_.query_start_loc[s], end = step_.query_start_loc[s + 1];
-    // The last tokens of a prompt see most and take longest: they go first.
-    for (int last = end; last > begin; last -= kTokensPerAttentionItem) {
-      const int first = std::max(begin, last - kTokensPerAttentionItem);
-      attention_items_.push_back({s, first, last - first, step_.seq_lens[s] - (end - first)});
-    }
-  }
+// Whether rotary and the attention after it are one phase: each unit of attention then rotates its
+// own heads first, and waits for nobody.
+bool StepJob::attends_at_once(const OctavoOp& op, const OctavoOp* next) const {
+  return op.kind == OCTAVO_ROTARY_WRITE_KV && next != nullptr && next->kind == OCTAVO_PAGED_ATTENTION &&
+         next->input == op.output && next->layer == op.layer && attention_.is_self_contained(*next);
 }
 
-void StepJob::add_phases(const OctavoOp& op) {
+void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
   const int num_tokens = step_.num_tokens;
   switch (op.kind) {
     case OCTAVO_EMBED:
       add_phase(PhaseKind::kEmbed, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
       break;
     case OCTAVO_ROTARY_WRITE_KV:
-      add_phase(PhaseKind::kRotary, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
+      if (!attends_at_once(op, next))
+        add_phase(PhaseKind::kRotary, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
       break;
-    case OCTAVO_PAGED_ATTENTION:
-      add_phase(PhaseKind::kAttention, op, num_tokens, static_cast<int>(attention_items_.size()) * op.num_kv_heads);
+    case OCTAVO_PAGED_ATTENTION: {
+      const bool at_once = &op != program_.ops_.data() && attends_at_once(*(&op - 1), &op);
+      add_phase(at_once ? PhaseKind::kRotaryAttention : PhaseKind::kAttention, op, num_tokens, attention_.prepare(op));
       break;
+    }
     case OCTAVO_LINEAR_RESIDUAL:
       add_gemm(PhaseKind::kGemm, op, num_tokens);
       break;
@@ -311,10 +341,13 @@ void StepJob::run_item(int index, int item, int thread) {
       run_private_norm_gemm(index, item, thread);
       break;
     case PhaseKind::kRotary:
-      run_rotary(op, begin, end);
+      run_rotary(op, begin, end, 0, op.num_kv_heads);
       break;
     case PhaseKind::kAttention:
-      run_attention(op, item);
+      run_attention(index, item);
+      break;
+    case PhaseKind::kRotaryAttention:
+      run_rotary_attention(index, item);
       break;
     case PhaseKind::kChoose:
       program_.experts_.choose(op, phase.num_rows);
@@ -332,6 +365,27 @@ void StepJob::run_item(int index, int item, int thread) {
   }
 }
 
+void StepJob::phase_begins(int index) {
+  Profile& profile = program_.profile;
+  if (!profile.on) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (measured_phase_ >= 0) {
+    const Phase& phase = phases_[measured_phase_];
+    const int kind = phase.kind == PhaseKind::kNorm ? OCTAVO_PROFILE_NORM : phase.op->kind;
+    profile.ns[kind] += std::chrono::nanoseconds(now - phase_start_).count();
+    ++profile.num_phases[kind];
+  }
+  measured_phase_ = index;
+  phase_start_ = now;
+}
+
+MemoryRange StepJob::first_read(int index, int item) const {
+  const Phase& phase = phases_[index];
+  if (phase.kind != PhaseKind::kGemm && phase.kind != PhaseKind::kNormGemm) return {};
+  const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, item);
+  return {weights.begin, std::min<size_t>(weights.size, kBytesFetchedAhead)};
+}
+
 void StepJob::norm_rows(const Phase& phase, int begin, int end, bf16* output) const {
   for (int r = begin; r < end; ++r) {
     const int token = phase.op->kind == OCTAVO_LOGITS ? step_.logits_rows[r] : r;
@@ -343,6 +397,9 @@ void StepJob::run_private_norm_gemm(int index, int item, int thread) {
   const Phase& phase = phases_[index];
   bf16* normed = program_.private_normed_[thread].data();
   if (private_norm_phase_[thread] != index) {
+    // The norm waits for rows that another thread has just written; the weights set out meanwhile.
+    const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, item);
+    for (size_t i = 0; i < std::min(weights.size, kBytesFetchedBeforeNorm); i += 64) prefetch_l2(weights.begin + i);
     norm_rows(phase, 0, phase.num_rows, normed);
     private_norm_phase_[thread] = index;
   }
@@ -356,23 +413,26 @@ bf16* StepJob::layer_pages(const OctavoOp& op, int64_t block) const {
   return cache_.data + (block * program_.info_.num_layers + op.layer) * layer_size;
 }
 
-void StepJob::run_rotary(const OctavoOp& op, int begin, int end) const {
+void StepJob::run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const {
   for (int t = begin; t < end; ++t) {
     const int32_t slot = step_.slot_mapping[t];
-    rotary_write_kv(op, row<float>(op.input, t), step_.positions[t], layer_pages(op, slot / kBlockTokens),
-                    slot % kBlockTokens, row<bf16>(op.output, t));
+    rotary_write_kv(op, row<float>(op.input, t), step_.positions[t], first_kv_head, num_kv_heads,
+                    layer_pages(op, slot / kBlockTokens), slot % kBlockTokens, row<bf16>(op.output, t));
   }
 }
 
-void StepJob::run_attention(const OctavoOp& op, int index) const {
-  const AttentionItem& item = attention_items_[index / op.num_kv_heads];
-  const int kv_head = index % op.num_kv_heads;
-  const int first_head = op.num_heads / op.num_kv_heads * kv_head;
-  const int64_t page_size = int64_t{op.head_dim} * kBlockTokens;
-  const KvHead kv{layer_pages(op, 0) + kv_head * 2 * page_size, layer_pages(op, 1) - layer_pages(op, 0),
-                  step_.block_tables + int64_t{item.sequence} * step_.max_blocks};
-  attend(op, kv, item, row<bf16>(op.input, item.first_token) + first_head * op.head_dim,
-         row<bf16>(op.output, item.first_token) + first_head * op.head_dim, program_.buffers_[op.input].stride);
+void StepJob::run_rotary_attention(int phase, int unit) {
+  const OctavoOp& op = *phases_[phase].op;
+  const AttentionItem& item = attention_.items()[unit / op.num_kv_heads];
+  run_rotary(*(&op - 1), item.first_token, item.first_token + item.num_tokens, unit % op.num_kv_heads, 1);
+  run_attention(phase, unit);
+}
+
+void StepJob::run_attention(int phase, int unit) {
+  const OctavoOp& op = *phases_[phase].op;
+  attention_.run_unit(op, unit, items_per_phase_[phase],
+                      {layer_pages(op, 0), layer_pages(op, 1) - layer_pages(op, 0), row<bf16>(op.input, 0),
+                       row<bf16>(op.output, 0), program_.buffers_[op.input].stride});
 }
 
 }  // namespace
@@ -395,4 +455,12 @@ int32_t octavo_program_run(OctavoProgram* program, const OctavoStep* step, const
   if (!program->program.check(*step, *cache, IndexError(error, error_size))) return -1;
   program->program.run(*step, *cache, logits);
   return 0;
+}
+
+void octavo_program_profile(OctavoProgram* program, int32_t on, int64_t* ns, int64_t* num_phases) {
+  Profile& profile = program->program.profile;
+  std::copy(profile.ns, profile.ns + OCTAVO_PROFILE_SIZE, ns);
+  std::copy(profile.num_phases, profile.num_phases + OCTAVO_PROFILE_SIZE, num_phases);
+  profile = Profile{};
+  profile.on = on != 0;
 }

@@ -106,6 +106,14 @@ class Runtime:
                 self.library.octavo_pack_linear(self.pool, down_view, down_address + expert * down_bytes)
         return library.Linear(gated_address, None, hidden, inner), library.Linear(down_address, None, inner, hidden)
 
+    def measure_read(self, address: int, num_bytes: int) -> int:
+        """Read memory as fast as it goes, with all threads; return how many bytes were read."""
+        return int(self.library.octavo_measure_read(self.pool, address, num_bytes))
+
+    def measure_dot(self, num_items: int) -> int:
+        """Multiply bf16 pairs in registers, with all threads; return the number of floating-point operations."""
+        return int(self.library.octavo_measure_dot(self.pool, num_items))
+
     def draw(self, logits: torch.Tensor, draws: npt.NDArray[np.void]) -> npt.NDArray[np.int32]:
         """Draw a token for each row; `draws` [N] of library.DRAW_FIELDS. -1 where no token can be drawn."""
         rows = _as_rows(logits)
@@ -139,6 +147,17 @@ class Program:
         error = ctypes.create_string_buffer(256)
         if self._library.octavo_program_run(self._handle, step, cache, logits.data_ptr(), error, len(error)) != 0:
             raise ValueError(error.value.decode())
+
+
+    def profile(self, on: bool) -> dict[int, tuple[int, int]]:
+        """Return (ns, phases) by kind of operation since the last call; measure on, or no longer.
+
+        Kinds are those of `library` and PROFILE_NORM. A phase is what lies between two waits of all
+        threads for each other.
+        """
+        ns, phases = ((ctypes.c_int64 * library.PROFILE_SIZE)() for _ in range(2))
+        self._library.octavo_program_profile(self._handle, on, ns, phases)
+        return {kind: (ns[kind], phases[kind]) for kind in range(library.PROFILE_SIZE) if phases[kind]}
 
 
 class _MatrixView:

@@ -9,6 +9,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace octavo {
@@ -17,16 +19,27 @@ using bf16 = uint16_t;
 
 // ---------------------------------------------------------------- width and registers
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) && defined(__AVX512VL__)
+#define OCTAVO_AVX512 1
+#if defined(__AVX512BF16__)
 #define OCTAVO_AVX512_BF16 1
-constexpr int kLanes = 16;        // float32 values in a vector
+#endif
+constexpr int kLanes = 16;         // float32 values in a vector
 constexpr int kAccumulators = 24;  // vector registers that a kernel may fill with sums
-constexpr int kMaxTileRows = 12;  // rows that a kernel multiplies at once
+constexpr int kMaxTileRows = 12;   // rows that a kernel multiplies at once
 #elif defined(__AVX2__) && defined(__FMA__)
 #define OCTAVO_AVX2 1
 constexpr int kLanes = 8;
 constexpr int kAccumulators = 8;
 constexpr int kMaxTileRows = 4;
+#elif defined(__aarch64__)
+#define OCTAVO_NEON 1
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define OCTAVO_NEON_BF16 1
+#endif
+constexpr int kLanes = 4;
+constexpr int kAccumulators = 24;
+constexpr int kMaxTileRows = 6;
 #else
 constexpr int kLanes = 4;
 constexpr int kAccumulators = 8;
@@ -57,10 +70,12 @@ inline Vec from_bits(IntVec value) { return reinterpret_cast<Vec>(value); }
 
 // a * b + c, rounded once where the instruction set can.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
-#if defined(OCTAVO_AVX512_BF16)
+#if defined(OCTAVO_AVX512)
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(OCTAVO_AVX2)
   return _mm256_fmadd_ps(a, b, c);
+#elif defined(OCTAVO_NEON)
+  return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
 #endif
@@ -72,7 +87,7 @@ inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
 
 // Sum and maximum over the lanes, always in the same order.
 inline float sum_lanes(Vec value) {
-#if defined(OCTAVO_AVX512_BF16)
+#if defined(OCTAVO_AVX512)
   return _mm512_reduce_add_ps(value);
 #else
   for (int width = kLanes / 2; width > 0; width /= 2)
@@ -82,7 +97,7 @@ inline float sum_lanes(Vec value) {
 }
 
 inline float max_lanes(Vec value) {
-#if defined(OCTAVO_AVX512_BF16)
+#if defined(OCTAVO_AVX512)
   return _mm512_reduce_max_ps(value);
 #else
   for (int width = kLanes / 2; width > 0; width /= 2)
@@ -111,7 +126,7 @@ inline Vec exp2(Vec x) {
 
 // Upper and lower halves of the 64-bit products a * b.
 inline void multiply_wide(UintVec a, uint32_t b, UintVec& high, UintVec& low) {
-#if defined(OCTAVO_AVX512_BF16)
+#if defined(OCTAVO_AVX512)
   const __m512i factor = _mm512_set1_epi32(static_cast<int32_t>(b));
   const __m512i even = _mm512_mul_epu32(reinterpret_cast<__m512i>(a), factor);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(reinterpret_cast<__m512i>(a), 32), factor);
@@ -161,59 +176,94 @@ inline Vec load_bf16(const bf16* source) {
   return from_bits(__builtin_convertvector(half, IntVec) << 16);
 }
 
+// Rounded to the nearest bf16 number, even in a tie.
+inline Vec round_to_bf16(Vec value) {
+  const IntVec word = bits(value);
+  const IntVec rounded = (word + 0x7fff + ((word >> 16) & 1)) & static_cast<int32_t>(0xffff0000u);
+  const IntVec not_a_number = (word & static_cast<int32_t>(0xffff0000u)) | 0x400000;
+  return from_bits(value == value ? rounded : not_a_number);
+}
+
 inline void store_bf16(bf16* target, Vec value) {
 #if defined(OCTAVO_AVX512_BF16)
   const __m256bh half = _mm512_cvtneps_pbh(value);
 #else
-  const IntVec word = bits(value);
-  const IntVec rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-  const IntVec not_a_number = ((word >> 16) & 0xffff) | 0x40;
-  const HalfVec half = __builtin_convertvector(value == value ? rounded : not_a_number, HalfVec);
+  const HalfVec half = __builtin_convertvector(reinterpret_cast<UintVec>(round_to_bf16(value)) >> 16, HalfVec);
 #endif
   std::memcpy(target, &half, sizeof half);
 }
 
-// Pairs of bf16, one pair a lane: what the dot product instruction eats.
-#if defined(OCTAVO_AVX512_BF16)
-using Pairs = __m512bh;
+// ---------------------------------------------------------------- dot products of pairs
 
-inline Pairs load_pairs(const bf16* source) { return (__m512bh)_mm512_loadu_si512(source); }
+// A kernel multiplies weights, pairs of bf16 in memory, with activations. Where the instruction
+// set multiplies bf16, these are bf16 as well; elsewhere the same numbers in float32, so that
+// the inner loop need not widen them.
+//
+// load_pairs       one pair of weights a lane
+// broadcast_pair   the same pair of activations in every lane
+// dot_pairs        sum + a.even * b.even + a.odd * b.odd in each lane
+#if defined(OCTAVO_AVX512_BF16) || defined(OCTAVO_NEON_BF16)
+#define OCTAVO_DOTS_BF16 1
+using Activation = bf16;
 
-inline Pairs broadcast_pair(const bf16* source) {
-  int32_t pair;
-  std::memcpy(&pair, source, sizeof pair);
-  return (__m512bh)_mm512_set1_epi32(pair);
-}
-
-// sum + a.even * b.even + a.odd * b.odd in each lane.
-inline Vec dot_pairs(Vec sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a, b); }
+inline void store_activation(Activation* target, Vec value) { store_bf16(target, value); }
 #else
+using Activation = float;
+
 struct Pairs {
   Vec even;
   Vec odd;
 };
 
-inline Pairs widen_pairs(IntVec words) {
-  const int32_t high = static_cast<int32_t>(0xffff0000u);
-  return {from_bits(words << 16), from_bits(words & high)};
-}
+inline void store_activation(Activation* target, Vec value) { store(target, round_to_bf16(value)); }
 
 inline Pairs load_pairs(const bf16* source) {
   IntVec words;
   std::memcpy(&words, source, sizeof words);
-  return widen_pairs(words);
+  return {from_bits(words << 16), from_bits(words & static_cast<int32_t>(0xffff0000u))};
 }
 
-inline Pairs broadcast_pair(const bf16* source) {
-  int32_t pair;
-  std::memcpy(&pair, source, sizeof pair);
-  return widen_pairs(pair - IntVec{});
-}
+inline Pairs broadcast_pair(const Activation* source) { return {broadcast(source[0]), broadcast(source[1])}; }
 
 inline Vec dot_pairs(Vec sum, Pairs a, Pairs b) {
   return multiply_add(a.odd, b.odd, multiply_add(a.even, b.even, sum));
 }
 #endif
+
+#if defined(OCTAVO_AVX512_BF16)
+using Pairs = __m512bh;
+
+inline Pairs load_pairs(const bf16* source) { return (__m512bh)_mm512_loadu_si512(source); }
+
+inline Pairs broadcast_pair(const Activation* source) {
+  int32_t pair;
+  std::memcpy(&pair, source, sizeof pair);
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+inline Vec dot_pairs(Vec sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a, b); }
+#elif defined(OCTAVO_NEON_BF16)
+using Pairs = bfloat16x8_t;
+
+inline Pairs load_pairs(const bf16* source) { return vld1q_bf16(reinterpret_cast<const bfloat16_t*>(source)); }
+
+inline Pairs broadcast_pair(const Activation* source) {
+  int32_t pair;
+  std::memcpy(&pair, source, sizeof pair);
+  return vreinterpretq_bf16_s32(vdupq_n_s32(pair));
+}
+
+inline Vec dot_pairs(Vec sum, Pairs a, Pairs b) { return vbfdotq_f32(sum, a, b); }
+#endif
+
+// `count` numbers, a multiple of kLanes.
+inline void load_activations(const bf16* source, int64_t count, Activation* target) {
+#if defined(OCTAVO_DOTS_BF16)
+  std::memcpy(target, source, count * sizeof(bf16));
+#else
+  for (int64_t i = 0; i < count; i += kLanes) store(target + i, load_bf16(source + i));
+#endif
+}
 
 // ---------------------------------------------------------------- processor state
 
@@ -242,6 +292,15 @@ class DefaultFloatMode {
 template <class T>
 inline void keep_in_register(T*& pointer) {
   asm("" : "+r"(pointer));
+}
+
+// Make the compiler compute a vector where it stands.
+inline void keep(Vec& value) {
+#if defined(__x86_64__)
+  asm volatile("" : "+v"(value));
+#else
+  asm volatile("" : "+w"(value));
+#endif
 }
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

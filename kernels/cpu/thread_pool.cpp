@@ -15,8 +15,8 @@ namespace {
 constexpr auto kSpinTime = std::chrono::microseconds(50);
 constexpr int kSpinsPerClockRead = 32;
 
-uint32_t phase_number(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
-uint32_t items_left(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
+constexpr size_t kCacheLine = 64;
+constexpr size_t kPrefetchPiece = 16 * kCacheLine;  // fetched between two looks at the tickets
 
 void spin_pause() {
 #if defined(__SSE2__)
@@ -42,7 +42,8 @@ class BlockedSignals {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), owner_process_(getpid()) {
+ThreadPool::ThreadPool(int num_threads)
+    : num_threads_(num_threads), owner_process_(getpid()), shares_(num_threads) {
   BlockedSignals inherited_by_the_threads;
   for (int thread = 1; thread < num_threads; ++thread) threads_.emplace_back([this, thread] { work(thread); });
 }
@@ -60,57 +61,94 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::run(Job& job, const std::vector<int>& items_per_phase) {
   DefaultFloatMode float_mode;
+  const int num_phases = static_cast<int>(items_per_phase.size());
   if (num_threads_ == 1 || is_forked()) {
-    for (size_t phase = 0; phase < items_per_phase.size(); ++phase)
-      for (int item = 0; item < items_per_phase[phase]; ++item) job.run_item(static_cast<int>(phase), item, 0);
+    for (int phase = 0; phase < num_phases; ++phase) {
+      job.phase_begins(phase);
+      for (int item = 0; item < items_per_phase[phase]; ++item) job.run_item(phase, item, 0);
+    }
+    job.phase_begins(num_phases);
     return;
   }
   std::lock_guard<std::mutex> lock(run_mutex_);
   job_ = &job;
   items_per_phase_ = &items_per_phase;
   phase_ = -1;
-  uint64_t ticket = ticket_.load();
-  const auto num_phases = std::count_if(items_per_phase.begin(), items_per_phase.end(), [](int n) { return n > 0; });
-  const uint32_t last = phase_number(ticket) + static_cast<uint32_t>(num_phases) + 1;
+  running_.store(true);
   start_next_phase();
-  while (phase_number(ticket_.load(std::memory_order_acquire)) != last) {
-    if (!run_one_item(0, ticket) && phase_number(ticket) != last) wait_for_next_phase(ticket);
+  const auto ended = [this] { return !running_.load(); };
+  while (!ended()) {
+    if (!run_items(0)) wait_until(0, [&] { return ended() || has_items(); });
   }
 }
 
 void ThreadPool::work(int thread) {
   DefaultFloatMode float_mode;
-  uint64_t ticket = 0;
-  while (!stop_.load(std::memory_order_relaxed)) {
-    if (!run_one_item(thread, ticket)) wait_for_next_phase(ticket);
+  const auto stopped = [this] { return stop_.load(); };
+  while (!stopped()) {
+    if (!run_items(thread)) wait_until(thread, [&] { return stopped() || has_items(); });
   }
 }
 
-// Take and run an item. Returns false when the current phase has none left; `ticket` is then what
-// was seen of it.
-bool ThreadPool::run_one_item(int thread, uint64_t& ticket) {
-  ticket = ticket_.load(std::memory_order_acquire);
-  do {
-    if (items_left(ticket) == 0) return false;
-  } while (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire));
-  // The item taken keeps the phase, and with it the fields below, from changing.
-  const int num_items = (*items_per_phase_)[phase_];
-  job_->run_item(phase_, num_items - static_cast<int>(items_left(ticket)), thread);
-  if (num_finished_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_items) start_next_phase();
+// Run items of the current phase, the thread's own ones first, until none is left. Returns false
+// if there was none.
+bool ThreadPool::run_items(int thread) {
+  int num_run = 0, num_items = 0;
+  for (int i = 0; i < num_threads_; ++i) {
+    const int owner = (thread + i) % num_threads_;
+    uint32_t items_left;
+    while (take_item(shares_[owner], items_left)) {
+      // Until the items taken are counted, the phase and with it the fields below do not change.
+      num_items = (*items_per_phase_)[phase_];
+      job_->run_item(phase_, first_item(num_items, owner + 1) - static_cast<int>(items_left), thread);
+      ++num_run;
+    }
+  }
+  if (num_run == 0) return false;
+  if (num_finished_.fetch_add(num_run, std::memory_order_acq_rel) + num_run == num_items) start_next_phase();
   return true;
 }
 
-// Called by whoever finished the last item of a phase. After the last phase the ticket moves on
-// once more, without items: that is what the caller of run waits for.
+// Take one item; `items_left` counts it still.
+bool ThreadPool::take_item(Share& share, uint32_t& items_left) {
+  uint64_t ticket = share.ticket.load(std::memory_order_acquire);
+  do {
+    items_left = static_cast<uint32_t>(ticket);
+    if (items_left == 0) return false;
+  } while (
+      !share.ticket.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire));
+  return true;
+}
+
+// Called by whoever counted the last item of a phase.
 void ThreadPool::start_next_phase() {
   num_finished_.store(0, std::memory_order_relaxed);
   const int num_phases = static_cast<int>(items_per_phase_->size());
   do {
     ++phase_;
   } while (phase_ < num_phases && (*items_per_phase_)[phase_] == 0);
-  const uint32_t number = phase_number(ticket_.load(std::memory_order_relaxed)) + 1;
-  const uint32_t num_items = phase_ == num_phases ? 0 : (*items_per_phase_)[phase_];
-  ticket_.store(uint64_t{number} << 32 | num_items);
+  job_->phase_begins(phase_);
+  const int num_items = phase_ == num_phases ? 0 : (*items_per_phase_)[phase_];
+  if (num_items == 0) {
+    running_.store(false);
+  } else {
+    const int phase_after = phase_ + 1;
+    const int num_items_after = phase_after == num_phases ? 0 : (*items_per_phase_)[phase_after];
+    for (int thread = 0; thread < num_threads_; ++thread) {
+      const int item = first_item(num_items_after, thread);
+      const MemoryRange soon = item < num_items_after ? job_->first_read(phase_after, item) : MemoryRange{};
+      shares_[thread].soon.store(soon.begin, std::memory_order_relaxed);
+      shares_[thread].soon_size.store(soon.size, std::memory_order_relaxed);
+    }
+    // Once a thread sees items it may take them, finish the phase and start the next. That must
+    // not happen before all tickets of this one are there: those without items are set first.
+    const uint64_t number = uint64_t{++phase_number_} << 32;
+    const auto size_of_share = [&](int thread) { return first_item(num_items, thread + 1) - first_item(num_items, thread); };
+    for (int thread = 0; thread < num_threads_; ++thread)
+      if (size_of_share(thread) == 0) shares_[thread].ticket.store(number, std::memory_order_relaxed);
+    for (int thread = num_threads_ - 1; thread >= 0; --thread)
+      if (size_of_share(thread) > 0) shares_[thread].ticket.store(number | size_of_share(thread));
+  }
   // A phase of one item is run by this thread: waking others for it would only cost time.
   if (num_items != 1 && num_sleeping_.load() > 0) {
     std::lock_guard<std::mutex> lock(sleep_mutex_);
@@ -118,18 +156,35 @@ void ThreadPool::start_next_phase() {
   }
 }
 
-void ThreadPool::wait_for_next_phase(uint64_t ticket) {
-  const auto changed = [this, ticket] { return phase_number(ticket_.load()) != phase_number(ticket) || stop_; };
+bool ThreadPool::has_items() const {
+  for (const Share& share : shares_)
+    if (static_cast<uint32_t>(share.ticket.load()) > 0) return true;
+  return false;
+}
+
+// Fetch what this thread will read first in the phase that it waits for.
+void ThreadPool::fetch_soon(int thread) const {
+  const char* begin = shares_[thread].soon.load(std::memory_order_relaxed);
+  const size_t size = shares_[thread].soon_size.load(std::memory_order_relaxed);
+  for (size_t i = 0; i < size; i += kCacheLine) {
+    if (i % kPrefetchPiece == 0 && has_items()) return;
+    prefetch_l2(begin + i);
+  }
+}
+
+template <class Condition>
+void ThreadPool::wait_until(int thread, const Condition& condition) {
+  fetch_soon(thread);
   const auto end = std::chrono::steady_clock::now() + kSpinTime;
   do {
     for (int i = 0; i < kSpinsPerClockRead; ++i) {
-      if (changed()) return;
+      if (condition()) return;
       spin_pause();
     }
   } while (std::chrono::steady_clock::now() < end);
   std::unique_lock<std::mutex> lock(sleep_mutex_);
   num_sleeping_.fetch_add(1);
-  wake_.wait(lock, changed);
+  wake_.wait(lock, condition);
   num_sleeping_.fetch_sub(1);
 }
 

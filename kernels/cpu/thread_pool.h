@@ -3,12 +3,19 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace octavo {
+
+// Memory that is read soon.
+struct MemoryRange {
+  const char* begin = nullptr;
+  size_t size = 0;
+};
 
 // Work in phases. All items of a phase end before the next phase begins.
 class Job {
@@ -17,8 +24,19 @@ class Job {
 
   // Run one item. `thread` is below the pool's number of threads and tells scratch memory apart.
   virtual void run_item(int phase, int item, int thread) = 0;
+
+  // What an item reads first, if that is known; whoever waits for its phase fetches it meanwhile.
+  virtual MemoryRange first_read(int /*phase*/, int /*item*/) const { return {}; }
+
+  // Called between two phases, by one thread, while no item runs. After the last phase `phase` is
+  // the number of phases.
+  virtual void phase_begins(int /*phase*/) {}
 };
 
+// The items of a phase are dealt out to the threads in equal neighbouring shares, so that each
+// thread reads its part of the weights in order; a thread that is through with its own share helps
+// with the others'.
+//
 // A barrier here waits for the items of a phase, not for the threads: a thread that the system
 // put aside between two items holds nobody up, and joins whatever phase is running when it comes
 // back. So beside a busy process the pool loses that core's share and no more.
@@ -54,10 +72,29 @@ class ThreadPool {
   }
 
  private:
+  // A thread's share of the current phase, in a cache line of its own.
+  struct alignas(64) Share {
+    // The number of the phase since the start of the pool, shifted by 32, and the items of the
+    // share that nobody has taken. One word, so that a late thread can never take an item of
+    // another phase than the one it looked at.
+    std::atomic<uint64_t> ticket{0};
+    // What the thread will read first in the phase after. Maybe out of date, which is harmless.
+    std::atomic<const char*> soon{nullptr};
+    std::atomic<size_t> soon_size{0};
+  };
+
   void work(int thread);
-  bool run_one_item(int thread, uint64_t& ticket);
+  bool run_items(int thread);
+  bool take_item(Share& share, uint32_t& items_left);
   void start_next_phase();
-  void wait_for_next_phase(uint64_t ticket);
+  bool has_items() const;
+  template <class Condition>
+  void wait_until(int thread, const Condition& condition);
+  void fetch_soon(int thread) const;
+
+  int first_item(int num_items, int thread) const {
+    return static_cast<int>(int64_t{num_items} * thread / num_threads_);
+  }
 
   const int num_threads_;
   const int owner_process_;
@@ -68,12 +105,11 @@ class ThreadPool {
   Job* job_ = nullptr;
   const std::vector<int>* items_per_phase_ = nullptr;
   int phase_ = 0;
+  uint32_t phase_number_ = 0;
 
-  // The number of the phase since the start of the pool, shifted by 32, and the items of it that
-  // nobody has taken. One word, so that a late thread can never take an item of another phase
-  // than the one it looked at.
-  alignas(64) std::atomic<uint64_t> ticket_{0};
+  std::vector<Share> shares_;
   alignas(64) std::atomic<int> num_finished_{0};
+  alignas(64) std::atomic<bool> running_{false};  // whether a job has phases left
 
   alignas(64) std::atomic<int> num_sleeping_{0};
   std::atomic<bool> stop_{false};

@@ -1,0 +1,63 @@
+// What this machine can do at most: the measure that benchmarks hold the kernels against.
+#include <algorithm>
+#include <atomic>
+
+#include "handles.h"
+#include "simd.h"
+
+namespace octavo {
+namespace {
+
+constexpr int64_t kBytesPerItem = 256 << 10;
+constexpr int kStreams = 4;  // vectors read side by side
+constexpr int64_t kDotsPerItem = 1 << 16;
+// At least the latency of the instruction times its rate, and few enough for registers.
+constexpr int kDotSums = kAccumulators >= 16 ? 16 : 8;
+
+// Keeps the compiler from leaving out what is computed for its own sake.
+std::atomic<float> result_nobody_wants;
+
+void read_bytes(const char* begin, int64_t size) {
+  Vec sums[kStreams] = {};
+  for (int64_t i = 0; i < size; i += kStreams * static_cast<int64_t>(sizeof(Vec)))
+    for (int s = 0; s < kStreams; ++s)
+      sums[s] = sums[s] + load(reinterpret_cast<const float*>(begin + i) + s * kLanes);
+  result_nobody_wants.store(sum_lanes(sums[0] + sums[1] + sums[2] + sums[3]), std::memory_order_relaxed);
+}
+
+void multiply_pairs(int64_t num_dots) {
+  const uint32_t ones = 0x3f803f80;
+  bf16 pair[2];
+  std::memcpy(pair, &ones, sizeof ones);
+  const Pairs a = broadcast_pair(pair), b = broadcast_pair(pair);
+  Vec sums[kDotSums] = {};
+  for (int64_t i = 0; i < num_dots; i += kDotSums) {
+#pragma GCC unroll 16
+    for (int s = 0; s < kDotSums; ++s) {
+      sums[s] = dot_pairs(sums[s], a, b);
+      keep(sums[s]);
+    }
+  }
+  Vec total = {};
+#pragma GCC unroll 16
+  for (int s = 0; s < kDotSums; ++s) total = total + sums[s];  // unrolled, so that the sums stay in registers
+  result_nobody_wants.store(sum_lanes(total), std::memory_order_relaxed);
+}
+
+}  // namespace
+}  // namespace octavo
+
+using namespace octavo;
+
+int64_t octavo_measure_read(OctavoPool* pool, const void* data, int64_t num_bytes) {
+  const int num_items = static_cast<int>(num_bytes / kBytesPerItem);
+  pool->threads.for_each(num_items, [&](int64_t item, int) {
+    read_bytes(static_cast<const char*>(data) + item * kBytesPerItem, kBytesPerItem);
+  });
+  return num_items * kBytesPerItem;
+}
+
+int64_t octavo_measure_dot(OctavoPool* pool, int32_t num_items) {
+  pool->threads.for_each(num_items, [&](int64_t, int) { multiply_pairs(kDotsPerItem); });
+  return num_items * kDotsPerItem * kLanes * 4;  // a pair takes two multiplications and two additions
+}
