@@ -218,8 +218,9 @@ def main() -> None:
         RandomModel(), 1024, 32, MAX_POSITIONS // BLOCK_TOKENS, num_threads=options.threads, variant=options.variant
     )
     device.allocate_kv(32 * MAX_POSITIONS // BLOCK_TOKENS + 1)
-    shapes = [(f"decode B={b} ctx {c}", b, c, 1) for c in ((128, 512, 2048) if options.long else (128,)) for b in BATCHES]
-    shapes += [(f"prefill {n}", 1, n, n) for n in ((32, 128, 512, 1024) if options.long else (512,))]
+    contexts, prompts = ((128, 512, 2048), (32, 128, 512, 1024)) if options.long else ((128,), (512,))
+    shapes = [(f"decode B={batch} ctx {context}", batch, context, 1) for context in contexts for batch in BATCHES]
+    shapes += [(f"prefill {length}", 1, length, length) for length in prompts]
     rows: list[Row] = []
     for name, batch, context, num_new in shapes:
         roofline.measure(options.seconds / 4)

@@ -26,10 +26,9 @@ void read_bytes(const char* begin, int64_t size) {
 }
 
 void multiply_pairs(int64_t num_dots) {
-  const uint32_t ones = 0x3f803f80;
-  bf16 pair[2];
-  std::memcpy(pair, &ones, sizeof ones);
-  const Pairs a = broadcast_pair(pair), b = broadcast_pair(pair);
+  bf16 ones[2 * kLanes];
+  std::fill_n(ones, 2 * kLanes, float_to_bf16(1.0f));
+  const Pairs a = load_pairs(ones), b = load_pairs(ones);
   Vec sums[kDotSums] = {};
   for (int64_t i = 0; i < num_dots; i += kDotSums) {
 #pragma GCC unroll 16

@@ -148,7 +148,6 @@ class Program:
         if self._library.octavo_program_run(self._handle, step, cache, logits.data_ptr(), error, len(error)) != 0:
             raise ValueError(error.value.decode())
 
-
     def profile(self, on: bool) -> dict[int, tuple[int, int]]:
         """Return (ns, phases) by kind of operation since the last call; measure on, or no longer.
 

@@ -16,7 +16,7 @@ from octavo.kernels.cpu import library
 BLOCK_TOKENS = 16
 MAX_TOKENS = 512
 MAX_SEQUENCES = 40
-MAX_BLOCKS = 24
+MAX_BLOCKS = 80
 NUM_BLOCKS = 400
 VARIANTS = library.runnable_variants()
 DEFAULT_HEADS = Heads(num_heads=4, num_kv_heads=2, head_dim=16)
@@ -335,6 +335,48 @@ def test_bits_do_not_depend_on_the_rest_of_the_batch(variant: str, window: int) 
 
     for one, pieces in zip(alone, together, strict=True):
         assert torch.equal(torch.cat(pieces), one)
+
+
+@pytest.mark.parametrize("window", [0, 700])
+def test_a_long_context_cut_into_pieces_gives_the_same_bits(variant: str, window: int) -> None:
+    model = TinyModel(Shape(hidden=96, heads=Heads(9, 3, 64), rotary_dim=64, window=window))
+    sequence = make_sequence(1, 1205, shuffled_blocks(1))
+    whole = run_in_chunks(make_device(model, variant, num_threads=1), sequence, 500)  # one thread: never cut
+    expected = model.forward(WholeSequenceOps(sequence.token_ids))
+    sequence.computed = 0
+    device = make_device(model, variant)
+    others = [make_sequence(seed, 2, [seed * 100]) for seed in (2, 3)]
+
+    pieces = run_in_chunks(device, replace(sequence, token_ids=sequence.token_ids[:1190]), 500)
+    sequence.computed = 1190
+    for count in (1, 1, 2):  # few rows of a long context: cut, also beside short sequences
+        parts = [(sequence, count)] + [(other, 1) for other in others if other.computed < 2]
+        pieces = torch.cat([pieces, run(device, parts)[0]])
+    pieces = torch.cat([pieces, run_in_chunks(device, sequence, 3)])
+
+    assert torch.equal(pieces, whole)
+    assert (whole - expected)[-200:].square().mean().sqrt() < 0.01 * expected.std()
+
+
+def test_a_profile_counts_the_phases_of_each_operation(invariance_model: TinyModel) -> None:
+    device = make_device(invariance_model)
+    device.profile(True)
+    run(device, [(make_sequence(1, 3, [1]), 3)])
+
+    profile = device.profile(False)
+
+    counts = {name: phases for name, (_, phases) in profile.items()}
+    assert counts == {
+        "embed": 1,
+        "norm_linear": 2,  # rows so few are normed in the same phase
+        "paged_attention": 2,  # and keys written
+        "linear_residual": 4,
+        "norm_gated_linear": 2,
+        "logits": 1,
+    }
+    assert all(ns > 0 for ns, _ in profile.values())
+    run(device, [(make_sequence(1, 3, [1]), 3)])
+    assert device.profile(False) == {}
 
 
 def test_bits_do_not_depend_on_the_number_of_threads(invariance_model: TinyModel) -> None:

@@ -80,3 +80,11 @@ def test_a_runtime_that_is_dropped_ends_its_threads() -> None:
     del runtime
 
     assert len(os.listdir("/proc/self/task")) == before
+
+
+def test_the_roofline_reads_what_it_says_and_counts_operations() -> None:
+    runtime = Runtime(num_threads=2)
+    address = runtime.allocate(1 << 20)
+
+    assert runtime.measure_read(address, 1 << 20) == 1 << 20
+    assert runtime.measure_dot(2) == 2 * runtime.measure_dot(1) > 0
