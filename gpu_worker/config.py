@@ -41,6 +41,10 @@ class WorkerConfig:
             "choices": ("auto", "bfloat16", "float16", "float32"),
         },
     )
+    kv_cache_dtype: str = field(
+        default="auto",
+        metadata={"help": "type of the KV cache on a GPU; auto: that of the weights", "choices": ("auto", "fp8")},
+    )
     num_threads: int = field(default=0, metadata={"help": "threads that compute; 0: one for each core"})
     log_level: str = field(
         default="info", metadata={"help": "how much to log", "choices": ("debug", "info", "warning", "error")}

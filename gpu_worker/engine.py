@@ -88,6 +88,7 @@ def make_engine(loaded: LoadedModel, config: WorkerConfig, wanted: worker_pb2.Wo
         max_running,
         max_blocks_per_sequence,
         num_threads=config.num_threads,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
     num_blocks = count_blocks(kv_cache_memory, runner.kv_block_bytes(), wanted.kv_blocks)

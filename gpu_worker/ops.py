@@ -160,8 +160,12 @@ class Ops(Protocol):
 
 
 class Model(Protocol):
-    """A model: weights and the forward pass over them."""
+    """A model: weights and the forward pass over them.
 
+    dtype  type of its embeddings, which is what a GPU computes in
+    """
+
+    dtype: torch.dtype
     num_layers: int
     heads: Heads
     vocab_size: int

@@ -33,7 +33,16 @@ from typing import Any
 from octavo.kernels.aot_spec import AotSpec
 from octavo.kernels.configs import MULTIPROCESSORS, SHARED_MEMORY, TARGETS
 
-MODULES = ("paged_attention", "rotary_kv", "rms_norm", "gated", "quantized_linear", "sampling_kernels")
+MODULES = (
+    "paged_attention",
+    "rotary_kv",
+    "rms_norm",
+    "gated",
+    "quantized_linear",
+    "sampling_kernels",
+    "alternatives",
+    "step_inputs",
+)
 
 _SASS_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _SASS_KINDS = {

@@ -102,6 +102,37 @@ def pad_plan(plan: AttentionPlan, num_work: int, num_combines: int) -> Attention
     return AttentionPlan(_pad(plan.work, num_work), _pad(plan.combines, num_combines), plan.num_slots)
 
 
+def cut_plan(plan: AttentionPlan, max_slots: int) -> list[AttentionPlan]:
+    """Cut a plan into plans of at most `max_slots` partial slots each, to be run one after the other.
+
+    A tile's pieces stay together, so no sum changes its order. The partial results of a long prompt may
+    need more memory than there is; those of one tile must have room.
+    """
+    if plan.num_slots <= max_slots:
+        return [plan]
+    counts = plan.combines[:, 3].astype(np.int64)
+    assert counts.max() <= max_slots, f"a tile is split into {counts.max()} pieces, there is room for {max_slots}"
+    part_of_combine = np.zeros(len(counts), np.int64)
+    part = filled = 0
+    for index, count in enumerate(counts.tolist()):
+        if filled + count > max_slots:
+            part, filled = part + 1, 0
+        part_of_combine[index] = part
+        filled += count
+    part_of_slot = np.repeat(part_of_combine, counts)
+    first_slots = np.searchsorted(part_of_slot, np.arange(part + 2))
+    slots = plan.work[:, 4]
+    part_of_work = np.where(slots < 0, 0, part_of_slot[slots])
+    parts = []
+    for index in range(part + 1):
+        work, combines = plan.work[part_of_work == index], plan.combines[part_of_combine == index]
+        first, end = first_slots[index], first_slots[index + 1]
+        work[:, 4] = np.where(work[:, 4] < 0, -1, work[:, 4] - first)
+        combines[:, 2] -= np.int32(first)
+        parts.append(AttentionPlan(work, combines, int(end - first)))
+    return parts
+
+
 def _pad(rows: Int32Array, size: int) -> Int32Array:
     assert len(rows) <= size, f"{len(rows)} rows do not fit in {size}"
     padded = np.full((size, rows.shape[1]), PADDING, dtype=np.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Final
 
@@ -25,12 +26,17 @@ def make_runner(
     max_blocks_per_sequence: int,
     *,
     num_threads: int = 0,
+    kv_cache_dtype: str = "auto",
 ) -> Runner:
     """Build what runs steps on a device of DEVICES. Raises DeviceError if it is missing.
 
-    "auto" is the native CPU device, or the slow reference device where the native one cannot be
-    built. num_threads 0 means all cores.
+    "auto" is a GPU if torch finds one, else the native CPU device, or the slow reference device where
+    the native one cannot be built. num_threads 0 means all cores.
     """
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return _cuda(model, max_batch_tokens, max_running, max_blocks_per_sequence, kv_cache_dtype)
+    if kv_cache_dtype != "auto":
+        raise DeviceError(f"kv_cache_dtype {kv_cache_dtype} is for device cuda; use auto")
     device = make_device(name, model, max_batch_tokens, max_running, max_blocks_per_sequence, num_threads=num_threads)
     return HostRunner(device, max_running, max_blocks_per_sequence, model.vocab_size)
 
@@ -44,7 +50,7 @@ def make_device(
     *,
     num_threads: int = 0,
 ) -> Device:
-    """Build a device of DEVICES for `model`. Raises DeviceError if it is missing.
+    """Build one of DEVICES that computes in the host's memory. Raises DeviceError if it is missing.
 
     "auto" is the native CPU device, or the slow reference device where the native one cannot be
     built. num_threads 0 means all cores.
@@ -52,16 +58,13 @@ def make_device(
     limits = (model, max_batch_tokens, max_running, max_blocks_per_sequence)
     if name not in DEVICES:
         raise DeviceError(f"device {name!r} is not one of {', '.join(DEVICES)}")
-    if name == "cuda":
-        raise DeviceError("device cuda is not in this build; use cpu, or auto")
+    assert name != "cuda", "a GPU runs steps, see make_runner"
     if name == "reference":
         return _reference(*limits)
     # Imported late: it loads native code that the reference device does without.
     from octavo.gpu_worker.devices.cpu import CpuDevice
     from octavo.kernels.cpu.build import BuildError
 
-    if name == "auto" and torch.cuda.is_available():
-        log.info("a GPU is here, but this build has no device for it: using the CPU")
     try:
         return CpuDevice(*limits, num_threads=num_threads)
     except BuildError as error:
@@ -69,6 +72,19 @@ def make_device(
             raise DeviceError(f"device cpu: {error}") from error
         log.warning("the CPU kernels cannot be built; falling back to the reference device, which is SLOW: %s", error)
         return _reference(*limits)
+
+
+def _cuda(
+    model: Model, max_batch_tokens: int, max_running: int, max_blocks_per_sequence: int, kv_cache_dtype: str
+) -> Runner:
+    if not torch.cuda.is_available():
+        raise DeviceError("device cuda: torch finds no GPU; install a torch with CUDA or ROCm and a driver, or use cpu")
+    # Imported late: triton is in an extra of its own.
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError('device cuda needs triton: pip install "octavo[cuda]", or use cpu')
+    from octavo.gpu_worker.devices.cuda import CudaRunner
+
+    return CudaRunner(model, max_batch_tokens, max_running, max_blocks_per_sequence, kv_cache_dtype=kv_cache_dtype)
 
 
 def _reference(model: Model, max_batch_tokens: int, max_running: int, max_blocks_per_sequence: int) -> Device:

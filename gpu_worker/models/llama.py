@@ -77,6 +77,7 @@ class LlamaModel:
         self._scale = config.heads.head_dim**-0.5
         self._rotary = make_rotary(config.rope, max_positions)
         self._embedding = tensors.pop("model.embed_tokens.weight")
+        self.dtype = self._embedding.dtype
         self._layers = [_take_layer(config, tensors, layer) for layer in range(config.num_layers)]
         self._norm = Norm(tensors.pop("model.norm.weight"), config.rms_norm_eps)
         self._head = Linear(self._embedding if config.tie_word_embeddings else tensors.pop("lm_head.weight"))

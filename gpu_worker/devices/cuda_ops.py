@@ -1,0 +1,190 @@
+# ruff: noqa: D102 - the protocol says what a method does
+"""The operations of a forward pass on the `cuda` device: Triton kernels, and torch's matrix products.
+
+Every call launches at once, on buffers that were there before; nothing is allocated, waited for or read back
+to the host, so a whole pass can be captured as a graph. Values are tensors with a whole number of GEMM_ROWS
+rows, of which the first T are the step's; the others hold numbers without a meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from octavo.gpu_worker.devices.cuda_weights import Buffers, Weights, multiply, padded_rows
+from octavo.gpu_worker.ops import Activation, Heads, Linear, Norm, Rotary
+from octavo.kernels.configs import GATED, ROTARY, AttentionConfig
+from octavo.kernels.gated import gated
+from octavo.kernels.paged_attention import paged_attention
+from octavo.kernels.rms_norm import add_rms_norm
+from octavo.kernels.rotary_kv import rotary_write_kv
+
+
+@dataclass(frozen=True)
+class AttentionWork:
+    """A work list and what it combines, on the device: see `kernels/attention_plan.py`."""
+
+    work: torch.Tensor
+    combines: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """A step on the device; S rows, T tokens, R rows that need logits. All int32.
+
+    token_ids, positions, slot_mapping  [T]
+    query_start_loc  [S + 1];  seq_lens  [S];  block_tables  [S, max_blocks]
+    logits_rows      [R]
+    attention        the work of each window size, one launch after the other
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_tables: torch.Tensor
+    logits_rows: torch.Tensor
+    attention: dict[int, list[AttentionWork]]
+
+
+@dataclass
+class Residual:
+    """The residual stream [T, hidden_size] float32, and what is still to be added to it.
+
+    The sum is made by the norm that reads it first; then `update` is None. Whoever must change an update
+    before it is added, such as a sum over tensor-parallel ranks, changes the tensor in place.
+    """
+
+    stream: torch.Tensor
+    update: torch.Tensor | None = None
+
+
+@dataclass
+class CudaOps:
+    """`Ops` over the tensors of one step.
+
+    kv_cache  [num_layers, num_blocks, 2, 16, num_kv_heads, head_dim]
+    partial, stats  of `paged_attention`
+    windows   filled while `forward` runs: which window sizes it has
+    """
+
+    step: StepTensors
+    weights: Weights
+    buffers: Buffers
+    kv_cache: torch.Tensor
+    partial: torch.Tensor
+    stats: torch.Tensor
+    attention: AttentionConfig
+    target: str
+    dtype: torch.dtype
+    max_logits_rows: int
+    windows: set[int] = field(default_factory=set)
+
+    @property
+    def _num_tokens(self) -> int:
+        return len(self.step.token_ids)
+
+    def _buffer(self, name: str, width: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.buffers.get(name, width, dtype or self.dtype)[: padded_rows(self._num_tokens)]
+
+    def embed(self, table: torch.Tensor) -> Residual:
+        weight = self.weights.matrix(table)
+        rows = self._buffer("hidden", weight.shape[1])[: self._num_tokens]
+        torch.index_select(weight, 0, self.step.token_ids, out=rows)
+        stream = self._buffer("residual", weight.shape[1], torch.float32)
+        stream[: self._num_tokens].copy_(rows)
+        return Residual(stream)
+
+    def norm_linear(self, x: Residual, norm: Norm, linear: Linear) -> torch.Tensor:
+        return self._linear("linear", self._norm(x, norm), linear)
+
+    def rotary_write_kv(
+        self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, q_norm: Norm | None, k_norm: Norm | None
+    ) -> torch.Tensor:
+        count, dim = self._num_tokens, heads.head_dim
+        queries = self._buffer("queries", heads.num_heads * dim)
+        rotary_write_kv(
+            qkv[:count].view(count, heads.num_heads + 2 * heads.num_kv_heads, dim),
+            queries[:count].view(count, heads.num_heads, dim),
+            self.kv_cache[layer],
+            self.step.positions,
+            self.step.slot_mapping,
+            self.weights.table(rotary.cos),
+            self.weights.table(rotary.sin),
+            config=ROTARY[self.target],
+            q_norm=None if q_norm is None else self.weights.matrix(q_norm.weight),
+            k_norm=None if k_norm is None else self.weights.matrix(k_norm.weight),
+            eps=1e-6 if q_norm is None else q_norm.eps,
+        )
+        return queries
+
+    def paged_attention(
+        self, queries: torch.Tensor, layer: int, heads: Heads, scale: float, window: int
+    ) -> torch.Tensor:
+        self.windows.add(window)
+        count = self._num_tokens
+        attended = self._buffer("attended", queries.shape[1])
+        shape = (count, heads.num_heads, heads.head_dim)
+        for part in self.step.attention.get(window, ()):
+            paged_attention(
+                queries[:count].view(shape),
+                self.kv_cache[layer],
+                part.work,
+                part.combines,
+                self.step.query_start_loc,
+                self.step.seq_lens,
+                self.step.block_tables,
+                attended[:count].view(shape),
+                self.partial,
+                self.stats,
+                config=self.attention,
+                scale=scale,
+                window=window,
+            )
+        return attended
+
+    def linear_residual(self, x: torch.Tensor, linear: Linear, residual: Residual) -> Residual:
+        assert residual.update is None, "a norm must read the residual before it is added to again"
+        return Residual(residual.stream, self._linear("update", x, linear))
+
+    def norm_gated_linear(
+        self, x: Residual, norm: Norm, gate: Linear, up: Linear, activation: Activation
+    ) -> torch.Tensor:
+        weight = self.weights.matrix(gate.weight, up.weight)
+        gate_up = self._buffer("gate_up", len(weight))
+        multiply(self._norm(x, norm), weight, self.weights.bias(gate, up), gate_up)
+        output = self._buffer("gated", len(gate.weight))
+        count = self._num_tokens
+        gated(gate_up[:count], output[:count], activation, GATED[self.target])
+        return output
+
+    def logits(self, x: Residual, norm: Norm, head: Linear) -> torch.Tensor:
+        hidden = self._norm(x, norm)
+        count = len(self.step.logits_rows)
+        rows = padded_rows(self.max_logits_rows)
+        chosen = self.buffers.get("chosen", hidden.shape[1], self.dtype, rows)[: padded_rows(count)]
+        weight = self.weights.matrix(head.weight)
+        product = self.buffers.get("product", len(weight), self.dtype, rows)[: padded_rows(count)]
+        torch.index_select(hidden, 0, self.step.logits_rows, out=chosen[:count])
+        multiply(chosen, weight, self.weights.bias(head), product)
+        if self.dtype == torch.float32:
+            return product[:count]
+        logits = self.buffers.get("logits", len(weight), torch.float32, rows)[:count]
+        logits.copy_(product[:count])
+        return logits
+
+    def _norm(self, x: Residual, norm: Norm) -> torch.Tensor:
+        hidden = self._buffer("hidden", x.stream.shape[1])
+        count = self._num_tokens
+        update = None if x.update is None else x.update[:count]
+        add_rms_norm(x.stream[:count], update, self.weights.matrix(norm.weight), hidden[:count], norm.eps)
+        x.update = None
+        return hidden
+
+    def _linear(self, name: str, x: torch.Tensor, linear: Linear) -> torch.Tensor:
+        weight = self.weights.matrix(linear.weight)
+        output = self._buffer(name, len(weight))
+        multiply(x, weight, self.weights.bias(linear), output)
+        return output

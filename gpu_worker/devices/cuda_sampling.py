@@ -1,0 +1,312 @@
+"""Sampling on the `cuda` device: settings and penalty state of every slot live on the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from octavo.gpu_worker.errors import PlanError
+from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN
+from octavo.gpu_worker.sampler import Sampled
+from octavo.gpu_worker.sampling_settings import SamplingSettings
+from octavo.kernels.alternatives import MAX_ALTERNATIVES, alternatives
+from octavo.kernels.configs import LOGITS
+from octavo.kernels.sampling import NOT_FINITE, DrawSettings, LogitRules, logprobs, make_workspace, sample
+from octavo.kernels.step_inputs import FIELDS, record_tokens, row_settings, scatter_words
+
+Int32Array = npt.NDArray[np.int32]
+TableWords = tuple[torch.Tensor, Int32Array, Int32Array]
+"""A table on the device, flat places in it, and what is to be there."""
+
+T = TypeVar("T", torch.Tensor, npt.NDArray[np.int32])
+
+MAX_LISTED_TOKENS = 2048
+"""Most tokens with a bias, and most banned ones, of a slot."""
+
+_RULES = ("has_mask", "num_biases", "num_banned", "banned_until", "repetition", "frequency", "presence")
+_ALL_FIELDS = (*FIELDS, *_RULES)
+_FLOATS = {"temperature", "top_p", "log_min_p", "repetition", "frequency", "presence"}
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """What the host must know of a slot to choose what is launched."""
+
+    has_rules: bool
+    has_edges: bool
+    wants_logprobs: bool
+    num_alternatives: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a step's sampling returns: R rows, padding included; `flags` are those of the real ones."""
+
+    num_rows: int
+    flags: list[_Flags]
+
+    @property
+    def num_alternatives(self) -> int:
+        """Alternatives of every row: the most that one wants."""
+        return max((flags.num_alternatives for flags in self.flags), default=0)
+
+    @property
+    def num_words(self) -> int:
+        """Words of the result: tokens, log probabilities, ranks, alternatives, their log probabilities."""
+        return 3 * _padded(self.num_rows) + 2 * _padded(self.num_rows * self.num_alternatives)
+
+
+class DeviceSampler:
+    """Owner of what sampling needs. `last_tokens` [max_running] int32 holds what each slot sampled last."""
+
+    def __init__(self, max_running: int, vocab_size: int, device: torch.device, target: str) -> None:
+        self._vocab_size = vocab_size
+        self._config = LOGITS[target]
+        self._max_alternatives = min(MAX_ALTERNATIVES, vocab_size)
+        assert max_running * vocab_size < 2**31, f"{max_running} slots of {vocab_size} tokens cannot be counted"
+        self._flags: list[_Flags | None] = [None] * max_running
+
+        def words(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        lists = (max_running, MAX_LISTED_TOKENS)
+        self._table = words(len(_ALL_FIELDS), max_running)
+        self._lists = {"bias_ids": words(*lists), "bias_values": words(*lists), "banned_ids": words(*lists)}
+        self._allowed = words(max_running, -(-vocab_size // 32))
+        self.counts = words(max_running, vocab_size)
+        self.seen = torch.zeros(max_running, vocab_size, dtype=torch.int8, device=device)
+        self.last_tokens = words(max_running)
+        self._rows = words(5, max_running)
+        self._seeds = words(max_running, 2)
+        self._workspace = make_workspace(max_running, vocab_size, self._config, device)
+        self._rules = LogitRules(
+            allowed=self._allowed,
+            bias_ids=self._lists["bias_ids"],
+            bias_values=self._lists["bias_values"].view(torch.float32),
+            banned_ids=self._lists["banned_ids"],
+            counts=self.counts,
+            seen=self.seen,
+            **{name: self._field(name) for name in _RULES},
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        tensors = [self._table, *self._lists.values(), self._allowed, self.counts, self.seen, self._rows]
+        return sum(tensor.nbytes for tensor in [*tensors, *vars(self._workspace).values()])
+
+    def max_result_words(self) -> int:
+        """Return the words of the largest result."""
+        return Wanted(len(self._flags), [_Flags(True, True, True, self._max_alternatives)]).num_words
+
+    def check(self, settings: SamplingSettings) -> None:
+        """Raise PlanError where settings ask for more than there is room for."""
+        for name, values in (("bias", settings.bias_token_ids), ("banned", settings.banned_token_ids)):
+            if len(values) > MAX_LISTED_TOKENS:
+                raise PlanError(f"sampling_updates: {len(values)} {name} tokens, the device takes {MAX_LISTED_TOKENS}")
+        if settings.logprobs > self._max_alternatives:
+            raise PlanError(f"sampling_updates: logprobs is {settings.logprobs}, at most {self._max_alternatives}")
+
+    def open_slot(self, slot: int, settings: SamplingSettings, changes: Changes) -> None:
+        """Give a slot its settings; add what is to be written on the device to `changes`."""
+        has_edges = settings.temperature > 0 and (settings.top_k > 0 or settings.top_p < 1 or settings.min_p > 0)
+        has_rules = settings.has_penalties or settings.forbidden is not None
+        has_rules = has_rules or len(settings.bias_token_ids) > 0 or len(settings.banned_token_ids) > 0
+        self._flags[slot] = _Flags(has_rules, has_edges, settings.wants_logprobs, settings.logprobs)
+        fields = _field_words(settings)
+        changes.add(self._table, np.arange(len(fields)) * len(self._flags) + slot, fields)
+        if settings.forbidden is not None:
+            changes.add_row(self._allowed, slot, _packed(~settings.forbidden))
+        bias_ids, bias_values = _joined(settings)
+        changes.add_row(self._lists["bias_ids"], slot, bias_ids)
+        changes.add_row(self._lists["bias_values"], slot, bias_values.view(np.int32))
+        changes.add_row(self._lists["banned_ids"], slot, settings.banned_token_ids.astype(np.int32))
+        if settings.has_penalties:
+            self.counts[slot].zero_()
+            self.seen[slot].zero_()
+            tokens, counts = _counted(settings)
+            changes.add(self.counts, slot * self._vocab_size + tokens, counts)
+
+    def write(self, table: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
+        """Launch the writing of words to a table; a token that is counted was seen."""
+        scatter_words(table, places, values, self.seen if table is self.counts else None)
+
+    def wanted(self, slots: Int32Array, num_rows: int) -> Wanted:
+        """Say what sampling `slots` returns, padded to `num_rows` rows."""
+        flags = [self._flags[slot] for slot in slots.tolist()]
+        known = [flag for flag in flags if flag is not None]
+        assert len(known) == len(flags), f"a slot of {slots} is not open"
+        return Wanted(num_rows, known)
+
+    def warm_up(self, logits: torch.Tensor, result: torch.Tensor) -> None:
+        """Launch every kernel once, on a padding row, so that none is compiled in a step. `logits` is [1, V]."""
+        slots = torch.full((1,), -1, dtype=torch.int32, device=logits.device)
+        scatter_words(self._table, slots[:0], slots[:0])
+        for has_rules in (False, True):
+            for has_edges in (False, True):
+                wanted = Wanted(1, [_Flags(has_rules, has_edges, has_rules, int(has_rules))])
+                self.launch(logits, slots, slots, wanted, result[: wanted.num_words])
+
+    def launch(
+        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, wanted: Wanted, result: torch.Tensor
+    ) -> None:
+        """Sample a token for each row; write `result` [wanted.num_words] int32, and the slots' last tokens.
+
+        logits  [R, vocab_size] float32;  slots, positions  [R] int32, -1 in padding rows
+        """
+        count = wanted.num_rows
+        row_settings(self._table, slots, self._rows, self._seeds, count)
+        token_ids, values, ranks, ids, id_values = _sections(result, wanted)
+        has_rules = any(flags.has_rules for flags in wanted.flags)
+        sample(
+            logits,
+            DrawSettings(
+                slots=slots,
+                positions=positions,
+                temperature=self._rows[0, :count].view(torch.float32),
+                top_k=self._rows[1, :count],
+                top_p=self._rows[2, :count].view(torch.float32),
+                log_min_p=self._rows[3, :count].view(torch.float32),
+                candidate_index=self._rows[4, :count],
+                seeds=self._seeds[:count],
+            ),
+            self._rules if has_rules else None,
+            self._workspace,
+            token_ids,
+            config=self._config,
+            has_edges=any(flags.has_edges for flags in wanted.flags),
+        )
+        record_tokens(token_ids, slots, self.last_tokens)
+        if any(flags.wants_logprobs for flags in wanted.flags):
+            logprobs(logits, token_ids, values.view(torch.float32), ranks, config=self._config)
+        if wanted.num_alternatives:
+            alternatives(logits, ids, id_values.view(torch.float32), config=self._config)
+
+    def _field(self, name: str) -> torch.Tensor:
+        row = self._table[_ALL_FIELDS.index(name)]
+        return row.view(torch.float32) if name in _FLOATS else row
+
+
+class Changes:
+    """Words to be written to tables on the device; no place twice."""
+
+    def __init__(self) -> None:
+        self._words: list[TableWords] = []
+
+    def add(self, table: torch.Tensor, places: npt.NDArray[np.integer], values: Int32Array) -> None:
+        """Write values to flat places of a table."""
+        if len(values):
+            self._words.append((table, places.astype(np.int32), values))
+
+    def add_row(self, table: torch.Tensor, row: int, values: Int32Array) -> None:
+        """Write values to the beginning of a table's row."""
+        self.add(table, row * table.shape[1] + np.arange(len(values)), values)
+
+    def pieces(self, max_words: int) -> list[list[TableWords]]:
+        """Return the changes of each table joined, in pieces that take at most `max_words` to send: at least one."""
+        pieces: list[list[TableWords]] = [[]]
+        room = max_words
+        for table in {id(table): table for table, _, _ in self._words}.values():
+            places = np.concatenate([words[1] for words in self._words if words[0] is table])
+            values = np.concatenate([words[2] for words in self._words if words[0] is table])
+            while len(places):
+                count = min(len(places), (room - 8) // 2)  # 8: both columns begin at a multiple of 4
+                if count <= 0:
+                    pieces.append([])
+                    room = max_words
+                    continue
+                pieces[-1].append((table, places[:count], values[:count]))
+                places, values = places[count:], values[count:]
+                room -= 2 * _padded(count)
+        return pieces
+
+
+def unpack(result: Int32Array, wanted: Wanted) -> Sampled:
+    """Return what a step's result holds for its real rows, as the sampler of the host does."""
+    flags = wanted.flags
+    token_ids, values, ranks, ids, id_values = _sections(result, wanted)
+    token_ids = token_ids[: len(flags)]
+    is_finite = token_ids != NOT_FINITE
+    rows = np.flatnonzero([flag.wants_logprobs for flag in flags])
+    kept = (
+        np.arange(wanted.num_alternatives)[None, :] < np.array([flags[row].num_alternatives for row in rows])[:, None]
+    )
+    finite = is_finite[rows, None]
+    return Sampled(
+        token_ids=np.where(is_finite, token_ids, NOT_FINITE_TOKEN).astype(np.uint32),
+        logprobs=values.view(np.float32)[rows],
+        ranks=ranks[rows].astype(np.uint32),
+        candidate_token_ids=np.where(finite, ids[rows], NOT_FINITE_TOKEN).astype(np.uint32)[kept],
+        candidate_logprobs=np.where(finite, id_values.view(np.float32)[rows], np.float32(np.nan))[kept],
+    )
+
+
+def _sections(result: T, wanted: Wanted) -> tuple[T, T, T, T, T]:
+    """Return the parts of a result, on the device or on the host."""
+    rows, count = wanted.num_rows, wanted.num_alternatives
+    step, wide = _padded(rows), _padded(rows * count)
+    start = 3 * step
+
+    def table(begin: int) -> T:
+        return result[begin : begin + rows * count].reshape(rows, count)
+
+    token_ids, values, ranks = (result[begin : begin + rows] for begin in (0, step, 2 * step))
+    return token_ids, values, ranks, table(start), table(start + wide)
+
+
+def _padded(num_words: int) -> int:
+    return -(-num_words // 4) * 4
+
+
+def _field_words(settings: SamplingSettings) -> Int32Array:
+    """Return the values of `_ALL_FIELDS`, floats by their bits."""
+    min_p = settings.min_p
+    values = {
+        "temperature": settings.temperature,
+        "top_k": min(settings.top_k, 2**31 - 1),
+        "top_p": min(settings.top_p, 1.0),
+        "log_min_p": math.log(min_p) if min_p > 0 else -math.inf,
+        "candidate_index": settings.candidate_index,
+        "seed_low": settings.seed & 0xFFFFFFFF,
+        "seed_high": settings.seed >> 32,
+        "has_mask": settings.forbidden is not None,
+        "num_biases": len(_joined(settings)[0]),
+        "num_banned": len(settings.banned_token_ids),
+        "banned_until": min(settings.prompt_length + settings.min_new_tokens, 2**31 - 1),
+        "repetition": settings.repetition_penalty,
+        "frequency": settings.frequency_penalty,
+        "presence": settings.presence_penalty,
+    }
+    words = np.empty(len(_ALL_FIELDS), np.uint32)
+    for index, name in enumerate(_ALL_FIELDS):
+        words[index] = np.float32(values[name]).view(np.uint32) if name in _FLOATS else values[name]
+    return words.view(np.int32)
+
+
+def _joined(settings: SamplingSettings) -> tuple[Int32Array, npt.NDArray[np.float32]]:
+    """Return biased tokens, each once, and what is added to them."""
+    ids, inverse = np.unique(settings.bias_token_ids, return_inverse=True)
+    values = np.zeros(len(ids), np.float32)
+    np.add.at(values, inverse, settings.bias_values)
+    return ids.astype(np.int32), values
+
+
+def _packed(allowed: npt.NDArray[np.bool_]) -> Int32Array:
+    """Return allowed tokens as bits, lowest first, in words."""
+    packed = np.zeros(-(-len(allowed) // 32) * 4, np.uint8)
+    bits = np.packbits(allowed, bitorder="little")
+    packed[: len(bits)] = bits
+    return packed.view("<i4").astype(np.int32)
+
+
+def _counted(settings: SamplingSettings) -> tuple[npt.NDArray[np.int64], Int32Array]:
+    """Return the tokens of a history, each once, and how often each was produced."""
+    tokens, inverse = np.unique(settings.history_token_ids.astype(np.int64), return_inverse=True)
+    produced = np.arange(len(settings.history_token_ids)) >= settings.prompt_length
+    counts = np.bincount(inverse, weights=produced, minlength=len(tokens))
+    return tokens, counts.astype(np.int32)
