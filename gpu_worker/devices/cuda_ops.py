@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from octavo.gpu_worker.devices.cuda_weights import Buffers, Weights, multiply, padded_rows
+from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Activation, Heads, Linear, Norm, Rotary
 from octavo.kernels.configs import GATED, ROTARY, AttentionConfig
 from octavo.kernels.gated import gated
@@ -159,6 +160,9 @@ class CudaOps:
         count = self._num_tokens
         gated(gate_up[:count], output[:count], activation, GATED[self.target])
         return output
+
+    def norm_experts_residual(self, *_: object) -> Residual:
+        raise DeviceError("device cuda cannot run a mixture of experts yet; use cpu")
 
     def logits(self, x: Residual, norm: Norm, head: Linear) -> torch.Tensor:
         hidden = self._norm(x, norm)

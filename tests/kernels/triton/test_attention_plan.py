@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.kernels.attention_plan import AttentionPlan, pad_plan, plan_attention
+from octavo.kernels.attention_plan import AttentionPlan, cut_plan, pad_plan, plan_attention
 
 Ints = npt.NDArray[np.int64]
 
@@ -133,3 +133,28 @@ def test_padding_rows_belong_to_no_sequence_and_change_nothing_else() -> None:
 def test_an_empty_step_has_no_work() -> None:
     plan = make_plan([0, 0], [0, 12])
     assert len(plan.work) == len(plan.combines) == plan.num_slots == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_plan_is_cut_without_taking_a_tile_apart(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    queries = random.integers(1, 60, size=4)
+    lengths = queries + random.integers(0, 500, size=4)
+    starts = np.concatenate([[0], np.cumsum(queries)])
+    plan = plan_attention(starts, lengths, tile_queries=8, key_tile=32, split_keys=64)
+    max_slots = int(plan.combines[:, 3].max()) + int(random.integers(0, 8))
+
+    parts = cut_plan(plan, max_slots)
+
+    assert len(parts) > 1
+    whole = sorted(map(tuple, plan.work[:, :4].tolist()))
+    assert sorted(tuple(row[:4]) for part in parts for row in part.work.tolist()) == whole
+    for part in parts:
+        assert part.num_slots <= max_slots
+        used = sorted(part.work[part.work[:, 4] >= 0, 4].tolist())
+        assert used == list(range(part.num_slots))
+        pieces = {int(row[4]): (row[0], row[1], row[2]) for row in part.work if row[4] >= 0}
+        for sequence, first_query, first_slot, count in part.combines.tolist():
+            rows = [pieces[slot] for slot in range(first_slot, first_slot + count)]
+            assert {(seq, query) for seq, query, _ in rows} == {(sequence, first_query)}
+            assert [begin for _, _, begin in rows] == sorted(begin for _, _, begin in rows)
