@@ -34,6 +34,7 @@ class Engine:
         self.runner = runner
         self.limits = limits
         self.max_model_len = max_model_len
+        self.max_batch_tokens = limits.max_batch_tokens
         self._in_flight: deque[_Started] = deque()
         self._slots = Slots(limits)
 
@@ -42,6 +43,15 @@ class Engine:
         self._in_flight.clear()
         self.runner.reset()
         self._slots = Slots(self.limits)
+
+    def shrink(self) -> bool:
+        """Take at most half as many tokens in a step from now on; False if that would be too few to serve.
+
+        For the device that has run out of memory. What was given up comes back with a new engine only.
+        """
+        smaller = max(self.max_batch_tokens // 2, self.limits.max_running)
+        shrunk, self.max_batch_tokens = smaller < self.max_batch_tokens, smaller
+        return shrunk
 
     def start(self, plan: worker_pb2.StepPlan) -> None:
         """Start a plan. Raises PlanError if it breaks the contract; other errors are the device's."""

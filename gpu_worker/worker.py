@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
 
+import torch
+
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError
@@ -194,6 +196,7 @@ class Worker:
             warmup_us=round(took_s * 1e6),
             max_model_len=engine.max_model_len,
             vocab_size=limits.vocab_size,
+            max_batch_tokens=engine.max_batch_tokens,
         )
         log.info(
             "joined with epoch %d: device %s, %d KV blocks, context %d",
@@ -241,7 +244,13 @@ class Worker:
     def _fail(self, step_id: int, error: Exception) -> None:
         """Report an error of the device in a step."""
         log.error("step %d failed", step_id, exc_info=error)
-        self._end(step_id, *_device_fault(error))
+        code, reason, message = _device_fault(error)
+        # Weights and cache are there: what a step takes beside them can be made less.
+        if reason == "OUT_OF_MEMORY" and self._engine is not None and self._engine.shrink():
+            message += f"; from now on steps have at most {self._engine.max_batch_tokens} tokens"
+            self._leave(step_id, code, reason, message)
+        else:
+            self._end(step_id, code, reason, message)
 
     def _report_if_due(self) -> None:
         """Show life when nothing else was sent for a while."""
@@ -302,6 +311,6 @@ def _device_fault(error: BaseException) -> tuple[int, str, str]:
     """Return code, reason and message of a fault for an error that a device raised."""
     message = f"{type(error).__name__}: {error}"
     # torch has no class of its own for it on the CPU.
-    if isinstance(error, MemoryError) or "allocate memory" in message:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in message:
         return _RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", f"{message}; lower kv_cache_memory or max_batch_tokens"
     return _INTERNAL, "DEVICE_FAULT", message

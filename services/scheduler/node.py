@@ -93,7 +93,7 @@ class Node:
         self.members.handle(identity, frame, now)
 
     def _on_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
-        self.core.worker_joined(group_id, epoch, ready.kv_blocks, ready.max_model_len, now)
+        self.core.worker_joined(group_id, epoch, ready.kv_blocks, ready.max_model_len, now, ready.max_batch_tokens)
         self._changed()
 
     def _on_lost(self, group_id: str, crashed: bool, now: float) -> None:

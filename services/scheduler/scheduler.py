@@ -255,11 +255,17 @@ class Scheduler:
 
     # -- events from workers ---------------------------------------------------------------------
 
-    def worker_joined(self, group_id: str, epoch: int, num_blocks: int, max_model_len: int, now: float) -> None:
-        """Take a worker group into service. Its cache is empty, its slots are free."""
+    def worker_joined(
+        self, group_id: str, epoch: int, num_blocks: int, max_model_len: int, now: float, max_batch_tokens: int = 0
+    ) -> None:
+        """Take a worker group into service. Its cache is empty, its slots are free.
+
+        max_batch_tokens  most tokens in a step that its memory has room for; 0 if it is the configured number
+        """
         assert group_id not in self._groups, f"group {group_id} joined twice"
         config, clock = self._config, StepClock(self._config.step_timeout_s)
         group = WorkerGroup(group_id, epoch, num_blocks, config.max_running, max_model_len, self.cache_feed, clock)
+        group.max_batch_tokens = min(max_batch_tokens or config.max_batch_tokens, config.max_batch_tokens)
         self._groups[group_id] = group
         self._max_model_len = min(other.max_model_len for other in self._groups.values())
         self._last_worker_at = now
@@ -431,7 +437,7 @@ class Scheduler:
 
     def _plan_prefills(self, group: WorkerGroup, plan: PlanBuilder, now: float) -> None:
         """Share what is left of the step among prompts: shortest remaining first, with ageing."""
-        budget = self._config.max_batch_tokens - plan.num_tokens
+        budget = max(group.max_batch_tokens - plan.num_tokens, 0)
         if plan.num_tokens:
             budget = min(budget, self._config.max_prefill_tokens)
         if not group.prefilling and not len(self._waiting):

@@ -49,6 +49,7 @@ class WorkerGroup:
         self.in_flight: deque[StepInFlight] = deque()
         self.num_steps = 0
         self.free_slots = list(range(max_running - 1, -1, -1))
+        self.max_batch_tokens = 0  # set when it joins
         self.freed_slots: list[int] = []  # since the last plan: the worker must hear of them
         self.tokens_per_s = 0.0  # moving average over steps; 0 until measured
         self._clock = clock

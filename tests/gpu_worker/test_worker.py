@@ -18,13 +18,17 @@ import torch
 import transformers
 import zmq
 
+from octavo.gpu_worker.batch import Step
 from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.devices import make_runner
 from octavo.gpu_worker.devices.reference import ReferenceDevice
 from octavo.gpu_worker.engine import count_blocks
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.loading import LoadedModel, load_model
 from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import PROTOCOL_REVISION
+from octavo.gpu_worker.runner import Outcome, Runner
+from octavo.gpu_worker.runner import Running as RunningStep
 from octavo.gpu_worker.worker import Worker
 from octavo.worker.v1 import worker_pb2
 
@@ -329,6 +333,89 @@ def test_a_device_error_is_fatal(running: Running, monkeypatch: pytest.MonkeyPat
     assert (fault.reason, fault.fatal, fault.step_id) == ("DEVICE_FAULT", True, 1)
     assert "on fire" in fault.message
     assert running.end() == 1
+
+
+def test_out_of_memory_makes_steps_smaller_and_serving_goes_on(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ready = running.scheduler.join()
+    assert ready.max_batch_tokens == 64
+    made = generate(running.scheduler, 1)
+    for epoch, left in ((2, 32), (3, 16), (4, 8), (5, 4)):
+        with monkeypatch.context() as broken:
+            broken.setattr(ReferenceDevice, "forward", fail)
+            running.scheduler.send(epoch - 1, step_plan=prompt(step_id=5 if epoch == 2 else 1))
+            fault = running.scheduler.expect("worker_fault")
+        assert (fault.reason, fault.fatal) == ("OUT_OF_MEMORY", False)
+        assert f"at most {left} tokens" in fault.message
+        assert running.scheduler.join(epoch).max_batch_tokens == left
+    assert generate(running.scheduler, 5) == made
+
+    monkeypatch.setattr(ReferenceDevice, "forward", fail)
+    running.scheduler.send(5, step_plan=prompt(step_id=5))
+
+    assert running.scheduler.expect("worker_fault").fatal  # as many as there are slots is the least
+    assert running.end() == 1
+
+
+class Held:
+    """A runner whose steps end when the test says so."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.steps: list[HeldStep] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.runner, name)
+
+    def start(self, step: Step) -> HeldStep:
+        self.steps.append(HeldStep(self.runner.start(step)))
+        return self.steps[-1]
+
+
+class HeldStep:
+    """A step that was started."""
+
+    def __init__(self, step: RunningStep) -> None:
+        self.ended = threading.Event()
+        self._step = step
+
+    def is_done(self) -> bool:
+        return self.ended.is_set()
+
+    def wait(self) -> Outcome:
+        assert self.ended.wait(TIMEOUT_MS / 1000)
+        return self._step.wait()
+
+
+def test_two_plans_run_before_the_first_has_a_result(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Held] = []
+
+    def make(*args: Any, **settings: Any) -> Runner:
+        held.append(Held(make_runner(*args, **settings)))
+        return held[0]
+
+    monkeypatch.setattr("octavo.gpu_worker.engine.make_runner", make)
+    running.scheduler.join()
+    for plan in (prompt(), next_token(2, 3)):
+        running.scheduler.send(1, step_plan=plan)
+    # It shows life while they run, and what it has not ended is not reported as done.
+    heartbeat = running.scheduler.expect("heartbeat", lambda _: len(held[0].steps) == 2)
+    assert heartbeat.last_step_id == 0
+
+    held[0].steps[1].ended.set()
+    held[0].steps[0].ended.set()
+
+    assert [running.scheduler.expect("step_result").step_id for _ in range(2)] == [1, 2]
+    running.scheduler.send(1, step_plan=next_token(3, 4))
+    running.scheduler.expect("heartbeat", lambda _: len(held[0].steps) == 3)
+    running.scheduler.send(1, step_plan=next_token(9, 9))  # a gap: what is in flight is nobody's
+    assert running.scheduler.expect("worker_fault").reason == "STEP_GAP"
+    running.scheduler.join(epoch=2)
+    assert len(held[0].steps) == 3
 
 
 def test_shutdown_ends_the_worker(running: Running) -> None:

@@ -172,11 +172,12 @@ class World:
         for index in range(groups):
             self.join(f"group-{index}")
 
-    def join(self, group_id: str) -> None:
+    def join(self, group_id: str, max_batch_tokens: int = 0) -> None:
         self.epochs[group_id] = self.epochs.get(group_id, 0) + 1
         self.workers[group_id] = FakeWorker(self.num_blocks)
         self.queues[group_id] = []
-        self.core.worker_joined(group_id, self.epochs[group_id], self.num_blocks, self.max_model_len, self.now)
+        epoch = self.epochs[group_id]
+        self.core.worker_joined(group_id, epoch, self.num_blocks, self.max_model_len, self.now, max_batch_tokens)
         self.settle()
 
     def lose(self, group_id: str, crashed: bool = False) -> None:

@@ -480,3 +480,17 @@ def test_flushing_the_prefix_cache_forgets_what_nobody_holds() -> None:
     again = world.submit(PROMPT)
     world.run()
     assert again.finished[0].usage.cached_prompt_tokens == 0
+
+
+def test_a_group_that_ran_out_of_memory_gets_smaller_steps() -> None:
+    world = World(num_blocks=400, max_batch_tokens=64, max_prefill_tokens=64, max_running=8)
+    stream = world.submit(list(range(100, 200)), max_new_tokens=3)
+    assert max(plan.num_tokens for plan in world.plans) == 64
+    world.lose("group-0")
+    world.plans.clear()
+
+    world.join("group-0", max_batch_tokens=16)
+    world.run()
+
+    assert stream.tokens[0] == expected_output(list(range(100, 200)), 3)
+    assert max(plan.num_tokens for plan in world.plans) == 16

@@ -71,16 +71,18 @@ class WorkerConfig(_message.Message):
     def __init__(self, model_path: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., max_running: _Optional[int] = ...) -> None: ...
 
 class WorkerReady(_message.Message):
-    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size")
+    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens")
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WARMUP_US_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     kv_blocks: int
     warmup_us: int
     max_model_len: int
     vocab_size: int
-    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
+    max_batch_tokens: int
+    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step_id", "num_sequences", "num_tokens", "slot_indexes", "query_lengths", "context_lengths", "token_ids", "block_table_rows", "block_table_counts", "block_ids", "copy_pairs", "freed_slots", "sampling_updates", "row_flags")
