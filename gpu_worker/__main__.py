@@ -13,8 +13,13 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from octavo.gpu_worker.config import WorkerConfig
+
+if TYPE_CHECKING:
+    from octavo.gpu_worker.loading import LoadedModel
+    from octavo.gpu_worker.progress import Progress
 
 log = logging.getLogger("octavo.worker")
 
@@ -35,26 +40,52 @@ def run(config: WorkerConfig) -> int:
     import torch
     import zmq
 
-    from octavo.gpu_worker.errors import ModelError
+    from octavo.gpu_worker.devices import device_of_ranks
+    from octavo.gpu_worker.errors import DeviceError, ModelError, RankError
     from octavo.gpu_worker.loading import load_model
     from octavo.gpu_worker.progress import Progress
-    from octavo.gpu_worker.worker import Worker
+    from octavo.gpu_worker.sharding import Sharding
     from octavo.kernels.cpu.library import available_cores
 
     torch.set_num_threads(config.num_threads or available_cores())
     progress = Progress(config.progress_fd)
+    sharding = Sharding(config.rank, config.world_size)
+    status = 1
     try:
-        loaded = load_model(Path(config.model), config.dtype, config.max_model_len, progress.loaded)
+        if config.world_size > 1:
+            config = dataclasses.replace(config, device=device_of_ranks(config.device))
+        loaded = load_model(Path(config.model), config.dtype, config.max_model_len, progress.loaded, sharding)
         log.info("loaded %s: %s, version %s", config.model, loaded.architecture, loaded.model_version)
-        progress.emit("join", 0, 1)
-        worker = Worker(config, config.worker_id or _new_worker_id(), loaded, progress, stop)
-    except ModelError as error:
+        status = _work(config, loaded, progress, stop)
+    except (ModelError, DeviceError) as error:
         log.error("cannot load the model: %s", error)
-        return 1
+    except RankError as error:
+        log.error("the group cannot start: %s", error)
     except zmq.ZMQError as error:
-        log.error("worker_endpoint %r cannot be used: %s", config.worker_endpoint, error)
-        return 1
-    return worker.run()
+        endpoints = f"worker_endpoint {config.worker_endpoint!r}"
+        if config.world_size > 1:
+            endpoints += f" or rendezvous {config.rendezvous!r}"
+        log.error("%s cannot be used: %s", endpoints, error)
+    if config.world_size > 1:
+        # The libraries' threads may wait for a rank that is gone: nothing of them is to be waited for.
+        logging.shutdown()
+        os._exit(status)
+    return status
+
+
+def _work(config: WorkerConfig, loaded: LoadedModel, progress: Progress, stop: threading.Event) -> int:
+    """Serve with a loaded model, alone or as a rank; return the exit status. Raises RankError or zmq.ZMQError."""
+    from octavo.gpu_worker.follower import Follower
+    from octavo.gpu_worker.ranks import Ranks
+    from octavo.gpu_worker.worker import Worker
+
+    if config.rank > 0:
+        return Follower(config, loaded, stop).run()
+    ranks = Ranks(config, loaded) if config.world_size > 1 else None
+    if ranks is not None and not ranks.connect(stop):
+        return 0
+    progress.emit("join", 0, 1)
+    return Worker(config, config.worker_id or _new_worker_id(), loaded, progress, stop, ranks).run()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+MAX_RANKS = 64
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,20 @@ class WorkerConfig:
     )
     worker_id: str = field(default="", metadata={"help": "this worker's name, unique; empty: generated"})
     group_id: str = field(default="", metadata={"help": "the copy of the model it belongs to; empty: its own"})
+    rank: int = field(default=0, metadata={"help": "its number among the processes that hold one copy of the model"})
+    world_size: int = field(
+        default=1, metadata={"help": "how many processes hold one copy of the model together (tensor parallelism)"}
+    )
+    rendezvous: str = field(
+        default="tcp://127.0.0.1:29500",
+        metadata={
+            "help": "where rank 0 listens for the other ranks, and they find it: ipc://PATH in a folder that only this "
+            "user can enter, or tcp://ADDRESS:PORT with an address of rank 0's machine"
+        },
+    )
+    rank_timeout_s: float = field(
+        default=30.0, metadata={"help": "a rank that the others wait for longer ends the group"}
+    )
     kv_cache_memory: int = field(
         default=0,
         metadata={
@@ -57,6 +74,33 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model must be given: a folder in Hugging Face layout, or a .gguf file")
+        if not 1 <= self.world_size <= MAX_RANKS or not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"world_size must be from 1 to {MAX_RANKS} and rank below it, not {self.world_size} and {self.rank}"
+            )
+        if self.world_size > 1:
+            self._check_ranks()
         for name in ("kv_cache_memory", "max_model_len", "num_threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+
+    def _check_ranks(self) -> None:
+        if self.device == "cpu":
+            raise ValueError(
+                "device cpu does not split a model over processes: it uses all cores of a machine in one; "
+                "take away world_size, or try device reference"
+            )
+        if self.rank_timeout_s <= 0:
+            raise ValueError(f"rank_timeout_s must be positive, not {self.rank_timeout_s:g}")
+        parts = urlsplit(self.rendezvous)
+        try:
+            named = parts.scheme == "ipc" or (parts.scheme == "tcp" and bool(parts.port))
+        except ValueError:
+            named = False
+        if not named:
+            raise ValueError(f"rendezvous must be ipc://PATH or tcp://ADDRESS:PORT, not {self.rendezvous!r}")
+        if parts.scheme == "tcp" and parts.hostname in (None, "*", "0.0.0.0", "::"):
+            raise ValueError(
+                f"rendezvous {self.rendezvous!r} means every interface, and whoever reaches it can end the group: name "
+                "the address of one interface"
+            )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import logging
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from octavo.gpu_worker.batch import Limits, Slots
+from octavo.gpu_worker.collectives import Collectives
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices import make_runner
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.loading import LoadedModel
 from octavo.gpu_worker.ops import Int32Array
+from octavo.gpu_worker.parallel import ParallelModel
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Outcome, Runner, Running
 from octavo.worker.v1 import worker_pb2
@@ -28,20 +33,26 @@ class Engine:
 
     A plan is started, and its result is collected later, in the same order; at most
     MAX_STEPS_IN_FLIGHT are started and not collected.
+
+    step_limit_s  a step that takes longer ends this process, whatever it waits for and with
+                  whatever lock held: a device that waits for a rank that is gone can be left in no
+                  other way. 0: no limit
     """
 
-    def __init__(self, runner: Runner, limits: Limits, max_model_len: int) -> None:
+    def __init__(self, runner: Runner, limits: Limits, max_model_len: int, step_limit_s: float = 0.0) -> None:
         self.runner = runner
         self.limits = limits
         self.max_model_len = max_model_len
         self.max_batch_tokens = limits.max_batch_tokens
+        self._step_limit_s = step_limit_s
         self._in_flight: deque[_Started] = deque()
         self._slots = Slots(limits)
 
     def reset(self) -> None:
         """Forget every slot and drop what is in flight; weights and KV memory stay."""
         self._in_flight.clear()
-        self.runner.reset()
+        with self._limited_time():
+            self.runner.reset()
         self._slots = Slots(self.limits)
 
     def shrink(self) -> bool:
@@ -57,7 +68,8 @@ class Engine:
         """Start a plan. Raises PlanError if it breaks the contract; other errors are the device's."""
         assert self.num_in_flight < MAX_STEPS_IN_FLIGHT, self.num_in_flight
         step = self._slots.apply(plan)
-        self._in_flight.append(_Started(plan.step_id, step.sampled_slots, self.runner.start(step)))
+        with self._limited_time():
+            self._in_flight.append(_Started(plan.step_id, step.sampled_slots, self.runner.start(step)))
 
     @property
     def num_in_flight(self) -> int:
@@ -71,7 +83,27 @@ class Engine:
     def collect(self) -> worker_pb2.StepResult:
         """Wait for the oldest plan in flight and return its result. Raises what the device raises."""
         started = self._in_flight.popleft()
-        return _result(started.step_id, started.sampled_slots, started.running.wait())
+        with self._limited_time():
+            return _result(started.step_id, started.sampled_slots, started.running.wait())
+
+    def use_idle_time(self) -> bool:
+        """Prepare a piece of what makes later steps faster; False if there is none left."""
+        with self._limited_time():
+            return self.runner.use_idle_time()
+
+    @contextlib.contextmanager
+    def _limited_time(self) -> Iterator[None]:
+        """Begin to count the limit; also after the block, if anything is in flight then."""
+        if not self._step_limit_s:
+            yield
+            return
+        faulthandler.dump_traceback_later(self._step_limit_s, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            if self._in_flight:
+                faulthandler.dump_traceback_later(self._step_limit_s, exit=True)
 
 
 @dataclass(frozen=True)
@@ -83,17 +115,21 @@ class _Started:
     running: Running
 
 
-def make_engine(loaded: LoadedModel, config: WorkerConfig, wanted: worker_pb2.WorkerConfig) -> Engine:
+def make_engine(
+    loaded: LoadedModel, config: WorkerConfig, wanted: worker_pb2.WorkerConfig, collectives: Collectives | None = None
+) -> Engine:
     """Build the device and allocate its KV cache, within the worker's and the scheduler's limits.
 
-    Raises ModelError or DeviceError.
+    collectives  the other ranks of the model; all of them must call this together
+
+    Raises ModelError, DeviceError or RankError.
     """
     max_batch_tokens = wanted.max_batch_tokens or _DEFAULT_MAX_BATCH_TOKENS
     max_running = wanted.max_running or _DEFAULT_MAX_RUNNING
     max_blocks_per_sequence = -(-loaded.max_model_len // BLOCK_SIZE)
     runner = make_runner(
         config.device,
-        loaded.model,
+        loaded.model if collectives is None else ParallelModel(loaded.model, collectives),
         max_batch_tokens,
         max_running,
         max_blocks_per_sequence,
@@ -101,13 +137,19 @@ def make_engine(loaded: LoadedModel, config: WorkerConfig, wanted: worker_pb2.Wo
         kv_cache_dtype=config.kv_cache_dtype,
     )
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
+    if collectives is not None:
+        kv_cache_memory = collectives.least(kv_cache_memory)
     num_blocks = count_blocks(kv_cache_memory, runner.kv_block_bytes(), wanted.kv_blocks)
     runner.allocate_kv(num_blocks)
+    if collectives is not None:
+        collectives.least(num_blocks)  # no rank begins to compute before all can
     limits = Limits(max_running, max_batch_tokens, max_blocks_per_sequence, num_blocks, loaded.model.vocab_size)
     max_model_len = min(loaded.max_model_len, (num_blocks - 1) * BLOCK_SIZE)
     if max_model_len < loaded.max_model_len:
         log.info("kv_cache_memory limits the context to %d of %d tokens", max_model_len, loaded.max_model_len)
-    return Engine(runner, limits, max_model_len)
+    # The collectives' own time-out comes first, where there is a host that waits for them.
+    step_limit_s = 2 * config.rank_timeout_s if collectives is not None else 0.0
+    return Engine(runner, limits, max_model_len, step_limit_s)
 
 
 def count_blocks(kv_cache_memory: int, block_bytes: int, wanted: int) -> int:

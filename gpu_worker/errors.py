@@ -13,3 +13,7 @@ class DeviceError(Exception):
 
 class PlanError(Exception):
     """A StepPlan breaks the contract. The message names the field. Nothing of the plan was computed."""
+
+
+class RankError(Exception):
+    """A rank of this process's tensor-parallel group is gone, hangs or does not fit; the group must start anew."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.ops import Model
+from octavo.gpu_worker.sharding import WHOLE, Sharding
 from octavo.gpu_worker.weights import DTYPES, Checkpoint, Progress, load_folder
 
 
@@ -20,19 +21,22 @@ class LoadedModel:
     model_version: str
 
 
-def load_model(path: Path, dtype: str, max_model_len: int, progress: Progress) -> LoadedModel:
+def load_model(
+    path: Path, dtype: str, max_model_len: int, progress: Progress, sharding: Sharding = WHOLE
+) -> LoadedModel:
     """Load a Hugging Face folder or a .gguf file.
 
     dtype          "auto", or a name of `DTYPES` that all weights are converted to
     max_model_len  longest context wanted, 0 for all that the model was made for
     progress       called after each tensor
+    sharding       which rank's part of it; the model then runs inside a `ParallelModel`
 
     Raises ModelError.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     try:
-        checkpoint = _read(_find(path), dtype, progress)
+        checkpoint = _read(_find(path), dtype, progress, sharding)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error})") from error
     limit = checkpoint.config.max_position_embeddings
@@ -43,10 +47,12 @@ def load_model(path: Path, dtype: str, max_model_len: int, progress: Progress) -
     return LoadedModel(model, checkpoint.config.architecture, context, checkpoint.fingerprint)
 
 
-def _read(file: Path, dtype: str, progress: Progress) -> Checkpoint:
+def _read(file: Path, dtype: str, progress: Progress, sharding: Sharding) -> Checkpoint:
     """Read a folder or a .gguf file."""
     if file.is_dir():
-        return load_folder(file, dtype, progress)
+        return load_folder(file, dtype, progress, sharding)
+    if sharding.world_size > 1:
+        raise ModelError(f"{file}: a GGUF file is not split over ranks; use the safetensors checkpoint, or one rank")
     # Imported late: most models are folders, and start without the gguf package.
     from octavo.gpu_worker.gguf_model import load_gguf
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.models.config import ModelConfig, from_json
 from octavo.gpu_worker.models.registry import Architecture, find_architecture
+from octavo.gpu_worker.sharding import WHOLE, Part, Sharding
 
 # Called with a tensor's name, bytes done and bytes in all.
 Progress = Callable[[str, int, int], None]
@@ -28,7 +30,10 @@ _ENDS_HASHED_BYTES = 4096
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's files, read and checked: exactly the tensors that its architecture wants."""
+    """A model's files, read and checked: exactly the tensors that its architecture wants.
+
+    For a rank of several, `config` and `tensors` are that rank's parts.
+    """
 
     config: ModelConfig
     architecture: Architecture
@@ -36,8 +41,11 @@ class Checkpoint:
     fingerprint: str
 
 
-def load_folder(folder: Path, dtype: str, progress: Progress) -> Checkpoint:
-    """Load a folder. `dtype` is a name of DTYPES, or "auto" to keep what is stored. Raises ModelError."""
+def load_folder(folder: Path, dtype: str, progress: Progress, sharding: Sharding = WHOLE) -> Checkpoint:
+    """Load a folder, of each tensor the part that `sharding` says and no more of the file.
+
+    `dtype` is a name of DTYPES, or "auto" to keep what is stored. Raises ModelError.
+    """
     config_path = folder / "config.json"
     values = _read_json(config_path)
     names = values.get("architectures") or ["(none named)"]
@@ -47,8 +55,12 @@ def load_folder(folder: Path, dtype: str, progress: Progress) -> Checkpoint:
     owners = _tensor_files(files)
     wanted = architecture.tensor_shapes(config)
     _check_names(wanted, owners, config, folder)
-    fingerprint = fingerprint_of([config_path.read_bytes(), dtype.encode()], files)
-    return Checkpoint(config, architecture, _read_tensors(wanted, owners, dtype, progress), fingerprint)
+    # Sums over ranks round in another order: results are the same only with as many ranks.
+    ranks = [f"ranks {sharding.world_size}".encode()] if sharding.world_size > 1 else []
+    fingerprint = fingerprint_of([config_path.read_bytes(), dtype.encode(), *ranks], files)
+    local = sharding.local_config(config)
+    parts = {name: sharding.part(name, config, wanted) for name in architecture.tensor_shapes(local)}
+    return Checkpoint(local, architecture, _read_tensors(wanted, parts, owners, dtype, progress), fingerprint)
 
 
 def fingerprint_of(settings: Iterable[bytes], files: Iterable[Path]) -> str:
@@ -158,20 +170,28 @@ def _check_names(wanted: Mapping[str, object], found: Mapping[str, object], conf
 
 
 def _read_tensors(
-    wanted: Mapping[str, tuple[int, ...]], owners: Mapping[str, tuple[Path, Any]], dtype: str, progress: Progress
+    wanted: Mapping[str, tuple[int, ...]],
+    parts: Mapping[str, Part],
+    owners: Mapping[str, tuple[Path, Any]],
+    dtype: str,
+    progress: Progress,
 ) -> dict[str, torch.Tensor]:
-    """Return the wanted tensors, still in the mapped files unless their type changes."""
+    """Return the parts, still in the mapped files if they are in one piece there and their type is kept."""
     tensors: dict[str, torch.Tensor] = {}
-    total = sum(path.stat().st_size for path in {path for path, _ in owners.values()})
+    in_files = sum(path.stat().st_size for path in {path for path, _ in owners.values()})
+    share = sum(math.prod(part.shape) for part in parts.values()) / sum(map(math.prod, wanted.values()))
     done = 0
-    for name, shape in wanted.items():
-        path, handle = owners[name]
-        check_shape(name, tuple(handle.get_slice(name).get_shape()), shape, str(path))
-        tensor: torch.Tensor = handle.get_tensor(name)
+    for name, part in parts.items():
+        path, handle = owners[part.source]
+        stored = handle.get_slice(part.source)
+        check_shape(part.source, tuple(stored.get_shape()), wanted[part.source], str(path))
+        whole = part.shape == wanted[part.source]
+        tensor: torch.Tensor = handle.get_tensor(part.source) if whole else stored[part.index]
         if tensor.dtype not in (*DTYPES.values(), torch.float64):
-            raise ModelError(f"{path}: {name} is of type {tensor.dtype}; supported are {', '.join(DTYPES)}")
+            raise ModelError(f"{path}: {part.source} is of type {tensor.dtype}; supported are {', '.join(DTYPES)}")
         done += tensor.nbytes
         kept = torch.float32 if tensor.dtype is torch.float64 else tensor.dtype
-        tensors[name] = tensor.to(DTYPES.get(dtype, kept))
-        progress(name, done, total)
+        tensor = tensor.to(DTYPES.get(dtype, kept)).contiguous()
+        tensors[name] = torch.zeros_like(tensor) if part.is_zero else tensor
+        progress(name, done, round(in_files * share))
     return tensors

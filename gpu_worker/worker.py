@@ -18,12 +18,13 @@ import torch
 
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.engine import Engine, make_engine
-from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError
+from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
 from octavo.gpu_worker.link import Link
 from octavo.gpu_worker.loading import LoadedModel
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION
+from octavo.gpu_worker.ranks import Ranks
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT
 from octavo.worker.v1 import worker_pb2
 
@@ -35,6 +36,7 @@ _POLL_S = 50e-6  # how often to look for a step's result and for the next plan, 
 _SILENCE_S = 1.0  # a scheduler sends a heartbeat forty times a second
 # Of google.rpc.Code.
 _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INVALID_ARGUMENT, _INTERNAL = 8, 9, 10, 3, 13
+_UNAVAILABLE = 14
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,24 @@ class Worker:
     """One worker process's loop. `stop` set from outside (a signal) ends it within a fraction of a second."""
 
     def __init__(
-        self, config: WorkerConfig, worker_id: str, loaded: LoadedModel, progress: Progress, stop: threading.Event
+        self,
+        config: WorkerConfig,
+        worker_id: str,
+        loaded: LoadedModel,
+        progress: Progress,
+        stop: threading.Event,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Connect to the scheduler; raise zmq.ZMQError if `worker_endpoint` is not an endpoint."""
+        """Connect to the scheduler; raise zmq.ZMQError if `worker_endpoint` is not an endpoint.
+
+        ranks  the other ranks of this worker's group, connected; they end with this worker
+        """
         self._config = config
         self._worker_id = worker_id
         self._loaded = loaded
         self._progress = progress
         self._stop = stop
+        self._ranks = ranks
         self._link = Link(config.worker_endpoint, worker_id.encode())
         self._engine: Engine | None = None
         self._wanted = worker_pb2.WorkerConfig()  # the newest
@@ -78,6 +90,7 @@ class Worker:
         try:
             while self._status is None and not self._stop.is_set():
                 self._report_if_due()
+                self._check_ranks()
                 self._send_finished()
                 if self._link.wait(self._patience_s()):
                     frame = self._link.receive()
@@ -86,13 +99,15 @@ class Worker:
                 elif self._engine is not None and self._engine.num_in_flight:
                     time.sleep(_POLL_S)
                 elif self._idle_work:
-                    self._idle_work = self._engine is not None and self._engine.runner.use_idle_time()
+                    self._idle_work = self._use_idle_time()
                 elif self._epoch and time.monotonic() - self._heard_at > _SILENCE_S:
                     log.warning("the scheduler is silent; joining again")
                     self._end_epoch()
                 self._finish_preparation()
         finally:
             self._link.close(farewell=bool(self._status))
+            if self._ranks is not None:
+                self._ranks.close(farewell=True)
         log.info("worker %s: ends", self._worker_id)
         return self._status or 0
 
@@ -138,8 +153,9 @@ class Worker:
         if self._preparation is not None:
             return  # when it is done, it is compared with what is wanted then
         if self._engine is not None and wanted == self._prepared:
-            self._engine.reset()
-            self._ready(self._engine, 0.0)
+            if self._tell_ranks(worker_pb2.WorkerFrame(worker_config=wanted)):
+                self._engine.reset()
+                self._ready(self._engine, 0.0)
         else:
             self._prepare(wanted)
 
@@ -158,11 +174,14 @@ class Worker:
         if self._engine is not None:
             self._engine.reset()
         self._engine = None  # its memory must be free before the next one takes as much
+        if not self._tell_ranks(worker_pb2.WorkerFrame(worker_config=wanted)):
+            return
+        collectives = None if self._ranks is None else self._ranks.collectives
         future: Future[Engine] = Future()
 
         def build() -> None:
             try:
-                future.set_result(make_engine(self._loaded, self._config, wanted))
+                future.set_result(make_engine(self._loaded, self._config, wanted, collectives))
             except Exception as error:  # raised again, or reported, by whoever waits for the future
                 future.set_exception(error)
 
@@ -175,9 +194,13 @@ class Worker:
         if done is None or not done.engine.done():
             return
         self._preparation = None
+        if self._ranks is not None:
+            self._ranks.heard_all()
         error = done.engine.exception()
         if isinstance(error, ModelError | DeviceError):
             self._end(0, _FAILED_PRECONDITION, "CONFIG_REFUSED", str(error))
+        elif isinstance(error, RankError):
+            self._lose_ranks(0, error)
         elif error is not None:
             log.error("the device cannot be prepared", exc_info=error)
             self._end(0, *_device_fault(error))
@@ -219,6 +242,8 @@ class Worker:
             self._send_finished(num_left=MAX_STEPS_IN_FLIGHT - 1)
             if self._epoch == 0 or self._status is not None:
                 return
+        if not self._tell_ranks(worker_pb2.WorkerFrame(step_plan=plan)):
+            return
         try:
             self._engine.start(plan)
         except PlanError as error:
@@ -239,18 +264,53 @@ class Worker:
                 self._fail(self._last_done_id + 1, error)
                 return
             self._last_done_id = result.step_id
+            if self._ranks is not None:
+                self._ranks.heard_all()
             self._send(worker_pb2.WorkerFrame(step_result=result))
 
     def _fail(self, step_id: int, error: Exception) -> None:
         """Report an error of the device in a step."""
+        if isinstance(error, RankError):
+            self._lose_ranks(step_id, error)
+            return
         log.error("step %d failed", step_id, exc_info=error)
         code, reason, message = _device_fault(error)
-        # Weights and cache are there: what a step takes beside them can be made less.
-        if reason == "OUT_OF_MEMORY" and self._engine is not None and self._engine.shrink():
+        # Weights and cache are there: what a step takes beside them can be made less, but not while other
+        # ranks wait in the middle of it.
+        alone = self._ranks is None
+        if reason == "OUT_OF_MEMORY" and alone and self._engine is not None and self._engine.shrink():
             message += f"; from now on steps have at most {self._engine.max_batch_tokens} tokens"
             self._leave(step_id, code, reason, message)
         else:
             self._end(step_id, code, reason, message)
+
+    def _use_idle_time(self) -> bool:
+        """Prepare a piece of what makes later steps faster, on all ranks; False if there is none left."""
+        if self._engine is None or not self._tell_ranks(worker_pb2.WorkerFrame(idle_time=worker_pb2.IdleTime())):
+            return False
+        return self._engine.use_idle_time()
+
+    def _tell_ranks(self, frame: worker_pb2.WorkerFrame) -> bool:
+        """Tell the other ranks what this one does next; False, and this process ends, if one is gone."""
+        try:
+            if self._ranks is not None:
+                self._ranks.tell(frame)
+        except RankError as error:
+            self._lose_ranks(self._last_step_id, error)
+            return False
+        return True
+
+    def _check_ranks(self) -> None:
+        """Look after the other ranks; while they prepare together with this one they cannot speak."""
+        try:
+            if self._ranks is not None and self._preparation is None:
+                self._ranks.check()
+        except RankError as error:
+            self._lose_ranks(self._last_step_id, error)
+
+    def _lose_ranks(self, step_id: int, error: RankError) -> None:
+        """End the process: what the other ranks have done is not known. All of the group starts anew."""
+        self._end(step_id, _UNAVAILABLE, "RANK_LOST", str(error))
 
     def _report_if_due(self) -> None:
         """Show life when nothing else was sent for a while."""
@@ -269,8 +329,8 @@ class Worker:
         device = self._config.device if self._engine is None else self._engine.runner.name
         return worker_pb2.WorkerHello(
             worker_id=self._worker_id,
-            rank=0,
-            world_size=1,
+            rank=self._config.rank,
+            world_size=self._config.world_size,
             device="cpu" if device == "auto" else device,
             free_memory_bytes=free_memory_bytes(),
             code_version=metadata.version("octavo"),

@@ -87,6 +87,17 @@ def _cuda(
     return CudaRunner(model, max_batch_tokens, max_running, max_blocks_per_sequence, kv_cache_dtype=kv_cache_dtype)
 
 
+def device_of_ranks(name: str) -> str:
+    """Return which device runs a part of a model that is split over processes. Raises DeviceError."""
+    if name != "reference":
+        # What a GPU hands from one operation to the next is no tensor: `ParallelOps` cannot sum it yet.
+        raise DeviceError(
+            f"device {name} cannot run a model that is split over processes yet: use one process, "
+            "or device reference to try it"
+        )
+    return name
+
+
 def _reference(model: Model, max_batch_tokens: int, max_running: int, max_blocks_per_sequence: int) -> Device:
     from octavo.gpu_worker.devices.reference import ReferenceDevice
 

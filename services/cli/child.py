@@ -20,6 +20,9 @@ _DRAIN_S = 1.0
 class ChildSpec:
     """What to run. Children stop in the order of `stop_order`, those with the same number together.
 
+    Children of one `unit` (by default each is its own) live together: if one ends, the others are
+    stopped, and all are started again.
+
     `progress_flag`: the option that tells the child a descriptor to write its progress to, as JSON
     lines with "phase", "done" and "total"; empty if it has none.
     """
@@ -29,6 +32,7 @@ class ChildSpec:
     stop_order: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
     progress_flag: str = ""
+    unit: str = ""
 
 
 class Child:

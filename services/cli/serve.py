@@ -30,6 +30,7 @@ from octavo.services.common import process
 _LISTENING = "listening"
 _PROCESSES = "processes"
 _SCHEDULING = "scheduling"
+_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _RUN_PREFIX = "octavo-serve-"
 _MAX_BASE_BYTES = 64  # the path of a Unix socket in a run directory has at most 107 bytes
 _RESUME_KEY = "resume.key"
@@ -83,9 +84,13 @@ class ServeConfig:
     )
     workers: int = field(
         default=1,
+        metadata={"group": _PROCESSES, "help": "how many workers for each scheduler, each with the whole model"},
+    )
+    tensor_parallel: int = field(
+        default=1,
         metadata={
             "group": _PROCESSES,
-            "help": "how many worker processes for each scheduler, each with the whole model",
+            "help": "over how many processes the model of a worker is split; device reference only, so far",
         },
     )
     startup_timeout_s: float = field(
@@ -119,9 +124,11 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("gateways", "schedulers", "workers"):
+        for name in ("gateways", "schedulers", "workers", "tensor_parallel"):
             if not 1 <= getattr(self, name) <= 64:
-                raise ValueError(f"--{name} must be from 1 to 64, not {getattr(self, name)}")
+                raise ValueError(f"--{name.replace('_', '-')} must be from 1 to 64, not {getattr(self, name)}")
+        if self.tensor_parallel > 1 and self.device == "cpu":
+            raise ValueError("--tensor-parallel is not for device cpu, which uses all cores in one process")
         for name in ("max_model_len", "max_running", "max_waiting", "max_batch_tokens", "max_prefill_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -238,11 +245,18 @@ def child_specs(
     environment = {SUPERVISOR_PID: str(os.getpid()), LOG_FORMAT: config.log_format, "PYTHONUNBUFFERED": "1"}
 
     def spec(
-        name: str, stop_order: int, values: Mapping[str, object], *arguments: str, progress: str = ""
+        name: str,
+        stop_order: int,
+        values: Mapping[str, object],
+        *arguments: str,
+        progress: str = "",
+        unit: str = "",
+        extra: Mapping[str, str] | None = None,
     ) -> ChildSpec:
         kind = name.split("-")[0]
         options = config_loader.flags({**values, "log_level": config.log_level})
-        return ChildSpec(name, (*command, kind, *arguments, *options), stop_order, environment, progress)
+        started = (*command, kind, *arguments, *options)
+        return ChildSpec(name, started, stop_order, {**environment, **(extra or {})}, progress, unit)
 
     scheduler = {
         "admin_address": "",  # one variable in the environment would name the same port to several processes
@@ -252,13 +266,14 @@ def child_specs(
         "max_prefill_tokens": config.max_prefill_tokens,
         "grace_s": config.grace_s,
     }
+    num_processes = num_workers * config.tensor_parallel
     worker = {
         "model": str(model.path),
         "device": config.device,
         "kv_cache_memory": config.kv_cache_memory,
         "max_model_len": config.max_model_len,
         # By default a worker takes every core: several of them would only wait for each other.
-        "num_threads": max(1, _num_cores() // num_workers) if num_workers > 1 else None,
+        "num_threads": max(1, _num_cores() // num_processes) if num_processes > 1 else None,
     }
     gateway = {
         "model_name": model.name,
@@ -276,12 +291,29 @@ def child_specs(
     for index in range(num_workers):
         name = f"worker-{index}"
         own = {"worker_id": name, "worker_endpoint": worker_endpoints[index // config.workers]}
-        specs.append(spec(name, 2, {**worker, **own}, progress="--progress-fd"))
+        if config.tensor_parallel == 1:
+            specs.append(spec(name, 2, {**worker, **own}, progress="--progress-fd"))
+            continue
+        for rank in range(config.tensor_parallel):
+            ranks = {"rank": rank, "world_size": config.tensor_parallel, "rendezvous": f"ipc://{folder}/{name}.sock"}
+            progress = "--progress-fd" if rank == 0 else ""
+            visible = _visible_gpu(index * config.tensor_parallel + rank, os.environ)
+            specs.append(
+                spec(f"{name}.{rank}", 2, {**worker, **own, **ranks}, progress=progress, unit=name, extra=visible)
+            )
     for index, where in enumerate(listen):
         name = f"gateway-{index}"
         own = {"gateway_id": name, "grpc_address": where.grpc, "http_address": where.http}
         specs.append(spec(name, 0, {**gateway, **own}, str(model.path)))
     return specs
+
+
+def _visible_gpu(index: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what shows a process the `index`th of the GPUs that this one may use, and no other."""
+    visible = environ.get(_VISIBLE_GPUS)
+    gpus = visible.split(",") if visible else []
+    # One too many is the process's to report: without a GPU, as on the reference device, it is no fault.
+    return {_VISIBLE_GPUS: str(index) if visible is None else gpus[index] if index < len(gpus) else ""}
 
 
 def _num_cores() -> int:

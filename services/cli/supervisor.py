@@ -24,7 +24,8 @@ class Limits:
 
     A child that fails `max_failures` times within `failure_window_s` is given up, and all with it.
     Before each restart it waits, from `backoff_s` up to `max_backoff_s`, doubling.
-    `start_s` bounds the first start; `grace_s` bounds how long each child may take to stop.
+    `start_s` bounds the first start; `grace_s` bounds how long each child may take to stop, and
+    `unit_grace_s` how long after another one of its unit has ended.
     """
 
     max_failures: int = 5
@@ -33,6 +34,7 @@ class Limits:
     max_backoff_s: float = 5.0
     start_s: float = 1800.0
     grace_s: float = 30.0
+    unit_grace_s: float = 2.0
 
 
 class _GaveUpError(Exception):
@@ -79,7 +81,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in _STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
-        keepers = [asyncio.create_task(self._keep(child)) for child in self._children]
+        keepers = [asyncio.create_task(self._keep(unit)) for unit in self._units()]
         starter = asyncio.create_task(self._start_up())
         stop = asyncio.create_task(self._stop.wait())
         status = 0
@@ -121,17 +123,25 @@ class Supervisor:
         self.ready = True
         self._on_ready()
 
-    async def _keep(self, child: Child) -> None:
-        """Start the child, and start it again whenever it ends."""
+    def _units(self) -> list[list[Child]]:
+        """Return the children that live together, in the order of their first ones."""
+        units: dict[str, list[Child]] = {}
+        for child in self._children:
+            units.setdefault(child.spec.unit or child.spec.name, []).append(child)
+        return list(units.values())
+
+    async def _keep(self, unit: list[Child]) -> None:
+        """Start the children of a unit, and start them again whenever one ends."""
         failures: deque[float] = deque(maxlen=self._limits.max_failures)
         backoff_s = self._limits.backoff_s
         while True:
             started = time.monotonic()
-            try:
-                await child.start()
-            except OSError as error:
-                raise _GaveUpError(f"{child.spec.name} cannot be started: {error}") from None
-            reason = describe_exit(await child.wait())
+            for child in unit:
+                try:
+                    await child.start()
+                except OSError as error:
+                    raise _GaveUpError(f"{child.spec.name} cannot be started: {error}") from None
+            child, reason = await self._end_of(unit)
             now = time.monotonic()
             failures.append(now)
             if not self.ready:
@@ -142,9 +152,28 @@ class Supervisor:
                 )
             if now - started > self._limits.failure_window_s:  # it had recovered
                 backoff_s = self._limits.backoff_s
-            self._say(f"{child.spec.name} ended ({reason}); restarting it in {backoff_s:g} s")
+            what = "it" if len(unit) == 1 else f"all of {unit[0].spec.unit}"
+            self._say(f"{child.spec.name} ended ({reason}); restarting {what} in {backoff_s:g} s")
             await asyncio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, self._limits.max_backoff_s)
+
+    async def _end_of(self, unit: list[Child]) -> tuple[Child, str]:
+        """Wait until a child of a unit ends, and end the others; return which it was and why it ended."""
+        waits = {asyncio.create_task(child.wait()): child for child in unit}
+        try:
+            done, others = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in others:
+                waits[wait].terminate()
+            if others:
+                _, hanging = await asyncio.wait(others, timeout=self._limits.unit_grace_s)
+                for wait in hanging:
+                    waits[wait].kill()
+                await asyncio.wait(others, timeout=_KILLED_WAIT_S)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        first = next(wait for wait in waits if wait in done)
+        return waits[first], describe_exit(first.result())
 
     async def _stop_all(self) -> None:
         """Stop the children, group after group; kill those that do not stop in time."""

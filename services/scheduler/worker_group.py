@@ -27,7 +27,7 @@ class StepInFlight:
 
 
 class WorkerGroup:
-    """One copy of the model: the ranks that execute every plan together. Only the Scheduler writes it."""
+    """One copy of the model, in one worker or in ranks that one worker leads. Only the Scheduler writes it."""
 
     def __init__(
         self,

@@ -253,9 +253,34 @@ def test_each_scheduler_has_workers_of_its_own_and_every_gateway_knows_all_sched
     assert known == [options(f"scheduler-{n}")["scheduler-address"] for n in range(2)]
 
 
+def test_the_ranks_of_a_worker_live_together_and_each_sees_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    config = ServeConfig(model="m", device="reference", workers=2, tensor_parallel=2)
+
+    specs = child_specs(config, Model(Path("/models/m"), "m"), [Listen("127.0.0.1:1", "")], Path("/run/x"))
+
+    ranks = [spec for spec in specs if spec.unit]
+    built = [
+        parse(WorkerConfig, spec.command[spec.command.index("worker") + 1 :], prog="w", environ={}) for spec in ranks
+    ]
+    assert [spec.name for spec in ranks] == ["worker-0.0", "worker-0.1", "worker-1.0", "worker-1.1"]
+    assert [spec.unit for spec in ranks] == ["worker-0", "worker-0", "worker-1", "worker-1"]
+    assert [(each.worker_id, each.rank, each.world_size) for each in built] == [
+        ("worker-0", 0, 2), ("worker-0", 1, 2), ("worker-1", 0, 2), ("worker-1", 1, 2),
+    ]  # fmt: skip
+    assert [each.rendezvous for each in built] == [f"ipc:///run/x/worker-{n}.sock" for n in (0, 0, 1, 1)]
+    assert [bool(spec.progress_flag) for spec in ranks] == [True, False, True, False]
+    assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in ranks] == ["4", "5", "6", ""]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    specs = child_specs(config, Model(Path("/models/m"), "m"), [Listen("127.0.0.1:1", "")], Path("/run/x"))
+    assert [spec.environment["CUDA_VISIBLE_DEVICES"] for spec in specs if spec.unit] == ["0", "1", "2", "3"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"tensor_parallel": 0}, "--tensor-parallel must be from 1 to 64, not 0"),
+        ({"tensor_parallel": 2, "device": "cpu"}, "--tensor-parallel is not for device cpu"),
         ({"gateways": 0}, "--gateways must be from 1 to 64, not 0"),
         ({"workers": 65}, "--workers must be from 1 to 64, not 65"),
         ({"max_model_len": 0}, "--max-model-len must be at least 1, not 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -204,3 +205,24 @@ def test_exits_in_words() -> None:
         "killed by SIGKILL",
         "killed by signal 99",
     ]
+
+
+async def test_children_of_a_unit_end_and_start_together(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    stubborn = f"test -e {tmp_path}/again || trap '' TERM; echo up; {FOREVER}"
+    fragile = f"echo up; test -e {tmp_path}/again && {{ {FOREVER}; }}; touch {tmp_path}/again; read x < {tmp_path}/go"
+    unit = [
+        ChildSpec(name, ("sh", "-c", script, name), unit="u")
+        for name, script in (("a", stubborn), ("b", f"{fragile}; exit 3"))
+    ]
+    limits = dataclasses.replace(QUICK, unit_grace_s=0.1)
+    run = Run(*unit, shell("c", f"echo up; {FOREVER}"), limits=limits, ready_after=3)
+    await run.ready.wait()
+
+    (tmp_path / "go").write_text("now\n")
+    await run.until(lambda: len(run.lines) == 5)
+    os.kill(os.getpid(), signal.SIGINT)
+
+    assert await run.task == 0
+    assert sorted(run.lines[3:]) == ["a: up", "b: up"]
+    assert run.said[0] == "b ended (exit status 3); restarting all of u in 0.01 s"

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerFrame(_message.Message):
-    __slots__ = ("protocol_revision", "epoch", "worker_hello", "worker_config", "worker_ready", "step_plan", "step_result", "worker_fault", "heartbeat", "shutdown", "fenced")
+    __slots__ = ("protocol_revision", "epoch", "worker_hello", "worker_config", "worker_ready", "step_plan", "step_result", "worker_fault", "heartbeat", "shutdown", "fenced", "rank_config", "idle_time")
     PROTOCOL_REVISION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class WorkerFrame(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
     FENCED_FIELD_NUMBER: _ClassVar[int]
+    RANK_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    IDLE_TIME_FIELD_NUMBER: _ClassVar[int]
     protocol_revision: int
     epoch: int
     worker_hello: WorkerHello
@@ -30,7 +32,9 @@ class WorkerFrame(_message.Message):
     heartbeat: Heartbeat
     shutdown: Shutdown
     fenced: Fenced
-    def __init__(self, protocol_revision: _Optional[int] = ..., epoch: _Optional[int] = ..., worker_hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., worker_config: _Optional[_Union[WorkerConfig, _Mapping]] = ..., worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., step_plan: _Optional[_Union[StepPlan, _Mapping]] = ..., step_result: _Optional[_Union[StepResult, _Mapping]] = ..., worker_fault: _Optional[_Union[WorkerFault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ...) -> None: ...
+    rank_config: RankConfig
+    idle_time: IdleTime
+    def __init__(self, protocol_revision: _Optional[int] = ..., epoch: _Optional[int] = ..., worker_hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., worker_config: _Optional[_Union[WorkerConfig, _Mapping]] = ..., worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., step_plan: _Optional[_Union[StepPlan, _Mapping]] = ..., step_result: _Optional[_Union[StepResult, _Mapping]] = ..., worker_fault: _Optional[_Union[WorkerFault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., rank_config: _Optional[_Union[RankConfig, _Mapping]] = ..., idle_time: _Optional[_Union[IdleTime, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("worker_id", "rank", "world_size", "device", "free_memory_bytes", "code_version", "model_version", "group_id")
@@ -51,6 +55,16 @@ class WorkerHello(_message.Message):
     model_version: str
     group_id: str
     def __init__(self, worker_id: _Optional[str] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., device: _Optional[str] = ..., free_memory_bytes: _Optional[int] = ..., code_version: _Optional[str] = ..., model_version: _Optional[str] = ..., group_id: _Optional[str] = ...) -> None: ...
+
+class RankConfig(_message.Message):
+    __slots__ = ("store",)
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    store: str
+    def __init__(self, store: _Optional[str] = ...) -> None: ...
+
+class IdleTime(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class WorkerConfig(_message.Message):
     __slots__ = ("model_path", "weights_sha256", "kv_block_size", "kv_blocks", "max_batch_tokens", "dtype", "max_running")
