@@ -80,6 +80,7 @@ def alternatives(logits: torch.Tensor, token_ids: torch.Tensor, logprobs: torch.
             BLOCK=config.block,
             num_warps=config.num_warps,
             num_stages=2,
+            enable_fp_fusion=True,
         )
 
 

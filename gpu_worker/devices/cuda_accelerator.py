@@ -71,6 +71,9 @@ class CudaAccelerator:
         if self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.target = _target(self.device)
+        # Sums are made in float32 to the end, also where a library splits them.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._compute = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with self.computing():

@@ -43,7 +43,8 @@ def check_equal(found: list[worker_pb2.StepResult], expected: list[worker_pb2.St
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_ragged_chunked_and_preempted_sequences_get_the_same_tokens(name: str, tmp_path: Path) -> None:
-    model = load(tmp_path, name)
+    window = {"sliding_window": 12} if name in ("qwen2", "mistral") else {}  # shorter than most prompts
+    model = load(tmp_path, name, **window)
     sampling = [GREEDY, {"logprobs": 2}] * 3
     cuda = cuda_engine(model)
 
@@ -63,6 +64,22 @@ def test_all_sampling_settings_beside_each_other(tmp_path: Path) -> None:
     check_equal(found, Driver(reference_engine(model), seed=5).run(FEATURES, num_steps=24))
     slots = [len(result.slot_indexes) for result in found]
     assert sum(slots) // 4 > 40
+
+
+def test_padding_touches_no_slot(tmp_path: Path) -> None:
+    model = load(tmp_path, "llama", num_hidden_layers=1)
+    results = []
+    for engine in (cuda_engine(model), reference_engine(model)):
+        driver = Driver(engine, seed=0)
+        sequences = [Sequence([token, 7], {"presence_penalty": 1.0}, 2) for token in (5, 6, 9)]
+        for sequence in sequences:
+            driver.open(sequence)
+        driver.step([(sequence, 2) for sequence in sequences])
+        for _ in range(3):  # three decodes in a captured step of four
+            driver.step([(sequence, 1) for sequence in sequences])
+        driver.collect_all()
+        results.append(driver.results)
+    check_equal(*results)
 
 
 def test_a_slot_that_is_used_again_remembers_nothing(tmp_path: Path) -> None:
