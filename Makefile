@@ -7,12 +7,13 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 MODEL ?= demo
 SERVE_FLAGS ?=
+FAULTS ?=
 # Where the engines that Octavo is measured against are installed.
 PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers soak clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers soak faults clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -52,6 +53,9 @@ bench-peers: setup-dev  ## Measure Octavo beside vLLM, llama.cpp and OpenVINO, i
 
 soak: setup-dev  ## Serve 64 mixed streams for ten minutes and check that nothing is lost
 	$(BIN)/python benchmarks/soak.py --minutes 10
+
+faults: setup-dev  ## Break everything under load, FAULTS="--worker-kills 200 ...", and check that nothing is lost
+	$(BIN)/python benchmarks/faults.py $(FAULTS)
 
 clean:  ## Remove .venv and what builds left
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

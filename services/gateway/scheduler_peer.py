@@ -59,6 +59,7 @@ class SchedulerPeer:
         self._retired: OrderedDict[int, RequestStream] = OrderedDict()
         self._cancels: dict[str, list[asyncio.Future[scheduler_pb2.Cancelled]]] = {}
         self._refused_until = 0.0
+        self._sick_since: float | None = None
         self._sent_tokens = 0
         self._sent_requests = 0
         self.prefixes = PrefixIndex()
@@ -104,9 +105,9 @@ class SchedulerPeer:
         )
 
     @property
-    def num_requests(self) -> int:
-        """Handles that are in use."""
-        return len(self._streams)
+    def streams(self) -> list[RequestStream]:
+        """The requests it has."""
+        return list(dict.fromkeys(self._streams.values()))
 
     def has(self, handle: int) -> bool:
         """Return whether a request is here under this handle."""
@@ -128,6 +129,15 @@ class SchedulerPeer:
             sent_requests=self._sent_requests,
             recently_refused=now < self._refused_until,
         )
+
+    def sick_for(self, now: float) -> float:
+        """Return for how many seconds it has been connected and made no progress; ask a few times a second."""
+        if self.welcome is None or self.healthy or self.draining:
+            self._sick_since = None
+            return 0.0
+        if self._sick_since is None:
+            self._sick_since = now
+        return now - self._sick_since
 
     def avoid_until(self, time: float) -> None:
         """Prefer others until a time of the event loop; with no other this changes nothing."""

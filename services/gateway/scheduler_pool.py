@@ -28,6 +28,7 @@ from octavo.services.gateway.slow_readers import SlowReaders
 _TICK_S = 0.1
 _LOOKUP_S = 5.0
 _REATTACH_S = 5.0
+_MAX_SICK_S = 1.0  # a killed worker is back by then, or as good as lost
 _MAX_REMAINING_MS = 2**32 - 1
 _MAX_AVOID_S = 1.0
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
@@ -374,6 +375,9 @@ class SchedulerPool:
             now = asyncio.get_running_loop().time()
             for lost in self._lost.expired(now):
                 lost.stream.fail(interrupted("no scheduler took the request over in time"))
+            for peer in self.peers:
+                if peer.sick_for(now) > _MAX_SICK_S:
+                    self._evacuate(peer)
             verdicts = self._slow_readers.check(self._streams, now)
             for stream in verdicts.pause:
                 self._pause(stream)
@@ -382,6 +386,18 @@ class SchedulerPool:
             for stream in verdicts.cut_off:
                 self._cut_off(stream, interrupted(f"the client took nothing for {slow_readers.PATIENCE_S:g} s"))
             self._send_lost()
+
+    def _evacuate(self, peer: SchedulerPeer) -> None:
+        """Take the requests of a scheduler that makes no progress to one that does, if there is one."""
+        for stream in peer.streams:
+            others = [other for other in self.peers if other.healthy]
+            if not any(other.load.model_version == stream.model_version for other in others):
+                continue
+            if stream.admitted is None or not stream.can_move:
+                continue
+            moving = [each for each in stream.candidates if peer.has(each.handle) and each.finished is None]
+            peer.drop(stream, moving)
+            self._lose(stream, moving)
 
     def _pause(self, stream: RequestStream) -> None:
         """Take the unfinished candidates of a request from their schedulers until the client has read."""

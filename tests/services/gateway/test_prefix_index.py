@@ -7,6 +7,7 @@ import pytest
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.gateway.prefix_index import LostEventsError, PrefixIndex, prompt_block_hashes
 from octavo.services.scheduler.block_allocator import BlockAllocator
+from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.outputs import Outbox
 from octavo.services.scheduler.sequence import Request, Sequence
 
@@ -18,9 +19,9 @@ def event(event_id: int, **fields: object) -> scheduler_pb2.WatchCacheResponse:
 @pytest.mark.parametrize("num_tokens", [0, 1, 16, 17, 50])
 def test_blocks_have_the_names_that_the_scheduler_gives_them(num_tokens: int) -> None:
     submit = scheduler_pb2.Submit(prompt_token_ids=range(7, 7 + num_tokens), cache_salt="salt", adapter="a")
-    request = Request(submit=submit, gateway_id="g", arrival=1, admitted_at=0, deadline=1, soft_deadline=1)
+    request = Request(submit, "g", handle=1, arrival=1, admitted_at=0, deadline=1, soft_deadline=1)
     seq = Sequence(request, 0, 1000, Outbox("g"))
-    BlockAllocator(8).cached_blocks(seq)
+    BlockAllocator(8, CacheFeed(0)).cached_blocks(seq)
 
     hashes = prompt_block_hashes(submit, 16)
 

@@ -163,6 +163,19 @@ async def test_a_scheduler_that_drains_or_makes_no_progress_gets_nothing(pair: P
     await pair.first.next_admitted()  # well again, it is used again
 
 
+async def test_requests_leave_a_scheduler_that_has_no_worker_any_more(pair: Pair) -> None:
+    call = pair.harness.stream()
+    submit = await pair.first.next_admitted()
+    pair.first.tokens(submit.handle, pair.harness.ids("o"))
+
+    pair.first.set_load(scheduler_pb2.Load(workers_ready=0, model_version="w1"))
+    moved = await pair.second.next_admitted()
+    assert (await pair.first.next("cancel")).handle == submit.handle
+    await finish(pair.second, moved, pair.harness.ids("k"))
+
+    assert "".join([response.event.delta.text async for response in call]) == "ok"
+
+
 async def test_a_request_goes_where_its_prefix_is_cached(pair: Pair) -> None:
     prompt = list(range(3, 43))
     pair.harness.stream(token_ids={"ids": prompt})
@@ -178,8 +191,8 @@ async def test_a_request_goes_where_its_prefix_is_cached(pair: Pair) -> None:
     )
 
     for _ in range(3):
-        pair.first.send(load=pair.first.load)
         pair.second.send(load=pair.second.load)
+        await pair.tools.until(lambda: pair.peer(pair.second).view((), 0.0).sent_tokens == 0)
         pair.harness.stream(token_ids={"ids": [*prompt[:-1], 50]})
         await pair.second.next_admitted()
 
