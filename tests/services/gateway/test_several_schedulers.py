@@ -152,20 +152,22 @@ async def test_a_scheduler_that_drains_or_makes_no_progress_gets_nothing(pair: P
     pair.first.say_load(**sick)
     await pair.tools.until(lambda: not pair.peer(pair.first).healthy)
 
+    calls = []  # one that nobody holds is cancelled
     for _ in range(3):
-        pair.harness.stream()
+        calls.append(pair.harness.stream())
         await pair.second.next_admitted()
 
     pair.first.load.CopyFrom(scheduler_pb2.Load(workers_ready=1, kv_blocks_free=90, model_version="w1"))
     pair.first.send(load=pair.first.load)
     await pair.tools.until(lambda: pair.peer(pair.first).healthy)
-    pair.harness.stream()
+    calls.append(pair.harness.stream())
     await pair.first.next_admitted()  # well again, it is used again
 
 
 async def test_requests_leave_a_scheduler_that_has_no_worker_any_more(pair: Pair) -> None:
     call = pair.harness.stream()
     submit = await pair.first.next_admitted()
+    await call.initial_metadata()
     pair.first.tokens(submit.handle, pair.harness.ids("o"))
 
     pair.first.set_load(scheduler_pb2.Load(workers_ready=0, model_version="w1"))
@@ -178,7 +180,7 @@ async def test_requests_leave_a_scheduler_that_has_no_worker_any_more(pair: Pair
 
 async def test_a_request_goes_where_its_prefix_is_cached(pair: Pair) -> None:
     prompt = list(range(3, 43))
-    pair.harness.stream(token_ids={"ids": prompt})
+    calls = [pair.harness.stream(token_ids={"ids": prompt})]
     submit = await pair.first.next_admitted()
     stored = prompt_block_hashes(submit, 16)
     pair.second.load.running = 0
@@ -193,7 +195,7 @@ async def test_a_request_goes_where_its_prefix_is_cached(pair: Pair) -> None:
     for _ in range(3):
         pair.second.send(load=pair.second.load)
         await pair.tools.until(lambda: pair.peer(pair.second).view((), 0.0).sent_tokens == 0)
-        pair.harness.stream(token_ids={"ids": [*prompt[:-1], 50]})
+        calls.append(pair.harness.stream(token_ids={"ids": [*prompt[:-1], 50]}))
         await pair.second.next_admitted()
 
 
@@ -220,6 +222,7 @@ async def test_an_output_goes_on_with_the_same_weights_only(pair: Pair) -> None:
     await pair.tools.until(lambda: pair.peer(pair.second).load.model_version == "w2")
     call = pair.harness.stream()
     await pair.first.next_admitted()
+    await call.initial_metadata()  # the gateway knows that it was admitted
     await pair.first.stop()
     await pair.first.start()
 
