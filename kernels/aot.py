@@ -38,6 +38,7 @@ MODULES = (
     "rotary_kv",
     "rms_norm",
     "gated",
+    "moe",
     "quantized_linear",
     "sampling_kernels",
     "alternatives",

@@ -189,6 +189,38 @@ def linear_config(
 
 
 @dataclass(frozen=True)
+class ExpertsConfig:
+    """How the products of a mixture of experts are launched.
+
+    block_out    outputs of a tile; of a gated product, of the gate and of up each
+    block_rows   rows of a tile: an expert's rows are padded to a multiple of it
+    block_in     inputs taken at once; the order of the sum
+    """
+
+    block_out: int
+    block_rows: int
+    block_in: int
+    num_warps: int
+    num_stages: int
+
+
+# One for all steps, so that a row's bits never depend on how many rows chose its experts.
+_EXPERTS = {
+    "cuda:80": ExpertsConfig(64, 64, 64, 4, 3),
+    "cuda:90": ExpertsConfig(64, 64, 64, 4, 3),
+    "cuda:100": ExpertsConfig(64, 64, 64, 4, 3),
+    "hip:gfx942": ExpertsConfig(64, 64, 64, 4, 2),
+}
+_FLOAT32_EXPERTS = ExpertsConfig(32, 16, 32, 4, 1)  # for checking results, not for speed
+
+
+def experts_config(target: str, *, is_float32: bool = False) -> ExpertsConfig:
+    """Return the configuration for a target of `TARGETS`; `is_float32` tells the type of the rows."""
+    assert target in TARGETS, f"{target} is none of {TARGETS}"
+    return _FLOAT32_EXPERTS if is_float32 else _EXPERTS[target]
+
+
+@dataclass(frozen=True)
 class RowConfig:
     """How a kernel that takes `block` elements at a time is launched."""
 

@@ -11,7 +11,17 @@ import triton.language as tl
 from octavo.kernels.aot_spec import AotSpec
 from octavo.kernels.configs import GATED, TARGETS, RowConfig
 
-_ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@triton.jit
+def activate(gate, IS_SILU: tl.constexpr):
+    """Return silu(gate), or gelu(gate) in its tanh form, of float32."""
+    # Both are gate * sigmoid(y), since (1 + tanh(x)) / 2 = sigmoid(2x). exp2 may overflow: 1 / inf is 0.
+    y = gate
+    if not IS_SILU:
+        y = 1.5957691216057308 * (gate + 0.044715 * (gate * gate * gate))
+    return gate / (1.0 + tl.exp2(-1.4426950408889634 * y))
 
 
 @triton.jit
@@ -25,11 +35,7 @@ def _gated(gate_up_ptr, output_ptr, COLS: tl.constexpr, IS_SILU: tl.constexpr, B
     mask = cols < COLS
     gate = tl.load(gate_up_ptr + row * (2 * COLS) + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * (2 * COLS) + COLS + cols, mask=mask, other=0.0).to(tl.float32)
-    # Both are gate * sigmoid(y), since (1 + tanh(x)) / 2 = sigmoid(2x). exp2 may overflow: 1 / inf is 0.
-    y = gate
-    if not IS_SILU:
-        y = 1.5957691216057308 * (gate + 0.044715 * (gate * gate * gate))
-    activated = gate / (1.0 + tl.exp2(-1.4426950408889634 * y))
+    activated = activate(gate, IS_SILU)
     tl.store(output_ptr + row * COLS + cols, activated * up, mask=mask)
 
 
@@ -43,7 +49,7 @@ def gated(gate_up: torch.Tensor, output: torch.Tensor, activation: str, config: 
     """
     num_tokens, cols = output.shape
     assert gate_up.shape == (num_tokens, 2 * cols), (gate_up.shape, output.shape)
-    assert activation in _ACTIVATIONS, f"{activation} is none of {_ACTIVATIONS}"
+    assert activation in ACTIVATIONS, f"{activation} is none of {ACTIVATIONS}"
     assert gate_up.is_contiguous(), "gate_up must be contiguous"
     assert output.is_contiguous(), "output must be contiguous"
     assert gate_up.device == output.device, (gate_up.device, output.device)

@@ -153,6 +153,42 @@ def quantized_linear(
     return output.float()
 
 
+def experts(
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    activation: str,
+    *,
+    num_chosen: int,
+    num_shared: int = 0,
+    is_normalized: bool = True,
+) -> torch.Tensor:
+    """Return the weighted sum of a mixture of experts, [T, hidden_size] float32.
+
+    x        [T, hidden_size]
+    logits   [T, num_routed], one column more if there are shared experts
+    gate_up  [num_experts, 2 * intermediate_size, hidden_size];  down [num_experts, hidden_size, intermediate_size]
+
+    A row takes the routed experts with the highest logits, the lower index on a tie, weighed by their
+    softmax (over the chosen ones if `is_normalized`), and the last `num_shared` experts weighed by the
+    sigmoid of its last logit.
+    """
+    num_routed = len(down) - num_shared
+    routed = logits[:, :num_routed].double()
+    chosen = routed.sort(dim=1, descending=True, stable=True).indices[:, :num_chosen]
+    weights = torch.zeros_like(routed).scatter_(1, chosen, routed.softmax(dim=1).gather(1, chosen))
+    if is_normalized:
+        weights /= weights.sum(dim=1, keepdim=True)
+    weights = torch.cat([weights, logits[:, num_routed:].double().sigmoid().repeat(1, num_shared)], dim=1)
+    output = torch.zeros(x.shape)
+    for expert, weight in enumerate(weights.float().T):
+        inner = gated(x.float() @ gate_up[expert].float().T, activation)
+        taken = weight > 0
+        output[taken] += weight[taken, None] * (inner[taken] @ down[expert].float().T)
+    return output
+
+
 def process_logits(
     logits: torch.Tensor,
     *,

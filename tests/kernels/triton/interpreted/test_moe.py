@@ -1,0 +1,256 @@
+"""Mixtures of experts, from the router's logits to the residual stream, against plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from mutate import guarded, mutated
+
+from octavo.kernels import moe as kernel
+from octavo.kernels import reference
+from octavo.kernels.configs import ExpertsConfig, RowConfig
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+TOLERANCE = {F32: 1e-5, F16: 5e-3, BF16: 4e-2}
+CONFIG = ExpertsConfig(block_out=32, block_rows=16, block_in=32, num_warps=4, num_stages=1)
+ROWS = RowConfig(64, 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a mixture and the rows of a step. `padding`: rows that take no expert."""
+
+    tokens: int = 5
+    hidden: int = 48
+    inner: int = 40
+    routed: int = 4
+    chosen: int = 2
+    shared: int = 0
+    normalized: bool = True
+    activation: str = "silu"
+    padding: tuple[int, ...] = ()
+    popular: int | None = None  # an expert that most rows choose
+    dtype: torch.dtype = F32
+    spare_tokens: int = 3  # that the workspace has room for
+
+
+def check(case: Case, module: Any = kernel) -> torch.Tensor:
+    """Compare with torch; return the residual."""
+    random = torch.Generator().manual_seed(6)
+    experts = case.routed + case.shared
+    residual = torch.randn(case.tokens, case.hidden, generator=random)
+    x = guarded(torch.randn(case.tokens, case.hidden, generator=random).to(case.dtype))
+    logits = 2 * torch.randn(case.tokens, case.routed + (case.shared > 0), generator=random)
+    if case.popular is not None:
+        logits[:, case.popular] = 5
+    gate_up = torch.randn(experts, 2 * case.inner, case.hidden, generator=random) * 1.5 * case.hidden**-0.5
+    down = torch.randn(experts, case.hidden, case.inner, generator=random) * case.inner**-0.5
+    mixture = module.Mixture(
+        guarded(gate_up.to(case.dtype)), guarded(down.to(case.dtype)), case.chosen, case.shared, case.normalized
+    )
+    slots = torch.arange(case.tokens, dtype=torch.int32)
+    slots[list(case.padding)] = -1
+    terms = reference.experts(
+        x,
+        logits,
+        mixture.gate_up,
+        mixture.down,
+        case.activation,
+        num_chosen=case.chosen,
+        num_shared=case.shared,
+        is_normalized=case.normalized,
+    )
+    terms[list(case.padding)] = 0
+    workspace = module.ExpertsWorkspace(mixture, case.tokens + case.spare_tokens, CONFIG)
+    for name, tensor in vars(workspace).items():  # what another step left
+        if isinstance(tensor, torch.Tensor):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
+            setattr(workspace, name, guarded(tensor))
+    stream = guarded(residual)
+    module.add_experts(stream, x, guarded(logits), guarded(slots), mixture, workspace, case.activation, CONFIG, ROWS)
+    tolerance = TOLERANCE[case.dtype]
+    torch.testing.assert_close(stream, residual + terms, rtol=tolerance, atol=tolerance)
+    return stream
+
+
+CASES = {
+    "one row": Case(tokens=1),
+    "two of four": Case(),
+    "more rows of an expert than a tile takes": Case(tokens=37, popular=2),
+    "sizes that fill no tile, three of seven": Case(hidden=50, inner=35, routed=7, chosen=3, tokens=6),
+    "one of two, not normalized": Case(routed=2, chosen=1, normalized=False),
+    "all of three, gelu": Case(routed=3, chosen=3, activation="gelu_tanh"),
+    "shared experts": Case(routed=5, shared=2, normalized=False),
+    "padding": Case(tokens=6, padding=(0, 3, 5), shared=1),
+    "only padding": Case(tokens=2, padding=(0, 1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_sum_of_a_rows_experts_is_that_of_torch(name: str, dtype: torch.dtype) -> None:
+    check(replace(CASES[name], dtype=dtype))
+
+
+def test_a_step_without_tokens_does_nothing() -> None:
+    check(Case(tokens=0))
+
+
+def choose(logits: torch.Tensor, shared: int = 0, slot: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the experts [T, 2 + shared] that rows take, and their weights."""
+    ids = torch.full((len(logits), 2 + shared), -7, dtype=torch.int32)
+    weights = torch.zeros(ids.shape)
+    experts = logits.shape[1] - (shared > 0) + shared
+    mixture = kernel.Mixture(torch.empty(0), torch.empty(experts, 1, 1), 2, shared, True)
+    slots = torch.full((len(logits),), slot, dtype=torch.int32)
+    kernel._choose[(len(logits),)](guarded(logits), slots, ids, weights, **kernel._choose_constants(mixture))
+    return ids, weights
+
+
+def test_on_a_tie_the_first_experts_are_chosen_whatever_the_logits() -> None:
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor([[1.0, 3, 3, 1, 3, 0], [2, 2, 2, 2, 2, 2], [0, -inf, -inf, -inf, -inf, -inf], [nan] * 6])
+    ids, weights = choose(logits)
+    assert ids.tolist() == [[1, 2], [0, 1], [0, 1], [0, 1]]
+    assert weights[:2].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert weights[2].tolist() == [1.0, 0.0]
+    assert weights[3].isnan().all()
+
+
+def test_padding_takes_no_expert_and_others_all_shared_ones() -> None:
+    logits = torch.tensor([[1.0, 3, 2, 0]])
+    assert choose(logits, shared=3)[0].tolist() == [[1, 2, 3, 4, 5]]
+    assert choose(logits, shared=3, slot=-1)[0].tolist() == [[-1] * 5]
+
+
+def test_a_rows_bits_do_not_depend_on_the_other_rows() -> None:
+    case = Case(tokens=20, routed=3, shared=1, popular=1)
+    together = check(case)
+    without_most = check(replace(case, padding=tuple(range(1, 19)), spare_tokens=0))
+    assert torch.equal(without_most[[0, 19]], together[[0, 19]])
+
+
+def sort(ids: list[int], experts: int, tiles: int) -> tuple[list[list[int]], list[int]]:
+    """Return the assignments of each tile and the tiles' experts."""
+    expert_ids = torch.tensor(ids, dtype=torch.int32)
+    counts = torch.full((experts,), 99, dtype=torch.int32)
+    ordered = torch.full((tiles, 4), 99, dtype=torch.int32)
+    tile_experts = torch.full((tiles,), 99, dtype=torch.int32)
+    kernel._count[(experts,)](expert_ids, counts, len(ids), BLOCK=8)
+    kernel._sort[(experts,)](
+        expert_ids, counts, ordered, tile_experts, len(ids), tiles, NUM_EXPERTS=experts, PADDED=4, BLOCK_ROWS=4, BLOCK=8
+    )
+    return ordered.tolist(), tile_experts.tolist()
+
+
+def test_each_assignment_is_in_one_tile_of_its_expert_in_order() -> None:
+    ids = [2, 0, 2, 2, -1, 2, 2, 0, -1, 2, 2]
+    tiles, owners = sort(ids, experts=3, tiles=5)
+    assert owners == [0, 2, 2, -1, -1]
+    assert tiles[:3] == [[1, 7, -1, -1], [0, 2, 3, 5], [6, 9, 10, -1]]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 40])
+@pytest.mark.parametrize(("experts", "chosen"), [(2, 1), (4, 2), (70, 8)])
+def test_there_are_tiles_enough_for_any_choice_and_one_less_is_too_few_for_some(
+    tokens: int, experts: int, chosen: int
+) -> None:
+    mixture = kernel.Mixture(torch.empty(0), torch.empty(experts, 1, 1), chosen, 0, True)
+    count = tokens * chosen
+    # The worst: as many experts as can be have one row beyond full tiles, and full tiles take the rest.
+    ends = min(count, experts)
+    needed = (count - ends) // CONFIG.block_rows + ends
+    assert needed <= kernel.num_tiles(tokens, mixture, CONFIG) <= needed + ends
+
+
+MUTATIONS = [
+    (
+        "the next expert's weights",
+        "(expert.to(tl.int64) * (2 * OUT if IS_GATED else OUT) + out)",
+        "((expert + 1).to(tl.int64) * (2 * OUT if IS_GATED else OUT) + out)",
+    ),
+    ("gate and up swapped", "activate(acc, IS_SILU) * up_acc", "activate(up_acc, IS_SILU) * acc"),
+    ("up from the gate", "weight_ptr + OUT * IN + w_rows", "weight_ptr + w_rows"),
+    ("row of the assignment's number", "assignment // TAKEN if IS_GATED else assignment", "assignment"),
+    ("row for assignment", "assignment // TAKEN if IS_GATED else assignment", "assignment // TAKEN"),
+    (
+        "rows of the next tile",
+        "sorted_ptr + tile * BLOCK_ROWS + tl.arange",
+        "sorted_ptr + (tile + 1) * BLOCK_ROWS + tl.arange",
+    ),
+    ("no mask of inputs", "is_inner = inner < IN", "is_inner = inner < IN + BLOCK_IN"),
+    ("no mask of outputs", "is_out = out < OUT", "is_out = out < OUT + BLOCK_OUT"),
+    ("no weight", "tl.load(weights_ptr + assignment, mask=is_row, other=0.0)[None, :]", "1.0"),
+    (
+        "weight of the place in the tile",
+        "tl.load(weights_ptr + assignment, mask",
+        "tl.load(weights_ptr + tl.arange(0, BLOCK_ROWS), mask",
+    ),
+    ("softmax over all", "if IS_NORMALIZED", "if False"),
+    ("softmax over the chosen", "if IS_NORMALIZED", "if True"),
+    ("base of the exponential", "* 1.4426950408889634)", "* 1.0)"),
+    (
+        "the worst is chosen",
+        'best = tl.max(tl.where(is_left, keys, float("-inf")))',
+        'best = tl.min(tl.where(is_left, keys, float("inf")))',
+    ),
+    ("one expert too few", "tl.static_range(NUM_CHOSEN)", "tl.static_range(NUM_CHOSEN - 1)"),
+    ("an expert is chosen twice", "is_expert & (is_chosen == 0)", "is_expert"),
+    ("shared expert's number", "NUM_ROUTED + shared, -1)", "shared, -1)"),
+    ("shared weight of a routed logit", "row * NUM_LOGITS + NUM_ROUTED)", "row * NUM_LOGITS)"),
+    ("sigmoid of the negative", "tl.exp2(-1.4426950408889634 * logit)", "tl.exp2(1.4426950408889634 * logit)"),
+    ("padding takes experts", "tl.where(is_real, expert, -1)", "expert"),
+    ("padding is added to", "if tl.load(expert_ids_ptr + row * TAKEN) >= 0:", "if True:"),
+    (
+        "tiles of the experts up to this one",
+        "tl.where(experts < expert, tiles, 0)",
+        "tl.where(experts <= expert, tiles, 0)",
+    ),
+    ("counts rounded down", "(counts + BLOCK_ROWS - 1) // BLOCK_ROWS", "counts // BLOCK_ROWS"),
+    ("every piece at the same place", "target += tl.sum(is_mine)", "pass"),
+    ("a tile's end not marked", "mask=rest < end_tile * BLOCK_ROWS)", "mask=rest < 0)"),
+    ("tiles left over not marked", "tl.where(tile < end_tile, expert, -1)", "expert"),
+    ("the last tiles forgotten", "tl.where(expert == NUM_EXPERTS - 1, num_tiles, end_tile)", "end_tile"),
+    ("another expert counted", "count += (ids == expert)", "count += (ids == expert + 1)"),
+    ("a term too few", "tl.static_range(TAKEN)", "tl.static_range(TAKEN - 1)"),
+    ("terms of the wrong row", "(row * TAKEN + number) * HIDDEN", "(row + number) * HIDDEN"),
+    (
+        "residual replaced",
+        "total = tl.load(residual_ptr + row * HIDDEN + cols, mask=mask, other=0.0)",
+        "total = tl.zeros([BLOCK], tl.float32)",
+    ),
+    ("only the first columns", "cols = tl.program_id(1) * BLOCK", "cols = 0 * BLOCK"),
+    (
+        "too few tiles",
+        "num_assignments // config.block_rows + min(num_assignments, len(mixture.down))",
+        "num_assignments // config.block_rows + 1",
+    ),
+]
+HARD = [
+    Case(tokens=20, hidden=72, inner=40, routed=4, chosen=2, shared=2, normalized=False, padding=(1, 7), popular=1),
+    Case(tokens=3, hidden=40, inner=33, routed=5, chosen=3, padding=(2,)),
+]
+
+
+def check_hard(module: ModuleType) -> None:
+    for case in HARD:
+        check(case, module)
+
+
+@pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
+def test_a_mutated_kernel_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    mutant = mutated(kernel, tmp_path, old, new)
+    monkeypatch.setattr(mutant, "_SORT_BLOCK", 16)
+    with pytest.raises((AssertionError, IndexError)):
+        check_hard(mutant)
+
+
+@pytest.mark.parametrize("case", HARD)
+def test_the_cases_that_mutants_fail_pass_unmutated(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_SORT_BLOCK", 16)
+    check(case)
