@@ -257,6 +257,11 @@ class ExpertsWorkspace:
         self.gated = torch.empty(count, inner, dtype=dtype, device=device)
         self.terms = torch.empty(count, hidden, dtype=dtype, device=device)
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
+
 
 def add_experts(
     residual: torch.Tensor,

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from octavo.gpu_worker.devices.cuda_weights import Buffers, Weights, multiply, padded_rows
-from octavo.gpu_worker.errors import DeviceError
-from octavo.gpu_worker.ops import Activation, Heads, Linear, Norm, Rotary
-from octavo.kernels.configs import GATED, ROTARY, AttentionConfig
+from octavo.gpu_worker.ops import Activation, Experts, Heads, Linear, Norm, Rotary
+from octavo.kernels.configs import GATED, ROTARY, AttentionConfig, experts_config
 from octavo.kernels.gated import gated
+from octavo.kernels.moe import add_experts
 from octavo.kernels.paged_attention import paged_attention
 from octavo.kernels.rms_norm import add_rms_norm
 from octavo.kernels.rotary_kv import rotary_write_kv
@@ -161,8 +161,24 @@ class CudaOps:
         gated(gate_up[:count], output[:count], activation, GATED[self.target])
         return output
 
-    def norm_experts_residual(self, *_: object) -> Residual:
-        raise DeviceError("device cuda cannot run a mixture of experts yet; use cpu")
+    def norm_experts_residual(self, x: Residual, norm: Norm, experts: Experts, activation: Activation) -> Residual:
+        hidden = self._norm(x, norm)
+        logits = self._linear("router", hidden, Linear(experts.router))
+        config = experts_config(self.target, is_float32=self.dtype == torch.float32)
+        mixture = self.weights.mixture(experts)
+        count = self._num_tokens
+        add_experts(
+            x.stream[:count],
+            hidden[:count],
+            logits[:count],
+            self.step.slot_mapping,
+            mixture,
+            self.buffers.for_experts(mixture, config),
+            activation,
+            config,
+            GATED[self.target],
+        )
+        return Residual(x.stream)
 
     def logits(self, x: Residual, norm: Norm, head: Linear) -> torch.Tensor:
         hidden = self._norm(x, norm)

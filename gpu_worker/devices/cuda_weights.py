@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from octavo.gpu_worker.ops import Linear
+from octavo.gpu_worker.ops import Experts, Linear
+from octavo.kernels.configs import ExpertsConfig
+from octavo.kernels.moe import ExpertsWorkspace, Mixture
 
 GEMM_ROWS = 128
 """Rows of every matrix product. The library (cuBLAS, hipBLAS) chooses a kernel, and with it the order of sums, by
@@ -39,9 +41,23 @@ class Weights:
             self._keep(key, torch.cat([bias.to(self._device, self._dtype) for bias in zeros]))
         return self._moved[key]
 
+    def mixture(self, experts: Experts) -> Mixture:
+        """Return the weights of a mixture of experts."""
+        gate_up = tuple(part for pair in zip(experts.gate, experts.up, strict=True) for part in pair)
+        num = len(experts.gate)
+        gate_ups, downs = self._stack(gate_up, num), self._stack(experts.down, num)
+        return Mixture(gate_ups, downs, experts.num_chosen, experts.num_shared, experts.is_normalized)
+
     def matrices(self) -> list[torch.Tensor]:
         """Return the matrices that are multiplied with."""
         return [tensor for tensor in self._moved.values() if tensor.dtype == self._dtype and tensor.dim() == 2]
+
+    def _stack(self, parts: tuple[torch.Tensor, ...], num_matrices: int) -> torch.Tensor:
+        """Return tensors as so many matrices of the type that is computed in, each joined of as many parts."""
+        key = tuple(id(part) for part in parts)
+        if key not in self._moved:
+            self._keep(key, self._move(parts, self._dtype).view(num_matrices, -1, parts[0].shape[1]))
+        return self._moved[key]
 
     def _get(self, parts: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
         key = tuple(id(part) for part in parts)
@@ -70,6 +86,7 @@ class Buffers:
         self._num_rows = num_rows
         self._device = device
         self._buffers: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
+        self._for_experts: dict[tuple[int, ...], ExpertsWorkspace] = {}
         self.num_bytes = 0
 
     def get(self, name: str, width: int, dtype: torch.dtype, num_rows: int = 0) -> torch.Tensor:
@@ -80,6 +97,15 @@ class Buffers:
             shape = (num_rows or self._num_rows, width)
             found = self._buffers[key] = torch.zeros(shape, dtype=dtype, device=self._device)
             self.num_bytes += found.nbytes
+        return found
+
+    def for_experts(self, mixture: Mixture, config: ExpertsConfig) -> ExpertsWorkspace:
+        """Return the memory of a mixture of experts; layers of one size share it."""
+        key = (*mixture.down.shape, mixture.num_taken)
+        found = self._for_experts.get(key)
+        if found is None:
+            found = self._for_experts[key] = ExpertsWorkspace(mixture, self._num_rows, config)
+            self.num_bytes += found.num_bytes
         return found
 
 

@@ -29,8 +29,9 @@ def run_steps(driver: Driver) -> list[Sequence]:
     return sequences
 
 
-def test_no_step_reads_the_device_or_allocates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver(cuda_engine(load(tmp_path, "qwen3", num_hidden_layers=1)), seed=0)
+@pytest.mark.parametrize("name", ["qwen3", "mixtral"])
+def test_no_step_reads_the_device_or_allocates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(cuda_engine(load(tmp_path, name, num_hidden_layers=1)), seed=0)
 
     with guarded(monkeypatch) as guard:
         sequences = run_steps(driver)

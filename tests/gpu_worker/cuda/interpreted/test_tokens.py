@@ -41,7 +41,7 @@ def check_equal(found: list[worker_pb2.StepResult], expected: list[worker_pb2.St
             np.testing.assert_allclose(*values, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "qwen2_moe"])
 def test_ragged_chunked_and_preempted_sequences_get_the_same_tokens(name: str, tmp_path: Path) -> None:
     window = {"sliding_window": 12} if name in ("qwen2", "mistral") else {}  # shorter than most prompts
     model = load(tmp_path, name, **window)
