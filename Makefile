@@ -8,12 +8,13 @@ TORCH ?= torch==2.13.0
 MODEL ?= demo
 SERVE_FLAGS ?=
 FAULTS ?=
+GPU_FLAGS ?=
 # Where the engines that Octavo is measured against are installed.
 PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers soak faults clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers soak faults gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +57,14 @@ soak: setup-dev  ## Serve 64 mixed streams for ten minutes and check that nothin
 
 faults: setup-dev  ## Break everything under load, FAULTS="--worker-kills 200 ...", and check that nothing is lost
 	$(BIN)/python benchmarks/faults.py $(FAULTS)
+
+# These two need a GPU, and a Python with torch, triton, transformers, safetensors, numpy, grpcio and
+# protobuf; nothing is installed. Without a GPU: make gpu-check GPU_FLAGS=--interpret
+gpu-check:  ## Check every kernel and the cuda device on the GPU of this machine
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu check $(GPU_FLAGS)
+
+gpu-bench:  ## Measure kernels, steps and start-up on the GPU of this machine
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu bench $(GPU_FLAGS)
 
 clean:  ## Remove .venv and what builds left
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -124,11 +124,14 @@ def linear_problem(
     out_features: int,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    only: int = 0,
 ) -> Problem:
-    """A quantised linear layer; quantising the activations is part of it."""
+    """A quantised linear layer; quantising the activations is part of it. `only` > 0: for the first tokens only."""
     weight = torch.empty(out_features, in_features, device=device, dtype=dtype).normal_(std=in_features**-0.5)
     values, scales = quantize_weight(weight, torch.int8 if kind.startswith("int8") else torch.float8_e4m3fn)
     x = torch.empty(num_tokens, in_features, device=device, dtype=dtype).normal_()
+    num_tokens = only or num_tokens
+    x = x[:num_tokens]
     output = torch.empty(num_tokens, out_features, device=device, dtype=dtype)
     is_quantized_x = kind in ("int8_int8", "fp8_fp8")
     x_values = torch.empty(x.shape, device=device, dtype=values.dtype)

@@ -22,8 +22,13 @@ class Timer:
         self._flush = torch.empty(_FLUSH_BYTES if self._is_gpu else 0, dtype=torch.int8, device=device)
 
     def median_us(self, run: Callable[[], object]) -> float:
-        """Return the median time of `run` in microseconds, each time with a cold cache; it runs once before that."""
+        """Return the median time of `run` in microseconds, each time with a cold cache.
+
+        It runs once before that, and must launch the same on the same memory every time.
+        """
         run()
+        if self._is_gpu:
+            torch.cuda.synchronize()
         return statistics.median(self._events(run) if self._is_gpu else self._clock(run))
 
     def _clock(self, run: Callable[[], object]) -> list[float]:
@@ -35,13 +40,16 @@ class Timer:
         return times
 
     def _events(self, run: Callable[[], object]) -> list[float]:
+        # Launched by the host a short kernel would be timed with the host's work; a graph is there at once.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
         pairs = []
         for _ in range(self._repeats):
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            # Takes longer than the host needs to launch: the device never waits between the events.
             self._flush.zero_()
             before.record()
-            run()
+            graph.replay()
             after.record()
             pairs.append((before, after))
         torch.cuda.synchronize()
