@@ -42,8 +42,8 @@ def _real_model(lab: Lab, path: Path) -> Row:
     """Force a real model's own continuation on it, and count how often both devices choose the same next token."""
     loaded = loaded_model(path)
     random.seed(1)
-    start = [random.randrange(5, 400) for _ in range(8)]
-    (continuation,) = _on_reference(loaded, [request(1, start, 48)]).values()
+    start = [random.randrange(5, 300) for _ in range(8)]
+    (continuation,) = _on_reference(loaded, [request(1, start, lab.pick(48, 2))]).values()
     prefixes = [start + continuation[:length] for length in range(len(continuation))]
     requests = [request(index + 1, prefix, 1) for index, prefix in enumerate(prefixes)]
     chosen = _on_device(lab, loaded, requests)
