@@ -65,7 +65,7 @@ def vllm(home: Path, model: Path, port: int, threads: int, prefix_cache: bool) -
 def llama(home: Path, gguf: Path, port: int, threads: int, prefix_cache: bool) -> Contender:
     """llama.cpp's server, with a slot for each of 64 streams."""
     server = next((home / "llama").rglob("bin/llama-server"))
-    slots, context = (32, 69632) if prefix_cache else (64, 64 * 768)
+    slots, context = (32, 69632) if prefix_cache else (64, 64 * 1152)
     command = [str(server), "-m", str(gguf), "-t", str(threads), "-tb", str(threads), "-np", str(slots)]
     command += ["-c", str(context), "--cache-ram", "0", "--host", "127.0.0.1", "--port", str(port)]
     extra = {} if prefix_cache else {"cache_prompt": False}
