@@ -41,7 +41,7 @@ def run(config: WorkerConfig) -> int:
     import zmq
 
     from octavo.gpu_worker.devices import device_of_ranks
-    from octavo.gpu_worker.errors import DeviceError, ModelError, RankError
+    from octavo.gpu_worker.errors import DeviceError, ModelError, RankError, SettingError
     from octavo.gpu_worker.loading import load_model
     from octavo.gpu_worker.progress import Progress
     from octavo.gpu_worker.sharding import Sharding
@@ -61,6 +61,8 @@ def run(config: WorkerConfig) -> int:
         log.error("cannot load the model: %s", error)
     except RankError as error:
         log.error("the group cannot start: %s", error)
+    except SettingError as error:
+        log.error("%s", error)
     except zmq.ZMQError as error:
         endpoints = f"worker_endpoint {config.worker_endpoint!r}"
         if config.world_size > 1:

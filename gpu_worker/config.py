@@ -24,6 +24,16 @@ class WorkerConfig:
         default="tcp://127.0.0.1:50053",
         metadata={"help": "the scheduler's ZeroMQ endpoint for workers: ipc://PATH or tcp://HOST:PORT"},
     )
+    curve_key: str = field(
+        default="",
+        metadata={
+            "help": "file with this worker's secret key, made by `octavo keys curve`: encrypts the hop (CurveZMQ)",
+            "metavar": "PATH",
+        },
+    )
+    curve_server_key: str = field(
+        default="", metadata={"help": "file with the scheduler's public key", "metavar": "PATH"}
+    )
     worker_id: str = field(default="", metadata={"help": "this worker's name, unique; empty: generated"})
     group_id: str = field(default="", metadata={"help": "the copy of the model it belongs to; empty: its own"})
     rank: int = field(default=0, metadata={"help": "its number among the processes that hold one copy of the model"})
@@ -80,6 +90,8 @@ class WorkerConfig:
             )
         if self.world_size > 1:
             self._check_ranks()
+        if bool(self.curve_key) != bool(self.curve_server_key):
+            raise ValueError("curve_key and curve_server_key go together: give both, or neither")
         for name in ("kv_cache_memory", "max_model_len", "num_threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")

@@ -7,6 +7,10 @@ class ModelError(Exception):
     """A model cannot be loaded or held. The message says which file or setting, and what to change."""
 
 
+class SettingError(Exception):
+    """A setting cannot be used. The message says which one, and what to change."""
+
+
 class DeviceError(Exception):
     """A device is missing, or cannot be used as asked. The message says what to change."""
 

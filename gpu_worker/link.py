@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
 import zmq
 from google.protobuf.message import DecodeError
+from zmq.utils import z85
 
+from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.errors import SettingError
 from octavo.gpu_worker.protocol import PROTOCOL_REVISION
 from octavo.worker.v1 import worker_pb2
 
@@ -18,10 +25,34 @@ _HEARTBEAT_TIMEOUT_MS = 5000
 _FAREWELL_MS = 500
 
 
+@dataclass(frozen=True)
+class CurveKeys:
+    """Keys of an encrypted hop (CurveZMQ), as Z85 text."""
+
+    secret: bytes
+    server_public: bytes
+
+
+def read_curve_keys(config: WorkerConfig) -> CurveKeys | None:
+    """Return the keys that a configuration names, or None. Raises SettingError if a file holds none."""
+    if not config.curve_key:
+        return None
+    keys = []
+    for path in (config.curve_key, config.curve_server_key):
+        try:
+            key = Path(path).read_bytes().strip()
+            if len(z85.decode(key)) != 32:
+                raise ValueError("it must have 40 characters")
+        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+            raise SettingError(f"{path} holds no key that `octavo keys curve` made: {error}") from None
+        keys.append(key)
+    return CurveKeys(*keys)
+
+
 class Link:
     """A DEALER socket connected to the scheduler. `num_malformed` and `num_unsent` count lost frames."""
 
-    def __init__(self, endpoint: str, identity: bytes) -> None:
+    def __init__(self, endpoint: str, identity: bytes, curve: CurveKeys | None = None) -> None:
         """Connect in the background; raise zmq.ZMQError if `endpoint` is not one."""
         self.num_malformed = 0
         self.num_unsent = 0
@@ -37,6 +68,10 @@ class Link:
         socket.reconnect_ivl_max = _MAX_RECONNECT_MS
         socket.set(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
         socket.set(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+        if curve is not None:
+            socket.curve_secretkey = curve.secret
+            socket.curve_publickey = zmq.curve_public(curve.secret)
+            socket.curve_serverkey = curve.server_public
         try:
             socket.connect(endpoint)
         except zmq.ZMQError:

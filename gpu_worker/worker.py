@@ -19,7 +19,7 @@ import torch
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
-from octavo.gpu_worker.link import Link
+from octavo.gpu_worker.link import Link, read_curve_keys
 from octavo.gpu_worker.loading import LoadedModel
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.progress import Progress
@@ -70,7 +70,7 @@ class Worker:
         self._progress = progress
         self._stop = stop
         self._ranks = ranks
-        self._link = Link(config.worker_endpoint, worker_id.encode())
+        self._link = Link(config.worker_endpoint, worker_id.encode(), read_curve_keys(config))
         self._engine: Engine | None = None
         self._wanted = worker_pb2.WorkerConfig()  # the newest
         self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for

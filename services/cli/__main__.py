@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": ("octavo.services.cli.chat", "talk to a server in the terminal"),
     "generate": ("octavo.services.cli.generate", "stream one answer to standard output"),
     "bench": ("octavo.services.cli.bench", "measure a server as its clients see it"),
+    "keys": ("octavo.services.cli.keys", "make API keys, and keys for the hop between hosts"),
     "gateway": ("octavo.services.cli.one_process", "run one gateway process"),
     "scheduler": ("octavo.services.cli.one_process", "run one scheduler process"),
     "worker": ("octavo.services.cli.one_process", "run one worker process"),

@@ -26,6 +26,9 @@ _MAX_REQUEST_ID = 128
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9._:/@+=-]")
 _request_id: ContextVar[str] = ContextVar("request_id")
 
+Authorize = Callable[[str, Any], None]
+"""Called with a method's name and the context of a call before its handler; raises ServingError to refuse it."""
+
 
 def request_id() -> str:
     """Return the id of the call that runs now: the client's x-request-id, cleaned, or a new one."""
@@ -77,11 +80,13 @@ async def _abort(context: Any, error: ServingError) -> None:
     await context.abort(error.code, status_text(error), trailers(error, request_id()))
 
 
-async def _guard(call: Callable[[], Awaitable[Any]], context: Any, method: str) -> Any:
+async def _guard(call: Callable[[], Awaitable[Any]], context: Any, method: str, authorize: Authorize | None) -> Any:
     """Run one call; make a status of what it raises. Cancellation and context.abort pass through."""
     _request_id.set(_read_request_id(context))
     context.set_trailing_metadata((("x-request-id", request_id()),))
     try:
+        if authorize is not None:
+            authorize(method, context)
         return await call()
     except ServingError as error:
         _log.debug("%s of request %s: %s %s", method, request_id(), error.reason, error.message)
@@ -94,19 +99,23 @@ async def _guard(call: Callable[[], Awaitable[Any]], context: Any, method: str) 
         await _abort(context, ServingError(Reason.INTERNAL, message))
 
 
-def _unary(behavior: Callable[[Any, Any], Any], streaming_in: bool, method: str) -> Callable[[Any, Any], Any]:
+def _unary(
+    behavior: Callable[[Any, Any], Any], streaming_in: bool, method: str, authorize: Authorize | None
+) -> Callable[[Any, Any], Any]:
     """Wrap a method that returns one response."""
 
     async def handle(request: Any, context: Any) -> Any:
         async def call() -> Any:
             return await behavior(_parsed_stream(request) if streaming_in else _parsed(request), context)
 
-        return await _guard(call, context, method)
+        return await _guard(call, context, method, authorize)
 
     return handle
 
 
-def _streaming(behavior: Callable[[Any, Any], Any], streaming_in: bool, method: str) -> Callable[[Any, Any], Any]:
+def _streaming(
+    behavior: Callable[[Any, Any], Any], streaming_in: bool, method: str, authorize: Authorize | None
+) -> Callable[[Any, Any], Any]:
     """Wrap a method that writes responses, or yields them."""
     generator = inspect.isasyncgenfunction(behavior)
 
@@ -119,7 +128,7 @@ def _streaming(behavior: Callable[[Any, Any], Any], streaming_in: bool, method: 
             async for response in behavior(ready, context):
                 await context.write(response)
 
-        await _guard(call, context, method)
+        await _guard(call, context, method, authorize)
 
     return handle
 
@@ -127,7 +136,8 @@ def _streaming(behavior: Callable[[Any, Any], Any], streaming_in: bool, method: 
 class ErrorInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # no generic at run time
     """See the module."""
 
-    def __init__(self) -> None:
+    def __init__(self, authorize: Authorize | None = None) -> None:
+        self._authorize = authorize
         self._wrapped: dict[str, tuple[Any, Any]] = {}  # by method: its handler, and the one made of it
 
     async def intercept_service(
@@ -142,11 +152,11 @@ class ErrorInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # no g
         method = str(handler_call_details.method)
         known = self._wrapped.get(method)
         if known is None or known[0] is not handler:
-            known = self._wrapped[method] = (handler, _guarded(handler, method))
+            known = self._wrapped[method] = (handler, _guarded(handler, method, self._authorize))
         return known[1]
 
 
-def _guarded(handler: Any, method: str) -> Any:
+def _guarded(handler: Any, method: str, authorize: Authorize | None) -> Any:
     """Return a handler around another one, of the same kind."""
     make, behavior = {
         (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
@@ -156,7 +166,7 @@ def _guarded(handler: Any, method: str) -> Any:
     }[handler.request_streaming, handler.response_streaming]
     wrap = _streaming if handler.response_streaming else _unary
     return make(
-        wrap(behavior, handler.request_streaming, method),
+        wrap(behavior, handler.request_streaming, method, authorize),
         _deferring(handler.request_deserializer),
         handler.response_serializer,
     )

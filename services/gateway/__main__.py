@@ -26,7 +26,7 @@ async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = Non
     """
     try:
         gateway = Gateway(config)
-    except (ModelError, BindError, KeyFileError) as error:
+    except (ModelError, BindError, KeyFileError, ValueError) as error:
         _log.error("%s", error)
         return 1
     stop = asyncio.Event()

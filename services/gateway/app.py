@@ -6,8 +6,10 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -17,7 +19,9 @@ from octavo.admin.v1 import admin_pb2_grpc
 from octavo.inference.v1 import generation_pb2_grpc, load_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
 from octavo.services.common.grpc_options import server_options
 from octavo.services.common.interceptor import ErrorInterceptor
+from octavo.services.common.tls import listen, server_credentials
 from octavo.services.gateway.admin import AdminServicer
+from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.health import SERVICE_NAMES, HealthMonitor
@@ -47,7 +51,9 @@ class Gateway:
     """A gateway in this process. Make it on the event loop that runs it."""
 
     def __init__(self, config: GatewayConfig) -> None:
-        """Load the model's tokenizer and bind the addresses. Raises ModelError, BindError, KeyFileError."""
+        """Load the model's tokenizer, bind the addresses. Raises ModelError, BindError, KeyFileError, ValueError (keys)."""
+        authenticator = Authenticator(config.authentication)
+        credentials = None if config.tls is None else server_credentials(config.tls)
         tokens = ResumeTokens.load(config.resume_key_file)
         self._config = config
         gateway_id = config.gateway_id or f"{socket.gethostname()}-{os.getpid()}"
@@ -55,12 +61,12 @@ class Gateway:
         models = Models([model])
         validator = RequestValidator()
         self._tokenizer = model.tokenizer
-        self.schedulers = SchedulerPool(config.scheduler_addresses, gateway_id, config.failover_s)
+        self.schedulers = SchedulerPool(config.scheduler_addresses, gateway_id, config.failover_s, config.hop_tls)
         self._health = HealthMonitor(self.schedulers)
         self._calls = GenerateCalls(models, self.schedulers, tokens, config.max_requests)
 
         self._server = aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(authenticator.authorize)],
             options=server_options(config.max_concurrent_streams, config.max_connection_age_s),
         )
         generation = GenerationServicer(self._calls, self.schedulers, validator)
@@ -75,16 +81,20 @@ class Gateway:
         if config.reflection:
             names = (*SERVICE_NAMES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
-        self.port = _bind(self._server, config.grpc_address)
+        self.port = _bind(self._server, config.grpc_address, credentials)
         """The port that is listened on; for tests, which ask for port 0."""
+
+        if config.local_address:
+            _bind(self._server, config.local_address, None)
 
         self._admin: aio.Server | None = None
         self.admin_port = 0
         if config.admin_address:
             admin = AdminServicer(self._calls, self._health, self.schedulers, validator, gateway_id, config.grace_s)
-            self._admin = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
+            authorize = partial(authenticator.authorize, admin=True)
+            self._admin = aio.server(interceptors=[ErrorInterceptor(authorize)], options=server_options())
             _add(self._admin, admin_pb2_grpc.add_AdminServiceServicer_to_server, admin)
-            self.admin_port = _bind(self._admin, config.admin_address)
+            self.admin_port = _bind(self._admin, config.admin_address, credentials)
 
         self._http: HttpListener | None = None
         self.http_port = 0
@@ -92,6 +102,7 @@ class Gateway:
             http_app = make_app(
                 GenerateEndpoints(self._calls, models, validator),
                 InfoEndpoints(models, model_servicer, tokenizer_servicer, self._ready),
+                authenticator,
                 config.http_max_body_bytes,
                 config.http_cors_origins,
             )
@@ -160,14 +171,14 @@ def _load_model(config: GatewayConfig) -> ServedModel:
 
 def _bind_http(config: GatewayConfig, app: ASGIApp) -> HttpListener:
     try:
-        return HttpListener(config.http_address, app, config.http_max_connections, config.http_keep_alive_s)
+        return HttpListener(config.http_address, app, config.http_max_connections, config.http_keep_alive_s, config.tls)
     except OSError as error:
         raise BindError(f"cannot listen on {config.http_address}: {error.strerror}") from None
 
 
-def _bind(server: aio.Server, address: str) -> int:
+def _bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
     try:
-        port = server.add_insecure_port(address)
+        port = listen(server, address, credentials)
     except RuntimeError:
         port = 0
     if not port:

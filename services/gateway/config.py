@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from octavo.services.gateway.security_config import SecurityConfig
+
 
 @dataclass(frozen=True)
-class GatewayConfig:
+class GatewayConfig(SecurityConfig):
     """Settings of one gateway process. Raises ValueError, with one line that says what to change."""
 
     model: Path = field(metadata={"help": "the model's folder, or a .gguf file", "positional": True})
@@ -17,6 +19,10 @@ class GatewayConfig:
         default=0, metadata={"help": "most tokens of prompt and output together; 0: what the model allows"}
     )
     grpc_address: str = field(default="127.0.0.1:50051", metadata={"help": "where to listen: host:port or unix:PATH"})
+    local_address: str = field(
+        default="",
+        metadata={"hidden": True, "help": "a second address, unix:PATH, for checks from this machine: never encrypted"},
+    )
     scheduler_addresses: tuple[str, ...] = field(
         default=("127.0.0.1:50052",),
         metadata={
@@ -68,6 +74,9 @@ class GatewayConfig:
     )
 
     def __post_init__(self) -> None:
+        self.check_security()
+        if self.local_address and not self.local_address.startswith("unix:"):
+            raise ValueError(f"--local-address must be unix:PATH, not {self.local_address!r}")
         for name in (
             "max_requests",
             "tokenizer_threads",

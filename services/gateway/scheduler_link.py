@@ -11,9 +11,10 @@ from typing import Any, Protocol
 from grpc import aio
 
 from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
-from octavo.services.common.grpc_options import hop_channel_options
 from octavo.services.common.logging import RateLimiter
 from octavo.services.common.protocol import PROTOCOL_REVISION
+from octavo.services.common.tls import hop_channel
+from octavo.services.common.tls_files import TlsFiles
 from octavo.services.gateway.cache_watch import watch_cache
 from octavo.services.gateway.prefix_index import PrefixIndex
 
@@ -45,8 +46,9 @@ class _LostError(Exception):
 class SchedulerLink:
     """Keeps one stream open. One task reads and never waits for its user, one writes, one watches the clock."""
 
-    def __init__(self, address: str, gateway_id: str, user: LinkUser) -> None:
+    def __init__(self, address: str, gateway_id: str, user: LinkUser, tls: TlsFiles | None = None) -> None:
         self._address = address
+        self._tls = tls
         self._gateway_id = gateway_id
         self._user = user
         self._outgoing: deque[scheduler_pb2.AttachRequest] = deque()
@@ -84,21 +86,21 @@ class SchedulerLink:
 
     async def _stay_connected(self) -> None:
         backoff, longest = _BACKOFF_S
-        async with aio.insecure_channel(self._address, options=hop_channel_options()) as channel:
-            stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)  # type: ignore[no-untyped-call]
-            while True:
-                try:
-                    await self._attach(stub)
-                except _LostError as error:
-                    self._warnings.warning("lost", "scheduler at %s: %s", self._address, error)
-                except aio.AioRpcError as error:
-                    self._warnings.warning("lost", "scheduler at %s: %s", self._address, error.details())
-                if self._call is not None:  # it was open
-                    backoff = _BACKOFF_S[0]
-                self._call = None
-                self._user.on_disconnected()
-                await asyncio.sleep(backoff * random.uniform(0.8, 1.2))
-                backoff = min(2 * backoff, longest)
+        while True:
+            try:
+                # A new channel for each try: it has the certificates that are on disk now.
+                async with hop_channel(self._address, self._tls) as channel:
+                    await self._attach(scheduler_pb2_grpc.SchedulerServiceStub(channel))  # type: ignore[no-untyped-call]
+            except (_LostError, ValueError) as error:  # ValueError: a certificate's file is being replaced
+                self._warnings.warning("lost", "scheduler at %s: %s", self._address, error)
+            except aio.AioRpcError as error:
+                self._warnings.warning("lost", "scheduler at %s: %s", self._address, error.details())
+            if self._call is not None:  # it was open
+                backoff = _BACKOFF_S[0]
+            self._call = None
+            self._user.on_disconnected()
+            await asyncio.sleep(backoff * random.uniform(0.8, 1.2))
+            backoff = min(2 * backoff, longest)
 
     async def _attach(self, stub: scheduler_pb2_grpc.SchedulerServiceStub) -> None:
         """Run one stream until it breaks; always raises."""

@@ -14,6 +14,7 @@ from typing import Protocol
 from octavo.inference.v1 import generation_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
+from octavo.services.common.tls_files import TlsFiles
 from octavo.services.gateway.prefix_index import PrefixIndex
 from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
 from octavo.services.gateway.routing import SchedulerView
@@ -50,10 +51,10 @@ class PeerOwner(Protocol):
 class SchedulerPeer:
     """A scheduler at one address, connected or not. Everything runs on one event loop."""
 
-    def __init__(self, address: str, gateway_id: str, owner: PeerOwner) -> None:
+    def __init__(self, address: str, gateway_id: str, owner: PeerOwner, tls: TlsFiles | None = None) -> None:
         self.address = address
         self._owner = owner
-        self._link = SchedulerLink(address, gateway_id, self)
+        self._link = SchedulerLink(address, gateway_id, self, tls)
         self._streams: dict[int, RequestStream] = {}  # by handle
         # Cancelled requests with log probabilities: tokens on their way still have columns to be skipped.
         self._retired: OrderedDict[int, RequestStream] = OrderedDict()

@@ -15,6 +15,7 @@ import grpc
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
+from octavo.services.common.tls_files import TlsFiles
 from octavo.services.gateway import slow_readers
 from octavo.services.gateway.failover import LostCandidates, continuation, interrupted
 from octavo.services.gateway.prefix_index import prompt_block_hashes
@@ -38,8 +39,11 @@ _PERSONAL = (Reason.DEADLINE_UNREACHABLE, Reason.QUOTA_EXCEEDED)  # the next req
 class SchedulerPool:
     """Everything runs on the event loop that called `start`."""
 
-    def __init__(self, addresses: Sequence[str], gateway_id: str, failover_s: float = 30.0) -> None:
+    def __init__(
+        self, addresses: Sequence[str], gateway_id: str, failover_s: float = 30.0, tls: TlsFiles | None = None
+    ) -> None:
         """`failover_s`: how long an admitted request waits for a scheduler that goes on with it."""
+        self._tls = tls
         self._addresses = AddressBook(addresses)
         self._gateway_id = gateway_id
         self._peers: dict[str, SchedulerPeer] = {}  # by address
@@ -421,7 +425,7 @@ class SchedulerPool:
         addresses = self._addresses.current
         for address in addresses:
             if address not in self._peers:
-                peer = self._peers[address] = SchedulerPeer(address, self._gateway_id, self)
+                peer = self._peers[address] = SchedulerPeer(address, self._gateway_id, self, self._tls)
                 for task in peer.start():
                     self._watch(task)
         for address in [address for address, peer in self._peers.items() if address not in addresses]:

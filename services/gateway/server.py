@@ -11,6 +11,7 @@ from grpc import aio
 from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.services.common.interceptor import request_id
 from octavo.services.gateway.answer import whole_answer
+from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.scheduler_pool import SchedulerPool
@@ -21,12 +22,6 @@ StreamContext = aio.ServicerContext[generation_pb2.GenerateStreamRequest, genera
 ResumeContext = aio.ServicerContext[generation_pb2.ResumeStreamRequest, generation_pb2.ResumeStreamResponse]
 CancelContext = aio.ServicerContext[generation_pb2.CancelGenerationRequest, generation_pb2.CancelGenerationResponse]
 AnyContext = GenerateContext | StreamContext | ResumeContext
-
-
-def tenant_of(context: AnyContext) -> str:
-    """Return whose call it is. Without authentication all calls are one tenant's."""
-    del context
-    return ""
 
 
 def _headers_of(context: GenerateContext | StreamContext) -> dict[str, str]:
@@ -67,7 +62,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         """Write the rest of an output whose stream broke, from the client's cursors on."""
         self._validator.check(request)
-        async with self._calls.resumed(request, tenant_of(context)) as run:
+        async with self._calls.resumed(request, caller().tenant) as run:
             await self._send_headers(context, run)
             async for response in run.responses(run.max_coalesce_ms):
                 await context.write(generation_pb2.ResumeStreamResponse(event=response.event))
@@ -94,7 +89,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         remaining_s = context.time_remaining()
         deadline = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
         headers = _headers_of(context)
-        call = self._calls.admitted(generation, request_id(), tenant_of(context), headers, deadline, can_resume)
+        call = self._calls.admitted(generation, request_id(), caller().tenant, headers, deadline, can_resume)
         async with call as run:
             await self._send_headers(context, run)
             yield run

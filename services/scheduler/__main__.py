@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 
+import grpc
 import uvloop
 import zmq
 from grpc import aio
@@ -19,6 +20,7 @@ from octavo.services.common.config import load
 from octavo.services.common.grpc_options import server_options
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.logging import setup
+from octavo.services.common.tls import listen, server_credentials
 from octavo.services.scheduler.admin import AdminServicer
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.engine import Engine
@@ -38,11 +40,16 @@ async def serve(config: SchedulerConfig) -> int:
         engine.start()
         server = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
         scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(SchedulerServicer(engine), server)  # type: ignore[no-untyped-call]
-        servers.append(await _listen(server, config.scheduler_address))
+        tls = config.hop_tls
+        credentials = None if tls is None else server_credentials(tls)
+        servers.append(await _listen(server, config.scheduler_address, credentials))
         if config.admin_address:
             admin = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
             admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(engine, config), admin)  # type: ignore[no-untyped-call]
-            servers.append(await _listen(admin, config.admin_address))
+            servers.append(await _listen(admin, config.admin_address, credentials))
+    except ValueError as error:
+        log.error("%s", error)
+        return 1
     except (OSError, RuntimeError, zmq.ZMQError) as error:
         log.error("cannot listen: %s; choose another address or stop what uses it", error)
         return 1
@@ -57,9 +64,9 @@ async def serve(config: SchedulerConfig) -> int:
     return 0
 
 
-async def _listen(server: aio.Server, address: str) -> aio.Server:
+async def _listen(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> aio.Server:
     """Bind and start a server; RuntimeError if the address is taken."""
-    if server.add_insecure_port(address) == 0 and not address.startswith("unix:"):
+    if listen(server, address, credentials) == 0 and not address.startswith("unix:"):
         raise RuntimeError(f"{address} cannot be bound")
     await server.start()
     return server

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from octavo.services.common.tls_files import TlsFiles, check_tls_options
+from octavo.services.scheduler.worker_endpoint import CurveFiles, is_exposed
 
 BLOCK_SIZE = 16  # tokens in a KV block: fixed, the kernels' page layout depends on it
 
@@ -27,6 +31,16 @@ class SchedulerConfig:
         default="tcp://127.0.0.1:50053",
         metadata={"help": "where workers connect: a ZeroMQ endpoint, ipc://PATH or tcp://HOST:PORT"},
     )
+    worker_curve_key: Path | None = field(
+        default=None,
+        metadata={"help": "secret key for encrypting the hop to workers, made by `octavo keys curve` (CurveZMQ)"},
+    )
+    worker_curve_allowed: Path | None = field(
+        default=None, metadata={"help": "file with the public key of each worker that may connect, one a line"}
+    )
+    hop_certificate: Path | None = field(default=None, metadata={"help": "PEM chain that gateways are shown"})
+    hop_key: Path | None = field(default=None, metadata={"help": "its key"})
+    hop_ca: Path | None = field(default=None, metadata={"help": "PEM authorities of the gateways' certificates"})
     admin_address: str = field(default="", metadata={"help": "where octavo.admin.v1 is served; empty: nowhere"})
     scheduler_id: str = field(default="", metadata={"help": "this scheduler's name; empty: made from the process id"})
     max_running: int = field(default=256, metadata={"help": "most sequences in a step"})
@@ -93,6 +107,7 @@ class SchedulerConfig:
             raise ValueError("tenant_max_requests and tenant_tokens_per_s must not be negative")
         self.weights()
         self.quotas()
+        self._check_security()
 
     def default_quota(self) -> Quota:
         """Return the limits of tenants that have none of their own."""
@@ -111,6 +126,29 @@ class SchedulerConfig:
             if quotas[name].max_requests < 0 or not 0 <= quotas[name].tokens_per_s < 1e12:
                 raise ValueError(f"tenant_quotas: the limits in {entry!r} must not be negative; 0 means none")
         return quotas
+
+    def _check_security(self) -> None:
+        if (self.worker_curve_key is None) != (self.worker_curve_allowed is None):
+            raise ValueError("worker_curve_key and worker_curve_allowed go together: workers are known by their keys")
+        if self.hop_tls is not None and self.hop_tls.ca is None:
+            raise ValueError("hop_certificate needs hop_ca: gateways are known by their certificates")
+        if self.worker_curve_key is None and is_exposed(self.worker_endpoint):
+            raise ValueError(
+                f"worker_endpoint {self.worker_endpoint} can be reached from other machines: give worker_curve_key and "
+                "worker_curve_allowed (`octavo keys curve` makes keys), or use an ipc:// or a loopback endpoint"
+            )
+
+    @property
+    def hop_tls(self) -> TlsFiles | None:
+        """Files of the listener for gateways."""
+        return check_tls_options("hop", self.hop_certificate, self.hop_key, self.hop_ca)
+
+    @property
+    def curve_files(self) -> CurveFiles | None:
+        """Files of the encrypted hop to workers."""
+        if self.worker_curve_key is None or self.worker_curve_allowed is None:
+            return None
+        return CurveFiles(self.worker_curve_key, self.worker_curve_allowed)
 
     def weights(self) -> dict[str, float]:
         """Return the tenants' weights by name."""

@@ -51,7 +51,7 @@ class Engine:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self.scheduler_id = config.scheduler_id or f"scheduler-{os.getpid()}"
-        self.link = WorkerLink(config.worker_endpoint, self._on_frame)
+        self.link = WorkerLink(config.worker_endpoint, self._on_frame, config.curve_files)
         self._reports = Reports(config.progress_fd)
         self.node = Node(
             config,

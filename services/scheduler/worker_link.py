@@ -11,6 +11,8 @@ import zmq
 from google.protobuf.message import DecodeError
 
 from octavo.services.common.logging import RateLimiter
+from octavo.services.scheduler.curve import CurveServer
+from octavo.services.scheduler.worker_endpoint import CurveFiles
 from octavo.worker.v1 import worker_pb2
 
 log = logging.getLogger("octavo.scheduler")
@@ -22,16 +24,23 @@ MAX_QUEUED_FRAMES = 1000  # on the socket, each way and worker; heartbeats past 
 class WorkerLink:
     """Owner of the ROUTER socket."""
 
-    def __init__(self, endpoint: str, on_frame: Callable[[bytes, worker_pb2.WorkerFrame], None]) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        on_frame: Callable[[bytes, worker_pb2.WorkerFrame], None],
+        curve_files: CurveFiles | None = None,
+    ) -> None:
         """Prepare; `open` binds. `on_frame` gets the routing id of a worker and its frame."""
         self._endpoint = endpoint
         self._on_frame = on_frame
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
+        self._curve_files = curve_files
+        self._curve: CurveServer | None = None
         self._dropped = RateLimiter(log)
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Bind the endpoint and start to read; raise zmq.ZMQError if it is taken."""
+        """Bind the endpoint and start to read; raise zmq.ZMQError if it is taken, ValueError for bad key files."""
         socket = self._socket
         socket.linger = 0
         socket.sndhwm = socket.rcvhwm = MAX_QUEUED_FRAMES
@@ -40,6 +49,9 @@ class WorkerLink:
         socket.router_handover = True  # a worker that restarts under its old name takes its place
         socket.set(zmq.HEARTBEAT_IVL, 1000)
         socket.set(zmq.HEARTBEAT_TIMEOUT, 5000)
+        if self._curve_files is not None:
+            self._curve = CurveServer(self._context, self._curve_files)
+            self._curve.protect(socket)
         previous = os.umask(0o177)  # a unix socket is for this user alone
         try:
             socket.bind(self._endpoint)
@@ -51,6 +63,8 @@ class WorkerLink:
         """Stop reading and release the endpoint. Workers wait for the next scheduler."""
         loop.remove_reader(self._socket.fileno())
         self._socket.close()
+        if self._curve is not None:
+            self._curve.close()
         self._context.term()
 
     def send(self, identity: bytes, frame: worker_pb2.WorkerFrame) -> bool:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from octavo.services.common.interceptor import choose_request_id
+from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.http.endpoint import Endpoint, Handler, HttpRequest
 from octavo.services.gateway.http.errors import HttpError, http_error_response
 from octavo.services.gateway.http.generate import GenerateEndpoints
@@ -22,12 +23,17 @@ from octavo.services.gateway.http.openapi import openapi_document
 
 
 def make_app(
-    generate: GenerateEndpoints, info: InfoEndpoints, max_body_bytes: int, cors_origins: Sequence[str]
+    generate: GenerateEndpoints,
+    info: InfoEndpoints,
+    authenticator: Authenticator,
+    max_body_bytes: int,
+    cors_origins: Sequence[str],
 ) -> Starlette:
     """Return the ASGI application; `cors_origins` may be called from by browsers, none if empty."""
 
-    def route(method: str, path: str, handler: Handler) -> Route:
-        return Route(path, Endpoint(handler, max_body_bytes), methods=[method])
+    def route(method: str, path: str, handler: Handler, *, public: bool = False) -> Route:
+        endpoint = Endpoint(handler, max_body_bytes, None if public else authenticator)
+        return Route(path, endpoint, methods=[method])
 
     routes = [
         route("POST", "/v1/chat/completions", generate.chat),
@@ -36,8 +42,8 @@ def make_app(
         route("GET", "/v1/models/{model:path}", info.get_model),
         route("POST", "/tokenize", info.tokenize),
         route("POST", "/detokenize", info.detokenize),
-        route("GET", "/health", info.health),
-        route("GET", "/ping", info.health),
+        route("GET", "/health", info.health, public=True),
+        route("GET", "/ping", info.health, public=True),
         route("GET", "/version", info.version),
         route("GET", "/openapi.json", _openapi),
     ]

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.interceptor import choose_request_id
+from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.http.errors import HttpError, error_response, http_error_response
 from octavo.services.gateway.http.params import parse_object
 
@@ -111,14 +112,18 @@ Handler = Callable[[HttpRequest], Awaitable[Response | None]]
 class Endpoint:
     """An ASGI application around a handler: the one place where an exception becomes an HTTP response."""
 
-    def __init__(self, handler: Handler, max_body_bytes: int) -> None:
+    def __init__(self, handler: Handler, max_body_bytes: int, authenticator: Authenticator | None) -> None:
+        """`authenticator` None: everybody may call."""
         self._handler = handler
         self._max_body_bytes = max_body_bytes
+        self._authenticator = authenticator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         request = HttpRequest(scope, receive, send, self._max_body_bytes)
         try:
+            if self._authenticator is not None:
+                self._authenticator.enter(self._authenticator.identify(request.headers.get("authorization", "")))
             response = await self._handler(request)
         except ClientDisconnect:
             return

@@ -14,6 +14,7 @@ from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.gateway.answer import whole_answer
+from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.http.chat_request import read_chat_call
@@ -29,7 +30,6 @@ from octavo.services.gateway.validation import RequestValidator
 T = TypeVar("T")
 _Read = Callable[[Mapping[str, Any], Mapping[str, str]], ApiCall]
 _LAST_EVENT_S = 1.0
-_TENANT = ""  # as in gRPC: without authentication all calls are one tenant's
 
 
 class GenerateEndpoints:
@@ -134,7 +134,8 @@ class _Answering:
         async def run(number: int, request: GenerateRequest) -> T:
             headers = self._request.headers
             request_id = self._request.request_id if len(requests) == 1 else f"{self._request.request_id}-{number}"
-            async with self._calls.admitted(request.generation, request_id, _TENANT, headers, deadline) as admitted:
+            tenant = caller().tenant
+            async with self._calls.admitted(request.generation, request_id, tenant, headers, deadline) as admitted:
                 return await body(number, admitted)
 
         try:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
+import ssl
 from collections.abc import Generator
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from octavo.services.common.tls_files import TlsFiles
 from octavo.services.gateway.http.protocol import LimitedProtocol
 
+_log = logging.getLogger(__name__)
 _BACKLOG = 2048
+_LOOK_S = 2.0
 _LAST_WRITES_S = 2  # for responses that are complete when the listener stops
 
 
 class HttpListener:
     """A socket that is bound at once, and served between `start` and `stop`."""
 
-    def __init__(self, address: str, app: ASGIApp, max_connections: int, keep_alive_s: int) -> None:
-        """`address` is host:port. Raises OSError if it cannot be listened on."""
+    def __init__(
+        self, address: str, app: ASGIApp, max_connections: int, keep_alive_s: int, tls: TlsFiles | None = None
+    ) -> None:
+        """`address` is host:port. Raises OSError if it cannot be listened on, or the files of `tls` cannot be used."""
         self._socket = _bind(address)
         self.port: int = self._socket.getsockname()[1]
         """The port that is listened on."""
@@ -40,8 +47,14 @@ class HttpListener:
                 limit_concurrency=max_connections,
                 timeout_keep_alive=keep_alive_s,
                 timeout_graceful_shutdown=_LAST_WRITES_S,
+                ssl_certfile=None if tls is None else tls.certificate,
+                ssl_keyfile=None if tls is None else tls.key,
+                ssl_ca_certs=None if tls is None or tls.ca is None else str(tls.ca),
+                ssl_cert_reqs=ssl.CERT_NONE if tls is None or tls.ca is None else ssl.CERT_REQUIRED,
             )
         )
+        self._tls = tls
+        self._following: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -52,14 +65,30 @@ class HttpListener:
         serving.cancel()
         if self._task.done():
             self._task.result()
+        if self._tls is not None:
+            self._following = asyncio.create_task(self._follow_files(self._tls))
 
     async def stop(self) -> None:
         """Close idle connections and let responses end that have nothing to wait for; then cut the rest off."""
         if self._task is None:
             self._socket.close()
             return
+        if self._following is not None:
+            self._following.cancel()
         self._server.should_exit = True
         await self._task
+
+    async def _follow_files(self, tls: TlsFiles) -> None:
+        """Give new connections the certificate that is on disk, for as long as the listener runs."""
+        version = _version(tls)
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                if (now := _version(tls)) != version and self._server.config.ssl is not None:
+                    self._server.config.ssl.load_cert_chain(tls.certificate, tls.key)
+                    version = now
+            except (OSError, ssl.SSLError) as error:  # half replaced: the next turn sees all of it
+                _log.warning("%s was not read again: %s", tls.certificate, error)
 
 
 class _Server(uvicorn.Server):
@@ -76,6 +105,10 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.serving.set()
+
+
+def _version(tls: TlsFiles) -> tuple[int, int]:
+    return tls.certificate.stat().st_mtime_ns, tls.key.stat().st_mtime_ns
 
 
 def _bind(address: str) -> socket.socket:
