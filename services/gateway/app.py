@@ -51,7 +51,7 @@ class Gateway:
     """A gateway in this process. Make it on the event loop that runs it."""
 
     def __init__(self, config: GatewayConfig) -> None:
-        """Load the model's tokenizer, bind the addresses. Raises ModelError, BindError, KeyFileError, ValueError (keys)."""
+        """Load the tokenizer, bind the addresses. Raises ModelError, BindError, KeyFileError, ValueError (keys)."""
         authenticator = Authenticator(config.authentication)
         credentials = None if config.tls is None else server_credentials(config.tls)
         tokens = ResumeTokens.load(config.resume_key_file)
