@@ -102,11 +102,15 @@ class WaitingQueue:
             heapq.heapreplace(queues, (counter, index, tenant, best))
             yield seq
 
-    def rank(self, seq: Sequence, now: float) -> tuple[bool, int, float, int]:
-        """Order within a tenant: who lost its blocks, priority, shortest remaining work less age, arrival."""
+    def rank(self, seq: Sequence, now: float) -> tuple[int, int, float, int]:
+        """Order within a tenant: who lost its blocks, priority, shortest remaining work less age, arrival.
+
+        Before all: whoever has to run alone, because empty groups wait for it.
+        """
         is_new = seq.num_preemptions == 0 and seq.num_recoveries == 0
+        stage = -seq.request.num_blames or is_new
         age = self._ageing_tokens_per_s * (now - seq.admitted_at)
-        return is_new, -seq.request.submit.priority, seq.num_behind - age, seq.request.arrival
+        return stage, -seq.request.submit.priority, seq.num_behind - age, seq.request.arrival
 
 
 def choose_victim(group: WorkerGroup) -> Sequence | None:

@@ -473,7 +473,8 @@ class Scheduler:
                 return
             if self._suspects and not self._suspects.may_run(seq, group.running()):
                 continue
-            if len(self._groups) > 1 and choose_group(seq, self._groups.values()) is not group:
+            is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
+            if len(self._groups) > 1 and not is_bound and choose_group(seq, self._groups.values()) is not group:
                 continue
             hits = group.allocator.cached_blocks(seq)
             if group.allocator.is_being_computed(seq, len(hits)):

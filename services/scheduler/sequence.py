@@ -47,6 +47,9 @@ class Request:
     num_blames: int = 0
     resume_until: float = math.inf  # when it ends if nobody takes it over
 
+    def __repr__(self) -> str:
+        return f"<{self.submit.request_id} of {self.gateway_id!r} {self.sequences}>"
+
     @property
     def key(self) -> tuple[str, int]:
         """What the scheduler files it under."""

@@ -20,8 +20,8 @@ class Suspects:
 
     After a crash every sequence in the steps in flight is a suspect, and runs again in the company
     of at most half as many suspects; others run along. A suspect that gets past the point of the
-    crash is cleared. One that was the only suspect when a worker died is blamed, and the second
-    time in a row its request is the culprit.
+    crash is cleared. If all suspects were of one request when a worker died, it is blamed, and runs
+    alone: what ran along may have been the cause. If the worker dies again, it is the culprit.
     """
 
     def __init__(self) -> None:
@@ -39,10 +39,12 @@ class Suspects:
         for seq in suspects:
             self._company[seq] = max(1, len(suspects) // 2)
             self._cleared_at[seq] = max(len(seq.tokens) + MARGIN, self._cleared_at.get(seq, 0))
-        if len(suspects) != 1:
+        requests = list(dict.fromkeys(seq.request for seq in suspects))
+        if len(requests) != 1:
             return None
-        request = suspects[0].request
-        request.num_blames += 1
+        request = requests[0]
+        was_alone = all(seq.request is request for seq in alive)
+        request.num_blames = min(request.num_blames + 1, MAX_BLAMES if was_alone else MAX_BLAMES - 1)
         if request.num_blames < MAX_BLAMES:
             return None
         self._quarantined[request_key(request.submit)] = now + QUARANTINE_S
@@ -52,11 +54,20 @@ class Suspects:
 
     def may_run(self, seq: Sequence, running: Iterable[Sequence]) -> bool:
         """Return whether `seq` may run beside those that run on a group."""
+        others = list(running)
+        if self.is_blamed(seq) or any(map(self.is_blamed, others)):
+            return all(other.request is seq.request for other in others)
+        if not others and any(map(self.is_blamed, self._company)):
+            return False  # an empty group is for the one that has to be alone
         company = self._company.get(seq)
         if company is None:
             return True
-        limits = [self._company[other] for other in running if other in self._company]
+        limits = [self._company[other] for other in others if other in self._company]
         return len(limits) < min(company, *limits) if limits else True
+
+    def is_blamed(self, seq: Sequence) -> bool:
+        """Return whether `seq` has to run alone, except for other candidates of its request."""
+        return seq.request.num_blames > 0 and any(other in self._company for other in seq.request.sequences)
 
     def survived(self, computed: Iterable[Sequence]) -> None:
         """Learn that a step was answered: clear who got past the crash."""

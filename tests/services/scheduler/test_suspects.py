@@ -56,6 +56,18 @@ def test_a_request_that_was_blamed_is_refused_for_a_while() -> None:
     assert world.submit([9] * 20, max_new_tokens=5, sampling={"seed": 3}).admitted
 
 
+def test_a_request_is_not_blamed_for_what_ran_along() -> None:
+    world = World(num_blocks=300)
+    innocent = world.submit([5] * 30, max_new_tokens=30)
+    world.lose(GROUP, crashed=True)  # by chance
+    world.join(GROUP)
+    poison = world.submit(list(range(40_000, 40_040)), max_new_tokens=20, candidate_count=3)
+    run_with_poison(world, poison, 5)
+    assert poison.failed is not None
+    assert poison.failed.reason == "QUARANTINED"
+    assert innocent.tokens[0] == expected_output([5] * 30, 30)
+
+
 def test_two_crashes_with_progress_between_them_blame_nobody() -> None:
     world = World()
     stream = world.submit([9] * 20, max_new_tokens=40)

@@ -1,0 +1,1 @@
+"""A deterministic simulation: the real scheduler among simulated workers, gateways and networks."""

@@ -1,0 +1,41 @@
+"""Run the simulation from the command line.
+
+    python -m tests.simulation [--seeds 10000] [--first 0] [--seconds 0]
+
+Prints how many seeds and events ran, how fast, and which faults were met. A failing seed is printed
+with the commit, what it broke and the shortest script that still breaks it, and the status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from .run import run_seeds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10_000, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--seconds", type=float, default=0.0, help="stop after so long; 0: only when all have run")
+    options = parser.parse_args()
+    summary = run_seeds(range(options.first, options.first + options.seeds), options.seconds or float("inf"))
+    print(
+        f"{summary.num_seeds} seeds, {summary.num_events} events in {summary.seconds:.1f} s: "
+        f"{summary.num_seeds / summary.seconds:.0f} seeds/s, {summary.num_events / summary.seconds:.0f} events/s"
+    )
+    print("met: " + ", ".join(f"{what} {count}" for what, count in sorted(summary.counts.items())))
+    if summary.failure is None:
+        return 0
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    print(f"seed {summary.failure.seed} at commit {commit.stdout.strip()} fails: {summary.failure.error}")
+    print("shortest script:")
+    for line in summary.failure.script:
+        print(f"  {line}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What one seed runs: limits, rates of faults, and a script of what happens when. All drawn from the seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+FAULTS = (
+    "cancel", "cancel_early", "worker_crash", "worker_hang", "worker_slow", "worker_fault", "partition",
+    "not_finite", "stream_break", "gateway_death", "scheduler_restart", "drain", "flush",
+)  # fmt: skip
+
+
+@dataclass
+class Event:
+    """An entry of the script: an action at a time, with a number to draw its details from."""
+
+    at: float
+    action: str
+    number: int
+
+
+@dataclass
+class Swarm:
+    """The drawn configuration of one seed."""
+
+    seed: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    num_blocks: int = 0
+    max_model_len: int = 0
+    num_workers: int = 1
+    num_gateways: int = 1
+    loss: float = 0.0  # of a frame between scheduler and worker
+    duplication: float = 0.0
+    reordering: float = 0.0
+    max_delay_s: float = 0.0
+    step_s: float = 0.0
+    poison: bool = False  # one prompt kills whoever computes it
+    script: list[Event] = field(default_factory=list)
+    faults_end: float = 0.0
+
+
+def draw(seed: int) -> Swarm:
+    """Draw the swarm of a seed. Most kinds of fault are absent from most seeds, so that some get far."""
+    rng = random.Random(seed)
+    max_running = rng.choice([1, 2, 4, 16])
+    swarm = Swarm(
+        seed,
+        settings={
+            "max_running": max_running,
+            "max_batch_tokens": max(max_running, rng.choice([1, 8, 33, 100])),
+            "max_prefill_tokens": rng.choice([1, 16, 50]),
+            "max_waiting": rng.choice([3, 30]),
+            "max_recoveries": 1000,
+            "worker_grace_s": rng.choice([0.5, 15.0]),
+            "step_timeout_s": 2.0,
+            "ageing_tokens_per_s": rng.choice([0.0, 100.0, 1e6]),
+            "tenant_max_requests": rng.choice([0, 0, 0, 2]),
+        },
+        num_blocks=rng.choice([6, 9, 20, 60]),
+        max_model_len=rng.choice([60, 90, 1000]),
+        num_workers=rng.choice([1, 1, 2, 3]),
+        num_gateways=rng.choice([1, 2]),
+        max_delay_s=rng.choice([0.0005, 0.003]),
+        step_s=rng.choice([0.002, 0.01, 0.03]),
+        poison=rng.random() < 0.1,
+    )
+    if rng.random() < 0.3:
+        swarm.loss = rng.choice([0.005, 0.02])
+    if rng.random() < 0.3:
+        swarm.duplication = rng.choice([0.02, 0.1])
+    if rng.random() < 0.15:
+        swarm.reordering = 0.02
+    kinds = rng.sample(FAULTS, rng.choice([0, 1, 2, 3, 5]))
+    swarm.faults_end = rng.choice([0.2, 0.6, 1.5])
+    for _ in range(rng.choice([1, 3, 6])):
+        swarm.script.append(Event(rng.uniform(0.0, swarm.faults_end), "submit", rng.getrandbits(30)))
+    for kind in kinds:
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            swarm.script.append(Event(rng.uniform(0.0, swarm.faults_end), kind, rng.getrandbits(30)))
+    swarm.script.sort(key=lambda event: event.at)
+    return swarm

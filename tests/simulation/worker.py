@@ -1,0 +1,172 @@
+"""A simulated worker: the protocol of gpu_worker/worker.py around the fake model."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from octavo.services.common.protocol import PROTOCOL_REVISION
+from octavo.worker.v1 import worker_pb2
+from tests.services.scheduler.simulation import FakeWorker
+
+if TYPE_CHECKING:
+    from .world import World
+
+REPORT_S = 0.2
+SILENCE_S = 1.0
+NOT_FINITE = 0xFFFFFFFF
+POISON = 49_999  # the token that kills a worker
+
+
+class SimWorker:
+    """One worker process and its restarts. Dead and hanging ones read nothing; the dead lose what waits."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name = world, name
+        self.identity = name.encode()
+        self.is_alive = True
+        self.hangs_until = self.busy_until = self.partitioned_until = self.slow_until = 0.0
+        self.life = 0  # of the process: timers of an earlier one do nothing
+        self.spoil_next = False
+        self._reset()
+        world.after(0.0, self.report, self.life)
+
+    def _reset(self) -> None:
+        self.epoch = self.last_step_id = 0
+        self.model = FakeWorker(self.world.swarm.num_blocks)
+        self.heard_at = self.world.now
+
+    def die(self, restart_s: float) -> None:
+        """End the process; another one starts under the same name."""
+        self.is_alive = False
+        self.life += 1
+        self.world.after(restart_s, self.start)
+
+    def start(self) -> None:
+        if not self.is_alive:
+            self.is_alive = True
+            self.hangs_until = self.busy_until = 0.0
+            self._reset()
+            self.world.after(0.0, self.report, self.life)
+
+    def report(self, life: int) -> None:
+        """The timer: a hello, or a sign of life."""
+        if life != self.life or not self.is_alive:
+            return
+        self.world.after(REPORT_S, self.report, life)
+        if self.world.now < self.hangs_until:
+            return
+        if self.epoch and self.world.now - self.heard_at > SILENCE_S:
+            self.epoch = 0
+        if self.epoch:
+            self._send(worker_pb2.WorkerFrame(heartbeat=worker_pb2.Heartbeat()))
+        else:
+            self._hello()
+
+    def receive(self, life: int, frame: worker_pb2.WorkerFrame) -> None:
+        """A frame arrived, if the process it was sent to still lives."""
+        if life != self.life or not self.is_alive:
+            return
+        waits_s = max(self.hangs_until, self.busy_until) - self.world.now
+        if waits_s > 0:  # one thread computes and reads, in order
+            self.world.after(waits_s, self.receive, life, frame)
+            return
+        kind = frame.WhichOneof("kind")
+        if kind == "worker_config":
+            if frame.epoch >= self.epoch:
+                self._reset()
+                self.epoch = frame.epoch
+                blocks, context = self.world.swarm.num_blocks, self.world.swarm.max_model_len
+                self._send(worker_pb2.WorkerFrame(worker_ready={"kv_blocks": blocks, "max_model_len": context}))
+        elif frame.epoch == self.epoch and self.epoch:
+            self.heard_at = self.world.now
+            if kind == "step_plan":
+                self._compute(frame.step_plan)
+            elif kind == "fenced":
+                self.epoch = 0
+                self._hello()
+
+    def _compute(self, plan: worker_pb2.StepPlan) -> None:
+        if plan.step_id <= self.last_step_id:
+            return
+        if plan.step_id != self.last_step_id + 1:
+            self._fault("STEP_GAP")
+            self.epoch = 0
+            self._hello()
+            return
+        if POISON in array("I", plan.token_ids):
+            self.world.count("poison")
+            self.die(restart_s=0.05)
+            return
+        self.last_step_id = plan.step_id
+        result = self.model.execute(plan)
+        if self.spoil_next and result.token_ids:
+            self.spoil_next = False
+            tokens = array("I", result.token_ids)
+            tokens[0] = NOT_FINITE
+            result.token_ids = tokens.tobytes()
+            self.world.spoiled = True
+        took_s = self.world.swarm.step_s * (20 if self.world.now < self.slow_until else 1)
+        self.busy_until = self.world.now + took_s
+        self.world.after(took_s, self._answer, self.life, self.epoch, result)
+
+    def _answer(self, life: int, epoch: int, result: worker_pb2.StepResult) -> None:
+        if life == self.life and self.is_alive:
+            if self.world.now < self.hangs_until:
+                self.world.after(self.hangs_until - self.world.now, self._answer, life, epoch, result)
+            else:
+                self._send(worker_pb2.WorkerFrame(step_result=result), epoch)
+
+    def fault(self, reason: str) -> None:
+        """End with a last word."""
+        if self.is_alive and self.epoch:
+            self._fault(reason, fatal=True)
+            self.die(restart_s=0.05)
+
+    def _fault(self, reason: str, fatal: bool = False) -> None:
+        self._send(worker_pb2.WorkerFrame(worker_fault={"reason": reason, "fatal": fatal}))
+
+    def _hello(self) -> None:
+        hello = worker_pb2.WorkerHello(worker_id=self.name, world_size=1, device="sim")
+        self._send(worker_pb2.WorkerFrame(worker_hello=hello), 0)
+
+    def _send(self, frame: worker_pb2.WorkerFrame, epoch: int | None = None) -> None:
+        frame.protocol_revision = PROTOCOL_REVISION
+        frame.epoch = self.epoch if epoch is None else epoch
+        self.world.network.carry(self, lambda: self.world.from_worker(self, frame))
+
+
+class Network:
+    """The hop between scheduler and workers: delay, loss, duplication, reordering, partition."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.rng = random.Random(world.swarm.seed ^ 0x5EED)
+        self._last: dict[tuple[str, bool], float] = {}
+
+    def carry(self, worker: SimWorker, arrive: Callable[[], None], to_worker: bool = False) -> None:
+        """Let a frame arrive, or not."""
+        world, swarm, rng = self.world, self.world.swarm, self.rng
+        if world.now < worker.partitioned_until:
+            world.count("partitioned frame")
+            return
+        copies = 1
+        if not world.healed and (swarm.loss or swarm.duplication):
+            draw = rng.random()
+            if draw < swarm.loss:
+                world.count("lost frame")
+                return
+            if draw > 1 - swarm.duplication:
+                world.count("doubled frame")
+                copies = 2
+        for _ in range(copies):
+            at = world.now + rng.random() * swarm.max_delay_s
+            key = worker.name, to_worker
+            if not world.healed and swarm.reordering and rng.random() < swarm.reordering:
+                world.count("reordered frame")
+                at += 0.02
+            else:
+                at = self._last[key] = max(at, self._last.get(key, 0.0))
+            world.at(at, arrive)
