@@ -9,6 +9,7 @@ MODEL ?= demo
 SERVE_FLAGS ?=
 FAULTS ?=
 GPU_FLAGS ?=
+SEEDS ?= 10000
 # Where the engines that Octavo is measured against are installed.
 PEERS ?= build/peers
 
@@ -51,6 +52,9 @@ bench: setup-dev  ## Print the figures in docs/performance.md
 
 bench-peers: setup-dev  ## Measure Octavo beside vLLM, llama.cpp and OpenVINO, in turn (an hour; 15 GB in PEERS)
 	$(BIN)/python benchmarks/peers/run.py --home $(PEERS)
+
+simulate: setup-dev  ## Run the scheduler among simulated faults, SEEDS times (default: 10000)
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
 
 soak: setup-dev  ## Serve 64 mixed streams for ten minutes and check that nothing is lost
 	$(BIN)/python benchmarks/soak.py --minutes 10

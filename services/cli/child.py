@@ -56,6 +56,11 @@ class Child:
         """It has been started and has not ended."""
         return self._process is not None and self._process.returncode is None
 
+    @property
+    def pid(self) -> int:
+        """Its process id, or that of its last process; 0 before the first."""
+        return 0 if self._process is None else self._process.pid
+
     async def start(self) -> None:
         """Start the process; OSError if that cannot be done."""
         assert not self.running, f"{self.spec.name} is running"

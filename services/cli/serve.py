@@ -287,7 +287,7 @@ def child_specs(
     specs = []
     for name, address, endpoint in zip(names, scheduler_addresses, worker_endpoints, strict=True):
         own = {"scheduler_id": name, "scheduler_address": address, "worker_endpoint": endpoint}
-        specs.append(spec(name, 1, {**scheduler, **own}))
+        specs.append(spec(name, 1, {**scheduler, **own}, progress="--progress-fd"))
     for index in range(num_workers):
         name = f"worker-{index}"
         own = {"worker_id": name, "worker_endpoint": worker_endpoints[index // config.workers]}
@@ -341,7 +341,10 @@ async def _supervise(
                 display.progress(f"{name} loads {model.name}", done, total)
             case "join":  # from here on it joins the scheduler and prepares its device
                 display.progress(f"{name} prepares", 0, 1)
+            case "fenced":  # a scheduler gave a worker up
+                supervisor.doubt(str(event.get("worker_id")))
             case "ready":
+                supervisor.trust(name)
                 display.progress(f"{name} prepares", 1, 1)
                 if supervisor.ready:
                     output.say(f"{name} is ready again")

@@ -25,16 +25,18 @@ class Limits:
     A child that fails `max_failures` times within `failure_window_s` is given up, and all with it.
     Before each restart it waits, from `backoff_s` up to `max_backoff_s`, doubling.
     `start_s` bounds the first start; `grace_s` bounds how long each child may take to stop, and
-    `unit_grace_s` how long after another one of its unit has ended.
+    `unit_grace_s` how long after another one of its unit has ended; `hung_s` is how long a child
+    that is said to hang may take to show life.
     """
 
-    max_failures: int = 5
+    max_failures: int = 12  # finding a request that kills workers costs up to ten of them
     failure_window_s: float = 60.0
     backoff_s: float = 0.2
     max_backoff_s: float = 5.0
     start_s: float = 1800.0
     grace_s: float = 30.0
     unit_grace_s: float = 2.0
+    hung_s: float = 2.0
 
 
 class _GaveUpError(Exception):
@@ -72,6 +74,25 @@ class Supervisor:
         self.ready = False
         self._stop = asyncio.Event()
         self._kill = asyncio.Event()
+        self._doubts: dict[str, asyncio.TimerHandle] = {}  # children that are said to hang
+
+    def doubt(self, name: str) -> None:
+        """Somebody says that a child hangs: kill it, and so restart it, unless `trust` is called for it soon."""
+        for child in self._children:
+            if child.spec.name == name and name not in self._doubts and child.running:
+                loop = asyncio.get_running_loop()
+                self._doubts[name] = loop.call_later(self._limits.hung_s, self._kill_hung, child, child.pid)
+
+    def trust(self, name: str) -> None:
+        """A child shows life."""
+        if doubt := self._doubts.pop(name, None):
+            doubt.cancel()
+
+    def _kill_hung(self, child: Child, pid: int) -> None:
+        del self._doubts[child.spec.name]
+        if child.running and child.pid == pid:  # else it has been started again since
+            self._say(f"{child.spec.name} hangs: killing it")
+            child.kill()
 
     async def run(self) -> int:
         """Run until SIGINT or SIGTERM (return 0) or until it has to be given up (return 1).
@@ -91,8 +112,9 @@ class Supervisor:
             self._say(str(error))
             status = 1
         finally:
-            for task in (*keepers, starter, stop):
+            for task in (*keepers, starter, stop, *self._doubts.values()):
                 task.cancel()
+            self._doubts.clear()
             await asyncio.gather(*keepers, starter, stop, return_exceptions=True)
             await self._stop_all()
             for number in _STOP_SIGNALS:

@@ -140,7 +140,7 @@ class Membership:
         if known is not None and known.hello.group_id != group_id:
             self._lose(known.hello.group_id, "is in another group now", now, crashed=False)
         if group_id in self._groups:
-            self._lose(group_id, "starts over", now, crashed=True)
+            self._lose(group_id, "starts over", now, crashed=True, is_alive=False)
         self._epoch += 1
         member = Member(identity, worker_pb2.WorkerHello(), frame.protocol_revision, self._epoch, last_heard=now)
         member.hello.CopyFrom(hello)

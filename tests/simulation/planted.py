@@ -92,7 +92,9 @@ def apply_a_repeated_result_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "step_done", trusting)
 
 
-BUGS: tuple[Callable[[pytest.MonkeyPatch], None], ...] = (
+Bug = Callable[[pytest.MonkeyPatch], None]
+
+BUGS: tuple[Bug, ...] = (
     leak_a_block_on_cancel,
     accept_an_old_epoch,
     reuse_a_slot_too_early,

@@ -70,8 +70,8 @@ def draw(seed: int) -> Swarm:
         swarm.loss = rng.choice([0.005, 0.02])
     if rng.random() < 0.3:
         swarm.duplication = rng.choice([0.02, 0.1])
-    if rng.random() < 0.15:
-        swarm.reordering = 0.02
+    if rng.random() < 0.25:
+        swarm.reordering = 0.02 if seed % 2 else 0.1
     kinds = rng.sample(FAULTS, rng.choice([0, 1, 2, 3, 5]))
     swarm.faults_end = rng.choice([0.2, 0.6, 1.5])
     for _ in range(rng.choice([1, 3, 6])):

@@ -117,7 +117,9 @@ class SimWorker:
             if self.world.now < self.hangs_until:
                 self.world.after(self.hangs_until - self.world.now, self._answer, life, epoch, result)
             else:
-                self._send(worker_pb2.WorkerFrame(step_result=result), epoch)
+                # A result that comes when an epoch later has got as far is the worst there is.
+                late_s = result.step_id * self.world.swarm.step_s
+                self._send(worker_pb2.WorkerFrame(step_result=result), epoch, late_s)
 
     def fault(self, reason: str) -> None:
         """End with a last word."""
@@ -132,10 +134,10 @@ class SimWorker:
         hello = worker_pb2.WorkerHello(worker_id=self.name, world_size=1, device="sim")
         self._send(worker_pb2.WorkerFrame(worker_hello=hello), 0)
 
-    def _send(self, frame: worker_pb2.WorkerFrame, epoch: int | None = None) -> None:
+    def _send(self, frame: worker_pb2.WorkerFrame, epoch: int | None = None, late_s: float = 0.0) -> None:
         frame.protocol_revision = PROTOCOL_REVISION
         frame.epoch = self.epoch if epoch is None else epoch
-        self.world.network.carry(self, lambda: self.world.from_worker(self, frame))
+        self.world.network.carry(self, lambda: self.world.from_worker(self, frame), late_s=late_s)
 
 
 class Network:
@@ -146,8 +148,10 @@ class Network:
         self.rng = random.Random(world.swarm.seed ^ 0x5EED)
         self._last: dict[tuple[str, bool], float] = {}
 
-    def carry(self, worker: SimWorker, arrive: Callable[[], None], to_worker: bool = False) -> None:
-        """Let a frame arrive, or not."""
+    def carry(
+        self, worker: SimWorker, arrive: Callable[[], None], to_worker: bool = False, late_s: float = 0.0
+    ) -> None:
+        """Let a frame arrive, or not; one out of order comes later, by about `late_s` if that is given."""
         world, swarm, rng = self.world, self.world.swarm, self.rng
         if world.now < worker.partitioned_until:
             world.count("partitioned frame")
@@ -166,7 +170,7 @@ class Network:
             key = worker.name, to_worker
             if not world.healed and swarm.reordering and rng.random() < swarm.reordering:
                 world.count("reordered frame")
-                at += 0.02
+                at += rng.choice([0.01, 0.05, 0.3]) * rng.random() + rng.choice([0.0, late_s])
             else:
                 at = self._last[key] = max(at, self._last.get(key, 0.0))
             world.at(at, arrive)

@@ -304,7 +304,15 @@ class World:
                 cause = LEGITIMATE[call.ending]
                 assert not cause or self.counts[cause], f"{name} ended with {call.ending} without a {cause}"
             if call.ending == "QUARANTINED":
-                died = ("worker_crash", "worker_hang", "worker_fault", "partition", "lost frame", "worker_slow")
+                died = (
+                    "worker_crash",
+                    "worker_hang",
+                    "worker_fault",
+                    "partition",
+                    "lost frame",
+                    "worker_slow",
+                    "reordered frame",
+                )
                 innocent = POISON not in call.submit.prompt_token_ids
                 assert not innocent or any(self.counts[fault] for fault in died), f"{name} was blamed for nothing"
 

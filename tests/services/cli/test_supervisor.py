@@ -134,7 +134,7 @@ async def test_a_child_that_keeps_failing_is_given_up() -> None:
     run = Run(shell("good", f"echo up; {FOREVER}"), shell("bad", "read line; echo boom; exit 1"), limits=QUICK)
 
     assert await run.task == 1
-    assert run.said[-1].startswith("bad failed 5 times in 0 s (exit status 1): giving up")
+    assert run.said[-1].startswith("bad failed 12 times in 0 s (exit status 1): giving up")
     assert "boom" in run.said[-1]
     assert run.lines.count("bad: boom") == 5
 
@@ -226,3 +226,23 @@ async def test_children_of_a_unit_end_and_start_together(tmp_path: Path) -> None
     assert await run.task == 0
     assert sorted(run.lines[3:]) == ["a: up", "b: up"]
     assert run.said[0] == "b ended (exit status 3); restarting all of u in 0.01 s"
+
+
+async def test_a_child_that_hangs_is_killed_and_started_again_unless_it_shows_life() -> None:
+    script = f"echo pid $$; {FOREVER}"
+    limits = Limits(backoff_s=0.01, max_backoff_s=0.02, start_s=20, grace_s=20, hung_s=0.0)
+    run = Run(shell("hangs", script), shell("lives", script), limits=limits, ready_after=2)
+    await run.ready.wait()
+    hung = next(int(line.split()[-1]) for line in run.lines if line.startswith("hangs"))
+
+    run.supervisor.doubt("lives")
+    run.supervisor.trust("lives")
+    run.supervisor.doubt("hangs")
+    run.supervisor.doubt("nobody")
+
+    await run.until(lambda: len(run.lines) == 3)
+    assert_gone(hung)
+    assert run.lines[2].startswith("hangs: pid")
+    assert run.said[0] == "hangs hangs: killing it"
+    os.kill(os.getpid(), signal.SIGINT)
+    assert await run.task == 0
