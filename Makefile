@@ -15,7 +15,7 @@ PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers soak faults gpu-check gpu-bench clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers simulate soak faults gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'

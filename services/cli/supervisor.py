@@ -77,19 +77,21 @@ class Supervisor:
         self._doubts: dict[str, asyncio.TimerHandle] = {}  # children that are said to hang
 
     def doubt(self, name: str) -> None:
-        """Somebody says that a child hangs: kill it, and so restart it, unless `trust` is called for it soon."""
-        for child in self._children:
-            if child.spec.name == name and name not in self._doubts and child.running:
-                loop = asyncio.get_running_loop()
-                self._doubts[name] = loop.call_later(self._limits.hung_s, self._kill_hung, child, child.pid)
+        """Somebody says that a child or unit hangs: kill it, and so restart it, unless `trust` is called soon."""
+        child = next((child for child in self._children if name in (child.spec.unit, child.spec.name)), None)
+        if child is not None and child.running and name not in self._doubts:
+            loop = asyncio.get_running_loop()
+            self._doubts[name] = loop.call_later(self._limits.hung_s, self._kill_hung, name, child, child.pid)
 
     def trust(self, name: str) -> None:
-        """A child shows life."""
-        if doubt := self._doubts.pop(name, None):
-            doubt.cancel()
+        """A child shows life, and so does its unit."""
+        units = [child.spec.unit for child in self._children if child.spec.name == name]
+        for doubted in (name, *units):
+            if doubt := self._doubts.pop(doubted, None):
+                doubt.cancel()
 
-    def _kill_hung(self, child: Child, pid: int) -> None:
-        del self._doubts[child.spec.name]
+    def _kill_hung(self, name: str, child: Child, pid: int) -> None:
+        del self._doubts[name]
         if child.running and child.pid == pid:  # else it has been started again since
             self._say(f"{child.spec.name} hangs: killing it")
             child.kill()
@@ -112,7 +114,9 @@ class Supervisor:
             self._say(str(error))
             status = 1
         finally:
-            for task in (*keepers, starter, stop, *self._doubts.values()):
+            for doubt in self._doubts.values():
+                doubt.cancel()
+            for task in (*keepers, starter, stop):
                 task.cancel()
             self._doubts.clear()
             await asyncio.gather(*keepers, starter, stop, return_exceptions=True)

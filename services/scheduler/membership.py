@@ -202,7 +202,7 @@ class Membership:
                 self.give_up(group_id, "is silent", now)
             elif now - member.last_sent >= HEARTBEAT_S:
                 if not self._send(member, worker_pb2.WorkerFrame(heartbeat=worker_pb2.Heartbeat()), now):
-                    self._lose(group_id, "is gone", now, crashed=True, is_alive=False)
+                    self.give_up(group_id, "is gone", now)  # or only its connection: one that hangs loses it too
                 elif not member.is_ready and now - member.configured_at >= CONFIG_REPEAT_S:
                     self._configure(member, now)
 
