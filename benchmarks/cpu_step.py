@@ -7,8 +7,9 @@ many times on the wall clock; "best" says what the kernels can do, "median" what
 
 The floor of a step is max(bytes / read rate, operations / dot rate): bytes of packed weights and of
 the KV cache read, multiplications and additions of the model, and the two rates at which this
-machine reads memory and multiplies bf16 pairs in registers, measured in the same run by the same
-threads, before, between and after the steps. Shares are best against best and median against median.
+machine reads memory and multiplies bf16 pairs in registers, measured with as many threads in turn
+with the steps: on a shared machine the rates change from one second to the next. Shares are best
+against best and median against median.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +40,7 @@ MAX_POSITIONS = 4096
 BATCHES = (1, 8, 32)
 READ_BYTES = 256 << 20  # far more than any cache holds
 DOT_ITEMS = 64
+ROUNDS = 8
 
 
 class RandomModel:
@@ -98,55 +102,50 @@ def make_step(batch: int, start: int, num_new: int) -> StepInput:
 
 
 class Roofline:
-    """The machine's two limits: bytes read and bf16 multiplications and additions, per second."""
+    """The machine's two limits, measured by the threads that a device of so many threads would have."""
 
     def __init__(self, num_threads: int, variant: str) -> None:
         self._runtime = Runtime(variant, num_threads)
         self._address = self._runtime.allocate(READ_BYTES)
         ctypes.memset(self._address, 1, READ_BYTES)
-        self._read_ms: list[float] = []
-        self._dot_ms: list[float] = []
+        self._flops = self._runtime.measure_dot(DOT_ITEMS)
 
-    def measure(self, seconds: float) -> None:
-        """Measure both limits once more; every time counts."""
-        self._read_ms += times_of(lambda: self._runtime.measure_read(self._address, READ_BYTES), seconds)
-        self._dot_ms += times_of(lambda: self._runtime.measure_dot(DOT_ITEMS), seconds)
+    def read_rates(self, seconds: float) -> list[float]:
+        """Return rates of reading, bytes per ms."""
+        times = times_of(lambda: self._runtime.measure_read(self._address, READ_BYTES), seconds)
+        return [READ_BYTES / ms for ms in times]
 
-    def rates(self, pick: Callable[[list[float]], float]) -> tuple[float, float]:
-        """Return bytes and operations per ms; `pick` chooses from all times measured."""
-        flops = self._runtime.measure_dot(DOT_ITEMS)
-        return READ_BYTES / pick(self._read_ms), flops / pick(self._dot_ms)
-
-    def __str__(self) -> str:
-        (read, dot), (median_read, median_dot) = self.rates(min), self.rates(statistics.median)
-        return (
-            f"this machine: reads {read / 1e6:.1f} GB/s best, {median_read / 1e6:.1f} median;"
-            f" {dot / 1e6:.0f} GFLOP/s of bf16 best, {median_dot / 1e6:.0f} median"
-        )
+    def dot_rates(self, seconds: float) -> list[float]:
+        """Return rates of multiplying pairs, operations per ms."""
+        return [self._flops / ms for ms in times_of(lambda: self._runtime.measure_dot(DOT_ITEMS), seconds)]
 
 
 @dataclass
 class Row:
-    """A kind of step and what was measured of it."""
+    """A kind of step and what was measured of it, and of the machine between its steps."""
 
     name: str
     tokens: int
     num_bytes: int
     flops: int
     times: list[float]
+    read_rates: list[float]
+    dot_rates: list[float]
 
-    def describe(self, roofline: Roofline) -> str:
-        """Return the line to print."""
-        parts = [f"{self.name:24}"]
-        for word, pick in (("best", min), ("median", statistics.median)):
-            read, dot = roofline.rates(pick)
-            floors = self.num_bytes / read, self.flops / dot
-            time_ms = pick(self.times)
+    def __str__(self) -> str:
+        parts = [f"{self.name:19}"]
+        median = statistics.median
+        for word, time_ms, read, dot in (
+            ("best", min(self.times), max(self.read_rates), max(self.dot_rates)),
+            ("median", median(self.times), median(self.read_rates), median(self.dot_rates)),
+        ):
+            by_bytes, by_flops = self.num_bytes / read, self.flops / dot
+            floor = max(by_bytes, by_flops)
             parts.append(
-                f"{word} {time_ms:7.2f} ms, floor {max(floors):6.2f} (bytes {floors[0]:5.2f}, flop {floors[1]:6.2f}),"
-                f" {max(floors) / time_ms:4.0%} "
+                f"{word} {time_ms:7.2f} ms = {floor / time_ms:4.0%} of floor {floor:6.2f}"
+                f" (bytes {by_bytes:5.2f} at {read / 1e6:4.1f} GB/s, flop {by_flops:6.2f} at {dot / 1e6:3.0f} GFLOP/s)"
             )
-        parts.append(f"{self.tokens / statistics.median(self.times) * 1e3:6.0f} tok/s")
+        parts.append(f"{self.tokens / median(self.times) * 1e3:5.0f} tok/s")
         return "  ".join(parts)
 
 
@@ -155,15 +154,17 @@ def times_of(run: Callable[[], object], seconds: float) -> list[float]:
     run()
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 5:
+    while time.perf_counter() < end or len(times) < 3:
         started = time.perf_counter()
         run()
         times.append((time.perf_counter() - started) * 1e3)
     return times
 
 
-def make_row(name: str, device: CpuDevice, batch: int, context: int, num_new: int, seconds: float) -> Row:
-    """Fill the cache up to the step and time the step."""
+def make_row(
+    name: str, device: CpuDevice, roofline: Roofline, batch: int, context: int, num_new: int, seconds: float
+) -> Row:
+    """Fill the cache up to the step, then time the step and the machine's limits in turn."""
     for start in range(0, context - num_new, 16):
         device.forward(make_step(batch, start, min(16, context - num_new - start)))
     step = make_step(batch, context - num_new, num_new)
@@ -172,7 +173,12 @@ def make_row(name: str, device: CpuDevice, batch: int, context: int, num_new: in
     attention = 4 * LAYERS * keys_seen * HEADS.num_heads * HEADS.head_dim
     flops = 2 * (LAYERS * LAYER_WEIGHTS * tokens + HEAD_WEIGHTS * batch) + attention
     num_bytes = 2 * (LAYERS * LAYER_WEIGHTS + HEAD_WEIGHTS) + batch * context * device.kv_block_bytes() // BLOCK_TOKENS
-    return Row(name, tokens, num_bytes, flops, times_of(lambda: device.forward(step), seconds))
+    row = Row(name, tokens, num_bytes, flops, [], [], [])
+    for _ in range(ROUNDS):
+        row.read_rates += roofline.read_rates(seconds / ROUNDS / 8)
+        row.dot_rates += roofline.dot_rates(seconds / ROUNDS / 8)
+        row.times += times_of(lambda: device.forward(step), seconds * 3 / 4 / ROUNDS)
+    return row
 
 
 def report_profile(name: str, device: CpuDevice, batch: int, context: int, num_new: int) -> None:
@@ -187,6 +193,27 @@ def report_profile(name: str, device: CpuDevice, batch: int, context: int, num_n
     parts = [f"{kind} {ns / num_steps / 1e6:.2f} ms / {count // num_steps}" for kind, (ns, count) in kinds.items()]
     barriers = sum(count for _, count in kinds.values()) // num_steps
     print(f"  {name}: {total / num_steps / 1e6:.2f} ms in {barriers} phases: {', '.join(parts)}", flush=True)
+
+
+def report_beside_busy(device: CpuDevice, seconds: float) -> None:
+    """Time a step alone and beside a process that keeps a core busy, in turn."""
+    for batch in BATCHES:
+        step = make_step(batch, 127, 1)
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(ROUNDS):
+            for is_busy, measured in times.items():
+                process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if is_busy else None
+                measured += times_of(lambda step=step: device.forward(step), seconds / ROUNDS)  # type: ignore[misc]
+                if process is not None:
+                    process.kill()
+                    process.wait()
+        for word, pick in (("mean", statistics.mean), ("median", statistics.median)):
+            alone, beside = pick(times[False]), pick(times[True])
+            print(
+                f"decode B={batch:<3} {word:6} {alone:6.2f} ms alone, {beside:6.2f} ms beside a busy process:"
+                f" {beside / alone:.2f} times",
+                flush=True,
+            )
 
 
 def report_draws(device: CpuDevice, seconds: float) -> None:
@@ -211,7 +238,9 @@ def main() -> None:
     parser.add_argument("--variant", default="", help="avx512_bf16, avx2 or portable; default: the best")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line")
     parser.add_argument("--long", action="store_true", help="contexts of 512 and 2048 as well")
+    parser.add_argument("--only", default="", help="only the kinds of step whose name holds this, like 'B=1 '")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
+    parser.add_argument("--beside-busy", action="store_true", help="steps beside a process that keeps a core busy")
     options = parser.parse_args()
     roofline = Roofline(options.threads, options.variant)
     device = CpuDevice(
@@ -221,16 +250,14 @@ def main() -> None:
     contexts, prompts = ((128, 512, 2048), (32, 128, 512, 1024)) if options.long else ((128,), (512,))
     shapes = [(f"decode B={batch} ctx {context}", batch, context, 1) for context in contexts for batch in BATCHES]
     shapes += [(f"prefill {length}", 1, length, length) for length in prompts]
-    rows: list[Row] = []
     for name, batch, context, num_new in shapes:
-        roofline.measure(options.seconds / 4)
-        rows.append(make_row(name, device, batch, context, num_new, options.seconds))
+        if options.only not in name:
+            continue
+        print(make_row(name, device, roofline, batch, context, num_new, options.seconds), flush=True)
         if options.profile:
             report_profile(name, device, batch, context, num_new)
-    roofline.measure(options.seconds / 4)
-    print(roofline)
-    for row in rows:
-        print(row.describe(roofline))
+    if options.beside_busy:
+        report_beside_busy(device, options.seconds)
     report_draws(device, options.seconds)
 
 

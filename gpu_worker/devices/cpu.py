@@ -157,8 +157,8 @@ class _Value:
 class _Recorder:
     """An `Ops` that records a program.
 
-    The embedding table stays in rows, for looking up; the head is packed, for multiplying. So tied
-    weights are held twice, in two layouts.
+    An embedding table is held in rows; one that the head is tied to is looked up in the head's
+    packed weights instead, so that it is there once.
     """
 
     def __init__(self, runtime: Runtime, model: Model) -> None:
@@ -168,6 +168,7 @@ class _Recorder:
         self._heads = model.heads
         self._num_layers = model.num_layers
         self._vocab_size = model.vocab_size
+        self._embeddings: list[tuple[library.Op, torch.Tensor]] = []  # to be stored once the head is known
         self._inputs: list[_Value | None] = []  # of each operation
         self._outputs: list[_Value | None] = []
         # Rotary tables are shared between layers. The tensors are kept so that an id stays theirs.
@@ -179,8 +180,8 @@ class _Recorder:
 
     def embed(self, table: torch.Tensor) -> _Value:
         assert table.shape[0] >= self._vocab_size, f"embedding {tuple(table.shape)}, vocab_size {self._vocab_size}"
-        address, stride = self._runtime.store_rows(table)
-        op = library.Op(kind=library.EMBED, table=address, table_stride=stride, vocab_size=table.shape[0])
+        op = library.Op(kind=library.EMBED, vocab_size=table.shape[0])
+        self._embeddings.append((op, table))
         return self._record(op, None, _Value(table.shape[1], is_float=True))
 
     def norm_linear(self, x: _Value, norm: Norm, linear: Linear) -> _Value:
@@ -253,6 +254,12 @@ class _Recorder:
         assert head.weight.shape[0] == self._vocab_size, (tuple(head.weight.shape), self._vocab_size)
         op = library.Op(kind=library.LOGITS, norm=self._norm(norm, x), linear=self._linear(head, x))
         self._append(op, x, None)
+        for embedding, table in self._embeddings:
+            if _is_same(table, head.weight):
+                embedding.linear = op.linear
+            else:
+                embedding.table, embedding.table_stride = self._runtime.store_rows(table)
+        self._embeddings.clear()
         return self.end
 
     def allocate_buffers(self, max_batch_tokens: int) -> tuple[ctypes.Array[library.Buffer], int]:
@@ -318,3 +325,12 @@ class _Recorder:
             "num_kv_heads": heads.num_kv_heads,
             "head_dim": heads.head_dim,
         }
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.data_ptr(), one.dtype, one.shape, one.stride()) == (
+        other.data_ptr(),
+        other.dtype,
+        other.shape,
+        other.stride(),
+    )

@@ -81,7 +81,8 @@ struct OctavoOp {
   int32_t head_dim;  // a multiple of 16
   float scale;
   int32_t window;  // 0: no window
-  // embedding: bf16 rows [vocab_size, table_stride]
+  // embedding: bf16 rows [vocab_size, table_stride]; where table_stride is 0, `linear` is the table,
+  // packed: a head that is tied to the embedding is not held twice
   const uint16_t* table;
   int32_t table_stride;
   int32_t vocab_size;

@@ -59,7 +59,7 @@ void score_pages(const Activation* queries, const bf16* const* pages, int head_d
       const bf16* page = pages[vector / kVectorsPerPage] + i * kBlockTokens;
       key[vector] = load_pairs(page + vector % kVectorsPerPage * kLanes * 2);
     }
-    for (int page = 0; page < kPages; ++page) prefetch(pages[page] + (head_dim + i) * kBlockTokens);  // its values
+    for (int page = 0; page < kPages; ++page) prefetch_l2(pages[page] + (head_dim + i) * kBlockTokens);  // its values
     for (int row = 0; row < kRows; ++row) {
       const Pairs query = broadcast_pair(queries + row * kMaxHeadDim + i);
       for (int vector = 0; vector < kVectors; ++vector)
@@ -121,7 +121,7 @@ void add_values(const Tile& tile, const Activation* weights, int head_dim, int d
       Pairs value[kVectors];
       for (int vector = 0; vector < kVectors; ++vector) {
         value[vector] = load_pairs(values + (pair * head_dim + vector * kLanes) * 2);
-        prefetch(next_keys + (pair * head_dim + vector * kLanes) * 2);
+        prefetch_l2(next_keys + (pair * head_dim + vector * kLanes) * 2);
       }
       for (int row = 0; row < kRows; ++row) {
         const Pairs weight = broadcast_pair(weights + row * kTileKeys + page * kBlockTokens + pair * 2);

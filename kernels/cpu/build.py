@@ -36,7 +36,7 @@ X86_VARIANTS: dict[str, tuple[str, ...]] = {
     "avx512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
     "avx2": ("-mavx2", "-mfma"),
 }
-ARM_VARIANTS: dict[str, tuple[str, ...]] = {"neon_bf16": ("-march=armv8.2-a+bf16",), "neon": ()}
+ARM_VARIANTS: dict[str, tuple[str, ...]] = {"neon_bf16": ("-march=armv8.2-a+fp16+bf16",), "neon": ()}
 
 
 class BuildError(Exception):

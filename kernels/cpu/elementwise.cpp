@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "gemm.h"
+
 namespace octavo {
 namespace {
 
@@ -80,6 +82,7 @@ void write_value(const Head& head, int head_dim, int offset, bf16* page) {
 }  // namespace
 
 void embed_token(const OctavoOp& op, int32_t token_id, float* output) {
+  if (op.table_stride == 0) return unpack_column(op.linear, token_id, output);
   const bf16* row = op.table + static_cast<int64_t>(token_id) * op.table_stride;
   for (int i = 0; i < op.table_stride; i += kLanes) store(output + i, load_bf16(row + i));
 }

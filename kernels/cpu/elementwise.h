@@ -12,7 +12,7 @@ constexpr int kBlockTokens = 16;   // tokens in a KV block
 constexpr int kMaxHeadDim = 256;
 constexpr int kRowMultiple = 32;   // buffer rows are padded to this many elements
 
-// Look up one token: bf16 table row to float32.
+// Look up one token: a row of the table, or of the packed layer that is one, to float32.
 void embed_token(const OctavoOp& op, int32_t token_id, float* output);
 
 // output = bf16(x / sqrt(mean(x^2) + eps) * weight), padding included (zeros stay zeros).

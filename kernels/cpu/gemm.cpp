@@ -202,6 +202,13 @@ GemmItems::GemmItems(int rows, const OctavoLinear& linear, bool gated, int num_t
   num_block_items = static_cast<int>(divide_up(num_blocks, blocks_per_item));
 }
 
+void unpack_column(const OctavoLinear& linear, int64_t column, float* output) {
+  const int64_t num_pairs = divide_up(linear.in_features, 2);
+  const bf16* pairs = linear.weight + (column / kBlockColumns * num_pairs * kBlockColumns + column % kBlockColumns) * 2;
+  for (int64_t i = 0; i < linear.in_features; ++i)
+    output[i] = bf16_to_float(pairs[i / 2 * kBlockColumns * 2 + i % 2]);
+}
+
 MemoryRange weights_of_gemm_item(const Gemm& gemm, const GemmItems& items, int item) {
   const BlockRange blocks = blocks_of_item(items, item);
   const bf16* begin = block_weights(gemm, blocks.begin);

@@ -57,6 +57,9 @@ struct GemmItems {
 // Compute all rows of blocks [begin, end).
 void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end);
 
+// The weights of one output of a layer that is no gated pair, as float32 [in_features].
+void unpack_column(const OctavoLinear& linear, int64_t column, float* output);
+
 // The weights that an item reads.
 MemoryRange weights_of_gemm_item(const Gemm& gemm, const GemmItems& items, int item);
 

@@ -34,7 +34,7 @@ _NEEDED_FLAGS = {
     "avx512_bf16": {"avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_bf16"},
     "avx512": {"avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq"},
     "avx2": {"avx2", "fma"},
-    "neon_bf16": {"bf16"},
+    "neon_bf16": {"bf16", "asimdhp"},
     "neon": set[str](),
     "portable": set[str](),
 }

@@ -17,7 +17,7 @@ namespace octavo {
 namespace {
 
 // So few rows are normed by every thread for itself: cheaper than one more wait for each other.
-constexpr int kPrivateNormRows = 8;
+constexpr int kPrivateNormRows = 32;
 constexpr int kRowsPerItem = 4;  // of embedding, norm and rotary
 
 constexpr size_t kBytesFetchedAhead = 256 << 10;  // by a thread that waits; a fraction of its cache
@@ -124,6 +124,7 @@ class StepJob : public Job {
   void norm_rows(const Phase& phase, int begin, int end, bf16* output) const;
   void run_private_norm_gemm(int phase, int item, int thread);
   void run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const;
+  void fetch_to_write_kv(const OctavoOp& op, int unit) const;
   void run_rotary_attention(int phase, int unit);
   void run_attention(int phase, int unit);
   bf16* layer_pages(const OctavoOp& op, int64_t block) const;
@@ -421,9 +422,24 @@ void StepJob::run_rotary(const OctavoOp& op, int begin, int end, int first_kv_he
   }
 }
 
+// A key is spread over all lines of its page: without this, the writes would wait for one after the other.
+void StepJob::fetch_to_write_kv(const OctavoOp& op, int unit) const {
+  const AttentionItem& item = attention_.items()[unit / op.num_kv_heads];
+  const int64_t page_size = int64_t{op.head_dim} * kBlockTokens;
+  for (int t = item.first_token; t < item.first_token + item.num_tokens; ++t) {
+    const int32_t slot = step_.slot_mapping[t];
+    const bf16* keys = layer_pages(op, slot / kBlockTokens) + unit % op.num_kv_heads * 2 * page_size;
+    const bf16* values = keys + page_size + slot % kBlockTokens / 2 * op.head_dim * 2;
+    for (int64_t i = 0; i < page_size; i += 32) prefetch_to_write(keys + i);
+    for (int64_t i = 0; i < op.head_dim * 2; i += 32) prefetch_to_write(values + i);
+  }
+}
+
 void StepJob::run_rotary_attention(int phase, int unit) {
   const OctavoOp& op = *phases_[phase].op;
   const AttentionItem& item = attention_.items()[unit / op.num_kv_heads];
+  fetch_to_write_kv(op, unit);
+  if (unit + 1 < items_per_phase_[phase]) fetch_to_write_kv(op, unit + 1);
   run_rotary(*(&op - 1), item.first_token, item.first_token + item.num_tokens, unit % op.num_kv_heads, 1);
   run_attention(phase, unit);
 }

@@ -268,6 +268,7 @@ inline void load_activations(const bf16* source, int64_t count, Activation* targ
 // ---------------------------------------------------------------- processor state
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
+inline void prefetch_to_write(const void* address) { __builtin_prefetch(address, 1, 3); }
 inline void prefetch_l2(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // Rounds to nearest and keeps subnormal numbers while it lives, whatever the calling thread was

@@ -12,6 +12,7 @@ import torch
 from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.ops import Activation, Draw, Experts, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
 from octavo.kernels.cpu import library
+from octavo.kernels.cpu.runtime import Runtime
 
 BLOCK_TOKENS = 16
 MAX_TOKENS = 512
@@ -297,6 +298,24 @@ def test_weights_of_any_float_type_are_packed(dtype: torch.dtype) -> None:
         torch.testing.assert_close(logits, expected, atol=0.02, rtol=0.01)
     else:
         assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["plain", "odd sizes"])
+def test_a_tied_embedding_is_read_from_the_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TinyModel(SHAPES[name])
+    model.head = Linear(model.embedding.clone())
+    stored: list[torch.Tensor] = []
+    store_rows = Runtime.store_rows
+    monkeypatch.setattr(Runtime, "store_rows", lambda self, table: stored.append(table) or store_rows(self, table))
+    expected = run_in_chunks(make_device(model), make_sequence(1, 20, [3, 1]), 20)
+    assert len(stored) == 1
+
+    model.head = Linear(model.embedding)
+    device = make_device(model)
+
+    assert len(stored) == 1
+
+    assert torch.equal(run_in_chunks(device, make_sequence(1, 20, [3, 1]), 20), expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
