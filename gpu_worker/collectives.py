@@ -53,10 +53,11 @@ class Collectives:
         self._finish(lambda: self._host.allreduce([values], options))
         return int(values)
 
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum of every rank's `x`, added in the order of the ranks. `x` may be changed.
+    def all_reduce(self, x: torch.Tensor, scratch: torch.Tensor | None = None) -> torch.Tensor:
+        """Write the sum of every rank's `x`, added in the order of the ranks, to `x` and return it.
 
-        x  contiguous, of the same shape on every rank, its size a multiple of the world size
+        x        contiguous, of the same shape on every rank, its size a multiple of the world size
+        scratch  as `x`, overwritten; None: allocated if it is needed
         """
         group = self._group_of(x)
         if self.world_size == 2:  # one addition has no order
@@ -64,7 +65,7 @@ class Collectives:
             return x
         assert x.is_contiguous() and x.numel() % self.world_size == 0, x.shape  # noqa: PT018
         # Each rank sums one piece, in order. A library's own sum has an order that depends on the size.
-        pieces = torch.empty_like(x)
+        pieces = torch.empty_like(x) if scratch is None else scratch
         self._finish(lambda: group.alltoall_base(pieces.view(-1), x.view(-1), [], []))
         rows = pieces.view(self.world_size, -1)
         total = rows[0]
@@ -75,11 +76,15 @@ class Collectives:
 
     def join_columns(self, x: torch.Tensor) -> torch.Tensor:
         """Return [rows, world_size * columns] of every rank's `x` [rows, columns], in the order of the ranks."""
-        group = self._group_of(x)
         x = x.contiguous()
         gathered = x.new_empty(self.world_size, *x.shape)
-        self._finish(lambda: group._allgather_base(gathered.view(-1), x.view(-1)))
+        self.gather(x, gathered)
         return gathered.transpose(0, 1).reshape(len(x), -1)
+
+    def gather(self, x: torch.Tensor, gathered: torch.Tensor) -> None:
+        """Write every rank's `x` to `gathered` [world_size, *x.shape]; both are contiguous."""
+        group = self._group_of(x)
+        self._finish(lambda: group._allgather_base(gathered.view(-1), x.view(-1)))
 
     def _group_of(self, x: torch.Tensor) -> ProcessGroup:
         """Return what moves tensors on the device of `x`."""

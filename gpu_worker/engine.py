@@ -16,7 +16,6 @@ from octavo.gpu_worker.devices import make_runner
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.loading import LoadedModel
 from octavo.gpu_worker.ops import Int32Array
-from octavo.gpu_worker.parallel import ParallelModel
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Outcome, Runner, Running
 from octavo.worker.v1 import worker_pb2
@@ -129,12 +128,13 @@ def make_engine(
     max_blocks_per_sequence = -(-loaded.max_model_len // BLOCK_SIZE)
     runner = make_runner(
         config.device,
-        loaded.model if collectives is None else ParallelModel(loaded.model, collectives),
+        loaded.model,
         max_batch_tokens,
         max_running,
         max_blocks_per_sequence,
         num_threads=config.num_threads,
         kv_cache_dtype=config.kv_cache_dtype,
+        collectives=collectives,
     )
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
     if collectives is not None:

@@ -93,5 +93,5 @@ class ParallelOps:
 
     @staticmethod
     def _tensor(value: object) -> torch.Tensor:
-        assert isinstance(value, torch.Tensor), "this device records operations and cannot run them over ranks"
+        assert isinstance(value, torch.Tensor), "this device hands on no tensors: see devices/cuda_parallel.py"
         return value

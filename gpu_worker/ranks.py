@@ -167,7 +167,8 @@ def rank_hello(config: WorkerConfig, loaded: LoadedModel, process_id: str) -> wo
         worker_id=process_id,
         rank=config.rank,
         world_size=config.world_size,
-        device=f"{config.device} on {hardware}, torch {torch.__version__}, context {loaded.max_model_len}",
+        device=f"{config.device} on {hardware}, torch {torch.__version__}, context {loaded.max_model_len}, "
+        f"KV cache {config.kv_cache_dtype}",
         code_version=metadata.version("octavo"),
         model_version=loaded.model_version,
     )

@@ -8,9 +8,11 @@ from typing import Final
 
 import torch
 
+from octavo.gpu_worker.collectives import Collectives
 from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.host_runner import HostRunner
 from octavo.gpu_worker.ops import Device, Model
+from octavo.gpu_worker.parallel import ParallelModel
 from octavo.gpu_worker.runner import Runner
 
 log = logging.getLogger("octavo.worker")
@@ -27,16 +29,20 @@ def make_runner(
     *,
     num_threads: int = 0,
     kv_cache_dtype: str = "auto",
+    collectives: Collectives | None = None,
 ) -> Runner:
     """Build what runs steps on a device of DEVICES. Raises DeviceError if it is missing.
 
     "auto" is a GPU if torch finds one, else the native CPU device, or the slow reference device where
-    the native one cannot be built. num_threads 0 means all cores.
+    the native one cannot be built. num_threads 0 means all cores. With `collectives` the model is one
+    rank's part of a model.
     """
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return _cuda(model, max_batch_tokens, max_running, max_blocks_per_sequence, kv_cache_dtype)
+        return _cuda(model, max_batch_tokens, max_running, max_blocks_per_sequence, kv_cache_dtype, collectives)
     if kv_cache_dtype != "auto":
         raise DeviceError(f"kv_cache_dtype {kv_cache_dtype} is for device cuda; use auto")
+    if collectives is not None:
+        model = ParallelModel(model, collectives)
     device = make_device(name, model, max_batch_tokens, max_running, max_blocks_per_sequence, num_threads=num_threads)
     return HostRunner(device, max_running, max_blocks_per_sequence, model.vocab_size)
 
@@ -75,7 +81,12 @@ def make_device(
 
 
 def _cuda(
-    model: Model, max_batch_tokens: int, max_running: int, max_blocks_per_sequence: int, kv_cache_dtype: str
+    model: Model,
+    max_batch_tokens: int,
+    max_running: int,
+    max_blocks_per_sequence: int,
+    kv_cache_dtype: str,
+    collectives: Collectives | None,
 ) -> Runner:
     if not torch.cuda.is_available():
         raise DeviceError("device cuda: torch finds no GPU; install a torch with CUDA or ROCm and a driver, or use cpu")
@@ -83,17 +94,32 @@ def _cuda(
     if importlib.util.find_spec("triton") is None:
         raise DeviceError('device cuda needs triton: pip install "octavo[cuda]", or use cpu')
     from octavo.gpu_worker.devices.cuda import CudaRunner
+    from octavo.gpu_worker.devices.cuda_parallel import over_ranks
 
-    return CudaRunner(model, max_batch_tokens, max_running, max_blocks_per_sequence, kv_cache_dtype=kv_cache_dtype)
+    limits = (model, max_batch_tokens, max_running, max_blocks_per_sequence)
+    if collectives is None:
+        return CudaRunner(*limits, kv_cache_dtype=kv_cache_dtype)
+    return CudaRunner(
+        *limits,
+        device=gpu_of_rank(collectives.rank, torch.cuda.device_count()),
+        kv_cache_dtype=kv_cache_dtype,
+        wrap=over_ranks(collectives, model.vocab_size),
+    )
+
+
+def gpu_of_rank(rank: int, num_gpus: int) -> str:
+    """Return which of the GPUs that its process sees a rank computes on; each machine has as many."""
+    return f"cuda:{rank % num_gpus}"
 
 
 def device_of_ranks(name: str) -> str:
     """Return which device runs a part of a model that is split over processes. Raises DeviceError."""
-    if name != "reference":
-        # What a GPU hands from one operation to the next is no tensor: `ParallelOps` cannot sum it yet.
+    if name == "auto" and torch.cuda.is_available():
+        return "cuda"
+    if name not in ("cuda", "reference"):
         raise DeviceError(
-            f"device {name} cannot run a model that is split over processes yet: use one process, "
-            "or device reference to try it"
+            f"device {name} cannot run a model that is split over processes here: use device cuda, one process, or "
+            "device reference to try it"
         )
     return name
 

@@ -108,17 +108,22 @@ def test_a_row_has_the_same_bits_in_any_company_on_four_ranks(tmp_path: Path) ->
         assert torch.equal(alone, crowded)
 
 
+@pytest.mark.parametrize("has_scratch", [False, True])
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_sums_are_made_in_the_order_of_the_ranks(num_ranks: int, tmp_path: Path) -> None:
+def test_sums_are_made_in_the_order_of_the_ranks(num_ranks: int, has_scratch: bool, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     addends = [torch.randn(5, 6, generator=generator) * 10.0 ** (3 * rank) for rank in range(num_ranks)]
     total = addends[0].clone()
     for addend in addends[1:]:
         total += addend
 
-    found = on_ranks(num_ranks, tmp_path, lambda ranks: ranks.all_reduce(addends[ranks.rank].clone()))
+    def run(ranks: Collectives) -> tuple[torch.Tensor, torch.Tensor]:
+        x = addends[ranks.rank].clone()
+        return x, ranks.all_reduce(x, torch.empty_like(x) if has_scratch else None)
 
-    assert all(torch.equal(each, total) for each in found)
+    for x, found in on_ranks(num_ranks, tmp_path, run):
+        assert torch.equal(found, total)
+        assert found is x, "the sum is made in place"
 
 
 def test_columns_are_joined_and_the_least_is_agreed_on(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from octavo.gpu_worker.config import WorkerConfig
-from octavo.gpu_worker.devices import device_of_ranks
+from octavo.gpu_worker.devices import device_of_ranks, gpu_of_rank
 from octavo.gpu_worker.errors import DeviceError, ModelError
 from octavo.gpu_worker.loading import load_model
 from octavo.gpu_worker.models.config import ExpertsConfig, ModelConfig, RopeConfig
@@ -203,8 +203,16 @@ def test_settings_of_ranks_are_checked(settings: dict[str, object], message: str
         WorkerConfig(**{"model": "m", "world_size": 2, "device": "reference", **settings})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("device", ["auto", "cuda", "cpu"])
-def test_a_device_that_cannot_run_a_part_of_a_model_says_so(device: str) -> None:
-    assert device_of_ranks("reference") == "reference"
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_a_device_that_cannot_run_a_part_of_a_model_says_so(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert [device_of_ranks(name) for name in ("reference", "cuda")] == ["reference", "cuda"]
     with pytest.raises(DeviceError, match=f"device {device} cannot run a model that is split"):
         device_of_ranks(device)
+
+
+def test_with_gpus_a_part_of_a_model_is_run_on_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert device_of_ranks("auto") == "cuda"
+    assert [gpu_of_rank(rank, 4) for rank in (0, 3, 4, 6)] == ["cuda:0", "cuda:3", "cuda:0", "cuda:2"]
+    assert gpu_of_rank(5, 1) == "cuda:0"

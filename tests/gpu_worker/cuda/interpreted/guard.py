@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
+from octavo.gpu_worker.collectives import Collectives
+
 _HOST_READS = (
     "item", "tolist", "cpu", "numpy", "nonzero", "unique", "__array__", "__bool__", "__int__", "__float__", "__index__",
 )  # fmt: skip
@@ -47,14 +49,18 @@ class _Guard(TorchDispatchMode):
 
 @contextmanager
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Guard]:
-    """Guard what is done inside. Kernels are let through: the interpreter copies what it runs on."""
-    launch = interpreter.GridExecutor.__call__
+    """Guard what is done inside. Kernels are let through: the interpreter copies what it runs on, and gloo too."""
+    launch, finish = interpreter.GridExecutor.__call__, Collectives._finish
 
     def unguarded_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         with monkeypatch.context() as inner, _disable_current_modes():
             for name, original in originals.items():
                 inner.setattr(torch.Tensor, name, original)
             return launch(self, *args, **kwargs)
+
+    def unguarded_finish(start: Any) -> None:
+        with _disable_current_modes():
+            finish(start)
 
     def refuse(name: str) -> Any:
         def read(*_: Any, **__: Any) -> Any:
@@ -66,6 +72,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Guard]:
     guard = _Guard()
     with monkeypatch.context() as patch:
         patch.setattr(interpreter.GridExecutor, "__call__", unguarded_launch)
+        patch.setattr(Collectives, "_finish", staticmethod(unguarded_finish))
         for name in _HOST_READS:
             patch.setattr(torch.Tensor, name, refuse(name))
         with guard:

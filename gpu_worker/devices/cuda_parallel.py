@@ -1,0 +1,93 @@
+# ruff: noqa: D102 - the protocol says what a method does
+"""Tensor parallelism on the `cuda` device: the sums and joins over ranks that a rank's operations lack.
+
+As `gpu_worker/parallel.py`, but on buffers that are there before: nothing is allocated or read by the host, so
+that a step with its collectives can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from octavo.gpu_worker.collectives import Collectives
+from octavo.gpu_worker.devices.cuda_ops import CudaOps, Residual
+from octavo.gpu_worker.devices.cuda_weights import padded_rows
+from octavo.gpu_worker.errors import DeviceError
+from octavo.gpu_worker.ops import Linear, Norm, Ops
+from octavo.gpu_worker.sharding import Sharding
+
+
+def over_ranks(collectives: Collectives, vocab_size: int) -> Callable[[Ops], Ops]:
+    """Return what makes a rank's operations those of the whole model: the `wrap` of a `CudaRunner`.
+
+    vocab_size  of the whole model
+    """
+
+    def wrap(ops: Ops) -> Ops:
+        assert isinstance(ops, CudaOps), ops
+        return ParallelCudaOps(ops, collectives, vocab_size)
+
+    return wrap
+
+
+class ParallelCudaOps:
+    """`CudaOps` of a rank, whose residual stream and logits are whole and have the same bits on every rank."""
+
+    def __init__(self, ops: CudaOps, collectives: Collectives, vocab_size: int) -> None:
+        self._ops = ops
+        self._collectives = collectives
+        self._vocab_size = vocab_size
+        # These work on this rank's heads and inner dimensions, and are right as they are.
+        self.norm_linear = ops.norm_linear
+        self.rotary_write_kv = ops.rotary_write_kv
+        self.paged_attention = ops.paged_attention
+        self.norm_gated_linear = ops.norm_gated_linear
+
+    def embed(self, table: torch.Tensor) -> Residual:
+        """Look up in this rank's columns [vocab_size, hidden_size / ranks]."""
+        count = len(self._ops.step.token_ids)
+        columns = self._ops.embed(table).stream[:count]
+        hidden_size = columns.shape[1] * self._collectives.world_size
+        stream = self._ops.buffers.get("whole_residual", hidden_size, torch.float32)[: padded_rows(count)]
+        self._join_columns(columns, stream[:count], self._space("embedded", columns, 0))
+        return Residual(stream)
+
+    def linear_residual(self, x: torch.Tensor, linear: Linear, residual: Residual) -> Residual:
+        """Sum the update over the ranks, each of which has its columns of `x` and of the weights."""
+        result = self._ops.linear_residual(x, linear, residual)
+        assert result.update is not None, "an update is left to be summed"
+        update = result.update[: len(self._ops.step.token_ids)]
+        scratch = self._ops.buffers.get("summed", update.shape[1], update.dtype)[: len(update)]
+        self._collectives.all_reduce(update, scratch)
+        return result
+
+    def norm_experts_residual(self, *_: object) -> Residual:
+        raise DeviceError("device cuda cannot split a mixture of experts over processes yet; use one process")
+
+    def logits(self, x: Residual, norm: Norm, head: Linear) -> torch.Tensor:
+        """Return the logits of the whole vocabulary: each rank makes a piece, the last a shorter one."""
+        piece = self._ops.logits(x, norm, head)
+        count, max_rows = len(piece), padded_rows(self._ops.max_logits_rows)
+        whole = self._ops.buffers.get("whole_logits", self._vocab_size, piece.dtype, max_rows)[:count]
+        width = Sharding(0, self._collectives.world_size).vocab_rows(self._vocab_size).stop
+        padded = self._ops.buffers.get("padded_logits", width, piece.dtype, max_rows)[:count]
+        padded[:, : piece.shape[1]].copy_(piece)
+        self._join_columns(padded, whole, self._space("all_logits", padded, max_rows))
+        return whole
+
+    def _space(self, name: str, x: torch.Tensor, max_rows: int) -> torch.Tensor:
+        """Return memory [world_size, *x.shape], contiguous; `x` has at most `max_rows` rows, 0: those of a step."""
+        ranks = self._collectives.world_size
+        space = self._ops.buffers.get(name, ranks * x.shape[1], x.dtype, max_rows)
+        return space.view(-1)[: ranks * x.numel()].view(ranks, *x.shape)
+
+    def _join_columns(self, x: torch.Tensor, whole: torch.Tensor, space: torch.Tensor) -> None:
+        """Write every rank's columns [rows, columns] beside each other to `whole`, up to its width."""
+        if not len(x):  # as on every rank
+            return
+        self._collectives.gather(x, space)
+        for rank, columns in enumerate(space):
+            place = whole[:, rank * x.shape[1] : (rank + 1) * x.shape[1]]
+            place.copy_(columns[:, : place.shape[1]])
