@@ -99,7 +99,7 @@ class CudaOps:
         return Residual(stream)
 
     def norm_linear(self, x: Residual, norm: Norm, linear: Linear) -> torch.Tensor:
-        return self._linear("linear", self._norm(x, norm), linear)
+        return self._linear("linear", self.norm(x, norm), linear)
 
     def rotary_write_kv(
         self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, q_norm: Norm | None, k_norm: Norm | None
@@ -155,20 +155,24 @@ class CudaOps:
     ) -> torch.Tensor:
         weight = self.weights.matrix(gate.weight, up.weight)
         gate_up = self._buffer("gate_up", len(weight))
-        multiply(self._norm(x, norm), weight, self.weights.bias(gate, up), gate_up)
+        multiply(self.norm(x, norm), weight, self.weights.bias(gate, up), gate_up)
         output = self._buffer("gated", len(gate.weight))
         count = self._num_tokens
         gated(gate_up[:count], output[:count], activation, GATED[self.target])
         return output
 
     def norm_experts_residual(self, x: Residual, norm: Norm, experts: Experts, activation: Activation) -> Residual:
-        hidden = self._norm(x, norm)
+        self.add_experts(self.norm(x, norm), experts, activation, x.stream)
+        return Residual(x.stream)
+
+    def add_experts(self, hidden: torch.Tensor, experts: Experts, activation: Activation, sums: torch.Tensor) -> None:
+        """Add the experts' weighted sum of each row of `hidden` to that of `sums` [T, hidden_size], float32."""
         logits = self._linear("router", hidden, Linear(experts.router))
         config = experts_config(self.target, is_float32=self.dtype == torch.float32)
         mixture = self.weights.mixture(experts)
         count = self._num_tokens
         add_experts(
-            x.stream[:count],
+            sums[:count],
             hidden[:count],
             logits[:count],
             self.step.slot_mapping,
@@ -178,10 +182,9 @@ class CudaOps:
             config,
             GATED[self.target],
         )
-        return Residual(x.stream)
 
     def logits(self, x: Residual, norm: Norm, head: Linear) -> torch.Tensor:
-        hidden = self._norm(x, norm)
+        hidden = self.norm(x, norm)
         count = len(self.step.logits_rows)
         rows = padded_rows(self.max_logits_rows)
         chosen = self.buffers.get("chosen", hidden.shape[1], self.dtype, rows)[: padded_rows(count)]
@@ -195,7 +198,8 @@ class CudaOps:
         logits.copy_(product[:count])
         return logits
 
-    def _norm(self, x: Residual, norm: Norm) -> torch.Tensor:
+    def norm(self, x: Residual, norm: Norm) -> torch.Tensor:
+        """Add what is to be added to the stream, and return its norm."""
         hidden = self._buffer("hidden", x.stream.shape[1])
         count = self._num_tokens
         update = None if x.update is None else x.update[:count]

@@ -1,4 +1,3 @@
-# ruff: noqa: D102 - the protocol says what a method does
 """Tensor parallelism on the `cuda` device: the sums and joins over ranks that a rank's operations lack.
 
 As `gpu_worker/parallel.py`, but on buffers that are there before: nothing is allocated or read by the host, so
@@ -14,8 +13,7 @@ import torch
 from octavo.gpu_worker.collectives import Collectives
 from octavo.gpu_worker.devices.cuda_ops import CudaOps, Residual
 from octavo.gpu_worker.devices.cuda_weights import padded_rows
-from octavo.gpu_worker.errors import DeviceError
-from octavo.gpu_worker.ops import Linear, Norm, Ops
+from octavo.gpu_worker.ops import Activation, Experts, Linear, Norm, Ops
 from octavo.gpu_worker.sharding import Sharding
 
 
@@ -58,13 +56,16 @@ class ParallelCudaOps:
         """Sum the update over the ranks, each of which has its columns of `x` and of the weights."""
         result = self._ops.linear_residual(x, linear, residual)
         assert result.update is not None, "an update is left to be summed"
-        update = result.update[: len(self._ops.step.token_ids)]
-        scratch = self._ops.buffers.get("summed", update.shape[1], update.dtype)[: len(update)]
-        self._collectives.all_reduce(update, scratch)
+        self._sum(result.update[: len(self._ops.step.token_ids)])
         return result
 
-    def norm_experts_residual(self, *_: object) -> Residual:
-        raise DeviceError("device cuda cannot split a mixture of experts over processes yet; use one process")
+    def norm_experts_residual(self, x: Residual, norm: Norm, experts: Experts, activation: Activation) -> Residual:
+        """Sum the experts over the ranks, each of which has its inner dimensions of each expert."""
+        hidden = self._ops.norm(x, norm)
+        sums = self._ops.buffers.get("experts", hidden.shape[1], torch.float32)[: len(self._ops.step.token_ids)]
+        self._ops.add_experts(hidden, experts, activation, sums.zero_())
+        self._sum(sums)
+        return Residual(x.stream, sums)
 
     def logits(self, x: Residual, norm: Norm, head: Linear) -> torch.Tensor:
         """Return the logits of the whole vocabulary: each rank makes a piece, the last a shorter one."""
@@ -76,6 +77,10 @@ class ParallelCudaOps:
         padded[:, : piece.shape[1]].copy_(piece)
         self._join_columns(padded, whole, self._space("all_logits", padded, max_rows))
         return whole
+
+    def _sum(self, x: torch.Tensor) -> None:
+        """Sum [T, hidden_size] over the ranks, in place."""
+        self._collectives.all_reduce(x, self._ops.buffers.get("summed", x.shape[1], x.dtype)[: len(x)])
 
     def _space(self, name: str, x: torch.Tensor, max_rows: int) -> torch.Tensor:
         """Return memory [world_size, *x.shape], contiguous; `x` has at most `max_rows` rows, 0: those of a step."""

@@ -54,6 +54,14 @@ class ServeConfig:
         default=None,
         metadata={"kind": "bytes", "help": "memory for the KV cache of each worker, such as 2GiB"},
     )
+    kv_cache_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "type of the KV cache on a GPU; auto: that of the weights",
+            "choices": ("auto", "fp8"),
+            "metavar": "TYPE",
+        },
+    )
     max_model_len: int | None = field(
         default=None, metadata={"help": "most tokens of prompt and output together; by default what the model allows"}
     )
@@ -90,7 +98,7 @@ class ServeConfig:
         default=1,
         metadata={
             "group": _PROCESSES,
-            "help": "over how many processes the model of a worker is split; device reference only, so far",
+            "help": "over how many processes, each with a GPU, the model of a worker is split; not for device cpu",
         },
     )
     startup_timeout_s: float = field(
@@ -271,6 +279,7 @@ def child_specs(
         "model": str(model.path),
         "device": config.device,
         "kv_cache_memory": config.kv_cache_memory,
+        "kv_cache_dtype": config.kv_cache_dtype,
         "max_model_len": config.max_model_len,
         # By default a worker takes every core: several of them would only wait for each other.
         "num_threads": max(1, _num_cores() // num_processes) if num_processes > 1 else None,

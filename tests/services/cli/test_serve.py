@@ -208,6 +208,7 @@ def test_every_option_reaches_its_process_and_is_known_there() -> None:
     config = ServeConfig(
         model="m", device="cpu", kv_cache_memory=1 << 30, max_model_len=512, reflection=False, gateways=2, workers=2,
         max_running=16, max_waiting=5, max_batch_tokens=64, max_prefill_tokens=32, grace_s=7, log_level="debug",
+        kv_cache_dtype="fp8",
     )  # fmt: skip
     listen = [Listen("127.0.0.1:1", "127.0.0.1:3"), Listen("127.0.0.1:2", "")]
 
@@ -225,6 +226,7 @@ def test_every_option_reaches_its_process_and_is_known_there() -> None:
     assert (scheduler.max_running, scheduler.max_waiting, scheduler.max_batch_tokens) == (16, 5, 64)
     assert (scheduler.max_prefill_tokens, scheduler.grace_s, scheduler.log_level) == (32, 7, "debug")
     assert (worker.worker_id, worker.device, worker.kv_cache_memory) == ("worker-1", "cpu", 1 << 30)
+    assert worker.kv_cache_dtype == "fp8"
     assert (worker.model, worker.max_model_len, worker.progress_fd) == ("/models/m", 512, 9)
     assert 2 * worker.num_threads <= max(2, os.cpu_count() or 1)
     assert worker.worker_endpoint == scheduler.worker_endpoint == "ipc:///run/x/scheduler-workers.sock"

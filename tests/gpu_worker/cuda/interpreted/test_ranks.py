@@ -52,7 +52,7 @@ def follow(folder: Path, store: str, output: Path) -> None:
 
 
 # The last piece of a vocabulary of 321 is shorter than the first.
-@pytest.mark.parametrize(("name", "vocab_size"), [("llama_biased", 321)])
+@pytest.mark.parametrize(("name", "vocab_size"), [("llama_biased", 321), ("qwen3_moe", 320)])
 def test_two_ranks_make_the_tokens_of_one_process(
     name: str, vocab_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
