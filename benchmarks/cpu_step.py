@@ -28,7 +28,7 @@ import torch
 
 from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.ops import Draw, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
-from octavo.kernels.cpu.runtime import Runtime
+from octavo.kernels.cpu.runtime import Arena, Runtime
 
 BLOCK_TOKENS = 16
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 576, 1536, 30, 49152
@@ -106,7 +106,8 @@ class Roofline:
 
     def __init__(self, num_threads: int, variant: str) -> None:
         self._runtime = Runtime(variant, num_threads)
-        self._address = self._runtime.allocate(READ_BYTES)
+        self._memory = Arena(self._runtime)
+        self._address = self._memory.allocate(READ_BYTES)
         ctypes.memset(self._address, 1, READ_BYTES)
         self._flops = self._runtime.measure_dot(DOT_ITEMS)
 
@@ -218,7 +219,7 @@ def report_beside_busy(device: CpuDevice, seconds: float) -> None:
 
 def report_draws(device: CpuDevice, seconds: float) -> None:
     """Time drawing, a row of 49,152 logits each."""
-    logits = torch.randn(32, VOCAB) * 3
+    logits = torch.randn(32, VOCAB).numpy() * 3
     for name, draw in {
         "argmax": Draw(0, 0, 1, 0, 7, 0, 5),
         "temperature": Draw(1, 0, 1, 0, 7, 0, 5),

@@ -36,25 +36,22 @@ def run(config: WorkerConfig) -> int:
         signal.signal(number, lambda *_: stop.set())
     with contextlib.suppress(OSError):  # for people who look at `ps`; not every system has it
         Path("/proc/self/comm").write_text("octavo worker")
-    # Imported late: torch takes seconds, and a wrong flag should be told at once.
-    import torch
+    # Imported late: it takes a while, and a wrong flag should be told at once.
     import zmq
 
     from octavo.gpu_worker.devices import device_of_ranks
     from octavo.gpu_worker.errors import DeviceError, ModelError, RankError, SettingError
-    from octavo.gpu_worker.loading import load_model
+    from octavo.gpu_worker.loading import load_for_device
     from octavo.gpu_worker.progress import Progress
     from octavo.gpu_worker.sharding import Sharding
-    from octavo.kernels.cpu.library import available_cores
 
-    torch.set_num_threads(config.num_threads or available_cores())
     progress = Progress(config.progress_fd)
     sharding = Sharding(config.rank, config.world_size)
     status = 1
     try:
         if config.world_size > 1:
             config = dataclasses.replace(config, device=device_of_ranks(config.device))
-        loaded = load_model(Path(config.model), config.dtype, config.max_model_len, progress.loaded, sharding)
+        loaded = load_for_device(config, progress.loaded, sharding)
         log.info("loaded %s: %s, version %s", config.model, loaded.architecture, loaded.model_version)
         status = _work(config, loaded, progress, stop)
     except (ModelError, DeviceError) as error:
@@ -77,15 +74,18 @@ def run(config: WorkerConfig) -> int:
 
 def _work(config: WorkerConfig, loaded: LoadedModel, progress: Progress, stop: threading.Event) -> int:
     """Serve with a loaded model, alone or as a rank; return the exit status. Raises RankError or zmq.ZMQError."""
-    from octavo.gpu_worker.follower import Follower
-    from octavo.gpu_worker.ranks import Ranks
     from octavo.gpu_worker.worker import Worker
 
-    if config.rank > 0:
-        return Follower(config, loaded, stop).run()
-    ranks = Ranks(config, loaded) if config.world_size > 1 else None
-    if ranks is not None and not ranks.connect(stop):
-        return 0
+    ranks = None
+    if config.world_size > 1:  # needs torch, which a worker alone may do without
+        from octavo.gpu_worker.follower import Follower
+        from octavo.gpu_worker.ranks import Ranks
+
+        if config.rank > 0:
+            return Follower(config, loaded, stop).run()
+        ranks = Ranks(config, loaded)
+        if not ranks.connect(stop):
+            return 0
     progress.emit("join", 0, 1)
     return Worker(config, config.worker_id or _new_worker_id(), loaded, progress, stop, ranks).run()
 
@@ -94,8 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker with the flags given."""
     parser = argparse.ArgumentParser(prog="octavo worker", description="Run a worker: weights, KV cache, computing.")
     for field in dataclasses.fields(WorkerConfig):
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, bool):
+            parser.add_argument(
+                flag, default=field.default, action=argparse.BooleanOptionalAction, help=field.metadata["help"]
+            )
+            continue
         parser.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flag,
             default=field.default,
             type=_bytes if field.metadata.get("kind") == "bytes" else type(field.default),
             choices=field.metadata.get("choices"),

@@ -72,6 +72,17 @@ class WorkerConfig:
         default="auto",
         metadata={"help": "type of the KV cache on a GPU; auto: that of the weights", "choices": ("auto", "fp8")},
     )
+    packed_cache: bool = field(
+        default=True,
+        metadata={"help": "keep weights on disk as the CPU kernels read them, so that the next start needs no packing"},
+    )
+    packed_cache_dir: str = field(
+        default="", metadata={"help": "where to keep them; empty: octavo/packed in the user's cache folder"}
+    )
+    packed_cache_limit: int = field(
+        default=8 << 30,
+        metadata={"help": "most space that they may take; the oldest go first", "kind": "bytes", "metavar": "BYTES"},
+    )
     num_threads: int = field(default=0, metadata={"help": "threads that compute; 0: one for each core"})
     log_level: str = field(
         default="info", metadata={"help": "how much to log", "choices": ("debug", "info", "warning", "error")}
@@ -92,7 +103,7 @@ class WorkerConfig:
             self._check_ranks()
         if bool(self.curve_key) != bool(self.curve_server_key):
             raise ValueError("curve_key and curve_server_key go together: give both, or neither")
-        for name in ("kv_cache_memory", "max_model_len", "num_threads"):
+        for name in ("kv_cache_memory", "max_model_len", "num_threads", "packed_cache_limit"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
 

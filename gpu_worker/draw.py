@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from octavo.gpu_worker.ops import Draw, Int32Array
+from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array
 
 UInt32Array = npt.NDArray[np.uint32]
-Float32Array = npt.NDArray[np.float32]
 
 _F32 = np.float32
 # Philox4x32-10.
@@ -33,17 +32,16 @@ _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 _SMALL = _F32(0.29289323)
 
 
-def draw_tokens(logits: torch.Tensor, draws: list[Draw]) -> Int32Array:
-    """Draw a token for each row of `logits` [N, vocab_size] float32; return [N]. Rows are independent."""
-    rows = logits.cpu()
-    return np.array([_draw_row(rows[index], draw) for index, draw in enumerate(draws)], dtype=np.int32)
+def draw_tokens(logits: Float32Array, draws: list[Draw]) -> Int32Array:
+    """Draw a token for each row of `logits` [N, vocab_size]; return [N]. Rows are independent."""
+    return np.array([_draw_row(logits[index], draw) for index, draw in enumerate(draws)], dtype=np.int32)
 
 
-def _draw_row(logits: torch.Tensor, draw: Draw) -> int:
+def _draw_row(logits: Float32Array, draw: Draw) -> int:
     """Draw from one row [vocab_size]. Ties go to the lowest id."""
     if draw.temperature == 0:
-        return int(logits.numpy().argmax())
-    scaled = torch.from_numpy(logits.numpy() / _F32(draw.temperature))
+        return int(logits.argmax())
+    scaled = torch.from_numpy(logits / _F32(draw.temperature))
     token_ids = kept_token_ids(scaled, draw)
     kept = scaled[token_ids].numpy()
     noise = gumbel_noise(token_ids.numpy(), draw.seed, draw.candidate_index, draw.position)

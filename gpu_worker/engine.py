@@ -8,9 +8,9 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from octavo.gpu_worker.batch import Limits, Slots
-from octavo.gpu_worker.collectives import Collectives
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices import make_runner
 from octavo.gpu_worker.errors import ModelError
@@ -19,6 +19,9 @@ from octavo.gpu_worker.ops import Int32Array
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Outcome, Runner, Running
 from octavo.worker.v1 import worker_pb2
+
+if TYPE_CHECKING:  # it needs torch
+    from octavo.gpu_worker.collectives import Collectives
 
 log = logging.getLogger("octavo.worker")
 

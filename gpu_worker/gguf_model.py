@@ -11,10 +11,11 @@ import torch
 
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.gguf_file import GgufFile, GgufTensor, StringArray
+from octavo.gpu_worker.loading import Progress
 from octavo.gpu_worker.models.config import MAX_LAYERS, ModelConfig, RopeConfig
 from octavo.gpu_worker.models.registry import find_architecture
 from octavo.gpu_worker.ops import Heads
-from octavo.gpu_worker.weights import DTYPES, Checkpoint, Progress, check_shape, fingerprint_of, name_list
+from octavo.gpu_worker.weights import DTYPES, Checkpoint, check_shape, fingerprint_of, name_list
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 

@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from octavo.gpu_worker.batch import LAST_TOKEN, Step
 from octavo.gpu_worker.memory import resident_bytes
@@ -48,7 +47,7 @@ class HostRunner:
         max_running, max_blocks, vocab_size = self._sizes
         self._sampler = Sampler(self._device, vocab_size, max_running)
         self._tables = Tables(max_running, max_blocks)
-        self._no_logits = torch.empty(0, vocab_size)
+        self._no_logits = np.empty((0, vocab_size), np.float32)
 
     def start(self, step: Step) -> _Done:
         """Compute the step."""

@@ -2,27 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.devices import choose_device
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.ops import Model
 from octavo.gpu_worker.sharding import WHOLE, Sharding
-from octavo.gpu_worker.weights import DTYPES, Checkpoint, Progress, load_folder
+
+if TYPE_CHECKING:  # these need torch, which a worker whose weights are packed never imports
+    from octavo.gpu_worker.devices.packed_model import PackedModel
+    from octavo.gpu_worker.weights import Checkpoint
+
+# Called with a tensor's name, bytes done and bytes in all.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model, the longest context it may see, and a fingerprint of its weights and settings."""
 
-    model: Model
+    model: Model | PackedModel
     architecture: str
     max_model_len: int
     model_version: str
 
 
+def load_for_device(config: WorkerConfig, progress: Progress, sharding: Sharding = WHOLE) -> LoadedModel:
+    """Load the model of `config` for its device: packed already, for the cpu device.
+
+    Raises ModelError or DeviceError.
+    """
+    if choose_device(config.device) == "cpu":
+        return _load_packed(config, progress)
+    return load_model(
+        Path(config.model), config.dtype, config.max_model_len, progress, sharding, num_threads=config.num_threads
+    )
+
+
+def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:
+    """Take the packed weights of an earlier start, or pack them now and keep them."""
+    from octavo.gpu_worker.devices.packed_model import PackedModel
+    from octavo.gpu_worker.packed_cache import PackedCache, cache_key
+    from octavo.kernels.cpu.runtime import Runtime
+
+    runtime = Runtime(num_threads=config.num_threads)
+    file = _find(Path(config.model))
+    cache = PackedCache.of(config)
+    try:
+        key = cache_key(file, [config.dtype, str(config.max_model_len)], runtime)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error})") from error
+    if cache is not None and (found := cache.load(key, runtime)) is not None:
+        progress(str(file), 1, 1)
+        return found
+    loaded = load_model(file, config.dtype, config.max_model_len, progress, num_threads=config.num_threads)
+    # Imported late: it needs torch, which is there by now.
+    from octavo.gpu_worker.devices.recorder import record
+
+    assert not isinstance(loaded.model, PackedModel), "a model that was read from its own files is not packed"
+    loaded = replace(loaded, model=record(loaded.model, runtime))
+    if cache is not None:
+        cache.store_in_background(key, loaded)
+    return loaded
+
+
 def load_model(
-    path: Path, dtype: str, max_model_len: int, progress: Progress, sharding: Sharding = WHOLE
+    path: Path,
+    dtype: str,
+    max_model_len: int,
+    progress: Progress,
+    sharding: Sharding = WHOLE,
+    *,
+    num_threads: int = 0,
 ) -> LoadedModel:
     """Load a Hugging Face folder or a .gguf file.
 
@@ -30,9 +85,16 @@ def load_model(
     max_model_len  longest context wanted, 0 for all that the model was made for
     progress       called after each tensor
     sharding       which rank's part of it; the model then runs inside a `ParallelModel`
+    num_threads    threads of torch, 0: one for each core that this process may use
 
     Raises ModelError.
     """
+    import torch
+
+    from octavo.gpu_worker.weights import DTYPES
+    from octavo.kernels.cpu.library import available_cores
+
+    torch.set_num_threads(num_threads or available_cores())
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     try:
@@ -50,6 +112,8 @@ def load_model(
 def _read(file: Path, dtype: str, progress: Progress, sharding: Sharding) -> Checkpoint:
     """Read a folder or a .gguf file."""
     if file.is_dir():
+        from octavo.gpu_worker.weights import load_folder
+
         return load_folder(file, dtype, progress, sharding)
     if sharding.world_size > 1:
         raise ModelError(f"{file}: a GGUF file is not split over ranks; use the safetensors checkpoint, or one rank")

@@ -11,13 +11,16 @@ Shapes: T tokens in the step, S sequences, R rows that need logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:  # a worker whose weights are packed never needs torch, which takes a second to import
+    import torch
 
 Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
 
 # A value inside a forward pass: a tensor where calls are executed, a buffer's number where they
 # are recorded. A model only hands values from one operation to the next.
@@ -205,8 +208,8 @@ class Device(Protocol):
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate the zeroed cache, block 0 (never read as data) included. Called once."""
 
-    def forward(self, step: StepInput) -> torch.Tensor:
-        """Run one step; return logits [R, vocab_size] float32, valid until the next call.
+    def forward(self, step: StepInput) -> Float32Array:
+        """Run one step; return logits [R, vocab_size], valid until the next call.
 
         A row's bits depend only on its sequence's tokens: not on what else is in the step, not on
         how its prompt was chunked, not on which blocks it has. The caller may change the logits
@@ -216,8 +219,8 @@ class Device(Protocol):
     def copy_blocks(self, pairs: Int32Array) -> None:
         """Copy blocks, pairs [N, 2] of (from, to), in order."""
 
-    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> Int32Array:
-        """Draw a token for each row of processed `logits` [N, vocab_size] float32; return [N].
+    def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
+        """Draw a token for each row of processed `logits` [N, vocab_size]; return [N].
 
         Rows are independent. Logits of -inf are never drawn.
         """

@@ -12,20 +12,18 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from octavo.gpu_worker.ops import Draw, Int32Array
+from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array
 from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN
 from octavo.gpu_worker.sampling_settings import SamplingSettings
 
 UInt32Array = npt.NDArray[np.uint32]
-Float32Array = npt.NDArray[np.float32]
 
 
 class Drawer(Protocol):
     """The part of a device that the sampler uses."""
 
-    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> Int32Array:
+    def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """See `ops.Device.draw`."""
 
 
@@ -63,29 +61,28 @@ class Sampler:
         """Forget a slot."""
         self._slots[slot] = None
 
-    def sample(self, logits: torch.Tensor, slots: Int32Array, positions: Int32Array) -> Sampled:
+    def sample(self, logits: Float32Array, slots: Int32Array, positions: Int32Array) -> Sampled:
         """Draw the token at `positions[i]` of `slots[i]` from row i of `logits`; changes `logits`.
 
-        logits     [R, vocab_size] float32
+        logits     [R, vocab_size]
         slots      [R], all open
         positions  [R] absolute position of the token to be drawn
         """
         if len(slots) == 0:
             return _pack(np.empty(0, np.uint32), [])
         rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
-        # The first of equal ones, and the first NaN if there is one. Many times as fast as torch's argmax.
-        best_ids = logits.numpy().argmax(axis=1)
+        best_ids = logits.argmax(axis=1)  # the first of equal ones, and the first NaN if there is one
         # A best logit is NaN, +inf or -inf exactly if the row has a NaN, a +inf or nothing else than -inf.
-        finite = np.isfinite(logits.numpy()[np.arange(len(rows)), best_ids])
+        finite = np.isfinite(logits[np.arange(len(rows)), best_ids])
         changed = [i for i, row in enumerate(rows) if finite[i] and row.slot.changes_logits(row.position)]
         if not changed and all(row.greedy for row in rows):
             token_ids = best_ids.astype(np.uint32)
             raw = {i: logits[i] for i, row in enumerate(rows) if row.slot.settings.wants_logprobs}
         else:
-            raw = {i: logits[i].clone() for i, row in enumerate(rows) if row.slot.settings.wants_logprobs}
+            raw = {i: logits[i].copy() for i, row in enumerate(rows) if row.slot.settings.wants_logprobs}
             for i in changed:
                 rows[i].slot.change_logits(logits[i], rows[i].position)
-                finite[i] = bool(torch.isfinite(logits[i].amax()))
+                finite[i] = np.isfinite(logits[i].max())
             token_ids = self._draw(logits, rows, finite)
         token_ids[~finite] = NOT_FINITE_TOKEN
         for i in np.flatnonzero(finite).tolist():
@@ -104,12 +101,12 @@ class Sampler:
         assert state is not None, f"slot {slot} is not open"
         return _Row(state, position)
 
-    def _draw(self, logits: torch.Tensor, rows: list[_Row], finite: npt.NDArray[np.bool_]) -> UInt32Array:
+    def _draw(self, logits: Float32Array, rows: list[_Row], finite: npt.NDArray[np.bool_]) -> UInt32Array:
         """Draw for the finite rows; the others get 0."""
         token_ids = np.zeros(len(rows), np.uint32)
         chosen = np.flatnonzero(finite)
         if len(chosen):
-            picked = logits if len(chosen) == len(rows) else logits[torch.from_numpy(chosen)]
+            picked = logits if len(chosen) == len(rows) else logits[chosen]
             draws = [rows[i].slot.settings.draw_at(rows[i].position) for i in chosen]
             token_ids[chosen] = self._drawer.draw(picked, draws).astype(np.uint32)
         return token_ids
@@ -124,41 +121,38 @@ class _Slot:
 
     def __init__(self, settings: SamplingSettings, vocab_size: int) -> None:
         self.settings = settings
-        self._counts: torch.Tensor | None = None
-        self._seen: torch.Tensor | None = None
+        self._counts: Float32Array | None = None
+        self._seen: npt.NDArray[np.bool_] | None = None
         if settings.has_penalties:
-            history = torch.from_numpy(settings.history_token_ids.astype(np.int64))
-            self._counts = torch.bincount(history[settings.prompt_length :], minlength=vocab_size).float()
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+            history = settings.history_token_ids
+            counts = np.bincount(history[settings.prompt_length :], minlength=vocab_size)
+            self._counts = counts.astype(np.float32)
+            self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[history] = True
-        self._banned = torch.from_numpy(settings.banned_token_ids.astype(np.int64))
-        self._bias_ids = torch.from_numpy(settings.bias_token_ids.astype(np.int64))
-        self._bias_values = torch.from_numpy(settings.bias_values)
-        self._forbidden = None if settings.forbidden is None else torch.from_numpy(settings.forbidden)
 
     def changes_logits(self, position: int) -> bool:
         """Tell whether anything is to do before the draw."""
-        always = self._forbidden is not None or len(self._bias_ids) > 0 or self._counts is not None
+        settings = self.settings
+        always = settings.forbidden is not None or len(settings.bias_token_ids) > 0 or self._counts is not None
         return always or self._bans(position)
 
-    def change_logits(self, row: torch.Tensor, position: int) -> None:
+    def change_logits(self, row: Float32Array, position: int) -> None:
         """Apply masks, biases, minimum length and penalties to `row` [vocab_size], in place."""
         settings = self.settings
-        if self._forbidden is not None:
-            row.masked_fill_(self._forbidden, -torch.inf)
-        if len(self._bias_ids):
-            row.index_add_(0, self._bias_ids, self._bias_values)
+        if settings.forbidden is not None:
+            row[settings.forbidden] = -np.inf
+        np.add.at(row, settings.bias_token_ids, settings.bias_values)
         if self._bans(position):
-            row[self._banned] = -torch.inf
+            row[settings.banned_token_ids] = -np.inf
         if self._counts is None or self._seen is None:
             return
         if settings.repetition_penalty != 1:
-            penalty = settings.repetition_penalty
-            torch.where(self._seen, torch.where(row > 0, row / penalty, row * penalty), row, out=row)
+            penalty = np.float32(settings.repetition_penalty)
+            row[:] = np.where(self._seen, np.where(row > 0, row / penalty, row * penalty), row)
         if settings.frequency_penalty != 0:
-            row -= self._counts * settings.frequency_penalty
+            row -= self._counts * np.float32(settings.frequency_penalty)
         if settings.presence_penalty != 0:
-            row -= (self._counts > 0) * settings.presence_penalty
+            row -= (self._counts > 0) * np.float32(settings.presence_penalty)
 
     def count(self, token_id: int) -> None:
         """Remember a produced token."""
@@ -168,7 +162,7 @@ class _Slot:
 
     def _bans(self, position: int) -> bool:
         output_length = position - self.settings.prompt_length
-        return len(self._banned) > 0 and output_length < self.settings.min_new_tokens
+        return len(self.settings.banned_token_ids) > 0 and output_length < self.settings.min_new_tokens
 
 
 @dataclass(frozen=True)
@@ -194,16 +188,16 @@ class _Logprobs:
     candidate_logprobs: Float32Array
 
 
-def _logprobs(raw: torch.Tensor, token_id: int, num_candidates: int) -> _Logprobs:
+def _logprobs(raw: Float32Array, token_id: int, num_candidates: int) -> _Logprobs:
     """Return log probabilities of unchanged logits [vocab_size]."""
-    log_sum = torch.logsumexp(raw.double(), dim=0)
-    rank = int((raw >= raw[token_id]).sum())
+    best = raw.max().astype(np.float64)
+    log_sum = best + np.log(np.exp(raw - best).sum())
     candidates = _best(raw, num_candidates)
     return _Logprobs(
-        float(raw[token_id].double() - log_sum),
-        rank,
-        candidates.numpy().astype(np.uint32),
-        (raw[candidates].double() - log_sum).float().numpy(),
+        float(raw[token_id] - log_sum),
+        int((raw >= raw[token_id]).sum()),
+        candidates.astype(np.uint32),
+        (raw[candidates] - log_sum).astype(np.float32),
     )
 
 
@@ -217,14 +211,13 @@ def _no_logprobs(num_candidates: int) -> _Logprobs:
     )
 
 
-def _best(raw: torch.Tensor, count: int) -> torch.Tensor:
+def _best(raw: Float32Array, count: int) -> npt.NDArray[np.intp]:
     """Return the ids of the `count` highest logits, best first, lower ids first on a tie."""
     if count == 0:
-        return torch.empty(0, dtype=torch.int64)
-    last = raw.topk(count).values[-1]
-    token_ids = torch.nonzero(raw >= last).flatten()
-    order = raw[token_ids].sort(descending=True, stable=True).indices
-    return token_ids[order[:count]]
+        return np.empty(0, np.intp)
+    last = np.partition(raw, -count)[-count]
+    token_ids = np.flatnonzero(raw >= last)
+    return token_ids[np.argsort(-raw[token_ids], kind="stable")][:count]
 
 
 def _pack(token_ids: UInt32Array, wanted: list[_Logprobs]) -> Sampled:

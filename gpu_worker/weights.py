@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.loading import Progress
 from octavo.gpu_worker.models.config import ModelConfig, from_json
 from octavo.gpu_worker.models.registry import Architecture, find_architecture
 from octavo.gpu_worker.sharding import WHOLE, Part, Sharding
-
-# Called with a tensor's name, bytes done and bytes in all.
-Progress = Callable[[str, int, int], None]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INDEX_FILE = "model.safetensors.index.json"

@@ -13,8 +13,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
-
-import torch
+from typing import TYPE_CHECKING
 
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.engine import Engine, make_engine
@@ -24,9 +23,11 @@ from octavo.gpu_worker.loading import LoadedModel
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION
-from octavo.gpu_worker.ranks import Ranks
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT
 from octavo.worker.v1 import worker_pb2
+
+if TYPE_CHECKING:  # it needs torch
+    from octavo.gpu_worker.ranks import Ranks
 
 log = logging.getLogger("octavo.worker")
 
@@ -370,7 +371,8 @@ class Worker:
 def _device_fault(error: BaseException) -> tuple[int, str, str]:
     """Return code, reason and message of a fault for an error that a device raised."""
     message = f"{type(error).__name__}: {error}"
-    # torch has no class of its own for it on the CPU.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in message:
+    # By name: this must not import torch, whose own class is for GPUs only.
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in message
+    if isinstance(error, MemoryError) or is_torchs:
         return _RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", f"{message}; lower kv_cache_memory or max_batch_tokens"
     return _INTERNAL, "DEVICE_FAULT", message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,12 @@ def load_tiny() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packed_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Workers that tests start keep no packed weights in the user's cache."""
+    os.environ["OCTAVO_PACKED_CACHE_DIR"] = str(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="session")

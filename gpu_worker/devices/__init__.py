@@ -4,25 +4,53 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
-import torch
-
-from octavo.gpu_worker.collectives import Collectives
 from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.host_runner import HostRunner
 from octavo.gpu_worker.ops import Device, Model
-from octavo.gpu_worker.parallel import ParallelModel
 from octavo.gpu_worker.runner import Runner
+
+if TYPE_CHECKING:  # torch and native code, which not every device needs
+    from octavo.gpu_worker.collectives import Collectives
+    from octavo.gpu_worker.devices.packed_model import PackedModel
 
 log = logging.getLogger("octavo.worker")
 
 DEVICES: Final = ("auto", "cuda", "cpu", "reference")
 
+# What a driver for NVIDIA's or AMD's GPUs puts there, also under WSL.
+_DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+def choose_device(name: str) -> str:
+    """Return the device that `name` of DEVICES stands for here: "cuda", "cpu" or "reference".
+
+    "auto" is a GPU if torch finds one, else the native CPU device, or the slow reference device where
+    the native one cannot be built. Raises DeviceError if the native one is asked for and cannot be built.
+    """
+    if name not in DEVICES:
+        raise DeviceError(f"device {name!r} is not one of {', '.join(DEVICES)}")
+    if name in ("cuda", "reference"):
+        return name
+    if name == "auto" and _has_gpu():
+        return "cuda"
+    from octavo.kernels.cpu import build, library
+
+    try:
+        library.load()
+    except build.BuildError as error:
+        if name == "cpu":
+            raise DeviceError(f"device cpu: {error}") from error
+        log.warning("the CPU kernels cannot be built; falling back to the reference device, which is SLOW: %s", error)
+        return "reference"
+    return "cpu"
+
 
 def make_runner(
     name: str,
-    model: Model,
+    model: Model | PackedModel,
     max_batch_tokens: int,
     max_running: int,
     max_blocks_per_sequence: int,
@@ -31,53 +59,45 @@ def make_runner(
     kv_cache_dtype: str = "auto",
     collectives: Collectives | None = None,
 ) -> Runner:
-    """Build what runs steps on a device of DEVICES. Raises DeviceError if it is missing.
+    """Build what runs steps on a device of DEVICES, see `choose_device`. Raises DeviceError if it is missing.
 
-    "auto" is a GPU if torch finds one, else the native CPU device, or the slow reference device where
-    the native one cannot be built. num_threads 0 means all cores. With `collectives` the model is one
-    rank's part of a model.
+    A packed model is for the cpu device and brings its threads with it; num_threads 0 means all cores.
+    With `collectives` the model is one rank's part of a model.
     """
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        return _cuda(model, max_batch_tokens, max_running, max_blocks_per_sequence, kv_cache_dtype, collectives)
+    limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
+    device = choose_device(name)
+    if device == "cuda":
+        return _cuda(_unpacked(model), *limits, kv_cache_dtype, collectives)
     if kv_cache_dtype != "auto":
         raise DeviceError(f"kv_cache_dtype {kv_cache_dtype} is for device cuda; use auto")
     if collectives is not None:
-        model = ParallelModel(model, collectives)
-    device = make_device(name, model, max_batch_tokens, max_running, max_blocks_per_sequence, num_threads=num_threads)
-    return HostRunner(device, max_running, max_blocks_per_sequence, model.vocab_size)
+        from octavo.gpu_worker.parallel import ParallelModel
+
+        model = ParallelModel(_unpacked(model), collectives)
+    host_device = make_device(device, model, *limits, num_threads=num_threads)
+    return HostRunner(host_device, max_running, max_blocks_per_sequence, model.vocab_size)
 
 
 def make_device(
     name: str,
-    model: Model,
+    model: Model | PackedModel,
     max_batch_tokens: int,
     max_running: int,
     max_blocks_per_sequence: int,
     *,
     num_threads: int = 0,
 ) -> Device:
-    """Build one of DEVICES that computes in the host's memory. Raises DeviceError if it is missing.
+    """Build the device "cpu" or "reference". Raises build.BuildError if the native kernels cannot be built."""
+    limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
+    # Imported late: the one loads native code, the other torch.
+    if name == "cpu":
+        from octavo.gpu_worker.devices.cpu import CpuDevice
 
-    "auto" is the native CPU device, or the slow reference device where the native one cannot be
-    built. num_threads 0 means all cores.
-    """
-    limits = (model, max_batch_tokens, max_running, max_blocks_per_sequence)
-    if name not in DEVICES:
-        raise DeviceError(f"device {name!r} is not one of {', '.join(DEVICES)}")
-    assert name != "cuda", "a GPU runs steps, see make_runner"
-    if name == "reference":
-        return _reference(*limits)
-    # Imported late: it loads native code that the reference device does without.
-    from octavo.gpu_worker.devices.cpu import CpuDevice
-    from octavo.kernels.cpu.build import BuildError
+        return CpuDevice(model, *limits, num_threads=num_threads)
+    assert name == "reference", f"{name} does not compute in the host's memory"
+    from octavo.gpu_worker.devices.reference import ReferenceDevice
 
-    try:
-        return CpuDevice(*limits, num_threads=num_threads)
-    except BuildError as error:
-        if name == "cpu":
-            raise DeviceError(f"device cpu: {error}") from error
-        log.warning("the CPU kernels cannot be built; falling back to the reference device, which is SLOW: %s", error)
-        return _reference(*limits)
+    return ReferenceDevice(_unpacked(model), *limits)
 
 
 def _cuda(
@@ -88,6 +108,8 @@ def _cuda(
     kv_cache_dtype: str,
     collectives: Collectives | None,
 ) -> Runner:
+    import torch
+
     if not torch.cuda.is_available():
         raise DeviceError("device cuda: torch finds no GPU; install a torch with CUDA or ROCm and a driver, or use cpu")
     # Imported late: triton is in an extra of its own.
@@ -124,7 +146,17 @@ def device_of_ranks(name: str) -> str:
     return name
 
 
-def _reference(model: Model, max_batch_tokens: int, max_running: int, max_blocks_per_sequence: int) -> Device:
-    from octavo.gpu_worker.devices.reference import ReferenceDevice
+def _has_gpu() -> bool:
+    """Ask torch for a GPU, but only where there is a driver: a CPU's worker may do without torch."""
+    if not any(Path(name).exists() for name in _DRIVER_FILES):
+        return False
+    import torch
 
-    return ReferenceDevice(model, max_batch_tokens, max_running, max_blocks_per_sequence)
+    return torch.cuda.is_available()
+
+
+def _unpacked(model: Model | PackedModel) -> Model:
+    from octavo.gpu_worker.devices.packed_model import PackedModel
+
+    assert not isinstance(model, PackedModel), "the model is packed for the cpu device"
+    return model

@@ -14,7 +14,19 @@ import torch
 
 from octavo.gpu_worker.devices.attention_plan import TILE_KEYS, TILE_ROWS, AttentionGroup, plan_attention
 from octavo.gpu_worker.draw import draw_tokens
-from octavo.gpu_worker.ops import Activation, Draw, Experts, Heads, Int32Array, Linear, Model, Norm, Rotary, StepInput
+from octavo.gpu_worker.ops import (
+    Activation,
+    Draw,
+    Experts,
+    Float32Array,
+    Heads,
+    Int32Array,
+    Linear,
+    Model,
+    Norm,
+    Rotary,
+    StepInput,
+)
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 
 _PAIRS_PER_CALL = 8
@@ -54,10 +66,10 @@ class ReferenceDevice:
         self.keys = torch.zeros(shape, dtype=self.dtype)
         self.values = torch.zeros(shape, dtype=self.dtype)
 
-    def forward(self, step: StepInput) -> torch.Tensor:
-        """Run one step; return logits [R, vocab_size] float32."""
+    def forward(self, step: StepInput) -> Float32Array:
+        """Run one step; return logits [R, vocab_size]."""
         with torch.no_grad():
-            logits: torch.Tensor = self._model.forward(_StepOps(self, step))
+            logits: Float32Array = self._model.forward(_StepOps(self, step)).numpy()
         return logits
 
     def copy_blocks(self, pairs: Int32Array) -> None:
@@ -66,7 +78,7 @@ class ReferenceDevice:
             self.keys[:, target] = self.keys[:, source]
             self.values[:, target] = self.values[:, source]
 
-    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> Int32Array:
+    def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """Draw a token for each row of processed `logits`."""
         return draw_tokens(logits, draws)
 

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 3 };
+enum { OCTAVO_ABI_REVISION = 4 };
 
 enum OctavoType : int32_t { OCTAVO_BF16 = 0, OCTAVO_F16 = 1, OCTAVO_F32 = 2 };
 
@@ -175,6 +175,13 @@ OCTAVO_EXPORT void octavo_pack_linear(OctavoPool* pool, const OctavoMatrix* weig
 OCTAVO_EXPORT void octavo_pack_gated(OctavoPool* pool, const OctavoMatrix* gate, const OctavoMatrix* up,
                                      uint16_t* packed);
 OCTAVO_EXPORT void octavo_to_bf16(OctavoPool* pool, const OctavoMatrix* matrix, uint16_t* rows, int32_t stride);
+
+// Packed weights in a file. A checksum is of OCTAVO_CHUNK_BYTES, the last one of what is left.
+enum { OCTAVO_CHUNK_BYTES = 1 << 20 };
+// Read `size` bytes at `offset` with all threads and sum them up. Returns 0 or an errno.
+OCTAVO_EXPORT int32_t octavo_read_file(OctavoPool* pool, int32_t file, int64_t offset, size_t size, void* memory,
+                                       uint64_t* checksums);
+OCTAVO_EXPORT void octavo_checksums(const void* memory, size_t size, uint64_t* checksums);
 
 // Programs. `info` and the arrays it points to are copied; buffers and weights are not.
 OCTAVO_EXPORT OctavoProgram* octavo_program_create(OctavoPool* pool, const OctavoProgramInfo* info);

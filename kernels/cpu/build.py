@@ -57,7 +57,7 @@ def library_path(variant: str) -> Path:
     if ready.exists():
         return ready
     compiler = _find_compiler()
-    cached = _cache_folder() / _file_name(variant, _compiler_identity(compiler))
+    cached = cache_folder() / _file_name(variant, _compiler_identity(compiler))
     if cached.exists():
         return cached
     cached.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,8 @@ def _compiler_identity(compiler: list[str]) -> str:
     return " ".join(compiler) + "\n" + result.stdout
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Return the folder for what was made here and can be made again: $XDG_CACHE_HOME/octavo, or ~/.cache/octavo."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "octavo"
 

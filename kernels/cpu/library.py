@@ -10,7 +10,8 @@ from pathlib import Path
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 3
+ABI_REVISION = 4
+CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
 BF16, F16, F32 = range(3)
 EMBED, NORM_LINEAR, ROTARY_WRITE_KV, PAGED_ATTENTION, LINEAR_RESIDUAL, NORM_GATED_LINEAR, LOGITS = range(7)
@@ -176,6 +177,11 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_pack_linear": (None, (c.c_void_p, _MatrixPointer, c.c_void_p)),
     "octavo_pack_gated": (None, (c.c_void_p, _MatrixPointer, _MatrixPointer, c.c_void_p)),
     "octavo_to_bf16": (None, (c.c_void_p, _MatrixPointer, c.c_void_p, c.c_int32)),
+    "octavo_read_file": (
+        c.c_int32,
+        (c.c_void_p, c.c_int32, c.c_int64, c.c_size_t, c.c_void_p, c.c_void_p),
+    ),
+    "octavo_checksums": (None, (c.c_void_p, c.c_size_t, c.c_void_p)),
     "octavo_program_create": (c.c_void_p, (c.c_void_p, c.POINTER(ProgramInfo))),
     "octavo_program_destroy": (None, (c.c_void_p,)),
     "octavo_program_run": (

@@ -66,6 +66,11 @@ class ServeConfig:
         default=None, metadata={"help": "most tokens of prompt and output together; by default what the model allows"}
     )
 
+    packed_cache: bool = field(
+        default=True,
+        metadata={"help": "keep weights on disk as the CPU kernels read them, which makes the next start faster"},
+    )
+
     grpc_address: str = field(
         default="127.0.0.1:50051",
         metadata={
@@ -281,6 +286,7 @@ def child_specs(
         "kv_cache_memory": config.kv_cache_memory,
         "kv_cache_dtype": config.kv_cache_dtype,
         "max_model_len": config.max_model_len,
+        "packed_cache": config.packed_cache,
         # By default a worker takes every core: several of them would only wait for each other.
         "num_threads": max(1, _num_cores() // num_processes) if num_processes > 1 else None,
     }

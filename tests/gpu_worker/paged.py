@@ -51,7 +51,7 @@ class Paged:
                 slot_mapping.append(sequence.blocks[position // 16] * 16 + position % 16)
             sequence.num_computed += count
             query_start_loc.append(len(token_ids))
-        logits = self.device.forward(
+        computed = self.device.forward(
             StepInput(
                 token_ids=np.array(token_ids, np.int32),
                 positions=np.array(positions, np.int32),
@@ -61,7 +61,8 @@ class Paged:
                 block_tables=block_tables,
                 logits_rows=np.arange(len(token_ids), dtype=np.int32),
             )
-        ).clone()
+        )
+        logits = torch.from_numpy(computed.copy())
         for index, (sequence, _) in enumerate(rows):
             sequence.logits.extend(logits[query_start_loc[index] : query_start_loc[index + 1]])
 

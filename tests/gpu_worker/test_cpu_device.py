@@ -12,7 +12,7 @@ import torch
 from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.ops import Activation, Draw, Experts, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
 from octavo.kernels.cpu import library
-from octavo.kernels.cpu.runtime import Runtime
+from octavo.kernels.cpu.packing import Packer
 
 BLOCK_TOKENS = 16
 MAX_TOKENS = 512
@@ -233,7 +233,7 @@ def make_step(parts: list[tuple[Sequence, int]]) -> StepInput:
 
 def run(device: CpuDevice, parts: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
     """Run a step; return the logits of each sequence's new tokens."""
-    logits = device.forward(make_step(parts)).clone()
+    logits = torch.from_numpy(device.forward(make_step(parts)).copy())
     for sequence, count in parts:
         sequence.computed += count
     return list(torch.split(logits, [count for _, count in parts]))
@@ -305,8 +305,8 @@ def test_a_tied_embedding_is_read_from_the_head(name: str, monkeypatch: pytest.M
     model = TinyModel(SHAPES[name])
     model.head = Linear(model.embedding.clone())
     stored: list[torch.Tensor] = []
-    store_rows = Runtime.store_rows
-    monkeypatch.setattr(Runtime, "store_rows", lambda self, table: stored.append(table) or store_rows(self, table))
+    store_rows = Packer.store_rows
+    monkeypatch.setattr(Packer, "store_rows", lambda self, table: stored.append(table) or store_rows(self, table))
     expected = run_in_chunks(make_device(model), make_sequence(1, 20, [3, 1]), 20)
     assert len(stored) == 1
 
@@ -441,9 +441,9 @@ def test_logits_may_be_changed_in_place_and_only_wanted_rows_are_computed(invari
     sequence.computed = 0
     step = replace(make_step([(sequence, 10)]), logits_rows=np.array([2, 9], np.int32))
 
-    device.forward(step).fill_(torch.nan)
+    device.forward(step).fill(np.nan)
 
-    assert torch.equal(device.forward(step), everything[[2, 9]])
+    assert torch.equal(torch.from_numpy(device.forward(step)), everything[[2, 9]])
 
 
 def test_an_empty_step_gives_no_logits(invariance_model: TinyModel) -> None:
@@ -539,9 +539,9 @@ def test_the_model_is_not_kept_alive() -> None:
 
 def test_a_token_is_drawn_for_each_row(invariance_model: TinyModel) -> None:
     device = make_device(invariance_model)
-    logits = torch.zeros(3, 128)
+    logits = np.zeros((3, 128), np.float32)
     logits[0, 7] = logits[2, 9] = 50.0
-    logits[1] = -torch.inf
+    logits[1] = -np.inf
 
     greedy = Draw(0.0, 0, 1.0, 0.0, seed=1, candidate_index=0, position=0)
     tokens = device.draw(logits, [greedy, greedy, replace(greedy, temperature=1.0, seed=2**64 - 1)])

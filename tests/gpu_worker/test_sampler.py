@@ -10,7 +10,7 @@ import torch
 
 from octavo.gpu_worker.draw import draw_tokens
 from octavo.gpu_worker.errors import PlanError
-from octavo.gpu_worker.ops import Draw, Int32Array
+from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array
 from octavo.gpu_worker.sampler import Sampled, Sampler
 from octavo.gpu_worker.sampling_settings import read_sampling_update
 from octavo.worker.v1 import worker_pb2
@@ -23,10 +23,10 @@ class Drawer:
     """Draws like the reference device and keeps what it was given."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[torch.Tensor, list[Draw]]] = []
+        self.calls: list[tuple[Float32Array, list[Draw]]] = []
 
-    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> Int32Array:
-        self.calls.append((logits.clone(), draws))
+    def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
+        self.calls.append((logits.copy(), draws))
         return draw_tokens(logits, draws)
 
 
@@ -49,7 +49,7 @@ def logits_of(seed: int = 0, rows: int = 1) -> torch.Tensor:
 def sample(sampler: Sampler, logits: torch.Tensor, positions: list[int] | None = None) -> Sampled:
     count = len(logits)
     return sampler.sample(
-        logits.clone(), np.arange(count, dtype=np.int32), np.array(positions or [10] * count, np.int32)
+        logits.numpy().copy(), np.arange(count, dtype=np.int32), np.array(positions or [10] * count, np.int32)
     )
 
 
@@ -75,7 +75,7 @@ def test_only_allowed_tokens_keep_their_logits() -> None:
 
     expected = np.full(VOCABULARY, -np.inf, np.float32)
     expected[[4, 5]] = logits[0, [4, 5]]
-    np.testing.assert_array_equal(drawer.calls[0][0][0].numpy(), expected)
+    np.testing.assert_array_equal(drawer.calls[0][0][0], expected)
 
 
 def test_a_bias_is_added_to_what_is_allowed() -> None:
@@ -130,7 +130,7 @@ def test_penalties_follow_history_and_what_was_sampled_since() -> None:
         token_ids = sample(sampler, logits, [len(prompt) + len(output)]).token_ids
 
         expected = stated_penalties(logits[0].numpy(), penalties, prompt + output, output)
-        np.testing.assert_allclose(drawer.calls[-1][0][0].numpy(), expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(drawer.calls[-1][0][0], expected, rtol=1e-6, atol=1e-6)
         output.append(int(token_ids[0]))
     assert len(set(output)) < len(output)  # something did repeat
 

@@ -19,7 +19,7 @@ import triton.language as tl
 from mutate import mutated
 
 from octavo.gpu_worker import draw
-from octavo.gpu_worker.ops import Draw, Int32Array
+from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array
 from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN
 from octavo.gpu_worker.sampler import Sampler
 from octavo.gpu_worker.sampling_settings import SamplingSettings
@@ -141,7 +141,7 @@ def check_draws(draws: list[Draw], *, ties: bool = False, seed: int = 0) -> None
     before = logits.clone()
     drawn = draw_on_gpu(logits, draw_settings(draws))
     assert torch.equal(logits, before), "the raw logits must stay"
-    assert drawn.tolist() == draw.draw_tokens(logits, draws).tolist()
+    assert drawn.tolist() == draw.draw_tokens(logits.numpy(), draws).tolist()
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -207,7 +207,7 @@ def test_rows_without_filters_need_no_search() -> None:
     draws = [OFF, DRAWS["greedy"]]
     logits = make_logits(2)
     drawn = draw_on_gpu(logits, draw_settings(draws), has_edges=False)
-    assert drawn.tolist() == draw.draw_tokens(logits, draws).tolist()
+    assert drawn.tolist() == draw.draw_tokens(logits.numpy(), draws).tolist()
 
 
 @pytest.mark.parametrize("name", ["greedy", "all"])
@@ -223,7 +223,7 @@ def test_a_row_that_is_not_finite_has_no_token(name: str) -> None:
 class TorchDrawer:
     """The worker's own draw."""
 
-    def draw(self, logits: torch.Tensor, draws: list[Draw]) -> Int32Array:
+    def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         return draw.draw_tokens(logits, draws)
 
 
@@ -326,7 +326,7 @@ def check_rules(num_steps: int = 4) -> None:
         values, ranks = torch.empty(len(order)), torch.empty(len(order), dtype=torch.int32)
         sampling.logprobs(logits, drawn, values, ranks, config=CONFIG)
         positions = np.full(len(order), 4 + step, np.int32)
-        expected = slots.sampler.sample(logits.clone(), np.array(order, np.int32), positions)
+        expected = slots.sampler.sample(logits.numpy().copy(), np.array(order, np.int32), positions)
         assert drawn.numpy().view(np.uint32).tolist() == expected.token_ids.tolist()
         assert ranks.tolist() == expected.ranks.tolist()
         np.testing.assert_allclose(values.numpy(), expected.logprobs, rtol=1e-5, atol=1e-5)

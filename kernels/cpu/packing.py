@@ -1,0 +1,110 @@
+"""From tensors to the layouts that the native kernels read.
+
+All pointers handed out here point into the packer's arena: they live as long as it does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from octavo.kernels.cpu import library
+from octavo.kernels.cpu.runtime import BLOCK_COLUMNS, GATED_COLUMNS, Arena, Runtime, padded
+
+_TYPES = {torch.bfloat16: library.BF16, torch.float16: library.F16, torch.float32: library.F32}
+
+
+class Packer:
+    """Packs tensors into an arena."""
+
+    def __init__(self, runtime: Runtime, arena: Arena) -> None:
+        self._pool = runtime.pool
+        self._library = runtime.library
+        self._arena = arena
+
+    def store_floats(self, values: torch.Tensor, multiple: int = 1) -> int:
+        """Copy `values` as float32, zero-padded to a multiple; return the address."""
+        floats = values.detach().to(torch.float32).contiguous()
+        address = self._arena.allocate(padded(floats.numel(), multiple) * 4)
+        ctypes.memmove(address, floats.data_ptr(), floats.numel() * 4)
+        return address
+
+    def store_norm(self, weight: torch.Tensor, eps: float) -> library.Norm:
+        """Copy an RMSNorm."""
+        return library.Norm(self.store_floats(weight, BLOCK_COLUMNS), eps, weight.numel())
+
+    def store_rows(self, matrix: torch.Tensor) -> tuple[int, int]:
+        """Copy a matrix as bf16 rows; return address and stride."""
+        stride = padded(matrix.shape[1], BLOCK_COLUMNS)
+        address = self._arena.allocate(matrix.shape[0] * stride * 2)
+        with _MatrixView(matrix) as view:
+            self._library.octavo_to_bf16(self._pool, view, address, stride)
+        return address, stride
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> library.Linear:
+        """Pack weight [out_features, in_features] and bias."""
+        out_features, in_features = weight.shape
+        address = self._arena.allocate(2 * self._library.octavo_packed_weight_size(out_features, in_features))
+        with _MatrixView(weight) as view:
+            self._library.octavo_pack_linear(self._pool, view, address)
+        packed_bias = None if bias is None else self.store_floats(bias, BLOCK_COLUMNS)
+        return library.Linear(address, packed_bias, in_features, out_features)
+
+    def pack_gated(
+        self, gate: torch.Tensor, up: torch.Tensor, gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None
+    ) -> library.Linear:
+        """Pack a gated pair of layers, both [out_features, in_features], as one."""
+        assert gate.shape == up.shape, f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ"
+        out_features, in_features = gate.shape
+        columns = 2 * padded(out_features, GATED_COLUMNS)
+        address = self._arena.allocate(2 * self._library.octavo_packed_weight_size(columns, in_features))
+        with _MatrixView(gate) as gate_view, _MatrixView(up) as up_view:
+            self._library.octavo_pack_gated(self._pool, gate_view, up_view, address)
+        packed_bias = None
+        if gate_bias is not None or up_bias is not None:
+            pair = torch.zeros(2, padded(out_features, GATED_COLUMNS))
+            for row, bias in zip(pair, (gate_bias, up_bias), strict=True):
+                if bias is not None:
+                    row[:out_features] = bias.detach()
+            packed_bias = self.store_floats(pair.view(2, -1, GATED_COLUMNS).transpose(0, 1).flatten())
+        return library.Linear(address, packed_bias, in_features, out_features)
+
+    def pack_experts(
+        self, gate: Sequence[torch.Tensor], up: Sequence[torch.Tensor], down: Sequence[torch.Tensor]
+    ) -> tuple[library.Linear, library.Linear]:
+        """Pack experts of one shape behind each other; return the first one's gated pair and down layer.
+
+        gate, up  of each expert [intermediate_size, hidden_size];  down  [hidden_size, intermediate_size]
+        """
+        inner, hidden = gate[0].shape
+        gated_bytes = 2 * self._library.octavo_packed_weight_size(2 * padded(inner, GATED_COLUMNS), hidden)
+        down_bytes = 2 * self._library.octavo_packed_weight_size(hidden, inner)
+        gated_address, down_address = (
+            self._arena.allocate(len(gate) * gated_bytes),
+            self._arena.allocate(len(down) * down_bytes),
+        )
+        for expert, parts in enumerate(zip(gate, up, down, strict=True)):
+            assert [tuple(part.shape) for part in parts] == [(inner, hidden), (inner, hidden), (hidden, inner)], expert
+            views = [_MatrixView(part) for part in parts]
+            with views[0] as gate_view, views[1] as up_view, views[2] as down_view:
+                self._library.octavo_pack_gated(self._pool, gate_view, up_view, gated_address + expert * gated_bytes)
+                self._library.octavo_pack_linear(self._pool, down_view, down_address + expert * down_bytes)
+        return library.Linear(gated_address, None, hidden, inner), library.Linear(down_address, None, inner, hidden)
+
+
+class _MatrixView:
+    """A tensor as the library sees it, kept alive for the length of a `with`."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor.detach().cpu().contiguous()
+        if self._tensor.dtype not in _TYPES:
+            self._tensor = self._tensor.to(torch.float32)
+
+    def __enter__(self) -> library.Matrix:
+        rows, columns = self._tensor.shape
+        return library.Matrix(self._tensor.data_ptr(), _TYPES[self._tensor.dtype], rows, columns)
+
+    def __exit__(self, *_: object) -> None:
+        del self._tensor
