@@ -136,7 +136,7 @@ def gpu_of_rank(rank: int, num_gpus: int) -> str:
 
 def device_of_ranks(name: str) -> str:
     """Return which device runs a part of a model that is split over processes. Raises DeviceError."""
-    if name == "auto" and torch.cuda.is_available():
+    if name == "auto" and _has_gpu():
         return "cuda"
     if name not in ("cuda", "reference"):
         raise DeviceError(
