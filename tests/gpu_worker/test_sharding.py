@@ -205,14 +205,14 @@ def test_settings_of_ranks_are_checked(settings: dict[str, object], message: str
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_a_device_that_cannot_run_a_part_of_a_model_says_so(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("octavo.gpu_worker.devices._has_gpu", lambda: False)
     assert [device_of_ranks(name) for name in ("reference", "cuda")] == ["reference", "cuda"]
     with pytest.raises(DeviceError, match=f"device {device} cannot run a model that is split"):
         device_of_ranks(device)
 
 
 def test_with_gpus_a_part_of_a_model_is_run_on_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("octavo.gpu_worker.devices._has_gpu", lambda: True)
     assert device_of_ranks("auto") == "cuda"
     assert [gpu_of_rank(rank, 4) for rank in (0, 3, 4, 6)] == ["cuda:0", "cuda:3", "cuda:0", "cuda:2"]
     assert gpu_of_rank(5, 1) == "cuda:0"
