@@ -30,6 +30,7 @@ from octavo.services.common import process
 _LISTENING = "listening"
 _PROCESSES = "processes"
 _SCHEDULING = "scheduling"
+_SECURITY = "security"
 _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _RUN_PREFIX = "octavo-serve-"
 _MAX_BASE_BYTES = 64  # the path of a Unix socket in a run directory has at most 107 bytes
@@ -88,6 +89,19 @@ class ServeConfig:
     )
     reflection: bool = field(
         default=True, metadata={"group": _LISTENING, "help": "let tools such as grpcurl ask for the API's description"}
+    )
+
+    api_keys: Path | None = field(
+        default=None,
+        metadata={"group": _SECURITY, "help": "file of API keys, made by `octavo keys add`: every call needs one"},
+    )
+    tls_certificate: Path | None = field(
+        default=None, metadata={"group": _SECURITY, "help": "PEM chain for gRPC and HTTP; without it they are plain"}
+    )
+    tls_key: Path | None = field(default=None, metadata={"group": _SECURITY, "help": "its key"})
+    tls_client_ca: Path | None = field(
+        default=None,
+        metadata={"group": _SECURITY, "help": "PEM authorities: clients need a certificate of theirs"},
     )
 
     gateways: int = field(default=1, metadata={"group": _PROCESSES, "help": "how many gateway processes"})
@@ -298,6 +312,10 @@ def child_specs(
         "max_model_len": config.max_model_len,
         "reflection": config.reflection,
         "grace_s": config.grace_s,
+        "api_keys": config.api_keys,
+        "tls_certificate": config.tls_certificate,
+        "tls_key": config.tls_key,
+        "tls_client_ca": config.tls_client_ca,
     }
     specs = []
     for name, address, endpoint in zip(names, scheduler_addresses, worker_endpoints, strict=True):
@@ -318,9 +336,19 @@ def child_specs(
             )
     for index, where in enumerate(listen):
         name = f"gateway-{index}"
-        own = {"gateway_id": name, "grpc_address": where.grpc, "http_address": where.http}
+        own = {
+            "gateway_id": name,
+            "grpc_address": where.grpc,
+            "http_address": where.http,
+            "local_address": _local_address(folder, index),
+        }
         specs.append(spec(name, 0, {**gateway, **own}, str(model.path)))
     return specs
+
+
+def _local_address(folder: Path, index: int) -> str:
+    """Return where a gateway can be asked whether it serves, whatever clients need to be let in."""
+    return f"unix:{folder}/gateway-{index}.sock"
 
 
 def _visible_gpu(index: int, environ: Mapping[str, str]) -> dict[str, str]:
@@ -367,7 +395,11 @@ async def _supervise(
     def on_ready() -> None:
         display.close()
         on = f" on {device}" if device else ""
-        http = f", http {' '.join(where.http for where in listen)}" if config.http_address else ""
+        http = (
+            f", http{'s' if config.tls_certificate else ''} {' '.join(where.http for where in listen)}"
+            if config.http_address
+            else ""
+        )
         with contextlib.suppress(OSError):
             print(
                 f"ready in {time.monotonic() - started:.1f} s: {model.name}{on}, "
@@ -379,7 +411,7 @@ async def _supervise(
         child_specs(config, model, listen, folder),
         # The processes end running requests themselves after grace_s: they get a little longer to end.
         Limits(start_s=config.startup_timeout_s, grace_s=config.grace_s + 5),
-        is_ready=lambda: _all_serving([addresses.reachable(where.grpc) for where in listen]),
+        is_ready=lambda: _all_serving([_local_address(folder, index) for index in range(len(listen))]),
         on_ready=on_ready,
         say=output.say,
         on_line=output.child_line,
