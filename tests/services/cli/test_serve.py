@@ -48,7 +48,7 @@ from octavo.services.cli.child import ChildSpec
 commands = json.loads(sys.argv.pop())
 
 def stand_ins(config, model, listen, folder):
-    return [ChildSpec(name, tuple(part.replace("LISTEN", listen[0].grpc) for part in command), order)
+    return [ChildSpec(name, tuple(part.replace("LISTEN", f"unix:{folder}/gateway-0.sock") for part in command), order)
             for order, (name, command) in enumerate(commands.items())]
 
 serve.child_specs = stand_ins
