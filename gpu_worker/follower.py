@@ -66,7 +66,7 @@ class Follower:
             log.error("rank %d: %s", self._config.rank, error, exc_info=not isinstance(error, RankError))
             fault = worker_pb2.WorkerFault(code=_INTERNAL, reason=type(error).__name__, message=str(error), fatal=True)
             self._send(worker_pb2.WorkerFrame(worker_fault=fault))
-        self._link.close(farewell=bool(status))
+        self._link.close(farewell=True)
         log.info("rank %d: ends", self._config.rank)
         return status
 
@@ -90,6 +90,7 @@ class Follower:
             self._engine.use_idle_time()
         elif kind == "shutdown":
             self._ended = True
+            self._send(worker_pb2.WorkerFrame(shutdown=worker_pb2.Shutdown()))  # heard
         self._heard_at = time.monotonic()
 
     def _connect(self, frame: worker_pb2.WorkerFrame) -> None:

@@ -34,6 +34,7 @@ REPORT_S = 0.2  # a sign of life at least so often
 _MAX_QUEUED_FRAMES = 1000
 _MAX_FRAME_BYTES = 1 << 20  # what the other ranks send is small
 _FAREWELL_MS = 500
+_LEAVE_S = 2.0
 
 
 class Ranks:
@@ -49,6 +50,7 @@ class Ranks:
         self._heard_at: dict[int, float] = {}
         self._ids: dict[int, str] = {}  # of the processes that have said hello
         self._told_at = 0.0
+        self._leaving: set[int] = set()  # told to end, and not heard to have understood
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
@@ -116,10 +118,19 @@ class Ranks:
         self._heard_at = dict.fromkeys(self._heard_at, time.monotonic())
 
     def close(self, farewell: bool = False) -> None:
-        """Close; with `farewell` tell the other ranks to end."""
+        """Close; with `farewell` tell the other ranks to end, and wait a moment until they have heard it.
+
+        A socket that loses its peer drops what it has received and not yet handed out: a rank that was
+        busy would then find that rank 0 is gone, and not why.
+        """
         if farewell:
-            with contextlib.suppress(RankError):
+            self._leaving = set(self._heard_at)
+            with contextlib.suppress(RankError, zmq.ZMQError):
                 self.tell(worker_pb2.WorkerFrame(shutdown=worker_pb2.Shutdown()))
+                deadline = time.monotonic() + _LEAVE_S
+                while self._leaving and (left_s := deadline - time.monotonic()) > 0:
+                    if self._socket.poll(round(1000 * left_s)):
+                        self._receive()
         self._socket.close(linger=_FAREWELL_MS if farewell else 0)
         self._context.term()
 
@@ -142,6 +153,8 @@ class Ranks:
                 self._ids[rank] = frame.worker_hello.worker_id
             elif self._ids[rank] != frame.worker_hello.worker_id:  # else it was on the way before the answer
                 raise RankError(f"rank {rank} starts over")
+        if kind == "shutdown":
+            self._leaving.discard(rank)
         self._heard_at[rank] = time.monotonic()
 
     def _compare(self, rank: int, theirs: worker_pb2.WorkerHello) -> None:

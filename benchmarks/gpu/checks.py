@@ -95,7 +95,7 @@ def check_sampling(lab: Lab) -> Iterator[Row]:
     kinds = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 40, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.3, 0, 1.0, 0.05)]
     draws = [Draw(*kinds[row % len(kinds)], row + 2**33, 0, 100 + row) for row in range(rows)]
     token_ids = sampling_launch(lab, logits.to(lab.device), draws)()
-    expected = torch.from_numpy(draw_tokens(logits.clone(), draws))
+    expected = torch.from_numpy(draw_tokens(logits.clone().numpy(), draws))
     wrong = int((token_ids.cpu() != expected).sum())
     yield Row("kernels", f"sampling: {rows} rows of {vocab}", passed=not wrong, note=f"{wrong} differ" if wrong else "")
     values = torch.empty(rows, device=lab.device)
