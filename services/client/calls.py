@@ -14,7 +14,7 @@ from octavo.services.client.errors import OctavoError, from_rpc_error
 
 T = TypeVar("T")
 
-_ATTEMPTS = 4
+_ATTEMPTS = 7  # over two and a half seconds: a gateway that is restarted is back by then
 _BACKOFF_S = (0.05, 1.0)
 _AVOID_S = 1.0
 _MAX_MESSAGE_BYTES = 64 << 20
@@ -25,6 +25,8 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     # A long prefill sends nothing: pings notice a dead connection, and keep proxies from cutting a live one.
     ("grpc.keepalive_time_ms", 30_000),
+    # A new client does not wait for what an old one of this process has given up.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
