@@ -275,7 +275,8 @@ async def test_a_stopping_gateway_lets_running_streams_end(config: GatewayConfig
             kinds.append(response.event.WhichOneof("payload"))
         await stopping  # long before the grace is over
 
-    assert refused.value.code() is Code.UNAVAILABLE
+    # The gateway refuses it, or gRPC's server, which is told to stop at the same time, cancels it unbegun.
+    assert refused.value.code() in (Code.UNAVAILABLE, Code.CANCELLED)
     assert kinds[-1] == "completed"
 
 
