@@ -10,10 +10,9 @@ import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
 from octavo.kernels.configs import LOGITS, TARGETS, RowConfig
+from octavo.kernels.sampling_kernels import log_total
 
 MAX_ALTERNATIVES = 32
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -30,12 +29,7 @@ def _alternatives(logits_ptr, ids_ptr, logprobs_ptr, count, VOCAB: tl.constexpr,
         token = start + tl.arange(0, BLOCK)
         best = tl.maximum(best, tl.load(logits_ptr + token, mask=token < VOCAB, other=float("-inf")))
     highest = tl.max(best)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, VOCAB, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        x = tl.load(logits_ptr + token, mask=token < VOCAB, other=float("-inf"))
-        total += tl.exp2((x - highest) * _LOG2_E)
-    log_total = tl.log(tl.sum(total))
+    log_sum = log_total(logits_ptr, highest, VOCAB, BLOCK)
     last = highest
     last_id = tl.full((), -1, tl.int32)
     for place in tl.range(0, count):
@@ -52,7 +46,7 @@ def _alternatives(logits_ptr, ids_ptr, logprobs_ptr, count, VOCAB: tl.constexpr,
         last = tl.max(tl.where(best_id < VOCAB, best, float("-inf")))
         last_id = tl.min(tl.where(best == last, best_id, VOCAB))
         tl.store(ids_ptr + row * count + place, last_id)
-        tl.store(logprobs_ptr + row * count + place, last - highest - log_total)
+        tl.store(logprobs_ptr + row * count + place, last - highest - log_sum)
 
 
 def alternatives(logits: torch.Tensor, token_ids: torch.Tensor, logprobs: torch.Tensor, *, config: RowConfig) -> None:

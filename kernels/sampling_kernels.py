@@ -325,6 +325,17 @@ def pick_token(
 
 
 @triton.jit
+def log_total(logits_ptr, highest, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the logarithm of the sum of exp(logit - highest) of one row."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, VOCAB, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + token, mask=token < VOCAB, other=float("-inf"))
+        total += tl.exp2((x - highest) * _LOG2_E)
+    return tl.log(tl.sum(total))
+
+
+@triton.jit
 def token_logprobs(logits_ptr, token_ids_ptr, logprobs_ptr, ranks_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """Write log probability and rank of one row's token. Grid (R,).
 
@@ -346,12 +357,7 @@ def token_logprobs(logits_ptr, token_ids_ptr, logprobs_ptr, ranks_ptr, VOCAB: tl
             best = tl.maximum(best, x)
             count += ((x >= chosen) & (token < VOCAB)).to(tl.int32)
         highest = tl.max(best)
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in tl.range(0, VOCAB, BLOCK):
-            token = start + tl.arange(0, BLOCK)
-            x = tl.load(logits_ptr + token, mask=token < VOCAB, other=float("-inf"))
-            total += tl.exp2((x - highest) * _LOG2_E)
-        logprob = chosen - highest - tl.log(tl.sum(total))
+        logprob = chosen - highest - log_total(logits_ptr, highest, VOCAB, BLOCK)
         rank = tl.sum(count)
     tl.store(logprobs_ptr + row, logprob)
     tl.store(ranks_ptr + row, rank)

@@ -146,7 +146,7 @@ def test_a_wrong_kernel_is_noticed(check: object, old: str, new: str, tmp_path: 
     [
         ("(x == last) & (token > last_id)", "(x == last) & (token != last_id)"),
         ("tl.where(best == last, best_id, VOCAB)", "tl.where(best == last, best_id, 0)"),
-        ("last - highest - log_total", "last - log_total"),
+        ("last - highest - log_sum", "last - log_sum"),
         ("(x > best) | (best_id == VOCAB)", "(x >= best) | (best_id == VOCAB)"),
     ],
 )
