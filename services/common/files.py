@@ -40,7 +40,7 @@ class WatchedFile(Generic[T]):
 
     def _look(self) -> None:
         try:
-            version = _version_of(self._path)
+            version = version_of(self._path)
             if version in (self._version, self._failed):
                 return
             self._failed = version
@@ -51,7 +51,7 @@ class WatchedFile(Generic[T]):
 
     def _read(self) -> tuple[object, T]:
         try:
-            version = _version_of(self._path)
+            version = version_of(self._path)
             with self._path.open("rb") as file:
                 data = file.read(_MAX_BYTES + 1)
         except OSError as error:
@@ -64,6 +64,7 @@ class WatchedFile(Generic[T]):
             raise ValueError(f"{self._path}: {error}") from None
 
 
-def _version_of(path: Path) -> tuple[int, int, int]:
+def version_of(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is replaced or written. Raises OSError."""
     about = path.stat()  # follows links: Kubernetes replaces a link when a Secret changes
     return about.st_mtime_ns, about.st_size, about.st_ino

@@ -12,6 +12,7 @@ from collections.abc import Generator
 import uvicorn
 from starlette.types import ASGIApp
 
+from octavo.services.common.files import version_of
 from octavo.services.common.tls_files import TlsFiles
 from octavo.services.gateway.http.protocol import LimitedProtocol
 
@@ -107,8 +108,8 @@ class _Server(uvicorn.Server):
         self.serving.set()
 
 
-def _version(tls: TlsFiles) -> tuple[int, int]:
-    return tls.certificate.stat().st_mtime_ns, tls.key.stat().st_mtime_ns
+def _version(tls: TlsFiles) -> tuple[object, object]:
+    return version_of(tls.certificate), version_of(tls.key)
 
 
 def _bind(address: str) -> socket.socket:
