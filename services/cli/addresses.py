@@ -43,12 +43,6 @@ def take_free(address: str, count: int) -> list[str]:
     return addresses
 
 
-def reachable(address: str) -> str:
-    """Return where a client on this machine reaches a server that listens on `address`."""
-    host, port = split(address)
-    return join({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
-
-
 def _bind(host: str, port: int) -> socket.socket:
     if port > 65535:
         raise CommandError(f"there is no port {port}: choose a smaller port or fewer gateways")
