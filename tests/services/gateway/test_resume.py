@@ -266,6 +266,8 @@ async def test_a_stopping_gateway_lets_running_streams_end(config: GatewayConfig
         await call.read()
 
         stopping = asyncio.create_task(gateway.stop(30))
+        # Until its connection is told (GOAWAY), a call can still come in on it, and be cancelled unbegun.
+        await tools.until(lambda: channel.get_state() is not grpc.ChannelConnectivity.READY)
         new = harness.stream()
         with pytest.raises(aio.AioRpcError) as refused:
             await new.read()
@@ -275,8 +277,7 @@ async def test_a_stopping_gateway_lets_running_streams_end(config: GatewayConfig
             kinds.append(response.event.WhichOneof("payload"))
         await stopping  # long before the grace is over
 
-    # The gateway refuses it, or gRPC's server, which is told to stop at the same time, cancels it unbegun.
-    assert refused.value.code() in (Code.UNAVAILABLE, Code.CANCELLED)
+    assert refused.value.code() is Code.UNAVAILABLE
     assert kinds[-1] == "completed"
 
 
