@@ -78,7 +78,7 @@ class Endpoints:
     async def call(self, make: Callable[[Endpoint], Awaitable[T]], deadline: float | None) -> T:
         """Run `make` until it succeeds, fails for good, or has failed often. Raises OctavoError.
 
-        It is tried again after UNAVAILABLE, if the request was not admitted: at once where another address is left,
+        It is tried again if no server took it, and the request was not admitted: at once where another address is left,
         else after the time that the server named, or a growing one. `deadline` is a time of the event loop.
         """
         attempts = max(_ATTEMPTS, len(self._all) + 1)
@@ -87,7 +87,7 @@ class Endpoints:
             try:
                 return await make(endpoint)
             except OctavoError as error:
-                if error.code is not grpc.StatusCode.UNAVAILABLE or error.admitted or attempt == attempts - 1:
+                if not error.was_not_taken or error.admitted or attempt == attempts - 1:
                     raise
                 endpoint.failed_at = asyncio.get_running_loop().time()
                 if attempt + 1 >= len(self._all):

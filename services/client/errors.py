@@ -65,6 +65,12 @@ class OctavoError(Exception):
         return self.code in transport and not own_words
 
     @property
+    def was_not_taken(self) -> bool:
+        """No server took the call: none can, or gRPC's server, told to stop, cancelled it before our code saw it."""
+        dropped = self.code is grpc.StatusCode.CANCELLED and not self.reason
+        return self.code is grpc.StatusCode.UNAVAILABLE or dropped
+
+    @property
     def has_ended_already(self) -> bool:
         """A request to continue an output was refused because nothing is left of it."""
         return any(violation.field.startswith("generation.continue_output") for violation in self.violations)
