@@ -184,6 +184,21 @@ async def test_details_that_are_not_a_status_leave_the_plain_error(gateway: Any,
     assert caught.value.reason == ""
 
 
+async def test_a_call_that_a_stopping_server_dropped_is_tried_again_and_one_that_was_cancelled_is_not(
+    gateway: Any,
+) -> None:
+    dropped = make_status(grpc.StatusCode.CANCELLED, "CANCELLED")
+    info = error_details_pb2.ErrorInfo(reason="ADMIN_CANCELLED", domain="octavo")
+    cancelled = make_status(grpc.StatusCode.CANCELLED, "by an operator", info)
+    async with Client(gateway.address) as client:
+        gateway.errors = [(dropped, False)]
+        assert await read(client.stream("Hi", model="fake")) == "Hello, world!"
+
+        gateway.errors = [(cancelled, False)]
+        with pytest.raises(OctavoError, match="by an operator"):
+            await read(client.stream("Hi", model="fake"))
+
+
 async def test_unavailable_is_retried_before_admission_only(gateway: Any) -> None:
     status = make_status(grpc.StatusCode.UNAVAILABLE, "no workers")
     async with Client(gateway.address) as client:
