@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from octavo.gpu_worker import quantization
+
 MAX_RANKS = 64
 
 
@@ -68,6 +70,13 @@ class WorkerConfig:
             "choices": ("auto", "bfloat16", "float16", "float32"),
         },
     )
+    quantization: str = field(
+        default="none",
+        metadata={
+            "help": "quantise the weights of linear layers while they are loaded; none: keep them as they are",
+            "choices": quantization.QUANTIZATIONS,
+        },
+    )
     kv_cache_dtype: str = field(
         default="auto",
         metadata={"help": "type of the KV cache on a GPU; auto: that of the weights", "choices": ("auto", "fp8")},
@@ -101,6 +110,8 @@ class WorkerConfig:
             )
         if self.world_size > 1:
             self._check_ranks()
+        if problem := quantization.problem(self.quantization, self.device, self.world_size):
+            raise ValueError(problem)
         if bool(self.curve_key) != bool(self.curve_server_key):
             raise ValueError("curve_key and curve_server_key go together: give both, or neither")
         for name in ("kv_cache_memory", "max_model_len", "num_threads", "packed_cache_limit"):

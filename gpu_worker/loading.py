@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octavo.gpu_worker import quantization
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices import choose_device
-from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.errors import DeviceError, ModelError
 from octavo.gpu_worker.ops import Model
+from octavo.gpu_worker.quantization import Quantization
 from octavo.gpu_worker.sharding import WHOLE, Sharding
 
 if TYPE_CHECKING:  # these need torch, which a worker whose weights are packed never imports
@@ -36,11 +38,18 @@ def load_for_device(config: WorkerConfig, progress: Progress, sharding: Sharding
 
     Raises ModelError or DeviceError.
     """
-    if choose_device(config.device) == "cpu":
-        return _load_packed(config, progress)
-    return load_model(
-        Path(config.model), config.dtype, config.max_model_len, progress, sharding, num_threads=config.num_threads
-    )
+    device = choose_device(config.device)
+    if problem := quantization.problem(config.quantization, device, config.world_size):
+        raise DeviceError(problem)
+    if device == "cpu":
+        loaded = _load_packed(config, progress)
+    else:
+        loaded = load_model(
+            Path(config.model), config.dtype, config.max_model_len, progress, sharding, num_threads=config.num_threads
+        )
+    if config.quantization == Quantization.NONE:
+        return loaded
+    return replace(loaded, model_version=f"{loaded.model_version}-{config.quantization}")
 
 
 def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:
@@ -53,7 +62,7 @@ def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:
     file = _find(Path(config.model))
     cache = PackedCache.of(config)
     try:
-        key = cache_key(file, [config.dtype, str(config.max_model_len)], runtime)
+        key = cache_key(file, [config.dtype, str(config.max_model_len), config.quantization], runtime)
     except OSError as error:
         raise ModelError(f"{file}: cannot be read ({error})") from error
     if cache is not None and (found := cache.load(key, runtime)) is not None:

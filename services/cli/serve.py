@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from octavo.gpu_worker import quantization
 from octavo.services.cli import addresses, model_source
 from octavo.services.cli.child import ChildSpec
 from octavo.services.cli.display import Display, json_line, open_display
@@ -61,6 +62,14 @@ class ServeConfig:
             "help": "type of the KV cache on a GPU; auto: that of the weights",
             "choices": ("auto", "fp8"),
             "metavar": "TYPE",
+        },
+    )
+    quantization: str = field(
+        default="none",
+        metadata={
+            "help": "quantise the weights of linear layers while they are loaded; none: keep them as they are",
+            "choices": quantization.QUANTIZATIONS,
+            "metavar": "SCHEME",
         },
     )
     max_model_len: int | None = field(
@@ -156,6 +165,8 @@ class ServeConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be from 1 to 64, not {getattr(self, name)}")
         if self.tensor_parallel > 1 and self.device == "cpu":
             raise ValueError("--tensor-parallel is not for device cpu, which uses all cores in one process")
+        if problem := quantization.problem(self.quantization, self.device, self.tensor_parallel):
+            raise ValueError(problem)
         for name in ("max_model_len", "max_running", "max_waiting", "max_batch_tokens", "max_prefill_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -299,6 +310,7 @@ def child_specs(
         "device": config.device,
         "kv_cache_memory": config.kv_cache_memory,
         "kv_cache_dtype": config.kv_cache_dtype,
+        "quantization": config.quantization,
         "max_model_len": config.max_model_len,
         "packed_cache": config.packed_cache,
         # By default a worker takes every core: several of them would only wait for each other.
