@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -13,9 +13,17 @@ from google.protobuf.message import Message
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2, load_pb2, model_pb2, tokenizer_pb2
+from octavo.services.client.batch import BatchResult, BatchRun
 from octavo.services.client.calls import Endpoint, Endpoints, first_of, unary
 from octavo.services.client.errors import ProtocolError
-from octavo.services.client.request import CallOptions, MessageLike, RequestOptions, build_chat, split_options
+from octavo.services.client.request import (
+    BatchItem,
+    CallOptions,
+    MessageLike,
+    RequestOptions,
+    build_chat,
+    split_options,
+)
 from octavo.services.client.stream import Result, Stream
 
 
@@ -82,6 +90,27 @@ class Client:
         if len(response.candidates) != (generation.candidate_count or 1):
             raise ProtocolError(f"{len(response.candidates)} candidates came", request_id=response.started.request_id)
         return Result(response)
+
+    def batch(
+        self,
+        items: Iterable[BatchItem] | AsyncIterable[BatchItem],
+        *,
+        ordered: bool = False,
+        timeout_s: float | None = None,
+        request_id: str = "",
+    ) -> AsyncIterator[BatchResult]:
+        """Generate for many requests over one call; yields one BatchResult for each, as they end or in order.
+
+        `items` are mappings of what `generate` takes, with "prompt" for plain text: `{"prompt": "Hello",
+        "max_new_tokens": 8}`. They are read as the server has room for them, so a generator over a large file is
+        fine. A failing item ends no other. When the call breaks, what was not answered is sent again.
+        """
+
+        def open_call() -> Any:
+            return self._endpoints.pick().generation.BatchGenerate(**call.options())
+
+        call = self._call({"timeout_s": timeout_s, "request_id": request_id})
+        return BatchRun(items, open_call, self._default_model, self._resume_for_s, ordered).results()
 
     async def cancel(self, request_id: str) -> generation_pb2.CancelGenerationResponse:
         """End a request by its id, whoever started it."""

@@ -99,18 +99,29 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> OctavoError:
                 status.ParseFromString(value.encode() if isinstance(value, str) else value)
             except DecodeError:  # a proxy's own idea of details: the plain status still stands
                 status.Clear()
+    return _from_details(error.code(), error.details() or error.code().name, status)
+
+
+def from_status(serialized: bytes) -> OctavoError:
+    """Return what a serialized google.rpc.Status says."""
+    status = status_pb2.Status.FromString(serialized)
+    code = next((code for code in grpc.StatusCode if code.value[0] == status.code), grpc.StatusCode.UNKNOWN)
+    return _from_details(code, status.message or code.name, status)
+
+
+def _from_details(code: grpc.StatusCode, message: str, status: status_pb2.Status) -> OctavoError:
     info = error_details_pb2.ErrorInfo()
     bad_request = error_details_pb2.BadRequest()
     retry = error_details_pb2.RetryInfo()
     request = error_details_pb2.RequestInfo()
     for detail in status.details:
-        for message in (info, bad_request, retry, request):
-            if detail.Is(message.DESCRIPTOR):
-                detail.Unpack(message)
+        for known in (info, bad_request, retry, request):
+            if detail.Is(known.DESCRIPTOR):
+                detail.Unpack(known)
     delay = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
     return OctavoError(
-        error.code(),
-        error.details() or error.code().name,
+        code,
+        message,
         reason=info.reason,
         metadata=dict(info.metadata),
         violations=tuple(Violation(v.field, v.description) for v in bad_request.field_violations),

@@ -76,12 +76,22 @@ class CallOptions(TypedDict, total=False):
     timeout_s: float | None
 
 
-class RequestOptions(GenerationOptions, CallOptions, total=False):
-    """All keyword arguments of Client.stream and Client.generate."""
+class PromptOptions(TypedDict, total=False):
+    """Keyword arguments that say what is continued, and by which model."""
 
     model: str
     messages: Sequence[MessageLike] | None
     token_ids: Sequence[int] | None
+
+
+class RequestOptions(GenerationOptions, CallOptions, PromptOptions, total=False):
+    """All keyword arguments of Client.stream and Client.generate."""
+
+
+class BatchItem(GenerationOptions, PromptOptions, total=False):
+    """One request of Client.batch: as the keyword arguments of Client.generate, without those of the call."""
+
+    prompt: str
 
 
 _SAMPLING = frozenset(common_pb2.SamplingParams.DESCRIPTOR.fields_by_name)

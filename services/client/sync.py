@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
 from octavo.inference.v1 import generation_pb2, load_pb2, model_pb2
+from octavo.services.client.batch import BatchResult
 from octavo.services.client.client import Client
-from octavo.services.client.request import MessageLike, RequestOptions
+from octavo.services.client.request import BatchItem, MessageLike, RequestOptions
 from octavo.services.client.stream import Result, Stream
 
 T = TypeVar("T")
@@ -68,6 +69,21 @@ class SyncClient:
         """Generate and return the whole output. Arguments are those of Client.stream."""
         return self._run(self._client.generate(prompt, **options))
 
+    def batch(
+        self, items: Iterable[BatchItem], *, ordered: bool = False, timeout_s: float | None = None
+    ) -> Iterator[BatchResult]:
+        """Generate for many requests over one call; see Client.batch. `items` is read in the client's thread."""
+
+        async def start() -> AsyncIterator[BatchResult]:
+            return self._client.batch(items, ordered=ordered, timeout_s=timeout_s)
+
+        results: Any = self._run(start())
+        try:
+            while (result := self._run(_following(results))) is not None:
+                yield result
+        finally:
+            self._run(results.aclose())
+
     def cancel(self, request_id: str) -> generation_pb2.CancelGenerationResponse:
         """End a request by its id, whoever started it."""
         return self._run(self._client.cancel(request_id))
@@ -114,6 +130,11 @@ class SyncClient:
         self._loop.close()
 
 
+async def _following(items: AsyncIterator[T]) -> T | None:
+    """Return the next item, None after the last."""
+    return await anext(items, None)
+
+
 class SyncStream:
     """Iterates over the Deltas of one request; see Stream, which it wraps as `stream`."""
 
@@ -124,12 +145,8 @@ class SyncStream:
     def __iter__(self) -> Iterator[generation_pb2.Delta]:
         """Yield each Delta. Raises OctavoError if the call fails; after `cancel`, just ends."""
         deltas: Any = aiter(self.stream)
-
-        async def following() -> generation_pb2.Delta | None:
-            return await anext(deltas, None)
-
         try:
-            while (delta := self._run(following())) is not None:
+            while (delta := self._run(_following(deltas))) is not None:
                 yield delta
         finally:
             self._run(deltas.aclose())

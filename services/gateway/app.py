@@ -22,6 +22,7 @@ from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.tls import listen, server_credentials
 from octavo.services.gateway.admin import AdminServicer
 from octavo.services.gateway.authentication import Authenticator
+from octavo.services.gateway.batch import BatchLimits
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.health import SERVICE_NAMES, HealthMonitor
@@ -69,7 +70,8 @@ class Gateway:
             interceptors=[ErrorInterceptor(authenticator.authorize)],
             options=server_options(config.max_concurrent_streams, config.max_connection_age_s),
         )
-        generation = GenerationServicer(self._calls, self.schedulers, validator)
+        batch_limits = BatchLimits(config.batch_window, config.batch_wait_s)
+        generation = GenerationServicer(self._calls, self.schedulers, validator, batch_limits)
         _add(self._server, generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation)
         model_servicer = ModelServicer(models, self.schedulers, validator)
         tokenizer_servicer = TokenizerServicer(models, validator)

@@ -50,6 +50,10 @@ class GatewayConfig(SecurityConfig):
     max_requests: int = field(
         default=4096, metadata={"help": "most generate calls at once; further ones are refused with a retry delay"}
     )
+    batch_window: int = field(default=256, metadata={"help": "most items of one BatchGenerate call that run at once"})
+    batch_wait_s: float = field(
+        default=600.0, metadata={"help": "how long an item of a batch waits for room in the queue before it is refused"}
+    )
     max_concurrent_streams: int = field(default=1024, metadata={"help": "most calls at once on one connection"})
     max_connection_age_s: int = field(
         default=1800,
@@ -79,6 +83,7 @@ class GatewayConfig(SecurityConfig):
             raise ValueError(f"--local-address must be unix:PATH, not {self.local_address!r}")
         for name in (
             "max_requests",
+            "batch_window",
             "tokenizer_threads",
             "max_concurrent_streams",
             "http_max_body_bytes",
@@ -87,7 +92,7 @@ class GatewayConfig(SecurityConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_model_len", "failover_s", "grace_s", "max_connection_age_s"):
+        for name in ("max_model_len", "failover_s", "grace_s", "max_connection_age_s", "batch_wait_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
         for name in ("grpc_address", "admin_address"):

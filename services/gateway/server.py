@@ -12,6 +12,7 @@ from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.services.common.interceptor import request_id
 from octavo.services.gateway.answer import whole_answer
 from octavo.services.gateway.authentication import caller
+from octavo.services.gateway.batch import BatchCall, BatchLimits
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.scheduler_pool import SchedulerPool
@@ -21,18 +22,28 @@ GenerateContext = aio.ServicerContext[generation_pb2.GenerateRequest, generation
 StreamContext = aio.ServicerContext[generation_pb2.GenerateStreamRequest, generation_pb2.GenerateStreamResponse]
 ResumeContext = aio.ServicerContext[generation_pb2.ResumeStreamRequest, generation_pb2.ResumeStreamResponse]
 CancelContext = aio.ServicerContext[generation_pb2.CancelGenerationRequest, generation_pb2.CancelGenerationResponse]
+BatchContext = aio.ServicerContext[generation_pb2.BatchGenerateRequest, generation_pb2.BatchGenerateResponse]
 AnyContext = GenerateContext | StreamContext | ResumeContext
 
 
-def _headers_of(context: GenerateContext | StreamContext) -> dict[str, str]:
+def _headers_of(context: GenerateContext | StreamContext | BatchContext) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+def _deadline_of(context: GenerateContext | StreamContext | BatchContext) -> float | None:
+    """Return when the call must be over, as a time of the event loop."""
+    remaining_s = context.time_remaining()
+    return None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Every method raises ServingError; the interceptor makes the status."""
 
-    def __init__(self, calls: GenerateCalls, schedulers: SchedulerPool, validator: RequestValidator) -> None:
+    def __init__(
+        self, calls: GenerateCalls, schedulers: SchedulerPool, validator: RequestValidator, batch_limits: BatchLimits
+    ) -> None:
         self._calls = calls
+        self._batch_limits = batch_limits
         self._schedulers = schedulers
         self._validator = validator
 
@@ -68,6 +79,22 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 await context.write(generation_pb2.ResumeStreamResponse(event=response.event))
             context.set_trailing_metadata(_usage_trailers(run))
 
+    async def BatchGenerate(  # noqa: N802 - named by the proto
+        self, requests: AsyncIterator[generation_pb2.BatchGenerateRequest], context: BatchContext
+    ) -> None:
+        """Answer each item of a call as soon as it is done."""
+        await context.send_initial_metadata((("x-request-id", request_id()),))
+        batch = BatchCall(
+            self._calls,
+            self._validator,
+            self._batch_limits,
+            request_id(),
+            caller().tenant,
+            _headers_of(context),
+            _deadline_of(context),
+        )
+        await batch.run(requests, context.write)
+
     async def CancelGeneration(  # noqa: N802 - named by the proto
         self, request: generation_pb2.CancelGenerationRequest, context: CancelContext
     ) -> generation_pb2.CancelGenerationResponse:
@@ -86,9 +113,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         can_resume: bool = False,
     ) -> AsyncIterator[GenerationRun]:
         """Submit a request and wait for its admission; response headers are sent then, and not before."""
-        remaining_s = context.time_remaining()
-        deadline = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
-        headers = _headers_of(context)
+        headers, deadline = _headers_of(context), _deadline_of(context)
         call = self._calls.admitted(generation, request_id(), caller().tenant, headers, deadline, can_resume)
         async with call as run:
             await self._send_headers(context, run)

@@ -173,6 +173,24 @@ class GenerateStreamResponse(_message.Message):
     event: StreamEvent
     def __init__(self, event: _Optional[_Union[StreamEvent, _Mapping]] = ...) -> None: ...
 
+class BatchGenerateRequest(_message.Message):
+    __slots__ = ("item_id", "generation")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    generation: Generation
+    def __init__(self, item_id: _Optional[str] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
+
+class BatchGenerateResponse(_message.Message):
+    __slots__ = ("item_id", "response", "error_status")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_STATUS_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    response: GenerateResponse
+    error_status: bytes
+    def __init__(self, item_id: _Optional[str] = ..., response: _Optional[_Union[GenerateResponse, _Mapping]] = ..., error_status: _Optional[bytes] = ...) -> None: ...
+
 class ResumeStreamRequest(_message.Message):
     __slots__ = ("resume_token", "cursors")
     RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]

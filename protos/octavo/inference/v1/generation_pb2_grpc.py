@@ -50,6 +50,11 @@ class GenerationServiceStub:
                 request_serializer=octavo_dot_inference_dot_v1_dot_generation__pb2.ResumeStreamRequest.SerializeToString,
                 response_deserializer=octavo_dot_inference_dot_v1_dot_generation__pb2.ResumeStreamResponse.FromString,
                 _registered_method=True)
+        self.BatchGenerate = channel.stream_stream(
+                '/octavo.inference.v1.GenerationService/BatchGenerate',
+                request_serializer=octavo_dot_inference_dot_v1_dot_generation__pb2.BatchGenerateRequest.SerializeToString,
+                response_deserializer=octavo_dot_inference_dot_v1_dot_generation__pb2.BatchGenerateResponse.FromString,
+                _registered_method=True)
         self.CancelGeneration = channel.unary_unary(
                 '/octavo.inference.v1.GenerationService/CancelGeneration',
                 request_serializer=octavo_dot_inference_dot_v1_dot_generation__pb2.CancelGenerationRequest.SerializeToString,
@@ -83,6 +88,15 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchGenerate(self, request_iterator, context):
+        """Answers many requests over one call, each as soon as it is done. The server reads a further
+        item only when it has room for it, so a client may write without counting. Cancelling the
+        call, or its deadline, ends all its items.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelGeneration(self, request, context):
         """Ends a request by its id. Idempotent: an unknown or finished id is answered, not refused.
         """
@@ -107,6 +121,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.ResumeStream,
                     request_deserializer=octavo_dot_inference_dot_v1_dot_generation__pb2.ResumeStreamRequest.FromString,
                     response_serializer=octavo_dot_inference_dot_v1_dot_generation__pb2.ResumeStreamResponse.SerializeToString,
+            ),
+            'BatchGenerate': grpc.stream_stream_rpc_method_handler(
+                    servicer.BatchGenerate,
+                    request_deserializer=octavo_dot_inference_dot_v1_dot_generation__pb2.BatchGenerateRequest.FromString,
+                    response_serializer=octavo_dot_inference_dot_v1_dot_generation__pb2.BatchGenerateResponse.SerializeToString,
             ),
             'CancelGeneration': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelGeneration,
@@ -196,6 +215,33 @@ class GenerationService:
             '/octavo.inference.v1.GenerationService/ResumeStream',
             octavo_dot_inference_dot_v1_dot_generation__pb2.ResumeStreamRequest.SerializeToString,
             octavo_dot_inference_dot_v1_dot_generation__pb2.ResumeStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchGenerate(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/octavo.inference.v1.GenerationService/BatchGenerate',
+            octavo_dot_inference_dot_v1_dot_generation__pb2.BatchGenerateRequest.SerializeToString,
+            octavo_dot_inference_dot_v1_dot_generation__pb2.BatchGenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
