@@ -74,20 +74,28 @@ class BatchCall:
             raise self._interrupted
 
     async def _answer(self, number: int, request: generation_pb2.BatchGenerateRequest, write: Write) -> None:
+        try:
+            response = await self._outcome(request, f"{self._request_id}-{number}")
+            if response is not None:
+                async with self._writing:
+                    await write(response)
+        finally:
+            self._room.release()  # only now: answers that their client does not read count, too
+
+    async def _outcome(
+        self, request: generation_pb2.BatchGenerateRequest, request_id: str
+    ) -> generation_pb2.BatchGenerateResponse | None:
+        """Return what an item came to; None if the gateway stops and another one has to answer it."""
         response = generation_pb2.BatchGenerateResponse(item_id=request.item_id)
-        request_id = f"{self._request_id}-{number}"
         try:
             self._validator.check(request)
             response.response.CopyFrom(await self._generate(request.generation, request_id))
         except ServingError as error:
             if self._calls.draining and error.reason in (Reason.DRAINING, Reason.STREAM_INTERRUPTED):
                 self._interrupt()
-                return
+                return None
             response.error_status = to_status(error, request_id).SerializeToString()
-        finally:
-            self._room.release()
-        async with self._writing:
-            await write(response)
+        return response
 
     async def _generate(
         self, generation: generation_pb2.Generation, request_id: str
