@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -26,15 +27,17 @@ class Authority:
         builder = self._builder(self._name, self._key.public_key()).add_extension(constraints, critical=True)
         self.ca.write_bytes(_pem(builder.sign(self._key, hashes.SHA256())))
 
-    def issue(self, name: str, *, uri: str = "", file: str = "") -> tuple[Path, Path]:
-        """Return the files of a new certificate for 127.0.0.1 and localhost, and of its key."""
+    def issue(
+        self, name: str, *, uri: str = "", file: str = "", names: Sequence[str] = ("localhost", "127.0.0.1")
+    ) -> tuple[Path, Path]:
+        """Return the files of a new certificate for `names`, and of its key."""
         key = ec.generate_private_key(ec.SECP256R1())
-        names: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        alternatives = [_general_name(each) for each in names]
         if uri:
-            names.append(x509.UniformResourceIdentifier(uri))
+            alternatives.append(x509.UniformResourceIdentifier(uri))
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = self._builder(subject, key.public_key())
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         certificate_file = self._folder / f"{file or name}.crt"
         key_file = self._folder / f"{file or name}.key"
         key_file.write_bytes(
@@ -50,6 +53,13 @@ class Authority:
         builder = x509.CertificateBuilder().subject_name(subject).issuer_name(self._name).public_key(public_key)
         builder = builder.serial_number(x509.random_serial_number())
         return builder.not_valid_before(now - DAY).not_valid_after(now + DAY)
+
+
+def _general_name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
 
 
 def _pem(certificate: x509.Certificate) -> bytes:

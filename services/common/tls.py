@@ -43,15 +43,20 @@ def listen(server: aio.Server, address: str, credentials: grpc.ServerCredentials
     return server.add_secure_port(address, credentials)
 
 
-def hop_channel(address: str, files: TlsFiles | None) -> aio.Channel:
+def hop_channel(address: str, files: TlsFiles | None, server_name: str = "") -> aio.Channel:
     """Return a new channel to another of our processes, with TLS if there are files.
 
     The files are read now: a channel made later has later certificates. Raises ValueError.
+
+    server_name  what the other side's certificate must be made out to; empty: the host in `address`. It matters where
+                 a name was looked up to get `address`: certificates have names, and what DNS says proves nothing.
     """
     options: Options = hop_channel_options()
     if files is None or address.startswith("unix:"):
         return aio.insecure_channel(address, options=options)
     key, certificate, ca = _pem_reader(files)()
+    if server_name:
+        options.append(("grpc.ssl_target_name_override", server_name))
     return aio.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options=options)
 
 

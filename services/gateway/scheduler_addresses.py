@@ -37,6 +37,13 @@ class AddressBook:
         """What is known, each address once."""
         return list(dict.fromkeys(address for found in self._found.values() for address in found))
 
+    def name_of(self, address: str) -> str:
+        """Return the host name that was looked up to find an address; empty if it was configured as it is."""
+        if address in self._found:
+            return ""
+        names = (name for name, found in self._found.items() if address in found)
+        return next(names, "").rpartition(":")[0]
+
     async def refresh(self) -> None:
         """Look all names up again."""
         loop = asyncio.get_running_loop()

@@ -46,9 +46,13 @@ class _LostError(Exception):
 class SchedulerLink:
     """Keeps one stream open. One task reads and never waits for its user, one writes, one watches the clock."""
 
-    def __init__(self, address: str, gateway_id: str, user: LinkUser, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self, address: str, gateway_id: str, user: LinkUser, tls: TlsFiles | None = None, server_name: str = ""
+    ) -> None:
+        """`server_name`: what the scheduler's certificate must be made out to; empty: the host in `address`."""
         self._address = address
         self._tls = tls
+        self._server_name = server_name
         self._gateway_id = gateway_id
         self._user = user
         self._outgoing: deque[scheduler_pb2.AttachRequest] = deque()
@@ -89,7 +93,7 @@ class SchedulerLink:
         while True:
             try:
                 # A new channel for each try: it has the certificates that are on disk now.
-                async with hop_channel(self._address, self._tls) as channel:
+                async with hop_channel(self._address, self._tls, self._server_name) as channel:
                     await self._attach(scheduler_pb2_grpc.SchedulerServiceStub(channel))  # type: ignore[no-untyped-call]
             except (_LostError, ValueError) as error:  # ValueError: a certificate's file is being replaced
                 self._warnings.warning("lost", "scheduler at %s: %s", self._address, error)

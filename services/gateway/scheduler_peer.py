@@ -51,10 +51,13 @@ class PeerOwner(Protocol):
 class SchedulerPeer:
     """A scheduler at one address, connected or not. Everything runs on one event loop."""
 
-    def __init__(self, address: str, gateway_id: str, owner: PeerOwner, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self, address: str, gateway_id: str, owner: PeerOwner, tls: TlsFiles | None = None, server_name: str = ""
+    ) -> None:
+        """`server_name`: what the scheduler's certificate must be made out to; empty: the host in `address`."""
         self.address = address
         self._owner = owner
-        self._link = SchedulerLink(address, gateway_id, self, tls)
+        self._link = SchedulerLink(address, gateway_id, self, tls, server_name)
         self._streams: dict[int, RequestStream] = {}  # by handle
         # Cancelled requests with log probabilities: tokens on their way still have columns to be skipped.
         self._retired: OrderedDict[int, RequestStream] = OrderedDict()

@@ -425,7 +425,8 @@ class SchedulerPool:
         addresses = self._addresses.current
         for address in addresses:
             if address not in self._peers:
-                peer = self._peers[address] = SchedulerPeer(address, self._gateway_id, self, self._tls)
+                name = self._addresses.name_of(address)
+                peer = self._peers[address] = SchedulerPeer(address, self._gateway_id, self, self._tls, name)
                 for task in peer.start():
                     self._watch(task)
         for address in [address for address, peer in self._peers.items() if address not in addresses]:
