@@ -96,6 +96,20 @@ class WorkerConfig:
     log_level: str = field(
         default="info", metadata={"help": "how much to log", "choices": ("debug", "info", "warning", "error")}
     )
+    drain_s: float = field(
+        default=0.0,
+        metadata={
+            "help": "how long a worker that is told to stop goes on for a scheduler that may still drain: for pods, "
+            "where all containers are told at once; 0: it stops at once"
+        },
+    )
+    alive_file: str = field(
+        default="",
+        metadata={
+            "help": "a file that is touched every second once the model is loaded, for `octavo health --alive-file`",
+            "metavar": "PATH",
+        },
+    )
     progress_fd: int = field(
         default=-1,
         metadata={"help": "file descriptor that progress is written to, as JSON lines; -1: none", "hidden": True},
@@ -114,6 +128,8 @@ class WorkerConfig:
             raise ValueError(problem)
         if bool(self.curve_key) != bool(self.curve_server_key):
             raise ValueError("curve_key and curve_server_key go together: give both, or neither")
+        if not 0 <= self.drain_s < 86_400:
+            raise ValueError(f"drain_s must be from 0 to a day, not {self.drain_s:g}")
         for name in ("kv_cache_memory", "max_model_len", "num_threads", "packed_cache_limit"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")

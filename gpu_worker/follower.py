@@ -14,6 +14,7 @@ from octavo.gpu_worker.collectives import Collectives
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import PlanError, RankError
+from octavo.gpu_worker.lifetime import Lifetime
 from octavo.gpu_worker.link import Link
 from octavo.gpu_worker.loading import LoadedModel
 from octavo.gpu_worker.protocol import PROTOCOL_REVISION
@@ -29,13 +30,13 @@ _INTERNAL = 13  # of google.rpc.Code
 
 
 class Follower:
-    """One process's loop. `stop` set from outside (a signal) ends it within a fraction of a second."""
+    """One process's loop. `stop` set from outside (a signal) ends it: at once, or as `drain_s` says."""
 
     def __init__(self, config: WorkerConfig, loaded: LoadedModel, stop: threading.Event) -> None:
         """Connect to rank 0; raise zmq.ZMQError if the rendezvous is not an endpoint."""
         self._config = config
         self._loaded = loaded
-        self._stop = stop
+        self._lifetime = Lifetime(config, stop)
         self._process_id = secrets.token_hex(8)
         self._link = Link(config.rendezvous, rank_identity(config.rank))
         self._collectives: Collectives | None = None
@@ -51,7 +52,7 @@ class Follower:
         log.info("rank %d: waiting for rank 0 at %s", self._config.rank, self._config.rendezvous)
         status = 0
         try:
-            while not self._ended and not self._stop.is_set():
+            while not self._ended and not self._lifetime.is_over(is_needed=self._epoch != 0):
                 self._report_if_due()
                 if self._link.wait(_POLL_S if self._num_in_flight else REPORT_S / 2):
                     frame = self._link.receive()

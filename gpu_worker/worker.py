@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
+from octavo.gpu_worker.lifetime import Lifetime
 from octavo.gpu_worker.link import Link, read_curve_keys
 from octavo.gpu_worker.loading import LoadedModel
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
@@ -50,7 +51,7 @@ class _Preparation:
 
 
 class Worker:
-    """One worker process's loop. `stop` set from outside (a signal) ends it within a fraction of a second."""
+    """One worker process's loop. `stop` set from outside (a signal) ends it: at once, or as `drain_s` says."""
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Worker:
         stop: threading.Event,
         ranks: Ranks | None = None,
     ) -> None:
-        """Connect to the scheduler; raise zmq.ZMQError if `worker_endpoint` is not an endpoint.
+        """Connect to the scheduler; raise zmq.ZMQError (`worker_endpoint`) or SettingError (`alive_file`).
 
         ranks  the other ranks of this worker's group, connected; they end with this worker
         """
@@ -69,7 +70,7 @@ class Worker:
         self._worker_id = worker_id
         self._loaded = loaded
         self._progress = progress
-        self._stop = stop
+        self._lifetime = Lifetime(config, stop)
         self._ranks = ranks
         self._link = Link(config.worker_endpoint, worker_id.encode(), read_curve_keys(config))
         self._engine: Engine | None = None
@@ -89,7 +90,7 @@ class Worker:
         """Serve until a Shutdown frame, `stop` or a fatal fault; return the exit status."""
         log.info("worker %s: waiting for a scheduler at %s", self._worker_id, self._config.worker_endpoint)
         try:
-            while self._status is None and not self._stop.is_set():
+            while self._status is None and not self._lifetime.is_over(is_needed=self._epoch != 0):
                 self._report_if_due()
                 self._check_ranks()
                 self._send_finished()

@@ -14,6 +14,8 @@ COMMANDS = {
     "chat": ("octavo.services.cli.chat", "talk to a server in the terminal"),
     "generate": ("octavo.services.cli.generate", "stream one answer to standard output"),
     "bench": ("octavo.services.cli.bench", "measure a server as its clients see it"),
+    "health": ("octavo.services.cli.health", "ask whether a process is well, for probes and after an installation"),
+    "model": ("octavo.services.cli.model", "fetch a model into a folder, seal it with checksums, verify it"),
     "keys": ("octavo.services.cli.keys", "make API keys, and keys for the hop between hosts"),
     "gateway": ("octavo.services.cli.one_process", "run one gateway process"),
     "scheduler": ("octavo.services.cli.one_process", "run one scheduler process"),

@@ -19,6 +19,7 @@ from octavo.admin.v1 import admin_pb2_grpc
 from octavo.inference.v1 import generation_pb2_grpc, load_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
 from octavo.services.common.grpc_options import server_options
 from octavo.services.common.interceptor import ErrorInterceptor
+from octavo.services.common.probes import ProbeServer
 from octavo.services.common.tls import listen, server_credentials
 from octavo.services.gateway.admin import AdminServicer
 from octavo.services.gateway.authentication import Authenticator
@@ -98,6 +99,7 @@ class Gateway:
             _add(self._admin, admin_pb2_grpc.add_AdminServiceServicer_to_server, admin)
             self.admin_port = _bind(self._admin, config.admin_address, credentials)
 
+        self._probes = _bind_probes(config.health_address, self._ready)
         self._http: HttpListener | None = None
         self.http_port = 0
         if config.http_address:
@@ -120,6 +122,8 @@ class Gateway:
         await self._server.start()
         if self._admin is not None:
             await self._admin.start()
+        if self._probes is not None:
+            await self._probes.start()
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, let running ones go on for `grace_s`, then end everything.
@@ -141,6 +145,8 @@ class Gateway:
         await self.schedulers.close()
         if self._http is not None:
             await self._http.stop()  # last: HTTP streams that were still running have got their error by now
+        if self._probes is not None:
+            await self._probes.stop()
         self._tokenizer.close()
 
     async def _idle_within(self, seconds: float) -> bool:
@@ -176,6 +182,13 @@ def _bind_http(config: GatewayConfig, app: ASGIApp) -> HttpListener:
         return HttpListener(config.http_address, app, config.http_max_connections, config.http_keep_alive_s, config.tls)
     except OSError as error:
         raise BindError(f"cannot listen on {config.http_address}: {error.strerror}") from None
+
+
+def _bind_probes(address: str, is_ready: Callable[[], bool]) -> ProbeServer | None:
+    try:
+        return ProbeServer(address, is_ready) if address else None
+    except RuntimeError:
+        raise BindError(f"cannot listen on {address}: it is in use, or not an address of this machine") from None
 
 
 def _bind(server: aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:

@@ -45,6 +45,10 @@ class GatewayConfig(SecurityConfig):
     http_cors_origins: tuple[str, ...] = field(
         default=(), metadata={"help": "origins whose web pages may call the HTTP API, * for all; empty: none"}
     )
+    health_address: str = field(
+        default="",
+        metadata={"help": "where probes are answered (grpc.health.v1: startup, readiness, liveness); empty: nowhere"},
+    )
     reflection: bool = field(default=True, metadata={"help": "let tools such as grpcurl ask for the API's description"})
     gateway_id: str = field(default="", metadata={"help": "name of this process; empty: host name and process id"})
     max_requests: int = field(
@@ -95,8 +99,8 @@ class GatewayConfig(SecurityConfig):
         for name in ("max_model_len", "failover_s", "grace_s", "max_connection_age_s", "batch_wait_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
-        for name in ("grpc_address", "admin_address"):
-            _check_address(f"--{name.replace('_', '-')}", getattr(self, name), may_be_empty=name == "admin_address")
+        for name in ("grpc_address", "admin_address", "health_address"):
+            _check_address(f"--{name.replace('_', '-')}", getattr(self, name), may_be_empty=name != "grpc_address")
         if not self.scheduler_addresses:
             raise ValueError("--scheduler-addresses must name at least one scheduler")
         for address in self.scheduler_addresses:

@@ -20,6 +20,7 @@ from octavo.services.common.config import load
 from octavo.services.common.grpc_options import server_options
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.logging import setup
+from octavo.services.common.probes import ProbeServer
 from octavo.services.common.tls import listen, server_credentials
 from octavo.services.scheduler.admin import AdminServicer
 from octavo.services.scheduler.config import SchedulerConfig
@@ -35,9 +36,12 @@ async def serve(config: SchedulerConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     engine = Engine(config)
-    servers = []
+    servers: list[aio.Server | ProbeServer] = []
     try:
         engine.start()
+        if config.health_address:
+            servers.append(ProbeServer(config.health_address, lambda: engine.is_ready))
+            await servers[-1].start()
         server = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
         scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server(SchedulerServicer(engine), server)  # type: ignore[no-untyped-call]
         tls = config.hop_tls
@@ -59,8 +63,8 @@ async def serve(config: SchedulerConfig) -> int:
     await stopping.wait()
     log.info("stopping; running requests have %.0f s", config.grace_s)
     await engine.stop()
-    for server in servers:
-        await server.stop(grace=1.0)
+    for each in reversed(servers):  # probes are answered to the end
+        await each.stop(1.0)
     return 0
 
 

@@ -42,6 +42,10 @@ class SchedulerConfig:
     hop_key: Path | None = field(default=None, metadata={"help": "its key"})
     hop_ca: Path | None = field(default=None, metadata={"help": "PEM authorities of the gateways' certificates"})
     admin_address: str = field(default="", metadata={"help": "where octavo.admin.v1 is served; empty: nowhere"})
+    health_address: str = field(
+        default="",
+        metadata={"help": "where probes are answered (grpc.health.v1: startup, readiness, liveness); empty: nowhere"},
+    )
     scheduler_id: str = field(default="", metadata={"help": "this scheduler's name; empty: made from the process id"})
     max_running: int = field(default=256, metadata={"help": "most sequences in a step"})
     max_batch_tokens: int = field(default=2048, metadata={"help": "most tokens in a step"})

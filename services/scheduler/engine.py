@@ -207,6 +207,12 @@ class Engine:
         """Describe the state of the scheduler."""
         return self.node.load(time.monotonic())
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether new requests are taken and there is a worker for them."""
+        load = self.load()
+        return load.workers_ready > 0 and not load.draining
+
     def _broadcast_load(self) -> None:
         """Tell every gateway the state of the scheduler."""
         if self._gateways:
