@@ -17,7 +17,8 @@ from array import array
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.scheduler import Scheduler, SendPlan
+from octavo.services.scheduler.effects import SendPlan
+from octavo.services.scheduler.scheduler import Scheduler
 from octavo.worker.v1 import worker_pb2
 
 

@@ -39,7 +39,8 @@ def provide_status_codes() -> None:
 provide_status_codes()
 
 from octavo.services.scheduler.config import SchedulerConfig  # noqa: E402 - after the codes are there
-from octavo.services.scheduler.scheduler import Scheduler, SendPlan, SendToGateway  # noqa: E402
+from octavo.services.scheduler.effects import SendPlan, SendToGateway  # noqa: E402
+from octavo.services.scheduler.scheduler import Scheduler  # noqa: E402
 
 MAX_BATCH_TOKENS = 8192
 

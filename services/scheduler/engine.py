@@ -15,10 +15,10 @@ import time
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.cache_watchers import CacheWatchers
 from octavo.services.scheduler.config import SchedulerConfig
+from octavo.services.scheduler.effects import SendToGateway
 from octavo.services.scheduler.membership import HEARTBEAT_S
 from octavo.services.scheduler.node import Node
 from octavo.services.scheduler.reports import Reports
-from octavo.services.scheduler.scheduler import SendToGateway
 from octavo.services.scheduler.worker_link import WorkerLink
 from octavo.worker.v1 import worker_pb2
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
+from octavo.services.scheduler.effects import SendPlan, SendToGateway
 from octavo.services.scheduler.membership import MemberEvents, Membership
 from octavo.services.scheduler.outputs import WorkerMisbehavedError
-from octavo.services.scheduler.scheduler import Scheduler, SendPlan, SendToGateway
+from octavo.services.scheduler.scheduler import Scheduler
 from octavo.worker.v1 import worker_pb2
 
 EPOCHS_OF_WORKERS = 16  # bits: each start of a scheduler has so many

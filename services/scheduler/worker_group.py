@@ -51,6 +51,7 @@ class WorkerGroup:
         self.free_slots = list(range(max_running - 1, -1, -1))
         self.max_batch_tokens = 0  # set when it joins
         self.freed_slots: list[int] = []  # since the last plan: the worker must hear of them
+        self.is_lost = False  # its worker is gone, and what its sequences still refer to is history
         self.tokens_per_s = 0.0  # moving average over steps; 0 until measured
         self._clock = clock
         self._last_result_at = 0.0

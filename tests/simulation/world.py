@@ -12,8 +12,8 @@ from typing import Any
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
+from octavo.services.scheduler.effects import SendToGateway
 from octavo.services.scheduler.node import Node
-from octavo.services.scheduler.scheduler import SendToGateway
 from octavo.worker.v1 import worker_pb2
 from tests.services.scheduler.simulation import expected_output
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.scheduler import Scheduler, SendPlan, SendToGateway
+from octavo.services.scheduler.effects import SendPlan, SendToGateway
+from octavo.services.scheduler.scheduler import Scheduler
 from octavo.worker.v1 import worker_pb2
 
 VOCAB = 50_000

@@ -1,0 +1,76 @@
+"""Effects: what the scheduler wants done. It does nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.outputs import Outbox
+from octavo.services.scheduler.sequence_states import SequenceStates
+from octavo.services.scheduler.worker_group import WorkerGroup
+from octavo.worker.v1 import worker_pb2
+
+NOBODY = ""  # the gateway of requests whose stream broke: nothing is sent to it
+
+
+@dataclass(frozen=True)
+class SendPlan:
+    """Effect: send a plan to the workers of a group."""
+
+    group_id: str
+    epoch: int
+    plan: worker_pb2.StepPlan
+
+
+@dataclass(frozen=True)
+class SendToGateway:
+    """Effect: send a message to a gateway."""
+
+    gateway_id: str
+    message: scheduler_pb2.AttachResponse
+
+
+Effect = SendPlan | SendToGateway
+
+
+class Effects:
+    """Gathers effects, in order, and what each gateway is owed of the step being digested."""
+
+    def __init__(self, groups: Mapping[str, WorkerGroup], states: SequenceStates) -> None:
+        self._groups = groups
+        self._states = states
+        self._effects: list[Effect] = []
+        self._outboxes: dict[str, Outbox] = {}  # by gateway
+
+    def take(self) -> list[Effect]:
+        """Return the effects since the last call, in order."""
+        effects, self._effects = self._effects, []
+        return effects
+
+    def send_plan(self, group: WorkerGroup, plan: worker_pb2.StepPlan) -> None:
+        """Send a plan to the workers of a group."""
+        self._effects.append(SendPlan(group.group_id, group.epoch, plan))
+
+    def send(self, gateway_id: str, message: scheduler_pb2.AttachResponse) -> None:
+        """Send a message to a gateway, if there is one."""
+        if gateway_id != NOBODY:
+            self._effects.append(SendToGateway(gateway_id, message))
+
+    def outbox(self, gateway_id: str) -> Outbox:
+        """Return what gathers tokens and endings for a gateway until `flush`."""
+        return self._outboxes.setdefault(gateway_id, Outbox(gateway_id))
+
+    def forget_gateway(self, gateway_id: str) -> None:
+        """Let go of a gateway that is gone."""
+        self._outboxes.pop(gateway_id, None)
+
+    def flush(self, step_id: int = 0) -> None:
+        """Send each gateway what it is owed; of a step, or of none (0)."""
+        for gateway_id, outbox in self._outboxes.items():
+            outputs = outbox.take(step_id)
+            if outputs is not None and gateway_id != NOBODY:
+                outputs.running = sum(group.num_running for group in self._groups.values())
+                outputs.waiting = self._states.num_waiting
+                outputs.kv_blocks_free = sum(group.pool.num_free for group in self._groups.values())
+                self.send(gateway_id, scheduler_pb2.AttachResponse(step_outputs=outputs))

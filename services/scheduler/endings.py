@@ -1,0 +1,101 @@
+"""How sequences and requests end, and who hears of it."""
+
+from __future__ import annotations
+
+from google.rpc import code_pb2
+
+from octavo.common.v1 import common_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.effects import Effects
+from octavo.services.scheduler.live_requests import LiveRequests
+from octavo.services.scheduler.outputs import timing, usage
+from octavo.services.scheduler.policy import FairShare
+from octavo.services.scheduler.quotas import Quotas
+from octavo.services.scheduler.resume import num_output
+from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
+from octavo.services.scheduler.sequence_states import SequenceStates
+from octavo.services.scheduler.suspects import Suspects
+
+
+class Endings:
+    """Ends sequences and requests everywhere they are known. A request ends with its last sequence."""
+
+    def __init__(
+        self,
+        states: SequenceStates,
+        requests: LiveRequests,
+        suspects: Suspects,
+        quotas: Quotas,
+        fair_share: FairShare,
+        effects: Effects,
+    ) -> None:
+        self._states = states
+        self._requests = requests
+        self._suspects = suspects
+        self._quotas = quotas
+        self._fair_share = fair_share
+        self._effects = effects
+
+    def stop(self, seq: Sequence) -> None:
+        """End a sequence, whatever its state, without a word to the gateway."""
+        if seq.state is SequenceState.FINISHED:
+            return
+        self._states.finish(seq)
+        self._suspects.forget(seq)
+        request = seq.request
+        request.num_unfinished -= 1
+        if request.num_unfinished == 0:
+            self._requests.remove(request)
+            self._quotas.ended(request.submit, num_output(request))
+            self._fair_share.forget_idle({other.submit.tenant for other in self._requests})
+
+    def finish(self, seq: Sequence, reason: common_pb2.FinishReason, now: float, stop_token_id: int = 0) -> None:
+        """End a sequence with a reason."""
+        seq.last_token_at = seq.last_token_at or now
+        self.stop(seq)
+        seq.ending = scheduler_pb2.Finished(
+            handle=seq.handle,
+            candidate_index=seq.candidate_index,
+            reason=reason,
+            stop_token_id=stop_token_id,
+            usage=usage(seq),
+            timing=timing(seq, now),
+        )
+        seq.outbox.finished.append(seq.ending)
+        if seq.request.num_unfinished == 0:
+            self._requests.resumable.ended(seq.request, now)
+
+    def drop(self, request: Request) -> None:
+        """End a request without a word."""
+        self._requests.resumable.forget(request)
+        for seq in request.sequences:
+            self.stop(seq)
+
+    def fail(self, request: Request, code: int, reason: str, message: str, resumable: bool = False) -> None:
+        """End a request with an error."""
+        self.drop(request)
+        failed = scheduler_pb2.Failed(
+            handle=request.handle, code=code, reason=reason, message=message, resumable=resumable
+        )
+        self._effects.send(request.gateway_id, scheduler_pb2.AttachResponse(failed=failed))
+
+    def spoil(self, seq: Sequence) -> None:
+        """End a request whose output is not finite, and let nobody use what it computed."""
+        request = seq.request
+        request.is_spoiled = True
+        for other in request.sequences:
+            if other.group is not None and not other.group.is_lost:
+                other.group.allocator.spoil(other)
+        self.fail(request, code_pb2.INTERNAL, "WORKER_FAULT", "the model's output is not finite")
+
+    def expire(self, request: Request, now: float) -> None:
+        """End a request whose hard or soft deadline has passed."""
+        if request.deadline <= now:
+            started = any(seq.first_scheduled_at for seq in request.sequences)
+            reason = "GENERATION_TIMEOUT" if started else "QUEUE_TIMEOUT"
+            where = "while the output was being made" if started else "in the queue"
+            self.fail(request, code_pb2.DEADLINE_EXCEEDED, reason, f"the deadline passed {where}")
+        elif request.soft_deadline <= now:
+            for seq in request.sequences:
+                if seq.state is not SequenceState.FINISHED:
+                    self.finish(seq, common_pb2.FINISH_REASON_TIME_LIMIT, now)

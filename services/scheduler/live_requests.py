@@ -1,0 +1,95 @@
+"""The requests that have not ended: whose each one is, and when it has to be looked at."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.effects import NOBODY, Effects
+from octavo.services.scheduler.policy import WaitingQueue
+from octavo.services.scheduler.progress import ProgressReports
+from octavo.services.scheduler.resume import ResumableRequests
+from octavo.services.scheduler.sequence import Request, SequenceState
+
+NEVER = math.inf
+
+
+class LiveRequests:
+    """Owner of requests by gateway and handle, of their deadlines and of what can be resumed."""
+
+    def __init__(self) -> None:
+        self.resumable = ResumableRequests()
+        self._by_key: dict[tuple[str, int], Request] = {}
+        self._deadlines: list[tuple[float, str, int]] = []  # heap of (time, gateway, handle)
+        self._progress = ProgressReports()
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._by_key.values())
+
+    def get(self, gateway_id: str, handle: int) -> Request | None:
+        """Return a request of a gateway."""
+        return self._by_key.get((gateway_id, handle))
+
+    def of_gateway(self, gateway_id: str) -> list[Request]:
+        """Return all requests of a gateway, oldest first."""
+        return [request for request in self if request.gateway_id == gateway_id]
+
+    def add(self, request: Request, now: float) -> None:
+        """File a request under its gateway and handle."""
+        self._by_key[request.key] = request
+        self._set_deadline(request)
+        if request.gateway_id != NOBODY:
+            self._progress.add(request.key, request, now)
+
+    def remove(self, request: Request) -> None:
+        """Let go of a request that has ended."""
+        del self._by_key[request.key]
+        self._progress.remove(request.key)
+
+    def hand_over(self, request: Request, gateway_id: str, handle: int, effects: Effects, now: float) -> None:
+        """Make a request, which may have ended, another gateway's or nobody's."""
+        is_live = self._by_key.pop(request.key, None) is not None
+        self._progress.remove(request.key)
+        self.resumable.detached.pop(request, None)
+        request.gateway_id, request.handle, request.resume_until = gateway_id, handle, NEVER
+        outbox = effects.outbox(gateway_id)
+        for seq in request.sequences:
+            seq.handle, seq.outbox = handle, outbox
+        if is_live:
+            self.add(request, now)
+
+    def take_overdue(self, now: float) -> Iterator[Request]:
+        """Yield the requests of which a deadline has passed. The caller may end them meanwhile."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, gateway_id, handle = heapq.heappop(self._deadlines)
+            request = self.get(gateway_id, handle)
+            if request is not None:
+                yield request
+        if len(self._deadlines) > 64 + 4 * len(self._by_key):  # mostly of requests that have ended
+            self._deadlines = []
+            for request in self:
+                self._set_deadline(request)
+
+    def take_progress(self, waiting: WaitingQueue, now: float) -> dict[str, scheduler_pb2.Progress]:
+        """Return the reports that are due, by gateway."""
+        return self._progress.take(self._by_key, waiting, now)
+
+    def _set_deadline(self, request: Request) -> None:
+        """File the times at which a request must be looked at."""
+        for time in (request.deadline, request.soft_deadline):
+            if time is not NEVER:
+                heapq.heappush(self._deadlines, (time, request.gateway_id, request.handle))
+
+    def check_invariants(self) -> None:
+        """Assert that each is filed once, has something unfinished, and is known nowhere else when it is not here."""
+        for key, request in self._by_key.items():
+            assert request.key == key, request
+            alive = sum(seq.state is not SequenceState.FINISHED for seq in request.sequences)
+            assert alive == request.num_unfinished > 0, request
+        self._progress.check_invariants(self._by_key)
+        self.resumable.check_invariants(set(self))

@@ -1,0 +1,79 @@
+"""Where sequences are that have not ended: they wait, they run, or they wait for a step in flight to be answered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from octavo.services.scheduler.policy import WaitingQueue
+from octavo.services.scheduler.sequence import Sequence, SequenceState
+
+
+class SequenceStates:
+    """Owner of the queue and of every change of a sequence's state; of blocks and slots when they are given back."""
+
+    def __init__(self, waiting: WaitingQueue) -> None:
+        self.waiting = waiting
+        # Lost their blocks while a step was in flight; they queue again when its tokens are known.
+        self._settling: dict[Sequence, None] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold nothing."""
+        return len(self.waiting) + len(self._settling)
+
+    def without_slot(self) -> Iterator[Sequence]:
+        """Iterate over the sequences that hold nothing."""
+        yield from self.waiting
+        yield from self._settling
+
+    def settling(self) -> list[Sequence]:
+        """Return the sequences that wait for a step in flight."""
+        return list(self._settling)
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take everything back from a running sequence and queue it again, to be computed anew."""
+        seq.num_preemptions += 1
+        self.requeue(seq)
+
+    def requeue(self, seq: Sequence) -> None:
+        """Move a running sequence back to the queue, or to those that wait for a step in flight."""
+        self._release(seq)
+        seq.state = SequenceState.WAITING
+        self._settling[seq] = None
+        if seq.num_pending == 0:
+            self.settle(seq)
+
+    def settle(self, seq: Sequence) -> None:
+        """Queue a sequence of which everything sampled is now known."""
+        del self._settling[seq]
+        self.waiting.add(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """End a sequence that has not ended."""
+        assert seq.state is not SequenceState.FINISHED, seq
+        if seq.state is SequenceState.RUNNING:
+            self._release(seq)
+        elif seq in self._settling:
+            del self._settling[seq]
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        seq.state = SequenceState.FINISHED
+
+    def _release(self, seq: Sequence) -> None:
+        """Take slot and blocks of a running sequence back: the only place that frees blocks."""
+        group = seq.group
+        assert group is not None
+        group.remove(seq)
+        group.allocator.free(seq)
+        group.free_slots.append(seq.slot)
+        group.freed_slots.append(seq.slot)
+        seq.slot = -1
+
+    def check_invariants(self) -> None:
+        """Assert that who waits holds nothing, and that the queue has counted right."""
+        assert self.waiting.num_tokens == sum(len(seq.tokens) for seq in self.waiting)
+        for seq in self.without_slot():
+            assert seq.state is SequenceState.WAITING, seq
+            assert not seq.blocks, seq
+            assert seq.slot == -1, seq
+        assert all(seq.num_pending for seq in self._settling)

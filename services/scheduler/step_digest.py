@@ -1,0 +1,73 @@
+"""Digests what a step sampled: tokens are appended, endings decided."""
+
+from __future__ import annotations
+
+from array import array
+
+from octavo.services.scheduler.endings import Endings
+from octavo.services.scheduler.outputs import LogprobReader, WorkerMisbehavedError, length_reason, stop_reason
+from octavo.services.scheduler.sequence import SequenceState
+from octavo.services.scheduler.sequence_states import SequenceStates
+from octavo.services.scheduler.suspects import Suspects
+from octavo.services.scheduler.worker_group import WorkerGroup
+from octavo.worker.v1 import worker_pb2
+
+NOT_FINITE = 0xFFFFFFFF  # a worker's answer for a row whose logits were not finite
+
+
+class StepDigest:
+    """Takes a worker's answers, in the order of its plans."""
+
+    def __init__(self, states: SequenceStates, suspects: Suspects, endings: Endings) -> None:
+        self._states = states
+        self._suspects = suspects
+        self._endings = endings
+
+    def digest(self, group: WorkerGroup, result: worker_pb2.StepResult, now: float) -> bool:
+        """Digest an answer; False if it is of a step that was answered before.
+
+        This loop runs for every token: it is kept flat. Raises WorkerMisbehavedError.
+        """
+        if result.step_id <= group.num_steps - len(group.in_flight):
+            return False
+        if not group.in_flight or group.in_flight[0].step_id != result.step_id:
+            raise WorkerMisbehavedError(f"step {result.step_id} was answered out of order")
+        step = group.in_flight[0]
+        token_ids = array("I", result.token_ids)
+        if len(token_ids) != len(step.sampled):
+            raise WorkerMisbehavedError(
+                f"step {step.step_id} samples {len(step.sampled)} rows, answered were {len(token_ids)}"
+            )
+        logprobs = LogprobReader(result)
+        group.in_flight.popleft()
+        group.measure(step, now)
+        for seq, token in zip(step.sampled, token_ids, strict=True):
+            seq.num_pending -= 1
+            is_wanted = seq.state is not SequenceState.FINISHED and token != NOT_FINITE
+            row = logprobs.read(seq.num_logprobs) if seq.num_logprobs >= 0 else None
+            if not is_wanted:
+                if seq.state is not SequenceState.FINISHED:  # else it ended while this step was running
+                    self._endings.spoil(seq)
+                continue
+            if row is not None:
+                seq.outbox.add_logprobs(row)
+                if seq.request.submit.resume_window_ms:
+                    seq.kept_logprobs.append(row)
+            tokens = seq.tokens
+            tokens.append(token)
+            outbox = seq.outbox
+            outbox.handles.append(seq.handle)
+            outbox.candidate_indexes.append(seq.candidate_index)
+            outbox.token_ids.append(token)
+            if not seq.first_token_at:
+                seq.first_token_at = now
+            seq.last_token_at = now
+            if token in seq.stop_ids and len(tokens) > seq.min_stop_tokens:
+                self._endings.finish(seq, stop_reason(seq, token), now, stop_token_id=token)
+            elif len(tokens) >= seq.max_tokens:
+                self._endings.finish(seq, length_reason(seq), now)
+            elif seq.num_pending == 0 and seq.state is SequenceState.WAITING:
+                self._states.settle(seq)
+        if self._suspects:
+            self._suspects.survived(step.sampled)
+        return True

@@ -1,0 +1,148 @@
+"""Plans steps: who computes which tokens next, in which slots and blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from octavo.services.scheduler.admission import Admission
+from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
+from octavo.services.scheduler.plan_builder import LAST_SAMPLED, SAMPLE, PlanBuilder
+from octavo.services.scheduler.policy import FairShare, choose_group, choose_victim
+from octavo.services.scheduler.sequence import SequenceState
+from octavo.services.scheduler.sequence_states import SequenceStates
+from octavo.services.scheduler.suspects import Suspects
+from octavo.services.scheduler.worker_group import StepInFlight, WorkerGroup
+from octavo.worker.v1 import worker_pb2
+
+
+class StepPlanner:
+    """Gives out tokens, slots and blocks. There is no prefill phase and no decode phase.
+
+    `num_computed` catches up with the tokens a sequence has, under a token budget. Sequences that
+    produce tokens come first.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        groups: Mapping[str, WorkerGroup],
+        states: SequenceStates,
+        suspects: Suspects,
+        admission: Admission,
+        fair_share: FairShare,
+    ) -> None:
+        self._config = config
+        self._groups = groups
+        self._states = states
+        self._waiting = states.waiting
+        self._suspects = suspects
+        self._admission = admission
+        self._fair_share = fair_share
+
+    def plan(self, group: WorkerGroup, now: float) -> worker_pb2.StepPlan | None:
+        """Return the next step of a group, which is in flight from now on; None if there is nothing to compute."""
+        plan = PlanBuilder()
+        self._make_room_for_decodes(group)
+        self._plan_decodes(group, plan)
+        self._plan_prefills(group, plan, now)
+        if not plan.slots:
+            return None
+        group.num_steps += 1
+        group.in_flight.append(StepInFlight(group.num_steps, plan.sampled, plan.unsampled, plan.num_tokens, now))
+        message = plan.build(group.num_steps, group.freed_slots)
+        group.freed_slots = []
+        return message
+
+    def _make_room_for_decodes(self, group: WorkerGroup) -> None:
+        """Preempt until every decoding sequence that starts a new block can have one."""
+        while group.pool.num_free < len(group.decoding):  # else each could have one
+            needed = sum(
+                seq.num_computed == len(seq.blocks) * BLOCK_SIZE and seq.num_computed + 1 < seq.max_tokens
+                for seq in group.decoding
+            )
+            if group.pool.num_free >= needed:
+                return
+            victim = choose_victim(group)
+            assert victim is not None, "one sequence alone does not fit: the worker reported a wrong max_model_len"
+            self._states.preempt(victim)
+
+    def _plan_decodes(self, group: WorkerGroup, plan: PlanBuilder) -> None:
+        """Add one token of every decoding sequence. This loop runs for every token: it is kept flat."""
+        slots, context_lengths, row_flags = plan.slots, plan.context_lengths, plan.row_flags
+        token_ids, sampled = plan.token_ids, plan.sampled
+        for seq in group.decoding:
+            position = seq.num_computed
+            if position + 1 >= seq.max_tokens:
+                continue  # the steps in flight make its last token
+            if position == len(seq.blocks) * BLOCK_SIZE:
+                plan.add_blocks(seq.slot, [group.allocator.grow(seq)])
+                # Output is charged a block at a time: here, and not for every token.
+                self._fair_share.charge(seq.request.submit.tenant, BLOCK_SIZE)
+            slots.append(seq.slot)
+            context_lengths.append(position)
+            tokens = seq.tokens
+            if position < len(tokens):
+                token_ids.append(tokens[position])
+                row_flags.append(SAMPLE)
+            else:  # sampled by a step in flight: only the worker knows it
+                row_flags.append(SAMPLE | LAST_SAMPLED)
+            seq.num_computed = position + 1
+            seq.num_pending += 1
+            sampled.append(seq)
+        plan.num_tokens = len(slots)
+        plan.query_lengths.extend([1] * len(slots))
+
+    def _plan_prefills(self, group: WorkerGroup, plan: PlanBuilder, now: float) -> None:
+        """Share what is left of the step among prompts: shortest remaining first, with ageing."""
+        budget = max(group.max_batch_tokens - plan.num_tokens, 0)
+        if plan.num_tokens:
+            budget = min(budget, self._config.max_prefill_tokens)
+        if not group.prefilling and not len(self._waiting):
+            return
+        # Opening takes the waiting ones in the queue's order; then all prompts compete for tokens.
+        self._open_waiting(group, plan, budget, now)
+        for seq in sorted(group.prefilling, key=lambda seq: self._waiting.rank(seq, now)[2:]):
+            count = min(seq.num_behind, budget)
+            if count == 0:
+                break
+            plan.add_tokens(seq, count)
+            budget -= count
+            group.allocator.commit(seq)
+            self._fair_share.charge(seq.request.submit.tenant, count)
+            seq.first_scheduled_at = seq.first_scheduled_at or now
+        through = [seq for seq in group.prefilling if seq.num_pending]  # their first token is in this plan
+        if through:
+            group.decoding.extend(through)
+            group.prefilling = [seq for seq in group.prefilling if not seq.num_pending]
+
+    def _open_waiting(self, group: WorkerGroup, plan: PlanBuilder, budget: int, now: float) -> None:
+        """Give slots and blocks to waiting sequences, until their prompts fill the budget.
+
+        A sequence whose next block another one is computing right now is passed over: it will find
+        that block in the cache. One that does not fit ends the search, so that it is not starved.
+        """
+        # Of those that decode, one in sixteen starts a block in the next step: leave room for it.
+        reserve = len(group.decoding) // BLOCK_SIZE + 1 if group.num_running else 0
+        for seq in self._waiting.in_order(now, limit=len(group.free_slots)):
+            rank = self._waiting.rank(seq, now)[2:]
+            ahead = sum(p.num_behind for p in group.prefilling if self._waiting.rank(p, now)[2:] < rank)
+            if ahead >= budget or not group.free_slots:
+                return
+            if self._suspects and not self._suspects.may_run(seq, group.running()):
+                continue
+            is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
+            if len(self._groups) > 1 and not is_bound and choose_group(seq, self._groups.values()) is not group:
+                continue
+            hits = group.allocator.cached_blocks(seq)
+            if group.allocator.is_being_computed(seq, len(hits)):
+                continue
+            if not group.allocator.open(seq, hits, reserve):
+                return
+            self._waiting.remove(seq)
+            self._admission.opened(len(seq.tokens))
+            seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
+            if not seq.first_scheduled_at:
+                seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt)
+            group.prefilling.append(seq)
+            plan.open_slot(seq)
+            plan.add_blocks(seq.slot, seq.blocks)
