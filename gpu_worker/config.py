@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from octavo.gpu_worker import quantization
+from octavo.services.telemetry.config import TelemetryConfig
 
 MAX_RANKS = 64
 
 
 @dataclass(frozen=True)
-class WorkerConfig:
+class WorkerConfig(TelemetryConfig):
     """Settings of a worker."""
 
     model: str = field(
@@ -126,6 +127,7 @@ class WorkerConfig:
             self._check_ranks()
         if problem := quantization.problem(self.quantization, self.device, self.world_size):
             raise ValueError(problem)
+        self.check_telemetry()
         if bool(self.curve_key) != bool(self.curve_server_key):
             raise ValueError("curve_key and curve_server_key go together: give both, or neither")
         if not 0 <= self.drain_s < 86_400:

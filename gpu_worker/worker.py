@@ -25,6 +25,7 @@ from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT
+from octavo.gpu_worker.telemetry import WorkerTelemetry
 from octavo.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:  # it needs torch
@@ -72,6 +73,7 @@ class Worker:
         self._progress = progress
         self._lifetime = Lifetime(config, stop)
         self._ranks = ranks
+        self._telemetry = WorkerTelemetry(config, worker_id)
         self._link = Link(config.worker_endpoint, worker_id.encode(), read_curve_keys(config))
         self._engine: Engine | None = None
         self._wanted = worker_pb2.WorkerConfig()  # the newest
@@ -110,6 +112,7 @@ class Worker:
             self._link.close(farewell=bool(self._status))
             if self._ranks is not None:
                 self._ranks.close(farewell=True)
+            self._telemetry.close()
         log.info("worker %s: ends", self._worker_id)
         return self._status or 0
 
@@ -149,6 +152,7 @@ class Worker:
             self._end(0, _FAILED_PRECONDITION, "CONFIG_REFUSED", refusal)
             return
         self._epoch = epoch
+        self._telemetry.left()
         self._wanted = wanted
         self._last_step_id = self._last_done_id = 0
         self._heard_at = time.monotonic()
@@ -228,6 +232,7 @@ class Worker:
             self._epoch, engine.runner.name, limits.num_blocks, engine.max_model_len,
         )  # fmt: skip
         self._send(worker_pb2.WorkerFrame(worker_ready=ready))
+        self._telemetry.joined(limits.num_blocks)
         self._idle_work = True
         self._progress.emit("ready", 1, 1, device=engine.runner.name)
 
@@ -254,6 +259,7 @@ class Worker:
             self._fail(plan.step_id, error)
         else:
             self._last_step_id = plan.step_id
+            self._telemetry.planned(plan)
             self._send_finished()
 
     def _send_finished(self, num_left: int = MAX_STEPS_IN_FLIGHT) -> None:
@@ -266,6 +272,7 @@ class Worker:
                 self._fail(self._last_done_id + 1, error)
                 return
             self._last_done_id = result.step_id
+            self._telemetry.computed(result)
             if self._ranks is not None:
                 self._ranks.heard_all()
             self._send(worker_pb2.WorkerFrame(step_result=result))
@@ -320,6 +327,8 @@ class Worker:
             return
         if self._epoch:
             used = resident_bytes() if self._engine is None else self._engine.runner.memory_used_bytes()
+            self._telemetry.memory(used)
+            self._telemetry.idle()
             heartbeat = worker_pb2.Heartbeat(last_step_id=self._last_done_id, device_memory_used_bytes=used)
             if not self._send(worker_pb2.WorkerFrame(heartbeat=heartbeat)):
                 log.warning("the scheduler is gone; joining the next one")
@@ -348,6 +357,7 @@ class Worker:
 
     def _fault(self, step_id: int, code: int, reason: str, message: str, *, fatal: bool = False) -> None:
         log.error("%s: %s", reason, message)
+        self._telemetry.fault(reason)
         fault = worker_pb2.WorkerFault(step_id=step_id, code=code, reason=reason, message=message, fatal=fatal)
         self._send(worker_pb2.WorkerFrame(worker_fault=fault))
 
@@ -360,6 +370,7 @@ class Worker:
     def _end_epoch(self) -> None:
         """Be in no membership: what is in flight is nobody's."""
         self._epoch = 0
+        self._telemetry.left()
         if self._engine is not None:
             self._engine.reset()
 

@@ -18,15 +18,16 @@ PACKAGES = ("services", "gpu_worker", "kernels", "protos")
 ALLOWED = {
     "protos": set(),
     "kernels": set(),
-    "gpu_worker": {"protos", "kernels"},
+    "gpu_worker": {"protos", "kernels", "services.telemetry"},
+    "services.telemetry": set(),
     "services.common": {"protos"},
-    "services.gateway": {"protos", "services.common"},
-    "services.scheduler": {"protos", "services.common"},
+    "services.gateway": {"protos", "services.common", "services.telemetry"},
+    "services.scheduler": {"protos", "services.common", "services.telemetry"},
     "services.client": {"protos", "services.common"},
     "services.bench": {"services.client"},
     "services.cli": {
         "protos", "services.bench", "services.client", "services.common", "services.gateway", "services.scheduler",
-        "gpu_worker",
+        "services.telemetry", "gpu_worker",
     },
 }  # fmt: skip
 PROTO_AREAS = {"admin", "common", "inference", "scheduler", "worker"}

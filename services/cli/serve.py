@@ -30,6 +30,7 @@ from octavo.services.common import process
 
 _LISTENING = "listening"
 _PROCESSES = "processes"
+_OBSERVING = "observing"
 _SCHEDULING = "scheduling"
 _SECURITY = "security"
 _VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
@@ -145,6 +146,23 @@ class ServeConfig:
         default=None, metadata={"group": _SCHEDULING, "help": "most prompt tokens in a step that also decodes"}
     )
 
+    metrics_address: str = field(
+        default="",
+        metadata={
+            "group": _OBSERVING,
+            "help": "where the first gateway serves /metrics for Prometheus; the other processes take the ports after "
+            "it: gateways, schedulers, workers. Empty: nowhere",
+        },
+    )
+    otlp_endpoint: str = field(
+        default="",
+        metadata={
+            "group": _OBSERVING,
+            "help": "collector of OpenTelemetry traces (OTLP over gRPC), such as http://127.0.0.1:4317; empty: none",
+            "metavar": "URL",
+        },
+    )
+
     log_level: str = field(
         default="warning",
         metadata={
@@ -194,10 +212,11 @@ def main(argv: Sequence[str]) -> int:
     with open_display(config.log_format == "json") as display:
         try:
             listen = _take_addresses(config)
+            metrics = _take_metrics_addresses(config, listen)
             model = model_source.find(config.model, display.progress)
             with _run_directory() as folder:
                 _write_secret(folder / _RESUME_KEY)
-                return asyncio.run(_supervise(config, model, listen, folder, display, started))
+                return asyncio.run(_supervise(config, model, listen, metrics, folder, display, started))
         except CommandError as error:
             display.line(f"octavo serve: {error}")
             return 1
@@ -220,6 +239,17 @@ def _take_addresses(config: ServeConfig) -> list[Listen]:
     if both := set(grpc) & set(http):
         raise CommandError(f"{min(both)} is wanted for both gRPC and HTTP: choose ports that are further apart")
     return [Listen(*pair) for pair in zip(grpc, http, strict=True)]
+
+
+def _take_metrics_addresses(config: ServeConfig, listen: Sequence[Listen]) -> list[str]:
+    """Return an address for each gateway, scheduler and worker, in this order; none if there are to be none."""
+    if not config.metrics_address:
+        return []
+    count = config.gateways + config.schedulers * (1 + config.workers)
+    metrics = addresses.take_free(config.metrics_address, count)
+    if both := set(metrics) & {address for where in listen for address in (where.grpc, where.http)}:
+        raise CommandError(f"{min(both)} is wanted for both metrics and an API: choose ports that are further apart")
+    return metrics
 
 
 def _interrupt(*_: object) -> None:
@@ -272,13 +302,23 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def child_specs(
-    config: ServeConfig, model: model_source.Model, listen: Sequence[Listen], folder: Path
+    config: ServeConfig,
+    model: model_source.Model,
+    listen: Sequence[Listen],
+    folder: Path,
+    metrics: Sequence[str] = (),
 ) -> list[ChildSpec]:
-    """Return the processes to run: the schedulers, workers for each, and a gateway for each entry of `listen`."""
+    """Return the processes to run: the schedulers, workers for each, and a gateway for each entry of `listen`.
+
+    metrics  where they serve metrics: gateways, schedulers, workers; empty for nowhere
+    """
     names = ["scheduler"] if config.schedulers == 1 else [f"scheduler-{index}" for index in range(config.schedulers)]
     scheduler_addresses = [f"unix:{folder}/{name}.sock" for name in names]
     worker_endpoints = [f"ipc://{folder}/{name}-workers.sock" for name in names]
     num_workers = config.schedulers * config.workers
+    observed = [f"gateway-{index}" for index in range(len(listen))] + names
+    observed += [f"worker-{index}" for index in range(num_workers)]
+    metrics_addresses = dict(zip(observed, metrics, strict=True)) if metrics else {}
     command = (sys.executable, "-P", "-m", "octavo.services.cli")
     environment = {SUPERVISOR_PID: str(os.getpid()), LOG_FORMAT: config.log_format, "PYTHONUNBUFFERED": "1"}
 
@@ -292,11 +332,16 @@ def child_specs(
         extra: Mapping[str, str] | None = None,
     ) -> ChildSpec:
         kind = name.split("-")[0]
-        options = config_loader.flags({**values, "log_level": config.log_level})
+        # Given in any case: a variable in the environment would name one port to several processes. Of the ranks of a
+        # worker the first one speaks for all.
+        address = metrics_addresses.get(name.removesuffix(".0"), "")
+        observing = {"metrics_address": address, "otlp_endpoint": config.otlp_endpoint, "log_level": config.log_level}
+        options = config_loader.flags({**values, **observing})
         started = (*command, kind, *arguments, *options)
         return ChildSpec(name, started, stop_order, {**environment, **(extra or {})}, progress, unit)
 
     scheduler = {
+        "model_name": model.name,
         "admin_address": "",  # one variable in the environment would name the same port to several processes
         "max_running": config.max_running,
         "max_waiting": config.max_waiting,
@@ -380,6 +425,7 @@ async def _supervise(
     config: ServeConfig,
     model: model_source.Model,
     listen: Sequence[Listen],
+    metrics: Sequence[str],
     folder: Path,
     display: Display,
     started: float,
@@ -415,12 +461,13 @@ async def _supervise(
         with contextlib.suppress(OSError):
             print(
                 f"ready in {time.monotonic() - started:.1f} s: {model.name}{on}, "
-                f"grpc {' '.join(where.grpc for where in listen)}{http} (Ctrl-C stops)",
+                f"grpc {' '.join(where.grpc for where in listen)}{http}"
+                f"{', metrics ' if metrics else ''}{' '.join(metrics)} (Ctrl-C stops)",
                 flush=True,
             )
 
     supervisor = Supervisor(
-        child_specs(config, model, listen, folder),
+        child_specs(config, model, listen, folder, metrics),
         # The processes end running requests themselves after grace_s: they get a little longer to end.
         Limits(start_s=config.startup_timeout_s, grace_s=config.grace_s + 5),
         is_ready=lambda: _all_serving([_local_address(folder, index) for index in range(len(listen))]),

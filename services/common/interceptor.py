@@ -12,7 +12,6 @@ import logging
 import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -20,11 +19,11 @@ from google.protobuf.message import DecodeError
 from grpc import aio
 
 from octavo.services.common.errors import Reason, ServingError, status_text, trailers
+from octavo.services.common.logging import current_request_id
 
 _log = logging.getLogger(__name__)
 _MAX_REQUEST_ID = 128
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9._:/@+=-]")
-_request_id: ContextVar[str] = ContextVar("request_id")
 
 Authorize = Callable[[str, Any], None]
 """Called with a method's name and the context of a call before its handler; raises ServingError to refuse it."""
@@ -32,7 +31,7 @@ Authorize = Callable[[str, Any], None]
 
 def request_id() -> str:
     """Return the id of the call that runs now: the client's x-request-id, cleaned, or a new one."""
-    return _request_id.get()
+    return current_request_id.get()
 
 
 def choose_request_id(given: str) -> str:
@@ -82,7 +81,7 @@ async def _abort(context: Any, error: ServingError) -> None:
 
 async def _guard(call: Callable[[], Awaitable[Any]], context: Any, method: str, authorize: Authorize | None) -> Any:
     """Run one call; make a status of what it raises. Cancellation and context.abort pass through."""
-    _request_id.set(_read_request_id(context))
+    current_request_id.set(_read_request_id(context))
     context.set_trailing_metadata((("x-request-id", request_id()),))
     try:
         if authorize is not None:

@@ -8,12 +8,20 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Literal, TextIO
 
 Format = Literal["auto", "text", "json"]
 LEVELS = ("debug", "info", "warning", "error")
 
+ACCESS = "octavo.access"
+"""The logger of one line for each generate call: these are accounts, and never left out."""
+
+current_request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""The call that runs now, for every line that is logged in it; empty outside of calls."""
+
 _MAX_KEYS = 1024  # how many different warnings a RateLimiter remembers
+_MAX_LINES, _LINES_S = 50, 10.0  # of one message, whatever its arguments
 
 
 def setup(level: str, process: str, *, fmt: Format = "auto", stream: TextIO | None = None) -> None:
@@ -26,6 +34,7 @@ def setup(level: str, process: str, *, fmt: Format = "auto", stream: TextIO | No
     text = fmt == "text" or (fmt == "auto" and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(TextFormatter() if text else JsonFormatter(process))
+    handler.addFilter(RepeatFilter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
@@ -42,11 +51,19 @@ class TextFormatter(logging.Formatter):
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         line = f"{clock}.{int(record.msecs):03d} {level}{record.getMessage()}"
+        request_id, fields = current_request_id.get(), getattr(record, "fields", {})
+        if request_id and request_id not in line:
+            fields = {"request_id": request_id, **fields}
+        if fields:
+            line += " " + " ".join(f"{name}={value}" for name, value in fields.items())
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, process, logger, message, exception."""
+    """One JSON object a line: time (UTC), level, process, logger, message, request_id, exception.
+
+    What a record has in `fields` (`extra={"fields": {...}}`) is added as it is.
+    """
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -55,16 +72,52 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line of JSON."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {
+        line: dict[str, object] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "process": self._process,
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if request_id := current_request_id.get():
+            line["request_id"] = request_id
+        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
+
+
+class RepeatFilter(logging.Filter):
+    """Lets no message through more than 50 times in ten seconds, and says then how many were left out.
+
+    A message is known by its text before arguments are filled in, so that a flood of wrong calls cannot fill a disk.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._windows: OrderedDict[tuple[str, object], list[float]] = OrderedDict()  # began at, lines, left out
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether to write the record."""
+        if record.name == ACCESS:
+            return True
+        now, key = self._clock(), (record.name, record.msg if isinstance(record.msg, str) else type(record.msg))
+        window = self._windows.get(key)
+        if window is None or now - window[0] >= _LINES_S:
+            if window is not None and window[2]:
+                record.msg = f"{record.getMessage()} (and {int(window[2])} more like this)"
+                record.args = ()
+            self._windows[key] = [now, 1, 0]
+            self._windows.move_to_end(key)
+            if len(self._windows) > _MAX_KEYS:
+                self._windows.popitem(last=False)
+            return True
+        window[1] += 1
+        if window[1] <= _MAX_LINES:
+            return True
+        window[2] += 1
+        return False
 
 
 class RateLimiter:

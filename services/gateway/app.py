@@ -38,6 +38,7 @@ from octavo.services.gateway.model_service import ModelServicer
 from octavo.services.gateway.resume_token import ResumeTokens
 from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.server import GenerationServicer
+from octavo.services.gateway.telemetry import GatewayTelemetry
 from octavo.services.gateway.tokenizer import ModelTokenizer
 from octavo.services.gateway.tokenizer_service import TokenizerServicer
 from octavo.services.gateway.validation import RequestValidator
@@ -65,7 +66,10 @@ class Gateway:
         self._tokenizer = model.tokenizer
         self.schedulers = SchedulerPool(config.scheduler_addresses, gateway_id, config.failover_s, config.hop_tls)
         self._health = HealthMonitor(self.schedulers)
-        self._calls = GenerateCalls(models, self.schedulers, tokens, config.max_requests)
+        self._telemetry = GatewayTelemetry(config, gateway_id)
+        accounting = self._telemetry.accounting
+        authenticator.on_refused = accounting.refused
+        self._calls = GenerateCalls(models, self.schedulers, tokens, validator, accounting, config.max_requests)
 
         self._server = aio.server(
             interceptors=[ErrorInterceptor(authenticator.authorize)],
@@ -104,7 +108,7 @@ class Gateway:
         self.http_port = 0
         if config.http_address:
             http_app = make_app(
-                GenerateEndpoints(self._calls, models, validator),
+                GenerateEndpoints(self._calls, models),
                 InfoEndpoints(models, model_servicer, tokenizer_servicer, self._ready),
                 authenticator,
                 config.http_max_body_bytes,
@@ -112,6 +116,12 @@ class Gateway:
             )
             self._http = _bind_http(config, http_app)
             self.http_port = self._http.port
+
+        try:
+            self._telemetry.serve(self._calls, self.schedulers)
+        except OSError as error:
+            raise BindError(f"cannot listen on {config.metrics_address}: {error.strerror}") from None
+        self.metrics_port = self._telemetry.port
 
     async def start(self) -> None:
         """Connect to the schedulers and take calls; does not wait for the schedulers."""
@@ -148,6 +158,7 @@ class Gateway:
         if self._probes is not None:
             await self._probes.stop()
         self._tokenizer.close()
+        await asyncio.to_thread(self._telemetry.close)
 
     async def _idle_within(self, seconds: float) -> bool:
         """Wait for the end of all calls; return whether they ended in time."""

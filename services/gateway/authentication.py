@@ -12,7 +12,7 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +58,8 @@ class Authenticator:
         self._keys = None if config.api_keys is None else WatchedFile(config.api_keys, parse_keys)
         self._tokens = None if config.jwks is None else _Tokens(config)
         self._certificates = config.certificates
+        self.on_refused: Callable[[ServingError], None] = lambda _: None
+        """Is told of each call that showed no valid credential."""
 
     @property
     def is_required(self) -> bool:
@@ -86,11 +88,13 @@ class Authenticator:
             for name in certificate_names:
                 if name.startswith("spiffe://") and _TENANT.fullmatch(name.removeprefix("spiffe://")):
                     return Caller(name.removeprefix("spiffe://"))
-        raise ServingError(
+        refusal = ServingError(
             Reason.UNAUTHENTICATED,
             "this server needs a valid credential: send the header `authorization: Bearer KEY`"
             + (" or a client certificate" if self._certificates else ""),
         )
+        self.on_refused(refusal)
+        raise refusal
 
     def authorize(self, method: str, context: Any, *, admin: bool = False) -> None:
         """Check a gRPC call and remember who makes it, for `caller`. Raises UNAUTHENTICATED, PERMISSION_DENIED."""

@@ -11,7 +11,6 @@ from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError, to_status
 from octavo.services.gateway.answer import whole_answer
 from octavo.services.gateway.calls import GenerateCalls
-from octavo.services.gateway.validation import RequestValidator
 
 Write = Callable[[generation_pb2.BatchGenerateResponse], Awaitable[None]]
 
@@ -37,7 +36,6 @@ class BatchCall:
     def __init__(
         self,
         calls: GenerateCalls,
-        validator: RequestValidator,
         limits: BatchLimits,
         request_id: str,
         tenant: str,
@@ -46,7 +44,6 @@ class BatchCall:
     ) -> None:
         """`headers`: the call's metadata; `deadline`: a time of the event loop, or None."""
         self._calls = calls
-        self._validator = validator
         self._wait_s = limits.wait_s
         self._room = asyncio.Semaphore(limits.window)
         self._request_id = request_id
@@ -88,7 +85,7 @@ class BatchCall:
         """Return what an item came to; None if the gateway stops and another one has to answer it."""
         response = generation_pb2.BatchGenerateResponse(item_id=request.item_id)
         try:
-            self._validator.check(request)
+            self._calls.check(request)
             response.response.CopyFrom(await self._generate(request.generation, request_id))
         except ServingError as error:
             if self._calls.draining and error.reason in (Reason.DRAINING, Reason.STREAM_INTERRUPTED):

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+
+from google.protobuf.message import Message
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError, invalid_field
+from octavo.services.gateway.accounting import Accounting
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.model import Models
-from octavo.services.gateway.prepare import Prepared, prepare
+from octavo.services.gateway.prepare import Prepared, prepare, read_traceparent
 from octavo.services.gateway.request_stream import RequestStream
 from octavo.services.gateway.resume_token import ResumeToken, ResumeTokens
 from octavo.services.gateway.scheduler_pool import SchedulerPool
+from octavo.services.gateway.validation import RequestValidator
 
 
 class GenerateCalls:
     """All generate calls of this gateway."""
 
-    def __init__(self, models: Models, schedulers: SchedulerPool, tokens: ResumeTokens, max_requests: int) -> None:
+    def __init__(
+        self,
+        models: Models,
+        schedulers: SchedulerPool,
+        tokens: ResumeTokens,
+        validator: RequestValidator,
+        accounting: Accounting,
+        max_requests: int,
+    ) -> None:
         self._models = models
+        self._validator = validator
+        self._accounting = accounting
         self._tokens = tokens
         self._schedulers = schedulers
         self._max_requests = max_requests
@@ -34,6 +48,14 @@ class GenerateCalls:
     async def wait_idle(self) -> None:
         """Return when no call runs."""
         await self._idle.wait()
+
+    def check(self, request: Message) -> None:
+        """Check a request against the rules of its fields. Raises INVALID_FIELD."""
+        try:
+            self._validator.check(request)
+        except ServingError as error:
+            self._accounting.refused(error)
+            raise
 
     @asynccontextmanager
     async def admitted(
@@ -51,10 +73,14 @@ class GenerateCalls:
         can_resume: the caller streams, and passes on the resume token. Then a request with a resume window goes
             on after the body has failed. Otherwise, however the body ends, the scheduler is told.
         """
-        self._enter()
-        try:
+        traceparent = read_traceparent(headers)
+        with (
+            self._accounting.call(request_id, tenant, generation.model, traceparent, deadline) as record,
+            self._counted(),
+        ):
             workers_limit = self._schedulers.max_model_len
             prepared = await prepare(generation, self._models, workers_limit, request_id, tenant, headers)
+            prepared.submit.traceparent = record.traceparent or traceparent
             if not can_resume:
                 prepared.submit.ClearField("resume_window_ms")
                 prepared.submit.ClearField("gateway_state")
@@ -67,25 +93,27 @@ class GenerateCalls:
                 if stream.admitted is None:
                     assert stream.error is not None, "a stream is admitted or fails"
                     raise stream.error
-                async with _interruptible(GenerationRun(prepared, stream, self._token(stream))) as run:
-                    yield run
-        finally:
-            self._leave()
+                async with _interruptible(GenerationRun(prepared, stream, self._token(stream))) as record.run:
+                    yield record.run
 
     @asynccontextmanager
-    async def resumed(self, request: generation_pb2.ResumeStreamRequest, tenant: str) -> AsyncIterator[GenerationRun]:
+    async def resumed(
+        self, request: generation_pb2.ResumeStreamRequest, request_id: str, tenant: str, headers: Mapping[str, str]
+    ) -> AsyncIterator[GenerationRun]:
         """Take over a request whose stream broke, and go on at the request's cursors. Raises ServingError."""
-        self._enter()
-        try:
+        traceparent = read_traceparent(headers)
+        with self._accounting.call(request_id, tenant, "", traceparent, None) as record, self._counted():
+            record.is_resumed = True
             token = self._tokens.read(request.resume_token, tenant)
+            record.request_id = token.request_id
             stream = await self._schedulers.reattach(token)
             async with _closing(stream):
                 prepared = await self._prepare_again(stream, tenant)
+                record.model = prepared.model.name
                 offsets = _offsets(request, token)
-                async with _interruptible(GenerationRun(prepared, stream, request.resume_token, offsets)) as run:
-                    yield run
-        finally:
-            self._leave()
+                run = GenerationRun(prepared, stream, request.resume_token, offsets)
+                async with _interruptible(run) as record.run:
+                    yield record.run
 
     async def _prepare_again(self, stream: RequestStream, tenant: str) -> Prepared:
         """Rebuild what the gateway before had, from what it gave the scheduler to keep."""
@@ -116,7 +144,9 @@ class GenerateCalls:
             )
         )
 
-    def _enter(self) -> None:
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Be one of the calls that run. Raises DRAINING, QUEUE_FULL."""
         if self.draining:
             raise ServingError(Reason.DRAINING, "the gateway is stopping; try again", retry_after_ms=500)
         if self.num_requests >= self._max_requests:
@@ -124,11 +154,12 @@ class GenerateCalls:
             raise ServingError(Reason.QUEUE_FULL, message, retry_after_ms=1000)
         self.num_requests += 1
         self._idle.clear()
-
-    def _leave(self) -> None:
-        self.num_requests -= 1
-        if self.num_requests == 0:
-            self._idle.set()
+        try:
+            yield
+        finally:
+            self.num_requests -= 1
+            if self.num_requests == 0:
+                self._idle.set()
 
 
 @asynccontextmanager

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octavo.services.gateway.security_config import SecurityConfig
+from octavo.services.telemetry.config import TelemetryConfig
 
 
 @dataclass(frozen=True)
-class GatewayConfig(SecurityConfig):
+class GatewayConfig(SecurityConfig, TelemetryConfig):
     """Settings of one gateway process. Raises ValueError, with one line that says what to change."""
 
     model: Path = field(metadata={"help": "the model's folder, or a .gguf file", "positional": True})
@@ -76,6 +77,12 @@ class GatewayConfig(SecurityConfig):
         default=30.0, metadata={"help": "how long a running request waits for a lost scheduler to come back"}
     )
     grace_s: float = field(default=30.0, metadata={"help": "how long running calls may take after a stop signal"})
+    metrics_max_tenants: int = field(
+        default=50, metadata={"help": "tenants that have metrics of their own; later ones are counted as `other`"}
+    )
+    access_log: bool = field(
+        default=True, metadata={"help": "log a line for each generate call: who, how many tokens, how long"}
+    )
     log_level: str = field(
         default="info",
         metadata={"help": "least severe messages to log", "choices": ("debug", "info", "warning", "error")},
@@ -83,6 +90,7 @@ class GatewayConfig(SecurityConfig):
 
     def __post_init__(self) -> None:
         self.check_security()
+        self.check_telemetry()
         if self.local_address and not self.local_address.startswith("unix:"):
             raise ValueError(f"--local-address must be unix:PATH, not {self.local_address!r}")
         for name in (
@@ -93,6 +101,7 @@ class GatewayConfig(SecurityConfig):
             "http_max_body_bytes",
             "http_max_connections",
             "http_keep_alive_s",
+            "metrics_max_tenants",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")

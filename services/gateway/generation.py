@@ -59,7 +59,15 @@ class GenerationRun:
         self._sequence_number = 0
         self._delta_response = Response()  # filled again for each delta
         self._admitted_at = time.monotonic()
-        self._first_token_at = 0.0
+        self.first_token_at = 0.0
+        """When the first token was taken, as a time of time.monotonic(); 0 before."""
+        self.finish_reasons: list[common_pb2.FinishReason] = []
+        """Of the candidates that have ended."""
+
+    @property
+    def num_delivered(self) -> int:
+        """Tokens that went out to this call's client."""
+        return sum(max(0, candidate.inbox.num_read - candidate.skip) for candidate in self._candidates)
 
     async def responses(
         self, coalesce_ms: int, before_wait: Callable[[], Awaitable[None]] | None = None
@@ -95,7 +103,7 @@ class GenerationRun:
                 await before_wait()
             stream.is_reading = True
             await stream.wait()
-            if coalesce_ms and self._first_token_at:
+            if coalesce_ms and self.first_token_at:
                 await stream.hold(coalesce_ms / 1000)
             stream.is_reading = False
         self._complete()
@@ -134,8 +142,8 @@ class GenerationRun:
             text += candidate.output.finish()
         if not taken and not text:
             return None
-        if not self._first_token_at:
-            self._first_token_at = time.monotonic()
+        if not self.first_token_at:
+            self.first_token_at = time.monotonic()
         event = self._delta_response.event
         event.sequence_number = self._sequence_number
         self._sequence_number += 1
@@ -178,6 +186,7 @@ class GenerationRun:
             finished.finish_reason = ending.reason
             if ending.reason in (common_pb2.FINISH_REASON_END_OF_SEQUENCE, common_pb2.FINISH_REASON_STOP_TOKEN):
                 finished.stop_token_id = ending.stop_token_id
+        self.finish_reasons.append(finished.finish_reason)
         return self._event(candidate_finished=finished)
 
     def _complete(self) -> None:
@@ -198,7 +207,7 @@ class GenerationRun:
             timing.CopyFrom(slowest.timing)
         else:
             # Seen from here, waiting and computing the prompt look alike.
-            first = self._first_token_at or time.monotonic()
+            first = self.first_token_at or time.monotonic()
             timing.prefill_us = int((first - self._admitted_at) * 1e6)
             timing.decode_us = int((time.monotonic() - first) * 1e6)
         self.completed.failovers = self.stream.failovers

@@ -83,7 +83,7 @@ async def prepare(
         priority=generation.scheduling.priority,
         tenant=tenant,
         cache_salt=_cache_salt(tenant, generation.scheduling.cache_salt),
-        traceparent=_traceparent(headers),
+        traceparent=read_traceparent(headers),
         bypass_prefix_cache=generation.scheduling.bypass_prefix_cache,
         progress_interval_ms=generation.output.progress_interval_ms,
         resume_window_ms=generation.scheduling.resume_window_ms,
@@ -280,6 +280,7 @@ def _cache_salt(tenant: str, salt: str) -> str:
     return hashlib.sha256(f"{len(tenant)}:{tenant}{salt}".encode()).hexdigest()
 
 
-def _traceparent(headers: Mapping[str, str]) -> str:
+def read_traceparent(headers: Mapping[str, str]) -> str:
+    """Return a call's W3C trace context; empty if it has none that is valid."""
     value = headers.get("traceparent", "")
     return value if _TRACEPARENT.fullmatch(value) else ""

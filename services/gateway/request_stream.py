@@ -92,6 +92,10 @@ class RequestStream:
         self.progress: generation_pb2.Progress | None = None
         self.error: ServingError | None = None
         self.failovers = 0
+        self.lost_at = 0.0
+        """When it lost its scheduler, a time of the event loop; 0 while one has all of it."""
+        self.takeovers: list[tuple[float, float]] = []
+        """When it lost a scheduler, and when one went on with it."""
         self.refused_by: set[str] = set()
         """Addresses of schedulers that did not admit it."""
         self.scheduler_id = ""

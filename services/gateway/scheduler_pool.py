@@ -53,6 +53,8 @@ class SchedulerPool:
         self._slow_readers = SlowReaders()
         self._tasks: set[asyncio.Task[None]] = set()
         self._crashed: asyncio.Future[None] | None = None
+        self.num_failovers = 0
+        """Times that a running request lost its scheduler."""
 
     # Life
 
@@ -312,6 +314,9 @@ class SchedulerPool:
             stream.wake()
         else:  # it goes on after a loss
             self._lost.remove([each for each in stream.candidates if each.handle == admitted.handle])
+            if stream.lost_at:
+                stream.takeovers.append((stream.lost_at, asyncio.get_running_loop().time()))
+                stream.lost_at = 0.0
 
     def on_rejected(
         self, peer: SchedulerPeer, stream: RequestStream, candidates: list[CandidateInbox], error: ServingError
@@ -354,7 +359,10 @@ class SchedulerPool:
     def _lose(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
         """Let candidates wait for a scheduler that goes on with them."""
         newly = [self._lost.add(stream, candidate) for candidate in candidates if candidate.finished is None]
-        stream.failovers += any(newly)
+        if any(newly):
+            stream.failovers += 1
+            self.num_failovers += 1
+            stream.lost_at = stream.lost_at or asyncio.get_running_loop().time()
         if stream.failovers > self._lost.max_failovers:
             stream.fail(interrupted(f"the request was lost {self._lost.max_failovers} times"))
 

@@ -26,7 +26,7 @@ BatchContext = aio.ServicerContext[generation_pb2.BatchGenerateRequest, generati
 AnyContext = GenerateContext | StreamContext | ResumeContext
 
 
-def _headers_of(context: GenerateContext | StreamContext | BatchContext) -> dict[str, str]:
+def _headers_of(context: AnyContext | BatchContext) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
@@ -51,7 +51,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: GenerateContext
     ) -> generation_pb2.GenerateResponse:
         """Answer with the whole output."""
-        self._validator.check(request)
+        self._calls.check(request)
         async with self._admitted(request.generation, context) as run:
             coalesce_ms = request.generation.output.max_coalesce_ms
             answer = await whole_answer(run, request.generation.candidate_count or 1, coalesce_ms)
@@ -62,7 +62,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateStreamRequest, context: StreamContext
     ) -> None:
         """Write the output as it comes."""
-        self._validator.check(request)
+        self._calls.check(request)
         async with self._admitted(request.generation, context, can_resume=True) as run:
             async for response in run.responses(request.generation.output.max_coalesce_ms):
                 await context.write(response)
@@ -72,8 +72,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.ResumeStreamRequest, context: ResumeContext
     ) -> None:
         """Write the rest of an output whose stream broke, from the client's cursors on."""
-        self._validator.check(request)
-        async with self._calls.resumed(request, caller().tenant) as run:
+        self._calls.check(request)
+        headers = _headers_of(context)
+        async with self._calls.resumed(request, request_id(), caller().tenant, headers) as run:
             await self._send_headers(context, run)
             async for response in run.responses(run.max_coalesce_ms):
                 await context.write(generation_pb2.ResumeStreamResponse(event=response.event))
@@ -86,7 +87,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         await context.send_initial_metadata((("x-request-id", request_id()),))
         batch = BatchCall(
             self._calls,
-            self._validator,
             self._batch_limits,
             request_id(),
             caller().tenant,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from octavo.services.common.tls_files import TlsFiles, check_tls_options
 from octavo.services.scheduler.worker_endpoint import CurveFiles, is_exposed
+from octavo.services.telemetry.config import TelemetryConfig
 
 BLOCK_SIZE = 16  # tokens in a KV block: fixed, the kernels' page layout depends on it
 
@@ -20,7 +21,7 @@ class Quota:
 
 
 @dataclass(frozen=True)
-class SchedulerConfig:
+class SchedulerConfig(TelemetryConfig):
     """Settings of a scheduler. Times are seconds, sizes are tokens unless the name says otherwise."""
 
     scheduler_address: str = field(
@@ -46,6 +47,7 @@ class SchedulerConfig:
         default="",
         metadata={"help": "where probes are answered (grpc.health.v1: startup, readiness, liveness); empty: nowhere"},
     )
+    model_name: str = field(default="", metadata={"help": "the model's name, for the label that vLLM's metrics have"})
     scheduler_id: str = field(default="", metadata={"help": "this scheduler's name; empty: made from the process id"})
     max_running: int = field(default=256, metadata={"help": "most sequences in a step"})
     max_batch_tokens: int = field(default=2048, metadata={"help": "most tokens in a step"})
@@ -109,6 +111,7 @@ class SchedulerConfig:
             raise ValueError("step_timeout_s must be positive, grace_s and worker_grace_s not negative")
         if self.tenant_max_requests < 0 or self.tenant_tokens_per_s < 0:
             raise ValueError("tenant_max_requests and tenant_tokens_per_s must not be negative")
+        self.check_telemetry()
         self.weights()
         self.quotas()
         self._check_security()

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.interceptor import choose_request_id
+from octavo.services.common.logging import current_request_id
 from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.http.errors import HttpError, error_response, http_error_response
 from octavo.services.gateway.http.params import parse_object
@@ -121,6 +122,7 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         request = HttpRequest(scope, receive, send, self._max_body_bytes)
+        current_request_id.set(request.request_id)
         try:
             if self._authenticator is not None:
                 self._authenticator.enter(self._authenticator.identify(request.headers.get("authorization", "")))

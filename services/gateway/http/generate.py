@@ -25,7 +25,6 @@ from octavo.services.gateway.http.formats import ChatFormat, CompletionFormat, F
 from octavo.services.gateway.http.logprobs import TokenTexts
 from octavo.services.gateway.http.requests import ApiCall, GenerateRequest
 from octavo.services.gateway.model import Models
-from octavo.services.gateway.validation import RequestValidator
 
 T = TypeVar("T")
 _Read = Callable[[Mapping[str, Any], Mapping[str, str]], ApiCall]
@@ -35,10 +34,9 @@ _LAST_EVENT_S = 1.0
 class GenerateEndpoints:
     """The two endpoints that produce text."""
 
-    def __init__(self, calls: GenerateCalls, models: Models, validator: RequestValidator) -> None:
+    def __init__(self, calls: GenerateCalls, models: Models) -> None:
         self._calls = calls
         self._models = models
-        self._validator = validator
         self._texts = {model.name: TokenTexts(model.tokenizer) for model in models.all}
 
     async def chat(self, request: HttpRequest) -> Response | None:
@@ -56,7 +54,7 @@ class GenerateEndpoints:
             call = read(body, request.headers)
             names = call.names
             for each in call.requests:
-                self._validator.check(each)
+                self._calls.check(each)
             model = self._models.get(call.requests[0].generation.model)
             shape = make_format(call, request.request_id, self._texts[model.name])
             answering = _Answering(self._calls, request, call, shape)

@@ -47,7 +47,7 @@ from octavo.services.cli.child import ChildSpec
 
 commands = json.loads(sys.argv.pop())
 
-def stand_ins(config, model, listen, folder):
+def stand_ins(config, model, listen, folder, metrics):
     return [ChildSpec(name, tuple(part.replace("LISTEN", f"unix:{folder}/gateway-0.sock") for part in command), order)
             for order, (name, command) in enumerate(commands.items())]
 

@@ -131,7 +131,7 @@ class StepPlan(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., query_lengths: _Optional[bytes] = ..., context_lengths: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., block_table_rows: _Optional[bytes] = ..., block_table_counts: _Optional[bytes] = ..., block_ids: _Optional[bytes] = ..., copy_pairs: _Optional[bytes] = ..., freed_slots: _Optional[bytes] = ..., sampling_updates: _Optional[_Iterable[_Union[SamplingUpdate, _Mapping]]] = ..., row_flags: _Optional[bytes] = ...) -> None: ...
 
 class SamplingUpdate(_message.Message):
-    __slots__ = ("slot", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "allowed_token_mask", "candidate_index", "chosen_logprob", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_token_ids", "bias_values", "allowed_token_ids", "banned_until_min_token_ids", "min_new_tokens", "prompt_length", "history_token_ids")
+    __slots__ = ("slot", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "allowed_token_mask", "candidate_index", "chosen_logprob", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_token_ids", "bias_values", "allowed_token_ids", "banned_until_min_token_ids", "min_new_tokens", "prompt_length", "history_token_ids", "traceparent")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,7 @@ class SamplingUpdate(_message.Message):
     MIN_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     HISTORY_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     slot: int
     temperature: float
     top_p: float
@@ -172,7 +173,8 @@ class SamplingUpdate(_message.Message):
     min_new_tokens: int
     prompt_length: int
     history_token_ids: bytes
-    def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks")

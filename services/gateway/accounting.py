@@ -1,0 +1,140 @@
+"""What becomes known of a generate call besides its answer: metrics, a line in the log, a trace.
+
+Everything is recorded once, when a call ends; nothing is done for a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from octavo.common.v1 import common_pb2
+from octavo.services.common.errors import Reason, ServingError
+from octavo.services.common.logging import ACCESS
+from octavo.services.gateway.generation import GenerationRun
+from octavo.services.telemetry import catalog
+from octavo.services.telemetry.store import BoundedNames, Store
+from octavo.services.telemetry.tracing import Span, Tracer, wall_clock_offset
+
+_access = logging.getLogger(ACCESS)
+_REASONS = frozenset(Reason)
+# In vLLM's words where it has one.
+_FINISHED = {
+    common_pb2.FINISH_REASON_END_OF_SEQUENCE: "stop",
+    common_pb2.FINISH_REASON_STOP_SEQUENCE: "stop",
+    common_pb2.FINISH_REASON_STOP_TOKEN: "stop",
+    common_pb2.FINISH_REASON_MAX_TOKENS: "length",
+    common_pb2.FINISH_REASON_CONTEXT_LIMIT: "length",
+    common_pb2.FINISH_REASON_TIME_LIMIT: "time_limit",
+    common_pb2.FINISH_REASON_CANCELLED: "abort",
+    common_pb2.FINISH_REASON_TOOL_CALL: "tool_calls",
+}
+
+
+class CallRecord:
+    """One call while it runs. `run` is set once it is admitted."""
+
+    def __init__(self, request_id: str, tenant: str, model: str, span: Span) -> None:
+        self.request_id = request_id
+        self.tenant = tenant
+        self.model = model
+        self.is_resumed = False
+        self.run: GenerationRun | None = None
+        self.arrived_at = time.monotonic()
+        self._span = span
+
+    @property
+    def traceparent(self) -> str:
+        """What the scheduler's spans have as their parent; empty if nothing is traced."""
+        return self._span.traceparent
+
+
+class Accounting:
+    """Of one gateway."""
+
+    def __init__(self, store: Store, tracer: Tracer, max_tenants: int, access_log: bool) -> None:
+        self._store = store
+        self._tracer = tracer
+        self._tenant_label = BoundedNames(max_tenants)
+        self._access_log = access_log
+        self._duration = store.histogram(catalog.DURATION)
+
+    def refused(self, error: ServingError) -> None:
+        """Count a call that never got as far as `call`."""
+        self._store.value(catalog.REJECTIONS, _label(error.reason)).add()
+
+    @contextmanager
+    def call(
+        self, request_id: str, tenant: str, model: str, traceparent: str, deadline: float | None
+    ) -> Iterator[CallRecord]:
+        """Record the call that the body is, however it ends. `deadline` is a time of the event loop."""
+        attributes = {"octavo.request_id": request_id, "octavo.tenant": tenant, "gen_ai.request.model": model}
+        span = self._tracer.start("octavo.request", traceparent, attributes, is_server=True)
+        record = CallRecord(request_id, tenant, model, span)
+        try:
+            yield record
+        except ServingError as error:
+            self._end(record, span, error.code.name, error.reason)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            is_late = deadline is not None and asyncio.get_running_loop().time() >= deadline
+            reason = Reason.GENERATION_TIMEOUT if is_late else Reason.CLIENT_CANCELLED
+            self._end(record, span, "DEADLINE_EXCEEDED" if is_late else "CANCELLED", reason)
+            raise
+        except BaseException:
+            self._end(record, span, "INTERNAL", Reason.INTERNAL)
+            raise
+        self._end(record, span, "OK", "")
+
+    def _end(self, record: CallRecord, span: Span, code: str, reason: str) -> None:
+        seconds = time.monotonic() - record.arrived_at
+        store, tenant = self._store, self._tenant_label(record.tenant)
+        store.value(catalog.REQUESTS, tenant, code).add()
+        if reason:
+            kind = catalog.REJECTIONS if record.run is None else catalog.INTERRUPTIONS
+            store.value(kind, _label(reason)).add()
+        else:
+            self._duration.observe(seconds)
+        prompt = cached = output = failovers = 0
+        ttft_s: float | None = None
+        if (run := record.run) is not None:
+            usage = run.completed.usage
+            if not record.is_resumed:  # the call that broke has paid for the prompt
+                prompt = run.started.prompt_tokens
+                cached = usage.cached_prompt_tokens or min(run.started.cached_prompt_tokens, prompt)
+            output, failovers = run.num_delivered, run.stream.failovers
+            store.value(catalog.PROMPT_TOKENS, tenant).add(prompt)
+            store.value(catalog.CACHED_TOKENS, tenant).add(cached)
+            store.value(catalog.OUTPUT_TOKENS, tenant).add(output)
+            for finish in run.finish_reasons:
+                store.value(catalog.FINISHES, _FINISHED.get(finish, "other")).add()
+            if run.first_token_at and not record.is_resumed:
+                ttft_s = run.first_token_at - record.arrived_at
+                store.histogram(catalog.TTFT, tenant).observe(ttft_s)
+        if self._access_log:
+            fields = {
+                "request_id": record.request_id, "tenant": record.tenant, "model": record.model, "code": code,
+                "reason": reason, "prompt_tokens": prompt, "cached_tokens": cached, "output_tokens": output,
+                "ttft_ms": None if ttft_s is None else round(1000 * ttft_s, 1),
+                "duration_ms": round(1000 * seconds, 1), "failovers": failovers, "resumed": record.is_resumed,
+            }  # fmt: skip
+            _access.info("call ended", extra={"fields": fields})
+        if self._tracer.enabled:
+            self._trace(record, span, code, reason, prompt, output)
+
+    def _trace(self, record: CallRecord, span: Span, code: str, reason: str, prompt: int, output: int) -> None:
+        """End the call's span, and record one for each time that it went on at another scheduler."""
+        span.set(
+            rpc__grpc__status_code=code, gen_ai__usage__input_tokens=prompt, gen_ai__usage__output_tokens=output
+        )  # fmt: skip
+        offset = wall_clock_offset()
+        for lost_at, taken_over_at in record.run.stream.takeovers if record.run is not None else ():
+            self._tracer.span("octavo.failover", span.traceparent, lost_at + offset, taken_over_at + offset)
+        span.end(error=reason)
+
+
+def _label(reason: str) -> str:
+    return reason if reason in _REASONS else "other"
