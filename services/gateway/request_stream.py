@@ -159,6 +159,12 @@ class RequestStream:
             self.error = error
             self.wake_at_end()
 
+    def cut_off(self, error: ServingError) -> None:
+        """End the request with an error, even in the middle of a write."""
+        self.fail(error)
+        if not self.is_reading:
+            self.interrupt()
+
     def cancel(self, candidate_index: int) -> None:
         """End one candidate here, and tell the scheduler.
 

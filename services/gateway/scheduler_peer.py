@@ -1,28 +1,24 @@
 """One scheduler as the gateway sees it: its state, and the requests it has now.
 
-What it sends is handed out to the requests' inboxes here; what becomes of requests that it refuses or
-that are lost with it is its owner's to decide.
+What becomes of requests that it refuses or that are lost with it is its owner's to decide.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
-from octavo.inference.v1 import generation_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.tls_files import TlsFiles
+from octavo.services.gateway.peer_inboxes import PeerInboxes, take_candidates
 from octavo.services.gateway.prefix_index import PrefixIndex
 from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
 from octavo.services.gateway.routing import SchedulerView
 from octavo.services.gateway.scheduler_link import SchedulerLink
-from octavo.services.gateway.step_columns import StepColumns
 
 _CANCEL_S = 10.0
-_MAX_RETIRED = 4096
 _MAX_SILENCE_S = 1.0
 _MAX_STEP_AGE_MS = 10_000
 
@@ -58,9 +54,7 @@ class SchedulerPeer:
         self.address = address
         self._owner = owner
         self._link = SchedulerLink(address, gateway_id, self, tls, server_name)
-        self._streams: dict[int, RequestStream] = {}  # by handle
-        # Cancelled requests with log probabilities: tokens on their way still have columns to be skipped.
-        self._retired: OrderedDict[int, RequestStream] = OrderedDict()
+        self._inboxes = PeerInboxes()
         self._cancels: dict[str, list[asyncio.Future[scheduler_pb2.Cancelled]]] = {}
         self._refused_until = 0.0
         self._sick_since: float | None = None
@@ -111,11 +105,11 @@ class SchedulerPeer:
     @property
     def streams(self) -> list[RequestStream]:
         """The requests it has."""
-        return list(dict.fromkeys(self._streams.values()))
+        return self._inboxes.streams
 
     def has(self, handle: int) -> bool:
         """Return whether a request is here under this handle."""
-        return handle in self._streams
+        return handle in self._inboxes
 
     def view(self, block_hashes: Sequence[int], now: float) -> SchedulerView:
         """Describe it for the routing of a request with these blocks; `now` is a time of the event loop."""
@@ -151,9 +145,7 @@ class SchedulerPeer:
 
     def submit(self, stream: RequestStream, candidates: Sequence[CandidateInbox], submit: scheduler_pb2.Submit) -> None:
         """Send candidates of a request, under a handle that is set."""
-        for candidate in candidates:
-            candidate.handle = submit.handle
-        self._streams[submit.handle] = stream
+        self._inboxes.add(submit.handle, stream, candidates)
         self._sent_tokens += len(submit.prompt_token_ids) + len(submit.continue_token_ids)
         self._sent_requests += len(candidates)
         stream.scheduler_id = self.scheduler_id
@@ -162,9 +154,7 @@ class SchedulerPeer:
     def reattach(self, stream: RequestStream, handle: int, first_offset: int) -> None:
         """Ask for a request that goes on here without a stream, all its output included."""
         assert self.welcome is not None, "not connected"
-        for candidate in stream.candidates:
-            candidate.handle = handle
-        self._streams[handle] = stream
+        self._inboxes.add(handle, stream, stream.candidates)
         stream.scheduler_id = self.scheduler_id
         reattach = scheduler_pb2.Reattach(
             handle=handle,
@@ -176,14 +166,14 @@ class SchedulerPeer:
 
     def detach(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
         """Let candidates go on here without a stream."""
-        for handle in dict.fromkeys(each.handle for each in candidates if each.handle in self._streams):
-            self._retire(handle, stream)
-            _take(stream, handle)
+        for handle in dict.fromkeys(each.handle for each in candidates if each.handle in self._inboxes):
+            self._inboxes.retire(handle, stream)
+            take_candidates(stream, handle)
             self._link.send(scheduler_pb2.AttachRequest(detach=scheduler_pb2.Detach(handle=handle)))
 
     def drop(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
         """End candidates here; the scheduler answers nothing, and what it still sends about them is ignored."""
-        handles = dict.fromkeys(candidate.handle for candidate in candidates if candidate.handle in self._streams)
+        handles = dict.fromkeys(candidate.handle for candidate in candidates if candidate.handle in self._inboxes)
         for handle in handles:
             dropped = [candidate for candidate in candidates if candidate.handle == handle]
             for candidate in dropped:
@@ -192,7 +182,7 @@ class SchedulerPeer:
                 for candidate in dropped:
                     self._send_cancel(scheduler_pb2.Cancel(handle=handle, candidate_index=candidate.index))
             else:
-                self._retire(handle, stream)
+                self._inboxes.retire(handle, stream)
                 self._send_cancel(scheduler_pb2.Cancel(handle=handle))
 
     async def cancel_request(self, request_id: str) -> scheduler_pb2.Cancelled:
@@ -216,13 +206,6 @@ class SchedulerPeer:
     def _send_cancel(self, cancel: scheduler_pb2.Cancel) -> None:
         self._link.send(scheduler_pb2.AttachRequest(cancel=cancel))
 
-    def _retire(self, handle: int, stream: RequestStream) -> None:
-        self._streams.pop(handle, None)
-        if stream.wants_logprobs:
-            self._retired[handle] = stream
-            if len(self._retired) > _MAX_RETIRED:
-                self._retired.popitem(last=False)
-
     # Connection
 
     def on_connected(self, welcome: scheduler_pb2.Welcome) -> None:
@@ -237,12 +220,7 @@ class SchedulerPeer:
         if self.welcome is None:
             return
         self.welcome = None
-        lost = [(stream, _under(stream, handle)) for handle, stream in self._streams.items()]
-        for _, candidates in lost:
-            for candidate in candidates:
-                candidate.handle = 0
-        self._streams.clear()
-        self._retired.clear()
+        lost = self._inboxes.take_all()
         for answers in self._cancels.values():
             for answer in answers:
                 if not answer.done():
@@ -260,7 +238,7 @@ class SchedulerPeer:
         """Hand one message out. IndexError or ValueError: it does not fit its contract."""
         kind = message.WhichOneof("kind")
         if kind == "step_outputs":
-            self._on_step(message.step_outputs)
+            self._inboxes.on_step(message.step_outputs)
         elif kind == "load":
             self._take_load(message.load)
         elif kind == "admitted":
@@ -270,7 +248,7 @@ class SchedulerPeer:
         elif kind == "failed":
             self._on_failed(message.failed)
         elif kind == "progress":
-            self._on_progress(message.progress)
+            self._inboxes.on_progress(message.progress)
         elif kind == "cancelled":
             for answer in self._cancels.get(message.cancelled.request_id, ()):
                 if not answer.done():
@@ -280,109 +258,34 @@ class SchedulerPeer:
         elif kind == "reattached":
             self._on_reattached(message.reattached)
 
-    def _on_step(self, step: scheduler_pb2.StepOutputs) -> None:
-        if step.logprobs or step.token_counts or step.candidate_indexes:
-            self._on_general_rows(step)
-        else:
-            streams = self._streams
-            for handle, token_id in zip(step.handles, step.token_ids, strict=True):
-                stream = streams.get(handle)
-                if stream is not None:
-                    candidate = stream.candidates[0]
-                    if candidate.handle == handle and candidate.finished is None:
-                        candidate.token_ids.append(token_id)
-                        stream.wake()
-        for finished in step.finished:
-            self._on_finished(finished)
-
-    def _on_general_rows(self, step: scheduler_pb2.StepOutputs) -> None:
-        num_rows = len(step.handles)
-        counts = step.token_counts or [1] * num_rows
-        indexes = step.candidate_indexes or [0] * num_rows
-        columns = StepColumns(step)
-        at = 0
-        for handle, index, count in zip(step.handles, indexes, counts, strict=True):
-            start, at = at, at + count
-            stream = self._streams.get(handle)
-            owner = stream or self._retired.get(handle)
-            if owner is not None and owner.wants_logprobs:
-                columns.next(count, owner.submit.logprobs)
-            if stream is None:
-                continue
-            candidate = stream.candidates[index]
-            if candidate.handle == handle and candidate.finished is None:
-                candidate.token_ids.extend(step.token_ids[start:at])
-                if stream.wants_logprobs:
-                    columns.append_to(candidate)
-                stream.wake()
-
-    def _on_finished(self, finished: scheduler_pb2.Finished) -> None:
-        stream = self._streams.get(finished.handle)
-        if stream is None:
-            return
-        candidate = stream.candidates[finished.candidate_index]
-        if candidate.handle != finished.handle or candidate.finished is not None:
-            return
-        candidate.finished = finished
-        candidate.handle = 0
-        if not _under(stream, finished.handle):
-            del self._streams[finished.handle]
-        stream.wake_at_end()
-
     def _on_admitted(self, admitted: scheduler_pb2.Admitted) -> None:
-        stream = self._streams.get(admitted.handle)
+        stream = self._inboxes.get(admitted.handle)
         if stream is not None:
             stream.model_version = stream.model_version or self.load.model_version
             self._owner.on_admitted(stream, admitted)
 
     def _on_reattached(self, reattached: scheduler_pb2.Reattached) -> None:
-        stream = self._streams.get(reattached.handle)
+        stream = self._inboxes.get(reattached.handle)
         if stream is not None:
             stream.model_version = self.load.model_version
             stream.reattached = reattached
             stream.wake()
 
     def _on_rejected(self, rejected: scheduler_pb2.Rejected) -> None:
-        stream = self._streams.pop(rejected.handle, None)
-        if stream is not None:
+        taken = self._inboxes.take(rejected.handle)
+        if taken is not None:
             error = ServingError.from_wire(
                 rejected.code, rejected.reason, rejected.message, rejected.retry_after_ms, dict(rejected.metadata)
             )
-            self._owner.on_rejected(self, stream, _take(stream, rejected.handle), error)
+            self._owner.on_rejected(self, *taken, error)
 
     def _on_failed(self, failed: scheduler_pb2.Failed) -> None:
-        stream = self._streams.pop(failed.handle, None)
-        if stream is not None:
-            self._owner.on_failed(stream, _take(stream, failed.handle), failed)
-
-    def _on_progress(self, progress: scheduler_pb2.Progress) -> None:
-        for handle, phase, position, done in zip(
-            progress.handles, progress.phases, progress.queue_positions, progress.prefill_tokens_done, strict=True
-        ):
-            stream = self._streams.get(handle)
-            if stream is not None:
-                stream.progress = generation_pb2.Progress(
-                    phase=generation_pb2.Progress.Phase.Name(phase),
-                    queue_position=position,
-                    prefill_tokens_done=done,
-                )
-                stream.wake()
+        taken = self._inboxes.take(failed.handle)
+        if taken is not None:
+            self._owner.on_failed(*taken, failed)
 
 
 def unreachable() -> ServingError:
     """Return the error of a call that no scheduler is there for."""
     message = "no scheduler can be reached; try again"
     return ServingError(Reason.SCHEDULER_UNREACHABLE, message, retry_after_ms=500)
-
-
-def _under(stream: RequestStream, handle: int) -> list[CandidateInbox]:
-    """Return the candidates of a stream that are out under a handle."""
-    return [candidate for candidate in stream.candidates if candidate.handle == handle]
-
-
-def _take(stream: RequestStream, handle: int) -> list[CandidateInbox]:
-    """Return the same, with their handle taken from them."""
-    taken = _under(stream, handle)
-    for candidate in taken:
-        candidate.handle = 0
-    return taken

@@ -1,0 +1,132 @@
+"""The requests that are out at one scheduler, by handle: what it sends goes to their inboxes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from octavo.inference.v1 import generation_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
+from octavo.services.gateway.step_columns import StepColumns
+
+_MAX_RETIRED = 4096
+
+
+class PeerInboxes:
+    """Owner of which request is meant by a handle. What comes for others is ignored."""
+
+    def __init__(self) -> None:
+        self._streams: dict[int, RequestStream] = {}  # by handle
+        # Cancelled requests with log probabilities: tokens on their way still have columns to be skipped.
+        self._retired: OrderedDict[int, RequestStream] = OrderedDict()
+
+    def __contains__(self, handle: int) -> bool:
+        return handle in self._streams
+
+    @property
+    def streams(self) -> list[RequestStream]:
+        """The requests that are out."""
+        return list(dict.fromkeys(self._streams.values()))
+
+    def get(self, handle: int) -> RequestStream | None:
+        """Return the request under a handle."""
+        return self._streams.get(handle)
+
+    def add(self, handle: int, stream: RequestStream, candidates: Iterable[CandidateInbox]) -> None:
+        """Put candidates of a request under a handle."""
+        for candidate in candidates:
+            candidate.handle = handle
+        self._streams[handle] = stream
+
+    def retire(self, handle: int, stream: RequestStream) -> None:
+        """Take nothing more for a handle, though something may still be on its way."""
+        self._streams.pop(handle, None)
+        if stream.wants_logprobs:
+            self._retired[handle] = stream
+            if len(self._retired) > _MAX_RETIRED:
+                self._retired.popitem(last=False)
+
+    def take(self, handle: int) -> tuple[RequestStream, list[CandidateInbox]] | None:
+        """Remove and return what is out under a handle: nothing more comes for it."""
+        stream = self._streams.pop(handle, None)
+        return None if stream is None else (stream, take_candidates(stream, handle))
+
+    def take_all(self) -> list[tuple[RequestStream, list[CandidateInbox]]]:
+        """Remove and return everything."""
+        everything = [(stream, take_candidates(stream, handle)) for handle, stream in self._streams.items()]
+        self._streams.clear()
+        self._retired.clear()
+        return everything
+
+    def on_step(self, step: scheduler_pb2.StepOutputs) -> None:
+        """Hand out the tokens of a step. IndexError or ValueError: they do not fit their contract."""
+        if step.logprobs or step.token_counts or step.candidate_indexes:
+            self._on_general_rows(step)
+        else:
+            streams = self._streams
+            for handle, token_id in zip(step.handles, step.token_ids, strict=True):
+                stream = streams.get(handle)
+                if stream is not None:
+                    candidate = stream.candidates[0]
+                    if candidate.handle == handle and candidate.finished is None:
+                        candidate.token_ids.append(token_id)
+                        stream.wake()
+        for finished in step.finished:
+            self._on_finished(finished)
+
+    def _on_general_rows(self, step: scheduler_pb2.StepOutputs) -> None:
+        num_rows = len(step.handles)
+        counts = step.token_counts or [1] * num_rows
+        indexes = step.candidate_indexes or [0] * num_rows
+        columns = StepColumns(step)
+        at = 0
+        for handle, index, count in zip(step.handles, indexes, counts, strict=True):
+            start, at = at, at + count
+            stream = self._streams.get(handle)
+            owner = stream or self._retired.get(handle)
+            if owner is not None and owner.wants_logprobs:
+                columns.next(count, owner.submit.logprobs)
+            if stream is None:
+                continue
+            candidate = stream.candidates[index]
+            if candidate.handle == handle and candidate.finished is None:
+                candidate.token_ids.extend(step.token_ids[start:at])
+                if stream.wants_logprobs:
+                    columns.append_to(candidate)
+                stream.wake()
+
+    def _on_finished(self, finished: scheduler_pb2.Finished) -> None:
+        stream = self._streams.get(finished.handle)
+        if stream is None:
+            return
+        candidate = stream.candidates[finished.candidate_index]
+        if candidate.handle != finished.handle or candidate.finished is not None:
+            return
+        candidate.finished = finished
+        candidate.handle = 0
+        if not any(other.handle == finished.handle for other in stream.candidates):
+            del self._streams[finished.handle]
+        stream.wake_at_end()
+
+    def on_progress(self, progress: scheduler_pb2.Progress) -> None:
+        """Hand out signs of life."""
+        for handle, phase, position, done in zip(
+            progress.handles, progress.phases, progress.queue_positions, progress.prefill_tokens_done, strict=True
+        ):
+            stream = self._streams.get(handle)
+            if stream is not None:
+                stream.progress = generation_pb2.Progress(
+                    phase=generation_pb2.Progress.Phase.Name(phase),
+                    queue_position=position,
+                    prefill_tokens_done=done,
+                )
+                stream.wake()
+
+
+def take_candidates(stream: RequestStream, handle: int) -> list[CandidateInbox]:
+    """Return the candidates of a stream that are out under a handle, which is taken from them."""
+    taken = [candidate for candidate in stream.candidates if candidate.handle == handle]
+    for candidate in taken:
+        candidate.handle = 0
+    return taken

@@ -1,0 +1,204 @@
+"""What becomes of requests that were refused, or lost with their scheduler, or whose client does not read.
+
+When a scheduler is lost, its requests go to another one at once, or to the same one as soon as it is
+back: with the output so far, so that their readers see no gap and no repeat. A request that was not
+admitted yet is tried elsewhere too; where there is no elsewhere it fails as retryable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+import grpc
+
+from octavo.common.v1 import common_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.errors import Reason, ServingError
+from octavo.services.gateway import slow_readers
+from octavo.services.gateway.failover import LostCandidates, continuation, interrupted
+from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
+from octavo.services.gateway.scheduler_peer import SchedulerPeer
+from octavo.services.gateway.scheduler_peers import SchedulerPeers
+from octavo.services.gateway.slow_readers import SlowReaders
+
+_TICK_S = 0.1
+_MAX_SICK_S = 1.0  # a killed worker is back by then, or as good as lost
+_MAX_AVOID_S = 1.0
+_RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+_PERSONAL = (Reason.DEADLINE_UNREACHABLE, Reason.QUOTA_EXCEEDED)  # the next request may well be taken
+
+
+class Recovery:
+    """Owner of the candidates that no scheduler has. It is what the peers turn to: see PeerOwner."""
+
+    def __init__(self, peers: SchedulerPeers, failover_s: float) -> None:
+        """`failover_s`: how long an admitted request waits for a scheduler that goes on with it."""
+        self._peers = peers
+        self._lost = LostCandidates(failover_s)
+        self._slow_readers = SlowReaders()
+        self.num_failovers = 0
+        """Times that a running request lost its scheduler."""
+
+    def go_on(self, stream: RequestStream) -> None:
+        """Let a request go on that was paused."""
+        self._lost.go_on(stream)
+        self._send_lost()
+
+    def forget(self, candidates: Iterable[CandidateInbox]) -> None:
+        """Let go of candidates that have ended."""
+        self._lost.remove(candidates)
+
+    def cancel(self, request_id: str) -> bool:
+        """Cancel the candidates of a request that no scheduler has now; return whether there were any."""
+        found = [lost for lost in self._lost if lost.stream.submit.request_id == request_id and not lost.is_out]
+        for lost in found:
+            self._lost.remove([lost.candidate])
+            lost.candidate.finished = scheduler_pb2.Finished(
+                candidate_index=lost.candidate.index, reason=common_pb2.FINISH_REASON_CANCELLED
+            )
+            lost.stream.wake_at_end()
+        return bool(found)
+
+    # What the peers tell
+
+    def on_peer_ready(self, peer: SchedulerPeer) -> None:
+        """Send what waits for a scheduler."""
+        del peer
+        self._send_lost()
+
+    def on_peer_lost(self, peer: SchedulerPeer, lost: Sequence[tuple[RequestStream, list[CandidateInbox]]]) -> None:
+        """Let requests go on elsewhere."""
+        message = "the scheduler was lost before it admitted the request; try again"
+        error = ServingError(Reason.SCHEDULER_UNREACHABLE, message, retry_after_ms=500)
+        for stream, candidates in lost:
+            if stream.ended:
+                continue
+            if not stream.can_move:
+                stream.fail(interrupted("the scheduler was lost, and with it the prompt"))
+            elif stream.admitted is None:
+                self._try_elsewhere(peer, stream, error)
+            else:
+                self._lose(stream, candidates)
+        self._send_lost()
+
+    def on_admitted(self, stream: RequestStream, admitted: scheduler_pb2.Admitted) -> None:
+        """Note that a scheduler has a request."""
+        if stream.admitted is None:
+            stream.admitted = admitted
+            stream.wake()
+        else:  # it goes on after a loss
+            self._lost.remove([each for each in stream.candidates if each.handle == admitted.handle])
+            if stream.lost_at:
+                stream.takeovers.append((stream.lost_at, asyncio.get_running_loop().time()))
+                stream.lost_at = 0.0
+
+    def on_rejected(
+        self, peer: SchedulerPeer, stream: RequestStream, candidates: list[CandidateInbox], error: ServingError
+    ) -> None:
+        """Try a request elsewhere, or later, if that can help."""
+        now = asyncio.get_running_loop().time()
+        retryable = error.code in _RETRYABLE
+        if retryable and error.reason not in _PERSONAL:
+            peer.avoid_until(now + min(error.retry_after_ms / 1000, _MAX_AVOID_S))
+        if stream.admitted is None:
+            if retryable:
+                self._try_elsewhere(peer, stream, error)
+            else:
+                stream.fail(error)
+        elif retryable:
+            for candidate in candidates:
+                self._lost.refused(candidate, peer.address, now + max(error.retry_after_ms / 1000, _TICK_S))
+            self._send_lost()
+        else:
+            stream.fail(interrupted(f"the scheduler would not go on with it: {error.message}"))
+
+    def on_failed(self, stream: RequestStream, candidates: list[CandidateInbox], failed: scheduler_pb2.Failed) -> None:
+        """Let a request go on elsewhere, if that is possible, or end it."""
+        if failed.resumable and stream.can_move and self._lost.failover_s > 0:
+            self._lose(stream, candidates)
+            return
+        error = ServingError.from_wire(failed.code, failed.reason, failed.message)
+        # UNAVAILABLE would invite a client's retry policy to start over, in the middle of an output.
+        stream.fail(interrupted(error.message) if error.code is grpc.StatusCode.UNAVAILABLE else error)
+
+    def _try_elsewhere(self, peer: SchedulerPeer, stream: RequestStream, error: ServingError) -> None:
+        """Submit a request that was not admitted to a scheduler that has not refused it; fail it without one."""
+        stream.refused_by.add(peer.address)
+        other = self._peers.choose(stream, stream.submit, stream.refused_by)
+        if other is None:
+            stream.fail(error)
+        else:
+            self._peers.send(other, stream, stream.candidates, stream.submit)
+
+    def _lose(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
+        """Let candidates wait for a scheduler that goes on with them."""
+        newly = [self._lost.add(stream, candidate) for candidate in candidates if candidate.finished is None]
+        if any(newly):
+            stream.failovers += 1
+            self.num_failovers += 1
+            stream.lost_at = stream.lost_at or asyncio.get_running_loop().time()
+        if stream.failovers > self._lost.max_failovers:
+            stream.fail(interrupted(f"the request was lost {self._lost.max_failovers} times"))
+
+    def _send_lost(self) -> None:
+        """Submit every candidate that waits, alone, under its own index, with the output so far."""
+        now = asyncio.get_running_loop().time()
+        for lost in self._lost.due(now):
+            submit = continuation(lost.stream, lost.candidate, now)
+            peer = self._peers.choose(lost.stream, submit, lost.refused_by)
+            if peer is not None:
+                lost.is_out = True
+                self._peers.send(peer, lost.stream, [lost.candidate], submit)
+            elif lost.refused_by:  # all of them: ask them again when the last one said
+                lost.wait_for_refusals()
+
+    # Time
+
+    async def watch(self, streams: Iterable[RequestStream]) -> None:
+        """Give up what waited too long, and submit again what may be; never returns.
+
+        `streams` are all requests, whenever it is iterated over.
+        """
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = asyncio.get_running_loop().time()
+            for lost in self._lost.expired(now):
+                lost.stream.fail(interrupted("no scheduler took the request over in time"))
+            for peer in self._peers.connected:
+                if peer.sick_for(now) > _MAX_SICK_S:
+                    self._evacuate(peer)
+            self._judge_readers(streams, now)
+            self._send_lost()
+
+    def _evacuate(self, peer: SchedulerPeer) -> None:
+        """Take the requests of a scheduler that makes no progress to one that does, if there is one."""
+        for stream in peer.streams:
+            others = [other for other in self._peers.connected if other.healthy]
+            if not any(other.load.model_version == stream.model_version for other in others):
+                continue
+            if stream.admitted is None or not stream.can_move:
+                continue
+            moving = [each for each in stream.candidates if peer.has(each.handle) and each.finished is None]
+            peer.drop(stream, moving)
+            self._lose(stream, moving)
+
+    def _judge_readers(self, streams: Iterable[RequestStream], now: float) -> None:
+        """Pause requests whose clients do not read, and let them go on or cut them off."""
+        verdicts = self._slow_readers.check(streams, now)
+        for stream in verdicts.pause:
+            self._pause(stream)
+        for stream in verdicts.go_on:
+            self._lost.go_on(stream)
+        for stream in verdicts.cut_off:
+            stream.cut_off(interrupted(f"the client took nothing for {slow_readers.PATIENCE_S:g} s"))
+
+    def _pause(self, stream: RequestStream) -> None:
+        """Take the unfinished candidates of a request from their schedulers until the client has read."""
+        if not stream.can_move:
+            return
+        for candidate in stream.candidates:
+            if candidate.finished is None:
+                for peer in self._peers:
+                    peer.drop(stream, [candidate])
+                self._lost.pause(stream, candidate)

@@ -1,0 +1,120 @@
+"""The schedulers of this gateway: which there are, and which one gets a request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterator, Sequence
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.tls_files import TlsFiles
+from octavo.services.gateway.prefix_index import prompt_block_hashes
+from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
+from octavo.services.gateway.routing import RouteRequest, choose
+from octavo.services.gateway.scheduler_addresses import AddressBook
+from octavo.services.gateway.scheduler_peer import PeerOwner, SchedulerPeer
+from octavo.services.gateway.watched_tasks import WatchedTasks
+
+_LOOKUP_S = 5.0
+_MAX_REMAINING_MS = 2**32 - 1
+
+
+class SchedulerPeers:
+    """Follows the configured names, and keeps a peer for each address. Iterates over all, connected or not."""
+
+    def __init__(self, addresses: Sequence[str], gateway_id: str, tls: TlsFiles | None) -> None:
+        self._addresses = AddressBook(addresses)
+        self._gateway_id = gateway_id
+        self._tls = tls
+        self._by_address: dict[str, SchedulerPeer] = {}
+        self._next_handle = 1
+
+    def __iter__(self) -> Iterator[SchedulerPeer]:
+        return iter(self._by_address.values())
+
+    def start(self, owner: PeerOwner, tasks: WatchedTasks) -> None:
+        """Connect, and stay connected until `close`."""
+        self._take_addresses(owner, tasks)
+        if self._addresses.has_names:
+            tasks.start(self._look_up(owner, tasks))
+
+    async def close(self) -> None:
+        """Disconnect, for good."""
+        for peer in self:
+            await peer.close()
+
+    @property
+    def connected(self) -> list[SchedulerPeer]:
+        """Those that are connected."""
+        return [peer for peer in self if peer.connected]
+
+    @property
+    def draining(self) -> bool:
+        """Whether every scheduler that is there asked for no new requests."""
+        return bool(self.connected) and all(peer.draining for peer in self.connected)
+
+    def choose(
+        self, stream: RequestStream, submit: scheduler_pb2.Submit, refused_by: Collection[str] = ()
+    ) -> SchedulerPeer | None:
+        """Return who gets a request; None if nobody takes it. A sick scheduler gets it only if all are."""
+        peers = [peer for peer in self if peer.usable and peer.address not in refused_by]
+        if stream.model_version:
+            peers = [peer for peer in peers if peer.load.model_version in ("", stream.model_version)]
+        peers = [peer for peer in peers if peer.healthy] or peers
+        if len(peers) < 2:
+            return peers[0] if peers else None
+        now = asyncio.get_running_loop().time()
+        hashes: dict[int, list[int]] = {}
+        for size in {peer.welcome.kv_block_size for peer in peers if peer.welcome and len(peer.prefixes)} - {0}:
+            hashes[size] = prompt_block_hashes(submit, size)
+        views = [peer.view(hashes.get(peer.welcome.kv_block_size if peer.welcome else 0, ()), now) for peer in peers]
+        request = RouteRequest(
+            request_id=submit.request_id,
+            num_tokens=len(submit.prompt_token_ids) + len(submit.continue_token_ids),
+            session_id=stream.session_id,
+            remaining_ms=_remaining_ms(stream),
+        )
+        return peers[choose(request, views)]
+
+    def send(
+        self,
+        peer: SchedulerPeer,
+        stream: RequestStream,
+        candidates: Sequence[CandidateInbox],
+        submit: scheduler_pb2.Submit,
+    ) -> None:
+        """Submit candidates of a request to one of these, under a new handle."""
+        submit.handle = self.next_handle()
+        submit.remaining_ms = _remaining_ms(stream)
+        peer.submit(stream, candidates, submit)
+
+    def next_handle(self) -> int:
+        """Return a handle that was never used."""
+        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        return handle
+
+    async def _look_up(self, owner: PeerOwner, tasks: WatchedTasks) -> None:
+        """Follow the names' addresses."""
+        while True:
+            await self._addresses.refresh()
+            self._take_addresses(owner, tasks)
+            await asyncio.sleep(_LOOKUP_S)
+
+    def _take_addresses(self, owner: PeerOwner, tasks: WatchedTasks) -> None:
+        """Connect to new addresses; leave those that are gone once nothing is there."""
+        addresses = self._addresses.current
+        for address in addresses:
+            if address not in self._by_address:
+                name = self._addresses.name_of(address)
+                peer = self._by_address[address] = SchedulerPeer(address, self._gateway_id, owner, self._tls, name)
+                for task in peer.start():
+                    tasks.watch(task)
+        for address in [address for address in self._by_address if address not in addresses]:
+            if not self._by_address[address].connected:
+                tasks.finish(self._by_address.pop(address).close())
+
+
+def _remaining_ms(stream: RequestStream) -> int:
+    if stream.deadline is None:
+        return 0
+    remaining_s = stream.deadline - asyncio.get_running_loop().time()
+    return min(max(1, int(remaining_s * 1000)), _MAX_REMAINING_MS)
