@@ -137,6 +137,7 @@ def make_engine(
         max_blocks_per_sequence,
         num_threads=config.num_threads,
         kv_cache_dtype=config.kv_cache_dtype,
+        quantization=config.quantization,
         collectives=collectives,
     )
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()

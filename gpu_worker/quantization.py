@@ -21,7 +21,11 @@ class Quantization(StrEnum):
 
 QUANTIZATIONS: Final = tuple(scheme.value for scheme in Quantization)
 
-_SCHEMES: Final[dict[str, tuple[Quantization, ...]]] = {"cuda": (), "cpu": (), "reference": ()}
+_SCHEMES: Final[dict[str, tuple[Quantization, ...]]] = {
+    "cuda": (Quantization.INT8, Quantization.FP8),
+    "cpu": (),
+    "reference": (),
+}
 """The schemes of each device, besides none."""
 
 

@@ -57,17 +57,19 @@ def make_runner(
     *,
     num_threads: int = 0,
     kv_cache_dtype: str = "auto",
+    quantization: str = "none",
     collectives: Collectives | None = None,
 ) -> Runner:
     """Build what runs steps on a device of DEVICES, see `choose_device`. Raises DeviceError if it is missing.
 
     A packed model is for the cpu device and brings its threads with it; num_threads 0 means all cores.
+    quantization is what the device is to do itself: a packed model is quantised already.
     With `collectives` the model is one rank's part of a model.
     """
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     device = choose_device(name)
     if device == "cuda":
-        return _cuda(_unpacked(model), *limits, kv_cache_dtype, collectives)
+        return _cuda(_unpacked(model), *limits, kv_cache_dtype, quantization, collectives)
     if kv_cache_dtype != "auto":
         raise DeviceError(f"kv_cache_dtype {kv_cache_dtype} is for device cuda; use auto")
     if collectives is not None:
@@ -106,6 +108,7 @@ def _cuda(
     max_running: int,
     max_blocks_per_sequence: int,
     kv_cache_dtype: str,
+    quantization: str,
     collectives: Collectives | None,
 ) -> Runner:
     import torch
@@ -120,7 +123,7 @@ def _cuda(
 
     limits = (model, max_batch_tokens, max_running, max_blocks_per_sequence)
     if collectives is None:
-        return CudaRunner(*limits, kv_cache_dtype=kv_cache_dtype)
+        return CudaRunner(*limits, kv_cache_dtype=kv_cache_dtype, quantization=quantization)
     return CudaRunner(
         *limits,
         device=gpu_of_rank(collectives.rank, torch.cuda.device_count()),

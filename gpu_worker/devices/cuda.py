@@ -21,14 +21,16 @@ from octavo.gpu_worker.devices.cuda_accelerator import Accelerator, Event, make_
 from octavo.gpu_worker.devices.cuda_graphs import Graphs, graph_sizes
 from octavo.gpu_worker.devices.cuda_memory import MemoryReport, kv_memory_bytes
 from octavo.gpu_worker.devices.cuda_ops import AttentionWork, CudaOps, StepTensors
+from octavo.gpu_worker.devices.cuda_products import find_unstable_products, padded_rows
 from octavo.gpu_worker.devices.cuda_sampling import Changes, DeviceSampler, TableWords, Wanted, unpack
 from octavo.gpu_worker.devices.cuda_step import Columns, Int32Array, Layout, Planner, Sizes, Staging, aligned
-from octavo.gpu_worker.devices.cuda_weights import Buffers, Weights, find_unstable_products, padded_rows
+from octavo.gpu_worker.devices.cuda_weights import Buffers, Weights
 from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Model, Ops
 from octavo.gpu_worker.protocol import BLOCK_SIZE
+from octavo.gpu_worker.quantization import Quantization
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Outcome
-from octavo.kernels.configs import attention_config
+from octavo.kernels.configs import LINEAR_KINDS, attention_config
 from octavo.kernels.paged_attention import partial_buffers, tile_queries
 from octavo.kernels.step_inputs import prepare_rows
 
@@ -54,12 +56,14 @@ class CudaRunner:
         *,
         device: str = "cuda",
         kv_cache_dtype: str = "auto",
+        quantization: str = Quantization.NONE,
         wrap: Callable[[Ops], Ops] = lambda ops: ops,
     ) -> None:
         """Move the weights and run a step of padding, which allocates every buffer.
 
         device          "cuda" or "cuda:1"; "cpu" for tests
         kv_cache_dtype  "auto", the type of the weights, or "fp8" (float8_e4m3fn)
+        quantization    a value of `Quantization`: how the weights of linear layers are kept
         wrap            called with the operations of each step that is launched or captured; what it returns is
                         what the model's `forward` gets
 
@@ -76,7 +80,7 @@ class CudaRunner:
         self._attention = attention_config(target, "mixed", heads.head_dim, is_float32=self._dtype == torch.float32)
         where = accelerator.device
         with torch.no_grad(), accelerator.computing():
-            self._weights = Weights(where, self._dtype)
+            self._weights = Weights(where, self._dtype, _quantization(quantization, target))
             self._buffers = Buffers(padded_rows(max_batch_tokens), where)
             self._sampler = DeviceSampler(max_running, model.vocab_size, where, target)
             self._block_tables = _words(where, max_running, max_blocks_per_sequence)
@@ -377,3 +381,10 @@ def _cache_dtype(name: str, dtype: torch.dtype, target: str) -> torch.dtype:
     if target == "cuda:80":
         raise DeviceError("kv_cache_dtype fp8 needs a GPU of compute capability 9.0 or above; use auto")
     return torch.float8_e4m3fn
+
+
+def _quantization(name: str, target: str) -> Quantization:
+    scheme = Quantization(name)
+    if scheme is not Quantization.NONE and scheme.value not in LINEAR_KINDS[target]:
+        raise DeviceError(f"quantization {name} needs a GPU of compute capability 9.0 or above; use none or int8")
+    return scheme

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-from octavo.gpu_worker.devices.cuda_weights import Buffers, Weights, multiply, padded_rows
+from octavo.gpu_worker.devices.cuda_products import multiply, padded_rows
+from octavo.gpu_worker.devices.cuda_weights import Buffers, Layer, Weights
 from octavo.gpu_worker.ops import Activation, Experts, Heads, Linear, Norm, Rotary
-from octavo.kernels.configs import GATED, ROTARY, AttentionConfig, experts_config
+from octavo.kernels.configs import GATED, ROTARY, AttentionConfig, LinearKind, experts_config, linear_config
 from octavo.kernels.gated import gated
 from octavo.kernels.moe import add_experts
 from octavo.kernels.paged_attention import paged_attention
+from octavo.kernels.quantized_linear import quantized_linear
 from octavo.kernels.rms_norm import add_rms_norm
 from octavo.kernels.rotary_kv import rotary_write_kv
 
@@ -99,7 +101,7 @@ class CudaOps:
         return Residual(stream)
 
     def norm_linear(self, x: Residual, norm: Norm, linear: Linear) -> torch.Tensor:
-        return self._linear("linear", self.norm(x, norm), linear)
+        return self._linear("linear", self.norm(x, norm), self.weights.layer(linear))
 
     def rotary_write_kv(
         self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, q_norm: Norm | None, k_norm: Norm | None
@@ -148,14 +150,12 @@ class CudaOps:
 
     def linear_residual(self, x: torch.Tensor, linear: Linear, residual: Residual) -> Residual:
         assert residual.update is None, "a norm must read the residual before it is added to again"
-        return Residual(residual.stream, self._linear("update", x, linear))
+        return Residual(residual.stream, self._linear("update", x, self.weights.layer(linear)))
 
     def norm_gated_linear(
         self, x: Residual, norm: Norm, gate: Linear, up: Linear, activation: Activation
     ) -> torch.Tensor:
-        weight = self.weights.matrix(gate.weight, up.weight)
-        gate_up = self._buffer("gate_up", len(weight))
-        multiply(self.norm(x, norm), weight, self.weights.bias(gate, up), gate_up)
+        gate_up = self._linear("gate_up", self.norm(x, norm), self.weights.layer(gate, up))
         output = self._buffer("gated", len(gate.weight))
         count = self._num_tokens
         gated(gate_up[:count], output[:count], activation, GATED[self.target])
@@ -167,7 +167,7 @@ class CudaOps:
 
     def add_experts(self, hidden: torch.Tensor, experts: Experts, activation: Activation, sums: torch.Tensor) -> None:
         """Add the experts' weighted sum of each row of `hidden` to that of `sums` [T, hidden_size], float32."""
-        logits = self._linear("router", hidden, Linear(experts.router))
+        logits = self._linear("router", hidden, self.weights.head(Linear(experts.router)))
         config = experts_config(self.target, is_float32=self.dtype == torch.float32)
         mixture = self.weights.mixture(experts)
         count = self._num_tokens
@@ -188,13 +188,13 @@ class CudaOps:
         count = len(self.step.logits_rows)
         rows = padded_rows(self.max_logits_rows)
         chosen = self.buffers.get("chosen", hidden.shape[1], self.dtype, rows)[: padded_rows(count)]
-        weight = self.weights.matrix(head.weight)
-        product = self.buffers.get("product", len(weight), self.dtype, rows)[: padded_rows(count)]
+        layer = self.weights.head(head)
+        product = self.buffers.get("product", len(layer.weight), self.dtype, rows)[: padded_rows(count)]
         torch.index_select(hidden, 0, self.step.logits_rows, out=chosen[:count])
-        multiply(chosen, weight, self.weights.bias(head), product)
+        multiply(chosen, layer.weight, layer.bias, product)
         if self.dtype == torch.float32:
             return product[:count]
-        logits = self.buffers.get("logits", len(weight), torch.float32, rows)[:count]
+        logits = self.buffers.get("logits", len(layer.weight), torch.float32, rows)[:count]
         logits.copy_(product[:count])
         return logits
 
@@ -207,8 +207,14 @@ class CudaOps:
         x.update = None
         return hidden
 
-    def _linear(self, name: str, x: torch.Tensor, linear: Linear) -> torch.Tensor:
-        weight = self.weights.matrix(linear.weight)
-        output = self._buffer(name, len(weight))
-        multiply(x, weight, self.weights.bias(linear), output)
+    def _linear(self, name: str, x: torch.Tensor, layer: Layer) -> torch.Tensor:
+        output = self._buffer(name, len(layer.weight))
+        if layer.scales is None:
+            multiply(x, layer.weight, layer.bias, output)
+            return output
+        count = self._num_tokens
+        kind: LinearKind = "int8" if layer.weight.dtype == torch.int8 else "fp8"
+        is_float32 = self.dtype == torch.float32
+        config = linear_config(self.target, kind, len(layer.weight), count, is_float32=is_float32)
+        quantized_linear(x[:count], layer.weight, layer.scales, output[:count], config=config, bias=layer.bias)
         return output

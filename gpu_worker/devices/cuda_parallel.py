@@ -12,7 +12,7 @@ import torch
 
 from octavo.gpu_worker.collectives import Collectives
 from octavo.gpu_worker.devices.cuda_ops import CudaOps, Residual
-from octavo.gpu_worker.devices.cuda_weights import padded_rows
+from octavo.gpu_worker.devices.cuda_products import padded_rows
 from octavo.gpu_worker.ops import Activation, Experts, Linear, Norm, Ops
 from octavo.gpu_worker.sharding import Sharding
 

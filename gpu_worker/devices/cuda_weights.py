@@ -1,27 +1,61 @@
-"""Weights, buffers and matrix products of the `cuda` device."""
+"""Weights and buffers of the `cuda` device."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Experts, Linear
+from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.configs import ExpertsConfig
 from octavo.kernels.moe import ExpertsWorkspace, Mixture
+from octavo.kernels.quantized_linear import quantize_weight
 
-GEMM_ROWS = 128
-"""Rows of every matrix product. The library (cuBLAS, hipBLAS) chooses a kernel, and with it the order of sums, by
-the shapes: with one number of rows for all steps there is one choice for each weight. More would cost small
-steps, fewer would read the weights more often for prompts."""
+_QUANTIZED_TYPES = {Quantization.INT8: torch.int8, Quantization.FP8: torch.float8_e4m3fn}
+_QUANTIZED_AT_ONCE = 1 << 24  # weights: in float32, which they are for a moment, 64 MiB
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Linear layers on the device, one below the other.
+
+    weight  [out_features, in_features] of the type that is computed in; or quantised, of eight bits
+    scales  [out_features] float32 if it is quantised
+    bias    [out_features] or None
+    """
+
+    weight: torch.Tensor
+    scales: torch.Tensor | None
+    bias: torch.Tensor | None
 
 
 class Weights:
     """The model's tensors on the device, each moved once and known by identity: the model keeps its own alive."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, quantization: Quantization = Quantization.NONE
+    ) -> None:
+        """`quantization`: none, or one of the schemes with eight bits."""
         self._device = device
         self._dtype = dtype
+        self._quantization = quantization
         self._moved: dict[tuple[int, ...], torch.Tensor] = {}
+        self._layers: dict[tuple[int, ...], Layer] = {}
         self.num_bytes = 0
+
+    def layer(self, *parts: Linear) -> Layer:
+        """Return linear layers of one input as one layer, quantised if the device was told so."""
+        key = tuple(id(part.weight) for part in parts)
+        found = self._layers.get(key)
+        if found is None:
+            found = self._layers[key] = self._move_layer(parts)
+        return found
+
+    def head(self, linear: Linear) -> Layer:
+        """Return what makes logits, or chooses experts: it is not quantised."""
+        return Layer(self.matrix(linear.weight), None, self.bias(linear))
 
     def matrix(self, *parts: torch.Tensor) -> torch.Tensor:
         """Return tensors, one below the other, in the type that is computed in."""
@@ -43,6 +77,10 @@ class Weights:
 
     def mixture(self, experts: Experts) -> Mixture:
         """Return the weights of a mixture of experts."""
+        if self._quantization is not Quantization.NONE:
+            raise DeviceError(
+                f"quantization {self._quantization.value}: device cuda does not quantise mixtures of experts; use none"
+            )
         gate_up = tuple(part for pair in zip(experts.gate, experts.up, strict=True) for part in pair)
         num = len(experts.gate)
         gate_ups, downs = self._stack(gate_up, num), self._stack(experts.down, num)
@@ -51,6 +89,24 @@ class Weights:
     def matrices(self) -> list[torch.Tensor]:
         """Return the matrices that are multiplied with."""
         return [tensor for tensor in self._moved.values() if tensor.dtype == self._dtype and tensor.dim() == 2]
+
+    def _move_layer(self, parts: tuple[Linear, ...]) -> Layer:
+        weights, bias = [part.weight for part in parts], self.bias(*parts)
+        if self._quantization is Quantization.NONE:
+            return Layer(self.matrix(*weights), None, bias)
+        dtype = _QUANTIZED_TYPES[self._quantization]
+        shape = (sum(map(len, weights)), weights[0].shape[1])
+        values = torch.empty(shape, dtype=dtype, device=self._device)
+        scales = torch.empty(shape[0], dtype=torch.float32, device=self._device)
+        num_rows = max(_QUANTIZED_AT_ONCE // shape[1], 1)
+        pieces = [weight[first : first + num_rows] for weight in weights for first in range(0, len(weight), num_rows)]
+        start = 0
+        for piece in pieces:
+            place = slice(start, start + len(piece))
+            values[place], scales[place] = quantize_weight(piece.to(self._device), dtype)
+            start += len(piece)
+        self.num_bytes += values.nbytes + scales.nbytes
+        return Layer(values, scales, bias)
 
     def _stack(self, parts: tuple[torch.Tensor, ...], num_matrices: int) -> torch.Tensor:
         """Return tensors as so many matrices of the type that is computed in, each joined of as many parts."""
@@ -107,42 +163,3 @@ class Buffers:
             found = self._for_experts[key] = ExpertsWorkspace(mixture, self._num_rows, config)
             self.num_bytes += found.num_bytes
         return found
-
-
-def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
-    """Write x @ weight.T + bias to `output`, in products of GEMM_ROWS rows each.
-
-    x [T, K], weight [N, K], bias [N] or None, output [T, N], all of one type; T is a multiple of GEMM_ROWS.
-    """
-    assert len(x) % GEMM_ROWS == 0, len(x)
-    for start in range(0, len(x), GEMM_ROWS):
-        rows = slice(start, start + GEMM_ROWS)
-        if bias is None:
-            torch.mm(x[rows], weight.t(), out=output[rows])
-        else:
-            torch.addmm(bias, x[rows], weight.t(), out=output[rows])
-
-
-def padded_rows(num_rows: int) -> int:
-    """Return the rows of a product that has at least `num_rows`."""
-    return -(-num_rows // GEMM_ROWS) * GEMM_ROWS
-
-
-def find_unstable_products(weights: list[torch.Tensor]) -> list[tuple[int, ...]]:
-    """Return the shapes of weights for which the bits of a row depend on its place among the GEMM_ROWS.
-
-    Libraries promise nothing about it, so it is tried: the same random rows, turned by some places, must
-    give the same bits. Allocates, and waits for the device: for start-up only.
-    """
-    unstable = []
-    for weight in {tuple(weight.shape): weight for weight in weights}.values():
-        generator = torch.Generator(weight.device).manual_seed(1)
-        x = torch.randn(GEMM_ROWS, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
-        outputs = []
-        for turn in (0, 1, 37):
-            output = weight.new_empty(GEMM_ROWS, len(weight))
-            multiply(x.roll(turn, 0), weight, None, output)
-            outputs.append(output.roll(-turn, 0))
-        if any(not torch.equal(output, outputs[0]) for output in outputs):
-            unstable.append(tuple(weight.shape))
-    return unstable

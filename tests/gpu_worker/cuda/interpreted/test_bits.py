@@ -36,12 +36,14 @@ def record_logits(runner: CudaRunner, monkeypatch: pytest.MonkeyPatch) -> list[t
     return found
 
 
-def logits_of(model: Model, chunks: list[int], others: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> Logits:
+def logits_of(
+    model: Model, chunks: list[int], others: list[list[int]], monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> Logits:
     """Compute PROMPT in chunks and then decode; return its logits by position.
 
     others  how many tokens another sequence computes in each step, before PROMPT in the order of the rows
     """
-    engine = cuda_engine(model)
+    engine = cuda_engine(model, **settings)
     assert isinstance(engine.runner, CudaRunner)
     recorded = record_logits(engine.runner, monkeypatch)
     driver = Driver(engine, seed=len(others))  # other blocks
