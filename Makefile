@@ -15,7 +15,7 @@ PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers simulate soak faults gpu-check gpu-bench clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers simulate soak faults gpu-gates gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ soak: setup-dev  ## Serve 64 mixed streams for ten minutes and check that nothin
 
 faults: setup-dev  ## Break everything under load, FAULTS="--worker-kills 200 ...", and check that nothing is lost
 	$(BIN)/python benchmarks/faults.py $(FAULTS)
+
+gpu-gates: setup-dev  ## Check the GPU path without a GPU: values, machine code, plans; prints the time
+	$(BIN)/python -m pytest --durations=8 tests/kernels/triton tests/gpu_worker/cuda tests/gpu_worker/test_cuda_graphs.py tests/gpu_worker/test_cuda_step.py
 
 # These two need a GPU, and a Python with torch, triton, transformers, safetensors, numpy, grpcio and
 # protobuf; nothing is installed. Without a GPU: make gpu-check GPU_FLAGS=--interpret

@@ -1,6 +1,6 @@
-"""Runs the tests of `interpreted/`, one process a file, with Triton's interpreter in place of a GPU.
+"""Runs the tests of `interpreted/` with Triton's interpreter in place of a GPU, in two processes.
 
-By hand: cd tests/kernels/triton/interpreted && TRITON_INTERPRET=1 python -m pytest
+By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/interpreted
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
-SLOW = {"test_sampling.py"}
-FILES = [
-    pytest.param(path.name, marks=pytest.mark.slow) if path.name in SLOW else path.name
-    for path in sorted(FOLDER.glob("test_*.py"))
-]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes on a busy machine
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.parametrize("name", FILES)
-def test_kernels_agree_with_plain_torch(name: str) -> None:
-    path = os.pathsep.join(filter(None, (str(FOLDER), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FOLDER / name)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def test_kernels_agree_with_plain_torch() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(FOLDER)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -168,8 +168,8 @@ def edges(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     return left
 
 
-def check_edges(*, ties: bool) -> None:
-    draws = [d for d in DRAWS.values() if d.temperature > 0]
+def check_edges(*, ties: bool, names: Iterable[str] = DRAWS) -> None:
+    draws = [DRAWS[name] for name in names if DRAWS[name].temperature > 0]
     logits = make_logits(len(draws), seed=3, ties=ties)
     logits[:, 7] = -math.inf
     logits[:, 8:10] = torch.tensor([0.0, -0.0])
@@ -336,6 +336,10 @@ def check_rules(num_steps: int = 4) -> None:
     assert torch.equal(slots.rules.counts, before)
 
 
+def check_first_step() -> None:
+    check_rules(num_steps=1)
+
+
 def check_processed_bits() -> None:
     """The processed logits themselves, against plain torch."""
     slots = make_slots(all_rules())
@@ -413,7 +417,7 @@ def check_tied_draws() -> None:
 
 
 def check_tied_edges() -> None:
-    check_edges(ties=True)
+    check_edges(ties=True, names=["top_k", "top_k of nearly all", "top_p", "min_p", "all"])
     zeros = torch.zeros(1, VOCAB)
     zeros[0, ::2] = -0.0
     assert edges(zeros, [replace(OFF, top_k=5)])[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
@@ -437,8 +441,8 @@ MUTATIONS = [
     (check_processed_bits, sampling_kernels, "repetition of negative logits", "x * repetition)", "tl.div_rn(x, repetition))"),
     (check_processed_bits, sampling_kernels, "presence by count", "tl.where(count > 0, presence, 0.0)", "count * presence"),
     (check_processed_bits, sampling_kernels, "frequency once", "count.to(tl.float32) * frequency", "frequency"),
-    (check_rules, sampling_kernels, "not counted", "tl.load(counts_ptr + place) + 1", "tl.load(counts_ptr + place)"),
-    (check_rules, sampling_kernels, "not seen", "tl.store(seen_ptr + place, 1)", "pass"),
+    (check_first_step, sampling_kernels, "not counted", "tl.load(counts_ptr + place) + 1", "tl.load(counts_ptr + place)"),
+    (check_first_step, sampling_kernels, "not seen", "tl.store(seen_ptr + place, 1)", "pass"),
     (check_tied_draws, sampling_kernels, "ties to the highest id", "tl.min(tl.where(score == best, token, VOCAB))", "tl.max(tl.where(score == best, token, 0))"),
     (check_tied_draws, sampling_kernels, "ties to the last piece", "tl.min(tl.where(score == best, ids, VOCAB))", "tl.max(tl.where(score == best, ids, 0))"),
     (check_tied_draws, sampling_kernels, "edge left out", "(key == edge_key) & (token <= tl.load(edge_id_ptr + row))", "False"),
@@ -470,6 +474,6 @@ def test_a_mutated_kernel_is_caught(
         check()
 
 
-@pytest.mark.parametrize("check", [check_noise_and_gumbel, check_tied_draws])
+@pytest.mark.parametrize("check", [check_noise_and_gumbel, check_tied_draws, check_tied_edges])
 def test_what_mutants_fail_passes_unmutated(check: Callable[[], None]) -> None:
     check()
