@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -146,7 +146,7 @@ async def _following(items: AsyncIterator[T]) -> T | None:
     return await anext(items, None)
 
 
-async def _closed(items: AsyncGenerator[Any, None]) -> None:
+async def _closed(items: Any) -> None:
     """Close a generator; when the caller was interrupted, its last step may still be on the way out."""
     while items.ag_running:  # noqa: ASYNC110 - nobody else is told
         await asyncio.sleep(0)
