@@ -251,6 +251,7 @@ class Worker:
                 return
         if not self._tell_ranks(worker_pb2.WorkerFrame(step_plan=plan)):
             return
+        self._telemetry.planned(plan)
         try:
             self._engine.start(plan)
         except PlanError as error:
@@ -259,7 +260,6 @@ class Worker:
             self._fail(plan.step_id, error)
         else:
             self._last_step_id = plan.step_id
-            self._telemetry.planned(plan)
             self._send_finished()
 
     def _send_finished(self, num_left: int = MAX_STEPS_IN_FLIGHT) -> None:

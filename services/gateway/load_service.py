@@ -63,4 +63,19 @@ class LoadServicer(load_pb2_grpc.LoadServiceServicer):
             estimated_queue_ms=load.estimated_queue_ms,
             draining=peer.draining,
             workers_ready=load.workers_ready,
+            prompt_tokens=load.prompt_tokens,
+            output_tokens=load.output_tokens,
+            looked_up_tokens=load.looked_up_tokens,
+            cached_tokens=load.cached_tokens,
+            preemptions=load.preemptions,
+            workers=[
+                load_pb2.WorkerLoad(
+                    worker_id=worker.worker_id,
+                    running=worker.running,
+                    kv_blocks_free=worker.kv_blocks_free,
+                    kv_blocks_total=worker.kv_blocks_total,
+                    tokens_per_s=worker.tokens_per_s,
+                )
+                for worker in load.workers
+            ],
         )

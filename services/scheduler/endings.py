@@ -15,6 +15,7 @@ from octavo.services.scheduler.resume import num_output
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
 from octavo.services.scheduler.sequence_states import SequenceStates
 from octavo.services.scheduler.suspects import Suspects
+from octavo.services.scheduler.tally import Tally
 
 
 class Endings:
@@ -28,7 +29,9 @@ class Endings:
         quotas: Quotas,
         fair_share: FairShare,
         effects: Effects,
+        tally: Tally,
     ) -> None:
+        self._tally = tally
         self._states = states
         self._requests = requests
         self._suspects = suspects
@@ -42,6 +45,7 @@ class Endings:
             return
         self._states.finish(seq)
         self._suspects.forget(seq)
+        self._tally.ended(seq)
         request = seq.request
         request.num_unfinished -= 1
         if request.num_unfinished == 0:

@@ -19,6 +19,7 @@ from octavo.services.scheduler.effects import SendToGateway
 from octavo.services.scheduler.membership import HEARTBEAT_S
 from octavo.services.scheduler.node import Node
 from octavo.services.scheduler.reports import Reports
+from octavo.services.scheduler.telemetry import SchedulerTelemetry
 from octavo.services.scheduler.worker_link import WorkerLink
 from octavo.worker.v1 import worker_pb2
 
@@ -53,6 +54,7 @@ class Engine:
         self.scheduler_id = config.scheduler_id or f"scheduler-{os.getpid()}"
         self.link = WorkerLink(config.worker_endpoint, self._on_frame, config.curve_files)
         self._reports = Reports(config.progress_fd)
+        self.telemetry = SchedulerTelemetry(config, self.scheduler_id)
         self.node = Node(
             config,
             self.scheduler_id,
@@ -62,6 +64,7 @@ class Engine:
             deliver=self._send,
             changed=self._on_workers_changed,
             fenced=self._reports.fenced,
+            tally=self.telemetry.tally,
         )
         self.core = self.node.core
         self.cache_watchers = CacheWatchers(self.core.cache_feed)
@@ -76,9 +79,10 @@ class Engine:
     # -- life ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Bind the worker endpoint and begin to tick. Must be called in a running loop."""
+        """Bind the worker endpoint and begin to tick. Must be called in a running loop. Raises OSError."""
         self._loop = asyncio.get_running_loop()
         self.link.open(self._loop)
+        self.telemetry.serve(self.load)
         self._ticker = asyncio.create_task(self._tick_forever())
         # A bug in the core must end the process: half a scheduler is worse than none.
         self._ticker.add_done_callback(self._on_ticker_done)
@@ -92,6 +96,7 @@ class Engine:
             connection.closed.set()
         if self._loop is not None:
             self.link.close(self._loop)
+        await asyncio.to_thread(self.telemetry.close)
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests, wait until the running ones have ended or time is up; return how many are left."""
@@ -166,7 +171,10 @@ class Engine:
     def _pump(self) -> None:
         """Plan what can be planned and deliver all effects."""
         self._checked_idle = False
+        num_plans, started = self.node.num_plans, time.perf_counter()
         self.node.pump(time.monotonic())
+        if self.node.num_plans != num_plans:
+            self.telemetry.plan_time.observe(time.perf_counter() - started)
         if self.core.num_requests:
             self._no_requests.clear()
         else:
@@ -190,6 +198,7 @@ class Engine:
                 next_load = now + LOAD_INTERVAL_S
                 self._broadcast_load()
                 self.cache_watchers.flush(now)
+                self.telemetry.send_spans()
             if now >= next_idle_check:
                 next_idle_check = now + IDLE_CHECK_S
                 self._check_books()

@@ -13,6 +13,7 @@ from octavo.services.scheduler.effects import SendPlan, SendToGateway
 from octavo.services.scheduler.membership import MemberEvents, Membership
 from octavo.services.scheduler.outputs import WorkerMisbehavedError
 from octavo.services.scheduler.scheduler import Scheduler
+from octavo.services.scheduler.tally import Tally
 from octavo.worker.v1 import worker_pb2
 
 EPOCHS_OF_WORKERS = 16  # bits: each start of a scheduler has so many
@@ -25,6 +26,7 @@ class Node:
     send    delivers a frame to a worker; False if it cannot be
     deliver is given every message to a gateway, in order
     changed is called when a worker came or went
+    tally   counts what happens
     fenced  is told the id of a worker that was given up, and why; it may be alive
     """
 
@@ -39,16 +41,18 @@ class Node:
         deliver: Callable[[SendToGateway], None],
         changed: Callable[[], None],
         fenced: Callable[[str, str], None],
+        tally: Tally | None = None,
     ) -> None:
         self._config = config
         self._scheduler_id = scheduler_id
         self._epoch = epoch
         self._deliver = deliver
         self._changed = changed
-        self.core = Scheduler(config, now, epoch)
+        self.core = Scheduler(config, now, epoch, tally)
         events = MemberEvents(send, self._on_ready, self._on_lost, self._on_step_done, fenced)
         self.members = Membership(config, epoch << EPOCHS_OF_WORKERS, events)
         self.num_steps = 0
+        self.num_plans = 0
 
     # -- gateways --------------------------------------------------------------------------------
 
@@ -123,6 +127,7 @@ class Node:
         self.core.schedule(now)
         for effect in self.core.take_effects():
             if isinstance(effect, SendPlan):
+                self.num_plans += 1
                 self.members.send_plan(effect.group_id, effect.epoch, effect.plan, now)
             else:
                 self._deliver(effect)

@@ -7,6 +7,7 @@ from array import array
 
 from octavo.services.scheduler.block_pool import Block
 from octavo.services.scheduler.sequence import Sequence
+from octavo.services.telemetry.tracing import is_sampled
 from octavo.worker.v1 import worker_pb2
 
 assert sys.byteorder == "little", "columns are little-endian; this machine would have to swap them"
@@ -100,6 +101,7 @@ def _sampling_update(seq: Sequence) -> worker_pb2.SamplingUpdate:
     )
     return worker_pb2.SamplingUpdate(
         slot=seq.slot,
+        traceparent=submit.traceparent if is_sampled(submit.traceparent) else "",
         temperature=sampling.temperature,
         top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
         top_k=sampling.top_k,

@@ -30,6 +30,7 @@ from octavo.services.scheduler.step_digest import StepDigest
 from octavo.services.scheduler.step_planner import StepPlanner
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.takeover import Takeover
+from octavo.services.scheduler.tally import Tally
 from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
@@ -39,9 +40,10 @@ MAX_TOKENS = 1 << 30  # longer than any context
 class Scheduler:
     """Takes the events and owns the worker groups; what follows is decided by the parts it is made of."""
 
-    def __init__(self, config: SchedulerConfig, now: float, epoch: int = 0) -> None:
+    def __init__(self, config: SchedulerConfig, now: float, epoch: int = 0, tally: Tally | None = None) -> None:
         """`epoch` names this life of the scheduler: requests of another one cannot be taken over."""
         self._config = config
+        self._tally = tally = tally or Tally()
         self.cache_feed = CacheFeed(epoch)
         self._groups: dict[str, WorkerGroup] = {}
         self._suspects = Suspects()
@@ -49,13 +51,17 @@ class Scheduler:
         self._admission = Admission(config)
         fair_share = FairShare(config.weights())
         self._waiting = WaitingQueue(fair_share, config.ageing_tokens_per_s)
-        self._states = SequenceStates(self._waiting)
+        self._states = SequenceStates(self._waiting, tally)
         self._requests = LiveRequests()
         self._effects = Effects(self._groups, self._states)
-        self._endings = Endings(self._states, self._requests, self._suspects, self._quotas, fair_share, self._effects)
+        self._endings = Endings(
+            self._states, self._requests, self._suspects, self._quotas, fair_share, self._effects, tally
+        )
         self._takeover = Takeover(epoch, config.max_resume_window_ms, self._requests, self._endings, self._effects)
-        self._planner = StepPlanner(config, self._groups, self._states, self._suspects, self._admission, fair_share)
-        self._digest = StepDigest(self._states, self._suspects, self._endings)
+        self._planner = StepPlanner(
+            config, self._groups, self._states, self._suspects, self._admission, fair_share, tally
+        )
+        self._digest = StepDigest(self._states, self._suspects, self._endings, tally)
         self._num_arrivals = 0
         self._max_model_len = 0  # of the workers there are, or were last; 0: not known yet
         self._last_worker_at = now  # a scheduler that just started waits for its workers to come back
@@ -96,6 +102,12 @@ class Scheduler:
             workers_ready=len(groups),
             step_age_ms=int(1000 * (now - oldest)),
             max_model_len=self._max_model_len,
+            prompt_tokens=self._tally.prompt_tokens,
+            output_tokens=self._tally.output_tokens,
+            looked_up_tokens=self._tally.looked_up_tokens,
+            cached_tokens=self._tally.cached_tokens,
+            preemptions=self._tally.preemptions,
+            workers=[group.load() for group in groups],
         )
 
     def busy_groups(self) -> set[str]:
@@ -112,8 +124,10 @@ class Scheduler:
         """Queue a request, or refuse it."""
         rejected = self._refuse(gateway_id, submit, now)
         if rejected is not None:
+            self._tally.refused(rejected.reason)
             self._effects.send(gateway_id, scheduler_pb2.AttachResponse(rejected=rejected))
             return
+        self._tally.admitted()
         self._num_arrivals += 1
         remaining_ms = submit.remaining_ms or self._config.max_request_ms
         soft_ms = submit.stop.soft_time_limit_ms
@@ -221,6 +235,7 @@ class Scheduler:
             else:
                 self._states.settle(seq)
             seq.num_recoveries += 1
+        self._tally.worker_lost(crashed, lost, now)
         for seq in lost:
             if seq.num_recoveries > self._config.max_recoveries and seq.state is not SequenceState.FINISHED:
                 self._endings.fail(

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 from octavo.services.scheduler.policy import WaitingQueue
 from octavo.services.scheduler.sequence import Sequence, SequenceState
+from octavo.services.scheduler.tally import Tally
 
 
 class SequenceStates:
     """Owner of the queue and of every change of a sequence's state; of blocks and slots when they are given back."""
 
-    def __init__(self, waiting: WaitingQueue) -> None:
+    def __init__(self, waiting: WaitingQueue, tally: Tally) -> None:
+        self._tally = tally
         self.waiting = waiting
         # Lost their blocks while a step was in flight; they queue again when its tokens are known.
         self._settling: dict[Sequence, None] = {}
@@ -33,6 +35,7 @@ class SequenceStates:
     def preempt(self, seq: Sequence) -> None:
         """Take everything back from a running sequence and queue it again, to be computed anew."""
         seq.num_preemptions += 1
+        self._tally.preempted()
         self.requeue(seq)
 
     def requeue(self, seq: Sequence) -> None:

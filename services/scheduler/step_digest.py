@@ -9,6 +9,7 @@ from octavo.services.scheduler.outputs import LogprobReader, WorkerMisbehavedErr
 from octavo.services.scheduler.sequence import SequenceState
 from octavo.services.scheduler.sequence_states import SequenceStates
 from octavo.services.scheduler.suspects import Suspects
+from octavo.services.scheduler.tally import Tally
 from octavo.services.scheduler.worker_group import WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
@@ -18,7 +19,8 @@ NOT_FINITE = 0xFFFFFFFF  # a worker's answer for a row whose logits were not fin
 class StepDigest:
     """Takes a worker's answers, in the order of its plans."""
 
-    def __init__(self, states: SequenceStates, suspects: Suspects, endings: Endings) -> None:
+    def __init__(self, states: SequenceStates, suspects: Suspects, endings: Endings, tally: Tally) -> None:
+        self._tally = tally
         self._states = states
         self._suspects = suspects
         self._endings = endings
@@ -40,12 +42,15 @@ class StepDigest:
             )
         logprobs = LogprobReader(result)
         group.in_flight.popleft()
-        group.measure(step, now)
+        gap_s = now - group.last_result_at
+        num_first = self._tally.answered(step, result, group.measure(step, now), now)
+        num_unwanted = 0
         for seq, token in zip(step.sampled, token_ids, strict=True):
             seq.num_pending -= 1
             is_wanted = seq.state is not SequenceState.FINISHED and token != NOT_FINITE
             row = logprobs.read(seq.num_logprobs) if seq.num_logprobs >= 0 else None
             if not is_wanted:
+                num_unwanted += 1
                 if seq.state is not SequenceState.FINISHED:  # else it ended while this step was running
                     self._endings.spoil(seq)
                 continue
@@ -68,6 +73,7 @@ class StepDigest:
                 self._endings.finish(seq, length_reason(seq), now)
             elif seq.num_pending == 0 and seq.state is SequenceState.WAITING:
                 self._states.settle(seq)
+        self._tally.digested(len(token_ids) - num_unwanted, num_first, gap_s)
         if self._suspects:
             self._suspects.survived(step.sampled)
         return True

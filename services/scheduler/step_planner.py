@@ -8,9 +8,10 @@ from octavo.services.scheduler.admission import Admission
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.plan_builder import LAST_SAMPLED, SAMPLE, PlanBuilder
 from octavo.services.scheduler.policy import FairShare, choose_group, choose_victim
-from octavo.services.scheduler.sequence import SequenceState
+from octavo.services.scheduler.sequence import Sequence, SequenceState
 from octavo.services.scheduler.sequence_states import SequenceStates
 from octavo.services.scheduler.suspects import Suspects
+from octavo.services.scheduler.tally import Tally
 from octavo.services.scheduler.worker_group import StepInFlight, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
@@ -30,7 +31,9 @@ class StepPlanner:
         suspects: Suspects,
         admission: Admission,
         fair_share: FairShare,
+        tally: Tally,
     ) -> None:
+        self._tally = tally
         self._config = config
         self._groups = groups
         self._states = states
@@ -44,11 +47,14 @@ class StepPlanner:
         plan = PlanBuilder()
         self._make_room_for_decodes(group)
         self._plan_decodes(group, plan)
-        self._plan_prefills(group, plan, now)
+        num_decodes = plan.num_tokens
+        first_tokens = self._plan_prefills(group, plan, now)
         if not plan.slots:
             return None
         group.num_steps += 1
-        group.in_flight.append(StepInFlight(group.num_steps, plan.sampled, plan.unsampled, plan.num_tokens, now))
+        self._tally.prompt_tokens += plan.num_tokens - num_decodes
+        step = StepInFlight(group.num_steps, plan.sampled, plan.unsampled, first_tokens, plan.num_tokens, now)
+        group.in_flight.append(step)
         message = plan.build(group.num_steps, group.freed_slots)
         group.freed_slots = []
         return message
@@ -92,13 +98,16 @@ class StepPlanner:
         plan.num_tokens = len(slots)
         plan.query_lengths.extend([1] * len(slots))
 
-    def _plan_prefills(self, group: WorkerGroup, plan: PlanBuilder, now: float) -> None:
-        """Share what is left of the step among prompts: shortest remaining first, with ageing."""
+    def _plan_prefills(self, group: WorkerGroup, plan: PlanBuilder, now: float) -> list[Sequence]:
+        """Share what is left of the step among prompts: shortest remaining first, with ageing.
+
+        Return those whose prompt is through: their first token is in this plan.
+        """
         budget = max(group.max_batch_tokens - plan.num_tokens, 0)
         if plan.num_tokens:
             budget = min(budget, self._config.max_prefill_tokens)
         if not group.prefilling and not len(self._waiting):
-            return
+            return []
         # Opening takes the waiting ones in the queue's order; then all prompts compete for tokens.
         self._open_waiting(group, plan, budget, now)
         for seq in sorted(group.prefilling, key=lambda seq: self._waiting.rank(seq, now)[2:]):
@@ -110,10 +119,11 @@ class StepPlanner:
             group.allocator.commit(seq)
             self._fair_share.charge(seq.request.submit.tenant, count)
             seq.first_scheduled_at = seq.first_scheduled_at or now
-        through = [seq for seq in group.prefilling if seq.num_pending]  # their first token is in this plan
+        through = [seq for seq in group.prefilling if seq.num_pending]
         if through:
             group.decoding.extend(through)
             group.prefilling = [seq for seq in group.prefilling if not seq.num_pending]
+        return through
 
     def _open_waiting(self, group: WorkerGroup, plan: PlanBuilder, budget: int, now: float) -> None:
         """Give slots and blocks to waiting sequences, until their prompts fill the budget.
@@ -140,6 +150,7 @@ class StepPlanner:
                 return
             self._waiting.remove(seq)
             self._admission.opened(len(seq.tokens))
+            self._tally.opened(seq, len(hits), now)
             seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
             if not seq.first_scheduled_at:
                 seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt)

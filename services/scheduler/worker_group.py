@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.block_allocator import BlockAllocator
 from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE
@@ -17,11 +18,15 @@ MAX_STEPS_IN_FLIGHT = 2  # one runs, one waits beside the worker
 
 @dataclass(frozen=True, eq=False)
 class StepInFlight:
-    """A plan that was sent: which sequences it samples, in the plan's order, and which it only computes."""
+    """A plan that was sent: which sequences it samples, in the plan's order, and which it only computes.
+
+    first_tokens  those that it samples whose prompt, or what was computed again, it ends
+    """
 
     step_id: int
     sampled: list[Sequence]
     unsampled: list[Sequence]
+    first_tokens: list[Sequence]
     num_tokens: int
     sent_at: float
 
@@ -54,7 +59,7 @@ class WorkerGroup:
         self.is_lost = False  # its worker is gone, and what its sequences still refer to is history
         self.tokens_per_s = 0.0  # moving average over steps; 0 until measured
         self._clock = clock
-        self._last_result_at = 0.0
+        self.last_result_at = 0.0
 
     @property
     def num_running(self) -> int:
@@ -74,14 +79,25 @@ class WorkerGroup:
         """Tokens that its sequences still have to compute: its load."""
         return len(self.decoding) + sum(seq.num_behind for seq in self.prefilling)
 
-    def measure(self, step: StepInFlight, now: float) -> None:
-        """Learn the rate of the group from a step that was answered."""
+    def measure(self, step: StepInFlight, now: float) -> float:
+        """Learn the rate of the group from a step that was answered; return how long it took."""
         elapsed = now - self._started_at(step)
-        self._last_result_at = now
+        self.last_result_at = now
         self._clock.record(step.num_tokens, elapsed)
         if elapsed > 0:
             rate = step.num_tokens / elapsed
             self.tokens_per_s += 0.1 * (rate - self.tokens_per_s) if self.tokens_per_s else rate
+        return elapsed
+
+    def load(self) -> scheduler_pb2.WorkerLoad:
+        """Describe the state of the group."""
+        return scheduler_pb2.WorkerLoad(
+            worker_id=self.group_id,
+            running=self.num_running,
+            kv_blocks_free=self.pool.num_free,
+            kv_blocks_total=self.pool.num_blocks - 1,
+            tokens_per_s=self.tokens_per_s,
+        )
 
     def overdue_s(self, now: float) -> float:
         """Return for how long the oldest step in flight has taken if that is too long, else 0."""
@@ -93,7 +109,7 @@ class WorkerGroup:
 
     def _started_at(self, step: StepInFlight) -> float:
         """With two steps in flight a step starts when the one before is answered."""
-        return max(step.sent_at, self._last_result_at)
+        return max(step.sent_at, self.last_result_at)
 
     def check_invariants(self) -> None:
         """Assert that slots, blocks and sequences agree."""

@@ -16,6 +16,7 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.effects import SendPlan, SendToGateway
 from octavo.services.scheduler.scheduler import Scheduler
+from octavo.services.scheduler.tally import Tally
 from octavo.worker.v1 import worker_pb2
 
 VOCAB = 50_000
@@ -156,10 +157,17 @@ class Stream:
 class World:
     """A scheduler, fake workers, and what gateways saw. Time moves only by `run`."""
 
-    def __init__(self, num_blocks: int = 64, groups: int = 1, max_model_len: int = 4096, **settings: object) -> None:
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        groups: int = 1,
+        max_model_len: int = 4096,
+        tally: Tally | None = None,
+        **settings: object,
+    ) -> None:
         self.config = SchedulerConfig(**settings)  # type: ignore[arg-type]
         self.now = 1000.0
-        self.core = Scheduler(self.config, self.now)
+        self.core = Scheduler(self.config, self.now, tally=tally)
         self.streams: dict[tuple[str, int], Stream] = {}
         self.workers: dict[str, FakeWorker] = {}
         self.epochs: dict[str, int] = {}

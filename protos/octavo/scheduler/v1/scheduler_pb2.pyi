@@ -281,7 +281,7 @@ class Cancelled(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., was_running: _Optional[bool] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "estimated_queue_ms", "draining", "workers_ready", "step_age_ms", "max_model_len", "model_version")
+    __slots__ = ("running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "estimated_queue_ms", "draining", "workers_ready", "step_age_ms", "max_model_len", "model_version", "prompt_tokens", "output_tokens", "looked_up_tokens", "cached_tokens", "preemptions", "workers")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +293,12 @@ class Load(_message.Message):
     STEP_AGE_MS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOOKED_UP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     waiting_uncached_tokens: int
@@ -304,7 +310,27 @@ class Load(_message.Message):
     step_age_ms: int
     max_model_len: int
     model_version: str
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., step_age_ms: _Optional[int] = ..., max_model_len: _Optional[int] = ..., model_version: _Optional[str] = ...) -> None: ...
+    prompt_tokens: int
+    output_tokens: int
+    looked_up_tokens: int
+    cached_tokens: int
+    preemptions: int
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerLoad]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., step_age_ms: _Optional[int] = ..., max_model_len: _Optional[int] = ..., model_version: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., looked_up_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ...) -> None: ...
+
+class WorkerLoad(_message.Message):
+    __slots__ = ("worker_id", "running", "kv_blocks_free", "kv_blocks_total", "tokens_per_s")
+    WORKER_ID_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    worker_id: str
+    running: int
+    kv_blocks_free: int
+    kv_blocks_total: int
+    tokens_per_s: float
+    def __init__(self, worker_id: _Optional[str] = ..., running: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Draining(_message.Message):
     __slots__ = ("deadline_ms",)

@@ -1,1 +1,0 @@
-"""Inference without a server to look after: `octavo.LLM`, and what `octavo batch` needs."""
