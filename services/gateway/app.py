@@ -35,6 +35,7 @@ from octavo.services.gateway.load_service import LoadServicer
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.model_files import ModelError
 from octavo.services.gateway.model_service import ModelServicer
+from octavo.services.gateway.output_formats import detect_reasoning_format, detect_tool_call_format
 from octavo.services.gateway.resume_token import ResumeTokens
 from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.server import GenerationServicer
@@ -185,7 +186,16 @@ def _load_model(config: GatewayConfig) -> ServedModel:
         raise ModelError(f"{config.model} does not say how long its context is; set --max-model-len")
     name = config.served_name
     aliases = tuple(dict.fromkeys(alias for alias in config.model_aliases if alias != name))
-    return ServedModel(name, aliases, tokenizer, min(limits))
+    template = tokenizer.chat_template.source if tokenizer.chat_template is not None else ""
+    tool_calls, reasoning = config.tool_call_format, config.reasoning_format
+    return ServedModel(
+        name,
+        aliases,
+        tokenizer,
+        min(limits),
+        detect_tool_call_format(template) if tool_calls == "auto" else tool_calls,
+        detect_reasoning_format(template) if reasoning == "auto" else reasoning,
+    )
 
 
 def _bind_http(config: GatewayConfig, app: ASGIApp) -> HttpListener:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError, to_status
-from octavo.services.gateway.answer import whole_answer
+from octavo.services.gateway.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.calls import GenerateCalls
 
 Write = Callable[[generation_pb2.BatchGenerateResponse], Awaitable[None]]
@@ -98,6 +98,7 @@ class BatchCall:
         self, generation: generation_pb2.Generation, request_id: str
     ) -> generation_pb2.GenerateResponse:
         """Return an item's whole output; wait for room in the queue. Raises ServingError."""
+        ask_for_whole_answer(generation)
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._wait_s
         while True:

@@ -9,6 +9,7 @@ from typing import Any
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import FieldViolation, feature_disabled, invalid_fields
 from octavo.services.gateway.chat_template import ChatTemplate
+from octavo.services.gateway.output_formats import TOOL_CALL_FORMATS, describe_tools
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +42,49 @@ def read_chat(chat: generation_pb2.Chat, template: ChatTemplate, path: str) -> C
     tools = [
         _read_json(text, dict, f"{path}.tools_json[{index}]", violations) for index, text in enumerate(chat.tools_json)
     ]
+    if chat.tool_choice.mode == generation_pb2.ToolChoice.MODE_NONE:
+        tools = []
     options: dict[str, Any] = {}
     if chat.template_options_json:
         options = _read_json(chat.template_options_json, dict, f"{path}.template_options_json", violations)
     if violations:
         raise invalid_fields(violations)
+    if not template.writes_tool_calls:
+        _write_tool_calls(messages)
+    if tools and not template.takes_tools:
+        _tell_of_tools(messages, tools)
     return ChatInput(messages, tools, options, chat.continue_final_message)
+
+
+def _write_tool_calls(messages: list[dict[str, Any]]) -> None:
+    """Make calls that the assistant made a part of what it said."""
+    for message in messages:
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        if calls:
+            parts = [message["content"], TOOL_CALL_FORMATS["json"].write(calls)]
+            message["content"] = "\n".join(part for part in parts if part)
+
+
+def _tell_of_tools(messages: list[dict[str, Any]], tools: list[Any]) -> None:
+    """Put the description of the tools at the end of the system message."""
+    if not messages or messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": ""})
+    system = messages[0]["content"]
+    messages[0]["content"] = "\n\n".join(part for part in (system, describe_tools(tools)) if part)
 
 
 def _read_message(message: generation_pb2.Message, path: str, violations: list[FieldViolation]) -> list[dict[str, Any]]:
     """Return the dicts of one message: one, and one for each tool result in it."""
     texts: list[str] = []
+    reasoning: list[str] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for index, part in enumerate(message.parts):
         kind = part.WhichOneof("content")
         if kind == "text":
             texts.append(part.text)
+        elif kind == "reasoning":
+            reasoning.append(part.reasoning)
         elif kind == "tool_call":
             calls.append(_read_tool_call(part.tool_call, f"{path}.parts[{index}].tool_call", violations))
         elif kind == "tool_result":
@@ -68,6 +95,8 @@ def _read_message(message: generation_pb2.Message, path: str, violations: list[F
     if results and not texts and not calls:
         return results
     whole: dict[str, Any] = {"role": message.role, "content": "".join(texts)}
+    if reasoning:
+        whole["reasoning_content"] = "".join(reasoning)
     if calls:
         whole["tool_calls"] = calls
     return [whole, *results]

@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 from jinja2.parser import Parser
@@ -148,6 +149,10 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateError(f"the chat template does not compile: {error}") from None
+        self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
+        """The template tells the model of tools."""
+        self.writes_tool_calls = "tool_calls" in source
+        """It writes the calls that the assistant made."""
         texts = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         self._roles = _COMMON_ROLES | texts
 

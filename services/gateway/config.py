@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from octavo.services.gateway.output_formats import NONE, REASONING_FORMATS, TOOL_CALL_FORMATS
 from octavo.services.gateway.security_config import SecurityConfig
 from octavo.services.telemetry.config import TelemetryConfig
 
@@ -49,6 +50,20 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     health_address: str = field(
         default="",
         metadata={"help": "where probes are answered (grpc.health.v1: startup, readiness, liveness); empty: nowhere"},
+    )
+    tool_call_format: str = field(
+        default="auto",
+        metadata={
+            "help": "how the model writes tool calls; auto: as its chat template says, none: they stay text",
+            "choices": ("auto", NONE, *TOOL_CALL_FORMATS),
+        },
+    )
+    reasoning_format: str = field(
+        default="auto",
+        metadata={
+            "help": "what is around the model's reasoning; auto: as its chat template says, none: it stays text",
+            "choices": ("auto", NONE, *REASONING_FORMATS),
+        },
     )
     reflection: bool = field(default=True, metadata={"help": "let tools such as grpcurl ask for the API's description"})
     gateway_id: str = field(default="", metadata={"help": "name of this process; empty: host name and process id"})

@@ -9,6 +9,7 @@ from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.gateway.output import CandidateOutput
+from octavo.services.gateway.output_parser import NOTHING
 from octavo.services.gateway.prepare import Prepared
 from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
 
@@ -49,11 +50,12 @@ class GenerationRun:
         self.stream = stream
         self._options = prepared.output
         self.max_coalesce_ms = prepared.output.max_coalesce_ms
+        self._is_parsed = prepared.settings.parser is not None
         self._wants_logprobs = stream.wants_logprobs
         self._base = len(prepared.submit.continue_token_ids)
         offsets = next_token_offsets or {}
         self._candidates = [
-            _Candidate(inbox, prepared.new_candidate(), offsets.get(inbox.index, self._base) - self._base)
+            _Candidate(inbox, prepared.new_candidate(inbox.index), offsets.get(inbox.index, self._base) - self._base)
             for inbox in stream.candidates
         ]
         self._sequence_number = 0
@@ -90,7 +92,7 @@ class GenerationRun:
                 delta = self._delta(candidate, ended)
                 if delta is not None:
                     yield delta
-                if ended or candidate.output.matched is not None:
+                if ended or candidate.output.is_complete:
                     yield self._finish(candidate)
             if all(candidate.done for candidate in self._candidates):
                 break
@@ -136,11 +138,11 @@ class GenerationRun:
             return None
         start = inbox.num_read
         new = inbox.token_ids[start:]
-        text, taken = candidate.output.push(new) if new else ("", 0)
+        piece, taken = candidate.output.push(new) if new else (NOTHING, 0)
         inbox.num_read += taken
-        if ended and candidate.output.matched is None:
-            text += candidate.output.finish()
-        if not taken and not text:
+        if ended and not candidate.output.is_complete:
+            piece = piece.followed_by(candidate.output.finish())
+        if not taken and not any(piece):
             return None
         if not self.first_token_at:
             self.first_token_at = time.monotonic()
@@ -151,7 +153,11 @@ class GenerationRun:
         delta.candidate_index = inbox.index
         delta.token_offset = self._base + start
         delta.token_count = taken
-        delta.text = text
+        delta.text = piece.text
+        if self._is_parsed:
+            delta.reasoning_text = piece.reasoning
+            del delta.tool_calls[:]
+            delta.tool_calls.extend(piece.tool_calls)
         if self._options.token_ids:
             delta.token_ids[:] = new[:taken]
         if self._wants_logprobs:
@@ -168,10 +174,10 @@ class GenerationRun:
         inbox.num_read += taken
         if self._wants_logprobs:
             inbox.logprobs.take(taken, self._options.logprobs)
-        return inbox.num_read == candidate.skip and candidate.output.matched is None
+        return inbox.num_read == candidate.skip and not candidate.output.is_complete
 
     def _finish(self, candidate: _Candidate) -> Response:
-        """End a candidate; if a stop string did it, the scheduler does not know yet."""
+        """End a candidate; if a stop string or a tool call did it, the scheduler does not know yet."""
         candidate.done = True
         finished = generation_pb2.CandidateFinished(
             candidate_index=candidate.inbox.index, output_tokens=candidate.output.num_tokens
@@ -181,11 +187,16 @@ class GenerationRun:
             self.stream.cancel(candidate.inbox.index)
             finished.finish_reason = common_pb2.FINISH_REASON_STOP_SEQUENCE
             finished.stop_sequence = matched
+        elif candidate.output.is_complete:
+            self.stream.cancel(candidate.inbox.index)
+            finished.finish_reason = common_pb2.FINISH_REASON_TOOL_CALL
         else:
-            assert ending is not None, "a candidate ends by a stop string or by the scheduler"
+            assert ending is not None, "a candidate ends by its own output or by the scheduler"
             finished.finish_reason = ending.reason
             if ending.reason in (common_pb2.FINISH_REASON_END_OF_SEQUENCE, common_pb2.FINISH_REASON_STOP_TOKEN):
                 finished.stop_token_id = ending.stop_token_id
+                if candidate.output.has_tool_calls:
+                    finished.finish_reason = common_pb2.FINISH_REASON_TOOL_CALL
         self.finish_reasons.append(finished.finish_reason)
         return self._event(candidate_finished=finished)
 
@@ -200,7 +211,7 @@ class GenerationRun:
         if not cached or self.stream.failovers:  # after a loss the scheduler counts output as prompt, too
             cached = [self.started.cached_prompt_tokens]
         usage.cached_prompt_tokens = min(*cached, usage.prompt_tokens)
-        usage.reasoning_tokens = sum(ending.usage.reasoning_tokens for ending in accounts)
+        usage.reasoning_tokens = sum(candidate.output.num_reasoning_tokens for candidate in self._candidates)
         usage.speculative_accepted_tokens = sum(ending.usage.speculative_accepted_tokens for ending in accounts)
         if accounts:
             slowest = max(accounts, key=lambda e: e.timing.queue_us + e.timing.prefill_us + e.timing.decode_us)

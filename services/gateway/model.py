@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from octavo.inference.v1 import model_pb2
 from octavo.services.common.errors import Reason, Resource, ServingError
 from octavo.services.common.protocol import API_REVISION
+from octavo.services.gateway.output_formats import NONE
 from octavo.services.gateway.tokenizer import ModelTokenizer
 
 
@@ -21,6 +22,10 @@ class ServedModel:
     tokenizer: ModelTokenizer
     max_model_len: int
     """Most tokens of prompt and output together, before the workers' own limit."""
+    tool_call_format: str = NONE
+    """How the model writes tool calls: a name in TOOL_CALL_FORMATS, or "none"."""
+    reasoning_format: str = NONE
+    """What is around its reasoning: a name in REASONING_FORMATS, or "none"."""
 
     def context_limit(self, workers_limit: int) -> int:
         """Return the longest context now; `workers_limit` 0 means that it is not known."""
@@ -40,12 +45,19 @@ class ServedModel:
             max_context_tokens=self.context_limit(workers_limit),
             vocab_size=self.tokenizer.vocab_size,
             end_of_sequence_ids=self.tokenizer.end_of_sequence_ids,
-            features=["generate", *(["chat"] if template else []), "logprobs", "resume"],
+            features=self._features(),
             tokenizer_sha256=self.tokenizer.sha256,
             chat_template_sha256=template.sha256 if template else "",
             default_sampling=self.tokenizer.default_sampling,
             api_revision=API_REVISION,
         )
+
+    def _features(self) -> list[str]:
+        chat = self.tokenizer.chat_template is not None
+        tools = chat and self.tool_call_format != NONE
+        reasoning = chat and self.reasoning_format != NONE
+        optional = (("chat", chat), ("tools", tools), ("reasoning", reasoning))
+        return ["generate", *(name for name, is_on in optional if is_on), "logprobs", "resume"]
 
 
 class Models:

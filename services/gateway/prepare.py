@@ -24,6 +24,7 @@ from octavo.services.common.errors import (
 from octavo.services.gateway.chat import read_chat
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.output import CandidateOutput, OutputSettings
+from octavo.services.gateway.parsing import call_id, marks, parser_settings, resolve_parsing
 from octavo.services.gateway.stop_matcher import StopStrings
 
 MAX_STATE_BYTES = 60_000
@@ -43,8 +44,8 @@ class Prepared:
     """Complete but for what admission tells: model version and cached tokens."""
     output: generation_pb2.OutputOptions
     settings: OutputSettings
-    new_candidate: Callable[[], CandidateOutput]
-    """Makes the output of a candidate, with `continue_output` already behind it."""
+    new_candidate: Callable[[int], CandidateOutput]
+    """Makes the output of a candidate, given its index, with `continue_output` already behind it."""
 
 
 async def prepare(
@@ -69,7 +70,8 @@ async def prepare(
     limit = model.context_limit(workers_limit)
     _set_max_new_tokens(stop, generation, len(prompt), limit)
     _check_values(generation, model, stop, prompt)
-    settings = _output_settings(generation, model, stop, prompt)
+    parsing = resolve_parsing(generation, model, prompt)
+    settings = _output_settings(generation, model, stop, prompt, parsing)
     continued = generation.continue_output.ids
     submit = scheduler_pb2.Submit(
         request_id=request_id,
@@ -89,7 +91,7 @@ async def prepare(
         resume_window_ms=generation.scheduling.resume_window_ms,
     )
     if submit.resume_window_ms:
-        submit.gateway_state = _resolved(generation, prompt, sampling, stop).SerializeToString()
+        submit.gateway_state = _resolved(generation, prompt, sampling, stop, parsing).SerializeToString()
     del submit.stop.stop_sequences[:]  # the gateway's business
     if not stop.ignore_end_of_sequence:
         submit.end_of_sequence_ids.extend(model.tokenizer.end_of_sequence_ids)
@@ -101,12 +103,14 @@ async def prepare(
         effective_stop=stop,
     )
 
-    def new_candidate() -> CandidateOutput:
-        candidate = CandidateOutput(settings)
+    def new_candidate(candidate_index: int) -> CandidateOutput:
+        candidate = CandidateOutput(
+            settings, lambda index: call_id(request_id, candidate_index, index, settings.parser)
+        )
         candidate.push(continued)
         return candidate
 
-    _check_continues(new_candidate(), settings, continued)
+    _check_continues(new_candidate(0), settings, continued)
     return Prepared(model, submit, started, generation.output, settings, new_candidate)
 
 
@@ -115,6 +119,7 @@ def _resolved(
     prompt: Sequence[int],
     sampling: common_pb2.SamplingParams,
     stop: common_pb2.StopCriteria,
+    parsing: generation_pb2.Parsing,
 ) -> generation_pb2.Generation:
     """Return the request with everything in force, for a gateway that goes on with it: `prepare` takes it again.
 
@@ -124,6 +129,7 @@ def _resolved(
     resolved.CopyFrom(generation)
     resolved.sampling.CopyFrom(sampling)
     resolved.stop.CopyFrom(stop)
+    resolved.output.parsing.CopyFrom(parsing)
     resolved.token_ids.ids.extend(prompt)
     if resolved.ByteSize() > MAX_STATE_BYTES:
         resolved.token_ids.ids[:] = prompt[-KEPT_PROMPT_TOKENS:]
@@ -152,6 +158,11 @@ def _check_features(generation: generation_pb2.Generation) -> None:
         raise ServingError(Reason.ADAPTER_NOT_FOUND, message, resource=Resource("adapter", generation.adapter))
     for asked, feature, field in (
         (generation.HasField("constraint"), "structured_output", "generation.constraint"),
+        (
+            generation.chat.tool_choice.mode == generation_pb2.ToolChoice.MODE_REQUIRED,
+            "structured_output",
+            "generation.chat.tool_choice",
+        ),
         (generation.idempotency_key, "idempotency", "generation.idempotency_key"),
         (generation.output.prompt_logprobs, "prompt_logprobs", "generation.output.prompt_logprobs"),
     ):
@@ -251,7 +262,9 @@ def _output_settings(
     model: ServedModel,
     stop: common_pb2.StopCriteria,
     prompt: Sequence[int],
+    parsing: generation_pb2.Parsing,
 ) -> OutputSettings:
+    parser = None if generation.output.omit_text else parser_settings(parsing)
     ends = [] if stop.ignore_end_of_sequence else model.tokenizer.end_of_sequence_ids
     return OutputSettings(
         new_detokenizer=lambda: model.tokenizer.new_detokenizer(prompt),
@@ -260,6 +273,8 @@ def _output_settings(
         min_new_tokens=stop.min_new_tokens,
         ending_token_ids=frozenset([*ends, *stop.stop_token_ids]),
         omit_text=generation.output.omit_text,
+        parser=parser,
+        marks=marks(parser, model, generation.output.keep_special_tokens),
     )
 
 
@@ -269,6 +284,10 @@ def _check_continues(candidate: CandidateOutput, settings: OutputSettings, conti
     if candidate.matched is not None:
         raise invalid_field(
             field, f"already ended with the stop string {candidate.matched!r}; nothing is left to produce"
+        )
+    if candidate.is_complete:
+        raise invalid_field(
+            field, "already ended with the one tool call that was asked for; nothing is left to produce"
         )
     for index, token_id in enumerate(continued):
         if token_id in settings.ending_token_ids and index + 1 >= settings.min_new_tokens:

@@ -10,7 +10,7 @@ from grpc import aio
 
 from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.services.common.interceptor import request_id
-from octavo.services.gateway.answer import whole_answer
+from octavo.services.gateway.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.batch import BatchCall, BatchLimits
 from octavo.services.gateway.calls import GenerateCalls
@@ -52,6 +52,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.GenerateResponse:
         """Answer with the whole output."""
         self._calls.check(request)
+        ask_for_whole_answer(request.generation)
         async with self._admitted(request.generation, context) as run:
             coalesce_ms = request.generation.output.max_coalesce_ms
             answer = await whole_answer(run, request.generation.candidate_count or 1, coalesce_ms)

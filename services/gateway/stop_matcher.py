@@ -66,20 +66,22 @@ class StopMatcher:
     stands first in the list.
     """
 
-    __slots__ = ("_held", "_state", "_strings", "matched")
+    __slots__ = ("_held", "_state", "_strings", "matched", "rest")
 
     def __init__(self, strings: StopStrings) -> None:
         self._strings = strings
         self._state = 0
         self._held = ""
         self.matched: str | None = None
+        self.rest = ""
+        """What followed the match in its piece."""
 
     def push(self, text: str, counts: bool, include: bool) -> str:
         """Take the next piece of text; return the text that is settled now.
 
         counts: a match that ends in this piece counts. Until min_new_tokens are out, none does.
         include: the settled text contains the match.
-        After a match `matched` is set, the rest of the piece is dropped, and nothing may follow.
+        After a match `matched` is set, the rest of the piece is in `rest`, and nothing may follow.
         """
         assert self.matched is None, "text after the end"
         strings, state = self._strings, self._state
@@ -89,6 +91,7 @@ class StopMatcher:
                 self.matched = strings.strings[strings.match[state]]
                 whole = self._held + text[:position]
                 self._held = ""
+                self.rest = text[position:]
                 return whole if include else whole[: len(whole) - len(self.matched)]
         self._state = state
         whole = self._held + text

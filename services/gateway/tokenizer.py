@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -31,6 +31,8 @@ class ModelTokenizer:
     def __init__(self, files: ModelFiles, num_threads: int = 2) -> None:
         """Raises ModelError if the chat template does not compile."""
         self._tokenizer = files.tokenizer
+        added = files.tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: index for index, token in added.items() if token.special}
         self._detokenizers = DetokenizerFactory(files.tokenizer)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self.sha256 = hashlib.sha256(files.definition).hexdigest()
@@ -96,6 +98,15 @@ class ModelTokenizer:
     def new_detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
         """Return a detokenizer for an output after this prompt."""
         return self._detokenizers.new(prompt_token_ids)
+
+    def special_tokens(self, texts: Iterable[str] | None = None) -> dict[int, str]:
+        """Return, by id, those of `texts`, or all, that are special tokens, which detokenizers leave out."""
+        texts = self._special if texts is None else texts
+        return {self._special[text]: text for text in texts if text in self._special}
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a few tokens, that of special ones included."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the text of one token by itself, which may be part of a character; a special token's is its name."""

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import feature_disabled
+from octavo.services.gateway.http.fields import CHAT, MESSAGE
 from octavo.services.gateway.http.params import Params
 from octavo.services.gateway.http.requests import (
     ApiCall,
     GenerateRequest,
     read_common,
     read_max_tokens,
+    read_outputs,
     read_stream,
     want_logprobs,
 )
 
-_IGNORED_IN_MESSAGE = ("name", "refusal")
+_Choice = generation_pb2.ToolChoice
+_TOOL_CHOICES = {"auto": _Choice.MODE_AUTO, "none": _Choice.MODE_NONE, "required": _Choice.MODE_REQUIRED}
+_MEDIA = ("image_url", "input_audio", "file", "input_image", "input_file")
 
 
 def read_chat_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCall:
     """Return what a body asks for. Raises ServingError that names OpenAI's parameters."""
-    params = Params(body)
+    params = Params(body, fields=CHAT)
     request = GenerateRequest()
     generation = request.generation
     names = read_common(params, generation, headers)
+    read_outputs(params, generation)
     stream, include_usage = read_stream(params)
     limit_name, limit = read_max_tokens(params)
     if limit is not None:
@@ -37,7 +42,8 @@ def read_chat_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCa
         raise params.wrong("top_logprobs", "is only allowed when logprobs is true")
     token_ids = want_logprobs(generation.output, (top_logprobs or 0) if wants_logprobs else None)
     read_chat(params, generation.chat)
-    _read_tool_choice(params)
+    generation.output.parsing.single_tool_call = params.boolean("parallel_tool_calls") is False
+    include_reasoning = params.boolean("include_reasoning") is not False
     params.finish()
     return ApiCall(
         requests=[request],
@@ -46,6 +52,7 @@ def read_chat_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCa
         logprobs=(top_logprobs or 0) if wants_logprobs else None,
         token_ids=token_ids,
         names={**names, "generation.stop.max_new_tokens": limit_name, "max_new_tokens": limit_name},
+        include_reasoning=include_reasoning,
     )
 
 
@@ -55,14 +62,13 @@ def read_chat(params: Params, chat: generation_pb2.Chat) -> None:
     for index, message in enumerate(params.array("messages") or ()):
         if not isinstance(message, dict):
             raise params.wrong(f"messages[{index}]", "must be an object")
-        _read_message(Params(message, f"messages[{index}]."), chat.messages.add())
+        _read_message(Params(message, f"messages[{index}].", MESSAGE), chat.messages.add())
     for index, tool in enumerate(params.array("tools") or ()):
-        if not isinstance(tool, dict):
-            raise params.wrong(f"tools[{index}]", "must be an object")
+        if not isinstance(tool, dict) or tool.get("type", "function") != "function":
+            raise params.wrong(f"tools[{index}]", "must be an object of type function")
         chat.tools_json.append(json.dumps(tool, ensure_ascii=False))
-    options = params.object("chat_template_kwargs")
-    if options:
-        chat.template_options_json = json.dumps(options, ensure_ascii=False)
+    read_tool_choice(params, chat)
+    read_template_options(params, chat, params.object("chat_template_kwargs"), params.text("reasoning_effort"))
     chat.continue_final_message = bool(params.boolean("continue_final_message"))
     add_generation_prompt = params.boolean("add_generation_prompt")
     if add_generation_prompt is chat.continue_final_message:
@@ -70,42 +76,80 @@ def read_chat(params: Params, chat: generation_pb2.Chat) -> None:
         raise params.wrong("add_generation_prompt", advice)
 
 
+def read_tool_choice(params: Params, chat: generation_pb2.Chat) -> None:
+    """Fill in which of the chat's tools may be called: a word, or the name of a function."""
+    choice = params.take("tool_choice")
+    if choice is None:
+        return
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        named = choice.get("function", choice)  # chat completions have it in `function`, responses beside `type`
+        name = named.get("name") if isinstance(named, dict) else None
+        if not isinstance(name, str) or not name:
+            raise params.wrong("tool_choice", "must have the function's name")
+        chat.tool_choice.mode, chat.tool_choice.name = _Choice.MODE_REQUIRED, name
+    elif isinstance(choice, str) and choice in _TOOL_CHOICES:
+        chat.tool_choice.mode = _TOOL_CHOICES[choice]
+    else:
+        raise params.wrong("tool_choice", "must be auto, none, required or an object of type function")
+    if chat.tool_choice.mode == _Choice.MODE_REQUIRED and not chat.tools_json:
+        raise params.wrong("tool_choice", "needs tools to choose from; send tools, too")
+
+
+def read_template_options(
+    params: Params, chat: generation_pb2.Chat, given: Mapping[str, Any] | None, effort: str | None
+) -> None:
+    """Fill in the variables of the chat template."""
+    options = dict(given or {})
+    if effort is not None:
+        options.setdefault("reasoning_effort", effort)
+        if effort == "none":
+            options.setdefault("enable_thinking", False)
+    documents = params.array("documents")
+    if documents is not None:
+        options.setdefault("documents", documents)
+    if options:
+        chat.template_options_json = json.dumps(options, ensure_ascii=False)
+
+
+def read_parts(params: Params, name: str, types: Sequence[str] = ("text",)) -> list[str]:
+    """Return the texts of a content: a string, or a list of parts of these types."""
+    content = params.take(name)
+    if content is None or isinstance(content, str):
+        return [] if content is None else [content]
+    if not isinstance(content, list):
+        raise params.wrong(name, "must be a string or a list of parts")
+    texts = []
+    for index, given in enumerate(content):
+        at = f"{name}[{index}]"
+        kind = given.get("type") if isinstance(given, dict) else None
+        if kind not in types:
+            if kind in _MEDIA:
+                raise feature_disabled("media", f"this server takes text only, not {kind}; leave that part out")
+            raise params.wrong(at, f'must be an object such as {{"type": "{types[0]}", "text": "..."}}')
+        text = given.get("text")
+        if not isinstance(text, str):
+            raise params.wrong(f"{at}.text", "must be a string")
+        texts.append(text)
+    return texts
+
+
 def _read_message(params: Params, message: generation_pb2.Message) -> None:
     message.role = params.text("role") or ""
-    content = params.take("content")
-    texts = [content] if isinstance(content, str) else [] if content is None else _read_parts(params, content)
+    texts = read_parts(params, "content")
+    reasoning = params.text("reasoning_content"), params.text("reasoning")
+    if thought := reasoning[0] or reasoning[1]:
+        message.parts.add(reasoning=thought)
+    call_id = params.text("tool_call_id")
     if message.role == "tool":
         result = message.parts.add().tool_result
-        result.id = params.text("tool_call_id") or ""
+        result.id = call_id or ""
         result.text = "".join(texts)
     else:
         for text in texts:
             message.parts.add(text=text)
     for index, call in enumerate(params.array("tool_calls") or ()):
         _read_tool_call(params, index, call, message.parts.add().tool_call)
-    for name in _IGNORED_IN_MESSAGE:
-        params.text(name)
-    params.only("annotations", ([],), "is not known here; leave it out")
     params.finish()
-
-
-def _read_parts(params: Params, content: Any) -> list[str]:
-    """Return the texts of a content that is a list of parts."""
-    if not isinstance(content, list):
-        raise params.wrong("content", "must be a string or a list of parts")
-    texts = []
-    for index, given in enumerate(content):
-        at = f"content[{index}]"
-        kind = given.get("type") if isinstance(given, dict) else None
-        if kind != "text":
-            if kind in ("image_url", "input_audio", "file"):
-                raise feature_disabled("media", f"this server takes text only, not {kind}; leave that part out")
-            raise params.wrong(at, 'must be an object such as {"type": "text", "text": "..."}')
-        text = given.get("text")
-        if not isinstance(text, str):
-            raise params.wrong(f"{at}.text", "must be a string")
-        texts.append(text)
-    return texts
 
 
 def _read_tool_call(params: Params, index: int, given: Any, call: generation_pb2.ToolCall) -> None:
@@ -116,12 +160,3 @@ def _read_tool_call(params: Params, index: int, given: Any, call: generation_pb2
     call.id = fields.text("id") or ""
     call.name = fields.text("name") or ""
     call.arguments_json = fields.text("arguments") or ""
-
-
-def _read_tool_choice(params: Params) -> None:
-    """Refuse what needs calls of tools to be found in the output; tools in the prompt are the template's business."""
-    choice = params.take("tool_choice")
-    params.boolean("parallel_tool_calls")
-    if choice is not None and choice != "none":
-        message = "tool_choice needs the feature 'tools', which is off here; leave it out, and tools reach the template"
-        raise feature_disabled("tools", message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from octavo.services.gateway.http.fields import COMPLETION
 from octavo.services.gateway.http.params import Params, are_token_ids
 from octavo.services.gateway.http.requests import (
     ApiCall,
@@ -12,6 +13,7 @@ from octavo.services.gateway.http.requests import (
     copies,
     read_common,
     read_max_tokens,
+    read_outputs,
     read_stream,
     want_logprobs,
 )
@@ -22,18 +24,17 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's, which clients of this old endpoint rely on
 
 def read_completion_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCall:
     """Return what a body asks for. Raises ServingError that names OpenAI's parameters."""
-    params = Params(body)
+    params = Params(body, fields=COMPLETION)
     request = GenerateRequest()
     generation = request.generation
     names = read_common(params, generation, headers)
+    read_outputs(params, generation)
     stream, include_usage = read_stream(params)
     limit_name, limit = read_max_tokens(params)
     generation.stop.max_new_tokens = _DEFAULT_MAX_TOKENS if limit is None else limit
     logprobs = params.integer("logprobs")
     token_ids = want_logprobs(generation.output, logprobs)
-    params.only("echo", (False,), "is not supported; put the prompt before the output yourself")
-    params.only("best_of", (generation.candidate_count,), "must equal n: all outputs are returned")
-    params.only("suffix", ("",), "is not supported: this server only continues a prompt")
+    params.only("best_of", (generation.candidate_count,), COMPLETION["best_of"].description)
     prompts = _read_prompts(params)
     params.finish()
     requests = copies(request, len(prompts))
@@ -60,7 +61,11 @@ def read_completion_call(body: Mapping[str, Any], headers: Mapping[str, str]) ->
 
 def _read_prompts(params: Params) -> list[str | list[int]]:
     """Return all prompts: a prompt is a string or a list of token ids, and a list holds several."""
-    given = params.take("prompt")
+    given, token_ids = params.take("prompt"), params.token_ids("prompt_token_ids")
+    if given is not None and token_ids is not None:
+        raise params.wrong("prompt_token_ids", "cannot be given together with prompt")
+    if token_ids is not None:
+        return [token_ids]
     if given is None:
         raise params.wrong("prompt", "must be set")
     if isinstance(given, str):

@@ -43,6 +43,7 @@ _PARAMETERS = {
     "generation.chat.tools_json": "tools",
     "generation.chat.template_options_json": "chat_template_kwargs",
     "generation.chat.continue_final_message": "continue_final_message",
+    "generation.chat.tool_choice": "tool_choice",
     "generation.chat": "messages",
     "generation.sampling.": "",  # the names are the same
     "generation.stop.max_new_tokens": "max_tokens",

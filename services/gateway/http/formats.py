@@ -36,10 +36,8 @@ class Format:
     _ID_PREFIX: str
     _KIND: str
     _CHUNK_KIND: str
-    # A chunk's output: what stands before and after the JSON string of its text, and what stands for none.
-    _BEFORE_TEXT: str
-    _AFTER_TEXT: str
-    _NO_TEXT: str
+    _NO_OUTPUT: str
+    """The output in the chunk that ends a candidate."""
 
     def __init__(self, call: ApiCall, request_id: str, texts: TokenTexts) -> None:
         self._call = call
@@ -62,22 +60,22 @@ class Format:
     def delta(self, index: int, delta: generation_pb2.Delta) -> str:
         """Return the chunk for new output; nothing if there is nothing to show yet."""
         call = self._call
-        logprobs, rest = "null", ""
+        logprobs, rest, output = "null", "", self._output(delta)
         if call.logprobs is not None and delta.token_count:
             logprobs = to_json(self._logprobs(index, delta.token_ids, delta.logprobs))
-        elif not delta.text and not call.token_ids:
+        elif not output and not call.token_ids:
             return ""
         if call.token_ids:
             rest = f',"token_ids":{to_json(list(delta.token_ids))}'
         return (
-            f'{self._head}{{"index":{index},{self._BEFORE_TEXT}{to_json(delta.text)}{self._AFTER_TEXT},'
+            f'{self._head}{{"index":{index},{output or self._NO_OUTPUT},'
             f'"logprobs":{logprobs},"finish_reason":null{rest}{self._tail}'
         )
 
     def finish(self, index: int, finished: generation_pb2.CandidateFinished) -> str:
         """Return the chunk that ends a candidate."""
         reason = _FINISH_REASONS[finished.finish_reason]
-        return f'{self._head}{{"index":{index},{self._NO_TEXT},"logprobs":null,"finish_reason":"{reason}"{self._tail}'
+        return f'{self._head}{{"index":{index},{self._NO_OUTPUT},"logprobs":null,"finish_reason":"{reason}"{self._tail}'
 
     def usage_chunk(self, usage: common_pb2.Usage) -> str:
         """Return the last chunk, without choices."""
@@ -112,7 +110,7 @@ class Format:
         wants_logprobs = call.logprobs is not None
         return {
             "index": index,
-            **self._whole_text(candidate.text),
+            **self._whole_output(candidate),
             "logprobs": self._logprobs(index, candidate.token_ids, candidate.logprobs) if wants_logprobs else None,
             "finish_reason": _FINISH_REASONS[candidate.finished.finish_reason],
             **({"token_ids": list(candidate.token_ids)} if call.token_ids else {}),
@@ -121,7 +119,11 @@ class Format:
     def _first_chunk(self, index: int, prompt_token_ids: Sequence[int]) -> str:
         raise NotImplementedError
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
+    def _output(self, delta: generation_pb2.Delta) -> str:
+        """Return the output in a chunk; nothing if there is none to show."""
+        raise NotImplementedError
+
+    def _whole_output(self, candidate: generation_pb2.Candidate) -> dict[str, Any]:
         raise NotImplementedError
 
     def _logprobs(self, index: int, token_ids: Sequence[int], columns: common_pb2.LogprobColumns) -> dict[str, Any]:
@@ -138,9 +140,7 @@ class ChatFormat(Format):
     _ID_PREFIX = "chatcmpl-"
     _KIND = "chat.completion"
     _CHUNK_KIND = "chat.completion.chunk"
-    _BEFORE_TEXT = '"delta":{"content":'
-    _AFTER_TEXT = "}"
-    _NO_TEXT = '"delta":{}'
+    _NO_OUTPUT = '"delta":{}'
 
     def _first_chunk(self, index: int, prompt_token_ids: Sequence[int]) -> str:
         tail = self._tail
@@ -149,8 +149,26 @@ class ChatFormat(Format):
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         return f'{self._head}{{"index":{index},{delta}{tail}'
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _output(self, delta: generation_pb2.Delta) -> str:
+        text, reasoning, calls = delta.text, delta.reasoning_text, delta.tool_calls
+        if not calls and not reasoning:
+            return f'"delta":{{"content":{to_json(text)}}}' if text else ""
+        shown: dict[str, Any] = {"content": text} if text else {}
+        if reasoning and self._call.include_reasoning:
+            shown["reasoning_content"] = reasoning
+        if calls:
+            shown["tool_calls"] = [_tool_call_fragment(call) for call in calls]
+        return f'"delta":{to_json(shown)}' if shown else ""
+
+    def _whole_output(self, candidate: generation_pb2.Candidate) -> dict[str, Any]:
+        calls = candidate.tool_calls
+        content = None if calls and not candidate.text else candidate.text
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if candidate.reasoning_text and self._call.include_reasoning:
+            message["reasoning_content"] = candidate.reasoning_text
+        if calls:
+            message["tool_calls"] = [{"id": call.id, "type": "function", "function": _function(call)} for call in calls]
+        return {"message": message}
 
     def _logprobs(self, index: int, token_ids: Sequence[int], columns: common_pb2.LogprobColumns) -> dict[str, Any]:
         del index
@@ -166,9 +184,7 @@ class CompletionFormat(Format):
     _ID_PREFIX = "cmpl-"
     _KIND = "text_completion"
     _CHUNK_KIND = "text_completion"
-    _BEFORE_TEXT = '"text":'
-    _AFTER_TEXT = ""
-    _NO_TEXT = '"text":""'
+    _NO_OUTPUT = '"text":""'
 
     def __init__(self, call: ApiCall, request_id: str, texts: TokenTexts) -> None:
         super().__init__(call, request_id, texts)
@@ -180,8 +196,11 @@ class CompletionFormat(Format):
         prompt = f'"prompt_token_ids":{to_json(list(prompt_token_ids))}'
         return f'{self._head}{{"index":{index},"text":"","logprobs":null,"finish_reason":null,{prompt}{self._tail}'
 
-    def _whole_text(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _output(self, delta: generation_pb2.Delta) -> str:
+        return f'"text":{to_json(delta.text)}' if delta.text else ""
+
+    def _whole_output(self, candidate: generation_pb2.Candidate) -> dict[str, Any]:
+        return {"text": candidate.text}
 
     def _logprobs(self, index: int, token_ids: Sequence[int], columns: common_pb2.LogprobColumns) -> dict[str, Any]:
         offset = self._offsets[index]
@@ -191,6 +210,17 @@ class CompletionFormat(Format):
     def _add_prompts(self, body: dict[str, Any], prompts: Sequence[Sequence[int]]) -> None:
         for choice in body["choices"]:
             choice["prompt_token_ids"] = list(prompts[choice["index"] // self._call.num_candidates])
+
+
+def _tool_call_fragment(call: generation_pb2.ToolCall) -> dict[str, Any]:
+    """Return a fragment of a call for a chunk; only the first one has more than arguments."""
+    if not call.id:
+        return {"index": call.index, "function": {"arguments": call.arguments_json}}
+    return {"index": call.index, "id": call.id, "type": "function", "function": _function(call)}
+
+
+def _function(call: generation_pb2.ToolCall) -> dict[str, str]:
+    return {"name": call.name, "arguments": call.arguments_json}
 
 
 def add_usages(usages: Sequence[common_pb2.Usage]) -> common_pb2.Usage:

@@ -13,7 +13,7 @@ from starlette.types import Send
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError
-from octavo.services.gateway.answer import whole_answer
+from octavo.services.gateway.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.generation import GenerationRun
@@ -75,6 +75,8 @@ class _Answering:
 
     async def whole(self) -> Response:
         """Return everything at once."""
+        for request in self._call.requests:
+            ask_for_whole_answer(request.generation)
 
         async def one(number: int, run: GenerationRun) -> tuple[generation_pb2.GenerateResponse, Sequence[int]]:
             del number

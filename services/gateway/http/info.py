@@ -15,6 +15,7 @@ from octavo.services.common.errors import ServingError
 from octavo.services.gateway.http.chat_request import read_chat
 from octavo.services.gateway.http.endpoint import HttpRequest
 from octavo.services.gateway.http.errors import in_openai_words
+from octavo.services.gateway.http.fields import DETOKENIZE, TOKENIZE
 from octavo.services.gateway.http.params import Params
 from octavo.services.gateway.model import Models
 from octavo.services.gateway.model_service import ModelServicer
@@ -54,7 +55,7 @@ class InfoEndpoints:
 
     async def tokenize(self, request: HttpRequest) -> Response:
         """Return the tokens of a text or a conversation."""
-        params = Params(await request.json())
+        params = Params(await request.json(), fields=TOKENIZE)
         body = tokenizer_pb2.TokenizeRequest(model=params.text("model") or "")
         prompt = params.text("prompt")
         with_texts = params.boolean("return_token_strs")
@@ -64,6 +65,7 @@ class InfoEndpoints:
         else:
             body.texts.append(prompt)
             body.omit_special_tokens = params.boolean("add_special_tokens") is False
+            params.refuse_rest("only goes with messages")
         params.finish()
         try:
             answer = await self._tokenizer_servicer.Tokenize(body, _NO_CONTEXT)
@@ -84,7 +86,7 @@ class InfoEndpoints:
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """Return the text of tokens."""
-        params = Params(await request.json())
+        params = Params(await request.json(), fields=DETOKENIZE)
         body = tokenizer_pb2.DetokenizeRequest(model=params.text("model") or "", keep_special_tokens=True)
         body.sequences.add(ids=params.token_ids("tokens") or ())
         params.finish()

@@ -1,4 +1,4 @@
-"""Reads the fields of a JSON object, each with its type; what nobody reads is refused."""
+"""Reads the fields of a JSON object, as its table has them; what no table knows is refused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from octavo.services.common.errors import FieldViolation, Reason, ServingError, invalid_field
+from octavo.services.gateway.http.fields import Fields, Support
 
 T = TypeVar("T")
 UINT32_MAX = 2**32 - 1
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "string": (str, "a string"),
+    "object": (dict, "an object"),
+}
+"""What a field that is ignored must be all the same, by its JSON Schema type."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -43,10 +49,25 @@ def _malformed(why: str) -> ServingError:
 class Params:
     """The fields of an object. Null is the same as absent: readers return None for both."""
 
-    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
-        """`path`: what precedes the fields' names in errors, such as "stream_options."."""
+    def __init__(self, values: Mapping[str, Any], path: str = "", fields: Fields | None = None) -> None:
+        """Check against the table what needs no reader.
+
+        path: what precedes the fields' names in errors, such as "stream_options."; fields: the table, None: none.
+        Raises MALFORMED_REQUEST for unknown fields, INVALID_FIELD for refused ones and ignored ones of a wrong type.
+        """
         self._values = {name: value for name, value in values.items() if value is not None}
         self._path = path
+        self._fields = fields
+        if fields is None:
+            return
+        self._refuse([name for name in self._values if name not in fields])
+        for name in list(self._values):
+            field = fields[name]
+            if field.support is Support.REFUSED:
+                self.only(name, field.allowed, field.description)
+            elif field.support is Support.IGNORED:
+                kind = field.schema["type"]
+                self._typed(name, *_KINDS[kind])
 
     def wrong(self, name: str, description: str) -> ServingError:
         """Return the error for a field."""
@@ -54,6 +75,7 @@ class Params:
 
     def take(self, name: str) -> Any:
         """Return a field of any type."""
+        assert self._fields is None or name in self._fields, f"{name} is in no table"
         return self._values.pop(name, None)
 
     def text(self, name: str) -> str | None:
@@ -106,10 +128,21 @@ class Params:
 
     def finish(self) -> None:
         """Refuse the fields that nobody has read."""
-        if self._values:
-            names = ", ".join(sorted(self._path + name for name in self._values))
-            message = f"Unrecognized request argument{'s' if len(self._values) > 1 else ''} supplied: {names}"
-            first = FieldViolation(self._path + min(self._values), "is not known here; leave it out")
+        assert self._fields is None or not self._values, (
+            f"{sorted(self._values)} are in the table, and nobody reads them"
+        )
+        self._refuse(list(self._values))
+
+    def refuse_rest(self, advice: str) -> None:
+        """Refuse the fields that were not read because of another one."""
+        for name in self._values:
+            raise self.wrong(name, advice)
+
+    def _refuse(self, unknown: list[str]) -> None:
+        if unknown:
+            names = ", ".join(sorted(self._path + name for name in unknown))
+            message = f"Unrecognized request argument{'s' if len(unknown) > 1 else ''} supplied: {names}"
+            first = FieldViolation(self._path + min(unknown), "is not known here; leave it out")
             raise ServingError(Reason.MALFORMED_REQUEST, message, violations=[first])
 
     def _typed(self, name: str, kind: type[T], wanted: str) -> T | None:

@@ -10,6 +10,7 @@ from typing import Any
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
+from octavo.services.gateway.http.fields import STREAM_OPTIONS
 from octavo.services.gateway.http.params import Params
 
 GenerateRequest = generation_pb2.GenerateRequest
@@ -30,6 +31,8 @@ class ApiCall:
     token_ids: bool
     names: Mapping[str, str]
     """OpenAI's names of our fields, where this request chose among several."""
+    include_reasoning: bool = True
+    """The answer has the model's reasoning."""
 
     @property
     def num_candidates(self) -> int:
@@ -42,15 +45,18 @@ def read_common(params: Params, generation: generation_pb2.Generation, headers: 
     generation.model = params.text("model") or ""
     _read_sampling(params, generation.sampling)
     _read_stop(params, generation.stop)
-    generation.candidate_count = _default(params.integer("n", low=1), 1)
-    generation.output.token_ids = bool(params.boolean("return_token_ids"))
     # vLLM serves small numbers first, this gateway large ones.
     generation.scheduling.priority = -_default(params.integer("priority", -(2**31) + 1, 2**31 - 1), 0)
     generation.scheduling.cache_salt = params.text("cache_salt") or ""
     generation.scheduling.session_id = params.text("prompt_cache_key") or headers.get(_SESSION_HEADER, "")
-    params.only("skip_special_tokens", (True,), "special tokens are never part of the text here; leave it out")
-    _read_harmless(params)
+    generation.output.keep_special_tokens = params.boolean("skip_special_tokens") is False
     return _read_constraint(params, generation)
+
+
+def read_outputs(params: Params, generation: generation_pb2.Generation) -> None:
+    """Fill in how many outputs are wanted and what they have in them."""
+    generation.candidate_count = _default(params.integer("n", low=1), 1)
+    generation.output.token_ids = bool(params.boolean("return_token_ids"))
 
 
 def read_stream(params: Params) -> tuple[bool, bool]:
@@ -61,10 +67,8 @@ def read_stream(params: Params) -> tuple[bool, bool]:
         return stream, False
     if not stream:
         raise params.wrong("stream_options", "is only allowed when stream is true")
-    options = Params(given, "stream_options.")
+    options = Params(given, "stream_options.", STREAM_OPTIONS)
     include_usage = bool(options.boolean("include_usage"))
-    options.only("continuous_usage_stats", (False,), "is not supported; usage comes once, at the end")
-    options.only("include_obfuscation", (False,), "is not supported; leave it out")
     options.finish()
     return stream, include_usage
 
@@ -123,15 +127,6 @@ def _read_stop(params: Params, stop: common_pb2.StopCriteria) -> None:
         stop.min_new_tokens = min_tokens
     stop.ignore_end_of_sequence = bool(params.boolean("ignore_eos"))
     stop.include_stop_sequence = bool(params.boolean("include_stop_str_in_output"))
-
-
-def _read_harmless(params: Params) -> None:
-    """Read what clients send along and what changes nothing here."""
-    params.text("user")
-    params.text("safety_identifier")
-    params.object("metadata")
-    params.only("store", (False,), "nothing is stored here; leave it out")
-    params.only("service_tier", ("auto", "default"), "there is one tier; leave it out")
 
 
 def _read_constraint(params: Params, generation: generation_pb2.Generation) -> dict[str, str]:

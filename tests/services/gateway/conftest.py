@@ -47,15 +47,23 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_model(folder: Path, template: str | None = TEMPLATE, **generation_config: Any) -> Path:
-    """Write the files of a model that a gateway reads."""
+def write_model(
+    folder: Path,
+    template: str | None = TEMPLATE,
+    context: int = 64,
+    special_tokens: Sequence[str] = (),
+    **generation_config: Any,
+) -> Path:
+    """Write the files of a model that a gateway reads; `special_tokens` are further ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(list(special_tokens))
+    tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {"bos_token": "<|start|>", "eos_token": {"content": "<|end|>"}}
     if template is not None:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 272, "max_position_embeddings": 64}))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 272, "max_position_embeddings": context}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END], **generation_config}))
     return folder
 
@@ -263,9 +271,15 @@ async def rejection(call: Any) -> Rejection:
     raise AssertionError("the call succeeded")
 
 
-@pytest.fixture(scope="session")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+@pytest.fixture
+def context() -> int:
+    """The longest context of the model."""
+    return 64
+
+
+@pytest.fixture
+def model_path(tmp_path: Path, context: int) -> Path:
+    return write_model(tmp_path / "models" / "tiny", context=context)
 
 
 @pytest.fixture

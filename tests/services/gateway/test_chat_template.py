@@ -133,7 +133,7 @@ def test_tool_calls_and_results_become_the_dicts_that_templates_expect() -> None
         template_options_json='{"k": 1}',
     )
 
-    read = read_chat(chat, ChatTemplate("", {}), "chat")
+    read = read_chat(chat, ChatTemplate("{{ tools }}{{ messages[0].tool_calls }}", {}), "chat")
 
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     assert read.messages == [

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from octavo.services.gateway.detokenizer import DetokenizerFactory
 from octavo.services.gateway.output import CandidateOutput, OutputSettings
+from octavo.services.gateway.output_parser import OutputPiece
 from octavo.services.gateway.stop_matcher import StopStrings
 
 
@@ -151,15 +152,15 @@ def test_text_and_end_of_an_output_depend_on_its_tokens_and_not_on_their_arrival
 
     def arrive(sizes: list[int]) -> tuple[dict[int, str], str | None, int]:
         """Return the text out after k tokens for each k seen, what matched, and the tokens taken."""
-        output, out, after, at = CandidateOutput(shared), "", {}, 0
+        output, out, after, at = CandidateOutput(shared, str), "", {}, 0
         for size in [*sizes, len(ids)]:
             new = ids[at : at + size]
             if not new or output.matched:
                 break
             piece, taken = output.push(new)
-            out, at = out + piece, at + taken
+            out, at = out + piece.text, at + taken
             after[at] = out
-        after[-1] = out + output.finish()
+        after[-1] = out + output.finish().text
         return after, output.matched, output.num_tokens
 
     single, matched, taken = arrive([1] * len(ids))
@@ -175,9 +176,9 @@ def test_text_and_end_of_an_output_depend_on_its_tokens_and_not_on_their_arrival
 def test_the_text_of_a_stop_token_is_left_out_unless_wanted(include: bool) -> None:
     (he,) = BYTES.encode("he").ids
     shared = OutputSettings(lambda: BYTES_FACTORY.new([]), None, include, 2, frozenset([he]), omit_text=False)
-    output = CandidateOutput(shared)
+    output = CandidateOutput(shared, str)
 
-    assert output.push([he, he]) == ("hehe" if include else "he", 2)  # the first cannot end anything yet
+    assert output.push([he, he]) == (OutputPiece("hehe" if include else "he"), 2)  # the first cannot end anything yet
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ async def test_models_are_listed_and_found_by_name_and_alias(harness: Any, tools
     assert model == by_alias
     assert (model.name, list(model.aliases)) == ("tiny", ["little"])
     assert (model.max_context_tokens, model.vocab_size, list(model.end_of_sequence_ids)) == (64, 272, [0])
-    assert set(model.features) == {"generate", "chat", "logprobs", "resume"}
+    assert set(model.features) == {"generate", "chat", "tools", "logprobs", "resume"}
     assert model.version
     assert model.default_sampling.temperature == 1
     assert model.api_revision == 1

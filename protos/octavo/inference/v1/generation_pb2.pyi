@@ -18,26 +18,30 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
 
 class Part(_message.Message):
-    __slots__ = ("text", "tool_call", "tool_result", "media")
+    __slots__ = ("text", "tool_call", "tool_result", "media", "reasoning")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOOL_CALL_FIELD_NUMBER: _ClassVar[int]
     TOOL_RESULT_FIELD_NUMBER: _ClassVar[int]
     MEDIA_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
     text: str
     tool_call: ToolCall
     tool_result: ToolResult
     media: Media
-    def __init__(self, text: _Optional[str] = ..., tool_call: _Optional[_Union[ToolCall, _Mapping]] = ..., tool_result: _Optional[_Union[ToolResult, _Mapping]] = ..., media: _Optional[_Union[Media, _Mapping]] = ...) -> None: ...
+    reasoning: str
+    def __init__(self, text: _Optional[str] = ..., tool_call: _Optional[_Union[ToolCall, _Mapping]] = ..., tool_result: _Optional[_Union[ToolResult, _Mapping]] = ..., media: _Optional[_Union[Media, _Mapping]] = ..., reasoning: _Optional[str] = ...) -> None: ...
 
 class ToolCall(_message.Message):
-    __slots__ = ("id", "name", "arguments_json")
+    __slots__ = ("id", "name", "arguments_json", "index")
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_JSON_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     arguments_json: str
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., arguments_json: _Optional[str] = ...) -> None: ...
+    index: int
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., arguments_json: _Optional[str] = ..., index: _Optional[int] = ...) -> None: ...
 
 class ToolResult(_message.Message):
     __slots__ = ("id", "text")
@@ -57,17 +61,37 @@ class Media(_message.Message):
     uri: str
     def __init__(self, mime_type: _Optional[str] = ..., inline: _Optional[bytes] = ..., uri: _Optional[str] = ...) -> None: ...
 
+class ToolChoice(_message.Message):
+    __slots__ = ("mode", "name")
+    class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        MODE_UNSPECIFIED: _ClassVar[ToolChoice.Mode]
+        MODE_AUTO: _ClassVar[ToolChoice.Mode]
+        MODE_NONE: _ClassVar[ToolChoice.Mode]
+        MODE_REQUIRED: _ClassVar[ToolChoice.Mode]
+    MODE_UNSPECIFIED: ToolChoice.Mode
+    MODE_AUTO: ToolChoice.Mode
+    MODE_NONE: ToolChoice.Mode
+    MODE_REQUIRED: ToolChoice.Mode
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    mode: ToolChoice.Mode
+    name: str
+    def __init__(self, mode: _Optional[_Union[ToolChoice.Mode, str]] = ..., name: _Optional[str] = ...) -> None: ...
+
 class Chat(_message.Message):
-    __slots__ = ("messages", "tools_json", "template_options_json", "continue_final_message")
+    __slots__ = ("messages", "tools_json", "template_options_json", "continue_final_message", "tool_choice")
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     TOOLS_JSON_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_OPTIONS_JSON_FIELD_NUMBER: _ClassVar[int]
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    TOOL_CHOICE_FIELD_NUMBER: _ClassVar[int]
     messages: _containers.RepeatedCompositeFieldContainer[Message]
     tools_json: _containers.RepeatedScalarFieldContainer[str]
     template_options_json: str
     continue_final_message: bool
-    def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., tools_json: _Optional[_Iterable[str]] = ..., template_options_json: _Optional[str] = ..., continue_final_message: _Optional[bool] = ...) -> None: ...
+    tool_choice: ToolChoice
+    def __init__(self, messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., tools_json: _Optional[_Iterable[str]] = ..., template_options_json: _Optional[str] = ..., continue_final_message: _Optional[bool] = ..., tool_choice: _Optional[_Union[ToolChoice, _Mapping]] = ...) -> None: ...
 
 class Generation(_message.Message):
     __slots__ = ("model", "adapter", "text", "token_ids", "chat", "continue_output", "sampling", "stop", "constraint", "candidate_count", "output", "scheduling", "idempotency_key")
@@ -99,8 +123,24 @@ class Generation(_message.Message):
     idempotency_key: str
     def __init__(self, model: _Optional[str] = ..., adapter: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., continue_output: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., constraint: _Optional[_Union[_common_pb2.OutputConstraint, _Mapping]] = ..., candidate_count: _Optional[int] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., scheduling: _Optional[_Union[Scheduling, _Mapping]] = ..., idempotency_key: _Optional[str] = ...) -> None: ...
 
+class Parsing(_message.Message):
+    __slots__ = ("tool_call_format", "reasoning_format", "tool_names", "single_tool_call", "whole_tool_calls", "starts_in_reasoning")
+    TOOL_CALL_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    TOOL_NAMES_FIELD_NUMBER: _ClassVar[int]
+    SINGLE_TOOL_CALL_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
+    STARTS_IN_REASONING_FIELD_NUMBER: _ClassVar[int]
+    tool_call_format: str
+    reasoning_format: str
+    tool_names: _containers.RepeatedScalarFieldContainer[str]
+    single_tool_call: bool
+    whole_tool_calls: bool
+    starts_in_reasoning: bool
+    def __init__(self, tool_call_format: _Optional[str] = ..., reasoning_format: _Optional[str] = ..., tool_names: _Optional[_Iterable[str]] = ..., single_tool_call: _Optional[bool] = ..., whole_tool_calls: _Optional[bool] = ..., starts_in_reasoning: _Optional[bool] = ...) -> None: ...
+
 class OutputOptions(_message.Message):
-    __slots__ = ("omit_text", "token_ids", "logprobs", "chosen_logprob", "prompt_logprobs", "max_coalesce_ms", "progress_interval_ms")
+    __slots__ = ("omit_text", "token_ids", "logprobs", "chosen_logprob", "prompt_logprobs", "max_coalesce_ms", "progress_interval_ms", "parsing", "keep_special_tokens")
     OMIT_TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +148,8 @@ class OutputOptions(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MAX_COALESCE_MS_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
+    PARSING_FIELD_NUMBER: _ClassVar[int]
+    KEEP_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     omit_text: bool
     token_ids: bool
     logprobs: int
@@ -115,7 +157,9 @@ class OutputOptions(_message.Message):
     prompt_logprobs: int
     max_coalesce_ms: int
     progress_interval_ms: int
-    def __init__(self, omit_text: _Optional[bool] = ..., token_ids: _Optional[bool] = ..., logprobs: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., max_coalesce_ms: _Optional[int] = ..., progress_interval_ms: _Optional[int] = ...) -> None: ...
+    parsing: Parsing
+    keep_special_tokens: bool
+    def __init__(self, omit_text: _Optional[bool] = ..., token_ids: _Optional[bool] = ..., logprobs: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., prompt_logprobs: _Optional[int] = ..., max_coalesce_ms: _Optional[int] = ..., progress_interval_ms: _Optional[int] = ..., parsing: _Optional[_Union[Parsing, _Mapping]] = ..., keep_special_tokens: _Optional[bool] = ...) -> None: ...
 
 class Scheduling(_message.Message):
     __slots__ = ("priority", "session_id", "cache_salt", "bypass_prefix_cache", "resume_window_ms")
@@ -148,18 +192,22 @@ class GenerateResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., candidates: _Optional[_Iterable[_Union[Candidate, _Mapping]]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ...) -> None: ...
 
 class Candidate(_message.Message):
-    __slots__ = ("index", "text", "token_ids", "logprobs", "finished")
+    __slots__ = ("index", "text", "token_ids", "logprobs", "finished", "reasoning_text", "tool_calls")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    REASONING_TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
     index: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _common_pb2.LogprobColumns
     finished: CandidateFinished
-    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[_common_pb2.LogprobColumns, _Mapping]] = ..., finished: _Optional[_Union[CandidateFinished, _Mapping]] = ...) -> None: ...
+    reasoning_text: str
+    tool_calls: _containers.RepeatedCompositeFieldContainer[ToolCall]
+    def __init__(self, index: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Union[_common_pb2.LogprobColumns, _Mapping]] = ..., finished: _Optional[_Union[CandidateFinished, _Mapping]] = ..., reasoning_text: _Optional[str] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("generation",)
@@ -252,7 +300,7 @@ class Started(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., model_version: _Optional[str] = ..., resume_token: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., effective_sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., effective_stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.LogprobColumns, _Mapping]] = ...) -> None: ...
 
 class Delta(_message.Message):
-    __slots__ = ("candidate_index", "token_offset", "token_ids", "token_count", "text", "logprobs", "reasoning_text", "tool_call")
+    __slots__ = ("candidate_index", "token_offset", "token_ids", "token_count", "text", "logprobs", "reasoning_text", "tool_call", "tool_calls")
     CANDIDATE_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_OFFSET_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +309,7 @@ class Delta(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     REASONING_TEXT_FIELD_NUMBER: _ClassVar[int]
     TOOL_CALL_FIELD_NUMBER: _ClassVar[int]
+    TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
     candidate_index: int
     token_offset: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -269,7 +318,8 @@ class Delta(_message.Message):
     logprobs: _common_pb2.LogprobColumns
     reasoning_text: str
     tool_call: ToolCall
-    def __init__(self, candidate_index: _Optional[int] = ..., token_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_count: _Optional[int] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Union[_common_pb2.LogprobColumns, _Mapping]] = ..., reasoning_text: _Optional[str] = ..., tool_call: _Optional[_Union[ToolCall, _Mapping]] = ...) -> None: ...
+    tool_calls: _containers.RepeatedCompositeFieldContainer[ToolCall]
+    def __init__(self, candidate_index: _Optional[int] = ..., token_offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., token_count: _Optional[int] = ..., text: _Optional[str] = ..., logprobs: _Optional[_Union[_common_pb2.LogprobColumns, _Mapping]] = ..., reasoning_text: _Optional[str] = ..., tool_call: _Optional[_Union[ToolCall, _Mapping]] = ..., tool_calls: _Optional[_Iterable[_Union[ToolCall, _Mapping]]] = ...) -> None: ...
 
 class CandidateFinished(_message.Message):
     __slots__ = ("candidate_index", "finish_reason", "stop_sequence", "stop_token_id", "output_tokens")

@@ -57,7 +57,14 @@ def error_of(response: httpx.Response) -> Any:
         ({"stream_options": {}}, "stream_options"),
         ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
         ({"stream": True, "stream_options": {"what": True}}, "stream_options.what"),
-        ({"skip_special_tokens": False}, "skip_special_tokens"),
+        ({"skip_special_tokens": "no"}, "skip_special_tokens"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "f"}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tools": ["f"]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"metadata": "x"}, "metadata"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"priority": 101}, "priority"),
         ({"store": True}, "store"),
         ({"messages": []}, "messages"),
@@ -133,8 +140,7 @@ async def test_null_is_the_same_as_absent(harness: Any, http: httpx.AsyncClient)
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}], "tool_choice": "auto"},
-        {"tool_choice": "required"},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
     ],
 )
