@@ -27,6 +27,7 @@ from octavo.services.cli.one_process import LOG_FORMAT, SUPERVISOR_PID
 from octavo.services.cli.supervisor import Limits, Supervisor
 from octavo.services.common import config as config_loader
 from octavo.services.common import process
+from octavo.services.gateway.output_formats import NONE, REASONING_FORMATS, TOOL_CALL_FORMATS
 
 _LISTENING = "listening"
 _PROCESSES = "processes"
@@ -95,6 +96,28 @@ class ServeConfig:
             "group": _LISTENING,
             "help": "where the first gateway listens for the OpenAI-compatible API; further ones take the ports after "
             "it. Empty: nowhere",
+        },
+    )
+    http_cors_origins: tuple[str, ...] = field(
+        default=(),
+        metadata={"group": _LISTENING, "help": "origins whose web pages may call the HTTP API, * for all; empty: none"},
+    )
+    tool_call_format: str = field(
+        default="auto",
+        metadata={
+            "group": _LISTENING,
+            "help": "how the model writes tool calls; auto: as its chat template says, none: they stay text",
+            "choices": ("auto", NONE, *TOOL_CALL_FORMATS),
+            "metavar": "FORMAT",
+        },
+    )
+    reasoning_format: str = field(
+        default="auto",
+        metadata={
+            "group": _LISTENING,
+            "help": "what is around the model's reasoning; auto: as its chat template says, none: it stays text",
+            "choices": ("auto", NONE, *REASONING_FORMATS),
+            "metavar": "FORMAT",
         },
     )
     reflection: bool = field(
@@ -367,6 +390,9 @@ def child_specs(
         "resume_key_file": str(folder / _RESUME_KEY),
         "admin_address": "",
         "max_model_len": config.max_model_len,
+        "http_cors_origins": config.http_cors_origins,
+        "tool_call_format": config.tool_call_format,
+        "reasoning_format": config.reasoning_format,
         "reflection": config.reflection,
         "grace_s": config.grace_s,
         "api_keys": config.api_keys,

@@ -79,10 +79,10 @@ async def test_a_stream_has_fragments_that_the_sdk_puts_together(harness: Any, s
 async def test_a_conversation_with_calls_and_their_results_reaches_the_template(
     harness: Any, sdk: openai.AsyncOpenAI
 ) -> None:
-    f = {"name": "f", "arguments": "{\"x\": 1}"}
+    f = {"name": "f", "arguments": '{"x": 1}'}
     messages: Any = [
         *USER,
-        {"role": "assistant", "reasoning_content": "hm", "tool_calls": [{"id": "1", "type": "function", "function": f}]},
+        {"role": "assistant", "reasoning": "hm", "tool_calls": [{"id": "1", "type": "function", "function": f}]},
         {"role": "tool", "tool_call_id": "1", "content": "42"},
     ]  # fmt: skip
     body = {"documents": [{"text": "d"}]}
