@@ -15,7 +15,7 @@ PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos bench bench-peers simulate soak faults gpu-gates gpu-check gpu-bench clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart bench bench-peers simulate soak faults gpu-gates gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ typecheck: setup-dev  ## Check types
 protos: setup-dev  ## Generate the Python code of the protos
 	$(BIN)/buf format -w
 	$(BIN)/python protos/generate.py
+
+chart: setup-dev  ## Generate the schema and the README of the Helm chart
+	$(BIN)/python helm/generate.py
 
 bench: setup-dev  ## Print the figures in docs/performance.md
 	$(BIN)/python benchmarks/scheduler_step.py

@@ -80,7 +80,7 @@ def parse(
     description: str = "",
 ) -> T:
     """Do what `load` does, but raise ConfigError for a wrong setting."""
-    settings = _settings(cls)
+    settings = settings_of(cls)
     environ = os.environ if environ is None else environ
     given = vars(_parser(settings, prog, env_prefix, description).parse_args(list(argv)))
     path = given.pop("config", None)
@@ -141,7 +141,7 @@ def format_bytes(size: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Setting:
+class Setting:
     """One field of a configuration, and how its text becomes a value."""
 
     name: str
@@ -154,18 +154,22 @@ class _Setting:
 
     @property
     def required(self) -> bool:
+        """Whether it has no default."""
         return self.default is dataclasses.MISSING
 
     @property
     def positional(self) -> bool:
+        """Whether it is a bare argument instead of a flag."""
         return bool(self.metadata.get("positional"))
 
     @property
     def title(self) -> str:
+        """How it is called on a command line."""
         return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
 
     @property
     def help(self) -> str:
+        """What it is, for people."""
         return str(self.metadata.get("help", self.name.replace("_", " ")))
 
     def read(self, value: object, source: str) -> object:
@@ -218,6 +222,7 @@ class _Setting:
 
     @property
     def metavar(self) -> str:
+        """What stands for its value in the help."""
         if "metavar" in self.metadata or self.positional:
             return str(self.metadata.get("metavar", self.name.upper()))
         if self.kind:
@@ -230,13 +235,14 @@ class _Setting:
         )
 
 
-def _settings(cls: type[Any]) -> list[_Setting]:
+def settings_of(cls: type[Any]) -> list[Setting]:
+    """Return the settings that a configuration class has, in order."""
     assert dataclasses.is_dataclass(cls), f"{cls} is not a dataclass"
     hints = typing.get_type_hints(cls)
     return [_setting(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
 
 
-def _setting(field: dataclasses.Field[Any], hint: Any) -> _Setting:
+def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
     optional = False
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         members = [member for member in typing.get_args(hint) if member is not type(None)]
@@ -250,7 +256,7 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> _Setting:
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
-    return _Setting(
+    return Setting(
         field.name, base, _kind(field, base), default, optional, choices, types.MappingProxyType(dict(field.metadata))
     )
 
@@ -309,7 +315,7 @@ def _strings(value: object, split: bool) -> tuple[str, ...]:
 _READERS: dict[type, Callable[[str], object]] = {str: str, int: _integer, float: _number, bool: _boolean, Path: _path}
 
 
-def _read_file(path: Path, settings: list[_Setting]) -> dict[str, object]:
+def _read_file(path: Path, settings: list[Setting]) -> dict[str, object]:
     """Return the values in a YAML file, by field name."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -354,7 +360,7 @@ class _Parser(argparse.ArgumentParser):
         return values
 
 
-def _parser(settings: list[_Setting], prog: str, env_prefix: str, description: str) -> _Parser:
+def _parser(settings: list[Setting], prog: str, env_prefix: str, description: str) -> _Parser:
     positional = [setting for setting in settings if setting.positional]
     usage = " ".join([prog, "[options]", *(s.metavar if s.required else f"[{s.metavar}]" for s in positional)])
     parser = _Parser(
@@ -379,7 +385,7 @@ def _parser(settings: list[_Setting], prog: str, env_prefix: str, description: s
     return parser
 
 
-def _add(group: Any, setting: _Setting) -> None:
+def _add(group: Any, setting: Setting) -> None:
     default = setting.default_text()
     text = (setting.help + (f" (default: {default})" if default else "")).replace("%", "%%")
     if setting.choices:

@@ -1,0 +1,295 @@
+{{/* Names, labels, images and pieces that several pods have. */}}
+
+{{- define "octavo.fullname" -}}
+{{- default .Release.Name .Values.fullnameOverride | trunc 45 | trimSuffix "-" -}}
+{{- end }}
+
+{{- define "octavo.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "octavo.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end }}
+
+{{/* Labels that select pods; the context is (list $ "component"). */}}
+{{- define "octavo.selector" -}}
+app.kubernetes.io/name: octavo
+app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{- define "octavo.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "octavo.selector" . }}
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/part-of: octavo
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
+{{- with $root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* metadata of an object; the context is (list $ "component" "name"). */}}
+{{- define "octavo.metadata" -}}
+name: {{ index . 2 }}
+namespace: {{ (index . 0).Release.Namespace }}
+labels:
+  {{- include "octavo.labels" . | nindent 2 }}
+{{- end }}
+
+{{/* An image's reference; the context is (list $ "gateway"). */}}
+{{- define "octavo.image" -}}
+{{- $root := index . 0 -}}
+{{- include "octavo.reference" (list $root (index $root.Values.images (index . 1)) (printf "images.%s" (index . 1))) -}}
+{{- end }}
+
+{{- define "octavo.reference" -}}
+{{- $root := index . 0 -}}{{- $image := index . 1 -}}{{- $name := index . 2 -}}
+{{- if not $image.repository }}{{ fail (printf "%s.repository is needed" $name) }}{{ end -}}
+{{- if $image.digest -}}
+{{ $image.repository }}@{{ $image.digest }}
+{{- else if $root.Values.images.allowTags -}}
+{{ $image.repository }}:{{ default $root.Chart.AppVersion $image.tag }}
+{{- else -}}
+{{ fail (printf "%s.digest is needed: a tag can be moved (images.allowTags=true accepts tags)" $name) }}
+{{- end -}}
+{{- end }}
+
+{{/* Settings of a process as its flags. Numbers come as floats, and large ones must not become 1e+09. */}}
+{{- define "octavo.flags" -}}
+{{- range $name, $value := . }}
+{{- $flag := replace "_" "-" $name }}
+{{- if kindIs "bool" $value }}
+- {{ printf "--%s%s" (ternary "" "no-" $value) $flag | quote }}
+{{- else if kindIs "slice" $value }}
+{{- range $value }}
+- {{ printf "--%s=%s" $flag . | quote }}
+{{- end }}
+{{- else if and (kindIs "float64" $value) (eq (floor $value) $value) }}
+- {{ printf "--%s=%d" $flag (int64 $value) | quote }}
+{{- else }}
+- {{ printf "--%s=%v" $flag $value | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "octavo.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ int64 .Values.securityContext.runAsUser }}
+runAsGroup: {{ int64 .Values.securityContext.runAsGroup }}
+fsGroup: {{ int64 .Values.securityContext.runAsGroup }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "octavo.containerSecurity" -}}
+allowPrivilegeEscalation: false
+privileged: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+runAsUser: {{ int64 .Values.securityContext.runAsUser }}
+capabilities:
+  drop: [ALL]
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{/* What every pod begins with. Without enableServiceLinks: false a Service could set an OCTAVO_... variable. */}}
+{{- define "octavo.podBase" -}}
+serviceAccountName: {{ include "octavo.serviceAccountName" . }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext:
+  {{- include "octavo.podSecurity" . | nindent 2 }}
+{{- with .Values.images.pullSecrets }}
+imagePullSecrets:
+  {{- range . }}
+  - name: {{ . }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Where pods run; the context is (list $ values-of-the-pod "component"). */}}
+{{- define "octavo.placement" -}}
+{{- $values := index . 1 -}}
+{{- with $values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if $values.topologySpread }}
+topologySpreadConstraints:
+  {{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "octavo.selector" (list (index $ 0) (index $ 2)) | nindent 8 }}
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* preStop that waits; the context is (list $ seconds). The sleep action is there from Kubernetes 1.30 on. */}}
+{{- define "octavo.preStop" -}}
+{{- $seconds := int (index . 1) -}}
+{{- if $seconds }}
+lifecycle:
+  preStop:
+    {{- if semverCompare ">=1.30-0" (index . 0).Capabilities.KubeVersion.Version }}
+    sleep:
+      seconds: {{ $seconds }}
+    {{- else }}
+    exec:
+      command: [sleep, {{ $seconds | quote }}]
+    {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Probes of a process with --health-address. The port is plain and has nothing else on it. */}}
+{{- define "octavo.probes" -}}
+startupProbe:
+  grpc: {port: 50055, service: startup}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: 90
+livenessProbe:
+  grpc: {port: 50055, service: liveness}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 3
+readinessProbe:
+  grpc: {port: 50055, service: readiness}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: 2
+{{- end }}
+
+{{- define "octavo.environment" -}}
+- name: OCTAVO_LOG_FORMAT
+  value: json
+- name: HOME
+  value: /tmp
+- name: POD_NAME
+  valueFrom:
+    fieldRef: {fieldPath: metadata.name}
+{{- end }}
+
+{{- define "octavo.modelPath" -}}
+{{- $path := .Values.model.mountPath -}}
+{{- with .Values.model.folder }}{{ $path = printf "%s/%s" $path . }}{{ end -}}
+{{- with .Values.model.file }}{{ $path = printf "%s/%s" $path . }}{{ end -}}
+{{- $path -}}
+{{- end }}
+
+{{- define "octavo.claimName" -}}
+{{- default (printf "%s-model" (include "octavo.fullname" .)) .Values.model.claim.name -}}
+{{- end }}
+
+{{- define "octavo.modelVolume" -}}
+{{- if eq .Values.model.source "claim" }}
+- name: model
+  persistentVolumeClaim:
+    claimName: {{ include "octavo.claimName" . }}
+{{- else if eq .Values.model.source "image" }}
+- name: model
+  image:
+    reference: {{ include "octavo.reference" (list . .Values.model.image "model.image") }}
+    pullPolicy: {{ .Values.images.pullPolicy }}
+{{- end }}
+{{- end }}
+
+{{- define "octavo.modelMount" -}}
+{{- if ne .Values.model.source "builtin" }}
+- name: model
+  mountPath: {{ .Values.model.mountPath }}
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{/* The container that verifies the model; the context is (list $ globs). It waits for a folder that is being filled. */}}
+{{- define "octavo.verifyModel" -}}
+{{- $root := index . 0 -}}
+{{- if $root.Values.model.verify }}
+- name: verify-model
+  image: {{ include "octavo.image" (list $root "scheduler") }}
+  imagePullPolicy: {{ $root.Values.images.pullPolicy }}
+  command: [octavo]
+  args:
+    - model
+    - verify
+    - {{ ternary (include "octavo.modelPath" $root | dir) (include "octavo.modelPath" $root) (ne $root.Values.model.file "") }}
+    - --wait-s={{ int $root.Values.model.waitSeconds }}s
+    {{- range index . 1 }}
+    - --only={{ . }}
+    {{- end }}
+  securityContext:
+    {{- include "octavo.containerSecurity" $root | nindent 4 }}
+  resources:
+    requests: {cpu: 100m, memory: 128Mi}
+    limits: {cpu: "2", memory: 256Mi}
+  volumeMounts:
+    {{- include "octavo.modelMount" $root | nindent 4 }}
+    - name: tmp
+      mountPath: /tmp
+{{- end }}
+{{- end }}
+
+{{- define "octavo.tmpVolume" -}}
+- name: tmp
+  emptyDir:
+    sizeLimit: 256Mi
+{{- end }}
+
+{{/* Names under which a Service is called. */}}
+{{- define "octavo.serviceNames" -}}
+{{- $name := index . 1 -}}{{- $namespace := (index . 0).Release.Namespace -}}
+- {{ $name }}
+- {{ $name }}.{{ $namespace }}
+- {{ $name }}.{{ $namespace }}.svc
+- {{ $name }}.{{ $namespace }}.svc.cluster.local
+{{- end }}
+
+{{- define "octavo.hopFlags" -}}
+{{- if .Values.transport.tls.enabled }}
+- --hop-certificate=/etc/octavo/hop/tls.crt
+- --hop-key=/etc/octavo/hop/tls.key
+- --hop-ca=/etc/octavo/hop/ca.crt
+{{- end }}
+{{- end }}
+
+{{- define "octavo.hopMount" -}}
+{{- if .Values.transport.tls.enabled }}
+- name: hop-tls
+  mountPath: /etc/octavo/hop
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{/* The context is (list $ "gateway" or "engine"). */}}
+{{- define "octavo.hopVolume" -}}
+{{- $root := index . 0 -}}
+{{- if $root.Values.transport.tls.enabled }}
+- name: hop-tls
+  secret:
+    secretName: {{ default (printf "%s-%s-hop-tls" (include "octavo.fullname" $root) (index . 1)) $root.Values.transport.tls.existingSecret }}
+    defaultMode: 0440
+{{- end }}
+{{- end }}
+
+{{- define "octavo.tlsSecret" -}}
+{{- default (printf "%s-tls" (include "octavo.fullname" .)) .Values.tls.existingSecret -}}
+{{- end }}

@@ -1,0 +1,114 @@
+"""Values that cannot work are refused before anything is installed, with a line that says what to change."""
+
+from __future__ import annotations
+
+import pytest
+
+from .chart import VERSIONS, template
+
+CPU = ["values-cpu.yaml"]
+# (--set, what the message must say); in values-cpu.yaml's place where it is named.
+BY_SCHEMA = [
+    ("bogus=1", "bogus"),
+    ("gateway.replica=2", "replica"),
+    ("gateway.replicas=0", "minimum"),
+    ("gateway.replicas=two", "/gateway/replicas"),
+    ("gateway.settings.max_request=5", "max_request"),
+    ("gateway.settings.max_requests=many", "/gateway/settings/max_requests"),
+    ("gateway.settings.grpc_address=1.2.3.4:5", "grpc_address"),
+    ("gateway.settings.log_level=loud", "/gateway/settings/log_level"),
+    ("gateway.settings.failover_s=30 parsecs", "/gateway/settings/failover_s"),
+    ("gateway.drain.seconds=-1", "/gateway/drain/seconds"),
+    ("gateway.service.type=Ingress", "/gateway/service/type"),
+    ("gateway.pdb.maxUnavailable=half", "/gateway/pdb/maxUnavailable"),
+    ("gateway.autoscaling.cpuPercent=101", "/gateway/autoscaling/cpuPercent"),
+    ("engine.kind=DaemonSet", "/engine/kind"),
+    ("engine.workers=0", "/engine/workers"),
+    ("engine.worker.gpus=2", "/engine/worker/gpus"),
+    ("engine.worker.settings.device=tpu", "/engine/worker/settings/device"),
+    ("engine.worker.settings.kv_cache_memory=lots", "/engine/worker/settings/kv_cache_memory"),
+    ("engine.worker.settings.rank=1", "rank"),
+    ("engine.scheduler.settings.max_running=1.5", "/engine/scheduler/settings/max_running"),
+    ("engine.worker.resources.limits.memory=4 GB", "/engine/worker/resources/limits/memory"),
+    ("engine.worker.resources.limit.memory=4Gi", "limit"),
+    ("engine.shm.sizeLimit=big", "/engine/shm/sizeLimit"),
+    ("images.worker.digest=sha256:1234", "/images/worker/digest"),
+    ("images.worker.repository=UPPER", "/images/worker/repository"),
+    ("images.pullPolicy=Sometimes", "/images/pullPolicy"),
+    ("model.source=hub", "/model/source"),
+    ("model.mountPath=models", "/model/mountPath"),
+    ("model.file=model.bin", "/model/file"),
+    ("model.folder=../etc", "/model/folder"),
+    ("securityContext.runAsUser=0", "/securityContext/runAsUser"),
+    ("listenAddress=127.0.0.1", "/listenAddress"),
+    ("fullnameOverride=Octavo", "/fullnameOverride"),
+    ("monitoring.interval=often", "/monitoring/interval"),
+    ("test.tokens=0", "/test/tokens"),
+]
+BY_RULE = [
+    ("model.name=", "model.name is needed"),
+    ("model.claim.create=false", "model.claim.name is needed"),
+    ("model.verify=false", "model.fetch needs model.verify"),
+    ("model.file=other.gguf", "model.file must be model.gguf"),
+    ("model.source=builtin", "model.fetch fills a claim"),
+    ("images.allowTags=false", "digest is needed"),
+    ("gateway.drain.seconds=300", "gateway.drain.terminationGracePeriodSeconds must be at least 315"),
+    ("engine.drain.terminationGracePeriodSeconds=69", "engine.drain.terminationGracePeriodSeconds must be at least 70"),
+    ("engine.kind=LeaderWorkerSet", "needs transport.curve.enabled=true"),
+    ("transport.curve.enabled=true", "transport.curve is for engine.kind=LeaderWorkerSet"),
+    ("engine.tensorParallel=2", "must divide engine.workers"),
+    ("engine.workers=2,engine.tensorParallel=2", "not for engine.worker.settings.device=cpu"),
+    ("engine.worker.settings.device=cuda", "needs engine.worker.gpus=1"),
+    ("engine.worker.gpus=1", "uses no GPU"),
+    ("engine.worker.hungSeconds=60", "engine.worker.hungSeconds must be more than"),
+    ("transport.tls.enabled=true", "transport.tls.existingSecret is needed"),
+    ("tls.enabled=true", "tls.existingSecret is needed"),
+    ("tls.clientCertificates=true", "tls.clientCertificates needs tls.enabled"),
+    ("gateway.settings.certificate_tenants=true", "needs tls.clientCertificates"),
+    ("certManager.enabled=true", "certManager.issuerRef.name is needed"),
+    ("gateway.auth.jwksConfigMap=keys", "jwt_issuer and jwt_audience"),
+    ("gateway.settings.jwt_issuer=i,gateway.settings.jwt_audience=a", "gateway.auth.jwksConfigMap goes with"),
+    ("engine.autoscaling.enabled=true", "engine.autoscaling.prometheusAddress is needed"),
+    ("gateway.autoscaling.enabled=true,gateway.autoscaling.minReplicas=11", "minReplicas must not be more"),
+    ("route.enabled=true", "route.parentRefs is needed"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), BY_SCHEMA)
+def test_the_schema_refuses(values: str, said: str) -> None:
+    done = template(CPU, [values], VERSIONS[-1])
+    assert done.returncode != 0
+    assert "values don't meet the specifications of the schema" in done.stderr
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize(("values", "said"), BY_RULE)
+def test_a_rule_refuses(values: str, said: str) -> None:
+    done = template(CPU, [values], VERSIONS[-1])
+    assert done.returncode != 0
+    assert "schema" not in done.stderr, done.stderr
+    assert said in done.stderr
+
+
+def test_a_volume_of_an_image_is_refused_where_kubernetes_has_none() -> None:
+    values = ["model.fetch.enabled=false", "model.source=image", "model.image.repository=registry.test/model"]
+    assert template(CPU, values, "1.33").returncode == 0
+    done = template(CPU, values, "1.32")
+    assert "model.source=image needs Kubernetes 1.33" in done.stderr
+
+
+def test_engines_over_nodes_refuse_what_only_one_pod_has() -> None:
+    multi_node = ["values-multi-node.yaml"]
+    named = ["model.name=m", "model.claim.name=c", "images.allowTags=true"]
+    assert template(multi_node, named, VERSIONS[-1]).returncode == 0
+    for values, said in (
+        ("engine.cache.kind=claim", "use emptyDir"),
+        ("engine.tensorParallel=4", "must be engine.nodes"),
+        ("transport.curve.existingSecret=", "transport.curve.existingSecret is needed"),
+    ):
+        assert said in template(multi_node, [*named, values], VERSIONS[-1]).stderr
+
+
+def test_a_cluster_that_is_too_old_is_refused() -> None:
+    done = template(CPU, [], "1.28")
+    assert "chart requires kubeVersion" in done.stderr

@@ -1,0 +1,104 @@
+"""Who reaches whom: Services, routes, certificates and NetworkPolicies."""
+
+from __future__ import annotations
+
+import pytest
+
+from .chart import SETS, Object, containers, find, rendered
+
+
+def policy(name: str, values: str) -> Object:
+    spec: Object = find(rendered(values), "NetworkPolicy", name)["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]  # what is not listed is denied
+    return spec
+
+
+def ports(rules: list[Object]) -> set[int]:
+    return {port["port"] for rule in rules for port in rule.get("ports", [])}
+
+
+def test_schedulers_take_calls_from_gateways_only_and_engines_reach_nothing_but_dns() -> None:
+    engine = policy("demo-engine", "cpu")
+    (rule,) = engine["ingress"]
+    (peer,) = rule["from"]
+    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
+    assert ports([rule]) == {50052}
+    assert engine["egress"] == [{"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}]
+
+
+def test_engines_over_nodes_reach_each_other_and_nothing_else() -> None:
+    engine = policy("demo-engine", "multi-node")
+    for rule in (engine["ingress"][1], engine["egress"][1]):
+        (peer,) = rule.get("from", rule.get("to"))
+        assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "engine"
+    assert len(engine["ingress"]) == len(engine["egress"]) == 2
+
+
+def test_gateways_take_calls_from_whom_the_values_name() -> None:
+    (rule,) = policy("demo-gateway", "cpu-production")["ingress"][:1]
+    assert [list(peer) for peer in rule["from"]] == [["namespaceSelector"], ["podSelector"]]
+    assert rule["from"][1]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
+    assert ports([rule]) == {50051, 8000}
+    egress = policy("demo-gateway", "cpu-production")["egress"]
+    assert ports(egress) == {53, 50052}
+    assert all("to" in rule for rule in egress[1:])
+
+
+def test_only_the_job_that_fetches_reaches_the_outside() -> None:
+    outside = [
+        each["metadata"]["name"]
+        for each in rendered("cpu")
+        if each["kind"] == "NetworkPolicy"
+        and any("to" not in rule and ports([rule]) != {53} for rule in each["spec"]["egress"])
+    ]
+    assert outside == ["demo-fetch"]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_ports_say_what_is_spoken_and_lead_to_a_container(name: str) -> None:
+    objects = rendered(name)
+    pods = {
+        "gateway": find(objects, "Deployment", "demo-gateway")["spec"]["template"],
+        "engine": next(
+            each["spec"].get("template") or each["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
+            for each in objects
+            if each["metadata"]["name"] == "demo-engine" and each["kind"] in ("StatefulSet", "LeaderWorkerSet")
+        ),
+    }
+    for each in objects:
+        if each["kind"] != "Service":
+            continue
+        pod = pods[each["metadata"]["labels"]["app.kubernetes.io/component"]]
+        open_ports = {port["name"]: port["containerPort"] for one in containers(pod) for port in one.get("ports", [])}
+        for port in each["spec"]["ports"]:
+            assert port["name"].startswith("grpc-") == (port["appProtocol"] == "grpc")
+            assert open_ports[port["targetPort"]] == port["port"]
+            assert len(port["name"]) <= 15
+    engines = find(objects, "Service", "demo-engine")["spec"]
+    assert engines["clusterIP"] == "None"
+    assert engines["publishNotReadyAddresses"] is True
+    assert find(objects, "Service", "demo-gateway-headless")["spec"]["clusterIP"] == "None"
+
+
+def test_certificates_are_made_out_to_the_names_that_are_dialled() -> None:
+    objects = rendered("cpu-production")
+    gateway = containers(find(objects, "Deployment", "demo-gateway")["spec"]["template"])[-1]
+    flags = {each.split("=")[0]: each.split("=", 1)[1] for each in gateway["args"] if "=" in each}
+    dialled = flags["--scheduler-addresses"].rpartition(":")[0]
+    assert dialled in find(objects, "Certificate", "demo-engine-hop-tls")["spec"]["dnsNames"]
+    test = find(objects, "Pod", "demo-test-stream")["spec"]["containers"][0]
+    called = next(each.split("=")[1] for each in test["args"] if each.startswith("--address=")).rpartition(":")[0]
+    assert called in find(objects, "Certificate", "demo-tls")["spec"]["dnsNames"]
+    volumes = find(objects, "Deployment", "demo-gateway")["spec"]["template"]["spec"]["volumes"]
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in volumes if "secret" in volume}
+    made = {each["spec"]["secretName"] for each in objects if each["kind"] == "Certificate"}
+    assert {secrets["tls"], secrets["hop-tls"]} <= made
+
+
+def test_a_route_lets_the_public_rpcs_through_and_no_others() -> None:
+    rules = find(rendered("cpu-production"), "GRPCRoute", "demo-grpc")["spec"]["rules"]
+    methods = {(each["method"]["service"], each["method"]["method"]) for rule in rules for each in rule["matches"]}
+    assert ("octavo.inference.v1.GenerationService", "GenerateStream") in methods
+    assert {service.rpartition(".")[0] for service, _ in methods} == {"octavo.inference.v1", "grpc.health.v1"}
+    http = find(rendered("cpu-production"), "HTTPRoute", "demo-http")["spec"]["rules"]
+    assert all(rule["timeouts"] == {"request": "0s", "backendRequest": "0s"} for rule in http)

