@@ -15,7 +15,7 @@ PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart bench bench-peers simulate soak faults gpu-gates gpu-check gpu-bench clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools bench bench-peers simulate soak faults gpu-gates gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ protos: setup-dev  ## Generate the Python code of the protos
 
 chart: setup-dev  ## Generate the schema and the README of the Helm chart
 	$(BIN)/python helm/generate.py
+
+chart-tools: setup-dev  ## Install what the chart's tests use if it is there: checkov, 300 MB in your cache folder
+	$(BIN)/python tests/helm/tools.py
 
 bench: setup-dev  ## Print the figures in docs/performance.md
 	$(BIN)/python benchmarks/scheduler_step.py

