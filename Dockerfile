@@ -1,0 +1,95 @@
+# syntax=docker/dockerfile:1
+# The images of the chart: docker build --target gateway|scheduler|worker-cpu|worker-cuda -t octavo-gateway .
+# Name the base by digest for a release: --build-arg PYTHON_IMAGE=python@sha256:...
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+
+# Builds the wheel, with the native CPU kernels in it.
+FROM ${PYTHON_IMAGE} AS build
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /source
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY src src
+COPY protos protos
+COPY services services
+COPY kernels kernels
+COPY gpu_worker gpu_worker
+RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+# What all images have: an environment, and a user who can write nowhere but in volumes.
+FROM ${PYTHON_IMAGE} AS base
+ENV PATH=/opt/octavo/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+RUN groupadd --gid 65532 octavo \
+    && useradd --uid 65532 --gid octavo --no-create-home --home-dir /tmp --shell /usr/sbin/nologin octavo \
+    && python -m venv /opt/octavo
+ENTRYPOINT ["octavo"]
+
+FROM base AS gateway
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[gateway]" && python -m compileall -q /opt/octavo/lib
+USER 65532:65532
+CMD ["gateway", "--help"]
+
+FROM base AS scheduler
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[scheduler]" && python -m compileall -q /opt/octavo/lib
+USER 65532:65532
+CMD ["scheduler", "--help"]
+
+# huggingface-hub and pip are for `octavo model fetch`.
+FROM base AS worker-cpu
+# A build of torch without CUDA, if your index has one, makes this image much smaller.
+ARG TORCH=torch==2.13.0
+RUN pip install "${TORCH}"
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[worker]" "huggingface-hub>=0.30,<3" \
+    && python -m compileall -q /opt/octavo/lib
+USER 65532:65532
+CMD ["worker", "--help"]
+
+# torch brings its CUDA libraries; the driver comes from the node. Triton compiles its launchers with gcc.
+FROM base AS worker-cuda
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+ARG TORCH=torch==2.13.0
+RUN pip install "${TORCH}"
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[cuda]" "huggingface-hub>=0.30,<3" \
+    && python -m compileall -q /opt/octavo/lib
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 65532:65532
+CMD ["worker", "--help"]
+
+# Bills of materials (CycloneDX) of the environments: docker build --target sbom --output sbom .
+FROM base AS sbom-tool
+RUN python -m venv /opt/sbom && /opt/sbom/bin/pip install cyclonedx-bom==7.5.0
+
+FROM sbom-tool AS sbom-gateway
+COPY --from=gateway /opt/octavo /opt/octavo
+RUN /opt/sbom/bin/cyclonedx-py environment /opt/octavo/bin/python --output-file /gateway.cdx.json
+
+FROM sbom-tool AS sbom-scheduler
+COPY --from=scheduler /opt/octavo /opt/octavo
+RUN /opt/sbom/bin/cyclonedx-py environment /opt/octavo/bin/python --output-file /scheduler.cdx.json
+
+FROM sbom-tool AS sbom-worker-cpu
+COPY --from=worker-cpu /opt/octavo /opt/octavo
+RUN /opt/sbom/bin/cyclonedx-py environment /opt/octavo/bin/python --output-file /worker-cpu.cdx.json
+
+FROM sbom-tool AS sbom-worker-cuda
+COPY --from=worker-cuda /opt/octavo /opt/octavo
+RUN /opt/sbom/bin/cyclonedx-py environment /opt/octavo/bin/python --output-file /worker-cuda.cdx.json
+
+FROM scratch AS sbom
+COPY --from=sbom-gateway /gateway.cdx.json /
+COPY --from=sbom-scheduler /scheduler.cdx.json /
+COPY --from=sbom-worker-cpu /worker-cpu.cdx.json /
+COPY --from=sbom-worker-cuda /worker-cuda.cdx.json /
