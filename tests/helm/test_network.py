@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from .chart import SETS, Object, containers, find, rendered
+from octavo.services.telemetry import catalog
+
+from .chart import SETS, Object, containers, find, pod_specs, rendered
 
 
 def policy(name: str, values: str) -> Object:
@@ -93,6 +97,38 @@ def test_certificates_are_made_out_to_the_names_that_are_dialled() -> None:
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in volumes if "secret" in volume}
     made = {each["spec"]["secretName"] for each in objects if each["kind"] == "Certificate"}
     assert {secrets["tls"], secrets["hop-tls"]} <= made
+
+
+def test_metrics_are_read_by_whom_the_values_name_and_at_every_process() -> None:
+    for values, workers in (("cpu-production", 1), ("multi-node-production", 8)):
+        objects = rendered(values)
+        scraped = {each["port"] for each in find(objects, "PodMonitor", "demo-engine")["spec"]["podMetricsEndpoints"]}
+        assert scraped == {"metrics", *(f"metrics-{number}" for number in range(workers))}
+        for _, pod in pod_specs(objects):
+            for container in containers(pod):
+                flags = dict(each[2:].split("=", 1) for each in container["args"] if "=" in each)
+                if "metrics-address" in flags:
+                    port = next(each for each in container["ports"] if each["name"].startswith("metrics"))
+                    assert flags["metrics-address"] == f"0.0.0.0:{port['containerPort']}"
+                    assert container["name"] == "gateway" or port["name"] in scraped
+        for component in ("gateway", "engine"):
+            rules = policy(f"demo-{component}", values)["ingress"]
+            (rule,) = (each for each in rules if 9090 in ports([each]))
+            assert [list(peer) for peer in rule["from"]] == [["namespaceSelector"]]
+            if component == "engine":
+                assert rule["ports"][1] == {"port": 9100, "endPort": 9099 + workers}
+    assert not any("metrics-address" in str(pod) for _, pod in pod_specs(rendered("cpu")))
+
+
+def test_what_scales_is_a_metric_that_there_is() -> None:
+    names = {value.name for value in vars(catalog).values() if isinstance(value, catalog.Metric)}
+    scaled = find(rendered("cpu-production"), "ScaledObject", "demo-engine")["spec"]["triggers"]
+    queries = [each["metadata"]["query"] for each in scaled]
+    assert {re.search(r"octavo_\w+", query)[0] for query in queries} == {  # type: ignore[index]
+        "octavo_sequences_waiting",
+        "octavo_kv_cache_usage_ratio",
+    }
+    assert {"octavo_sequences_waiting", "octavo_kv_cache_usage_ratio", "octavo_requests_in_flight"} <= names
 
 
 def test_a_route_lets_the_public_rpcs_through_and_no_others() -> None:

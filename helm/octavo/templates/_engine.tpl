@@ -65,6 +65,7 @@ volumes:
     {{- end }}
     - --health-address={{ .Values.listenAddress }}:50055
     - --grace-s={{ int $engine.drain.seconds }}s
+    {{- include "octavo.metricsFlag" (list . 9090) | trim | nindent 4 }}
     {{- include "octavo.hopFlags" . | trim | nindent 4 }}
     {{- include "octavo.flags" $engine.scheduler.settings | trim | nindent 4 }}
   env:
@@ -78,6 +79,7 @@ volumes:
     - name: zmq-workers
       containerPort: 50053
     {{- end }}
+    {{- include "octavo.metricsPort" (list . 9090 "metrics") | nindent 4 }}
   {{- include "octavo.probes" . | nindent 2 }}
   {{- include "octavo.preStop" (list . $engine.drain.preStopSeconds) | nindent 2 }}
   securityContext:
@@ -138,6 +140,7 @@ volumes:
     - --alive-file=/run/octavo/alive-{{ .number }}
     - --drain-s={{ sub (int $engine.drain.terminationGracePeriodSeconds) 5 }}s
     - --packed-cache-dir=/var/cache/octavo/packed
+    {{- include "octavo.metricsFlag" (list $root (add 9100 .number)) | trim | nindent 4 }}
     {{- include "octavo.flags" $worker.settings | trim | nindent 4 }}
   env:
     {{- include "octavo.environment" $root | nindent 4 }}
@@ -156,6 +159,10 @@ volumes:
       valueFrom:
         fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/worker-index']"}
     {{- end }}
+  {{- with include "octavo.metricsPort" (list $root (add 9100 .number) (printf "metrics-%d" .number)) | trim }}
+  ports:
+    {{- . | nindent 4 }}
+  {{- end }}
   startupProbe:
     exec:
       command: {{ toJson $probe }}

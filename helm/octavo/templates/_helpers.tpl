@@ -254,6 +254,20 @@ readinessProbe:
     sizeLimit: 256Mi
 {{- end }}
 
+{{/* The flag and the port of metrics; the context is (list $ number). Processes of one pod need numbers of their own. */}}
+{{- define "octavo.metricsFlag" -}}
+{{- if (index . 0).Values.monitoring.enabled }}
+- --metrics-address={{ (index . 0).Values.listenAddress }}:{{ index . 1 }}
+{{- end }}
+{{- end }}
+
+{{- define "octavo.metricsPort" -}}
+{{- if (index . 0).Values.monitoring.enabled }}
+- name: {{ index . 2 }}
+  containerPort: {{ index . 1 }}
+{{- end }}
+{{- end }}
+
 {{/* Names under which a Service is called. */}}
 {{- define "octavo.serviceNames" -}}
 {{- $name := index . 1 -}}{{- $namespace := (index . 0).Release.Namespace -}}
