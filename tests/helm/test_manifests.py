@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from . import kubernetes
-from .chart import CHART, SETS, VERSIONS, Object, helm, pod_specs, rendered
+from .chart import CHART, SETS, VERSIONS, Object, helm, pod_specs, rendered, rendered_text
 from .crds import CHECKS
 
 
@@ -32,8 +32,15 @@ def check(manifest: Object, version: str) -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_every_object_is_valid_in_every_version(name: str) -> None:
     for version in VERSIONS:
-        for manifest in rendered(name, version):
+        # All versions but the oldest get the same: see below.
+        for manifest in rendered(name, version if version == VERSIONS[0] else VERSIONS[-1]):
             check(manifest, version)
+
+
+def test_only_the_oldest_version_gets_other_objects() -> None:
+    """Its preStop differs; a new rule for versions must be added to the test above."""
+    texts = {version: re.sub(r"resume.key: .*", "", rendered_text("cpu", version)) for version in VERSIONS}
+    assert [version for version in VERSIONS if texts[version] != texts[VERSIONS[-1]]] == VERSIONS[:1]
 
 
 @pytest.mark.parametrize(
