@@ -21,13 +21,15 @@ ALLOWED = {
     "gpu_worker": {"protos", "kernels", "services.telemetry"},
     "services.telemetry": set(),
     "services.common": {"protos"},
-    "services.gateway": {"protos", "services.common", "services.telemetry"},
+    "services.gateway": {"protos", "services.batch", "services.common", "services.telemetry"},
     "services.scheduler": {"protos", "services.common", "services.telemetry"},
     "services.client": {"protos", "services.common"},
     "services.bench": {"services.client"},
+    "services.batch": set(),
+    "services.offline": {"services.batch", "services.client"},
     "services.cli": {
-        "protos", "services.bench", "services.client", "services.common", "services.gateway", "services.scheduler",
-        "services.telemetry", "gpu_worker",
+        "protos", "services.batch", "services.bench", "services.client", "services.common", "services.gateway",
+        "services.offline", "services.scheduler", "services.telemetry", "gpu_worker",
     },
 }  # fmt: skip
 PROTO_AREAS = {"admin", "common", "inference", "scheduler", "worker"}

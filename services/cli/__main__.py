@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": ("octavo.services.cli.serve", "serve a model on this machine: starts all processes and looks after them"),
     "chat": ("octavo.services.cli.chat", "talk to a server in the terminal"),
     "generate": ("octavo.services.cli.generate", "stream one answer to standard output"),
+    "batch": ("octavo.services.cli.batch", "answer the requests of a file"),
     "top": ("octavo.services.cli.top", "show what a server does right now"),
     "bench": ("octavo.services.cli.bench", "measure a server as its clients see it"),
     "health": ("octavo.services.cli.health", "ask whether a process is well, for probes and after an installation"),

@@ -40,6 +40,7 @@ _MAX_BASE_BYTES = 64  # the path of a Unix socket in a run directory has at most
 _RESUME_KEY = "resume.key"
 _NEW_S = 60.0
 _POLL_S = 0.05
+_PARENT_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,10 @@ class ServeConfig:
     log_format: str = field(
         default="text",
         metadata={"group": "logging", "help": "how to show them", "choices": ("text", "json"), "metavar": "FORMAT"},
+    )
+
+    parent_pid: int = field(
+        default=0, metadata={"hidden": True, "help": "stop when this process is no longer the parent; 0: never"}
     )
 
     def __post_init__(self) -> None:
@@ -502,7 +507,19 @@ async def _supervise(
         on_line=output.child_line,
         on_progress=on_progress,
     )
-    return await supervisor.run()
+    watching = asyncio.create_task(_stop_without(config.parent_pid)) if config.parent_pid else None
+    try:
+        return await supervisor.run()
+    finally:
+        if watching is not None:
+            watching.cancel()
+
+
+async def _stop_without(parent_pid: int) -> None:
+    """Stop this process, as a signal does, once the one that started it is gone."""
+    while os.getppid() == parent_pid:  # noqa: ASYNC110 - the system tells nobody but the parent
+        await asyncio.sleep(_PARENT_POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _all_serving(targets: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ class SyncClient:
         resume_for_s: float = 30.0,
     ) -> None:
         self._loop = asyncio.new_event_loop()
+        self._finishing: set[asyncio.Task[None]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="octavo-client", daemon=True)
         self._thread.start()
 
@@ -63,7 +64,7 @@ class SyncClient:
 
     def stream(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> SyncStream:
         """Start to generate; iterate over the result. Arguments are those of Client.stream."""
-        return SyncStream(self._client.stream(prompt, **options), self._run)
+        return SyncStream(self._client.stream(prompt, **options), self._run, self._finish)
 
     def generate(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> Result:
         """Generate and return the whole output. Arguments are those of Client.stream."""
@@ -82,7 +83,7 @@ class SyncClient:
             while (result := self._run(_following(results))) is not None:
                 yield result
         finally:
-            self._run(results.aclose())
+            self._finish(_closed(results))
 
     def cancel(self, request_id: str) -> generation_pb2.CancelGenerationResponse:
         """End a request by its id, whoever started it."""
@@ -124,6 +125,16 @@ class SyncClient:
             future.cancel()
             raise
 
+    def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run what cleans up after an iteration; the garbage collector ends an abandoned one, in any thread."""
+        if self._loop.is_closed():
+            work.close()  # closing the client has ended the call
+        elif threading.current_thread() is self._thread:
+            self._finishing.add(task := self._loop.create_task(work))
+            task.add_done_callback(self._finishing.discard)
+        else:
+            self._run(work)
+
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -135,12 +146,20 @@ async def _following(items: AsyncIterator[T]) -> T | None:
     return await anext(items, None)
 
 
+async def _closed(items: Any) -> None:
+    """Close a generator; when the caller was interrupted, its last step may still be on the way out."""
+    while items.ag_running:  # noqa: ASYNC110 - nobody else is told
+        await asyncio.sleep(0)
+    await items.aclose()
+
+
 class SyncStream:
     """Iterates over the Deltas of one request; see Stream, which it wraps as `stream`."""
 
-    def __init__(self, stream: Stream, run: Any) -> None:
+    def __init__(self, stream: Stream, run: Any, finish: Any) -> None:
         self.stream = stream
         self._run = run
+        self._finish = finish
 
     def __iter__(self) -> Iterator[generation_pb2.Delta]:
         """Yield each Delta. Raises OctavoError if the call fails; after `cancel`, just ends."""
@@ -149,8 +168,8 @@ class SyncStream:
             while (delta := self._run(_following(deltas))) is not None:
                 yield delta
         finally:
-            self._run(deltas.aclose())
-            self._run(self._leave())
+            self._finish(_closed(deltas))
+            self._finish(self._leave())
 
     def __enter__(self) -> Self:
         return self

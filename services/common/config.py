@@ -6,10 +6,11 @@ the file given by `--config`. Flags win over the environment, that over the file
 field's default. Types: str, int, float, bool, Path, tuple[str, ...], and each of them `| None`.
 
 Metadata of a field: `help`; `choices`; `positional` (a bare argument instead of a flag); `group`
-(heading in the help); `metavar`; `hidden` (not in the help); `verbatim` (the items of a tuple are
-not split at commas); `kind`, which is "bytes" (512MiB, 2GB, 4096) or "duration" (30s, 250ms, 5m; the
-field holds seconds, or milliseconds if its name ends with `_ms`). Fields whose name ends with `_s`,
-`_ms` or `_bytes`, or whose `unit` is "s", "ms" or "bytes", are of that kind anyway.
+(heading in the help); `metavar`; `also` (further names of the flag, a tuple); `hidden` (not in the
+help); `verbatim` (the items of a tuple are not split at commas); `kind`, which is "bytes" (512MiB,
+2GB, 4096) or "duration" (30s, 250ms, 5m; the field holds seconds, or milliseconds if its name ends
+with `_ms`). Fields whose name ends with `_s`, `_ms` or `_bytes`, or whose `unit` is "s", "ms" or
+"bytes", are of that kind anyway.
 """
 
 from __future__ import annotations
@@ -398,4 +399,5 @@ def _add(group: Any, setting: Setting) -> None:
         group.add_argument(setting.title, dest=setting.name, action=argparse.BooleanOptionalAction, **options)
     else:
         action = "append" if setting.type is tuple else "store"
-        group.add_argument(setting.title, dest=setting.name, action=action, metavar=setting.metavar, **options)
+        names = (setting.title, *setting.metadata.get("also", ()))
+        group.add_argument(*names, dest=setting.name, action=action, metavar=setting.metavar, **options)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from octavo.services.client import Client, OctavoError, SyncClient
+    from octavo.services.offline.llm import LLM
 
-__all__ = ["Client", "OctavoError", "SyncClient", "__version__"]
+__all__ = ["LLM", "Client", "OctavoError", "SyncClient", "__version__"]
 __version__ = "0.1.0"
 
 
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> object:
         from octavo.services import client
 
         return getattr(client, name)
+    if name == "LLM":
+        from octavo.services.offline.llm import LLM
+
+        return LLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,10 +23,9 @@ README = (ROOT / "README.md").read_text()
 ADDRESS = "127.0.0.1:50051"
 
 
-def block(language: str) -> str:
-    match = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert match is not None
-    return match.group(1)
+def block(language: str, number: int = 0) -> str:
+    found: list[str] = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return found[number]
 
 
 def test_the_python_example_runs(stack: Stack) -> None:
@@ -35,6 +34,13 @@ def test_the_python_example_runs(stack: Stack) -> None:
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     assert re.search(r"^\d+ tokens$", done.stdout, re.MULTILINE)
+
+
+def test_the_offline_example_runs() -> None:
+    code = block("python", 1)
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
 
 
 def test_the_grpcurl_example_works(stack: Stack) -> None:

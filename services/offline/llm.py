@@ -1,0 +1,121 @@
+"""`octavo.LLM`: a model in a Python program."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack, cast
+
+from octavo.services.client import BatchItem, BatchResult, GenerationOptions, OctavoError, Result, SyncClient
+from octavo.services.client.request import MessageLike
+from octavo.services.offline.local_server import LocalServer
+
+Prompt = str | Sequence[int]
+"""Plain text, or token ids."""
+
+
+class LLM:
+    """Runs a model and generates with it: `with LLM("demo") as llm: print(llm.generate("Hello")[0].text)`.
+
+    The work is done by a server of its own (`octavo serve`: scheduler, workers, gateway), which is started here and
+    stops when the LLM is closed or this program ends. Prompts are batched there, whatever thread they come from. If a
+    process of the server dies it is started again, and its work goes on.
+
+    model    a folder, a .gguf file, a hub id, or "demo"
+    verbose  pass on what the server says to stderr
+    options  of `octavo serve`, with _ for -: `device="cpu"`, `kv_cache_memory="4GiB"`, `max_model_len=4096`
+
+    Raises LocalServerError, with one line that says why, if the model cannot be served.
+    """
+
+    def __init__(self, model: str, *, verbose: bool = False, **options: str | float | bool) -> None:
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(
+                LocalServer(str(model), [_flag(*each) for each in options.items()], verbose=verbose)
+            )
+            self.client = stack.enter_context(SyncClient(server.address))
+            """For everything else that the API can do."""
+            self.server_pid = server.pid
+            """The process that looks after the server's processes."""
+            self._closing = stack.pop_all()
+
+    def generate(self, prompts: Prompt | Iterable[Prompt], **options: Unpack[GenerationOptions]) -> list[Result]:
+        """Return the continuation of each prompt, in order; without `max_new_tokens` it can fill the context.
+
+        Raises OctavoError for the first prompt that fails, and ends the others; `generate_each` goes on.
+        """
+        return _all(self.generate_each(_several(prompts), ordered=True, **options))
+
+    def generate_each(
+        self, prompts: Iterable[Prompt], *, ordered: bool = False, **options: Unpack[GenerationOptions]
+    ) -> Iterator[BatchResult]:
+        """Yield a BatchResult for each prompt as it is done. `prompts` is read as there is room: it may be endless."""
+        return self.client.batch((_item(prompt, options) for prompt in prompts), ordered=ordered)
+
+    def chat(
+        self,
+        conversations: Sequence[MessageLike] | Iterable[Sequence[MessageLike]],
+        **options: Unpack[GenerationOptions],
+    ) -> list[Result]:
+        """Return the answer to each conversation, or to the one. Raises what `generate` does.
+
+        A conversation is a list of messages: `{"role": "user", "content": "Hello"}`.
+        """
+        several = list(conversations)
+        if several and not isinstance(several[0], Sequence):
+            several = [cast(Any, several)]
+        return _all(self.chat_each(cast(Any, several), ordered=True, **options))
+
+    def chat_each(
+        self,
+        conversations: Iterable[Sequence[MessageLike]],
+        *,
+        ordered: bool = False,
+        **options: Unpack[GenerationOptions],
+    ) -> Iterator[BatchResult]:
+        """Yield a BatchResult for each conversation as it is answered."""
+        items = (cast(BatchItem, {**options, "messages": messages}) for messages in conversations)
+        return self.client.batch(items, ordered=ordered)
+
+    def close(self) -> None:
+        """Stop the server. Nothing happens the second time."""
+        self._closing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _flag(name: str, value: str | float | bool) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag[2:]}"
+    return f"{flag}={value}"
+
+
+def _several(prompts: Prompt | Iterable[Prompt]) -> Iterable[Prompt]:
+    if isinstance(prompts, str) or (isinstance(prompts, Sequence) and prompts and isinstance(prompts[0], int)):
+        return [cast(Prompt, prompts)]
+    return cast(Iterable[Prompt], prompts)
+
+
+def _item(prompt: Prompt, options: GenerationOptions) -> BatchItem:
+    return cast(BatchItem, {**options, ("prompt" if isinstance(prompt, str) else "token_ids"): prompt})
+
+
+def _all(results: Iterator[BatchResult]) -> list[Result]:
+    found: list[Result] = []
+    with contextlib.closing(cast(Any, results)):
+        for result in results:
+            if result.error is not None:
+                error: OctavoError = result.error
+                error.add_note(f"prompt {result.index}")
+                raise error
+            assert result.result is not None, "neither a result nor an error"
+            found.append(result.result)
+    return found

@@ -1,0 +1,104 @@
+"""A server of this process's own: `octavo serve`, on ports that nothing else uses, until the context is left."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+_READY = re.compile(r"ready in .*, grpc (\S+), http (\S+) \(")
+_STOP_S = 40.0
+_KEPT_LINES = 20
+
+
+class LocalServerError(Exception):
+    """The server did not start. One line."""
+
+
+class LocalServer:
+    """`with LocalServer("demo") as server: Client(server.address)`.
+
+    model    as for `octavo serve`
+    flags    further options of `octavo serve`, such as "--device=cpu"
+    verbose  what the server says is passed on to stderr
+    """
+
+    def __init__(self, model: str, flags: Sequence[str] = (), *, verbose: bool = False) -> None:
+        self._command = [sys.executable, "-P", "-m", "octavo.services.cli", "serve", model, *flags]
+        # In this order: the last of two equal options counts.
+        self._command += ["--grpc-address=127.0.0.1:0", "--http-address=127.0.0.1:0"]
+        self._command += [f"--parent-pid={os.getpid()}"]
+        self._verbose = verbose
+        self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._reader: threading.Thread
+        self._process: subprocess.Popen[str]
+        self.address = ""
+        """Where it serves gRPC: host:port."""
+        self.url = ""
+        """Where it serves HTTP, without /v1."""
+
+    @property
+    def pid(self) -> int:
+        """The process id of `octavo serve`."""
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        """Return once it serves. Raises LocalServerError."""
+        if importlib.util.find_spec("zmq") is None or importlib.util.find_spec("tokenizers") is None:
+            raise LocalServerError('what a server needs is not installed: pip install "octavo[serve]"')
+        # A session of its own: Ctrl-C goes to this process, which stops the server when it has finished.
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.close()
+            raise
+        self._reader = threading.Thread(target=self._read_on, name="octavo-server-output", daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop it. Nothing happens the second time."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _wait_ready(self) -> None:
+        for line in self._lines():
+            if ready := _READY.search(line):
+                self.address, self.url = ready[1], f"http://{ready[2]}"
+                return
+        self._process.wait(_STOP_S)
+        said = self._last_lines[-1] if self._last_lines else "it said nothing"
+        raise LocalServerError(f"the server did not start: {said.removeprefix('octavo serve: ')}")
+
+    def _read_on(self) -> None:
+        for _ in self._lines():
+            pass
+
+    def _lines(self) -> Iterator[str]:
+        assert self._process.stdout is not None, "started with a pipe"
+        for line in self._process.stdout:
+            self._last_lines.append(line.rstrip())
+            if self._verbose:
+                print(line, end="", file=sys.stderr, flush=True)
+            yield line
