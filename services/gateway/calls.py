@@ -33,7 +33,8 @@ class GenerateCalls:
         max_requests: int,
     ) -> None:
         self._models = models
-        self._validator = validator
+        self.validator = validator
+        """Of the rules of fields."""
         self._accounting = accounting
         self._tokens = tokens
         self._schedulers = schedulers
@@ -51,8 +52,14 @@ class GenerateCalls:
 
     def check(self, request: Message) -> None:
         """Check a request against the rules of its fields. Raises INVALID_FIELD."""
+        with self.refusals_counted():
+            self.validator.check(request)
+
+    @contextmanager
+    def refusals_counted(self) -> Iterator[None]:
+        """Count the ServingError that ends the body: a call that never gets as far as `admitted`."""
         try:
-            self._validator.check(request)
+            yield
         except ServingError as error:
             self._accounting.refused(error)
             raise

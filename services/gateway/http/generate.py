@@ -51,11 +51,12 @@ class GenerateEndpoints:
         body = await request.json()
         names: Mapping[str, str] = {}
         try:
-            call = read(body, request.headers)
-            names = call.names
-            for each in call.requests:
-                self._calls.check(each)
-            model = self._models.get(call.requests[0].generation.model)
+            with self._calls.refusals_counted():
+                call = read(body, request.headers)
+                names = call.names
+                for each in call.requests:
+                    self._calls.validator.check(each)
+                model = self._models.get(call.requests[0].generation.model)
             shape = make_format(call, request.request_id, self._texts[model.name])
             answering = _Answering(self._calls, request, call, shape)
             work = answering.stream() if call.stream else answering.whole()
