@@ -28,6 +28,7 @@ from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.health import SERVICE_NAMES, HealthMonitor
 from octavo.services.gateway.http.app import make_app
+from octavo.services.gateway.http.batches import BatchService
 from octavo.services.gateway.http.generate import GenerateEndpoints
 from octavo.services.gateway.http.info import InfoEndpoints
 from octavo.services.gateway.http.listener import HttpListener
@@ -106,14 +107,18 @@ class Gateway:
 
         self._probes = _bind_probes(config.health_address, self._ready)
         self._http: HttpListener | None = None
+        self._batches: BatchService | None = None
         self.http_port = 0
         if config.http_address:
+            generate = GenerateEndpoints(self._calls, models)
+            self._batches = _open_batches(config, generate, authenticator)
             http_app = make_app(
-                GenerateEndpoints(self._calls, models),
+                generate,
                 InfoEndpoints(models, model_servicer, tokenizer_servicer, self._ready),
                 authenticator,
                 config.http_max_body_bytes,
                 config.http_cors_origins,
+                [] if self._batches is None else self._batches.routes,
             )
             self._http = _bind_http(config, http_app)
             self.http_port = self._http.port
@@ -130,6 +135,8 @@ class Gateway:
         await self._health.start()
         if self._http is not None:
             await self._http.start()  # first: gRPC's health check says that all of the gateway serves
+        if self._batches is not None:
+            self._batches.start()
         await self._server.start()
         if self._admin is not None:
             await self._admin.start()
@@ -143,6 +150,8 @@ class Gateway:
         ends with UNAVAILABLE and with what its client needs to go on elsewhere.
         """
         self._calls.draining = True
+        if self._batches is not None:
+            await self._batches.stop()  # another gateway goes on with them
         await self._health.stop()
         # Refuses new connections and calls now, and would cancel the others after twice the grace.
         stopping = asyncio.create_task(self._server.stop(2 * grace_s + _LAST_WRITES_S))
@@ -196,6 +205,17 @@ def _load_model(config: GatewayConfig) -> ServedModel:
         detect_tool_call_format(template) if tool_calls == "auto" else tool_calls,
         detect_reasoning_format(template) if reasoning == "auto" else reasoning,
     )
+
+
+def _open_batches(
+    config: GatewayConfig, generate: GenerateEndpoints, authenticator: Authenticator
+) -> BatchService | None:
+    if config.batch_dir is None:
+        return None
+    try:
+        return BatchService(config, config.batch_dir, generate, authenticator)
+    except OSError as error:
+        raise BindError(f"cannot use --batch-dir {config.batch_dir}: {error.strerror}") from None
 
 
 def _bind_http(config: GatewayConfig, app: ASGIApp) -> HttpListener:

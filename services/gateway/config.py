@@ -74,6 +74,18 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     batch_wait_s: float = field(
         default=600.0, metadata={"help": "how long an item of a batch waits for room in the queue before it is refused"}
     )
+    batch_dir: Path | None = field(
+        default=None,
+        metadata={
+            "help": "folder for /v1/files and /v1/batches of the HTTP API, which gateways may share; without one there "
+            "are none",
+            "metavar": "FOLDER",
+        },
+    )
+    batch_jobs: int = field(default=2, metadata={"help": "most batches of /v1/batches that run here at once"})
+    batch_max_file_bytes: int = field(default=1 << 30, metadata={"help": "longest file for /v1/files"})
+    batch_max_tenant_bytes: int = field(default=16 << 30, metadata={"help": "most bytes of files that a tenant keeps"})
+    batch_max_requests: int = field(default=1_000_000, metadata={"help": "most requests of one batch"})
     max_concurrent_streams: int = field(default=1024, metadata={"help": "most calls at once on one connection"})
     max_connection_age_s: int = field(
         default=1800,
@@ -111,6 +123,10 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         for name in (
             "max_requests",
             "batch_window",
+            "batch_jobs",
+            "batch_max_file_bytes",
+            "batch_max_tenant_bytes",
+            "batch_max_requests",
             "tokenizer_threads",
             "max_concurrent_streams",
             "http_max_body_bytes",
@@ -129,6 +145,8 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
             raise ValueError("--scheduler-addresses must name at least one scheduler")
         for address in self.scheduler_addresses:
             _check_address("--scheduler-addresses", address, may_be_empty=False)
+        if self.batch_dir is not None and not self.http_address:
+            raise ValueError("--batch-dir is for the HTTP API: give --http-address as well")
         if self.http_address.startswith("unix:"):
             raise ValueError(f"--http-address must be host:port, not {self.http_address!r}")
         _check_address("--http-address", self.http_address, may_be_empty=True)

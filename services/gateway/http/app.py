@@ -28,8 +28,13 @@ def make_app(
     authenticator: Authenticator,
     max_body_bytes: int,
     cors_origins: Sequence[str],
+    more_routes: Sequence[tuple[str, str, Handler]] = (),
 ) -> Starlette:
-    """Return the ASGI application; `cors_origins` may be called from by browsers, none if empty."""
+    """Return the ASGI application.
+
+    cors_origins  may be called from by browsers, none if empty
+    more_routes   method, path and handler of what only some gateways have
+    """
 
     def route(method: str, path: str, handler: Handler, *, public: bool = False) -> Route:
         endpoint = Endpoint(handler, max_body_bytes, None if public else authenticator)
@@ -46,11 +51,12 @@ def make_app(
         route("GET", "/ping", info.health, public=True),
         route("GET", "/version", info.version),
         route("GET", "/openapi.json", _openapi),
+        *(route(*each) for each in more_routes),
     ]
     cors = Middleware(
         CORSMiddleware,
         allow_origins=cors_origins,
-        allow_methods=("GET", "POST"),
+        allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),
         expose_headers=("x-request-id", "retry-after"),
     )

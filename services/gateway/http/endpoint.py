@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from starlette.datastructures import Headers
+from starlette.datastructures import FormData, Headers, QueryParams
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -23,6 +24,9 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _BODY_S = 120.0
 _DISCARD_S = 5.0
+_UPLOAD_S = 3600.0
+_MAX_FIELDS = 16
+_MAX_FIELD_BYTES = 64 * 1024
 
 
 class HttpRequest:
@@ -31,6 +35,7 @@ class HttpRequest:
     def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
         self.headers = Headers(scope=scope)
         self.path_params: dict[str, Any] = scope.get("path_params", {})
+        self.query = QueryParams(scope.get("query_string", b""))
         self.request_id = choose_request_id(self.headers.get("x-request-id", ""))
         self.send = send
         self.where = f"{scope['method']} {scope['path']}"
@@ -47,6 +52,26 @@ class HttpRequest:
         try:
             async with asyncio.timeout(_BODY_S):
                 return parse_object(await self._body())
+        except TimeoutError:
+            raise HttpError(408, "the body did not arrive in time", "timeout", {"connection": "close"}) from None
+
+    async def form(self, max_bytes: int) -> FormData:
+        """Return the body, a form with at most one file, which may be on the disk; the caller closes it.
+
+        Raises HttpError, ClientDisconnect.
+        """
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "multipart/form-data":
+            message = f"the body must be multipart/form-data, not {kind or 'of no type'}; set the content-type header"
+            raise HttpError(415, message, "unsupported_media_type")
+        parser = MultiPartParser(
+            self.headers, self._pieces(max_bytes), max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+        )
+        try:
+            async with asyncio.timeout(_UPLOAD_S):
+                return await parser.parse()
+        except MultiPartException as error:
+            raise HttpError(400, f"the form is not what it should be: {error.message}", "malformed_request") from None
         except TimeoutError:
             raise HttpError(408, "the body did not arrive in time", "timeout", {"connection": "close"}) from None
 
@@ -77,24 +102,26 @@ class HttpRequest:
             pass
 
     async def _body(self) -> bytes:
+        return b"".join([piece async for piece in self._pieces(self._max_body_bytes)])
+
+    async def _pieces(self, max_bytes: int) -> AsyncGenerator[bytes, None]:
         announced = self.headers.get("content-length", "0")
-        if int(announced) > self._max_body_bytes:
-            raise await self._too_large()
-        pieces: list[bytes] = []
+        if int(announced) > max_bytes:
+            raise await self._too_large(max_bytes)
         size = 0
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             piece = message.get("body", b"")
-            pieces.append(piece)
             size += len(piece)
-            if size > self._max_body_bytes:
-                raise await self._too_large()
+            if size > max_bytes:
+                raise await self._too_large(max_bytes)
+            yield piece
             if not message.get("more_body", False):
-                return b"".join(pieces)
+                return
 
-    async def _too_large(self) -> HttpError:
+    async def _too_large(self, max_bytes: int) -> HttpError:
         """Return the error; first discard, for a while, what still comes: a client reads when it has written."""
         try:
             if "expect" not in self.headers:
@@ -103,7 +130,7 @@ class HttpRequest:
                         pass
         except TimeoutError:
             pass  # it is told, even if it may not listen
-        message = f"the body is longer than {self._max_body_bytes} bytes"
+        message = f"the body is longer than {max_bytes} bytes"
         return HttpError(413, message, "request_too_large", {"connection": "close"})
 
 

@@ -1,0 +1,156 @@
+"""/v1/batches: files of requests, answered while nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from octavo.services.gateway.authentication import Authenticator, caller
+from octavo.services.gateway.batches.jobs import BatchJobs, JobLimits
+from octavo.services.gateway.batches.store import RUNNING, BatchStore, StoredBatch, StoreLimits
+from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.http.endpoint import Endpoint, Handler, HttpRequest
+from octavo.services.gateway.http.files import FileEndpoints, page
+from octavo.services.gateway.http.generate import GenerateEndpoints
+from octavo.services.gateway.http.in_process import InProcessSender
+from octavo.services.gateway.http.params import Params
+
+_WINDOW = re.compile(r"([1-9]\d{0,3})h")
+_MAX_METADATA = 16
+_MAX_KEY = 64
+_MAX_VALUE = 512
+_TIMES = (
+    "in_progress_at",
+    "finalizing_at",
+    "completed_at",
+    "failed_at",
+    "expired_at",
+    "cancelling_at",
+    "cancelled_at",
+)
+
+
+class BatchService:
+    """Files, batches, and what runs them."""
+
+    def __init__(
+        self, config: GatewayConfig, folder: Path, generate: GenerateEndpoints, authenticator: Authenticator
+    ) -> None:
+        """Make the folder. Raises OSError."""
+        store = BatchStore(folder, StoreLimits(config.batch_max_file_bytes, config.batch_max_tenant_bytes))
+        handlers: dict[str, Handler] = {
+            "/v1/chat/completions": generate.chat,
+            "/v1/completions": generate.complete,
+        }
+        endpoints = {path: Endpoint(handler, config.http_max_body_bytes, None) for path, handler in handlers.items()}
+
+        def make_sender(batch: StoredBatch) -> InProcessSender:
+            return InProcessSender(endpoints, authenticator, batch.tenant, batch.id)
+
+        self._jobs = BatchJobs(
+            store, make_sender, JobLimits(config.batch_jobs, config.batch_window, config.batch_max_requests)
+        )
+        files, batches = FileEndpoints(store), BatchEndpoints(store, self._jobs, tuple(endpoints))
+        self.routes: Sequence[tuple[str, str, Handler]] = (
+            ("POST", "/v1/files", files.create),
+            ("GET", "/v1/files", files.list),
+            ("GET", "/v1/files/{file_id}", files.get),
+            ("GET", "/v1/files/{file_id}/content", files.content),
+            ("DELETE", "/v1/files/{file_id}", files.delete),
+            ("POST", "/v1/batches", batches.create),
+            ("GET", "/v1/batches", batches.list),
+            ("GET", "/v1/batches/{batch_id}", batches.get),
+            ("POST", "/v1/batches/{batch_id}/cancel", batches.cancel),
+        )
+        """Method, path and handler of each endpoint."""
+
+    def start(self) -> None:
+        """Run batches from now on."""
+        self._jobs.start()
+
+    async def stop(self) -> None:
+        """Leave running batches to another gateway, or to the next start."""
+        await self._jobs.stop()
+
+
+class BatchEndpoints:
+    """The batches of the tenant who calls."""
+
+    def __init__(self, store: BatchStore, jobs: BatchJobs, endpoints: Sequence[str]) -> None:
+        self._store = store
+        self._jobs = jobs
+        self._endpoints = endpoints
+
+    async def create(self, request: HttpRequest) -> Response:
+        """Begin a batch."""
+        params = Params(await request.json())
+        file_id = params.text("input_file_id") or ""
+        endpoint = params.text("endpoint") or ""
+        if endpoint not in self._endpoints:
+            raise params.wrong("endpoint", f"must be one of {', '.join(self._endpoints)}")
+        window = _WINDOW.fullmatch(params.text("completion_window") or "24h")
+        if window is None:
+            raise params.wrong("completion_window", "must be a number of hours, such as 24h")
+        metadata = _metadata(params)
+        params.finish()
+        seconds = int(window[1]) * 3600
+        batch = await asyncio.to_thread(self._store.add_batch, caller().tenant, endpoint, file_id, seconds, metadata)
+        self._jobs.wake()
+        return JSONResponse(describe(batch))
+
+    async def list(self, request: HttpRequest) -> Response:
+        """List batches, newest first."""
+        return JSONResponse(page(request, await asyncio.to_thread(self._store.batches, caller().tenant), describe))
+
+    async def get(self, request: HttpRequest) -> Response:
+        """Describe a batch."""
+        return JSONResponse(describe(await self._find(request)))
+
+    async def cancel(self, request: HttpRequest) -> Response:
+        """End a batch; what was answered is kept. Whoever runs it does that within a second."""
+        batch = await self._find(request)
+        if batch.status in RUNNING:
+            await asyncio.to_thread(self._store.ask_to_cancel, batch)
+            batch.status = "cancelling"
+        return JSONResponse(describe(batch))
+
+    async def _find(self, request: HttpRequest) -> StoredBatch:
+        return await asyncio.to_thread(self._store.batch, caller().tenant, request.path_params["batch_id"])
+
+
+def describe(batch: StoredBatch) -> dict[str, Any]:
+    """Return OpenAI's Batch object."""
+    errors = [{"param": None, **error} for error in batch.errors]
+    return {
+        "id": batch.id,
+        "object": "batch",
+        "endpoint": batch.endpoint,
+        "input_file_id": batch.input_file_id,
+        "completion_window": batch.completion_window,
+        "status": batch.status,
+        "output_file_id": batch.output_file_id,
+        "error_file_id": batch.error_file_id,
+        "errors": {"object": "list", "data": errors} if errors else None,
+        "created_at": batch.created_at,
+        "expires_at": batch.expires_at,
+        **{name: getattr(batch, name) for name in _TIMES},
+        "request_counts": {"total": batch.total, "completed": batch.completed, "failed": batch.failed},
+        "metadata": batch.metadata,
+    }
+
+
+def _metadata(params: Params) -> dict[str, str] | None:
+    given = params.object("metadata")
+    if given is None:
+        return None
+    for key, value in given.items():
+        if not isinstance(value, str) or len(key) > _MAX_KEY or len(value) > _MAX_VALUE:
+            raise params.wrong(f"metadata[{key[:_MAX_KEY]}]", f"must be a string of at most {_MAX_VALUE} characters")
+    if len(given) > _MAX_METADATA:
+        raise params.wrong("metadata", f"must have at most {_MAX_METADATA} entries")
+    return dict(given)
