@@ -38,7 +38,8 @@ class GenerateCalls:
         self._accounting = accounting
         self._tokens = tokens
         self._schedulers = schedulers
-        self._max_requests = max_requests
+        self.max_requests = max_requests
+        """Most calls at once."""
         self._idle = asyncio.Event()
         self._idle.set()
         self.num_requests = 0
@@ -156,7 +157,7 @@ class GenerateCalls:
         """Be one of the calls that run. Raises DRAINING, QUEUE_FULL."""
         if self.draining:
             raise ServingError(Reason.DRAINING, "the gateway is stopping; try again", retry_after_ms=500)
-        if self.num_requests >= self._max_requests:
+        if self.num_requests >= self.max_requests:
             message = f"{self.num_requests} calls are running, as many as this gateway takes; try again later"
             raise ServingError(Reason.QUEUE_FULL, message, retry_after_ms=1000)
         self.num_requests += 1

@@ -38,7 +38,7 @@ def read_chat(chat: generation_pb2.Chat, template: ChatTemplate, path: str) -> C
         if not template.knows_role(message.role):
             description = f"the model's chat template knows no role {message.role!r}; use system, user or assistant"
             violations.append(FieldViolation(f"{at}.role", description))
-        messages += _read_message(message, at, violations)
+        messages += _read_message(message, template.written_role(message.role), at, violations)
     tools = [
         _read_json(text, dict, f"{path}.tools_json[{index}]", violations) for index, text in enumerate(chat.tools_json)
     ]
@@ -73,7 +73,9 @@ def _tell_of_tools(messages: list[dict[str, Any]], tools: list[Any]) -> None:
     messages[0]["content"] = "\n\n".join(part for part in (system, describe_tools(tools)) if part)
 
 
-def _read_message(message: generation_pb2.Message, path: str, violations: list[FieldViolation]) -> list[dict[str, Any]]:
+def _read_message(
+    message: generation_pb2.Message, role: str, path: str, violations: list[FieldViolation]
+) -> list[dict[str, Any]]:
     """Return the dicts of one message: one, and one for each tool result in it."""
     texts: list[str] = []
     reasoning: list[str] = []
@@ -89,12 +91,12 @@ def _read_message(message: generation_pb2.Message, path: str, violations: list[F
             calls.append(_read_tool_call(part.tool_call, f"{path}.parts[{index}].tool_call", violations))
         elif kind == "tool_result":
             result = part.tool_result
-            results.append({"role": message.role, "content": result.text, "tool_call_id": result.id})
+            results.append({"role": role, "content": result.text, "tool_call_id": result.id})
         elif kind == "media":
             raise feature_disabled("media", f"{path}.parts[{index}] is media, and this server takes text only")
     if results and not texts and not calls:
         return results
-    whole: dict[str, Any] = {"role": message.role, "content": "".join(texts)}
+    whole: dict[str, Any] = {"role": role, "content": "".join(texts)}
     if reasoning:
         whole["reasoning_content"] = "".join(reasoning)
     if calls:

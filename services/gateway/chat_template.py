@@ -156,6 +156,10 @@ class ChatTemplate:
         texts = {node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)}
         self._roles = _COMMON_ROLES | texts
 
+    def written_role(self, role: str) -> str:
+        """Return the role to write: OpenAI's newer word for the system is known to few templates."""
+        return "system" if role == "developer" and role not in self.source else role
+
     def knows_role(self, role: str) -> bool:
         """Return whether a role is one of the usual ones or named in the template."""
         return role in self._roles

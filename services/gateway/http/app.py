@@ -21,6 +21,13 @@ from octavo.services.gateway.http.generate import GenerateEndpoints
 from octavo.services.gateway.http.info import InfoEndpoints
 from octavo.services.gateway.http.openapi import openapi_document
 
+_EXPOSED = (
+    "x-request-id",
+    "retry-after",
+    "retry-after-ms",
+    *(f"x-ratelimit-{what}-requests" for what in ("limit", "remaining", "reset")),
+)
+
 
 def make_app(
     generate: GenerateEndpoints,
@@ -43,6 +50,7 @@ def make_app(
     routes = [
         route("POST", "/v1/chat/completions", generate.chat),
         route("POST", "/v1/completions", generate.complete),
+        route("POST", "/v1/responses", generate.respond),
         route("GET", "/v1/models", info.list_models),
         route("GET", "/v1/models/{model:path}", info.get_model),
         route("POST", "/tokenize", info.tokenize),
@@ -58,7 +66,7 @@ def make_app(
         allow_origins=cors_origins,
         allow_methods=("GET", "POST", "DELETE"),
         allow_headers=("*",),
-        expose_headers=("x-request-id", "retry-after"),
+        expose_headers=_EXPOSED,
     )
     app = Starlette(
         routes=routes, middleware=[cors] if cors_origins else [], exception_handlers={HTTPException: _unrouted}

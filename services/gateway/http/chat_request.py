@@ -30,7 +30,7 @@ def read_chat_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCa
     params = Params(body, fields=CHAT)
     request = GenerateRequest()
     generation = request.generation
-    names = read_common(params, generation, headers)
+    names = read_common(params, generation, headers, params.object("response_format"), "response_format")
     read_outputs(params, generation)
     stream, include_usage = read_stream(params)
     limit_name, limit = read_max_tokens(params)
@@ -68,7 +68,8 @@ def read_chat(params: Params, chat: generation_pb2.Chat) -> None:
             raise params.wrong(f"tools[{index}]", "must be an object of type function")
         chat.tools_json.append(json.dumps(tool, ensure_ascii=False))
     read_tool_choice(params, chat)
-    read_template_options(params, chat, params.object("chat_template_kwargs"), params.text("reasoning_effort"))
+    documents = params.array("documents")
+    read_template_options(chat, params.object("chat_template_kwargs"), params.text("reasoning_effort"), documents)
     chat.continue_final_message = bool(params.boolean("continue_final_message"))
     add_generation_prompt = params.boolean("add_generation_prompt")
     if add_generation_prompt is chat.continue_final_message:
@@ -96,7 +97,10 @@ def read_tool_choice(params: Params, chat: generation_pb2.Chat) -> None:
 
 
 def read_template_options(
-    params: Params, chat: generation_pb2.Chat, given: Mapping[str, Any] | None, effort: str | None
+    chat: generation_pb2.Chat,
+    given: Mapping[str, Any] | None,
+    effort: str | None,
+    documents: list[Any] | None = None,
 ) -> None:
     """Fill in the variables of the chat template."""
     options = dict(given or {})
@@ -104,7 +108,6 @@ def read_template_options(
         options.setdefault("reasoning_effort", effort)
         if effort == "none":
             options.setdefault("enable_thinking", False)
-    documents = params.array("documents")
     if documents is not None:
         options.setdefault("documents", documents)
     if options:

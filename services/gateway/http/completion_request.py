@@ -27,7 +27,7 @@ def read_completion_call(body: Mapping[str, Any], headers: Mapping[str, str]) ->
     params = Params(body, fields=COMPLETION)
     request = GenerateRequest()
     generation = request.generation
-    names = read_common(params, generation, headers)
+    names = read_common(params, generation, headers, params.object("response_format"), "response_format")
     read_outputs(params, generation)
     stream, include_usage = read_stream(params)
     limit_name, limit = read_max_tokens(params)

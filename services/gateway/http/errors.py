@@ -137,6 +137,9 @@ def error_response(error: ServingError, request_id: str) -> Response:
         retry_after_ms = error.retry_after_ms or 1000
         headers["retry-after"] = str(math.ceil(retry_after_ms / 1000))
         headers["retry-after-ms"] = str(retry_after_ms)
+    if status == 429:
+        headers["x-ratelimit-remaining-requests"] = "0"
+        headers["x-ratelimit-reset-requests"] = f"{retry_after_ms}ms"
     return _response(status, error_body(error), headers)
 
 

@@ -1,4 +1,4 @@
-"""The answers of both generate endpoints: whole, and as chunks of a stream.
+"""The answers of chat and text completions: whole, and as chunks of a stream.
 
 A chunk is made for each token, so everything that is the same in all chunks of a stream is made once.
 """
@@ -12,6 +12,8 @@ from typing import Any
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
+from octavo.services.common.errors import ServingError
+from octavo.services.gateway.http.errors import error_body
 from octavo.services.gateway.http.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from octavo.services.gateway.http.requests import ApiCall
 
@@ -30,8 +32,8 @@ _FINISH_REASONS: Mapping[int, str] = {
 }
 
 
-class Format:
-    """One answer. Candidates are numbered through all prompts: `index` below."""
+class ChunkFormat:
+    """An answer of choices. Candidates are numbered through all prompts: `index` below."""
 
     _ID_PREFIX: str
     _KIND: str
@@ -77,9 +79,16 @@ class Format:
         reason = _FINISH_REASONS[finished.finish_reason]
         return f'{self._head}{{"index":{index},{self._NO_OUTPUT},"logprobs":null,"finish_reason":"{reason}"{self._tail}'
 
-    def usage_chunk(self, usage: common_pb2.Usage) -> str:
-        """Return the last chunk, without choices."""
-        return f'{self._head}],"usage":{to_json(usage_object(usage))}}}\n\n'
+    def end(self, usages: Sequence[common_pb2.Usage]) -> str:
+        """Return what ends a stream: the usage, if it was asked for, and the mark of the end."""
+        last = ""
+        if self._call.include_usage:
+            last = f'{self._head}],"usage":{to_json(usage_object(add_usages(usages)))}}}\n\n'
+        return last + "data: [DONE]\n\n"
+
+    def failure(self, error: ServingError) -> str:
+        """Return the last event of a stream that failed."""
+        return f"data: {to_json(error_body(error))}\n\n"
 
     def whole(
         self, answers: Sequence[generation_pb2.GenerateResponse], prompts: Sequence[Sequence[int]]
@@ -134,7 +143,7 @@ class Format:
         raise NotImplementedError
 
 
-class ChatFormat(Format):
+class ChatFormat(ChunkFormat):
     """Answers of /v1/chat/completions."""
 
     _ID_PREFIX = "chatcmpl-"
@@ -178,7 +187,7 @@ class ChatFormat(Format):
         body["prompt_token_ids"] = list(prompts[0])
 
 
-class CompletionFormat(Format):
+class CompletionFormat(ChunkFormat):
     """Answers of /v1/completions."""
 
     _ID_PREFIX = "cmpl-"

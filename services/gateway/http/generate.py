@@ -1,11 +1,11 @@
-"""POST /v1/chat/completions and /v1/completions: the same calls as the GenerationService's."""
+"""POST /v1/chat/completions, /v1/completions and /v1/responses: the same calls as the GenerationService's."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Send
@@ -20,19 +20,52 @@ from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.http.chat_request import read_chat_call
 from octavo.services.gateway.http.completion_request import read_completion_call
 from octavo.services.gateway.http.endpoint import HttpRequest, internal_error
-from octavo.services.gateway.http.errors import error_body, in_openai_words
-from octavo.services.gateway.http.formats import ChatFormat, CompletionFormat, Format, add_usages, to_json
+from octavo.services.gateway.http.errors import in_openai_words
+from octavo.services.gateway.http.formats import ChatFormat, CompletionFormat, to_json
 from octavo.services.gateway.http.logprobs import TokenTexts
 from octavo.services.gateway.http.requests import ApiCall, GenerateRequest
+from octavo.services.gateway.http.responses_format import ResponsesFormat
+from octavo.services.gateway.http.responses_request import read_responses_call
 from octavo.services.gateway.model import Models
 
 T = TypeVar("T")
-_Read = Callable[[Mapping[str, Any], Mapping[str, str]], ApiCall]
 _LAST_EVENT_S = 1.0
 
 
+class Format(Protocol):
+    """The answer to one call. The methods return server-sent events, or "" for none."""
+
+    def start(self, started: generation_pb2.Started) -> None:
+        """Learn what a prompt resolved to, before any of its events are made."""
+
+    def first_chunks(self, first_index: int, prompt_token_ids: Sequence[int]) -> str:
+        """Return the events of a prompt's candidates, from this index on, before any output."""
+
+    def delta(self, index: int, delta: generation_pb2.Delta) -> str:
+        """Return the events of new output."""
+
+    def finish(self, index: int, finished: generation_pb2.CandidateFinished) -> str:
+        """Return the events that end a candidate."""
+
+    def end(self, usages: Sequence[common_pb2.Usage]) -> str:
+        """Return the last events; `usages` are those of the prompts."""
+
+    def failure(self, error: ServingError) -> str:
+        """Return the last events of a stream that failed."""
+
+    def whole(
+        self, answers: Sequence[generation_pb2.GenerateResponse], prompts: Sequence[Sequence[int]]
+    ) -> dict[str, Any]:
+        """Return the whole answer; `prompts` are the token ids of each."""
+
+
+C = TypeVar("C", bound=ApiCall)
+_Read = Callable[[Mapping[str, Any], Mapping[str, str]], C]
+_MakeFormat = Callable[[C, str, TokenTexts], Format]
+
+
 class GenerateEndpoints:
-    """The two endpoints that produce text."""
+    """The endpoints that produce text."""
 
     def __init__(self, calls: GenerateCalls, models: Models) -> None:
         self._calls = calls
@@ -47,7 +80,11 @@ class GenerateEndpoints:
         """Continue prompts."""
         return await self._answer(request, read_completion_call, CompletionFormat)
 
-    async def _answer(self, request: HttpRequest, read: _Read, make_format: type[Format]) -> Response | None:
+    async def respond(self, request: HttpRequest) -> Response | None:
+        """Answer a conversation, in items."""
+        return await self._answer(request, read_responses_call, ResponsesFormat)
+
+    async def _answer(self, request: HttpRequest, read: _Read[C], make_format: _MakeFormat[C]) -> Response | None:
         body = await request.json()
         names: Mapping[str, str] = {}
         try:
@@ -85,11 +122,11 @@ class _Answering:
 
         answers = await self._each_prompt(one)
         body = self._format.whole([answer for answer, _ in answers], [prompt for _, prompt in answers])
-        return Response(to_json(body), media_type="application/json")
+        return Response(to_json(body), headers=self._limits(), media_type="application/json")
 
     async def stream(self) -> None:
         """Send chunks as they come. Once the response has begun, an error is its last event."""
-        events = _EventStream(self._request)
+        events = _EventStream(self._request, self._limits())
         all_admitted = _Gate(len(self._call.requests), events.start)
 
         async def one(number: int, run: GenerationRun) -> common_pb2.Usage:
@@ -114,15 +151,22 @@ class _Answering:
             if not events.started:
                 raise
             failure = error if isinstance(error, ServingError) else internal_error(self._request)
-            events.add(f"data: {to_json(error_body(in_openai_words(failure, self._call.names)))}\n\n")
+            events.add(self._format.failure(in_openai_words(failure, self._call.names)))
             with contextlib.suppress(TimeoutError):  # a client that reads nothing is not waited for: it is cut off
                 async with asyncio.timeout(_LAST_EVENT_S):
                     await events.end()
             return
-        if self._call.include_usage:
-            events.add(self._format.usage_chunk(add_usages(usages)))
-        events.add("data: [DONE]\n\n")
+        events.add(self._format.end(usages))
         await events.end()
+
+    def _limits(self) -> dict[str, str]:
+        """Return how many calls this gateway takes at once, and how many more it would take now, as OpenAI says it."""
+        limit, running = self._calls.max_requests, self._calls.num_requests
+        return {
+            "x-ratelimit-limit-requests": str(limit),
+            "x-ratelimit-remaining-requests": str(max(limit - running, 0)),
+            "x-ratelimit-reset-requests": "0s",
+        }
 
     async def _each_prompt(self, body: Callable[[int, GenerationRun], Coroutine[Any, Any, T]]) -> list[T]:
         """Run `body` for each prompt, all at once, when that prompt is admitted; return what each returned.
@@ -175,7 +219,9 @@ class _Gate:
 class _EventStream:
     """Server-sent events; what gathers between two flushes is one write."""
 
-    def __init__(self, request: HttpRequest) -> None:
+    def __init__(self, request: HttpRequest, headers: Mapping[str, str]) -> None:
+        """`headers`: further ones of the response."""
+        self._headers = headers
         self._send: Send = request.send
         self._request_id = request.request_id
         self._pending: list[str] = []
@@ -189,6 +235,7 @@ class _EventStream:
             "cache-control": "no-cache",
             "x-accel-buffering": "no",  # nginx would gather events
             "x-request-id": self._request_id,
+            **self._headers,
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})

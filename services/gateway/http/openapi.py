@@ -84,6 +84,7 @@ def openapi_document() -> Schema:
                 "post": _operation("Answer a conversation", "ChatCompletionRequest", answer="events")
             },
             "/v1/completions": {"post": _operation("Continue prompts", "CompletionRequest", answer="events")},
+            "/v1/responses": {"post": _operation("Answer, as items", "ResponsesRequest", answer="events")},
             "/v1/models": {"get": _operation("List the models")},
             "/v1/models/{model}": {"get": _operation("Describe a model", parameters=("model",))},
             "/tokenize": {"post": _operation("Turn text into tokens", "TokenizeRequest")},

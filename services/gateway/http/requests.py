@@ -40,8 +40,17 @@ class ApiCall:
         return self.requests[0].generation.candidate_count
 
 
-def read_common(params: Params, generation: generation_pb2.Generation, headers: Mapping[str, str]) -> dict[str, str]:
-    """Fill in what does not depend on the endpoint; return OpenAI's names as in ApiCall.names."""
+def read_common(
+    params: Params,
+    generation: generation_pb2.Generation,
+    headers: Mapping[str, str],
+    response_format: Mapping[str, Any] | None,
+    format_name: str,
+) -> dict[str, str]:
+    """Fill in what does not depend on the endpoint; return OpenAI's names as in ApiCall.names.
+
+    format_name: what the endpoint calls `response_format`.
+    """
     generation.model = params.text("model") or ""
     _read_sampling(params, generation.sampling)
     _read_stop(params, generation.stop)
@@ -50,7 +59,7 @@ def read_common(params: Params, generation: generation_pb2.Generation, headers: 
     generation.scheduling.cache_salt = params.text("cache_salt") or ""
     generation.scheduling.session_id = params.text("prompt_cache_key") or headers.get(_SESSION_HEADER, "")
     generation.output.keep_special_tokens = params.boolean("skip_special_tokens") is False
-    return _read_constraint(params, generation)
+    return _read_constraint(params, generation, response_format, format_name)
 
 
 def read_outputs(params: Params, generation: generation_pb2.Generation) -> None:
@@ -129,12 +138,16 @@ def _read_stop(params: Params, stop: common_pb2.StopCriteria) -> None:
     stop.include_stop_sequence = bool(params.boolean("include_stop_str_in_output"))
 
 
-def _read_constraint(params: Params, generation: generation_pb2.Generation) -> dict[str, str]:
+def _read_constraint(
+    params: Params,
+    generation: generation_pb2.Generation,
+    response_format: Mapping[str, Any] | None,
+    format_name: str,
+) -> dict[str, str]:
     """Read what the output must look like, however it is said; return the name it was said by."""
     found: list[tuple[str, str, Any]] = []  # parameter, kind, value
-    response_format = params.object("response_format")
     if response_format is not None:
-        found += _response_format(Params(response_format, "response_format."))
+        found += _response_format(Params(response_format, f"{format_name}."), format_name)
     for kind in ("json", "regex", "choice", "grammar"):
         value = params.take(f"guided_{kind}")
         if value is not None:
@@ -156,16 +169,16 @@ def _read_constraint(params: Params, generation: generation_pb2.Generation) -> d
     return {"generation.constraint": name}
 
 
-def _response_format(params: Params) -> list[tuple[str, str, Any]]:
+def _response_format(params: Params, name: str) -> list[tuple[str, str, Any]]:
     kind = params.text("type")
     if kind == "json_schema":
         schema = params.object("json_schema") or {}
         if not isinstance(schema.get("schema"), dict):
             raise params.wrong("json_schema", "must have a schema, which is an object")
-        return [("response_format", "json", schema["schema"])]
+        return [(name, "json", schema["schema"])]
     params.finish()
     if kind == "json_object":
-        return [("response_format", "json_object", True)]
+        return [(name, "json_object", True)]
     if kind != "text":
         raise params.wrong("type", "must be text, json_object or json_schema")
     return []

@@ -219,6 +219,7 @@ async def test_the_scheduler_s_refusals_have_their_status(
 
     assert (response.status_code, error_of(response)["type"]) == (status, kind)
     assert response.headers.get("retry-after") == ("2" if status in (429, 503) else None)
+    assert response.headers.get("x-ratelimit-remaining-requests") == ("0" if status == 429 else None)
 
 
 async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(harness: Any, sdk: openai.AsyncOpenAI) -> None:
@@ -244,7 +245,7 @@ async def test_a_bug_is_a_500_without_its_traceback(
 
     if not stream:
         monkeypatch.setattr(generate, "read_completion_call", fail)
-    monkeypatch.setattr(formats.Format, "delta", fail)
+    monkeypatch.setattr(formats.ChunkFormat, "delta", fail)
     call = asyncio.ensure_future(http.post(TEXT, json={"model": "tiny", "prompt": "x", "stream": stream}))
     if stream:
         submit = await harness.scheduler.next_admitted()
