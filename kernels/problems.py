@@ -18,14 +18,17 @@ from octavo.kernels.configs import (
     GATED,
     ROTARY,
     AttentionConfig,
+    ExpertsConfig,
     LinearConfig,
     LinearKind,
     RowConfig,
     Step,
     attention_config,
+    experts_config,
     linear_config,
 )
 from octavo.kernels.gated import gated
+from octavo.kernels.moe import ExpertsWorkspace, Mixture, add_experts
 from octavo.kernels.paged_attention import BLOCK_SIZE, paged_attention, partial_buffers, tile_queries
 from octavo.kernels.quantized_linear import quantize_rows, quantize_weight, quantized_linear
 from octavo.kernels.rms_norm import add_rms_norm
@@ -42,6 +45,7 @@ class Problem:
     output     what the kernel writes;  expected  what it should have written, float32
     config     the configuration that `configs.py` has for it; None if there is no choice
     num_bytes  least memory traffic;  flops  operations of its products
+    dtype      what it computes in, if the output is of another type
     """
 
     name: str
@@ -51,11 +55,12 @@ class Problem:
     config: Any
     num_bytes: int
     flops: int = 0
+    dtype: torch.dtype | None = None
 
     def error(self) -> str:
         """Compare the output with what it should be; return what is wrong, or nothing."""
         expected = self.expected()
-        tolerance = TOLERANCE[self.output.dtype]
+        tolerance = TOLERANCE[self.dtype or self.output.dtype]
         allowed = tolerance * (expected.abs() + expected.abs().max().clamp(max=1.0))
         difference = (self.output.float() - expected).abs()
         wrong = int((~(difference <= allowed)).sum())  # NaN is wrong too
@@ -161,6 +166,75 @@ def linear_problem(
         linear_config(target, kind, out_features, num_tokens, is_float32=dtype == torch.float32 and not is_quantized_x),
         num_bytes=values.nbytes + x.nbytes + output.nbytes,
         flops=2 * num_tokens * in_features * out_features,
+    )
+
+
+def experts_problem(
+    device: str,
+    target: str,
+    num_tokens: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_routed: int,
+    num_chosen: int,
+    *,
+    num_shared: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    only: int = 0,
+) -> Problem:
+    """A mixture of experts, from the router's logits on, added to zeros. `only` > 0: for the first tokens only."""
+    num_experts = num_routed + num_shared
+
+    def weights(outputs: int, inputs: int) -> torch.Tensor:
+        return torch.empty(num_experts, outputs, inputs, device=device, dtype=dtype).normal_(std=inputs**-0.5)
+
+    mixture = Mixture(
+        weights(2 * intermediate_size, hidden_size),
+        weights(hidden_size, intermediate_size),
+        num_chosen,
+        num_shared,
+        is_normalized=num_shared == 0,
+    )
+    x = torch.empty(num_tokens, hidden_size, device=device, dtype=dtype).normal_()
+    logits = torch.empty(num_tokens, num_routed + (num_shared > 0), device=device, dtype=dtype).normal_()
+    num_tokens = only or num_tokens
+    x, logits = x[:num_tokens], logits[:num_tokens]
+    slots = torch.arange(num_tokens, device=device, dtype=torch.int32)
+    output = torch.empty(num_tokens, hidden_size, device=device)
+
+    def prepare(config: ExpertsConfig) -> Callable[[], None]:
+        workspace = ExpertsWorkspace(mixture, num_tokens, config)
+
+        def run() -> None:
+            output.zero_()
+            add_experts(output, x, logits, slots, mixture, workspace, "silu", config, GATED[target])
+
+        return run
+
+    def expected() -> torch.Tensor:
+        return reference.experts(
+            x,
+            logits,
+            mixture.gate_up,
+            mixture.down,
+            "silu",
+            num_chosen=num_chosen,
+            num_shared=num_shared,
+            is_normalized=mixture.is_normalized,
+        )
+
+    chosen = logits[:, :num_routed].float().topk(num_chosen, dim=1).indices
+    num_read = len(chosen.unique()) + num_shared  # experts whose weights any row needs
+    expert_weights = 3 * hidden_size * intermediate_size
+    return Problem(
+        f"experts tokens={num_tokens} {num_chosen} of {num_routed}+{num_shared} {hidden_size}x{intermediate_size}",
+        prepare,
+        output,
+        expected,
+        experts_config(target, is_float32=dtype == torch.float32),
+        num_bytes=num_read * expert_weights * x.element_size() + x.nbytes + output.nbytes,
+        flops=2 * num_tokens * (num_chosen + num_shared) * expert_weights,
+        dtype=dtype,
     )
 
 

@@ -181,7 +181,7 @@ def experts(
     if is_normalized:
         weights /= weights.sum(dim=1, keepdim=True)
     weights = torch.cat([weights, logits[:, num_routed:].double().sigmoid().repeat(1, num_shared)], dim=1)
-    output = torch.zeros(x.shape)
+    output = torch.zeros(x.shape, device=x.device)
     for expert, weight in enumerate(weights.float().T):
         inner = gated(x.float() @ gate_up[expert].float().T, activation)
         taken = weight > 0

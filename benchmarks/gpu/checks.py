@@ -15,11 +15,19 @@ from octavo.kernels.configs import LOGITS
 from octavo.kernels.problems import (
     Problem,
     attention_problem,
+    experts_problem,
     gated_problem,
     linear_problem,
     norm_problem,
     rotary_problem,
 )
+
+# Hidden and inner size, routed experts and how many of them a token takes; shared experts.
+MIXTURES = {
+    "Mixtral-8x7B": ((4096, 14336, 8, 2), 0),
+    "Qwen3-30B-A3B": ((2048, 768, 128, 8), 0),
+    "Qwen1.5-MoE-A2.7B": ((2048, 1408, 60, 4), 4),
+}
 
 
 def check_kernels(lab: Lab) -> Iterator[Row]:
@@ -70,6 +78,10 @@ def _problems(lab: Lab) -> Iterator[tuple[str, Callable[[], Problem]]]:
         ):
             name = f"linear {kind} tokens={tokens} {sizes[0]}->{sizes[1]}"
             yield name, lambda k=kind, t=tokens, s=sizes: linear_problem(*at, k, t, *s, dtype=lab.dtype)
+    for model, (sizes, shared) in MIXTURES.items() if not lab.tiny else [("tiny", ((96, 48, 5, 2), 2))]:
+        for tokens in lab.pick((1, 300), (3,)):
+            name = f"experts {model} tokens={tokens}"
+            yield name, lambda t=tokens, s=sizes, n=shared: experts_problem(*at, t, *s, num_shared=n, dtype=lab.dtype)
 
 
 def _invariance(lab: Lab) -> Iterator[Row]:
@@ -83,8 +95,24 @@ def _invariance(lab: Lab) -> Iterator[Row]:
         torch.manual_seed(1)
         alone = linear_problem(lab.device, lab.target, kind, many, *sizes, dtype=lab.dtype, only=few)
         alone.prepare(alone.config)()
-        equal = torch.equal(problem.output[:few], alone.output)
-        yield Row("kernels", f"linear {kind}: the same bits for {few} and {many} tokens", passed=equal)
+        yield _same_bits(f"linear {kind}", problem, alone)
+    sizes, shared = lab.pick(MIXTURES["Qwen1.5-MoE-A2.7B"], ((96, 48, 5, 2), 2))
+    mixtures = []
+    for only in (0, lab.pick(3, 1)):
+        torch.manual_seed(1)
+        tokens = lab.pick(500, 20)
+        mixtures.append(
+            experts_problem(lab.device, lab.target, tokens, *sizes, num_shared=shared, dtype=lab.dtype, only=only)
+        )
+        mixtures[-1].prepare(mixtures[-1].config)()
+    yield _same_bits("experts", *mixtures)
+
+
+def _same_bits(name: str, many: Problem, few: Problem) -> Row:
+    """Compare the first rows of two results."""
+    count = len(few.output)
+    equal = torch.equal(many.output[:count], few.output)
+    return Row("kernels", f"{name}: the same bits for {count} and {len(many.output)} tokens", passed=equal)
 
 
 def check_sampling(lab: Lab) -> Iterator[Row]:

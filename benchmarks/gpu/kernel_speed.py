@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from checks import sampling_launch
+from checks import MIXTURES, sampling_launch
 from lab import Lab
 from report import Row
 
@@ -14,6 +14,7 @@ from octavo.gpu_worker.ops import Draw
 from octavo.kernels.problems import (
     Problem,
     attention_problem,
+    experts_problem,
     gated_problem,
     linear_problem,
     norm_problem,
@@ -128,6 +129,16 @@ def measure_linears(lab: Lab) -> Iterator[Row]:
                 us = lab.timer().median_us(problem.prepare(problem.config))
                 rates = f"{problem.num_bytes / us / 1e3:.0f} GB/s, {flops / us / 1e6:.1f} TFLOP/s"
                 yield Row("linear", f"{kind} {shape}", us, "us", note=f"{plain / us:.2f} times torch's, {rates}")
+
+
+def measure_experts(lab: Lab) -> Iterator[Row]:
+    """Mixtures of experts: few tokens by the bandwidth of the experts that they chose, many by arithmetic."""
+    for model, (sizes, shared) in MIXTURES.items() if not lab.tiny else [("tiny", ((96, 48, 5, 2), 2))]:
+        for tokens in lab.pick((1, 32, 256, 4096), (3,)):
+            problem = experts_problem(lab.device, lab.target, tokens, *sizes, num_shared=shared, dtype=lab.dtype)
+            name = f"{model}, {tokens} tokens"
+            measure = _bandwidth(lab, "experts", name, problem) if tokens < 1024 else None
+            yield measure or _flops(lab, "experts", name, problem, "bf16")
 
 
 def _bandwidth(lab: Lab, section: str, name: str, problem: Problem, least: float | None = None) -> Row:

@@ -38,9 +38,13 @@ class Shape:
         """Bytes of cache of a token."""
         return 2 * self.num_layers * self.heads.num_kv_heads * self.heads.head_dim * element_size
 
-    def floor_us(self, batch: int, context: int, ceilings: dict[str, float]) -> float:
-        """Return the least time of a decode step: the larger of bytes / bandwidth and operations / rate."""
-        num_bytes = 2 * self.weights() + batch * context * self.kv_bytes_per_token()
+    def floor_us(self, batch: int, context: int, ceilings: dict[str, float], *, quantized: bool = False) -> float:
+        """Return the least time of a decode step: the larger of bytes / bandwidth and operations / rate.
+
+        quantized  the weights have eight bits, but for those that make the logits
+        """
+        in_layers = self.weights() - self.hidden_size * self.vocab_size
+        num_bytes = 2 * self.weights() - (in_layers if quantized else 0) + batch * context * self.kv_bytes_per_token()
         attention = 4 * self.num_layers * self.heads.num_heads * self.heads.head_dim * context
         flops = batch * (2 * self.weights() + attention)
         return max(num_bytes / ceilings["copy"] / 1e3, flops / ceilings["bf16"] / 1e6)

@@ -44,11 +44,20 @@ def measure_8b_steps(lab: Lab) -> Iterator[Row]:
             yield Row("steps", name, step / floor, "x floor", at_most=most, note=note)
 
 
-def _steps(lab: Lab, shape: Shape, batches: tuple[int, ...]) -> Iterator[tuple[int, float, float, str]]:
+def measure_quantized_steps(lab: Lab) -> Iterator[Row]:
+    """Decode steps of an 8B model's shape with int8 weights, beside the floor of weights of that size."""
+    batches = lab.pick((1, 32), (1,))
+    for batch, step, floor, note in _steps(lab, lab.pick(LLAMA_8B, TINY), batches, "int8"):
+        yield Row("steps", f"8B decode with int8 weights, batch {batch}", step / floor, "x floor", note=note)
+
+
+def _steps(
+    lab: Lab, shape: Shape, batches: tuple[int, ...], quantization: str = "none"
+) -> Iterator[tuple[int, float, float, str]]:
     """Yield batch, time of a decode step and its floor in microseconds, and a note, for each batch that fits."""
     context, num_new = lab.pick((CONTEXT, NUM_NEW), (24, 5))
     loaded = random_model(lab, shape, context + num_new)
-    max_batch, engine = largest_engine(lab, loaded, shape, batches, context + num_new)
+    max_batch, engine = largest_engine(lab, loaded, shape, batches, context + num_new, quantization)
     for batch in batches:
         if batch > max_batch:
             yield batch, math.nan, 1.0, "not measured: the cache does not fit"  # misses any target
@@ -56,7 +65,7 @@ def _steps(lab: Lab, shape: Shape, batches: tuple[int, ...]) -> Iterator[tuple[i
         engine.reset()
         requests = requests_of(shape.vocab_size, batch, context, num_new)
         step = statistics.median(steady(replay(engine, plans_of(engine, requests)).decode_us(batch)))
-        floor = shape.floor_us(batch, context, lab.ceilings)
+        floor = shape.floor_us(batch, context, lab.ceilings, quantized=quantization != "none")
         rates = f"{1e6 * batch / step:.0f} tok/s, {step:.0f} us, floor {floor:.0f} us"
         yield batch, step, floor, f"{rates} at context {context}, {engine.runner.memory_used_bytes() / 2**30:.1f} GiB"
 
@@ -114,11 +123,12 @@ def _start(lab: Lab, name: str, load: Callable[[], LoadedModel], most: float) ->
 
 
 def largest_engine(
-    lab: Lab, loaded: LoadedModel, shape: Shape, batches: tuple[int, ...], tokens: int
+    lab: Lab, loaded: LoadedModel, shape: Shape, batches: tuple[int, ...], tokens: int, quantization: str = "none"
 ) -> tuple[int, Engine]:
     """Return the largest batch whose cache fits, and an engine for it with all its graphs."""
     max_tokens = lab.pick(MAX_BATCH_TOKENS, 64)
-    runner = CudaRunner(loaded.model, max_tokens, max(batches), -(-tokens // 16), device=lab.device)
+    limits = (max_tokens, max(batches), -(-tokens // 16))
+    runner = CudaRunner(loaded.model, *limits, device=lab.device, quantization=quantization)
     blocks_each = -(-tokens // 16) + 1
     room = runner.kv_memory_bytes() // runner.kv_block_bytes()
     fitting = [batch for batch in batches if batch * blocks_each + 1 <= room]

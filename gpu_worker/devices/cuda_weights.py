@@ -121,7 +121,10 @@ class Weights:
         return self._keep(key, self._move(parts, dtype)) if found is None else found
 
     def _move(self, parts: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
-        shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        first = parts[0]
+        if len(parts) == 1 and (first.device, first.dtype) == (self._device, dtype) and first.is_contiguous():
+            return first  # made there: nobody writes to weights
+        shape = (sum(len(part) for part in parts), *first.shape[1:])
         moved = torch.empty(shape, dtype=dtype, device=self._device)
         start = 0
         for part in parts:

@@ -41,6 +41,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # minutes on a busy machine
 @pytest.mark.parametrize("command", ["check", "bench"])
 def test_every_section_runs_to_its_end_in_the_interpreter(command: str, script: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
@@ -53,8 +54,8 @@ def test_every_section_runs_to_its_end_in_the_interpreter(command: str, script: 
     assert (
         sections
         == {
-            "check": {"kernels", "tokens", "sanitizer"},
-            "bench": {"ceilings", "attention", "rows", "linear", "steps", "throughput", "stack", "start"},
+            "check": {"kernels", "tokens", "ranks", "sanitizer"},
+            "bench": {"ceilings", "attention", "rows", "linear", "experts", "steps", "throughput", "stack", "start"},
         }[command]
     )
 
