@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -153,7 +154,8 @@ class _Compilation:
     """One kernel of `module` that is compiled in a child process for up to `timeout` seconds."""
 
     def __init__(self, module: Any, spec: AotSpec, target: str, timeout: float) -> None:
-        # fork: the child has Triton and the kernels imported already.
+        # fork: the child has Triton and the kernels imported already, and knows what Triton looks up once a process.
+        _look_up()
         context = multiprocessing.get_context("fork")
         self.receiver, sender = context.Pipe(duplex=False)
         self._row = Row(spec.name, target)
@@ -183,6 +185,15 @@ class _Compilation:
             self.receiver.close()
             self._cache.cleanup()
         return self._row
+
+
+@functools.cache
+def _look_up() -> None:
+    """Do what each child would do again: hash all files of Triton, which takes longer than compiling a small kernel."""
+    from triton.compiler import code_generator  # noqa: F401 - imported late by Triton, when it compiles
+    from triton.runtime.cache import triton_key
+
+    triton_key()
 
 
 def compile_in_child(module: Any, spec: AotSpec, target: str, timeout: float) -> Row:
@@ -272,8 +283,9 @@ def _disassemble(cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        for tool, flag in ((knobs.nvidia.nvdisasm, "-c"), (knobs.nvidia.cuobjdump, "-sass")):
-            done = subprocess.run([tool.path, flag, str(file)], capture_output=True, text=True, check=False)
+        # -ndf: without the analysis of data flow, which takes time and changes nothing that is read here.
+        for tool, flags in ((knobs.nvidia.nvdisasm, ("-c", "-ndf")), (knobs.nvidia.cuobjdump, ("-sass",))):
+            done = subprocess.run([tool.path, *flags, str(file)], capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 return done.stdout
     return ""
