@@ -22,6 +22,7 @@ from octavo.services.client.request import (
     MessageLike,
     RequestOptions,
     build_chat,
+    routing_headers,
     split_options,
 )
 from octavo.services.client.stream import Result, Stream
@@ -181,8 +182,9 @@ class Client:
         self, method: Callable[[Endpoint], Any], request: Message, options: CallOptions | None = None
     ) -> Any:
         call = self._call(options or CallOptions())
+        generation = request.generation if isinstance(request, generation_pb2.GenerateRequest) else None
         return await self._endpoints.call(
-            lambda endpoint: unary(method(endpoint)(request, **call.options())), call.deadline
+            lambda endpoint: unary(method(endpoint)(request, **call.options(generation))), call.deadline
         )
 
     def _call(self, options: CallOptions) -> _Call:
@@ -199,10 +201,11 @@ class _Call:
         self._metadata = metadata
         self.deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of the next attempt."""
+    def options(self, generation: generation_pb2.Generation | None = None) -> dict[str, Any]:
+        """Return the arguments of the next attempt. Routers read the headers that mirror `generation`."""
         left = None if self.deadline is None else max(self.deadline - asyncio.get_running_loop().time(), 0.0)
-        return {"metadata": self._metadata, "timeout": left}
+        mirrored = () if generation is None else routing_headers(generation)
+        return {"metadata": (*self._metadata, *mirrored), "timeout": left}
 
 
 class _StreamCalls:
@@ -215,7 +218,7 @@ class _StreamCalls:
     async def generate(self, generation: generation_pb2.Generation) -> tuple[Any, Any]:
         request = generation_pb2.GenerateStreamRequest(generation=generation)
         return await self._endpoints.call(
-            lambda endpoint: first_of(endpoint.generation.GenerateStream(request, **self._call.options())),
+            lambda endpoint: first_of(endpoint.generation.GenerateStream(request, **self._call.options(generation))),
             self._call.deadline,
         )
 

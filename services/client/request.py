@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
+
+_HEADER_VALUE = re.compile(r"[!-~]([ -~]*[!-~])?")
 
 MessageLike = generation_pb2.Message | Mapping[str, str]
 
@@ -166,6 +169,12 @@ def build_generation(
     if "continue_output" in values:
         generation.continue_output.ids.extend(values["continue_output"])
     return generation
+
+
+def routing_headers(generation: generation_pb2.Generation) -> list[tuple[str, str]]:
+    """Return metadata that mirrors a request, for routers that read no bodies; what no header can hold is left out."""
+    pairs = (("x-model", generation.model), ("x-session-id", generation.scheduling.session_id))
+    return [(name, value) for name, value in pairs if value and _HEADER_VALUE.fullmatch(value)]
 
 
 def build_chat(messages: Sequence[MessageLike], options: Mapping[str, Any]) -> generation_pb2.Chat:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from octavo.common.v1 import common_pb2
@@ -21,6 +21,7 @@ from octavo.services.telemetry.tracing import Span, Tracer, wall_clock_offset
 
 _access = logging.getLogger(ACCESS)
 _REASONS = frozenset(Reason)
+_OUR_FAULT = ("INTERNAL", "UNAVAILABLE", "ABORTED", "DATA_LOSS", "UNKNOWN")
 # In vLLM's words where it has one.
 _FINISHED = {
     common_pb2.FINISH_REASON_END_OF_SEQUENCE: "stop",
@@ -55,11 +56,15 @@ class CallRecord:
 class Accounting:
     """Of one gateway."""
 
-    def __init__(self, store: Store, tracer: Tracer, max_tenants: int, access_log: bool) -> None:
+    def __init__(
+        self, store: Store, tracer: Tracer, max_tenants: int, access_log: bool, ended: Callable[[bool], None]
+    ) -> None:
+        """`ended` is told of every call that ends, and whether it failed by fault of the server."""
         self._store = store
         self._tracer = tracer
         self._tenant_label = BoundedNames(max_tenants)
         self._access_log = access_log
+        self._ended = ended
         self._duration = store.histogram(catalog.DURATION)
 
     def refused(self, error: ServingError) -> None:
@@ -91,6 +96,7 @@ class Accounting:
 
     def _end(self, record: CallRecord, span: Span, code: str, reason: str) -> None:
         seconds = time.monotonic() - record.arrived_at
+        self._ended(code in _OUR_FAULT)
         store, tenant = self._store, self._tenant_label(record.tenant)
         store.value(catalog.REQUESTS, tenant, code).add()
         if reason:

@@ -33,6 +33,7 @@ from octavo.services.gateway.http.generate import GenerateEndpoints
 from octavo.services.gateway.http.info import InfoEndpoints
 from octavo.services.gateway.http.listener import HttpListener
 from octavo.services.gateway.load_service import LoadServicer
+from octavo.services.gateway.mesh import MeshHeaders
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.model_files import ModelError
 from octavo.services.gateway.model_service import ModelServicer
@@ -68,17 +69,20 @@ class Gateway:
         self._tokenizer = model.tokenizer
         self.schedulers = SchedulerPool(config.scheduler_addresses, gateway_id, config.failover_s, config.hop_tls)
         self._health = HealthMonitor(self.schedulers)
-        self._telemetry = GatewayTelemetry(config, gateway_id)
+        self._telemetry = GatewayTelemetry(config, gateway_id, self.schedulers)
         accounting = self._telemetry.accounting
         authenticator.on_refused = accounting.refused
-        self._calls = GenerateCalls(models, self.schedulers, tokens, validator, accounting, config.max_requests)
+        mesh = MeshHeaders(config.mesh_headers, config.mesh_objectives)
+        self._calls = GenerateCalls(models, self.schedulers, tokens, validator, accounting, mesh, config.max_requests)
 
         self._server = aio.server(
             interceptors=[ErrorInterceptor(authenticator.authorize)],
             options=server_options(config.max_concurrent_streams, config.max_connection_age_s),
         )
         batch_limits = BatchLimits(config.batch_window, config.batch_wait_s)
-        generation = GenerationServicer(self._calls, self.schedulers, validator, batch_limits)
+        generation = GenerationServicer(
+            self._calls, self.schedulers, validator, batch_limits, self._telemetry.load_reports
+        )
         _add(self._server, generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation)
         model_servicer = ModelServicer(models, self.schedulers, validator)
         tokenizer_servicer = TokenizerServicer(models, validator)

@@ -12,8 +12,9 @@ from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError, invalid_field
 from octavo.services.gateway.accounting import Accounting
 from octavo.services.gateway.generation import GenerationRun
+from octavo.services.gateway.mesh import MeshHeaders
 from octavo.services.gateway.model import Models
-from octavo.services.gateway.prepare import Prepared, prepare, read_traceparent
+from octavo.services.gateway.prepare import Prepared, check_headers, prepare, read_traceparent
 from octavo.services.gateway.request_stream import RequestStream
 from octavo.services.gateway.resume_token import ResumeToken, ResumeTokens
 from octavo.services.gateway.scheduler_pool import SchedulerPool
@@ -30,9 +31,12 @@ class GenerateCalls:
         tokens: ResumeTokens,
         validator: RequestValidator,
         accounting: Accounting,
+        mesh: MeshHeaders,
         max_requests: int,
     ) -> None:
         self._models = models
+        self.mesh = mesh
+        """Of the headers that a mesh sets."""
         self.validator = validator
         """Of the rules of fields."""
         self._accounting = accounting
@@ -82,10 +86,13 @@ class GenerateCalls:
             on after the body has failed. Otherwise, however the body ends, the scheduler is told.
         """
         traceparent = read_traceparent(headers)
+        tenant, model = self.mesh.tenant(tenant, headers), self.mesh.model(generation.model, headers)
         with (
-            self._accounting.call(request_id, tenant, generation.model, traceparent, deadline) as record,
+            self._accounting.call(request_id, tenant, model, traceparent, deadline) as record,
             self._counted(),
         ):
+            check_headers(generation, headers)
+            generation = self.mesh.apply(generation, headers)
             workers_limit = self._schedulers.max_model_len
             prepared = await prepare(generation, self._models, workers_limit, request_id, tenant, headers)
             prepared.submit.traceparent = record.traceparent or traceparent
@@ -110,6 +117,7 @@ class GenerateCalls:
     ) -> AsyncIterator[GenerationRun]:
         """Take over a request whose stream broke, and go on at the request's cursors. Raises ServingError."""
         traceparent = read_traceparent(headers)
+        tenant = self.mesh.tenant(tenant, headers)
         with self._accounting.call(request_id, tenant, "", traceparent, None) as record, self._counted():
             record.is_resumed = True
             token = self._tokens.read(request.resume_token, tenant)

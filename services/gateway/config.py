@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from octavo.services.gateway.mesh import parse_objectives
 from octavo.services.gateway.output_formats import NONE, REASONING_FORMATS, TOOL_CALL_FORMATS
 from octavo.services.gateway.security_config import SecurityConfig
 from octavo.services.telemetry.config import TelemetryConfig
@@ -110,6 +111,17 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     access_log: bool = field(
         default=True, metadata={"help": "log a line for each generate call: who, how many tokens, how long"}
     )
+    mesh_headers: bool = field(
+        default=False,
+        metadata={"help": "believe the headers x-gateway-*: only where a gateway in front sets or removes all of them"},
+    )
+    mesh_objectives: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "priorities of the objectives in x-gateway-inference-objective",
+            "metavar": "NAME=PRIORITY,...",
+        },
+    )
     log_level: str = field(
         default="info",
         metadata={"help": "least severe messages to log", "choices": ("debug", "info", "warning", "error")},
@@ -118,6 +130,7 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     def __post_init__(self) -> None:
         self.check_security()
         self.check_telemetry()
+        parse_objectives(self.mesh_objectives)
         if self.local_address and not self.local_address.startswith("unix:"):
             raise ValueError(f"--local-address must be unix:PATH, not {self.local_address!r}")
         for name in (

@@ -59,9 +59,8 @@ async def prepare(
     """Resolve a request that obeys the rules of its fields. Raises ServingError.
 
     workers_limit: longest context the workers can hold, 0 if not known.
-    headers: the call's metadata, for x-model, x-session-id and traceparent.
+    headers: the call's metadata, for the traceparent.
     """
-    _check_headers(generation, headers)
     model = models.get(generation.model)
     _check_features(generation)
     stop = _effective_stop(generation.stop)
@@ -140,7 +139,7 @@ def _wants_logprobs(output: generation_pb2.OutputOptions) -> bool:
     return output.chosen_logprob or output.logprobs > 0
 
 
-def _check_headers(generation: generation_pb2.Generation, headers: Mapping[str, str]) -> None:
+def check_headers(generation: generation_pb2.Generation, headers: Mapping[str, str]) -> None:
     """Refuse headers that say something else than the body: a router may have believed them."""
     for header, field, value in (
         ("x-model", "generation.model", generation.model),

@@ -15,6 +15,7 @@ from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.batch import BatchCall, BatchLimits
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.generation import GenerationRun
+from octavo.services.gateway.mesh import LoadReports
 from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.validation import RequestValidator
 
@@ -40,8 +41,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Every method raises ServingError; the interceptor makes the status."""
 
     def __init__(
-        self, calls: GenerateCalls, schedulers: SchedulerPool, validator: RequestValidator, batch_limits: BatchLimits
+        self,
+        calls: GenerateCalls,
+        schedulers: SchedulerPool,
+        validator: RequestValidator,
+        batch_limits: BatchLimits,
+        load_reports: LoadReports,
     ) -> None:
+        self._load_reports = load_reports
         self._calls = calls
         self._batch_limits = batch_limits
         self._schedulers = schedulers
@@ -56,7 +63,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         async with self._admitted(request.generation, context) as run:
             coalesce_ms = request.generation.output.max_coalesce_ms
             answer = await whole_answer(run, request.generation.candidate_count or 1, coalesce_ms)
-            context.set_trailing_metadata(_usage_trailers(run))
+            context.set_trailing_metadata(self._trailers(run))
             return answer
 
     async def GenerateStream(  # noqa: N802 - named by the proto
@@ -67,7 +74,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         async with self._admitted(request.generation, context, can_resume=True) as run:
             async for response in run.responses(request.generation.output.max_coalesce_ms):
                 await context.write(response)
-            context.set_trailing_metadata(_usage_trailers(run))
+            context.set_trailing_metadata(self._trailers(run))
 
     async def ResumeStream(  # noqa: N802 - named by the proto
         self, request: generation_pb2.ResumeStreamRequest, context: ResumeContext
@@ -79,7 +86,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             await self._send_headers(context, run)
             async for response in run.responses(run.max_coalesce_ms):
                 await context.write(generation_pb2.ResumeStreamResponse(event=response.event))
-            context.set_trailing_metadata(_usage_trailers(run))
+            context.set_trailing_metadata(self._trailers(run))
 
     async def BatchGenerate(  # noqa: N802 - named by the proto
         self, requests: AsyncIterator[generation_pb2.BatchGenerateRequest], context: BatchContext
@@ -130,12 +137,16 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             )
         )
 
-
-def _usage_trailers(run: GenerationRun) -> tuple[tuple[str, str], ...]:
-    usage = run.completed.usage
-    return (
-        ("x-request-id", run.started.request_id),
-        ("x-usage-prompt-tokens", str(usage.prompt_tokens)),
-        ("x-usage-cached-tokens", str(usage.cached_prompt_tokens)),
-        ("x-usage-output-tokens", str(usage.output_tokens)),
-    )
+    def _trailers(self, run: GenerationRun) -> tuple[tuple[str, str | bytes], ...]:
+        """Return what a call used, and how busy this gateway's schedulers are."""
+        usage = run.completed.usage
+        used = {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_prompt_tokens,
+            "output_tokens": usage.output_tokens,
+        }
+        return (
+            ("x-request-id", run.started.request_id),
+            *((f"x-usage-{name.replace('_', '-')}", str(count)) for name, count in used.items()),
+            self._load_reports.trailer(used),
+        )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from octavo import __version__
 from octavo.services.gateway.accounting import Accounting
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.mesh import LoadReports
 from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.telemetry import catalog
 from octavo.services.telemetry.store import Store
@@ -24,7 +26,7 @@ PICKER_PATH = "/metrics/load"
 class GatewayTelemetry:
     """Of one gateway. What is served: its own metrics, and at another path the load of its schedulers."""
 
-    def __init__(self, config: GatewayConfig, gateway_id: str) -> None:
+    def __init__(self, config: GatewayConfig, gateway_id: str, schedulers: SchedulerPool) -> None:
         """Raises ValueError if traces are wanted and the library is missing."""
         enabled = bool(config.metrics_address)
         self._address = config.metrics_address
@@ -32,7 +34,10 @@ class GatewayTelemetry:
         self._store = Store((*catalog.COMMON, *catalog.GATEWAY), model=config.served_name, enabled=enabled)
         self._picker = Store(catalog.PICKER, model=config.served_name, enabled=enabled)
         self._tracer = open_tracer(config.otlp_endpoint, "gateway", gateway_id, __version__)
-        self.accounting = Accounting(self._store, self._tracer, config.metrics_max_tenants, config.access_log)
+        self.load_reports = LoadReports(lambda: [peer.load for peer in schedulers.peers], time.monotonic)
+        self.accounting = Accounting(
+            self._store, self._tracer, config.metrics_max_tenants, config.access_log, self.load_reports.call_ended
+        )
         self._server: MetricsServer | None = None
 
     @property

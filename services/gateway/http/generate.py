@@ -93,7 +93,7 @@ class GenerateEndpoints:
                 names = call.names
                 for each in call.requests:
                     self._calls.validator.check(each)
-                model = self._models.get(call.requests[0].generation.model)
+                model = self._models.get(self._calls.mesh.model(call.requests[0].generation.model, request.headers))
             shape = make_format(call, request.request_id, self._texts[model.name])
             answering = _Answering(self._calls, request, call, shape)
             work = answering.stream() if call.stream else answering.whole()
