@@ -1,0 +1,47 @@
+"""OpenAI's Node client, installed once into the user's cache, and its checks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from octavo.services.cli import demo_model
+
+FOLDER = Path(__file__).parent / "node"
+NAMES = re.findall(r'^  async "(.+)"\(', (FOLDER / "checks.mjs").read_text(), re.MULTILINE)
+
+
+def install() -> Path:
+    """Return a folder in which the checks can run; skip the test if there is no Node, or npm is out of reach."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("Node.js is not installed")
+    folder = demo_model.cache_dir() / "node-openai"
+    folder.mkdir(parents=True, exist_ok=True)
+    package = (FOLDER / "package.json").read_text()
+    installed = folder / "package.json"
+    if not (installed.exists() and installed.read_text() == package and (folder / "node_modules" / "openai").exists()):
+        installed.write_text(package)
+        command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+        if done.returncode:
+            installed.unlink()
+            if re.search(r"ENOTFOUND|ECONNREFUSED|ECONNRESET|ETIMEDOUT|EAI_AGAIN|network", done.stderr):
+                pytest.skip("the npm registry cannot be reached, and the client is not in the cache")
+            raise AssertionError(f"npm install failed:\n{done.stderr}")
+    shutil.copy(FOLDER / "checks.mjs", folder)
+    return folder
+
+
+def run_checks(base_url: str, model: str) -> dict[str, str | None]:
+    """Run all checks against a server; return what went wrong in each, None for nothing."""
+    folder = install()
+    command = ["node", "checks.mjs", base_url, model]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return {result["name"]: result["error"] for result in results}
