@@ -195,7 +195,9 @@ def test_a_response_has_items_whole_and_streamed(sdk: openai.OpenAI) -> None:
     last = events[-1]
     assert last.type in ("response.completed", "response.incomplete")
     assert last.response.output_text == whole.output_text
-    assert last.response.usage == whole.usage or last.response.usage is not None
+    assert last.response.usage is not None
+    assert whole.usage is not None
+    assert last.response.usage.output_tokens == whole.usage.output_tokens
     assert [event.sequence_number for event in events] == list(range(len(events)))
 
 

@@ -188,6 +188,8 @@ def _set_constraint(
     constraint: common_pb2.OutputConstraint, kind: str, value: Any, wrong: Callable[[str], ServingError]
 ) -> None:
     if kind == "json":
+        if not isinstance(value, (dict, str)):
+            raise wrong("must be a JSON Schema, as an object or its text")
         constraint.json_schema = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     elif kind == "json_object":
         constraint.any_json = True

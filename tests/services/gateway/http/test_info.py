@@ -11,11 +11,7 @@ import pytest
 from starlette.routing import Route
 
 import octavo
-from octavo.services.common.errors import ServingError
 from octavo.services.gateway.http.app import make_app
-from octavo.services.gateway.http.chat_request import read_chat_call
-from octavo.services.gateway.http.completion_request import read_completion_call
-from octavo.services.gateway.http.openapi import openapi_document
 
 
 async def test_models_are_listed_under_each_name(sdk: openai.AsyncOpenAI) -> None:
@@ -102,27 +98,3 @@ class _Anything:
         async def handler(request: Any) -> None: ...
 
         return handler
-
-
-@pytest.mark.parametrize(
-    ("schema", "read", "base"),
-    [
-        ("ChatCompletionRequest", read_chat_call, {"messages": [{"role": "user", "content": "x"}]}),
-        ("CompletionRequest", read_completion_call, {"prompt": "x"}),
-    ],
-)
-def test_every_described_parameter_is_known(schema: str, read: Any, base: dict[str, Any]) -> None:
-    properties = openapi_document()["components"]["schemas"][schema]["properties"]
-    unknown = []
-    for name, described in properties.items():
-        try:
-            read({**base, name: example(described)}, {})
-        except ServingError as error:  # the example may be a wrong value
-            unknown += [name] if "Unrecognized" in error.message else []
-
-    assert unknown == []
-
-
-def example(schema: dict[str, Any]) -> Any:
-    values = {"string": "x", "number": 1.0, "integer": 1, "boolean": True, "array": [], "object": {}}
-    return values.get(schema.get("type", ""), "auto")
