@@ -1,6 +1,7 @@
 """Measure steps of the cpu device.
 
-    python benchmarks/cpu_step.py [--threads N] [--variant NAME] [--long] [--profile] [--beside-busy]
+    python benchmarks/cpu_step.py [--quantization none|int8|int4] [--threads N] [--variant NAME] [--long] [--profile]
+                                  [--beside-busy]
 
 The model has the shapes of SmolLM2-135M and random weights: nothing is fetched. A step is timed
 many times on the wall clock; "best" says what the kernels can do, "median" what one gets.
@@ -10,6 +11,10 @@ the KV cache read, multiplications and additions of the model, and the two rates
 machine reads memory and multiplies bf16 pairs in registers, measured with as many threads in turn
 with the steps: on a shared machine the rates change from one second to the next. Shares are best
 against best and median against median.
+
+Where weights are quantised, the operations of linear layers count at the rate at which this machine
+multiplies quads of bytes in registers, and those of attention at that of bf16 pairs. Scaling a group's
+sum of integers, and quantising activations, count as nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +26,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.ops import Draw, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
+from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu.runtime import Arena, Runtime
 
 BLOCK_TOKENS = 16
@@ -38,6 +44,12 @@ LAYER_WEIGHTS = HIDDEN * (QKV + HEADS.num_heads * HEADS.head_dim + 3 * INTERMEDI
 HEAD_WEIGHTS = HIDDEN * VOCAB
 MAX_POSITIONS = 4096
 BATCHES = (1, 8, 32)
+# Bytes of a weight of a layer and of the head, with its share of the scales; see kernels/cpu/quantized.h.
+WEIGHT_BYTES = {
+    Quantization.NONE: (2.0, 2.0),
+    Quantization.INT8: (1 + 2 / 32, 1 + 2 / 32),
+    Quantization.INT4: (0.5 + 4 / 32, 1 + 2 / 32),
+}
 READ_BYTES = 256 << 20  # far more than any cache holds
 DOT_ITEMS = 64
 ROUNDS = 8
@@ -110,6 +122,7 @@ class Roofline:
         self._address = self._memory.allocate(READ_BYTES)
         ctypes.memset(self._address, 1, READ_BYTES)
         self._flops = self._runtime.measure_dot(DOT_ITEMS)
+        self._integer_ops = self._runtime.measure_integer_dot(DOT_ITEMS)
 
     def read_rates(self, seconds: float) -> list[float]:
         """Return rates of reading, bytes per ms."""
@@ -120,6 +133,11 @@ class Roofline:
         """Return rates of multiplying pairs, operations per ms."""
         return [self._flops / ms for ms in times_of(lambda: self._runtime.measure_dot(DOT_ITEMS), seconds)]
 
+    def integer_rates(self, seconds: float) -> list[float]:
+        """Return rates of multiplying quads of bytes, operations per ms."""
+        times = times_of(lambda: self._runtime.measure_integer_dot(DOT_ITEMS), seconds)
+        return [self._integer_ops / ms for ms in times]
+
 
 @dataclass
 class Row:
@@ -128,25 +146,28 @@ class Row:
     name: str
     tokens: int
     num_bytes: int
-    flops: int
-    times: list[float]
-    read_rates: list[float]
-    dot_rates: list[float]
+    flops: int  # of attention, and of linear layers that are not quantised
+    integer_ops: int
+    times: list[float] = field(default_factory=list)
+    read_rates: list[float] = field(default_factory=list)
+    dot_rates: list[float] = field(default_factory=list)
+    integer_rates: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [f"{self.name:19}"]
-        median = statistics.median
-        for word, time_ms, read, dot in (
-            ("best", min(self.times), max(self.read_rates), max(self.dot_rates)),
-            ("median", median(self.times), median(self.read_rates), median(self.dot_rates)),
+        rates = (self.read_rates, self.dot_rates, self.integer_rates)
+        for word, time_ms, (read, dot, integer_dot) in (
+            ("best", min(self.times), map(max, rates)),
+            ("median", statistics.median(self.times), map(statistics.median, rates)),
         ):
-            by_bytes, by_flops = self.num_bytes / read, self.flops / dot
-            floor = max(by_bytes, by_flops)
+            by_bytes, by_ops = self.num_bytes / read, self.flops / dot + self.integer_ops / integer_dot
+            floor = max(by_bytes, by_ops)
+            dots = f"{dot / 1e6:3.0f} GFLOP/s" + (f", {integer_dot / 1e6:3.0f} int8 Gop/s" if self.integer_ops else "")
             parts.append(
                 f"{word} {time_ms:7.2f} ms = {floor / time_ms:4.0%} of floor {floor:6.2f}"
-                f" (bytes {by_bytes:5.2f} at {read / 1e6:4.1f} GB/s, flop {by_flops:6.2f} at {dot / 1e6:3.0f} GFLOP/s)"
+                f" (bytes {by_bytes:5.2f} at {read / 1e6:4.1f} GB/s, operations {by_ops:6.2f} at {dots})"
             )
-        parts.append(f"{self.tokens / median(self.times) * 1e3:5.0f} tok/s")
+        parts.append(f"{self.tokens / statistics.median(self.times) * 1e3:5.0f} tok/s")
         return "  ".join(parts)
 
 
@@ -163,7 +184,14 @@ def times_of(run: Callable[[], object], seconds: float) -> list[float]:
 
 
 def make_row(
-    name: str, device: CpuDevice, roofline: Roofline, batch: int, context: int, num_new: int, seconds: float
+    name: str,
+    device: CpuDevice,
+    scheme: Quantization,
+    roofline: Roofline,
+    batch: int,
+    context: int,
+    num_new: int,
+    seconds: float,
 ) -> Row:
     """Fill the cache up to the step, then time the step and the machine's limits in turn."""
     for start in range(0, context - num_new, 16):
@@ -172,12 +200,17 @@ def make_row(
     tokens = batch * num_new
     keys_seen = batch * sum(range(context - num_new + 1, context + 1))
     attention = 4 * LAYERS * keys_seen * HEADS.num_heads * HEADS.head_dim
-    flops = 2 * (LAYERS * LAYER_WEIGHTS * tokens + HEAD_WEIGHTS * batch) + attention
-    num_bytes = 2 * (LAYERS * LAYER_WEIGHTS + HEAD_WEIGHTS) + batch * context * device.kv_block_bytes() // BLOCK_TOKENS
-    row = Row(name, tokens, num_bytes, flops, [], [], [])
+    linear = 2 * (LAYERS * LAYER_WEIGHTS * tokens + HEAD_WEIGHTS * batch)
+    layer_bytes, head_bytes = WEIGHT_BYTES[scheme]
+    num_bytes = int(LAYERS * LAYER_WEIGHTS * layer_bytes + HEAD_WEIGHTS * head_bytes)
+    num_bytes += batch * context * device.kv_block_bytes() // BLOCK_TOKENS
+    is_quantized = scheme is not Quantization.NONE
+    flops, integer_ops = (attention, linear) if is_quantized else (attention + linear, 0)
+    row = Row(name, tokens, num_bytes, flops, integer_ops)
     for _ in range(ROUNDS):
         row.read_rates += roofline.read_rates(seconds / ROUNDS / 8)
         row.dot_rates += roofline.dot_rates(seconds / ROUNDS / 8)
+        row.integer_rates += roofline.integer_rates(seconds / ROUNDS / 8)
         row.times += times_of(lambda: device.forward(step), seconds * 3 / 4 / ROUNDS)
     return row
 
@@ -235,6 +268,7 @@ def report_draws(device: CpuDevice, seconds: float) -> None:
 def main() -> None:
     """Print a line for each kind of step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quantization", default="none", choices=[scheme.value for scheme in WEIGHT_BYTES])
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
     parser.add_argument("--variant", default="", help="avx512_bf16, avx2 or portable; default: the best")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line")
@@ -244,8 +278,15 @@ def main() -> None:
     parser.add_argument("--beside-busy", action="store_true", help="steps beside a process that keeps a core busy")
     options = parser.parse_args()
     roofline = Roofline(options.threads, options.variant)
+    scheme = Quantization(options.quantization)
     device = CpuDevice(
-        RandomModel(), 1024, 32, MAX_POSITIONS // BLOCK_TOKENS, num_threads=options.threads, variant=options.variant
+        RandomModel(),
+        1024,
+        32,
+        MAX_POSITIONS // BLOCK_TOKENS,
+        num_threads=options.threads,
+        variant=options.variant,
+        quantization=scheme,
     )
     device.allocate_kv(32 * MAX_POSITIONS // BLOCK_TOKENS + 1)
     contexts, prompts = ((128, 512, 2048), (32, 128, 512, 1024)) if options.long else ((128,), (512,))
@@ -254,7 +295,7 @@ def main() -> None:
     for name, batch, context, num_new in shapes:
         if options.only not in name:
             continue
-        print(make_row(name, device, roofline, batch, context, num_new, options.seconds), flush=True)
+        print(make_row(name, device, scheme, roofline, batch, context, num_new, options.seconds), flush=True)
         if options.profile:
             report_profile(name, device, batch, context, num_new)
     if options.beside_busy:

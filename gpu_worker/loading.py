@@ -73,7 +73,7 @@ def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:
     from octavo.gpu_worker.devices.recorder import record
 
     assert not isinstance(loaded.model, PackedModel), "a model that was read from its own files is not packed"
-    loaded = replace(loaded, model=record(loaded.model, runtime))
+    loaded = replace(loaded, model=record(loaded.model, runtime, Quantization(config.quantization)))
     if cache is not None:
         cache.store_in_background(key, loaded)
     return loaded

@@ -12,6 +12,7 @@ import numpy as np
 
 from octavo.gpu_worker.devices.packed_model import PackedModel
 from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, Model, StepInput
+from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import Arena, Runtime
 
@@ -19,7 +20,10 @@ _BLOCK_TOKENS = 16
 
 
 class CpuDevice:
-    """A `Device` with bf16 weights, activations and KV cache, and float32 sums."""
+    """A `Device` with bf16 activations and KV cache, float32 sums, and weights that are bf16 or quantised.
+
+    Quantised weights are multiplied with activations of 8 bits, which are quantised in each step.
+    """
 
     name = "cpu"
 
@@ -32,15 +36,17 @@ class CpuDevice:
         *,
         num_threads: int = 0,
         variant: str = "",
+        quantization: Quantization = Quantization.NONE,
     ) -> None:
         """Pack the model's weights, unless they are packed; the model itself may be dropped afterwards.
 
         The rest says how to pack, and how what is packed now will run:
 
-        num_threads  0: one for each core that this process may use
-        variant      instruction set of the kernels, "" for the best that this CPU has
+        num_threads   0: one for each core that this process may use
+        variant       instruction set of the kernels, "" for the best that this CPU has
+        quantization  how weights are kept
         """
-        packed = model if isinstance(model, PackedModel) else _pack(model, Runtime(variant, num_threads))
+        packed = model if isinstance(model, PackedModel) else _pack(model, Runtime(variant, num_threads), quantization)
         heads = packed.heads
         self._runtime = packed.runtime
         self._memory = Arena(packed.runtime)
@@ -122,8 +128,8 @@ def _native_step(step: StepInput) -> library.Step:
     return native
 
 
-def _pack(model: Model, runtime: Runtime) -> PackedModel:
+def _pack(model: Model, runtime: Runtime, quantization: Quantization) -> PackedModel:
     # Imported late: it needs torch.
     from octavo.gpu_worker.devices.recorder import record
 
-    return record(model, runtime)
+    return record(model, runtime, quantization)

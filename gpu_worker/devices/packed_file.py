@@ -24,7 +24,7 @@ from octavo.gpu_worker.ops import Heads
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import Arena, Runtime, checksums_of, padded, read_file
 
-FORMAT = b"octavo packed 1\n"
+FORMAT = b"octavo packed 2\n"
 _PREAMBLE = struct.Struct("<16sQQ32s")
 _WEIGHTS_START = 4096
 _ALIGNMENT = 64

@@ -6,6 +6,7 @@ import torch
 
 from octavo.gpu_worker.devices.packed_model import PackedModel, PackedValue
 from octavo.gpu_worker.ops import Activation, Experts, Heads, Linear, Model, Norm, Rotary
+from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.packing import Packer
 from octavo.kernels.cpu.runtime import Arena, Runtime
@@ -14,10 +15,18 @@ _MAX_HEAD_DIM = 256
 _END = -1  # what `logits` returns
 
 
-def record(model: Model, runtime: Runtime) -> PackedModel:
+# The format of a scheme's linear layers. Its head and embedding, which most tokens' choice depends on, have 8 bits.
+_FORMATS = {
+    Quantization.NONE: library.WEIGHT_BF16,
+    Quantization.INT8: library.WEIGHT_INT8,
+    Quantization.INT4: library.WEIGHT_INT4,
+}
+
+
+def record(model: Model, runtime: Runtime, quantization: Quantization = Quantization.NONE) -> PackedModel:
     """Run the model's `forward` once and return what it did. The model may be dropped afterwards."""
     memory = Arena(runtime)
-    recorder = _Recorder(Packer(runtime, memory), model)
+    recorder = _Recorder(Packer(runtime, memory), model, quantization)
     end = model.forward(recorder)
     assert end is _END, "a model's forward must return what ops.logits gave it"
     ops, values = tuple(recorder.ops), tuple(recorder.values)
@@ -28,13 +37,15 @@ class _Recorder:
     """An `Ops` whose values are numbers of `values`.
 
     An embedding table is held in rows; one that the head is tied to is looked up in the head's
-    packed weights instead, so that it is there once.
+    packed weights instead, so that it is there once. A quantised one is always packed.
     """
 
-    def __init__(self, packer: Packer, model: Model) -> None:
+    def __init__(self, packer: Packer, model: Model, quantization: Quantization) -> None:
         self.ops: list[library.Op] = []
         self.values: list[PackedValue] = []
         self._packer = packer
+        self._format = _FORMATS[quantization]
+        self._head_format = library.WEIGHT_BF16 if quantization is Quantization.NONE else library.WEIGHT_INT8
         self._heads = model.heads
         self._num_layers = model.num_layers
         self._vocab_size = model.vocab_size
@@ -53,7 +64,9 @@ class _Recorder:
         return self._record(op, None, PackedValue(table.shape[1], is_float=True))
 
     def norm_linear(self, x: int, norm: Norm, linear: Linear) -> int:
-        op = library.Op(kind=library.NORM_LINEAR, norm=self._norm(norm, x), linear=self._linear(linear, x))
+        op = library.Op(
+            kind=library.NORM_LINEAR, norm=self._norm(norm, x), linear=self._linear(linear, x, self._format)
+        )
         return self._record(op, x, PackedValue(linear.weight.shape[0], is_float=True))
 
     def rotary_write_kv(
@@ -90,7 +103,8 @@ class _Recorder:
     def linear_residual(self, x: int, linear: Linear, residual: int) -> int:
         assert not self.values[x].is_float, self.values[x]
         assert self.values[residual] == PackedValue(linear.weight.shape[0], is_float=True), self.values[residual]
-        op = library.Op(kind=library.LINEAR_RESIDUAL, linear=self._linear(linear, x), input=x, output=residual)
+        packed = self._linear(linear, x, self._format)
+        op = library.Op(kind=library.LINEAR_RESIDUAL, linear=packed, input=x, output=residual)
         self.ops.append(op)
         return residual
 
@@ -99,7 +113,7 @@ class _Recorder:
         op = library.Op(
             kind=library.NORM_GATED_LINEAR,
             norm=self._norm(norm, x),
-            linear=self._packer.pack_gated(gate.weight, up.weight, gate.bias, up.bias),
+            linear=self._packer.pack_gated(gate.weight, up.weight, gate.bias, up.bias, self._format),
             activation=library.ACTIVATIONS[activation],
         )
         return self._record(op, x, PackedValue(gate.weight.shape[0], is_float=False))
@@ -112,11 +126,11 @@ class _Recorder:
             experts.num_routed,
         )
         assert 0 < experts.num_chosen <= experts.num_routed, (experts.num_chosen, experts.num_routed)
-        gated, down = self._packer.pack_experts(experts.gate, experts.up, experts.down)
+        gated, down = self._packer.pack_experts(experts.gate, experts.up, experts.down, self._format)
         op = library.Op(
             kind=library.NORM_EXPERTS_RESIDUAL,
             norm=self._norm(norm, x),
-            linear=self._linear(Linear(experts.router), x),
+            linear=self._linear(Linear(experts.router), x, library.WEIGHT_BF16),
             activation=library.ACTIVATIONS[activation],
             experts=library.Experts(
                 gated, down, len(experts.gate), experts.num_chosen, experts.num_shared, experts.is_normalized
@@ -128,13 +142,14 @@ class _Recorder:
 
     def logits(self, x: int, norm: Norm, head: Linear) -> int:
         assert head.weight.shape[0] == self._vocab_size, (tuple(head.weight.shape), self._vocab_size)
-        op = library.Op(
-            kind=library.LOGITS, norm=self._norm(norm, x), linear=self._linear(head, x), input=x, output=_END
-        )
+        packed = self._linear(head, x, self._head_format)
+        op = library.Op(kind=library.LOGITS, norm=self._norm(norm, x), linear=packed, input=x, output=_END)
         self.ops.append(op)
         for embedding, table in self._embeddings:
             if _is_same(table, head.weight):
                 embedding.linear = op.linear
+            elif self._head_format != library.WEIGHT_BF16:
+                embedding.linear = self._packer.pack_linear(table, None, self._head_format)
             else:
                 embedding.table, embedding.table_stride = self._packer.store_rows(table)
         self._embeddings.clear()
@@ -155,10 +170,10 @@ class _Recorder:
         assert norm.weight.shape == (heads.head_dim,), (tuple(norm.weight.shape), heads)
         return self._packer.store_norm(norm.weight, norm.eps)
 
-    def _linear(self, linear: Linear, x: int) -> library.Linear:
+    def _linear(self, linear: Linear, x: int, weight_format: int) -> library.Linear:
         assert linear.weight.shape[1] == self.values[x].columns, (tuple(linear.weight.shape), self.values[x])
         assert linear.bias is None or linear.bias.shape == linear.weight.shape[:1], linear.bias
-        return self._packer.pack_linear(linear.weight, linear.bias)
+        return self._packer.pack_linear(linear.weight, linear.bias, weight_format)
 
     def _rotary_table(self, table: torch.Tensor) -> int:
         if id(table) not in self._rotary_tables:

@@ -13,9 +13,12 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 4 };
+enum { OCTAVO_ABI_REVISION = 5 };
 
 enum OctavoType : int32_t { OCTAVO_BF16 = 0, OCTAVO_F16 = 1, OCTAVO_F32 = 2 };
+
+// How packed weights are kept; see gemm.h.
+enum OctavoWeightFormat : int32_t { OCTAVO_WEIGHT_BF16 = 0, OCTAVO_WEIGHT_INT8 = 1, OCTAVO_WEIGHT_INT4 = 2 };
 
 enum OctavoOpKind : int32_t {
   OCTAVO_EMBED = 0,
@@ -47,10 +50,11 @@ struct OctavoNorm {
 
 // A linear layer packed by octavo_pack_linear or octavo_pack_gated.
 struct OctavoLinear {
-  const uint16_t* weight;
+  const uint8_t* weight;
   const float* bias;  // in packed column order, zero-padded to whole blocks; null without bias
   int32_t in_features;
   int32_t out_features;  // of the result: for a gated pair, the intermediate size
+  int32_t format;        // OctavoWeightFormat
 };
 
 // `Experts` of gpu_worker/ops.py, whose router is the operation's `linear`. The layers of all experts
@@ -167,13 +171,13 @@ OCTAVO_EXPORT OctavoArena* octavo_arena_create(void);
 OCTAVO_EXPORT void octavo_arena_destroy(OctavoArena* arena);
 OCTAVO_EXPORT void* octavo_arena_allocate(OctavoArena* arena, size_t num_bytes);
 
-// Packing. Sizes are in elements of the destination, which must be zeroed.
-OCTAVO_EXPORT size_t octavo_packed_weight_size(int32_t out_features, int32_t in_features);
-OCTAVO_EXPORT void octavo_pack_linear(OctavoPool* pool, const OctavoMatrix* weight, uint16_t* packed);
+// Packing in an OctavoWeightFormat. Sizes are in bytes of the destination, which must be zeroed.
+OCTAVO_EXPORT size_t octavo_packed_weight_size(int32_t format, int32_t out_features, int32_t in_features);
+OCTAVO_EXPORT void octavo_pack_linear(OctavoPool* pool, int32_t format, const OctavoMatrix* weight, uint8_t* packed);
 // Gate and up, same shape, interleaved by 16 columns. Size: octavo_packed_weight_size of twice
 // the intermediate size rounded up to 16.
-OCTAVO_EXPORT void octavo_pack_gated(OctavoPool* pool, const OctavoMatrix* gate, const OctavoMatrix* up,
-                                     uint16_t* packed);
+OCTAVO_EXPORT void octavo_pack_gated(OctavoPool* pool, int32_t format, const OctavoMatrix* gate,
+                                     const OctavoMatrix* up, uint8_t* packed);
 OCTAVO_EXPORT void octavo_to_bf16(OctavoPool* pool, const OctavoMatrix* matrix, uint16_t* rows, int32_t stride);
 
 // Packed weights in a file. A checksum is of OCTAVO_CHUNK_BYTES, the last one of what is left.
@@ -192,15 +196,16 @@ OCTAVO_EXPORT int32_t octavo_program_run(OctavoProgram* program, const OctavoSte
                                          float* logits, char* error, size_t error_size);
 
 // Where the time of the steps since the last call went, in ns and number of phases (waits of all
-// threads for each other); both arrays are indexed by OctavoOpKind, and OCTAVO_PROFILE_NORM for norms
-// that are a phase of their own. Measured only while switched on, which is off at first.
-enum { OCTAVO_PROFILE_NORM = 15, OCTAVO_PROFILE_SIZE = 16 };
+// threads for each other); both arrays are indexed by OctavoOpKind, and OCTAVO_PROFILE_PREPARE for rows
+// that are normed and quantised in a phase of their own. Measured only while switched on, which is off at first.
+enum { OCTAVO_PROFILE_PREPARE = 15, OCTAVO_PROFILE_SIZE = 16 };
 OCTAVO_EXPORT void octavo_program_profile(OctavoProgram* program, int32_t on, int64_t* ns, int64_t* num_phases);
 
-// The most that this machine can do, for benchmarks: read memory, and multiply pairs of bf16 that
-// lie in registers. The caller takes the time. Return the bytes read and the floating-point operations.
+// The most that this machine can do, for benchmarks: read memory, and multiply pairs of bf16 or quads
+// of bytes that lie in registers. The caller takes the time. Return the bytes read and the operations.
 OCTAVO_EXPORT int64_t octavo_measure_read(OctavoPool* pool, const void* data, int64_t num_bytes);
 OCTAVO_EXPORT int64_t octavo_measure_dot(OctavoPool* pool, int32_t num_items);
+OCTAVO_EXPORT int64_t octavo_measure_integer_dot(OctavoPool* pool, int32_t num_items);
 
 // Sampling over rows of `logits`, `stride` elements apart. A row without a drawable token (all
 // -inf, or not a number) gives -1.

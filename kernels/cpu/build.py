@@ -31,12 +31,15 @@ LOCK_TIMEOUT_S = 360
 
 # Flags of each variant, best first. Fused multiply-add happens only where the source says so:
 # -ffp-contract=off keeps the sampler's noise equal in all of them.
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq")
 X86_VARIANTS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx512bf16"),
-    "avx512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq"),
-    "avx2": ("-mavx2", "-mfma"),
+    "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "avx512_vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
 }
-ARM_VARIANTS: dict[str, tuple[str, ...]] = {"neon_bf16": ("-march=armv8.2-a+fp16+bf16",), "neon": ()}
+ARM_VARIANTS: dict[str, tuple[str, ...]] = {"neon_bf16": ("-march=armv8.2-a+fp16+bf16+dotprod",), "neon": ()}
 
 
 class BuildError(Exception):

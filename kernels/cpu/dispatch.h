@@ -8,15 +8,15 @@
 
 namespace octavo {
 
-// Call `body(std::integral_constant<int, num_rows>)`; 1 <= num_rows <= kMaxTileRows.
+// Call `body(std::integral_constant<int, num_rows>)`; 1 <= num_rows <= kMaxRows.
 template <class Body, int... kRows>
 void dispatch_rows(int num_rows, const Body& body, std::integer_sequence<int, kRows...>) {
   (void)((num_rows == kRows + 1 && (body(std::integral_constant<int, kRows + 1>{}), true)) || ...);
 }
 
-template <class Body>
+template <int kMaxRows = kMaxTileRows, class Body>
 void dispatch_rows(int num_rows, const Body& body) {
-  dispatch_rows(num_rows, body, std::make_integer_sequence<int, kMaxTileRows>{});
+  dispatch_rows(num_rows, body, std::make_integer_sequence<int, kMaxRows>{});
 }
 
 }  // namespace octavo

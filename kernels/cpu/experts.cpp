@@ -27,7 +27,7 @@ int64_t gated_stride(const OctavoExperts& experts) { return round_up(experts.gat
 // One expert's layer: they lie one behind the other.
 OctavoLinear layer_of(const OctavoLinear& first, int64_t num_blocks, int expert) {
   OctavoLinear layer = first;
-  layer.weight += expert * num_blocks * divide_up(first.in_features, 2) * kBlockColumns * 2;
+  layer.weight += expert * num_blocks * block_bytes(first.format, first.in_features);
   return layer;
 }
 

@@ -119,8 +119,8 @@ void finish_block(const Gemm& gemm, int64_t row, int64_t block, float* sums) {
   }
 }
 
-const bf16* block_weights(const Gemm& gemm, int64_t block) {
-  return gemm.linear->weight + block * divide_up(gemm.linear->in_features, 2) * kBlockColumns * 2;
+const uint8_t* block_weights(const OctavoLinear& linear, int64_t block) {
+  return linear.weight + block * block_bytes(linear.format, linear.in_features);
 }
 
 struct BlockRange {
@@ -139,7 +139,7 @@ void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, P
   alignas(64) float sums[kRows * kBlockColumns];
   const int64_t num_pairs = divide_up(gemm.linear->in_features, 2);
   for (int column = 0; column < kBlockColumns; column += vectors_at_once(kRows) * kLanes) {
-    const bf16* weight = block_weights(gemm, block) + column * 2;
+    const bf16* weight = reinterpret_cast<const bf16*>(block_weights(*gemm.linear, block)) + column * 2;
     if (column == 0 && soon.bytes_per_pair > 0) {
       multiply_rows<kRows, true>(input, weight, num_pairs, soon, sums);
     } else {
@@ -167,11 +167,11 @@ Rows rows_of(const Gemm& gemm, int64_t begin, int64_t end) {
 
 // Rows [begin, end) of some blocks: every block stays in cache for all rows, and the next one is
 // fetched meanwhile.
-void run_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks) {
+void run_bf16_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks) {
   const int64_t num_tiles = divide_up(end - begin, kMaxTileRows);
   const Rows rows = rows_of(gemm, begin, end);
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-    Prefetch soon{reinterpret_cast<const char*>(block_weights(gemm, block + 1)), 0};
+    Prefetch soon{reinterpret_cast<const char*>(block_weights(*gemm.linear, block + 1)), 0};
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       if (end - begin > kRowsWithoutPrefetch)  // a pair has 128 bytes in a block
         soon.bytes_per_pair = num_tiles == 1 ? 128 : tile < 2 ? 64 : 0;
@@ -184,9 +184,48 @@ void run_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& bl
   }
 }
 
+QuantizedRows quantized_rows_of(const Gemm& gemm, int64_t begin, int64_t end) {
+  if (gemm.quantized_input.data != nullptr)
+    return {gemm.quantized_input.data + begin * gemm.quantized_input.stride, gemm.quantized_input.stride};
+  thread_local std::vector<char> quantized;
+  const int64_t in_features = gemm.linear->in_features, stride = quantized_row_bytes(in_features);
+  quantized.resize((end - begin) * stride);
+  for (int64_t row = 0; row < end - begin; ++row)
+    quantize_row(gemm.input + (begin + row) * gemm.input_stride, in_features, quantized.data() + row * stride);
+  return {quantized.data(), stride};
+}
+
+// The same over quantised weights.
+void run_quantized_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks) {
+  const OctavoLinear& linear = *gemm.linear;
+  const int64_t num_tiles = divide_up(end - begin, kMaxQuantizedRows);
+  const int64_t bytes_per_group = group_bytes(linear.format);
+  const QuantizedRows rows = quantized_rows_of(gemm, begin, end);
+  alignas(64) float sums[kMaxQuantizedRows * kBlockColumns];
+  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    GroupPrefetch soon{reinterpret_cast<const char*>(block_weights(linear, block + 1)), 0};
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      if (end - begin > kRowsWithoutPrefetch)
+        soon.bytes_per_group = num_tiles == 1 ? bytes_per_group : tile < 2 ? bytes_per_group / 2 : 0;
+      const int64_t first = (end - begin) * tile / num_tiles;
+      const int64_t count = (end - begin) * (tile + 1) / num_tiles - first;
+      multiply_quantized({rows.data + first * rows.stride, rows.stride}, static_cast<int>(count),
+                         block_weights(linear, block), linear.format, linear.in_features, soon, sums);
+      for (int64_t row = 0; row < count; ++row)
+        finish_block(gemm, begin + first + row, block, sums + row * kBlockColumns);
+    }
+  }
+}
+
+void run_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks) {
+  if (is_quantized(*gemm.linear)) return run_quantized_part(gemm, begin, end, blocks);
+  run_bf16_part(gemm, begin, end, blocks);
+}
+
 // How many rows stay in cache while the blocks pass.
 int64_t rows_at_once(const OctavoLinear& linear) {
-  const int64_t row_bytes = round_up(linear.in_features, 2) * static_cast<int64_t>(sizeof(Activation));
+  const int64_t row_bytes = is_quantized(linear) ? quantized_row_bytes(linear.in_features)
+                                                 : round_up(linear.in_features, 2) * int64_t{sizeof(Activation)};
   const int64_t rows_in_cache = kActivationBytesInCache / row_bytes / kMaxTileRows * kMaxTileRows;
   return std::clamp<int64_t>(rows_in_cache, kMaxTileRows, 8 * kMaxTileRows);
 }
@@ -202,17 +241,26 @@ GemmItems::GemmItems(int rows, const OctavoLinear& linear, bool gated, int num_t
   num_block_items = static_cast<int>(divide_up(num_blocks, blocks_per_item));
 }
 
+bool is_quantized(const OctavoLinear& linear) { return linear.format != OCTAVO_WEIGHT_BF16; }
+
+int64_t block_bytes(int32_t format, int64_t in_features) {
+  if (format == OCTAVO_WEIGHT_BF16) return divide_up(in_features, 2) * kBlockColumns * 2 * sizeof(bf16);
+  return divide_up(in_features, kGroup) * group_bytes(format);
+}
+
 void unpack_column(const OctavoLinear& linear, int64_t column, float* output) {
-  const int64_t num_pairs = divide_up(linear.in_features, 2);
-  const bf16* pairs = linear.weight + (column / kBlockColumns * num_pairs * kBlockColumns + column % kBlockColumns) * 2;
+  const uint8_t* block = block_weights(linear, column / kBlockColumns);
+  if (is_quantized(linear))
+    return unpack_quantized(block, column % kBlockColumns, linear.format, linear.in_features, output);
+  const bf16* pairs = reinterpret_cast<const bf16*>(block) + column % kBlockColumns * 2;
   for (int64_t i = 0; i < linear.in_features; ++i)
     output[i] = bf16_to_float(pairs[i / 2 * kBlockColumns * 2 + i % 2]);
 }
 
 MemoryRange weights_of_gemm_item(const Gemm& gemm, const GemmItems& items, int item) {
   const BlockRange blocks = blocks_of_item(items, item);
-  const bf16* begin = block_weights(gemm, blocks.begin);
-  return {reinterpret_cast<const char*>(begin), (block_weights(gemm, blocks.end) - begin) * sizeof(bf16)};
+  const uint8_t* begin = block_weights(*gemm.linear, blocks.begin);
+  return {reinterpret_cast<const char*>(begin), static_cast<size_t>(block_weights(*gemm.linear, blocks.end) - begin)};
 }
 
 void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item) {

@@ -4,15 +4,16 @@
 #include <cstdint>
 
 #include "abi.h"
+#include "quantized.h"
 #include "simd.h"
 #include "thread_pool.h"
 
 namespace octavo {
 
-// Weights [out, in] are packed into blocks of 32 outputs: [out / 32][in / 2][32][2], so that a
-// vector load gives one pair of inputs for `kLanes` outputs. Outputs are padded to whole blocks,
+// Weights [out, in] are packed into blocks of 32 outputs. Those of bf16: [out / 32][in / 2][32][2], so
+// that a vector load gives one pair of inputs for `kLanes` outputs. Outputs are padded to whole blocks,
 // inputs to whole pairs, with zeros. A gated pair of layers is packed as one, 16 columns of the
-// gate and then the same 16 of up in each block.
+// gate and then the same 16 of up in each block. Those of 8 and 4 bits: see quantized.h.
 constexpr int kBlockColumns = 32;
 constexpr int kGatedColumns = kBlockColumns / 2;
 
@@ -28,6 +29,7 @@ enum class Epilogue {
 struct Gemm {
   const bf16* input;  // [num_rows, input_stride]
   int64_t input_stride;
+  QuantizedRows quantized_input;  // the same where the weights are quantised; without it, items quantise for themselves
   int num_rows;
   const OctavoLinear* linear;
   Epilogue epilogue;
@@ -56,6 +58,11 @@ struct GemmItems {
 
 // Compute all rows of blocks [begin, end).
 void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end);
+
+bool is_quantized(const OctavoLinear& linear);
+
+// Bytes of a block of a layer's weights.
+int64_t block_bytes(int32_t format, int64_t in_features);
 
 // The weights of one output of a layer that is no gated pair, as float32 [in_features].
 void unpack_column(const OctavoLinear& linear, int64_t column, float* output);

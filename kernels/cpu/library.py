@@ -10,13 +10,14 @@ from pathlib import Path
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 4
+ABI_REVISION = 5
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
 BF16, F16, F32 = range(3)
+WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4 = range(3)
 EMBED, NORM_LINEAR, ROTARY_WRITE_KV, PAGED_ATTENTION, LINEAR_RESIDUAL, NORM_GATED_LINEAR, LOGITS = range(7)
 NORM_EXPERTS_RESIDUAL = 7
-PROFILE_NORM, PROFILE_SIZE = 15, 16
+PROFILE_PREPARE, PROFILE_SIZE = 15, 16
 PROFILE_NAMES = {
     EMBED: "embed",
     NORM_LINEAR: "norm_linear",
@@ -26,16 +27,19 @@ PROFILE_NAMES = {
     NORM_GATED_LINEAR: "norm_gated_linear",
     LOGITS: "logits",
     NORM_EXPERTS_RESIDUAL: "norm_experts_residual",
-    PROFILE_NORM: "norm",
+    PROFILE_PREPARE: "prepare",
 }
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 
 # What a CPU must have for a variant, as /proc/cpuinfo names it.
+_AVX2 = {"avx2", "fma", "f16c"}
+_AVX512 = {*_AVX2, "avx512f", "avx512vl", "avx512bw", "avx512dq"}
 _NEEDED_FLAGS = {
-    "avx512_bf16": {"avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq", "avx512_bf16"},
-    "avx512": {"avx2", "fma", "avx512f", "avx512vl", "avx512bw", "avx512dq"},
-    "avx2": {"avx2", "fma"},
-    "neon_bf16": {"bf16", "asimdhp"},
+    "avx512_bf16": {*_AVX512, "avx512_vnni", "avx512_bf16"},
+    "avx512_vnni": {*_AVX512, "avx512_vnni"},
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "neon_bf16": {"bf16", "asimdhp", "asimddp"},
     "neon": set[str](),
     "portable": set[str](),
 }
@@ -61,6 +65,7 @@ class Linear(c.Structure):
         ("bias", c.c_void_p),
         ("in_features", c.c_int32),
         ("out_features", c.c_int32),
+        ("format", c.c_int32),
     )
 
 
@@ -173,9 +178,9 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_arena_create": (c.c_void_p, ()),
     "octavo_arena_destroy": (None, (c.c_void_p,)),
     "octavo_arena_allocate": (c.c_void_p, (c.c_void_p, c.c_size_t)),
-    "octavo_packed_weight_size": (c.c_size_t, (c.c_int32, c.c_int32)),
-    "octavo_pack_linear": (None, (c.c_void_p, _MatrixPointer, c.c_void_p)),
-    "octavo_pack_gated": (None, (c.c_void_p, _MatrixPointer, _MatrixPointer, c.c_void_p)),
+    "octavo_packed_weight_size": (c.c_size_t, (c.c_int32, c.c_int32, c.c_int32)),
+    "octavo_pack_linear": (None, (c.c_void_p, c.c_int32, _MatrixPointer, c.c_void_p)),
+    "octavo_pack_gated": (None, (c.c_void_p, c.c_int32, _MatrixPointer, _MatrixPointer, c.c_void_p)),
     "octavo_to_bf16": (None, (c.c_void_p, _MatrixPointer, c.c_void_p, c.c_int32)),
     "octavo_read_file": (
         c.c_int32,
@@ -191,6 +196,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_program_profile": (None, (c.c_void_p, c.c_int32, c.c_void_p, c.c_void_p)),
     "octavo_measure_read": (c.c_int64, (c.c_void_p, c.c_void_p, c.c_int64)),
     "octavo_measure_dot": (c.c_int64, (c.c_void_p, c.c_int32)),
+    "octavo_measure_integer_dot": (c.c_int64, (c.c_void_p, c.c_int32)),
     "octavo_draw": (
         None,
         (c.c_void_p, c.c_void_p, c.c_int64, c.c_int32, c.c_int32, c.c_void_p, c.c_void_p),

@@ -43,25 +43,30 @@ class Packer:
             self._library.octavo_to_bf16(self._pool, view, address, stride)
         return address, stride
 
-    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> library.Linear:
-        """Pack weight [out_features, in_features] and bias."""
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None, weight_format: int) -> library.Linear:
+        """Pack weight [out_features, in_features], in a format of library.WEIGHT_..., and bias."""
         out_features, in_features = weight.shape
-        address = self._arena.allocate(2 * self._library.octavo_packed_weight_size(out_features, in_features))
+        address = self._arena.allocate(self._packed_size(weight_format, out_features, in_features))
         with _MatrixView(weight) as view:
-            self._library.octavo_pack_linear(self._pool, view, address)
+            self._library.octavo_pack_linear(self._pool, weight_format, view, address)
         packed_bias = None if bias is None else self.store_floats(bias, BLOCK_COLUMNS)
-        return library.Linear(address, packed_bias, in_features, out_features)
+        return library.Linear(address, packed_bias, in_features, out_features, weight_format)
 
     def pack_gated(
-        self, gate: torch.Tensor, up: torch.Tensor, gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        gate_bias: torch.Tensor | None,
+        up_bias: torch.Tensor | None,
+        weight_format: int,
     ) -> library.Linear:
         """Pack a gated pair of layers, both [out_features, in_features], as one."""
         assert gate.shape == up.shape, f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ"
         out_features, in_features = gate.shape
         columns = 2 * padded(out_features, GATED_COLUMNS)
-        address = self._arena.allocate(2 * self._library.octavo_packed_weight_size(columns, in_features))
+        address = self._arena.allocate(self._packed_size(weight_format, columns, in_features))
         with _MatrixView(gate) as gate_view, _MatrixView(up) as up_view:
-            self._library.octavo_pack_gated(self._pool, gate_view, up_view, address)
+            self._library.octavo_pack_gated(self._pool, weight_format, gate_view, up_view, address)
         packed_bias = None
         if gate_bias is not None or up_bias is not None:
             pair = torch.zeros(2, padded(out_features, GATED_COLUMNS))
@@ -69,18 +74,22 @@ class Packer:
                 if bias is not None:
                     row[:out_features] = bias.detach()
             packed_bias = self.store_floats(pair.view(2, -1, GATED_COLUMNS).transpose(0, 1).flatten())
-        return library.Linear(address, packed_bias, in_features, out_features)
+        return library.Linear(address, packed_bias, in_features, out_features, weight_format)
 
     def pack_experts(
-        self, gate: Sequence[torch.Tensor], up: Sequence[torch.Tensor], down: Sequence[torch.Tensor]
+        self,
+        gate: Sequence[torch.Tensor],
+        up: Sequence[torch.Tensor],
+        down: Sequence[torch.Tensor],
+        weight_format: int,
     ) -> tuple[library.Linear, library.Linear]:
         """Pack experts of one shape behind each other; return the first one's gated pair and down layer.
 
         gate, up  of each expert [intermediate_size, hidden_size];  down  [hidden_size, intermediate_size]
         """
         inner, hidden = gate[0].shape
-        gated_bytes = 2 * self._library.octavo_packed_weight_size(2 * padded(inner, GATED_COLUMNS), hidden)
-        down_bytes = 2 * self._library.octavo_packed_weight_size(hidden, inner)
+        gated_bytes = self._packed_size(weight_format, 2 * padded(inner, GATED_COLUMNS), hidden)
+        down_bytes = self._packed_size(weight_format, hidden, inner)
         gated_address, down_address = (
             self._arena.allocate(len(gate) * gated_bytes),
             self._arena.allocate(len(down) * down_bytes),
@@ -89,9 +98,16 @@ class Packer:
             assert [tuple(part.shape) for part in parts] == [(inner, hidden), (inner, hidden), (hidden, inner)], expert
             views = [_MatrixView(part) for part in parts]
             with views[0] as gate_view, views[1] as up_view, views[2] as down_view:
-                self._library.octavo_pack_gated(self._pool, gate_view, up_view, gated_address + expert * gated_bytes)
-                self._library.octavo_pack_linear(self._pool, down_view, down_address + expert * down_bytes)
-        return library.Linear(gated_address, None, hidden, inner), library.Linear(down_address, None, inner, hidden)
+                gated_place, down_place = gated_address + expert * gated_bytes, down_address + expert * down_bytes
+                self._library.octavo_pack_gated(self._pool, weight_format, gate_view, up_view, gated_place)
+                self._library.octavo_pack_linear(self._pool, weight_format, down_view, down_place)
+        return (
+            library.Linear(gated_address, None, hidden, inner, weight_format),
+            library.Linear(down_address, None, inner, hidden, weight_format),
+        )
+
+    def _packed_size(self, weight_format: int, out_features: int, in_features: int) -> int:
+        return int(self._library.octavo_packed_weight_size(weight_format, out_features, in_features))
 
 
 class _MatrixView:

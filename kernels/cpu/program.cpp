@@ -16,18 +16,18 @@
 namespace octavo {
 namespace {
 
-// So few rows are normed by every thread for itself: cheaper than one more wait for each other.
-constexpr int kPrivateNormRows = 32;
+// So few rows are normed and quantised by every thread for itself: cheaper than one more wait for each other.
+constexpr int kPrivateRows = 32;
 constexpr int kRowsPerItem = 4;  // of embedding, norm and rotary
 
 constexpr size_t kBytesFetchedAhead = 256 << 10;  // by a thread that waits; a fraction of its cache
-constexpr size_t kBytesFetchedBeforeNorm = 2 << 10;
+constexpr size_t kBytesFetchedBeforeRows = 2 << 10;
 
 enum class PhaseKind {
   kEmbed,
-  kNorm,
-  kGemm,
-  kNormGemm,
+  kPrepare,       // norm and quantise the rows that a Gemm reads
+  kGemm,          // over rows that are ready
+  kPrepareGemm,   // over rows that each thread prepares for itself
   kRotary,
   kAttention,
   kRotaryAttention,
@@ -79,6 +79,12 @@ struct Profile {
   int64_t num_phases[OCTAVO_PROFILE_SIZE] = {};
 };
 
+// Rows as Gemms read them.
+struct PreparedRows {
+  std::vector<bf16> normed;     // [rows, normed_stride]
+  std::vector<char> quantized;  // [rows, quantized_stride]
+};
+
 class Program {
  public:
   Program(ThreadPool& threads, const OctavoProgramInfo& info);
@@ -100,8 +106,9 @@ class Program {
   std::vector<OctavoBuffer> buffers_;
   int32_t max_positions_;
   int64_t normed_stride_ = 0;
-  std::vector<bf16> normed_;                       // [max_batch_tokens, normed_stride]
-  std::vector<std::vector<bf16>> private_normed_;  // a thread's own, [kPrivateNormRows, normed_stride]
+  int64_t quantized_stride_ = 0;
+  PreparedRows prepared_;                       // of max_batch_tokens
+  std::vector<PreparedRows> private_prepared_;  // a thread's own, of kPrivateRows
   ExpertsWork experts_;
 };
 
@@ -120,9 +127,10 @@ class StepJob : public Job {
   void add_phases(const OctavoOp& op, const OctavoOp* next);
   void add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items);
   void add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows);
+  void add_prepared_gemm(const OctavoOp& op, int num_rows);
   void add_experts(const OctavoOp& op);
-  void norm_rows(const Phase& phase, int begin, int end, bf16* output) const;
-  void run_private_norm_gemm(int phase, int item, int thread);
+  void prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const;
+  void run_private_gemm(int phase, int item, int thread);
   void run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const;
   void fetch_to_write_kv(const OctavoOp& op, int unit) const;
   void run_rotary_attention(int phase, int unit);
@@ -144,7 +152,7 @@ class StepJob : public Job {
   AttentionPlan attention_;
   int measured_phase_ = -1;  // began at phase_start_
   std::chrono::steady_clock::time_point phase_start_;
-  std::vector<int> private_norm_phase_;  // by thread: the phase whose rows its own memory holds
+  std::vector<int> private_phase_;  // by thread: the phase whose rows its own memory holds
 };
 
 // ---------------------------------------------------------------- program
@@ -158,11 +166,17 @@ Program::Program(ThreadPool& threads, const OctavoProgramInfo& info)
   for (const OctavoOp& op : ops_) {
     if (op.kind == OCTAVO_ROTARY_WRITE_KV) max_positions_ = std::min(max_positions_, op.max_positions);
     normed_stride_ = std::max(normed_stride_, round_up(op.norm.size, kRowMultiple));
+    if (is_quantized(op.linear))
+      quantized_stride_ = std::max(quantized_stride_, quantized_row_bytes(op.linear.in_features));
     if (op.kind == OCTAVO_NORM_EXPERTS_RESIDUAL) experts_.reserve(op, info.max_batch_tokens);
   }
-  normed_.resize(normed_stride_ * info.max_batch_tokens);
-  private_normed_.resize(threads.num_threads());
-  for (std::vector<bf16>& memory : private_normed_) memory.resize(normed_stride_ * kPrivateNormRows);
+  const auto reserve = [&](PreparedRows& rows, int64_t count) {
+    rows.normed.resize(count * normed_stride_);
+    rows.quantized.resize(count * quantized_stride_);
+  };
+  reserve(prepared_, info.max_batch_tokens);
+  private_prepared_.resize(threads.num_threads());
+  for (PreparedRows& rows : private_prepared_) reserve(rows, kPrivateRows);
 }
 
 bool Program::check(const OctavoStep& step, const OctavoCache& cache, const IndexError& error) const {
@@ -232,7 +246,7 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
       cache_(cache),
       logits_(logits),
       attention_(step, program.threads_.num_threads()),
-      private_norm_phase_(program.threads_.num_threads(), -1) {
+      private_phase_(program.threads_.num_threads(), -1) {
   const OctavoOp* end = program.ops_.data() + program.ops_.size();
   for (const OctavoOp& op : program.ops_) add_phases(op, &op + 1 == end ? nullptr : &op + 1);
 }
@@ -260,23 +274,29 @@ void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
       break;
     }
     case OCTAVO_LINEAR_RESIDUAL:
-      add_gemm(PhaseKind::kGemm, op, num_tokens);
+      if (is_quantized(op.linear)) {
+        add_prepared_gemm(op, num_tokens);
+      } else {
+        add_gemm(PhaseKind::kGemm, op, num_tokens);
+      }
       break;
     case OCTAVO_NORM_EXPERTS_RESIDUAL:
       add_experts(op);
       break;
     case OCTAVO_NORM_LINEAR:
     case OCTAVO_NORM_GATED_LINEAR:
-    case OCTAVO_LOGITS: {
-      const int num_rows = op.kind == OCTAVO_LOGITS ? step_.num_logits_rows : num_tokens;
-      if (num_rows <= kPrivateNormRows) {
-        add_gemm(PhaseKind::kNormGemm, op, num_rows);
-      } else {
-        add_phase(PhaseKind::kNorm, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
-        add_gemm(PhaseKind::kGemm, op, num_rows);
-      }
+    case OCTAVO_LOGITS:
+      add_prepared_gemm(op, op.kind == OCTAVO_LOGITS ? step_.num_logits_rows : num_tokens);
       break;
-    }
+  }
+}
+
+void StepJob::add_prepared_gemm(const OctavoOp& op, int num_rows) {
+  if (num_rows <= kPrivateRows) {
+    add_gemm(PhaseKind::kPrepareGemm, op, num_rows);
+  } else {
+    add_phase(PhaseKind::kPrepare, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
+    add_gemm(PhaseKind::kGemm, op, num_rows);
   }
 }
 
@@ -294,9 +314,11 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
     gemm.input = row<bf16>(op.input, 0);
     gemm.input_stride = program_.buffers_[op.input].stride;
   } else {
-    gemm.input = program_.normed_.data();
+    gemm.input = program_.prepared_.normed.data();
     gemm.input_stride = program_.normed_stride_;
   }
+  if (is_quantized(op.linear))
+    gemm.quantized_input = {program_.prepared_.quantized.data(), program_.quantized_stride_};
   if (op.kind == OCTAVO_NORM_EXPERTS_RESIDUAL) {  // the router
     gemm.output = program_.experts_.logits();
     gemm.output_stride = gemm.num_columns = static_cast<int>(ExpertsWork::logits_stride(op));
@@ -315,7 +337,7 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
 void StepJob::add_experts(const OctavoOp& op) {
   const int num_rows = step_.num_tokens, num_threads = program_.threads_.num_threads();
   if (num_rows == 0) return;
-  add_phase(PhaseKind::kNorm, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
+  add_phase(PhaseKind::kPrepare, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
   add_gemm(PhaseKind::kGemm, op, num_rows);
   add_phase(PhaseKind::kChoose, op, num_rows, 1);
   add_phase(PhaseKind::kGather, op, num_rows, ExpertsWork::num_gather_items(op, num_rows));
@@ -332,14 +354,14 @@ void StepJob::run_item(int index, int item, int thread) {
     case PhaseKind::kEmbed:
       for (int t = begin; t < end; ++t) embed_token(op, step_.token_ids[t], row<float>(op.output, t));
       break;
-    case PhaseKind::kNorm:
-      norm_rows(phase, begin, end, program_.normed_.data());
+    case PhaseKind::kPrepare:
+      prepare_rows(phase, begin, end, program_.prepared_);
       break;
     case PhaseKind::kGemm:
       run_gemm_item(phase.gemm, phase.gemm_items, item);
       break;
-    case PhaseKind::kNormGemm:
-      run_private_norm_gemm(index, item, thread);
+    case PhaseKind::kPrepareGemm:
+      run_private_gemm(index, item, thread);
       break;
     case PhaseKind::kRotary:
       run_rotary(op, begin, end, 0, op.num_kv_heads);
@@ -354,10 +376,10 @@ void StepJob::run_item(int index, int item, int thread) {
       program_.experts_.choose(op, phase.num_rows);
       break;
     case PhaseKind::kGather:
-      program_.experts_.gather(program_.normed_.data(), program_.normed_stride_, item);
+      program_.experts_.gather(program_.prepared_.normed.data(), program_.normed_stride_, item);
       break;
     case PhaseKind::kExpertsGated:
-      program_.experts_.run_gated(op, program_.normed_.data(), program_.normed_stride_, item, items_per_phase_[index]);
+      program_.experts_.run_gated(op, program_.prepared_.normed.data(), program_.normed_stride_, item, items_per_phase_[index]);
       break;
     case PhaseKind::kExpertsDown:
       program_.experts_.run_down(op, row<float>(op.output, 0), program_.buffers_[op.output].stride, item,
@@ -372,7 +394,7 @@ void StepJob::phase_begins(int index) {
   const auto now = std::chrono::steady_clock::now();
   if (measured_phase_ >= 0) {
     const Phase& phase = phases_[measured_phase_];
-    const int kind = phase.kind == PhaseKind::kNorm ? OCTAVO_PROFILE_NORM : phase.op->kind;
+    const int kind = phase.kind == PhaseKind::kPrepare ? OCTAVO_PROFILE_PREPARE : phase.op->kind;
     profile.ns[kind] += std::chrono::nanoseconds(now - phase_start_).count();
     ++profile.num_phases[kind];
   }
@@ -382,30 +404,37 @@ void StepJob::phase_begins(int index) {
 
 MemoryRange StepJob::first_read(int index, int item) const {
   const Phase& phase = phases_[index];
-  if (phase.kind != PhaseKind::kGemm && phase.kind != PhaseKind::kNormGemm) return {};
+  if (phase.kind != PhaseKind::kGemm && phase.kind != PhaseKind::kPrepareGemm) return {};
   const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, item);
   return {weights.begin, std::min<size_t>(weights.size, kBytesFetchedAhead)};
 }
 
-void StepJob::norm_rows(const Phase& phase, int begin, int end, bf16* output) const {
+void StepJob::prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const {
+  const OctavoOp& op = *phase.op;
   for (int r = begin; r < end; ++r) {
-    const int token = phase.op->kind == OCTAVO_LOGITS ? step_.logits_rows[r] : r;
-    norm_row(phase.op->norm, row<float>(phase.op->input, token), output + r * program_.normed_stride_);
+    const int token = op.kind == OCTAVO_LOGITS ? step_.logits_rows[r] : r;
+    bf16* normed = output.normed.data() + r * program_.normed_stride_;
+    const bool has_norm = op.norm.weight != nullptr;
+    if (has_norm) norm_row(op.norm, row<float>(op.input, token), normed);
+    if (is_quantized(op.linear))
+      quantize_row(has_norm ? normed : row<bf16>(op.input, token), op.linear.in_features,
+                   output.quantized.data() + r * program_.quantized_stride_);
   }
 }
 
-void StepJob::run_private_norm_gemm(int index, int item, int thread) {
+void StepJob::run_private_gemm(int index, int item, int thread) {
   const Phase& phase = phases_[index];
-  bf16* normed = program_.private_normed_[thread].data();
-  if (private_norm_phase_[thread] != index) {
-    // The norm waits for rows that another thread has just written; the weights set out meanwhile.
+  PreparedRows& rows = program_.private_prepared_[thread];
+  if (private_phase_[thread] != index) {
+    // This waits for rows that another thread has just written; the weights set out meanwhile.
     const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, item);
-    for (size_t i = 0; i < std::min(weights.size, kBytesFetchedBeforeNorm); i += 64) prefetch_l2(weights.begin + i);
-    norm_rows(phase, 0, phase.num_rows, normed);
-    private_norm_phase_[thread] = index;
+    for (size_t i = 0; i < std::min(weights.size, kBytesFetchedBeforeRows); i += 64) prefetch_l2(weights.begin + i);
+    prepare_rows(phase, 0, phase.num_rows, rows);
+    private_phase_[thread] = index;
   }
   Gemm gemm = phase.gemm;
-  gemm.input = normed;
+  gemm.input = rows.normed.data();
+  if (is_quantized(*gemm.linear)) gemm.quantized_input.data = rows.quantized.data();
   run_gemm_item(gemm, phase.gemm_items, item);
 }
 

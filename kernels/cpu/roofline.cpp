@@ -1,6 +1,7 @@
 // What this machine can do at most: the measure that benchmarks hold the kernels against.
 #include <algorithm>
 #include <atomic>
+#include <vector>
 
 #include "handles.h"
 #include "simd.h"
@@ -43,6 +44,25 @@ void multiply_pairs(int64_t num_dots) {
   result_nobody_wants.store(sum_lanes(total), std::memory_order_relaxed);
 }
 
+void multiply_quads(int64_t num_dots) {
+  const std::vector<uint8_t> bytes(sizeof(IntVec), 1);
+  const ByteActivation ones[4] = {1, 1, 1, 1};
+  const Quads a = load_quads(bytes.data());
+  const QuadActivations b = broadcast_quad(ones);
+  IntVec sums[kDotSums] = {};
+  for (int64_t i = 0; i < num_dots; i += kDotSums) {
+#pragma GCC unroll 16
+    for (int s = 0; s < kDotSums; ++s) {
+      sums[s] = dot_quads(sums[s], a, b);
+      keep(sums[s]);
+    }
+  }
+  IntVec total = {};
+#pragma GCC unroll 16
+  for (int s = 0; s < kDotSums; ++s) total = total + sums[s];
+  result_nobody_wants.store(static_cast<float>(sum_lanes(total)), std::memory_order_relaxed);
+}
+
 }  // namespace
 }  // namespace octavo
 
@@ -59,4 +79,9 @@ int64_t octavo_measure_read(OctavoPool* pool, const void* data, int64_t num_byte
 int64_t octavo_measure_dot(OctavoPool* pool, int32_t num_items) {
   pool->threads.for_each(num_items, [&](int64_t, int) { multiply_pairs(kDotsPerItem); });
   return num_items * kDotsPerItem * kLanes * 4;  // a pair takes two multiplications and two additions
+}
+
+int64_t octavo_measure_integer_dot(OctavoPool* pool, int32_t num_items) {
+  pool->threads.for_each(num_items, [&](int64_t, int) { multiply_quads(kDotsPerItem); });
+  return num_items * kDotsPerItem * kLanes * 8;  // a quad takes four multiplications and four additions
 }

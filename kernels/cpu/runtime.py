@@ -40,6 +40,10 @@ class Runtime:
         """Multiply bf16 pairs in registers, with all threads; return the number of floating-point operations."""
         return int(self.library.octavo_measure_dot(self.pool, num_items))
 
+    def measure_integer_dot(self, num_items: int) -> int:
+        """Multiply quads of bytes in registers, with all threads; return the number of operations."""
+        return int(self.library.octavo_measure_integer_dot(self.pool, num_items))
+
     def draw(self, logits: npt.NDArray[np.float32], draws: npt.NDArray[np.void]) -> npt.NDArray[np.int32]:
         """Draw a token for each row; `draws` [N] of library.DRAW_FIELDS. -1 where no token can be drawn."""
         rows = _as_rows(logits)

@@ -24,6 +24,9 @@ using bf16 = uint16_t;
 #if defined(__AVX512BF16__)
 #define OCTAVO_AVX512_BF16 1
 #endif
+#if defined(__AVX512VNNI__)
+#define OCTAVO_AVX512_VNNI 1
+#endif
 constexpr int kLanes = 16;         // float32 values in a vector
 constexpr int kAccumulators = 24;  // vector registers that a kernel may fill with sums
 constexpr int kMaxTileRows = 12;   // rows that a kernel multiplies at once
@@ -36,6 +39,9 @@ constexpr int kMaxTileRows = 4;
 #define OCTAVO_NEON 1
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define OCTAVO_NEON_BF16 1
+#endif
+#if defined(__ARM_FEATURE_DOTPROD)
+#define OCTAVO_NEON_DOTPROD 1
 #endif
 constexpr int kLanes = 4;
 constexpr int kAccumulators = 24;
@@ -50,6 +56,7 @@ typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
 
 // ---------------------------------------------------------------- loads, stores, lanes
 
@@ -62,6 +69,9 @@ inline Vec load(const float* source) {
 inline void store(float* target, Vec value) { std::memcpy(target, &value, sizeof value); }
 
 inline Vec broadcast(float value) { return value - Vec{}; }
+inline IntVec broadcast(int32_t value) { return value - IntVec{}; }
+
+inline Vec to_float(IntVec value) { return __builtin_convertvector(value, Vec); }
 
 inline IntVec bits(Vec value) { return reinterpret_cast<IntVec>(value); }
 inline Vec from_bits(IntVec value) { return reinterpret_cast<Vec>(value); }
@@ -144,6 +154,26 @@ inline void multiply_wide(UintVec a, uint32_t b, UintVec& high, UintVec& low) {
     high[i] = static_cast<uint32_t>(product >> 32);
     low[i] = static_cast<uint32_t>(product);
   }
+#endif
+}
+
+inline int32_t sum_lanes(IntVec value) {
+#if defined(OCTAVO_AVX512)
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(value));
+#else
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) value[i] += value[i + width];
+  return value[0];
+#endif
+}
+
+inline int32_t max_lanes(IntVec value) {
+#if defined(OCTAVO_AVX512)
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(value));
+#else
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) value[i] = value[i] > value[i + width] ? value[i] : value[i + width];
+  return value[0];
 #endif
 }
 
@@ -265,6 +295,204 @@ inline void load_activations(const bf16* source, int64_t count, Activation* targ
 #endif
 }
 
+// ---------------------------------------------------------------- dot products of quads of bytes
+
+// A quantised kernel multiplies weights, quads of bytes in memory, with quantised activations, and
+// sums int32: exactly, whatever the instructions.
+//
+// store_quads      16 or more activations, each in [-127, 127], as the kernels read them
+// load_quads       one quad of 8-bit weights a lane, which lie in memory as (weight ^ kByteFlip)
+// load_nibbles     two quads of 4-bit weights in [0, 15] a lane: those in the low halves of the bytes and in the high
+// broadcast_quad   the same quad of activations in every lane
+// dot_quads        sum + the four products, in each lane; 8-bit weights that count from kByteFlip
+//                  bring kByteFlip times the sum of the activations too much
+//
+// The instruction of AVX512 multiplies unsigned weights; elsewhere they are signed.
+#if defined(OCTAVO_AVX512_VNNI)
+using ByteActivation = int8_t;
+using Quads = __m512i;
+using QuadActivations = __m512i;
+constexpr int kByteFlip = 128;
+
+inline Quads load_quads(const uint8_t* source) { return _mm512_loadu_si512(source); }
+
+inline void load_nibbles(const uint8_t* source, Quads& low, Quads& high) {
+  const __m512i bytes = _mm512_loadu_si512(source), mask = _mm512_set1_epi8(15);
+  low = _mm512_and_si512(bytes, mask);
+  high = _mm512_and_si512(_mm512_srli_epi32(bytes, 4), mask);
+}
+
+inline QuadActivations broadcast_quad(const ByteActivation* source) {
+  int32_t quad;
+  std::memcpy(&quad, source, sizeof quad);
+  return _mm512_set1_epi32(quad);
+}
+
+inline IntVec dot_quads(IntVec sum, Quads weights, QuadActivations x) {
+  return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), weights, x));
+}
+#elif defined(OCTAVO_NEON_DOTPROD)
+using ByteActivation = int8_t;
+using Quads = int8x16_t;
+using QuadActivations = int8x16_t;
+constexpr int kByteFlip = 0;
+
+inline Quads load_quads(const uint8_t* source) { return vld1q_s8(reinterpret_cast<const int8_t*>(source)); }
+
+inline void load_nibbles(const uint8_t* source, Quads& low, Quads& high) {
+  const uint8x16_t bytes = vld1q_u8(source);
+  low = vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15)));
+  high = vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4));
+}
+
+inline QuadActivations broadcast_quad(const ByteActivation* source) {
+  int32_t quad;
+  std::memcpy(&quad, source, sizeof quad);
+  return vreinterpretq_s8_s32(vdupq_n_s32(quad));
+}
+
+inline IntVec dot_quads(IntVec sum, Quads weights, QuadActivations x) {
+  return reinterpret_cast<IntVec>(vdotq_s32(reinterpret_cast<int32x4_t>(sum), weights, x));
+}
+#elif defined(OCTAVO_AVX512) || defined(OCTAVO_AVX2)
+// Without an instruction for four products, pairs of 16 bits: first and third, second and fourth. The
+// one for pairs of bytes would be no faster: it cannot hold the sum of two products of 8 bits.
+using ByteActivation = int16_t;
+constexpr int kByteFlip = 0;
+typedef int16_t ShortVec __attribute__((vector_size(kLanes * 4)));
+
+struct Quads {
+  ShortVec even;
+  ShortVec odd;
+};
+using QuadActivations = Quads;
+
+inline IntVec dot_pairs(ShortVec a, ShortVec b) {
+#if defined(OCTAVO_AVX512)
+  return reinterpret_cast<IntVec>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+  return reinterpret_cast<IntVec>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#endif
+}
+
+inline Quads load_quads(const uint8_t* source) {
+  ShortVec bytes;
+  std::memcpy(&bytes, source, sizeof bytes);
+  return {bytes << 8 >> 8, bytes >> 8};
+}
+
+inline void load_nibbles(const uint8_t* source, Quads& low, Quads& high) {
+  ShortVec bytes;
+  std::memcpy(&bytes, source, sizeof bytes);
+  low = {bytes & 15, bytes >> 8 & 15};
+  high = {bytes >> 4 & 15, bytes >> 12 & 15};
+}
+
+inline QuadActivations broadcast_quad(const ByteActivation* source) {
+  int32_t even, odd;
+  std::memcpy(&even, source, sizeof even);
+  std::memcpy(&odd, source + 2, sizeof odd);
+  return {reinterpret_cast<ShortVec>(broadcast(even)), reinterpret_cast<ShortVec>(broadcast(odd))};
+}
+
+inline IntVec dot_quads(IntVec sum, Quads weights, QuadActivations x) {
+  return sum + dot_pairs(weights.even, x.even) + dot_pairs(weights.odd, x.odd);
+}
+#else
+using ByteActivation = int32_t;
+constexpr int kByteFlip = 0;
+
+struct Quads {
+  IntVec bytes[4];
+};
+using QuadActivations = Quads;
+
+inline Quads load_quads(const uint8_t* source) {
+  IntVec words;
+  std::memcpy(&words, source, sizeof words);
+  return {{words << 24 >> 24, words << 16 >> 24, words << 8 >> 24, words >> 24}};
+}
+
+inline void load_nibbles(const uint8_t* source, Quads& low, Quads& high) {
+  IntVec words;
+  std::memcpy(&words, source, sizeof words);
+  for (int i = 0; i < 4; ++i) {
+    low.bytes[i] = words >> (8 * i) & 15;
+    high.bytes[i] = words >> (8 * i + 4) & 15;
+  }
+}
+
+inline QuadActivations broadcast_quad(const ByteActivation* source) {
+  return {{broadcast(source[0]), broadcast(source[1]), broadcast(source[2]), broadcast(source[3])}};
+}
+
+inline IntVec dot_quads(IntVec sum, Quads weights, QuadActivations x) {
+  for (int i = 0; i < 4; ++i) sum += weights.bytes[i] * x.bytes[i];
+  return sum;
+}
+#endif
+
+// `count` integers, a multiple of 4, within [-127, 127].
+inline void store_quads(ByteActivation* target, const int8_t* source, int count) {
+  if constexpr (sizeof(ByteActivation) == 1) {
+    std::memcpy(target, source, count);
+  } else {
+    constexpr bool kInPairs = sizeof(ByteActivation) == 2;  // first and third, second and fourth
+    for (int i = 0; i < count; ++i) target[kInPairs ? (i & ~3) + (i & 1) * 2 + (i >> 1 & 1) : i] = source[i];
+  }
+}
+
+// ---------------------------------------------------------------- half precision
+
+inline float half_to_float(uint16_t value) {
+  const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
+  const uint32_t magnitude = value & 0x7fff;
+  if (magnitude < 0x0400) {  // zero and subnormal numbers
+    const float result = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    return sign != 0 ? -result : result;
+  }
+  const uint32_t exponent_shift = magnitude >= 0x7c00 ? (255u - 31u) << 23 : (127u - 15u) << 23;
+  const uint32_t word = sign | ((magnitude << 13) + exponent_shift);
+  float result;
+  std::memcpy(&result, &word, sizeof result);
+  return result;
+}
+
+// Rounded to the nearest, even in a tie; what is too large becomes infinite.
+inline uint16_t float_to_half(float value) {
+  uint32_t word;
+  std::memcpy(&word, &value, sizeof word);
+  const uint16_t sign = static_cast<uint16_t>(word >> 16 & 0x8000);
+  word &= 0x7fffffff;
+  if (word > 0x7f800000) return sign | 0x7e00;
+  if (word >= 0x477ff000) return sign | 0x7c00;
+  if (word < 0x38800000) {  // subnormal: adding 0.5 puts its last bit where the last bit of a float32 is
+    float magnitude;
+    std::memcpy(&magnitude, &word, sizeof magnitude);
+    magnitude += 0.5f;
+    std::memcpy(&word, &magnitude, sizeof word);
+    return static_cast<uint16_t>(sign | (word - 0x3f000000));
+  }
+  return static_cast<uint16_t>(sign | ((word + 0xfff + (word >> 13 & 1) - (112u << 23)) >> 13));
+}
+
+// Numbers of half precision; what is not finite becomes something that is not, either.
+inline Vec load_half(const uint16_t* source) {
+#if defined(OCTAVO_AVX512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+#elif defined(OCTAVO_AVX2)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+#else
+  HalfVec half;
+  std::memcpy(&half, source, sizeof half);
+  const IntVec word = __builtin_convertvector(half, IntVec);
+  // As a float32 the same digits and exponent mean 2^112 times less, also where they are subnormal.
+  const Vec magnitude = from_bits((word & 0x7fff) << 13) * broadcast(5.192296858534828e33f);
+  const IntVec not_finite = ((word & 0x7c00) == 0x7c00) & 0x7f800000;
+  return from_bits(bits(magnitude) | not_finite | (word & 0x8000) << 16);
+#endif
+}
+
 // ---------------------------------------------------------------- processor state
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
@@ -296,7 +524,8 @@ inline void keep_in_register(T*& pointer) {
 }
 
 // Make the compiler compute a vector where it stands.
-inline void keep(Vec& value) {
+template <class AnyVec>
+inline void keep(AnyVec& value) {
 #if defined(__x86_64__)
   asm volatile("" : "+v"(value));
 #else
