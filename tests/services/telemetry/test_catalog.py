@@ -9,14 +9,23 @@ from octavo.services.telemetry import catalog
 
 # Add lines freely; a line that changes or goes breaks what somebody has built on it, so it needs a new major version.
 FROZEN = Path(__file__).with_name("names.txt")
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "observability.md"
+BEGIN, END = "<!-- metrics: made by tests/services/telemetry/test_catalog.py -->\n", "<!-- end -->"
+
+
+GROUPS = {
+    "every": catalog.COMMON,
+    "gateway": catalog.GATEWAY,
+    "scheduler": catalog.SCHEDULER,
+    "worker": catalog.WORKER,
+    "picker": catalog.PICKER,
+}
 
 
 def rows() -> list[str]:
-    groups = {"every": catalog.COMMON, "gateway": catalog.GATEWAY, "scheduler": catalog.SCHEDULER,
-              "worker": catalog.WORKER, "picker": catalog.PICKER}  # fmt: skip
     return [
         " ".join([process, metric.kind, metric.name, "{" + ",".join(metric.labels) + "}", metric.alias]).rstrip()
-        for process, metrics in groups.items()
+        for process, metrics in GROUPS.items()
         for metric in metrics
     ]
 
@@ -53,3 +62,24 @@ def test_each_vllm_name_is_exposed_by_one_kind_of_process_so_that_sums_count_onc
         "vllm:request_queue_time_seconds", "vllm:request_prefill_time_seconds", "vllm:request_decode_time_seconds",
         "vllm:iteration_tokens_total", "vllm:cache_config_info",
     }  # fmt: skip
+
+
+def table() -> str:
+    """Return the table of metrics in the docs."""
+    lines = ["| process | metric | kind | what | vLLM's name |", "| --- | --- | --- | --- | --- |"]
+    for process, metrics in GROUPS.items():
+        for metric in metrics:
+            labels = f" {{{', '.join(metric.labels)}}}" if metric.labels else ""
+            alias = f"`{metric.alias}`" if metric.alias else ""
+            lines.append(f"| {process} | `{metric.name}{labels}` | {metric.kind} | {metric.help} | {alias} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_in_the_docs_is_current() -> None:
+    """After a change that is meant: python tests/services/telemetry/test_catalog.py."""
+    assert BEGIN + table() + END in DOCS.read_text()
+
+
+if __name__ == "__main__":
+    before, rest = DOCS.read_text().split(BEGIN)
+    DOCS.write_text(before + BEGIN + table() + END + rest.split(END)[1])
