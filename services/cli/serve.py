@@ -103,6 +103,9 @@ class ServeConfig:
         default=(),
         metadata={"group": _LISTENING, "help": "origins whose web pages may call the HTTP API, * for all; empty: none"},
     )
+    ui: bool = field(
+        default=False, metadata={"group": _LISTENING, "help": "serve a page to chat with the model over HTTP, at /ui"}
+    )
     tool_call_format: str = field(
         default="auto",
         metadata={
@@ -396,6 +399,7 @@ def child_specs(
         "admin_address": "",
         "max_model_len": config.max_model_len,
         "http_cors_origins": config.http_cors_origins,
+        "ui": config.ui,
         "tool_call_format": config.tool_call_format,
         "reasoning_format": config.reasoning_format,
         "reflection": config.reflection,

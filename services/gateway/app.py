@@ -32,6 +32,7 @@ from octavo.services.gateway.http.batches import BatchService
 from octavo.services.gateway.http.generate import GenerateEndpoints
 from octavo.services.gateway.http.info import InfoEndpoints
 from octavo.services.gateway.http.listener import HttpListener
+from octavo.services.gateway.http.ui_endpoints import UiEndpoints
 from octavo.services.gateway.load_service import LoadServicer
 from octavo.services.gateway.mesh import MeshHeaders
 from octavo.services.gateway.model import Models, ServedModel
@@ -116,13 +117,15 @@ class Gateway:
         if config.http_address:
             generate = GenerateEndpoints(self._calls, models)
             self._batches = _open_batches(config, generate, authenticator)
+            ui = UiEndpoints(models, load, self._ready) if config.ui else None
             http_app = make_app(
                 generate,
                 InfoEndpoints(models, model_servicer, tokenizer_servicer, self._ready),
                 authenticator,
                 config.http_max_body_bytes,
                 config.http_cors_origins,
-                [] if self._batches is None else self._batches.routes,
+                [*([] if self._batches is None else self._batches.routes), *([] if ui is None else ui.routes)],
+                [] if ui is None else ui.public_routes,
             )
             self._http = _bind_http(config, http_app)
             self.http_port = self._http.port

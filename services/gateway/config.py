@@ -52,6 +52,7 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         default="",
         metadata={"help": "where probes are answered (grpc.health.v1: startup, readiness, liveness); empty: nowhere"},
     )
+    ui: bool = field(default=False, metadata={"help": "serve a page to chat with the model over HTTP, at /ui"})
     tool_call_format: str = field(
         default="auto",
         metadata={

@@ -1,4 +1,4 @@
-"""OpenAI's Node client, installed once into the user's cache, and its checks."""
+"""OpenAI's Node client and a driver for browsers, installed once into the user's cache, and checks with them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from octavo.services.cli import demo_model
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FOLDER = Path(__file__).parent / "node"
 NAMES = re.findall(r'^  async "(.+)"\(', (FOLDER / "checks.mjs").read_text(), re.MULTILINE)
 
@@ -24,7 +26,7 @@ def install() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     package = (FOLDER / "package.json").read_text()
     installed = folder / "package.json"
-    if not (installed.exists() and installed.read_text() == package and (folder / "node_modules" / "openai").exists()):
+    if not (installed.exists() and installed.read_text() == package and (folder / "node_modules").exists()):
         installed.write_text(package)
         command = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
@@ -33,7 +35,8 @@ def install() -> Path:
             if re.search(r"ENOTFOUND|ECONNREFUSED|ECONNRESET|ETIMEDOUT|EAI_AGAIN|network", done.stderr):
                 pytest.skip("the npm registry cannot be reached, and the client is not in the cache")
             raise AssertionError(f"npm install failed:\n{done.stderr}")
-    shutil.copy(FOLDER / "checks.mjs", folder)
+    for script in FOLDER.glob("*.mjs"):
+        shutil.copy(script, folder)
     return folder
 
 
@@ -45,3 +48,15 @@ def run_checks(base_url: str, model: str) -> dict[str, str | None]:
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     return {result["name"]: result["error"] for result in results}
+
+
+def use_page(url: str) -> dict[str, Any]:
+    """Use the chat page of a server in Chromium; return what was seen. Skips the test if there is no browser."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        pytest.skip(f"there is no browser: none of {', '.join(BROWSERS)}")
+    command = ["node", "page.mjs", browser, url]
+    done = subprocess.run(command, cwd=install(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return seen

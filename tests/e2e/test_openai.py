@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +20,7 @@ from octavo.services.gateway.http.chat_request import read_chat_call
 from . import node_client
 from .stack import Stack, answer, until_idle
 
+pytestmark = pytest.mark.parametrize("stack", [("--ui",)], indirect=True, ids=["ui"])
 MODEL = "smollm2-135m-instruct"
 CAPITAL: Any = [{"role": "user", "content": "What is the capital of France?"}]
 GREEDY: Any = {"temperature": 0, "max_tokens": 24}
@@ -343,3 +345,13 @@ def node(stack: Stack) -> dict[str, str | None]:
 @pytest.mark.parametrize("name", node_client.NAMES)
 def test_openai_s_node_client(node: dict[str, str | None], name: str) -> None:
     assert node[name] is None, node[name]
+
+
+def test_the_chat_page_works_in_a_browser(stack: Stack) -> None:
+    seen = node_client.use_page(stack.http_url)
+
+    assert "Paris" in seen["answer"]
+    assert "max_tokens" in seen["error"]
+    assert seen["model"] == MODEL
+    assert re.fullmatch(r"\d+ of \d+ blocks", seen["kv"])
+    assert (seen["images"], seen["problems"]) == (0, [])

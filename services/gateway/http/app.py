@@ -36,11 +36,13 @@ def make_app(
     max_body_bytes: int,
     cors_origins: Sequence[str],
     more_routes: Sequence[tuple[str, str, Handler]] = (),
+    public_routes: Sequence[tuple[str, str, Handler]] = (),
 ) -> Starlette:
     """Return the ASGI application.
 
     cors_origins  may be called from by browsers, none if empty
     more_routes   method, path and handler of what only some gateways have
+    public_routes the same, for what needs no key
     """
 
     def route(method: str, path: str, handler: Handler, *, public: bool = False) -> Route:
@@ -60,6 +62,7 @@ def make_app(
         route("GET", "/version", info.version),
         route("GET", "/openapi.json", _openapi),
         *(route(*each) for each in more_routes),
+        *(route(*each, public=True) for each in public_routes),
     ]
     cors = Middleware(
         CORSMiddleware,
