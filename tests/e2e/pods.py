@@ -97,7 +97,6 @@ class Container:
         self.started = False
         self.ready = False
         self.restarts = -1
-        self.ended_at = 0.0
         self.exit_status: int | None = None
         self.process: asyncio.subprocess.Process | None = None
         self._pod = pod
@@ -142,7 +141,6 @@ class Container:
                 stdout=log, stderr=log, env={**os.environ, **self._environment()},
             )  # fmt: skip
         self.exit_status = await self.process.wait()
-        self.ended_at = time.monotonic()
         return self.exit_status
 
     async def keep(self) -> None:
@@ -165,7 +163,7 @@ class Container:
         while not await self._asks_well(startup):
             if time.monotonic() > failed_at:
                 return self.send(signal.SIGKILL)
-            await asyncio.sleep(startup["periodSeconds"] / _PROBE_RATE)
+            await asyncio.sleep(max(startup["periodSeconds"] / _PROBE_RATE, 0.2 if "grpc" in startup else 1.0))
         self.started = True
         await asyncio.gather(self._watch_liveness(), self._watch_readiness())
         return None
