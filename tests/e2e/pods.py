@@ -12,6 +12,7 @@ import base64
 import contextlib
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -56,10 +57,12 @@ class Cluster:
         self.hosts.write_text("127.0.0.1 localhost\n")
         self.pods: dict[str, Pod] = {}
         self._objects = objects
-        self._addresses = iter(range(2, 250))
+        # All pods listen at the same ports, and so may those of another test that runs now.
+        network = f"127.{random.randrange(16, 250)}.{random.randrange(1, 250)}"
+        self._addresses = (f"{network}.{number}" for number in range(2, 250))
 
     def new_address(self) -> str:
-        return f"127.9.9.{next(self._addresses)}"
+        return next(self._addresses)
 
     def secret(self, name: str) -> dict[str, bytes]:
         ids = {(each["kind"], each["metadata"]["name"]): each for each in self._objects}
@@ -174,8 +177,11 @@ class Container:
             self.ready = True
             self._pod.on_change()
             return
+        well_at = float("-inf")
         while True:
-            self.ready = await self._asks_well(probe)
+            if await self._asks_well(probe):
+                well_at = time.monotonic()
+            self.ready = time.monotonic() - well_at < probe["failureThreshold"] * probe["periodSeconds"]
             self._pod.on_change()
             await asyncio.sleep(probe["periodSeconds"] / _PROBE_RATE)
 
