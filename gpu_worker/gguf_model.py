@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from octavo.gpu_worker.errors import ModelError
@@ -15,7 +17,12 @@ from octavo.gpu_worker.loading import Progress
 from octavo.gpu_worker.models.config import MAX_LAYERS, ModelConfig, RopeConfig
 from octavo.gpu_worker.models.registry import find_architecture
 from octavo.gpu_worker.ops import Heads
+from octavo.gpu_worker.quantization import Quantization
 from octavo.gpu_worker.weights import DTYPES, Checkpoint, check_shape, fingerprint_of, name_list
+from octavo.kernels.cpu import library
+from octavo.kernels.cpu.coded_rows import CodedRows, Codes
+
+RowsOf = TypeVar("RowsOf", torch.Tensor, npt.NDArray[np.uint8])  # values, or bytes of codes
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -36,12 +43,15 @@ _LAYER_NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 _PIECE_VALUES = 1 << 19
 _F32, _F16 = 0, 1  # GGUF's numbers of the types that are no quantisation
+_CODES_OF_4_BITS = {2: library.Q4_0, 3: library.Q4_1, 12: library.Q4_K}
+_CODES_OF_8_BITS = {8: library.Q8_0}
 
 
-def load_gguf(path: Path, dtype: str, progress: Progress) -> Checkpoint:
+def load_gguf(path: Path, dtype: str, progress: Progress, quantization: Quantization = Quantization.NONE) -> Checkpoint:
     """Load a .gguf file. `dtype` is a name of DTYPES or "auto": bfloat16, if the file is not all float.
 
-    Raises ModelError.
+    Matrices that the file has in as many bits as `quantization` wants, in a kind that the native kernels
+    know, are left as they are (`CodedRows`). Raises ModelError.
     """
     source = GgufFile(path)
     names = {_hub_name(name, path): name for name in source.tensors if name != _ROPE_FACTORS}
@@ -57,15 +67,27 @@ def load_gguf(path: Path, dtype: str, progress: Progress) -> Checkpoint:
         check_shape(names[name], source.tensors[names[name]].shape, shape, str(path))
     target = DTYPES.get(dtype) or _natural_dtype(source)
 
-    tensors = {name: torch.empty(shape, dtype=target) for name, shape in wanted.items()}
-    pieces = [(name, rows) for name, shape in wanted.items() for rows in _row_pieces(shape)]
+    tensors: dict[str, torch.Tensor] = {}
+    for name, shape in wanted.items():
+        kind = _codes_wanted(name, quantization).get(source.tensors[names[name]].quantisation)
+        if kind is None or len(shape) != 2:
+            tensors[name] = torch.empty(shape, dtype=target)
+        else:
+            data = _rows_as_published(name, source.data(source.tensors[names[name]]), config, source)
+            tensors[name] = CodedRows([Codes(kind, np.ascontiguousarray(data))], shape[1])
+    pieces = [
+        (name, rows)
+        for name, shape in wanted.items()
+        if not isinstance(tensors[name], CodedRows)
+        for rows in _row_pieces(shape)
+    ]
 
     def read(piece: tuple[str, slice]) -> None:
         name, rows = piece
         whole = rows.stop - rows.start == wanted[name][0]  # a vector has no rows to cut
         tensors[name][rows] = _dequantise(source, source.tensors[names[name]], slice(None) if whole else rows)
 
-    total = sum(source.tensors[name].num_bytes for name in names.values())
+    total = sum(source.tensors[names[name]].num_bytes for name, _ in pieces)
     done = 0
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy computes without the interpreter's lock
         for (name, rows), _ in zip(pieces, threads.map(read, pieces), strict=True):
@@ -75,6 +97,14 @@ def load_gguf(path: Path, dtype: str, progress: Progress) -> Checkpoint:
                 progress(name, done, total)
     fingerprint = fingerprint_of([source.header_bytes(), dtype.encode()], [path])
     return Checkpoint(config, architecture, tensors, fingerprint)
+
+
+def _codes_wanted(name: str, quantization: Quantization) -> dict[int, int]:
+    """Return GGUF's numbers of the kinds that a tensor is left in, with the library's."""
+    if quantization is Quantization.NONE:
+        return {}
+    has_8_bits = quantization is Quantization.INT8 or name in ("model.embed_tokens.weight", "lm_head.weight")
+    return _CODES_OF_8_BITS if has_8_bits else _CODES_OF_4_BITS
 
 
 def _row_pieces(shape: tuple[int, ...]) -> list[slice]:
@@ -206,7 +236,7 @@ def _dequantise(source: GgufFile, tensor: GgufTensor, rows: slice = slice(None))
     return torch.from_numpy(values.reshape(-1, *tensor.shape[1:]))
 
 
-def _rows_as_published(name: str, values: torch.Tensor, config: ModelConfig, source: GgufFile) -> torch.Tensor:
+def _rows_as_published(name: str, values: RowsOf, config: ModelConfig, source: GgufFile) -> RowsOf:
     """Undo GGUF's order of rotary rows (pairs next to each other) in llama's queries and keys."""
     if source.metadata["general.architecture"] != "llama" or ".self_attn." not in name:
         return values

@@ -68,12 +68,15 @@ def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:
     if cache is not None and (found := cache.load(key, runtime)) is not None:
         progress(str(file), 1, 1)
         return found
-    loaded = load_model(file, config.dtype, config.max_model_len, progress, num_threads=config.num_threads)
+    scheme = Quantization(config.quantization)
+    loaded = load_model(
+        file, config.dtype, config.max_model_len, progress, num_threads=config.num_threads, codes_of=scheme
+    )
     # Imported late: it needs torch, which is there by now.
     from octavo.gpu_worker.devices.recorder import record
 
     assert not isinstance(loaded.model, PackedModel), "a model that was read from its own files is not packed"
-    loaded = replace(loaded, model=record(loaded.model, runtime, Quantization(config.quantization)))
+    loaded = replace(loaded, model=record(loaded.model, runtime, scheme))
     if cache is not None:
         cache.store_in_background(key, loaded)
     return loaded
@@ -87,6 +90,7 @@ def load_model(
     sharding: Sharding = WHOLE,
     *,
     num_threads: int = 0,
+    codes_of: Quantization = Quantization.NONE,
 ) -> LoadedModel:
     """Load a Hugging Face folder or a .gguf file.
 
@@ -95,6 +99,7 @@ def load_model(
     progress       called after each tensor
     sharding       which rank's part of it; the model then runs inside a `ParallelModel`
     num_threads    threads of torch, 0: one for each core that this process may use
+    codes_of       leave those matrices of a .gguf file in its codes that the cpu device keeps so under this scheme
 
     Raises ModelError.
     """
@@ -107,7 +112,7 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     try:
-        checkpoint = _read(_find(path), dtype, progress, sharding)
+        checkpoint = _read(_find(path), dtype, progress, sharding, codes_of)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error})") from error
     limit = checkpoint.config.max_position_embeddings
@@ -118,7 +123,7 @@ def load_model(
     return LoadedModel(model, checkpoint.config.architecture, context, checkpoint.fingerprint)
 
 
-def _read(file: Path, dtype: str, progress: Progress, sharding: Sharding) -> Checkpoint:
+def _read(file: Path, dtype: str, progress: Progress, sharding: Sharding, codes_of: Quantization) -> Checkpoint:
     """Read a folder or a .gguf file."""
     if file.is_dir():
         from octavo.gpu_worker.weights import load_folder
@@ -129,7 +134,7 @@ def _read(file: Path, dtype: str, progress: Progress, sharding: Sharding) -> Che
     # Imported late: most models are folders, and start without the gguf package.
     from octavo.gpu_worker.gguf_model import load_gguf
 
-    return load_gguf(file, dtype, progress)
+    return load_gguf(file, dtype, progress, codes_of)
 
 
 def _find(path: Path) -> Path:

@@ -15,7 +15,16 @@ extern "C" {
 // Raised when a struct or function below changes; checked by `library.py` after loading.
 enum { OCTAVO_ABI_REVISION = 5 };
 
-enum OctavoType : int32_t { OCTAVO_BF16 = 0, OCTAVO_F16 = 1, OCTAVO_F32 = 2 };
+// Numbers, or what a GGUF file calls Q8_0 and so on: rows of groups of 32 (Q4_K: of 256) that have codes.
+enum OctavoType : int32_t {
+  OCTAVO_BF16 = 0,
+  OCTAVO_F16 = 1,
+  OCTAVO_F32 = 2,
+  OCTAVO_Q8_0 = 3,
+  OCTAVO_Q4_0 = 4,
+  OCTAVO_Q4_1 = 5,
+  OCTAVO_Q4_K = 6,
+};
 
 // How packed weights are kept; see gemm.h.
 enum OctavoWeightFormat : int32_t { OCTAVO_WEIGHT_BF16 = 0, OCTAVO_WEIGHT_INT8 = 1, OCTAVO_WEIGHT_INT4 = 2 };
@@ -171,9 +180,12 @@ OCTAVO_EXPORT OctavoArena* octavo_arena_create(void);
 OCTAVO_EXPORT void octavo_arena_destroy(OctavoArena* arena);
 OCTAVO_EXPORT void* octavo_arena_allocate(OctavoArena* arena, size_t num_bytes);
 
-// Packing in an OctavoWeightFormat. Sizes are in bytes of the destination, which must be zeroed.
+// Packing in an OctavoWeightFormat: codes of as many bits are taken as they are, the scales of Q4_K
+// rounded to half precision; all else is quantised. Sizes are in bytes of the destination, which must
+// be zeroed. A layer's rows are those of all `parts`, one after the other.
 OCTAVO_EXPORT size_t octavo_packed_weight_size(int32_t format, int32_t out_features, int32_t in_features);
-OCTAVO_EXPORT void octavo_pack_linear(OctavoPool* pool, int32_t format, const OctavoMatrix* weight, uint8_t* packed);
+OCTAVO_EXPORT void octavo_pack_linear(OctavoPool* pool, int32_t format, const OctavoMatrix* parts, int32_t num_parts,
+                                      uint8_t* packed);
 // Gate and up, same shape, interleaved by 16 columns. Size: octavo_packed_weight_size of twice
 // the intermediate size rounded up to 16.
 OCTAVO_EXPORT void octavo_pack_gated(OctavoPool* pool, int32_t format, const OctavoMatrix* gate,

@@ -1,4 +1,6 @@
 // From checkpoint tensors to the layouts that the kernels read.
+#include <algorithm>
+
 #include "abi.h"
 #include "gemm.h"
 #include "handles.h"
@@ -56,12 +58,21 @@ size_t octavo_packed_weight_size(int32_t format, int32_t out_features, int32_t i
   return static_cast<size_t>(divide_up(out_features, kBlockColumns) * block_bytes(format, in_features));
 }
 
-void octavo_pack_linear(OctavoPool* pool, int32_t format, const OctavoMatrix* weight, uint8_t* packed) {
-  const int num_blocks = static_cast<int>(divide_up(weight->rows, kBlockColumns));
-  pool->threads.for_each(num_blocks, [&](int64_t block, int) {
-    pack_columns(format, *weight, block * kBlockColumns, kBlockColumns, 0,
-                 packed + block * block_bytes(format, weight->columns));
-  });
+void octavo_pack_linear(OctavoPool* pool, int32_t format, const OctavoMatrix* parts, int32_t num_parts,
+                        uint8_t* packed) {
+  int64_t first_row = 0;
+  for (const OctavoMatrix* part = parts; part != parts + num_parts; ++part) {
+    const int64_t end = first_row + part->rows, first_block = first_row / kBlockColumns;
+    const int num_blocks = static_cast<int>(divide_up(end, kBlockColumns) - first_block);
+    pool->threads.for_each(num_blocks, [&](int64_t item, int) {
+      const int64_t block = first_block + item;
+      const int64_t begin = std::max(first_row, block * kBlockColumns);
+      const int64_t count = std::min(end, (block + 1) * kBlockColumns) - begin;
+      pack_columns(format, *part, begin - first_row, count, begin % kBlockColumns,
+                   packed + block * block_bytes(format, part->columns));
+    });
+    first_row = end;
+  }
 }
 
 void octavo_pack_gated(OctavoPool* pool, int32_t format, const OctavoMatrix* gate, const OctavoMatrix* up,

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from octavo.kernels.cpu import library
+from octavo.kernels.cpu.coded_rows import as_matrix, parts_of
 from octavo.kernels.cpu.runtime import BLOCK_COLUMNS, GATED_COLUMNS, Arena, Runtime, padded
-
-_TYPES = {torch.bfloat16: library.BF16, torch.float16: library.F16, torch.float32: library.F32}
 
 
 class Packer:
@@ -48,7 +47,7 @@ class Packer:
         out_features, in_features = weight.shape
         address = self._arena.allocate(self._packed_size(weight_format, out_features, in_features))
         with _MatrixView(weight) as view:
-            self._library.octavo_pack_linear(self._pool, weight_format, view, address)
+            self._library.octavo_pack_linear(self._pool, weight_format, view, len(view), address)
         packed_bias = None if bias is None else self.store_floats(bias, BLOCK_COLUMNS)
         return library.Linear(address, packed_bias, in_features, out_features, weight_format)
 
@@ -62,6 +61,7 @@ class Packer:
     ) -> library.Linear:
         """Pack a gated pair of layers, both [out_features, in_features], as one."""
         assert gate.shape == up.shape, f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ"
+        assert len(parts_of(gate)) == len(parts_of(up)) == 1, "layers of a gated pair are not joined ones"
         out_features, in_features = gate.shape
         columns = 2 * padded(out_features, GATED_COLUMNS)
         address = self._arena.allocate(self._packed_size(weight_format, columns, in_features))
@@ -100,7 +100,7 @@ class Packer:
             with views[0] as gate_view, views[1] as up_view, views[2] as down_view:
                 gated_place, down_place = gated_address + expert * gated_bytes, down_address + expert * down_bytes
                 self._library.octavo_pack_gated(self._pool, weight_format, gate_view, up_view, gated_place)
-                self._library.octavo_pack_linear(self._pool, weight_format, down_view, down_place)
+                self._library.octavo_pack_linear(self._pool, weight_format, down_view, 1, down_place)
         return (
             library.Linear(gated_address, None, hidden, inner, weight_format),
             library.Linear(down_address, None, inner, hidden, weight_format),
@@ -111,16 +111,13 @@ class Packer:
 
 
 class _MatrixView:
-    """A tensor as the library sees it, kept alive for the length of a `with`."""
+    """A matrix as the library sees it, an array of its parts, kept alive for the length of a `with`."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor.detach().cpu().contiguous()
-        if self._tensor.dtype not in _TYPES:
-            self._tensor = self._tensor.to(torch.float32)
+        self._parts = [as_matrix(part, tensor.shape[1]) for part in parts_of(tensor)]
 
-    def __enter__(self) -> library.Matrix:
-        rows, columns = self._tensor.shape
-        return library.Matrix(self._tensor.data_ptr(), _TYPES[self._tensor.dtype], rows, columns)
+    def __enter__(self) -> ctypes.Array[library.Matrix]:
+        return (library.Matrix * len(self._parts))(*(matrix for matrix, _ in self._parts))
 
     def __exit__(self, *_: object) -> None:
-        del self._tensor
+        self._parts.clear()

@@ -22,8 +22,87 @@ struct Weights {
   }
 };
 
+// ---------------------------------------------------------------- groups of a GGUF file
+
+uint16_t half_at(const uint8_t* bytes) {
+  uint16_t half;
+  std::memcpy(&half, bytes, sizeof half);
+  return half;
+}
+
+// Sixteen bytes: in their low halves the first codes, in their high ones the others.
+void split_nibbles(const uint8_t* bytes, GroupCodes& group) {
+  for (int i = 0; i < kGroup / 2; ++i) {
+    group.codes[i] = static_cast<int8_t>(bytes[i] & 15);
+    group.codes[i + kGroup / 2] = static_cast<int8_t>(bytes[i] >> 4);
+  }
+}
+
+// A group of the eight of a block: scale and minimum have six bits each, and the block a factor for either.
+GroupCodes read_q4_k(const uint8_t* block, int group_of_block) {
+  const uint8_t* packed = block + 4;
+  int scale, minimum;
+  if (group_of_block < 4) {
+    scale = packed[group_of_block] & 63;
+    minimum = packed[group_of_block + 4] & 63;
+  } else {
+    scale = (packed[group_of_block + 4] & 15) | packed[group_of_block - 4] >> 6 << 4;
+    minimum = packed[group_of_block + 4] >> 4 | packed[group_of_block] >> 6 << 4;
+  }
+  GroupCodes group{};
+  group.scale = float_to_half(half_to_float(half_at(block)) * static_cast<float>(scale));
+  group.minimum = float_to_half(-half_to_float(half_at(block + 2)) * static_cast<float>(minimum));
+  const uint8_t* bytes = block + 16 + group_of_block / 2 * kGroup;  // of this group and the one beside it
+  for (int i = 0; i < kGroup; ++i)
+    group.codes[i] = static_cast<int8_t>(group_of_block % 2 == 0 ? bytes[i] & 15 : bytes[i] >> 4);
+  return group;
+}
+
+// The codes of a matrix that has some.
+GroupCodes read_group(const OctavoMatrix& matrix, int64_t row, int64_t index) {
+  const int64_t number = row * (matrix.columns / kGroup) + index;
+  const auto* data = static_cast<const uint8_t*>(matrix.data);
+  GroupCodes group{};
+  switch (matrix.type) {
+    case OCTAVO_Q8_0: {
+      const uint8_t* bytes = data + number * 34;
+      group.scale = half_at(bytes);
+      std::memcpy(group.codes, bytes + 2, kGroup);
+      break;
+    }
+    case OCTAVO_Q4_0: {
+      const uint8_t* bytes = data + number * 18;
+      group.scale = half_at(bytes);
+      group.minimum = float_to_half(-8.0f * half_to_float(group.scale));
+      split_nibbles(bytes + 2, group);
+      break;
+    }
+    case OCTAVO_Q4_1: {
+      const uint8_t* bytes = data + number * 20;
+      group.scale = half_at(bytes);
+      group.minimum = half_at(bytes + 2);
+      split_nibbles(bytes + 4, group);
+      break;
+    }
+    default:
+      return read_q4_k(data + number / 8 * 144, static_cast<int>(number % 8));
+  }
+  return group;
+}
+
+bool has_codes(const OctavoMatrix& matrix) { return matrix.type >= OCTAVO_Q8_0; }
+
+// ---------------------------------------------------------------- groups of numbers
+
 Weights weights_of(const OctavoMatrix& matrix, int64_t row, int64_t group) {
   Weights weights{};
+  if (has_codes(matrix)) {
+    const GroupCodes codes = read_group(matrix, row, group);
+    weights.count = kGroup;
+    for (int i = 0; i < kGroup; ++i)
+      weights.values[i] = half_to_float(codes.scale) * codes.codes[i] + half_to_float(codes.minimum);
+    return weights;
+  }
   weights.count = static_cast<int>(std::min<int64_t>(kGroup, matrix.columns - group * kGroup));
   for (int i = 0; i < weights.count; ++i) weights.values[i] = matrix_element(matrix, row, group * kGroup + i);
   return weights;
@@ -80,6 +159,7 @@ float matrix_element(const OctavoMatrix& matrix, int64_t row, int64_t column) {
 }
 
 GroupCodes int8_group(const OctavoMatrix& matrix, int64_t row, int64_t index) {
+  if (matrix.type == OCTAVO_Q8_0) return read_group(matrix, row, index);
   const Weights weights = weights_of(matrix, row, index);
   float largest = 0.0f;
   for (float value : weights.values) largest = std::max(largest, std::abs(value));
@@ -94,6 +174,7 @@ GroupCodes int8_group(const OctavoMatrix& matrix, int64_t row, int64_t index) {
 }
 
 GroupCodes int4_group(const OctavoMatrix& matrix, int64_t row, int64_t index) {
+  if (has_codes(matrix) && matrix.type != OCTAVO_Q8_0) return read_group(matrix, row, index);
   const Weights weights = weights_of(matrix, row, index);
   if (!weights.are_finite()) return {kNoNumber, 0, {}};
   const auto [lowest, highest] = std::minmax_element(weights.values, weights.values + weights.count);

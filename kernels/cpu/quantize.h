@@ -16,6 +16,7 @@ struct GroupCodes {
   int8_t codes[kGroup];
 };
 
+// An element of a matrix of numbers.
 float matrix_element(const OctavoMatrix& matrix, int64_t row, int64_t column);
 
 // The codes of columns [32 * group, 32 * group + 32) of a row; those beyond the end are zeros.
