@@ -33,12 +33,12 @@ class CodedRows(torch.Tensor):
     def __new__(cls, parts: Sequence[Codes | torch.Tensor], columns: int) -> CodedRows:
         """Join `parts`, which have as many columns each."""
         rows = sum(len(part.data) if isinstance(part, Codes) else len(part) for part in parts)
-        made: CodedRows = torch.Tensor._make_wrapper_subclass(cls, (rows, columns), dtype=torch.bfloat16)  # type: ignore[attr-defined]
+        made: CodedRows = torch.Tensor._make_wrapper_subclass(cls, (rows, columns), dtype=torch.bfloat16)
         made.parts = tuple(parts)
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.cat.default and (len(args) == 1 or args[1] == 0):
             return CodedRows([part for matrix in args[0] for part in parts_of(matrix)], args[0][0].shape[1])
         if func is torch.ops.aten.detach.default:

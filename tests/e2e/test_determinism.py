@@ -73,3 +73,14 @@ async def test_two_seeds_give_two_answers_and_candidates_differ(stack: Stack) ->
         assert len({tuple(ids) for ids in outputs}) == 3
         again = await sampled(client, prompt)
         assert outputs[0] == again[:24]
+
+
+@pytest.mark.timeout(600)
+async def test_seeded_requests_do_not_depend_on_company_with_quantised_weights(smollm2: Path) -> None:
+    stack = Stack(smollm2, "--device", "cpu", "--kv-cache-memory", "512MiB", "--quantization", "int4")
+    try:
+        async with stack.client() as client:
+            alone = [await sampled(client, prompt) for prompt in prompts()]
+            assert await with_others(client, 7) == alone
+    finally:
+        assert stack.stop() == 0

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +70,27 @@ def test_what_comes_back_computes_the_same_bits(cache: PackedCache, loaded: Load
         "Qwen2ForCausalLM", 128, loaded.model_version,
     )  # fmt: skip
     assert torch.equal(logits_of(found), logits_of(loaded))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantised_weights_come_back_and_are_no_others(scheme: str, folder: Path, tmp_path: Path) -> None:
+    def start(quantization: str) -> tuple[LoadedModel, list[str]]:
+        told: list[str] = []
+        config = worker_config(folder, tmp_path, quantization=quantization, num_threads=2)
+        loaded = load_for_device(config, lambda name, *_: told.append(name))
+        for thread in threading.enumerate():
+            if thread.name == "store packed weights":
+                thread.join()
+        return loaded, told
+
+    packed, _ = start(scheme)
+    found, told = start(scheme)
+    whole, _ = start("none")
+
+    assert told == [str(folder)]  # and no tensor
+    assert torch.equal(logits_of(found), logits_of(packed))
+    assert not torch.equal(logits_of(found), logits_of(whole))
+    assert len({packed.model_version, found.model_version, whole.model_version}) == 2
 
 
 def truncate(data: bytearray) -> None:
