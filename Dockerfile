@@ -32,13 +32,13 @@ ENTRYPOINT ["octavo"]
 
 FROM base AS gateway
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[gateway]" && python -m compileall -q /opt/octavo/lib
+    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[gateway,otel]" && python -m compileall -q /opt/octavo/lib
 USER 65532:65532
 CMD ["gateway", "--help"]
 
 FROM base AS scheduler
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[scheduler]" && python -m compileall -q /opt/octavo/lib
+    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[scheduler,otel]" && python -m compileall -q /opt/octavo/lib
 USER 65532:65532
 CMD ["scheduler", "--help"]
 
@@ -48,7 +48,7 @@ FROM base AS worker-cpu
 ARG TORCH=torch==2.13.0
 RUN pip install "${TORCH}"
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[worker]" "huggingface-hub>=0.30,<3" \
+    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[worker,otel]" "huggingface-hub>=0.30,<3" \
     && python -m compileall -q /opt/octavo/lib
 USER 65532:65532
 CMD ["worker", "--help"]
@@ -61,7 +61,7 @@ RUN apt-get update \
 ARG TORCH=torch==2.13.0
 RUN pip install "${TORCH}"
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[cuda]" "huggingface-hub>=0.30,<3" \
+    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[cuda,otel]" "huggingface-hub>=0.30,<3" \
     && python -m compileall -q /opt/octavo/lib
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -45,6 +45,8 @@ def run(config: WorkerConfig) -> int:
     from octavo.gpu_worker.progress import Progress
     from octavo.gpu_worker.sharding import Sharding
 
+    if config.alive_file:  # of the process that was here before: this one has no model yet
+        Path(config.alive_file).unlink(missing_ok=True)
     progress = Progress(config.progress_fd)
     sharding = Sharding(config.rank, config.world_size)
     status = 1

@@ -6,7 +6,9 @@ their configuration classes. `--check` writes nothing and fails if a file is not
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import sys
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from typing import Any
 import yaml
 
 from octavo.gpu_worker.config import WorkerConfig
-from octavo.inference.v1 import generation_pb2, load_pb2, model_pb2, tokenizer_pb2
+from octavo.inference import v1
 from octavo.services.common.config import Setting, settings_of
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.scheduler.config import SchedulerConfig
@@ -162,11 +164,9 @@ def schema_text(values: list[Value]) -> str:
 
 def rpcs_text() -> str:
     """Return which RPCs a GRPCRoute lets through: those of the public API and health checks."""
-    public = [
-        service
-        for file in (generation_pb2, model_pb2, tokenizer_pb2, load_pb2)
-        for service in file.DESCRIPTOR.services_by_name.values()
-    ]
+    modules = [info.name for info in pkgutil.iter_modules(v1.__path__) if info.name.endswith("_pb2")]
+    files = [importlib.import_module(f"{v1.__name__}.{name}").DESCRIPTOR for name in sorted(modules)]
+    public = [service for file in files for service in file.services_by_name.values()]
     names = {service.full_name: [method.name for method in service.methods] for service in public}
     names["grpc.health.v1.Health"] = ["Check", "Watch"]
     return "# Made by helm/generate.py.\n" + yaml.safe_dump(names, sort_keys=False)

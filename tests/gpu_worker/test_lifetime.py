@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -60,6 +62,15 @@ def test_a_loop_that_turns_keeps_its_file_young(tmp_path: Path, monkeypatch: pyt
     now[0] += 2
     it.is_over(is_needed=True)
     assert main(probe) == 0
+
+
+def test_the_file_of_the_process_before_does_not_count(tmp_path: Path) -> None:
+    file = tmp_path / "alive"
+    file.touch()
+    command = [sys.executable, "-m", "octavo.services.cli", "worker", f"--model={tmp_path}/none", "--device=cpu"]
+    done = subprocess.run([*command, f"--alive-file={file}"], capture_output=True, check=False)
+    assert done.returncode == 1
+    assert not file.exists()
 
 
 def test_a_file_that_cannot_be_made_is_told(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ BY_RULE = [
     ("gateway.settings.jwt_issuer=i,gateway.settings.jwt_audience=a", "gateway.auth.jwksConfigMap goes with"),
     ("engine.autoscaling.enabled=true", "engine.autoscaling.prometheusAddress is needed"),
     ("gateway.autoscaling.enabled=true,gateway.autoscaling.minReplicas=11", "minReplicas must not be more"),
+    ("engine.worker.settings.otlp_endpoint=http://otel:4317", "networkPolicy.collectors is needed"),
     ("route.enabled=true", "route.parentRefs is needed"),
 ]
 

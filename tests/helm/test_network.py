@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
+import yaml
 
 from octavo.services.telemetry import catalog
 
-from .chart import SETS, Object, containers, find, pod_specs, rendered
+from .chart import SETS, Object, containers, find, pod_specs, rendered, template
 
 
 def policy(name: str, values: str) -> Object:
@@ -46,6 +48,17 @@ def test_gateways_take_calls_from_whom_the_values_name() -> None:
     egress = policy("demo-gateway", "cpu-production")["egress"]
     assert ports(egress) == {53, 50052}
     assert all("to" in rule for rule in egress[1:])
+
+
+def test_traces_go_to_the_collectors_that_the_values_name_and_nowhere_else() -> None:
+    peers = '[{"podSelector":{"matchLabels":{"app":"otel"}}}]'
+    values = ["gateway.settings.otlp_endpoint=http://otel:4317", f"networkPolicy.collectors={peers}"]
+    done = template(["values-cpu.yaml"], values, "1.37")
+    assert done.returncode == 0, done.stderr
+    objects = [each for each in yaml.safe_load_all(done.stdout) if each]
+    for name in ("demo-gateway", "demo-engine"):
+        rules = find(objects, "NetworkPolicy", name)["spec"]["egress"]
+        assert {"to": json.loads(peers), "ports": [{"port": 4317}]} in rules
 
 
 def test_only_the_job_that_fetches_reaches_the_outside() -> None:
