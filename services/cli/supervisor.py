@@ -36,7 +36,7 @@ class Limits:
     start_s: float = 1800.0
     grace_s: float = 30.0
     unit_grace_s: float = 2.0
-    hung_s: float = 2.0
+    hung_s: float = 1.0
 
 
 class _GaveUpError(Exception):

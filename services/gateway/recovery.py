@@ -23,7 +23,8 @@ from octavo.services.gateway.scheduler_peers import SchedulerPeers
 from octavo.services.gateway.slow_readers import SlowReaders
 
 _TICK_S = 0.1
-_MAX_SICK_S = 1.0  # a killed worker is back by then, or as good as lost
+_MAX_SICK_S = 1.0  # of a scheduler whose worker takes too long for a step
+_MAX_WORKERLESS_S = 10.0  # a killed worker is back by then, or as good as lost
 _MAX_AVOID_S = 1.0
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _PERSONAL = (Reason.DEADLINE_UNREACHABLE, Reason.QUOTA_EXCEEDED)  # the next request may well be taken
@@ -66,6 +67,12 @@ class Recovery:
         """Send what waits for a scheduler."""
         del peer
         self._send_lost()
+
+    def on_peer_load(self, peer: SchedulerPeer) -> None:
+        """Take requests away from a scheduler that has just lost its worker."""
+        if not peer.load.workers_ready:
+            self._relieve(peer, asyncio.get_running_loop().time())
+            self._send_lost()
 
     def on_peer_lost(self, peer: SchedulerPeer, lost: Sequence[tuple[RequestStream, list[CandidateInbox]]]) -> None:
         """Let requests go on elsewhere."""
@@ -166,18 +173,25 @@ class Recovery:
             for lost in self._lost.expired(now):
                 lost.stream.fail(interrupted("no scheduler took the request over in time"))
             for peer in self._peers.connected:
-                if peer.sick_for(now) > _MAX_SICK_S:
-                    self._evacuate(peer)
+                self._relieve(peer, now)
             self._judge_readers(streams, now)
             self._send_lost()
 
-    def _evacuate(self, peer: SchedulerPeer) -> None:
-        """Take the requests of a scheduler that makes no progress to one that does, if there is one."""
+    def _relieve(self, peer: SchedulerPeer, now: float) -> None:
+        """Take requests of a scheduler that makes no progress to one that does, if there is one.
+
+        What it had cached was lost with its last worker, so nothing is gained by waiting for the next one. But a
+        request that was lost before may be what workers die of. Finding that out takes several deaths at one
+        scheduler, which knows the suspects: so it stays.
+        """
+        sick_s = peer.sick_for(now)
+        is_workerless = not peer.load.workers_ready
+        if not is_workerless and sick_s <= _MAX_SICK_S:
+            return
+        versions = {other.load.model_version for other in self._peers.connected if other.healthy and other is not peer}
         for stream in peer.streams:
-            others = [other for other in self._peers.connected if other.healthy]
-            if not any(other.load.model_version == stream.model_version for other in others):
-                continue
-            if stream.admitted is None or not stream.can_move:
+            stays = is_workerless and stream.failovers > 0 and sick_s <= _MAX_WORKERLESS_S
+            if stays or stream.admitted is None or not stream.can_move or stream.model_version not in versions:
                 continue
             moving = [each for each in stream.candidates if peer.has(each.handle) and each.finished is None]
             peer.drop(stream, moving)

@@ -29,6 +29,9 @@ class PeerOwner(Protocol):
     def on_peer_ready(self, peer: SchedulerPeer) -> None:
         """The scheduler takes requests now."""
 
+    def on_peer_load(self, peer: SchedulerPeer) -> None:
+        """The scheduler, which is connected, has said how it is."""
+
     def on_peer_lost(self, peer: SchedulerPeer, lost: Sequence[tuple[RequestStream, list[CandidateInbox]]]) -> None:
         """The scheduler is gone, and with it these requests."""
 
@@ -241,6 +244,7 @@ class SchedulerPeer:
             self._inboxes.on_step(message.step_outputs)
         elif kind == "load":
             self._take_load(message.load)
+            self._owner.on_peer_load(self)
         elif kind == "admitted":
             self._on_admitted(message.admitted)
         elif kind == "rejected":

@@ -19,6 +19,10 @@ log = logging.getLogger("octavo.scheduler")
 
 MAX_FRAME_BYTES = 64 << 20
 MAX_QUEUED_FRAMES = 1000  # on the socket, each way and worker; heartbeats past that are dropped
+# ZeroMQ's own pings are answered by a thread of the worker that nothing else runs on, whatever the worker
+# computes, compiles or loads. One that is not answered means a process that is frozen, or a network that is cut.
+PING_MS = 200
+PING_TIMEOUT_MS = 1000
 
 
 class WorkerLink:
@@ -47,8 +51,8 @@ class WorkerLink:
         socket.maxmsgsize = MAX_FRAME_BYTES
         socket.router_mandatory = True  # sending to a worker that is gone fails instead of vanishing
         socket.router_handover = True  # a worker that restarts under its old name takes its place
-        socket.set(zmq.HEARTBEAT_IVL, 1000)
-        socket.set(zmq.HEARTBEAT_TIMEOUT, 5000)
+        socket.set(zmq.HEARTBEAT_IVL, PING_MS)
+        socket.set(zmq.HEARTBEAT_TIMEOUT, PING_TIMEOUT_MS)
         if self._curve_files is not None:
             self._curve = CurveServer(self._context, self._curve_files)
             self._curve.protect(socket)

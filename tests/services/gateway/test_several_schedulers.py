@@ -178,6 +178,24 @@ async def test_requests_leave_a_scheduler_that_has_no_worker_any_more(pair: Pair
     assert "".join([response.event.delta.text async for response in call]) == "ok"
 
 
+async def test_a_request_that_was_lost_before_waits_for_the_next_worker(pair: Pair) -> None:
+    call = pair.harness.stream()
+    submit = await pair.first.next_admitted()
+    await call.initial_metadata()
+    pair.first.tokens(submit.handle, pair.harness.ids("o"))
+    pair.first.set_load(scheduler_pb2.Load(workers_ready=0, model_version="w1"))
+    moved = await pair.second.next_admitted()
+    pair.first.set_load(scheduler_pb2.Load(workers_ready=1, model_version="w1"))
+    await pair.tools.until(lambda: pair.peer(pair.first).healthy)
+
+    pair.second.set_load(scheduler_pb2.Load(workers_ready=0, model_version="w1"))  # it may be what they die of
+    await pair.tools.until(lambda: not pair.peer(pair.second).healthy)
+    pair.second.set_load(scheduler_pb2.Load(workers_ready=1, model_version="w1"))
+    await finish(pair.second, moved, pair.harness.ids("k"))
+
+    assert "".join([response.event.delta.text async for response in call]) == "ok"
+
+
 async def test_a_request_goes_where_its_prefix_is_cached(pair: Pair) -> None:
     prompt = list(range(3, 43))
     calls = [pair.harness.stream(token_ids={"ids": prompt})]
