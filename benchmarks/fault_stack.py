@@ -1,4 +1,7 @@
-"""The processes that `faults.py` breaks: gateways, schedulers, workers, and Envoy in front, each restartable."""
+"""The processes that `faults.py` breaks: gateways, schedulers, workers, and Envoy in front, each restartable.
+
+Between them are relays where a scenario cuts the network.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +39,47 @@ def free_port() -> int:
 
 
 class Process:
-    """A process that can be killed, stopped, frozen and started again. Its output goes to a file."""
+    """A process that can be killed, stopped, frozen and started again. Its output goes to a file.
 
-    def __init__(self, name: str, command: list[str], folder: Path) -> None:
+    reports   with `--progress-fd`: what it reported, each with the monotonic time at which it was read
+    """
+
+    def __init__(self, name: str, command: list[str], folder: Path, has_reports: bool = False) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
+        self.reports: list[tuple[float, dict[str, str]]] = []
         self._command = command
+        self._has_reports = has_reports
+        self._has_new = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         """Start it."""
+        command, passed, read = self._command, (), -1
+        if self._has_reports:
+            read, write = os.pipe()
+            command, passed = [*command, f"--progress-fd={write}"], (write,)
         with self.log.open("ab") as log:
-            self._process = await asyncio.create_subprocess_exec(*self._command, stdout=log, stderr=log)
+            self._process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, pass_fds=passed)
+        for descriptor in passed:
+            os.close(descriptor)
+            asyncio.get_running_loop().add_reader(read, self._read, read)
+
+    def _read(self, descriptor: int) -> None:
+        data = os.read(descriptor, 1 << 16)
+        self.reports += [(time.monotonic(), json.loads(line)) for line in data.splitlines()]
+        self._has_new.set()
+        if not data:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+
+    async def reported(self, since: float, timeout_s: float) -> float:
+        """Return when it first reported something after a time. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while not (times := [at for at, _ in self.reports if at >= since]):
+                self._has_new.clear()
+                await self._has_new.wait()
+        return times[0]
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -66,31 +98,90 @@ class Process:
         await self.wait()
 
 
-class Stack:
-    """Two gateways behind Envoy, two schedulers that both know, a worker for each."""
+class Relay:
+    """A hop over unix sockets that can be cut: then nothing passes and nobody is told."""
 
-    def __init__(self, model: Path, kv_cache_memory: str) -> None:
+    def __init__(self, listen: Path, target: Path) -> None:
+        self._listen = listen
+        self._target = target
+        self._passes = asyncio.Event()
+        self._passes.set()
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen."""
+        self._server = await asyncio.start_unix_server(self._serve, self._listen)
+
+    def cut(self) -> None:
+        """Let nothing pass."""
+        self._passes.clear()
+
+    def heal(self) -> None:
+        """Let everything pass, also what waited."""
+        self._passes.set()
+
+    def close(self) -> None:
+        """Break all connections and stop."""
+        for task in self._tasks:
+            task.cancel()
+        if self._server is not None:
+            self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._passes.wait()
+        try:
+            far_reader, far_writer = await asyncio.open_unix_connection(self._target)
+        except OSError:  # nobody is there
+            writer.close()
+            return
+        for source, sink in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(self._pump(source, sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(1 << 16):
+                await self._passes.wait()
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+
+class Stack:
+    """Two gateways behind Envoy, schedulers that both know, a worker for each."""
+
+    def __init__(self, model: Path, kv_cache_memory: str, num_schedulers: int = 2, has_relays: bool = False) -> None:
+        """`has_relays`: the hops to the schedulers and to the workers can be cut."""
         self._temporary = tempfile.TemporaryDirectory(prefix="octavo-faults-")
         folder = self.folder = Path(self._temporary.name)
         (folder / "resume.key").write_bytes(os.urandom(32).hex().encode())
         ports = [free_port() for _ in range(4)]
         self.gateway_addresses = [f"127.0.0.1:{port}" for port in ports[:2]]
         self.address = f"127.0.0.1:{ports[2]}"
-        sockets = [f"unix:{folder}/s{n}" for n in range(2)]
+        self.http_ports = [free_port() for _ in range(2)]
+        self.num_schedulers = num_schedulers
+        far = ".far" if has_relays else ""  # where schedulers listen; others go through the relays
+        self.gateway_relays, self.worker_relays = (
+            [Relay(folder / f"{hop}{n}", folder / f"{hop}{n}{far}") for n in range(num_schedulers) if has_relays]
+            for hop in "sw"
+        )
+        sockets = [f"unix:{folder}/s{n}" for n in range(num_schedulers)]
 
         def octavo(kind: str, number: int, *options: str) -> Process:
             command = [sys.executable, "-P", "-m", "octavo.services.cli", kind, *options, "--log-level=info"]
-            return Process(f"{kind}-{number}", command, folder)
+            return Process(f"{kind}-{number}", command, folder, has_reports=kind == "scheduler")
 
         self.schedulers = [
             octavo(
                 "scheduler",
                 n,
-                f"--scheduler-address={sockets[n]}",
-                f"--worker-endpoint=ipc://{folder}/w{n}",
+                f"--scheduler-address={sockets[n]}{far}",
+                f"--worker-endpoint=ipc://{folder}/w{n}{far}",
                 f"--scheduler-id=scheduler-{n}",
             )
-            for n in range(2)
+            for n in range(num_schedulers)
         ]
         self.workers = [
             octavo(
@@ -103,7 +194,7 @@ class Stack:
                 "--num-threads=1",
                 f"--kv-cache-memory={kv_cache_memory}",
             )
-            for n in range(2)
+            for n in range(num_schedulers)
         ]
         self.gateways = [
             octavo(
@@ -113,6 +204,7 @@ class Stack:
                 "--model-name=demo",
                 f"--gateway-id=gateway-{n}",
                 f"--grpc-address={self.gateway_addresses[n]}",
+                f"--http-address=127.0.0.1:{self.http_ports[n]}",
                 f"--scheduler-addresses={','.join(sockets)}",
                 f"--resume-key-file={folder}/resume.key",
                 f"--grace-s={GRACE_S:g}s",
@@ -126,8 +218,8 @@ class Stack:
         self.all = [*self.schedulers, *self.workers, *self.gateways, self.envoy]
 
     async def __aenter__(self) -> Self:
-        for process in self.all:
-            await process.start()
+        for part in (*self.gateway_relays, *self.worker_relays, *self.all):
+            await part.start()
         try:
             await self.ready()
         except BaseException:
@@ -144,16 +236,18 @@ class Stack:
         for process in self.all:
             process.send(signal.SIGCONT)
             await process.kill()
+        for relay in (*self.gateway_relays, *self.worker_relays):
+            relay.close()
         self._temporary.cleanup()
 
     async def ready(self) -> None:
-        """Return once both gateways serve and each sees both schedulers with their workers, and Envoy uses both.
+        """Return once both gateways serve and each sees all schedulers with their workers, and Envoy uses both.
 
         An upgrade goes on to the next gateway only when the proxy sends calls to the last one again.
         """
         async with asyncio.timeout(START_S):
             for address in [*self.gateway_addresses, self.address]:
-                while not await _sees_all(address):  # noqa: ASYNC110 - other processes have no events for us
+                while not await _sees_all(address, self.num_schedulers):  # noqa: ASYNC110 - other processes have no events for us
                     await asyncio.sleep(0.05)
             while not await asyncio.to_thread(_uses_all_hosts, self._envoy_admin):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
@@ -180,7 +274,7 @@ def _is_idle(load: load_pb2.SchedulerLoad) -> bool:
     return load.running == load.waiting == 0 and load.kv_blocks_free == load.kv_blocks_total
 
 
-async def _sees_all(address: str) -> bool:
+async def _sees_all(address: str, num_schedulers: int) -> bool:
     try:
         async with grpc.aio.insecure_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
@@ -189,7 +283,7 @@ async def _sees_all(address: str) -> bool:
     except grpc.aio.AioRpcError:
         return False
     ready = sum(load.workers_ready > 0 for load in seen)
-    return status.status == health_pb2.HealthCheckResponse.SERVING and ready == 2
+    return status.status == health_pb2.HealthCheckResponse.SERVING and ready == num_schedulers
 
 
 def _uses_all_hosts(clusters_url: str) -> bool:

@@ -1,194 +1,135 @@
 """Break a running deployment in every way there is, and check that nothing is lost.
 
     python benchmarks/faults.py [--worker-kills 5] [--worker-hangs 2] [--scheduler-kills 5] [--scheduler-hangs 2]
-        [--gateway-kills 5] [--rolling-restarts 1] [--vanishing-clients 500] [--streams 8] [--seed 0]
+        [--gateway-kills 5] [--partitions 2] [--rolling-restarts 1] [--vanishing-clients 500] [--slow-readers 1]
+        [--schedulers 2] [--streams 8] [--tokens 64] [--faults-per-stream 1] [--seed 0] [--results FILE]
 
-Two gateways behind Envoy, two schedulers that both gateways know, a CPU worker for each. Every fault strikes while
+Two gateways behind Envoy, schedulers that both gateways know, a CPU worker for each. Every fault strikes while
 `--streams` streams run, greedy and sampled, with penalties, stop strings, minimum tokens, log probabilities and
 resume windows. What must hold, for every stream: it ends well (P5), within its time (P4), with the tokens, the text
 and the log probabilities of the run without faults (P1, P2); the client library checks that there is no gap, no
 repeat and exactly one ending. After each scenario every block of KV cache is free (P3).
 
-Prints a line for each scenario: how many streams, how many of them stalled how long, and what did not hold; exits
-with 1 if anything did not. A stall is the longest time between two deltas of a stream: detection, re-queueing and
-computing the output again.
+Prints a line for each scenario and exits with 1 if anything did not hold. A stall is the longest time between two
+deltas of a stream around a fault; detection is the time from the fault until the scheduler has given the worker up;
+restart is the time from starting a process again until everything is up; replay is how long a stream that goes on
+from its middle takes to its first delta when all do so at once, without a fault: what computing it again costs. All
+are median / 99th percentile / maximum. With `--results` the runs add up: each line of that file is what one invocation
+showed of one scenario, and the table is of the whole file.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
+import dataclasses
+import json
 import random
 import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
-from fault_stack import Process, Stack
+from fault_load import Load, Tally
+from fault_stack import Process, Relay, Stack
+from slow_readers import SlowReaders
 
 from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.services.cli import demo_model
-from octavo.services.client import Client, OctavoError
 
-STREAM_S = 120.0
 CALLS_PER_S = 20
-PROMPTS = (
-    "Once upon a time there was a small village by the sea, and",
-    "The three most important rules of cooking are",
-    "Dear Sir or Madam, I write to you because",
-    "In the year 2150 the first ship left for",
-)
-KINDS: tuple[dict[str, Any], ...] = (
-    {"temperature": 0.0},
-    {"temperature": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.3},
-    {"temperature": 0.8, "stop": ["\n\n\n", "zzz the end"], "min_new_tokens": 20},
-    {"temperature": 0.7, "logprobs": 3, "resume_window_ms": 20_000},
-    {"temperature": 1.0, "top_k": 50, "resume_window_ms": 20_000},
-)
-
-
-@dataclass
-class Outcome:
-    """What a stream brought. `stall_s`: longest time between two deltas."""
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[float] = field(default_factory=list)
-    stall_s: float = 0.0
-    num_resumed: int = 0
-    error: str = ""
-
-    @property
-    def output(self) -> tuple[list[int], str, list[float]]:
-        """What must not depend on faults."""
-        return self.ids, self.text, self.logprobs
-
-
-@dataclass
-class Tally:
-    """What a scenario showed."""
-
-    outcomes: list[Outcome] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-class Load:
-    """Streams to run, and what each of them makes without faults."""
-
-    def __init__(self, address: str, num_streams: int, num_tokens: int, seed: int) -> None:
-        self._client = Client(address, timeout_s=STREAM_S)
-        self._num_tokens = num_tokens
-        self._options = [
-            {"prompt": PROMPTS[n % len(PROMPTS)], "seed": seed + n, **KINDS[n % len(KINDS)]} for n in range(num_streams)
-        ]
-        self._wanted: list[Outcome] = []
-        self._progress = [0] * num_streams
-        self._moved = asyncio.Event()
-
-    async def close(self) -> None:
-        """Disconnect."""
-        await self._client.close()
-
-    async def record(self) -> None:
-        """Run every stream once without faults."""
-        self._wanted = await asyncio.gather(*(self._stream(n) for n in range(len(self._options))))
-        if failed := [outcome.error for outcome in self._wanted if outcome.error]:
-            raise SystemExit(f"a stream failed without any fault: {failed[0]}")
-
-    async def run(self, tally: Tally, after_tokens: int, fault: Callable[[], Awaitable[None]]) -> None:
-        """Run all streams; let the fault happen when each has so many tokens; compare what they bring."""
-        self._progress = [0] * len(self._options)
-        streams = [asyncio.create_task(self._stream(n)) for n in range(len(self._options))]
-        while min(self._progress) < after_tokens and not all(stream.done() for stream in streams):
-            self._moved.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._moved.wait(), 1)
-        await fault()
-        outcomes = await asyncio.gather(*streams)
-        tally.outcomes += outcomes
-        for number, (outcome, wanted) in enumerate(zip(outcomes, self._wanted, strict=True)):
-            if outcome.error:
-                tally.problems.append(f"stream {number}: {outcome.error}")
-            elif outcome.output != wanted.output:
-                same = next((n for n, (a, b) in enumerate(zip(outcome.ids, wanted.ids, strict=False)) if a != b), -1)
-                tally.problems.append(f"stream {number}: another output; first other token {same}")
-
-    async def _stream(self, number: int) -> Outcome:
-        outcome = Outcome()
-        last = time.monotonic()
-        stream = self._client.stream(
-            model="demo",
-            max_new_tokens=self._num_tokens,
-            ignore_end_of_sequence=True,
-            return_token_ids=True,
-            **self._options[number],
-        )
-        try:
-            async for delta in stream:
-                now = time.monotonic()
-                if outcome.ids:
-                    outcome.stall_s = max(outcome.stall_s, now - last)
-                last = now
-                outcome.ids += delta.token_ids
-                outcome.text += delta.text
-                outcome.logprobs += delta.logprobs.chosen
-                self._progress[number] = len(outcome.ids)
-                self._moved.set()
-        except OctavoError as error:
-            outcome.error = f"{error.code.name} {error}"
-        outcome.num_resumed = stream.num_resumed
-        self._progress[number] = self._num_tokens
-        self._moved.set()
-        return outcome
+CUT_S = 6.0
+MIN_FROZEN_S = 3.0  # a gateway gives a scheduler up after two
+FAULTS = {
+    "worker-kills": 5,
+    "worker-hangs": 2,
+    "scheduler-kills": 5,
+    "scheduler-hangs": 2,
+    "gateway-kills": 5,
+    "partitions": 2,
+    "slow-readers": 1,
+    "rolling-restarts": 1,
+    "vanishing-clients": 500,
+}
+SETTINGS = {"schedulers": 2, "streams": 8, "tokens": 64, "faults-per-stream": 1, "seed": 0, "fault-seed": 0}
 
 
 class Faults:
     """The scenarios."""
 
-    def __init__(self, stack: Stack, load: Load, rng: random.Random, num_tokens: int) -> None:
+    def __init__(self, stack: Stack, load: Load, rng: random.Random, faults_per_stream: int) -> None:
         self._stack = stack
         self._load = load
         self._rng = rng
-        self._num_tokens = num_tokens
+        self._faults_per_stream = faults_per_stream
 
     async def kills(self, victims: list[Process], count: int) -> Tally:
         """Kill a process at a random token, and start it again at once."""
         tally = Tally()
-        for _ in range(count):
+
+        async def fault() -> None:
             victim = self._rng.choice(victims)
+            killed_at = time.monotonic()
+            await victim.kill()
+            started_at = time.monotonic()
+            await victim.start()
+            await self._detect(victim, killed_at, tally)
+            await self._stack.ready()
+            tally.restarts.append(time.monotonic() - started_at)
 
-            async def fault(victim: Process = victim) -> None:
-                await victim.kill()
-                await victim.start()
-
-            await self._strike(tally, fault)
+        for done in range(0, count, self._faults_per_stream):
+            await self._strike(tally, min(count - done, self._faults_per_stream), fault)
         return tally
 
     async def hangs(self, victims: list[Process], count: int) -> Tally:
-        """Freeze a process until the streams have ended without it, then let it go on."""
+        """Freeze a process at a random token until others have noticed, and a little longer."""
         tally = Tally()
-        for _ in range(count):
+
+        async def fault() -> None:
             victim = self._rng.choice(victims)
+            frozen_at = time.monotonic()
+            victim.send(signal.SIGSTOP)
+            await self._detect(victim, frozen_at, tally)
+            await asyncio.sleep(self._rng.random() * 2 + (0 if victim in self._stack.workers else MIN_FROZEN_S))
+            victim.send(signal.SIGCONT)
+            await self._stack.ready()
 
-            async def fault(victim: Process = victim) -> None:
-                victim.send(signal.SIGSTOP)
-
-            try:
-                await self._strike(tally, fault, wait_ready=False)
-            finally:
-                victim.send(signal.SIGCONT)
-            await self._settle(tally)
+        for done in range(0, count, self._faults_per_stream):
+            await self._strike(tally, min(count - done, self._faults_per_stream), fault)
         return tally
 
-    async def _strike(self, tally: Tally, fault: Callable[[], Awaitable[None]], wait_ready: bool = True) -> None:
-        await self._load.run(tally, self._rng.randrange(1, self._num_tokens // 2), fault)
-        if wait_ready:
-            await self._settle(tally)
+    async def partitions(self, relays: list[Relay], count: int) -> Tally:
+        """Cut the way to a scheduler or to its worker for a while."""
+        tally = Tally()
+        for _ in range(count):
+            relay = self._rng.choice(relays)
+
+            async def fault(relay: Relay = relay) -> None:
+                relay.cut()
+                await asyncio.sleep(CUT_S)
+                relay.heal()
+
+            await self._strike(tally, 1, fault)
+        return tally
+
+    async def _detect(self, victim: Process, since: float, tally: Tally) -> None:
+        """Note how long it took until a worker was given up by its scheduler."""
+        if victim not in self._stack.workers:
+            return
+        scheduler = self._stack.schedulers[self._stack.workers.index(victim)]
+        try:
+            tally.detections.append(await scheduler.reported(since, timeout_s=30) - since)
+        except TimeoutError:
+            tally.problems.append(f"{victim.name} was not given up")
+
+    async def _strike(self, tally: Tally, count: int, fault: Callable[[], Awaitable[None]]) -> None:
+        """Let a fault happen so many times while the streams run, each at a random token."""
+        most = max(2, self._load.num_tokens * (2 if count > 1 else 1) // (3 if count > 1 else 2))
+        await self._load.run(tally, [self._rng.randrange(1, most) for _ in range(count)], fault)
+        await self._settle(tally)
 
     async def _settle(self, tally: Tally) -> None:
         """Wait until everything is up again and nothing is left of the streams."""
@@ -197,6 +138,20 @@ class Faults:
             await self._stack.idle()
         except TimeoutError:
             tally.problems.append("blocks are not free, or a process does not come back")
+
+    async def slow_readers(self, count: int) -> Tally:
+        """Let clients read nothing, beside other streams, until they hold no blocks; then let them read."""
+        tally = Tally()
+        for _ in range(count):
+            async with SlowReaders(self._stack.gateway_addresses[0], self._stack.http_ports[0], num_each=4) as slow:
+                await self._load.run(tally, [1], _nothing)
+                try:
+                    await self._stack.idle()
+                except TimeoutError:
+                    tally.problems.append("clients that do not read keep their blocks")
+                tally.problems += await slow.read_all()
+            await self._settle(tally)
+        return tally
 
     async def rolling_restarts(self, count: int) -> Tally:
         """Restart one gateway after the other, with streams running and new calls coming, as an upgrade does."""
@@ -214,7 +169,7 @@ class Faults:
 
             restarting = asyncio.create_task(restart())
             while not restarting.done():  # a batch of streams after the other
-                await self._load.run(tally, 1, _nothing)
+                await self._load.run(tally, [1], _nothing)
             await restarting
             calls.cancel()
             made, failed = await calls
@@ -282,44 +237,72 @@ async def vanish(address: str, count: int) -> None:
         await asyncio.Event().wait()
 
 
-def report(name: str, tally: Tally) -> None:
+def report(name: str, count: int, tally: Tally) -> None:
     """Print one line of the table, and what did not hold."""
-    stalls = sorted(outcome.stall_s for outcome in tally.outcomes)
-    resumed = sum(outcome.num_resumed > 0 for outcome in tally.outcomes)
-    middle, last = (stalls[len(stalls) // 2], stalls[-1]) if stalls else (0.0, 0.0)
+    columns = [f"{tally.num_streams}", f"{tally.num_tokens}", f"{tally.num_resumed}"]
+    columns += [_figures(tally.detections), _figures(tally.restarts), _figures(tally.replays), _figures(tally.stalls)]
     verdict = "ok" if not tally.problems else f"{len(tally.problems)} PROBLEMS"
-    num_tokens = sum(len(outcome.ids) for outcome in tally.outcomes)
-    figures = f"{len(stalls):5} | {num_tokens:7} | {resumed:7} | {middle:6.2f} | {last:6.2f}"
-    print(f"| {name:28} | {figures} | {'; '.join([verdict, *tally.notes])} |", flush=True)
+    print(f"| {name}, {count} x | {' | '.join(columns)} | {'; '.join([verdict, *tally.notes[-3:]])} |", flush=True)
     for problem in tally.problems[:20]:
         print(f"    {problem}", flush=True)
+
+
+def _figures(seconds: list[float]) -> str:
+    """Return median, 99th percentile and maximum."""
+    if not seconds:
+        return "-"
+    ordered = sorted(seconds)
+    places = (len(ordered) // 2, min(len(ordered) - 1, int(0.99 * len(ordered))), len(ordered) - 1)
+    return " / ".join(f"{ordered[place]:.2f}" if ordered[-1] >= 0.2 else f"{ordered[place]:.3f}" for place in places)
+
+
+def add_up(results: Path, name: str, count: int, tally: Tally) -> tuple[int, Tally]:
+    """Append what a scenario showed to a file; return what the whole file shows of that scenario."""
+    with results.open("a") as file:
+        file.write(json.dumps({"name": name, "count": count, "tally": dataclasses.asdict(tally)}) + "\n")
+    total, num = Tally(), 0
+    for row in map(json.loads, results.read_text().splitlines()):
+        if row["name"] == name:
+            num += row["count"]
+            for key, value in row["tally"].items():
+                setattr(total, key, getattr(total, key) + value)
+    return num, total
 
 
 async def run(args: argparse.Namespace) -> int:
     """Run what was asked for; return the exit status."""
     model = demo_model.fetch(demo_model.cache_dir(), lambda *_: None)
     failed = False
-    async with Stack(model, args.kv_cache_memory) as stack:
+    async with Stack(model, args.kv_cache_memory, args.schedulers, has_relays=args.partitions > 0) as stack:
         load = Load(stack.address, args.streams, args.tokens, args.seed)
         try:
             await load.record()
-            faults = Faults(stack, load, random.Random(args.seed), args.tokens)
-            scenarios: list[tuple[str, int, Awaitable[Tally]]] = [
-                ("worker killed", args.worker_kills, faults.kills(stack.workers, args.worker_kills)),
-                ("worker hangs", args.worker_hangs, faults.hangs(stack.workers, args.worker_hangs)),
-                ("scheduler killed", args.scheduler_kills, faults.kills(stack.schedulers, args.scheduler_kills)),
-                ("scheduler hangs", args.scheduler_hangs, faults.hangs(stack.schedulers, args.scheduler_hangs)),
-                ("gateway killed", args.gateway_kills, faults.kills(stack.gateways, args.gateway_kills)),
-                ("gateways restart in turn", args.rolling_restarts, faults.rolling_restarts(args.rolling_restarts)),
-                ("clients vanish", args.vanishing_clients, faults.vanishing_clients(args.vanishing_clients)),
+            replays = await load.replay()
+            faults = Faults(stack, load, random.Random(args.fault_seed), args.faults_per_stream)
+            alone = ", the only one" if args.schedulers == 1 else ""
+            relays = stack.gateway_relays + stack.worker_relays
+            scenarios: list[tuple[str, int, Callable[[int], Awaitable[Tally]]]] = [
+                (f"worker killed{alone}", args.worker_kills, lambda n: faults.kills(stack.workers, n)),
+                (f"worker hangs{alone}", args.worker_hangs, lambda n: faults.hangs(stack.workers, n)),
+                (f"scheduler killed{alone}", args.scheduler_kills, lambda n: faults.kills(stack.schedulers, n)),
+                (f"scheduler hangs{alone}", args.scheduler_hangs, lambda n: faults.hangs(stack.schedulers, n)),
+                ("gateway killed", args.gateway_kills, lambda n: faults.kills(stack.gateways, n)),
+                ("network cut for 6 s", args.partitions, lambda n: faults.partitions(relays, n)),
+                ("gateways restart in turn", args.rolling_restarts, faults.rolling_restarts),
+                ("slow readers", args.slow_readers, faults.slow_readers),
+                ("clients vanish", args.vanishing_clients, faults.vanishing_clients),
             ]
-            print("| fault | streams | tokens | resumed | stall p50 (s) | stall max (s) | result |")
-            print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+            print(
+                "| fault | streams | tokens | resumed | detection (s) | restart (s) | replay (s) | stall (s) | result |"
+            )
+            print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
             for name, count, scenario in scenarios:
-                tally = await scenario
                 if count:
-                    report(f"{name}, {count} x" if name != "clients vanish" else name, tally)
-                failed = failed or bool(tally.problems)
+                    tally = await scenario(count)
+                    tally.replays = replays
+                    failed = failed or bool(tally.problems)
+                    total = add_up(args.results, name, count, tally) if args.results else (count, tally)
+                    report(name, *total)
             if failed and args.show_logs:
                 for process in stack.all:
                     print(f"--- {process.name}\n{process.log.read_text()[-3000:]}")
@@ -331,23 +314,20 @@ async def run(args: argparse.Namespace) -> int:
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    for name, count in (
-        ("worker-kills", 5),
-        ("worker-hangs", 2),
-        ("scheduler-kills", 5),
-        ("scheduler-hangs", 2),
-        ("gateway-kills", 5),
-        ("rolling-restarts", 1),
-        ("vanishing-clients", 500),
-        ("streams", 8),
-        ("tokens", 64),
-        ("seed", 0),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=count)
+    for name, count in FAULTS.items():
+        parser.add_argument(f"--{name}", type=int, help=f"default: {count}, or none with --only")
+    for name, value in SETTINGS.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--kv-cache-memory", default="256MiB")
+    parser.add_argument("--only", action="store_true", help="no faults but those that are asked for")
+    parser.add_argument("--results", type=Path, help="add up all runs in this file")
     parser.add_argument("--show-logs", action="store_true", help="print the ends of the processes' logs on a failure")
     parser.add_argument("--vanish", metavar="ADDRESS", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    for name, count in FAULTS.items():
+        attribute = name.replace("-", "_")
+        if getattr(args, attribute) is None:
+            setattr(args, attribute, 0 if args.only else count)
     if args.vanish:
         asyncio.run(vanish(args.vanish, args.vanishing_clients))
         return 0
