@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.services.client import Client, OctavoError
+from octavo.services.client.stream import Stream
 
 STREAM_S = 240.0
 SHOWN_GAP_S = 0.02
@@ -98,8 +99,8 @@ class Load:
     async def _replay(self, number: int) -> float:
         started = time.monotonic()
         ids = self._wanted[number].ids
-        options = {"return_token_ids": True, "continue_output": ids[: len(ids) // 2], **self._options[number]}
-        async with self._client.stream(model="demo", max_new_tokens=self.num_tokens, **options) as stream:
+        options = {"continue_output": ids[: len(ids) // 2], **self._options[number]}
+        async with self._open(options) as stream:
             async for _ in stream:
                 break
         return time.monotonic() - started
@@ -131,16 +132,14 @@ class Load:
                 same = next((n for n, (a, b) in enumerate(zip(outcome.ids, wanted.ids, strict=False)) if a != b), -1)
                 tally.problems.append(f"stream {number}: another output; first other token {same}")
 
+    def _open(self, options: dict[str, Any]) -> Stream:
+        fixed = {"model": "demo", "max_new_tokens": self.num_tokens, "ignore_end_of_sequence": True}
+        return self._client.stream(return_token_ids=True, **fixed, **options)
+
     async def _stream(self, number: int) -> Outcome:
         outcome = Outcome()
         last = time.monotonic()
-        stream = self._client.stream(
-            model="demo",
-            max_new_tokens=self.num_tokens,
-            ignore_end_of_sequence=True,
-            return_token_ids=True,
-            **self._options[number],
-        )
+        stream = self._open(self._options[number])
         try:
             async for delta in stream:
                 now = time.monotonic()

@@ -50,9 +50,11 @@ class Recovery:
         """Let go of candidates that have ended."""
         self._lost.remove(candidates)
 
-    def cancel(self, request_id: str) -> bool:
-        """Cancel the candidates of a request that no scheduler has now; return whether there were any."""
-        found = [lost for lost in self._lost if lost.stream.submit.request_id == request_id and not lost.is_out]
+    def cancel(self, request_id: str, tenant: str) -> bool:
+        """Cancel the candidates of a tenant's request that no scheduler has now; return whether there were any."""
+        wanted = request_id, tenant
+        submits = [(lost, lost.stream.submit) for lost in self._lost if not lost.is_out]
+        found = [lost for lost, submit in submits if (submit.request_id, submit.tenant) == wanted]
         for lost in found:
             self._lost.remove([lost.candidate])
             lost.candidate.finished = scheduler_pb2.Finished(

@@ -162,6 +162,7 @@ class SchedulerPeer:
         reattach = scheduler_pb2.Reattach(
             handle=handle,
             request_id=stream.submit.request_id,
+            tenant=stream.submit.tenant,
             epoch=self.welcome.epoch,
             next_token_offsets=[first_offset] * len(stream.candidates),
         )
@@ -188,13 +189,13 @@ class SchedulerPeer:
                 self._inboxes.retire(handle, stream)
                 self._send_cancel(scheduler_pb2.Cancel(handle=handle))
 
-    async def cancel_request(self, request_id: str) -> scheduler_pb2.Cancelled:
-        """End a request of any gateway by its id. Raises SCHEDULER_UNREACHABLE."""
+    async def cancel_request(self, request_id: str, tenant: str) -> scheduler_pb2.Cancelled:
+        """End a tenant's request, of any gateway, by its id. Raises SCHEDULER_UNREACHABLE."""
         if not self.connected:
             raise unreachable()
         answer: asyncio.Future[scheduler_pb2.Cancelled] = asyncio.get_running_loop().create_future()
         self._cancels.setdefault(request_id, []).append(answer)
-        self._send_cancel(scheduler_pb2.Cancel(request_id=request_id))
+        self._send_cancel(scheduler_pb2.Cancel(request_id=request_id, tenant=tenant))
         try:
             async with asyncio.timeout(_CANCEL_S):
                 return await answer
@@ -254,9 +255,10 @@ class SchedulerPeer:
         elif kind == "progress":
             self._inboxes.on_progress(message.progress)
         elif kind == "cancelled":
-            for answer in self._cancels.get(message.cancelled.request_id, ()):
-                if not answer.done():
-                    answer.set_result(message.cancelled)
+            # In the order of the questions: two tenants may ask for the same id.
+            waiting = (answer for answer in self._cancels.get(message.cancelled.request_id, ()) if not answer.done())
+            if (answer := next(waiting, None)) is not None:
+                answer.set_result(message.cancelled)
         elif kind == "draining":
             self.draining = True
         elif kind == "reattached":

@@ -132,6 +132,7 @@ class SchedulerPool:
         """Take over a request from a scheduler; None if that does not have it, or does not answer."""
         submit = scheduler_pb2.Submit(
             request_id=token.request_id,
+            tenant=token.tenant,
             candidate_count=token.candidate_count,
             chosen_logprob=token.chosen_logprob,
             logprobs=token.logprobs,
@@ -166,11 +167,11 @@ class SchedulerPool:
                 error.code = grpc.StatusCode.UNAVAILABLE
                 stream.cut_off(error)
 
-    async def cancel_request(self, request_id: str) -> scheduler_pb2.Cancelled:
-        """End a request of any gateway, at any scheduler, by its id. Raises SCHEDULER_UNREACHABLE if none answers."""
-        here = self._recovery.cancel(request_id)
+    async def cancel_request(self, request_id: str, tenant: str) -> scheduler_pb2.Cancelled:
+        """End a tenant's request, of any gateway and at any scheduler. Raises SCHEDULER_UNREACHABLE if none answers."""
+        here = self._recovery.cancel(request_id, tenant)
         answers = await asyncio.gather(
-            *(peer.cancel_request(request_id) for peer in self.peers), return_exceptions=True
+            *(peer.cancel_request(request_id, tenant) for peer in self.peers), return_exceptions=True
         )
         known = [answer for answer in answers if not isinstance(answer, BaseException)]
         for failure in (answer for answer in answers if isinstance(answer, BaseException)):

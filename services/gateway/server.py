@@ -106,10 +106,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def CancelGeneration(  # noqa: N802 - named by the proto
         self, request: generation_pb2.CancelGenerationRequest, context: CancelContext
     ) -> generation_pb2.CancelGenerationResponse:
-        """End a request of any gateway, at any scheduler."""
+        """End a request of the caller's tenant, of any gateway and at any scheduler."""
         del context
         self._validator.check(request)
-        cancelled = await self._schedulers.cancel_request(request.request_id)
+        cancelled = await self._schedulers.cancel_request(request.request_id, caller().tenant)
         usage = cancelled.usage if cancelled.HasField("usage") else None
         return generation_pb2.CancelGenerationResponse(was_running=cancelled.was_running, usage=usage)
 

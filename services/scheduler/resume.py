@@ -22,7 +22,7 @@ class ResumableRequests:
     """
 
     def __init__(self) -> None:
-        self._by_id: dict[str, Request] = {}
+        self._by_id: dict[tuple[str, str], Request] = {}  # by tenant and id: one cannot touch another's
         self._ended: OrderedDict[Request, float] = OrderedDict()  # until when each is kept
         self.detached: dict[Request, int] = {}
 
@@ -32,35 +32,37 @@ class ResumableRequests:
     def add(self, request: Request) -> None:
         """Remember a request that was admitted."""
         if request.submit.resume_window_ms:
-            old = self._by_id.get(request.submit.request_id)
+            old = self._by_id.get(_key(request))
             if old is not None:
                 self.forget(old)
-            self._by_id[request.submit.request_id] = request
+            self._by_id[_key(request)] = request
 
     def holds(self, request: Request) -> bool:
         """Return whether a request can be taken over."""
-        return self._by_id.get(request.submit.request_id) is request
+        return self._by_id.get(_key(request)) is request
 
     def replaced_by(self, request: Request) -> Request | None:
         """Return the request without a stream that `request` has the id of: it starts over."""
-        old = self._by_id.get(request.submit.request_id)
+        old = self._by_id.get(_key(request))
         return old if old in self.detached else None
 
-    def get(self, request_id: str) -> Request | None:
-        """Return a request that runs or is still kept."""
-        return self._by_id.get(request_id)
+    def get(self, request_id: str, tenant: str | None) -> Request | None:
+        """Return a request of a tenant, or of any (None), that runs or is still kept."""
+        if tenant is not None:
+            return self._by_id.get((tenant, request_id))
+        return next((request for (_, name), request in self._by_id.items() if name == request_id), None)
 
     def forget(self, request: Request) -> None:
         """Keep a request no longer."""
-        if self._by_id.get(request.submit.request_id) is request:
-            del self._by_id[request.submit.request_id]
+        if self.holds(request):
+            del self._by_id[_key(request)]
         self._ended.pop(request, None)
         self.detached.pop(request, None)
 
     def ended(self, request: Request, now: float) -> None:
         """Keep a request that has ended for its window."""
         self.detached.pop(request, None)
-        if self._by_id.get(request.submit.request_id) is not request:
+        if not self.holds(request):
             return
         self._ended[request] = now + request.submit.resume_window_ms / 1000
         if len(self._ended) > MAX_ENDED:
@@ -83,6 +85,10 @@ class ResumableRequests:
         assert all(request in live or request in self._ended for request in self._by_id.values())
         assert set(self._ended) <= set(self._by_id.values())
         assert len(self._ended) <= MAX_ENDED
+
+
+def _key(request: Request) -> tuple[str, str]:
+    return request.submit.tenant, request.submit.request_id
 
 
 def num_output(request: Request) -> int:

@@ -161,9 +161,9 @@ class Scheduler:
         self._effects.flush()
 
     def cancel(self, gateway_id: str, cancel: scheduler_pb2.Cancel, now: float) -> None:
-        """End a request of this gateway, or by its id one of any gateway. Unknown ones are ignored."""
+        """End a request of this gateway, or by its id one of a tenant at any gateway. Unknown ones are ignored."""
         if cancel.request_id:
-            self._cancel_by_id(gateway_id, cancel.request_id, now)
+            self._cancel_by_id(gateway_id, cancel, now)
             return
         request = self._requests.get(gateway_id, cancel.handle)
         if request is None:
@@ -312,10 +312,15 @@ class Scheduler:
             seed=request.submit.sampling.seed,
         )
 
-    def _cancel_by_id(self, gateway_id: str, request_id: str, now: float) -> None:
-        """End the requests with this id, whoever owns them; answer the gateway that asked."""
-        total = common_pb2.Usage()
-        found = [request for request in self._requests if request.submit.request_id == request_id]
+    def _cancel_by_id(self, gateway_id: str, cancel: scheduler_pb2.Cancel, now: float) -> None:
+        """End the tenant's requests with this id, whichever gateway has them; answer the one that asked."""
+        total, request_id = common_pb2.Usage(), cancel.request_id
+        found = [
+            request
+            for request in self._requests
+            if request.submit.request_id == request_id
+            and (not cancel.HasField("tenant") or request.submit.tenant == cancel.tenant)
+        ]
         for request in found:
             for seq in request.sequences:
                 total.prompt_tokens = seq.num_prompt

@@ -187,7 +187,7 @@ async def test_a_request_cancelled_by_id_while_it_waits_ends_as_cancelled(harnes
     await harness.scheduler.stop()
     await tools.until(lambda: not harness.gateway.schedulers.connected)
 
-    answer = await harness.gateway.schedulers.cancel_request("lost")
+    answer = await harness.gateway.schedulers.cancel_request("lost", "")
 
     assert answer.was_running
     events = [response.event async for response in call]

@@ -216,12 +216,18 @@ class World:
         self.core.cancel(gateway, scheduler_pb2.Cancel(handle=stream.submit.handle), self.now)
         self.settle()
 
-    def reattach(self, stream: Stream, gateway: str, offsets: list[int], epoch: int = 0) -> Stream:
+    def reattach(
+        self, stream: Stream, gateway: str, offsets: list[int], epoch: int = 0, tenant: str | None = None
+    ) -> Stream:
         """Take a stream over under a new handle; what comes back is in the stream returned."""
         self.handles += 1
         taken = self.streams[gateway, self.handles] = Stream(stream.submit, admitted=True)
         reattach = scheduler_pb2.Reattach(
-            handle=self.handles, request_id=stream.submit.request_id, epoch=epoch, next_token_offsets=offsets
+            handle=self.handles,
+            request_id=stream.submit.request_id,
+            epoch=epoch,
+            next_token_offsets=offsets,
+            tenant=tenant,
         )
         self.core.reattach(gateway, reattach, self.now)
         self.settle()

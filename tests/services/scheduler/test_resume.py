@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.resume import MAX_STATE_BYTES, MAX_UNREAD_TOKENS
 
 from .simulation import Stream, World, expected_output
@@ -125,3 +126,25 @@ def test_more_state_than_the_limit_is_refused() -> None:
     rejected = world.submit(PROMPT, gateway_state=b"x" * (MAX_STATE_BYTES + 1)).rejected
     assert rejected is not None
     assert rejected.reason == "INVALID_FIELD"
+
+
+def test_a_tenant_cannot_take_over_or_push_out_or_cancel_what_another_one_runs() -> None:
+    world = World()
+    stream = started(world, tenant="victim")
+    world.core.gateway_lost("a", world.now)
+    name = stream.submit.request_id
+
+    other = world.submit([7] * 20, 2, "b", request_id=name, resume_window_ms=1000, tenant="thief")
+    stolen = scheduler_pb2.Reattach(handle=77, request_id=name, tenant="nobody")
+    world.streams["b", 77] = refused = Stream(stream.submit)
+    world.core.reattach("b", stolen, world.now)
+    world.core.cancel("b", scheduler_pb2.Cancel(request_id=name, tenant="nobody"), world.now)
+    world.settle()
+    taken = world.reattach(stream, "c", [0], tenant="victim")
+    world.run()
+
+    assert refused.failed is not None
+    assert refused.failed.reason == "RESUME_STATE_LOST"
+    assert [message.cancelled.was_running for message in world.others if message.HasField("cancelled")] == [False]
+    assert taken.tokens[0] == expected_output(PROMPT, 30)
+    assert other.tokens[0] == expected_output([7] * 20, 2)

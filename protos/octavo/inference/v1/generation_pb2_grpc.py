@@ -98,7 +98,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelGeneration(self, request, context):
-        """Ends a request by its id. Idempotent: an unknown or finished id is answered, not refused.
+        """Ends a request of the caller's tenant by its id. Idempotent: an unknown or finished id is answered, not refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
