@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from octavo.services.scheduler.block_pool import Block, BlockPool
+from octavo.services.scheduler.block_pool import BlockPool
 from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE
+from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.sequence import Sequence
 
 
@@ -20,9 +21,9 @@ class BlockAllocator:
     from the start of the sequence, within one salt.
     """
 
-    def __init__(self, num_blocks: int, feed: CacheFeed) -> None:
-        """Manage `num_blocks` blocks, the null block included."""
-        self.pool = BlockPool(num_blocks, feed)
+    def __init__(self, num_blocks: int, feed: CacheFeed, weights: Mapping[str, float]) -> None:
+        """Manage `num_blocks` blocks, the null block included; `weights` are the tenants'."""
+        self.pool = BlockPool(num_blocks, feed, weights)
         # Names of blocks that a running sequence will have computed soon, and which one.
         self._computing: dict[bytes, Sequence] = {}
 
@@ -88,7 +89,7 @@ class BlockAllocator:
         self._hash_known_blocks(seq)
         for index in range(seq.num_hashed_blocks, num_full):
             block_hash = seq.block_hashes[index]
-            self.pool.remember(seq.blocks[index], block_hash)
+            self.pool.remember(seq.blocks[index], block_hash, request.submit.tenant)
             if self._computing.get(block_hash) is seq:
                 del self._computing[block_hash]
         seq.num_hashed_blocks = num_full

@@ -26,6 +26,7 @@ from octavo.worker.v1 import worker_pb2
 log = logging.getLogger("octavo.scheduler")
 
 LOAD_INTERVAL_S = 0.2
+PROBE_S = 0.001
 MAX_UNSENT_MESSAGES = 10_000  # a gateway that does not read so many is cut off
 IDLE_CHECK_S = 1.0
 
@@ -52,7 +53,7 @@ class Engine:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self.scheduler_id = config.scheduler_id or f"scheduler-{os.getpid()}"
-        self.link = WorkerLink(config.worker_endpoint, self._on_frame, config.curve_files)
+        self.link = WorkerLink(config.worker_endpoint, self._on_frame, self._on_disconnect, config.curve_files)
         self._reports = Reports(config.progress_fd)
         self.telemetry = SchedulerTelemetry(config, self.scheduler_id)
         self.node = Node(
@@ -148,6 +149,15 @@ class Engine:
             self._pump()
         else:
             self._pump_soon()
+
+    def _on_disconnect(self) -> None:
+        """Look for the worker that is gone, once the socket knows it too."""
+        if self._loop is not None:
+            self._loop.call_later(PROBE_S, self._probe)
+
+    def _probe(self) -> None:
+        self.node.probe(time.monotonic())
+        self._pump_soon()
 
     def _on_workers_changed(self) -> None:
         self._broadcast_load()

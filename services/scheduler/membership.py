@@ -201,10 +201,21 @@ class Membership:
             if group_id not in busy and now - member.last_heard > SILENCE_S:
                 self.give_up(group_id, "is silent", now)
             elif now - member.last_sent >= HEARTBEAT_S:
-                if not self._send(member, worker_pb2.WorkerFrame(heartbeat=worker_pb2.Heartbeat()), now):
-                    self.give_up(group_id, "is gone", now)  # or only its connection: one that hangs loses it too
-                elif not member.is_ready and now - member.configured_at >= CONFIG_REPEAT_S:
+                is_there = self._send_heartbeat(group_id, member, now)
+                if is_there and not member.is_ready and now - member.configured_at >= CONFIG_REPEAT_S:
                     self._configure(member, now)
+
+    def probe(self, now: float) -> None:
+        """Send all a heartbeat, and give up those that are gone."""
+        for group_id, member in list(self._groups.items()):
+            self._send_heartbeat(group_id, member, now)
+
+    def _send_heartbeat(self, group_id: str, member: Member, now: float) -> bool:
+        """Send a heartbeat; False, and the worker is given up, if it is gone."""
+        if self._send(member, worker_pb2.WorkerFrame(heartbeat=worker_pb2.Heartbeat()), now):
+            return True
+        self.give_up(group_id, "is gone", now)  # or only its connection: one that hangs loses it too
+        return False
 
     def give_up(self, group_id: str, reason: str, now: float, crashed: bool = True) -> None:
         """Take a group out of service because of what it did; its worker has to say hello again."""

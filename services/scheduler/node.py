@@ -113,6 +113,10 @@ class Node:
             return
         self.num_steps += 1
 
+    def probe(self, now: float) -> None:
+        """Give up workers that cannot be reached now."""
+        self.members.probe(now)
+
     # -- time ------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 
-from octavo.services.scheduler.block_pool import Block
+from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.sequence import Sequence
 from octavo.services.telemetry.tracing import is_sampled
 from octavo.worker.v1 import worker_pb2

@@ -205,7 +205,8 @@ class Scheduler:
         """
         assert group_id not in self._groups, f"group {group_id} joined twice"
         config, clock = self._config, StepClock(self._config.step_timeout_s)
-        group = WorkerGroup(group_id, epoch, num_blocks, config.max_running, max_model_len, self.cache_feed, clock)
+        limits = num_blocks, config.max_running, max_model_len
+        group = WorkerGroup(group_id, epoch, *limits, self.cache_feed, clock, config.weights())
         group.max_batch_tokens = min(max_batch_tokens or config.max_batch_tokens, config.max_batch_tokens)
         self._groups[group_id] = group
         self._max_model_len = min(other.max_model_len for other in self._groups.values())

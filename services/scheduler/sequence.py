@@ -12,7 +12,7 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import BLOCK_SIZE
 
 if TYPE_CHECKING:
-    from octavo.services.scheduler.block_pool import Block
+    from octavo.services.scheduler.free_blocks import Block
     from octavo.services.scheduler.outputs import LogprobRow, Outbox
     from octavo.services.scheduler.worker_group import WorkerGroup
 

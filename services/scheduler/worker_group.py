@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from octavo.scheduler.v1 import scheduler_pb2
@@ -43,11 +43,12 @@ class WorkerGroup:
         max_model_len: int,
         feed: CacheFeed,
         clock: StepClock,
+        weights: Mapping[str, float],
     ) -> None:
         self.group_id = group_id
         self.epoch = epoch
         self.max_model_len = min(max_model_len, (num_blocks - 1) * BLOCK_SIZE)
-        self.allocator = BlockAllocator(num_blocks, feed)
+        self.allocator = BlockAllocator(num_blocks, feed, weights)
         self.pool = self.allocator.pool
         self.decoding: list[Sequence] = []  # in the order they got here: one token a step
         self.prefilling: list[Sequence] = []  # more than one token behind

@@ -32,11 +32,18 @@ class WorkerLink:
         self,
         endpoint: str,
         on_frame: Callable[[bytes, worker_pb2.WorkerFrame], None],
+        on_disconnect: Callable[[], None],
         curve_files: CurveFiles | None = None,
     ) -> None:
-        """Prepare; `open` binds. `on_frame` gets the routing id of a worker and its frame."""
+        """Prepare; `open` binds.
+
+        on_frame       gets the routing id of a worker and its frame
+        on_disconnect  is called when a worker's connection has ended: which one, sending will tell
+        """
         self._endpoint = endpoint
         self._on_frame = on_frame
+        self._on_disconnect = on_disconnect
+        self._monitor: zmq.Socket[bytes] | None = None
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._curve_files = curve_files
@@ -62,10 +69,16 @@ class WorkerLink:
         finally:
             os.umask(previous)
         loop.add_reader(socket.fileno(), self.receive)
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        loop.add_reader(self._monitor.fileno(), self._receive_events)
 
     def close(self, loop: asyncio.AbstractEventLoop) -> None:
         """Stop reading and release the endpoint. Workers wait for the next scheduler."""
         loop.remove_reader(self._socket.fileno())
+        if self._monitor is not None:
+            loop.remove_reader(self._monitor.fileno())
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
         self._socket.close()
         if self._curve is not None:
             self._curve.close()
@@ -78,6 +91,12 @@ class WorkerLink:
         except zmq.ZMQError:
             return False
         return True
+
+    def _receive_events(self) -> None:
+        assert self._monitor is not None, "not open"
+        while self._monitor.get(zmq.EVENTS) & zmq.POLLIN:
+            self._monitor.recv_multipart(zmq.NOBLOCK)
+            self._on_disconnect()
 
     def receive(self) -> None:
         """Handle every frame that has arrived.

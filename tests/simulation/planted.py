@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.scheduler.block_pool import Block, BlockPool
+from octavo.services.scheduler.block_pool import BlockPool
+from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.membership import Membership
 from octavo.services.scheduler.plan_builder import PlanBuilder
 from octavo.services.scheduler.scheduler import Scheduler

@@ -9,6 +9,7 @@ from google.rpc import code_pb2
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.free_blocks import STALE_TURNS
 from octavo.services.scheduler.outputs import WorkerMisbehavedError
 from octavo.worker.v1 import worker_pb2
 
@@ -494,3 +495,35 @@ def test_a_group_that_ran_out_of_memory_gets_smaller_steps() -> None:
 
     assert stream.tokens[0] == expected_output(list(range(100, 200)), 3)
     assert max(plan.num_tokens for plan in world.plans) == 16
+
+
+def cached_tokens(world: World, prompt: list[int], tenant: str) -> int:
+    stream = world.submit(prompt, 1, tenant=tenant, cache_salt=tenant)
+    world.run()
+    return stream.finished[0].usage.cached_prompt_tokens
+
+
+def flood(world: World, tenant: str, prompts: int, first: int = 1000) -> None:
+    for number in range(prompts):
+        world.submit([first + number] * 48, 1, tenant=tenant, cache_salt=tenant)
+        world.run()
+
+
+def test_a_tenant_that_floods_the_cache_pushes_out_its_own_prefixes() -> None:
+    world = World(num_blocks=33)
+    prompt = list(range(200, 265))  # four full blocks, and one token
+    assert cached_tokens(world, prompt, "small") == 0
+
+    flood(world, "large", prompts=60)
+
+    assert cached_tokens(world, prompt, "small") == 64
+
+
+def test_a_tenant_that_was_idle_for_long_gives_up_its_prefixes_first() -> None:
+    world = World(num_blocks=33)
+    prompt = list(range(200, 265))
+    cached_tokens(world, prompt, "gone")
+
+    flood(world, "large", prompts=STALE_TURNS * 40)
+
+    assert cached_tokens(world, prompt, "gone") == 0
