@@ -94,7 +94,7 @@ class WorkerLink:
 
     def _receive_events(self) -> None:
         assert self._monitor is not None, "not open"
-        while self._monitor.get(zmq.EVENTS) & zmq.POLLIN:
+        while self._monitor.poll(0):
             self._monitor.recv_multipart(zmq.NOBLOCK)
             self._on_disconnect()
 

@@ -101,6 +101,7 @@ async def test_a_request_that_was_not_admitted_fails_as_retryable(harness: Any, 
 async def test_a_scheduler_that_cannot_take_a_lost_request_yet_is_asked_again(harness: Any) -> None:
     call = harness.stream()
     await harness.scheduler.next_admitted()
+    await call.initial_metadata()
     await restart(harness.scheduler)
     refused = await harness.scheduler.next("submit")
     harness.scheduler.send(
@@ -122,6 +123,7 @@ async def test_a_scheduler_that_refuses_a_lost_request_for_good_ends_it_as_inter
 ) -> None:
     call = harness.stream()
     await harness.scheduler.next_admitted()
+    await call.initial_metadata()
     await restart(harness.scheduler)
     refused = await harness.scheduler.next("submit")
     harness.scheduler.send(
@@ -170,6 +172,7 @@ async def test_a_lost_request_waits_no_longer_than_it_may(config: GatewayConfig,
 async def test_a_call_that_ends_while_its_request_waits_is_not_submitted_again(harness: Any, tools: Any) -> None:
     call = harness.stream()
     await harness.scheduler.next_admitted()
+    await call.initial_metadata()
     await harness.scheduler.stop()
     await tools.until(lambda: not harness.gateway.schedulers.connected)
 
@@ -184,6 +187,7 @@ async def test_a_call_that_ends_while_its_request_waits_is_not_submitted_again(h
 async def test_a_request_cancelled_by_id_while_it_waits_ends_as_cancelled(harness: Any, tools: Any) -> None:
     call = harness.stream(metadata=(("x-request-id", "lost"),))
     await harness.scheduler.next_admitted()
+    await call.initial_metadata()
     await harness.scheduler.stop()
     await tools.until(lambda: not harness.gateway.schedulers.connected)
 
