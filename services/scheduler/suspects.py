@@ -34,7 +34,8 @@ class Suspects:
 
     def crashed(self, in_flight: Iterable[Sequence], now: float) -> Request | None:
         """Learn that a worker died while it computed these; return the culprit if it is found."""
-        alive = [seq for seq in dict.fromkeys(in_flight) if seq.state is not SequenceState.FINISHED]
+        computed = dict.fromkeys(in_flight)
+        alive = [seq for seq in computed if seq.state is not SequenceState.FINISHED]
         suspects = [seq for seq in alive if seq in self._company] or alive
         for seq in suspects:
             self._company[seq] = max(1, len(suspects) // 2)
@@ -43,7 +44,8 @@ class Suspects:
         if len(requests) != 1:
             return None
         request = requests[0]
-        was_alone = all(seq.request is request for seq in alive)
+        # One that has ended meanwhile, quarantined perhaps, may have been what the worker died of.
+        was_alone = all(seq.request is request for seq in computed)
         request.num_blames = min(request.num_blames + 1, MAX_BLAMES if was_alone else MAX_BLAMES - 1)
         if request.num_blames < MAX_BLAMES:
             return None

@@ -17,6 +17,7 @@ PLANTED_WITHIN = 1000  # seeds
 PAST_SEEDS = {
     49: "candidates of a request that has to run alone were passed over for ever",
     561: "a request was blamed for what ran along with it",
+    90953: "a request was blamed because the one that ran along had ended as the culprit meanwhile",
     731: "a request that has to run alone was passed over for ever",
 }
 
