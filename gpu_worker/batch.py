@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from octavo.gpu_worker.errors import PlanError
 from octavo.gpu_worker.ops import Int32Array
+from octavo.gpu_worker.pooler import Pooling, PoolingSettings
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.sampling_settings import SamplingSettings, column, read_sampling_update
 from octavo.worker.v1 import worker_pb2
@@ -33,13 +34,19 @@ _SAMPLES, _LAST_TOKEN_IN_SLOT = 1, 2
 
 @dataclass(frozen=True)
 class Limits:
-    """What plans must stay within. `num_blocks` counts block 0."""
+    """What plans must stay within. `num_blocks` counts block 0.
+
+    pooling    how vectors are made; None if tokens are
+    has_cache  whether rows need blocks; else each is a whole sequence
+    """
 
     max_running: int
     max_batch_tokens: int
     max_blocks_per_sequence: int
     num_blocks: int
     vocab_size: int
+    pooling: Pooling | None = None
+    has_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Step:
 
     freed_slots      slots to forget
     opened           (slot, settings) to open; the slot's block table is empty then
+    opened_for_vectors  the same of slots of which a vector is wanted
     block_slots      [N] slots whose block tables grow, each once
     first_blocks     [N] how many blocks each of them has before
     block_counts     [N] how many it gets
@@ -57,7 +65,7 @@ class Step:
     query_lengths    [S] tokens to compute, at least 1
     context_lengths  [S] tokens whose keys and values are in the cache
     token_ids        [T] tokens to compute, row after row, or LAST_TOKEN
-    samples          [S] whether a token is drawn from the row's last position
+    samples          [S] whether a token is drawn from the row's last position, or the sequence's vector is made
     """
 
     freed_slots: UInt32Array
@@ -72,6 +80,12 @@ class Step:
     context_lengths: Int64Array
     token_ids: Int32Array
     samples: BoolArray
+    opened_for_vectors: tuple[tuple[int, PoolingSettings], ...] = ()
+
+    @property
+    def opened_slots(self) -> list[int]:
+        """The slots that are opened, for either."""
+        return [slot for slot, _ in (*self.opened, *self.opened_for_vectors)]
 
     @property
     def sampled_slots(self) -> Int32Array:
@@ -101,7 +115,7 @@ class Slots:
     def apply(self, plan: worker_pb2.StepPlan) -> Step:
         """Take a plan's changes and return its step. Raises PlanError."""
         freed = self._slots(plan.freed_slots, "freed_slots")
-        opened = self._open_slots(plan, freed)
+        opened, opened_for_vectors = self._open_slots(plan, freed)
         block_slots, first_blocks, block_counts, block_ids = self._append_blocks(plan)
         copy_pairs = self._blocks(plan.copy_pairs, "copy_pairs")
         if len(copy_pairs) % 2:
@@ -123,13 +137,21 @@ class Slots:
             context_lengths=rows.contexts,
             token_ids=token_ids,
             samples=samples,
+            opened_for_vectors=opened_for_vectors,
         )
 
-    def _open_slots(self, plan: worker_pb2.StepPlan, freed: UInt32Array) -> list[tuple[int, SamplingSettings]]:
+    def _open_slots(
+        self, plan: worker_pb2.StepPlan, freed: UInt32Array
+    ) -> tuple[list[tuple[int, SamplingSettings]], tuple[tuple[int, PoolingSettings], ...]]:
+        """Return the slots that are opened for tokens, and for vectors."""
+        pooling = self._limits.pooling
+        if plan.pooling_updates if pooling is None else plan.sampling_updates:
+            raise PlanError(f"the model makes {'tokens' if pooling is None else 'vectors'}, and the plan wants others")
         opened = [
             (update.slot, read_sampling_update(update, self._limits.vocab_size)) for update in plan.sampling_updates
         ]
-        slots = np.array([slot for slot, _ in opened], np.int64)
+        for_vectors = () if pooling is None else tuple((u.slot, pooling.settings(u)) for u in plan.pooling_updates)
+        slots = np.array([slot for slot, _ in (*opened, *for_vectors)], np.int64)
         _check_below(slots, self._limits.max_running, "sampling_updates: slot")
         _check_distinct(slots, "sampling_updates: slot")
         for cleared in (freed, slots):
@@ -137,7 +159,7 @@ class Slots:
             self._has_token[cleared] = False
         self._open[freed] = False
         self._open[slots] = True
-        return opened
+        return opened, for_vectors
 
     def _append_blocks(self, plan: worker_pb2.StepPlan) -> tuple[Int64Array, Int64Array, Int64Array, UInt32Array]:
         """Return slots, their blocks before, how many they get, and the blocks."""
@@ -184,8 +206,10 @@ class Slots:
                 f"num_tokens: is {plan.num_tokens}, query_lengths add up to {rows.lengths.sum()}, "
                 f"a step holds at most {self._limits.max_batch_tokens}"
             )
+        if not self._limits.has_cache and rows.contexts.any():
+            raise PlanError("context_lengths: the model keeps no cache, so each row is a whole sequence")
         short = rows.contexts + rows.lengths > self._num_blocks[rows.slots] * BLOCK_SIZE
-        if short.any():
+        if self._limits.has_cache and short.any():
             slot = rows.slots[short][0]
             raise PlanError(f"query_lengths: slot {slot} has {self._num_blocks[slot]} blocks, too few for its tokens")
         if (rows.flags & ~np.uint8(_SAMPLES | _LAST_TOKEN_IN_SLOT)).any():
@@ -195,6 +219,8 @@ class Slots:
     def _token_ids(self, plan: worker_pb2.StepPlan, rows: _Rows) -> Int32Array:
         """Return the plan's tokens, with LAST_TOKEN where only the runner knows."""
         from_slot = (rows.flags & _LAST_TOKEN_IN_SLOT) != 0
+        if from_slot.any() and self._limits.pooling is not None:
+            raise PlanError("row_flags: a row's last token is its slot's, but the model makes no tokens")
         if not self._has_token[rows.slots[from_slot]].all():
             raise PlanError("row_flags: a row's last token is its slot's, but none was sampled for the slot yet")
         sent = column(plan.token_ids, np.uint32, "token_ids")

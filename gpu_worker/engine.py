@@ -139,17 +139,21 @@ def make_engine(
         kv_cache_dtype=config.kv_cache_dtype,
         quantization=config.quantization,
         collectives=collectives,
+        pooling=loaded.pooling,
     )
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
     if collectives is not None:
         kv_cache_memory = collectives.least(kv_cache_memory)
-    num_blocks = count_blocks(kv_cache_memory, runner.kv_block_bytes(), wanted.kv_blocks)
+    has_cache = runner.kv_block_bytes() > 0
+    num_blocks = count_blocks(kv_cache_memory, runner.kv_block_bytes(), wanted.kv_blocks) if has_cache else 1
     runner.allocate_kv(num_blocks)
     if collectives is not None:
         collectives.least(num_blocks)  # no rank begins to compute before all can
-    limits = Limits(max_running, max_batch_tokens, max_blocks_per_sequence, num_blocks, loaded.model.vocab_size)
-    max_model_len = min(loaded.max_model_len, (num_blocks - 1) * BLOCK_SIZE)
-    if max_model_len < loaded.max_model_len:
+    sizes = (max_running, max_batch_tokens, max_blocks_per_sequence, num_blocks, loaded.model.vocab_size)
+    limits = Limits(*sizes, pooling=loaded.pooling, has_cache=has_cache)
+    room = (num_blocks - 1) * BLOCK_SIZE if has_cache else max_batch_tokens
+    max_model_len = min(loaded.max_model_len, room)
+    if has_cache and max_model_len < loaded.max_model_len:
         log.info("kv_cache_memory limits the context to %d of %d tokens", max_model_len, loaded.max_model_len)
     # The collectives' own time-out comes first, where there is a host that waits for them.
     step_limit_s = 2 * config.rank_timeout_s if collectives is not None else 0.0
@@ -180,6 +184,8 @@ def _result(step_id: int, sampled_slots: Int32Array, outcome: Outcome) -> worker
         token_ids=sampled.token_ids.astype("<u4").tobytes(),
         logprobs=sampled.logprobs.astype("<f4").tobytes(),
         ranks=sampled.ranks.astype("<u4").tobytes(),
+        vectors=b"" if outcome.vectors is None else outcome.vectors.values.astype("<f4").tobytes(),
+        vector_sizes=b"" if outcome.vectors is None else outcome.vectors.sizes.astype("<u4").tobytes(),
         candidate_token_ids=sampled.candidate_token_ids.astype("<u4").tobytes(),
         candidate_logprobs=sampled.candidate_logprobs.astype("<f4").tobytes(),
         forward_us=outcome.forward_us,

@@ -17,14 +17,12 @@ from octavo.gpu_worker.sampler import Sampler, UInt32Array
 _KV_MEMORY_BYTES = 512 << 20
 
 
-class HostRunner:
-    """A `Runner` over a `Device`."""
+class HostMemory:
+    """What all runners over a `Device` share: its cache and its memory are the host's."""
 
-    def __init__(self, device: Device, max_running: int, max_blocks_per_sequence: int, vocab_size: int) -> None:
+    def __init__(self, device: Device) -> None:
         self.name = device.name
         self._device = device
-        self._sizes = (max_running, max_blocks_per_sequence, vocab_size)
-        self.reset()
 
     def kv_block_bytes(self) -> int:
         """See `runner.Runner`; so are the others."""
@@ -42,6 +40,19 @@ class HostRunner:
         """Return what this process takes."""
         return resident_bytes()
 
+    def use_idle_time(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
+
+class HostRunner(HostMemory):
+    """A `Runner` over a `Device`."""
+
+    def __init__(self, device: Device, max_running: int, max_blocks_per_sequence: int, vocab_size: int) -> None:
+        super().__init__(device)
+        self._sizes = (max_running, max_blocks_per_sequence, vocab_size)
+        self.reset()
+
     def reset(self) -> None:
         """Forget every slot."""
         max_running, max_blocks, vocab_size = self._sizes
@@ -49,7 +60,7 @@ class HostRunner:
         self._tables = Tables(max_running, max_blocks)
         self._no_logits = np.empty((0, vocab_size), np.float32)
 
-    def start(self, step: Step) -> _Done:
+    def start(self, step: Step) -> Done:
         """Compute the step."""
         for slot in step.freed_slots.tolist():
             self._sampler.free_slot(slot)
@@ -65,23 +76,21 @@ class HostRunner:
         sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions)
         self._tables.record(sampled_slots, sampled.token_ids)
         ended = time.perf_counter()
-        return _Done(Outcome(sampled, round((computed - started) * 1e6), round((ended - computed) * 1e6)))
-
-    def use_idle_time(self) -> bool:
-        """There is nothing to prepare."""
-        return False
+        return Done(Outcome(sampled, round((computed - started) * 1e6), round((ended - computed) * 1e6)))
 
 
 @dataclass(frozen=True)
-class _Done:
+class Done:
     """A step that has ended."""
 
     outcome: Outcome
 
     def is_done(self) -> bool:
+        """Tell that it has."""
         return True
 
     def wait(self) -> Outcome:
+        """Return what it made."""
         return self.outcome
 
 
@@ -95,7 +104,7 @@ class Tables:
     def append(self, step: Step) -> None:
         """Empty the tables of freed and opened slots, then append the step's blocks."""
         self._block_tables[step.freed_slots] = 0
-        self._block_tables[[slot for slot, _ in step.opened]] = 0
+        self._block_tables[step.opened_slots] = 0
         counts = step.block_counts
         starts = np.cumsum(counts) - counts
         columns = np.arange(len(step.block_ids)) + np.repeat(step.first_blocks - starts, counts)

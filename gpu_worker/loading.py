@@ -11,7 +11,9 @@ from octavo.gpu_worker import quantization
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices import choose_device
 from octavo.gpu_worker.errors import DeviceError, ModelError
-from octavo.gpu_worker.ops import Model
+from octavo.gpu_worker.models.encoders import PREFIXES, architecture_of, makes_vectors
+from octavo.gpu_worker.ops import EncoderModel, Model
+from octavo.gpu_worker.pooler import Pooling
 from octavo.gpu_worker.quantization import Quantization
 from octavo.gpu_worker.sharding import WHOLE, Sharding
 
@@ -25,12 +27,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, the longest context it may see, and a fingerprint of its weights and settings."""
+    """A model, the longest context it may see, and a fingerprint of its weights and settings.
 
-    model: Model | PackedModel
+    pooling  how vectors are made of what it gives; None if that is logits
+    """
+
+    model: Model | EncoderModel | PackedModel
     architecture: str
     max_model_len: int
     model_version: str
+    pooling: Pooling | None = None
 
 
 def load_for_device(config: WorkerConfig, progress: Progress, sharding: Sharding = WHOLE) -> LoadedModel:
@@ -60,7 +66,10 @@ def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:
 
     runtime = Runtime(num_threads=config.num_threads)
     file = _find(Path(config.model))
-    cache = PackedCache.of(config)
+    if makes_vectors(file) and config.quantization != quantization.Quantization.NONE:
+        raise ModelError(f"{file}: models for vectors are not quantised; take quantization away")
+    # Those for vectors are small, and come with layers that are not packed.
+    cache = None if makes_vectors(file) else PackedCache.of(config)
     try:
         key = cache_key(file, [config.dtype, str(config.max_model_len), config.quantization], runtime)
     except OSError as error:
@@ -111,14 +120,14 @@ def load_model(
     torch.set_num_threads(num_threads or available_cores())
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    file = _find(path)
     try:
-        checkpoint = _read(_find(path), dtype, progress, sharding, codes_of)
+        if makes_vectors(file):
+            return _load_for_vectors(file, dtype, max_model_len, progress, sharding)
+        checkpoint = _read(file, dtype, progress, sharding, codes_of)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error})") from error
-    limit = checkpoint.config.max_position_embeddings
-    if max_model_len > limit:
-        raise ModelError(f"max_model_len is {max_model_len}, but {path} was made for at most {limit} tokens; lower it")
-    context = max_model_len or limit
+    context = context_of(path, max_model_len, checkpoint.config.max_position_embeddings)
     model = checkpoint.architecture.build(checkpoint.config, checkpoint.tensors, context)
     return LoadedModel(model, checkpoint.config.architecture, context, checkpoint.fingerprint)
 
@@ -151,3 +160,31 @@ def _find(path: Path) -> Path:
     if len(found) > 1:
         raise ModelError(f"{path}: holds {len(found)} GGUF files; name the one to load")
     return found[0] if found else path
+
+
+def _load_for_vectors(
+    folder: Path, dtype: str, max_model_len: int, progress: Progress, sharding: Sharding
+) -> LoadedModel:
+    """Load a folder for which `makes_vectors` holds."""
+    from octavo.gpu_worker.encoder_files import load_encoder, pooling_digest
+    from octavo.gpu_worker.pooling_files import read_pooling
+    from octavo.gpu_worker.weights import load_folder
+
+    if sharding.world_size > 1:
+        raise ModelError(f"{folder}: a model for vectors is not split over ranks; use one rank")
+    architecture = architecture_of(folder)
+    if architecture in PREFIXES:
+        return load_encoder(folder, architecture, dtype, max_model_len, progress)
+    checkpoint = load_folder(folder, dtype, progress, has_head=False)
+    pooling = read_pooling(folder, checkpoint.config.hidden_size)
+    context = context_of(folder, max_model_len, checkpoint.config.max_position_embeddings)
+    model = checkpoint.architecture.build(checkpoint.config, checkpoint.tensors, context)
+    version = f"{checkpoint.fingerprint[:8]}{pooling_digest(pooling).hex()[:8]}"
+    return LoadedModel(model, checkpoint.config.architecture, context, version, pooling)
+
+
+def context_of(path: Path, wanted: int, limit: int) -> int:
+    """Return the longest context: what is wanted, or all that the model was made for. Raises ModelError."""
+    if wanted > limit:
+        raise ModelError(f"max_model_len is {wanted}, but {path} was made for at most {limit} tokens; lower it")
+    return wanted or limit

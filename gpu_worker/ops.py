@@ -26,7 +26,7 @@ Float32Array = npt.NDArray[np.float32]
 # are recorded. A model only hands values from one operation to the next.
 Value = Any
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,15 @@ class Norm:
     """RMSNorm: x / sqrt(mean(x^2) + eps) * weight, in float32. weight [hidden_size]."""
 
     weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32. weight [hidden_size], bias the same or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     eps: float
 
 
@@ -110,7 +119,8 @@ class StepInput:
     query_start_loc  [S + 1] row s owns tokens query_start_loc[s] .. query_start_loc[s + 1]
     seq_lens         [S] tokens of each sequence whose keys exist after this step
     block_tables     [S, max_blocks] block ids of each sequence, 0 beyond its end
-    logits_rows      [R] tokens (indexes into T) whose logits are wanted, ascending
+    logits_rows      [R] tokens (indexes into T) whose logits, or hidden states, are wanted, ascending
+    segments         [T] 0 or 1: which of two texts a token is of; None if no sequence has two
     """
 
     token_ids: Int32Array
@@ -120,6 +130,39 @@ class StepInput:
     seq_lens: Int32Array
     block_tables: Int32Array
     logits_rows: Int32Array
+    segments: Int32Array | None = None
+
+
+class EncoderOps(Protocol):
+    """Operations of models in which all tokens of a sequence see each other. Values are float32.
+
+    A sequence is computed whole, in one step, and nothing of it is kept: there is no cache.
+    """
+
+    def embed_sum(self, words: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> Value:
+        """Return the sum of a token's rows of three tables, by its id, its position and its segment: [T, hidden_size].
+
+        words [vocab_size, hidden_size], positions [max_positions, ..], segments [1 or 2, ..]; with one row it is
+        that of every token.
+        """
+
+    def layer_norm(self, x: Value, norm: LayerNorm) -> Value:
+        """Return norm(x): [T, hidden_size]."""
+
+    def linear(self, x: Value, linear: Linear, activation: Activation | None = None) -> Value:
+        """Return activation(linear(x)): [T, out_features]."""
+
+    def linear_residual(self, x: Value, linear: Linear, residual: Value) -> Value:
+        """Return residual + linear(x). The old residual must not be used afterwards."""
+
+    def self_attention(self, qkv: Value, heads: Heads, scale: float) -> Value:
+        """Attend among all tokens of each sequence; return [T, num_heads * head_dim].
+
+        `qkv` is [T, 3 * num_heads * head_dim]: queries, keys, values.
+        """
+
+    def hidden(self, x: Value) -> Value:
+        """Return x of the rows in `logits_rows`: [R, hidden_size] float32."""
 
 
 class Ops(Protocol):
@@ -158,23 +201,42 @@ class Ops(Protocol):
         The terms are added in the order of the experts, to x first. `x` must not be used afterwards.
         """
 
-    def logits(self, x: Value, norm: Norm, head: Linear) -> Value:
-        """Return head(norm(x)) of the rows in `logits_rows`: [R, vocab_size] float32."""
+    def logits(self, x: Value, norm: Norm, head: Linear | None) -> Value:
+        """Return head(norm(x)) of the rows in `logits_rows`: [R, vocab_size] float32.
+
+        Without a head that is norm(x), the hidden states that vectors are made of: [R, hidden_size].
+        """
 
 
 class Model(Protocol):
     """A model: weights and the forward pass over them.
 
-    dtype  type of its embeddings, which is what a GPU computes in
+    dtype        type of its embeddings, which is what a GPU computes in
+    num_layers   layers that have a KV cache; 0 for a model in which all tokens of a sequence see each other
+    output_size  columns of what `forward` returns: vocab_size, or hidden_size for a model that makes vectors
     """
 
     dtype: torch.dtype
     num_layers: int
     heads: Heads
     vocab_size: int
+    output_size: int
 
     def forward(self, ops: Ops) -> Value:
-        """Run one step through `ops`; return the logits [R, vocab_size]."""
+        """Run one step through `ops`; return the logits or the hidden states, [R, output_size]."""
+
+
+class EncoderModel(Protocol):
+    """A model in which all tokens of a sequence see each other. As `Model`, with num_layers 0 and hidden states."""
+
+    dtype: torch.dtype
+    num_layers: int
+    heads: Heads
+    vocab_size: int
+    output_size: int
+
+    def forward(self, ops: EncoderOps) -> Value:
+        """Run one step through `ops`; return the hidden states, [R, output_size]."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +271,7 @@ class Device(Protocol):
         """Allocate the zeroed cache, block 0 (never read as data) included. Called once."""
 
     def forward(self, step: StepInput) -> Float32Array:
-        """Run one step; return logits [R, vocab_size], valid until the next call.
+        """Run one step; return logits or hidden states [R, output_size], valid until the next call.
 
         A row's bits depend only on its sequence's tokens: not on what else is in the step, not on
         how its prompt was chunked, not on which blocks it has. The caller may change the logits

@@ -20,6 +20,7 @@ class ParallelModel:
         self.num_layers = model.num_layers
         self.heads = model.heads  # this rank's
         self.vocab_size = model.vocab_size
+        self.output_size = model.output_size
         self.dtype = model.dtype
         self._model = model
         self._collectives = collectives
@@ -82,9 +83,11 @@ class ParallelOps:
         partial = self._tensor(self._ops.norm_experts_residual(x.clone(), norm, experts, activation))
         return self._collectives.all_reduce(partial - x)
 
-    def logits(self, x: torch.Tensor, norm: Norm, head: Linear) -> torch.Tensor:
-        """Return the logits of the whole vocabulary: each rank makes a piece of it."""
+    def logits(self, x: torch.Tensor, norm: Norm, head: Linear | None) -> torch.Tensor:
+        """Return the logits of the whole vocabulary, each rank makes a piece of it; or the hidden states."""
         piece = self._tensor(self._ops.logits(x, norm, head))
+        if head is None:
+            return piece
         if not len(piece):
             return piece.new_empty(0, self._vocab_size)
         width = Sharding(0, self._collectives.world_size).vocab_rows(self._vocab_size).stop

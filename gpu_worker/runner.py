@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from octavo.gpu_worker.batch import Step
+from octavo.gpu_worker.pooler import Vectors
 from octavo.gpu_worker.sampler import Sampled
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -17,11 +18,12 @@ MAX_STEPS_IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step made, and what it took."""
+    """What a step made, and what it took. Of a model that makes vectors nothing is sampled."""
 
     sampled: Sampled
     forward_us: int
     sample_us: int
+    vectors: Vectors | None = None
 
 
 class Running(Protocol):
@@ -40,7 +42,7 @@ class Runner(Protocol):
     name: str
 
     def kv_block_bytes(self) -> int:
-        """Bytes that one block of 16 tokens takes, over all layers, keys and values."""
+        """Bytes that one block of 16 tokens takes, over all layers, keys and values; 0 if there is no cache."""
 
     def kv_memory_bytes(self) -> int:
         """Bytes for the KV cache where the settings do not say."""

@@ -45,6 +45,15 @@ class Sampled:
     candidate_logprobs: Float32Array
 
 
+NOTHING_SAMPLED = Sampled(
+    np.empty(0, np.uint32),
+    np.empty(0, np.float32),
+    np.empty(0, np.uint32),
+    np.empty(0, np.uint32),
+    np.empty(0, np.float32),
+)
+
+
 class Sampler:
     """Settings and penalty state of every slot."""
 

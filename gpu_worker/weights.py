@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,26 +39,41 @@ class Checkpoint:
     fingerprint: str
 
 
-def load_folder(folder: Path, dtype: str, progress: Progress, sharding: Sharding = WHOLE) -> Checkpoint:
+def load_folder(
+    folder: Path, dtype: str, progress: Progress, sharding: Sharding = WHOLE, *, has_head: bool = True
+) -> Checkpoint:
     """Load a folder, of each tensor the part that `sharding` says and no more of the file.
 
-    `dtype` is a name of DTYPES, or "auto" to keep what is stored. Raises ModelError.
+    dtype     a name of DTYPES, or "auto" to keep what is stored
+    has_head  whether it is to give logits; else the tensors' names may lack "model." at their beginning
+
+    Raises ModelError.
     """
     config_path = folder / "config.json"
-    values = _read_json(config_path)
-    names = values.get("architectures") or ["(none named)"]
-    architecture = find_architecture(str(names[0]), str(config_path))
-    config = from_json(values, str(names[0]), architecture.traits, str(config_path))
-    files = _weight_files(folder)
-    owners = _tensor_files(files)
+    values = read_json(config_path)
+    name = architecture_of(values)
+    if not has_head and name.endswith("Model"):
+        name = name.removesuffix("Model") + "ForCausalLM"
+    architecture = find_architecture(name, str(config_path))
+    config = replace(from_json(values, name, architecture.traits, str(config_path)), has_head=has_head)
+    files = weight_files(folder)
+    owners = tensor_files(files)
     wanted = architecture.tensor_shapes(config)
-    _check_names(wanted, owners, config, folder)
+    stored = {tensor: tensor if has_head or tensor in owners else tensor.removeprefix("model.") for tensor in wanted}
+    shapes = {stored[tensor]: shape for tensor, shape in wanted.items()}
+    _check_names(shapes, owners, config, folder)
     # Sums over ranks round in another order: results are the same only with as many ranks.
     ranks = [f"ranks {sharding.world_size}".encode()] if sharding.world_size > 1 else []
     fingerprint = fingerprint_of([config_path.read_bytes(), dtype.encode(), *ranks], files)
     local = sharding.local_config(config)
-    parts = {name: sharding.part(name, config, wanted) for name in architecture.tensor_shapes(local)}
-    return Checkpoint(local, architecture, _read_tensors(wanted, parts, owners, dtype, progress), fingerprint)
+    parts = {tensor: sharding.part(tensor, config, wanted) for tensor in architecture.tensor_shapes(local)}
+    parts = {tensor: replace(part, source=stored[part.source]) for tensor, part in parts.items()}
+    return Checkpoint(local, architecture, read_tensors(shapes, parts, owners, dtype, progress), fingerprint)
+
+
+def architecture_of(values: Mapping[str, Any]) -> str:
+    """Return the architecture that a parsed config.json names."""
+    return str((values.get("architectures") or ["(none named)"])[0])
 
 
 def fingerprint_of(settings: Iterable[bytes], files: Iterable[Path]) -> str:
@@ -93,8 +108,8 @@ def name_list(names: Iterable[str]) -> str:
     return ", ".join(ordered[:4]) + (f" and {len(ordered) - 4} more" if len(ordered) > 4 else "")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ModelError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -106,10 +121,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, from its index if it has one."""
+def read_list(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON list of objects. Raises ModelError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ModelError(f"{path}: expected a list of JSON objects")
+    return values
+
+
+def open_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a folder's safetensors files. Raises ModelError."""
+    return {name: handle.get_tensor(name) for name, (_, handle) in tensor_files(weight_files(folder)).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, from its index if it has one. Raises ModelError."""
     if (folder / INDEX_FILE).is_file():
-        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{folder / INDEX_FILE}: weight_map is missing or empty")
         names = sorted({str(name) for name in weight_map.values()})
@@ -138,8 +169,8 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); download it again") from error
 
 
-def _tensor_files(files: list[Path]) -> dict[str, tuple[Path, Any]]:
-    """Return for each tensor its file and the open handle."""
+def tensor_files(files: list[Path]) -> dict[str, tuple[Path, Any]]:
+    """Return for each tensor its file and the open handle. Raises ModelError."""
     owners: dict[str, tuple[Path, Any]] = {}
     for path in files:
         handle = _open(path)
@@ -158,7 +189,7 @@ def _check_names(wanted: Mapping[str, object], found: Mapping[str, object], conf
             "the checkpoint is incomplete or config.json is of another model"
         )
     unknown = {name for name in found.keys() - wanted.keys() if not name.endswith(".rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings or not config.has_head:
         unknown.discard("lm_head.weight")
     if unknown:
         raise ModelError(
@@ -167,7 +198,7 @@ def _check_names(wanted: Mapping[str, object], found: Mapping[str, object], conf
         )
 
 
-def _read_tensors(
+def read_tensors(
     wanted: Mapping[str, tuple[int, ...]],
     parts: Mapping[str, Part],
     owners: Mapping[str, tuple[Path, Any]],

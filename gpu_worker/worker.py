@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING
 
+from octavo.common.v1 import common_pb2
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
@@ -226,6 +227,9 @@ class Worker:
             max_model_len=engine.max_model_len,
             vocab_size=limits.vocab_size,
             max_batch_tokens=engine.max_batch_tokens,
+            task=common_pb2.MODEL_TASK_GENERATE if limits.pooling is None else limits.pooling.task,
+            vector_size=0 if limits.pooling is None else limits.pooling.vector_size,
+            whole_sequences=not limits.has_cache,
         )
         log.info(
             "joined with epoch %d: device %s, %d KV blocks, context %d",

@@ -5,16 +5,20 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.host_runner import HostRunner
-from octavo.gpu_worker.ops import Device, Model
+from octavo.gpu_worker.ops import Device, EncoderModel, Model
+from octavo.gpu_worker.pooler import Pooling
+from octavo.gpu_worker.pooling_runner import PoolingRunner
 from octavo.gpu_worker.runner import Runner
 
 if TYPE_CHECKING:  # torch and native code, which not every device needs
     from octavo.gpu_worker.collectives import Collectives
     from octavo.gpu_worker.devices.packed_model import PackedModel
+
+    _AnyModel = Model | EncoderModel | PackedModel
 
 log = logging.getLogger("octavo.worker")
 
@@ -50,7 +54,7 @@ def choose_device(name: str) -> str:
 
 def make_runner(
     name: str,
-    model: Model | PackedModel,
+    model: _AnyModel,
     max_batch_tokens: int,
     max_running: int,
     max_blocks_per_sequence: int,
@@ -59,30 +63,35 @@ def make_runner(
     kv_cache_dtype: str = "auto",
     quantization: str = "none",
     collectives: Collectives | None = None,
+    pooling: Pooling | None = None,
 ) -> Runner:
     """Build what runs steps on a device of DEVICES, see `choose_device`. Raises DeviceError if it is missing.
 
     A packed model is for the cpu device and brings its threads with it; num_threads 0 means all cores.
     quantization is what the device is to do itself: a packed model is quantised already.
-    With `collectives` the model is one rank's part of a model.
+    With `collectives` the model is one rank's part of a model; with `pooling` vectors are made of what it gives.
     """
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     device = choose_device(name)
     if device == "cuda":
-        return _cuda(_unpacked(model), *limits, kv_cache_dtype, quantization, collectives)
+        if pooling is not None:
+            raise DeviceError("device cuda makes no vectors; serve this model with device cpu")
+        return _cuda(_decoder(model), *limits, kv_cache_dtype, quantization, collectives)
     if kv_cache_dtype != "auto":
         raise DeviceError(f"kv_cache_dtype {kv_cache_dtype} is for device cuda; use auto")
     if collectives is not None:
         from octavo.gpu_worker.parallel import ParallelModel
 
-        model = ParallelModel(_unpacked(model), collectives)
+        model = ParallelModel(_decoder(model), collectives)
     host_device = make_device(device, model, *limits, num_threads=num_threads)
+    if pooling is not None:
+        return PoolingRunner(host_device, max_running, max_blocks_per_sequence, pooling)
     return HostRunner(host_device, max_running, max_blocks_per_sequence, model.vocab_size)
 
 
 def make_device(
     name: str,
-    model: Model | PackedModel,
+    model: _AnyModel,
     max_batch_tokens: int,
     max_running: int,
     max_blocks_per_sequence: int,
@@ -158,8 +167,14 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _unpacked(model: Model | PackedModel) -> Model:
+def _unpacked(model: _AnyModel) -> Model | EncoderModel:
     from octavo.gpu_worker.devices.packed_model import PackedModel
 
     assert not isinstance(model, PackedModel), "the model is packed for the cpu device"
     return model
+
+
+def _decoder(model: _AnyModel) -> Model:
+    """Return a model that has a KV cache."""
+    assert model.num_layers > 0, "an encoder is for the cpu and reference devices"
+    return cast(Model, _unpacked(model))

@@ -183,7 +183,8 @@ class CudaOps:
             GATED[self.target],
         )
 
-    def logits(self, x: Residual, norm: Norm, head: Linear) -> torch.Tensor:
+    def logits(self, x: Residual, norm: Norm, head: Linear | None) -> torch.Tensor:
+        assert head is not None, "this device makes no vectors"
         hidden = self.norm(x, norm)
         count = len(self.step.logits_rows)
         rows = padded_rows(self.max_logits_rows)

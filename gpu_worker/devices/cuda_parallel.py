@@ -67,7 +67,7 @@ class ParallelCudaOps:
         self._sum(sums)
         return Residual(x.stream, sums)
 
-    def logits(self, x: Residual, norm: Norm, head: Linear) -> torch.Tensor:
+    def logits(self, x: Residual, norm: Norm, head: Linear | None) -> torch.Tensor:
         """Return the logits of the whole vocabulary: each rank makes a piece, the last a shorter one."""
         piece = self._ops.logits(x, norm, head)
         count, max_rows = len(piece), padded_rows(self._ops.max_logits_rows)

@@ -10,17 +10,23 @@ its bits: `tests/gpu_worker/test_reference.py` proves that for the machine it ru
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
 import torch
 
+from octavo.gpu_worker.devices import reference_encoder
 from octavo.gpu_worker.devices.attention_plan import TILE_KEYS, TILE_ROWS, AttentionGroup, plan_attention
 from octavo.gpu_worker.draw import draw_tokens
 from octavo.gpu_worker.ops import (
     Activation,
     Draw,
+    EncoderModel,
     Experts,
     Float32Array,
     Heads,
     Int32Array,
+    LayerNorm,
     Linear,
     Model,
     Norm,
@@ -39,7 +45,7 @@ class ReferenceDevice:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | EncoderModel,
         max_batch_tokens: int,  # noqa: ARG002 - nothing here is sized in advance
         max_running: int,  # noqa: ARG002
         max_blocks_per_sequence: int,  # noqa: ARG002
@@ -67,9 +73,9 @@ class ReferenceDevice:
         self.values = torch.zeros(shape, dtype=self.dtype)
 
     def forward(self, step: StepInput) -> Float32Array:
-        """Run one step; return logits [R, vocab_size]."""
+        """Run one step; return logits or hidden states [R, output_size]."""
         with torch.no_grad():
-            logits: Float32Array = self._model.forward(_StepOps(self, step)).numpy()
+            logits: Float32Array = cast(Model, self._model).forward(_StepOps(self, step)).numpy()
         return logits
 
     def copy_blocks(self, pairs: Int32Array) -> None:
@@ -158,9 +164,26 @@ class _StepOps:
                 output[rows] += weights[rows, expert, None] * self._linear(gated, Linear(down))[: len(rows)]
         return output
 
-    def logits(self, x: torch.Tensor, norm: Norm, head: Linear) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, norm: Norm, head: Linear | None) -> torch.Tensor:
         rows = x[torch.from_numpy(self._step.logits_rows).long()]
-        return self._linear(self._norm(_whole_tiles(rows), norm), head)[: len(rows)].float()
+        normed = self._norm(_whole_tiles(rows), norm)
+        return (normed if head is None else self._linear(normed, head))[: len(rows)].float()
+
+    def embed_sum(self, words: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        return self._pad(reference_encoder.embed_sum(self._device, self._step, words, positions, segments))
+
+    def layer_norm(self, x: torch.Tensor, norm: LayerNorm) -> torch.Tensor:
+        return reference_encoder.layer_norm(self._device, x, norm)
+
+    def linear(self, x: torch.Tensor, linear: Linear, activation: Activation | None = None) -> torch.Tensor:
+        product = self._linear(x, linear)
+        return product if activation is None else _activate(product, activation)
+
+    def self_attention(self, qkv: torch.Tensor, heads: Heads, scale: float) -> torch.Tensor:
+        return reference_encoder.self_attention(self._step, qkv, heads, scale)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        return x[torch.from_numpy(self._step.logits_rows).long()].float()
 
     def _pad(self, rows: torch.Tensor) -> torch.Tensor:
         return _whole_tiles(rows)
@@ -243,6 +266,9 @@ def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     """
     if activation == "silu":
         return x / (1 + torch.exp(-x))
+    if activation == "gelu":
+        halves: torch.Tensor = x * 0.5
+        return halves * (1 + torch.erf(x * math.sqrt(0.5)))
     inner = 0.7978845608028654 * (x + 0.044715 * (x * x * x))
     return x * (1 - 1 / (torch.exp(2 * inner) + 1))
 

@@ -94,7 +94,10 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of the Llama family. `windows[i]` is layer i's sliding window in tokens, 0 for none."""
+    """A decoder of the Llama family. `windows[i]` is layer i's sliding window in tokens, 0 for none.
+
+    Without `has_head` vectors are made of its hidden states, and it gives no logits.
+    """
 
     architecture: str
     vocab_size: int
@@ -108,6 +111,7 @@ class ModelConfig:
     rope: RopeConfig
     windows: tuple[int, ...]
     tie_word_embeddings: bool = False
+    has_head: bool = True
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -133,29 +137,33 @@ class ModelConfig:
             raise ModelError(f"the model's config names windows for {len(self.windows)} of {self.num_layers} layers")
 
 
-class _Values:
-    """Typed look-ups in a parsed JSON object. Null counts as absent."""
+class Values:
+    """Typed look-ups in a parsed JSON object. Null counts as absent. They raise ModelError."""
 
     def __init__(self, values: Json, where: str) -> None:
         self._values = values
         self._where = where
 
     def integer(self, key: str, default: int | None = None) -> int:
+        """Return an integer."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ModelError(f"{self._where}: {key} is {value!r}, expected an integer")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Return a number."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ModelError(f"{self._where}: {key} is {value!r}, expected a number")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
+        """Return a number, or None if it is absent."""
         return None if self._values.get(key) is None else self.number(key)
 
     def flag(self, key: str, default: bool = False) -> bool:
+        """Return true or false."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             raise ModelError(f"{self._where}: {key} is {value!r}, expected true or false")
@@ -177,7 +185,7 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
             "use the unquantised checkpoint or a GGUF file"
         )
     merged = {**traits.defaults, **values}
-    read = _Values(merged, where)
+    read = Values(merged, where)
     num_heads = read.integer("num_attention_heads")
     hidden_size = read.integer("hidden_size")
     num_layers = read.integer("num_hidden_layers")
@@ -213,7 +221,7 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
     )
 
 
-def _experts(values: Json, read: _Values, num_layers: int, where: str) -> ExpertsConfig:
+def _experts(values: Json, read: Values, num_layers: int, where: str) -> ExpertsConfig:
     """Read the settings of a mixture of experts, in the names of Mixtral or of Qwen."""
     step = read.integer("decoder_sparse_step", 1)
     dense = values.get("mlp_only_layers") or []
@@ -237,7 +245,7 @@ def _rope(values: Json, head_dim: int, where: str) -> RopeConfig:
     rope_type = settings.get("rope_type", settings.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise ModelError(f"{where}: rope_type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
-    read = _Values({**values, **settings}, where)
+    read = Values({**values, **settings}, where)
     return RopeConfig(
         rope_type=rope_type,
         theta=read.number("rope_theta", 10000.0),
@@ -257,7 +265,7 @@ def _rope(values: Json, head_dim: int, where: str) -> RopeConfig:
     )
 
 
-def _windows(values: Json, read: _Values, traits: Traits, num_layers: int, where: str) -> tuple[int, ...]:
+def _windows(values: Json, read: Values, traits: Traits, num_layers: int, where: str) -> tuple[int, ...]:
     """Return each layer's sliding window, 0 for none."""
     no_window = values.get("sliding_window") is None or traits.windows == "none"
     if no_window or (traits.windows in ("switched", "some") and not read.flag("use_sliding_window")):

@@ -67,6 +67,7 @@ class LlamaModel:
     """A decoder over `Ops`. Takes its tensors out of `tensors`, so that joined ones are not held twice.
 
     `tensors` has exactly the names of `tensor_shapes(config)`. Positions stay below `max_positions`.
+    With config.has_head it gives logits, else hidden states.
     """
 
     def __init__(self, config: ModelConfig, tensors: dict[str, torch.Tensor], max_positions: int) -> None:
@@ -80,11 +81,14 @@ class LlamaModel:
         self.dtype = self._embedding.dtype
         self._layers = [_take_layer(config, tensors, layer) for layer in range(config.num_layers)]
         self._norm = Norm(tensors.pop("model.norm.weight"), config.rms_norm_eps)
-        self._head = Linear(self._embedding if config.tie_word_embeddings else tensors.pop("lm_head.weight"))
+        self._head: Linear | None = None
+        self.output_size = config.vocab_size if config.has_head else config.hidden_size
+        if config.has_head:
+            self._head = Linear(self._embedding if config.tie_word_embeddings else tensors.pop("lm_head.weight"))
         assert not tensors, f"unused tensors: {sorted(tensors)}"
 
     def forward(self, ops: Ops) -> Value:
-        """Run one step through `ops`; return the logits [R, vocab_size]."""
+        """Run one step through `ops`; return the logits or the hidden states, [R, output_size]."""
         residual = ops.embed(self._embedding)
         for index, layer in enumerate(self._layers):
             qkv = ops.norm_linear(residual, layer.input_norm, layer.qkv)
@@ -103,7 +107,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "model.embed_tokens.weight": (config.vocab_size, hidden),
         "model.norm.weight": (hidden,),
     }
-    if not config.tie_word_embeddings:
+    if config.has_head and not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     linears = {
         "self_attn.q_proj": (q_size, hidden, config.qkv_bias),

@@ -33,7 +33,7 @@ commands:
 {chr(10).join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())}
 
 Start with:
-  octavo serve demo        a small model, downloaded once
+  octavo serve demo        a small model, downloaded once; demo-embed is one for embeddings
   octavo chat              in another terminal
 
 `octavo COMMAND --help` shows a command's options.

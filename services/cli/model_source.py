@@ -16,7 +16,8 @@ from octavo.services.cli.errors import CommandError
 
 # Weights as tensors only, and what a tokenizer needs: nothing that could be run.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
-_HUB_FILES_NEVER = ["*.bin", "*.py", "*.pt", "*.pth", "*.pkl", "*/*"]
+# Of folders, those that sentence-transformers numbers: 1_Pooling and the like.
+_HUB_FILES_NEVER = ["*.bin", "*.py", "*.pt", "*.pth", "*.pkl", "[!0-9]*/*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -30,8 +31,8 @@ class Model:
 
 def find(text: str, report: Report) -> Model:
     """Return the model that `text` names, downloaded if need be. Raises CommandError."""
-    if text == "demo":
-        return Model(demo_model.fetch(demo_model.cache_dir(), report), demo_model.SMOLLM2.name)
+    if demo := demo_model.DEMOS.get(text):
+        return Model(demo_model.fetch(demo_model.cache_dir(), report, demo), demo.name)
     path = Path(text).expanduser()
     if path.is_dir():
         return Model(_checked_folder(path, text).resolve(), path.resolve().name)
@@ -39,7 +40,9 @@ def find(text: str, report: Report) -> Model:
         return Model(_checked_gguf(path).resolve(), path.stem)
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
         return Model(_checked_folder(_from_hub(text), text), text.split("@")[0])
-    raise CommandError(f"there is no {text}: MODEL is a folder, a .gguf file, a hub id such as org/name, or demo")
+    raise CommandError(
+        f"there is no {text}: MODEL is a folder, a .gguf file, a hub id such as org/name, demo or demo-embed"
+    )
 
 
 def _checked_folder(folder: Path, label: str) -> Path:

@@ -48,7 +48,7 @@ class ServeConfig:
     """Settings of `octavo serve`. None leaves a value to the process that it belongs to."""
 
     model: str = field(
-        metadata={"positional": True, "help": "a folder, a .gguf file, a hub id such as org/name, or demo"}
+        metadata={"positional": True, "help": "a folder, a .gguf file, a hub id such as org/name, demo or demo-embed"}
     )
     model_name: str = field(default="", metadata={"help": "the name that clients use; by default made from MODEL"})
     device: str = field(

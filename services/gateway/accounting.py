@@ -36,7 +36,7 @@ _FINISHED = {
 
 
 class CallRecord:
-    """One call while it runs. `run` is set once it is admitted."""
+    """One call while it runs. `run` is set once it is admitted; `prompt_tokens` by a call for vectors, at its end."""
 
     def __init__(self, request_id: str, tenant: str, model: str, span: Span) -> None:
         self.request_id = request_id
@@ -44,6 +44,7 @@ class CallRecord:
         self.model = model
         self.is_resumed = False
         self.run: GenerationRun | None = None
+        self.prompt_tokens = 0
         self.arrived_at = time.monotonic()
         self._span = span
 
@@ -104,7 +105,9 @@ class Accounting:
             store.value(kind, _label(reason)).add()
         else:
             self._duration.observe(seconds)
-        prompt = cached = output = failovers = 0
+        cached = output = failovers = 0
+        if prompt := record.prompt_tokens:
+            store.value(catalog.PROMPT_TOKENS, tenant).add(prompt)
         ttft_s: float | None = None
         if (run := record.run) is not None:
             usage = run.completed.usage

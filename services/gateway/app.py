@@ -16,7 +16,13 @@ from grpc_reflection.v1alpha import reflection
 from starlette.types import ASGIApp
 
 from octavo.admin.v1 import admin_pb2_grpc
-from octavo.inference.v1 import generation_pb2_grpc, load_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
+from octavo.inference.v1 import (
+    embedding_pb2_grpc,
+    generation_pb2_grpc,
+    load_pb2_grpc,
+    model_pb2_grpc,
+    tokenizer_pb2_grpc,
+)
 from octavo.services.common.grpc_options import server_options
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.probes import ProbeServer
@@ -26,9 +32,11 @@ from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.batch import BatchLimits
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.embedding_service import EmbeddingServicer
 from octavo.services.gateway.health import SERVICE_NAMES, HealthMonitor
 from octavo.services.gateway.http.app import make_app
 from octavo.services.gateway.http.batches import BatchService
+from octavo.services.gateway.http.embed import EmbedEndpoints
 from octavo.services.gateway.http.generate import GenerateEndpoints
 from octavo.services.gateway.http.info import InfoEndpoints
 from octavo.services.gateway.http.listener import HttpListener
@@ -46,6 +54,7 @@ from octavo.services.gateway.telemetry import GatewayTelemetry
 from octavo.services.gateway.tokenizer import ModelTokenizer
 from octavo.services.gateway.tokenizer_service import TokenizerServicer
 from octavo.services.gateway.validation import RequestValidator
+from octavo.services.gateway.vector_calls import VectorCalls
 
 _LAST_WRITES_S = 0.5
 
@@ -85,6 +94,9 @@ class Gateway:
             self._calls, self.schedulers, validator, batch_limits, self._telemetry.load_reports
         )
         _add(self._server, generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation)
+        vector_calls = VectorCalls(self._calls, models, self.schedulers)
+        embedding = EmbeddingServicer(vector_calls, validator)
+        _add(self._server, embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, embedding)
         model_servicer = ModelServicer(models, self.schedulers, validator)
         tokenizer_servicer = TokenizerServicer(models, validator)
         _add(self._server, model_pb2_grpc.add_ModelServiceServicer_to_server, model_servicer)
@@ -120,6 +132,7 @@ class Gateway:
             ui = UiEndpoints(models, load, self._ready) if config.ui else None
             http_app = make_app(
                 generate,
+                EmbedEndpoints(vector_calls, validator),
                 InfoEndpoints(models, model_servicer, tokenizer_servicer, self._ready),
                 authenticator,
                 config.http_max_body_bytes,

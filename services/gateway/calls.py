@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError, invalid_field
-from octavo.services.gateway.accounting import Accounting
+from octavo.services.gateway.accounting import Accounting, CallRecord
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.mesh import MeshHeaders
 from octavo.services.gateway.model import Models
@@ -159,6 +159,15 @@ class GenerateCalls:
                 logprobs=submit.logprobs,
             )
         )
+
+    @contextmanager
+    def for_vectors(
+        self, request_id: str, tenant: str, model: str, headers: Mapping[str, str], deadline: float | None
+    ) -> Iterator[CallRecord]:
+        """Count and record a call for vectors, which the body answers. Raises DRAINING, QUEUE_FULL."""
+        traceparent = read_traceparent(headers)
+        with self._accounting.call(request_id, tenant, model, traceparent, deadline) as record, self._counted():
+            yield record
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -106,10 +106,21 @@ def continuation(stream: RequestStream, candidate: CandidateInbox, now: float) -
     submit.continue_token_ids.extend(candidate.token_ids)
     submit.candidate_count = 1
     submit.first_candidate_index = candidate.index
+    if submit.HasField("pooling"):
+        _keep_input(submit, candidate.index)
     if submit.stop.HasField("soft_time_limit_ms"):
         passed_ms = int((now - stream.submitted_at) * 1000)
         submit.stop.soft_time_limit_ms = max(1, submit.stop.soft_time_limit_ms - passed_ms)
     return submit
+
+
+def _keep_input(submit: scheduler_pb2.Submit, index: int) -> None:
+    """Leave one input of a request for vectors, without a word of the others."""
+    pooling = submit.pooling
+    start, length = sum(pooling.input_lengths[:index]), pooling.input_lengths[index]
+    submit.prompt_token_ids[:] = submit.prompt_token_ids[start : start + length]
+    pooling.input_lengths[:] = [length]
+    pooling.second_segment_starts[:] = pooling.second_segment_starts[index : index + 1]
 
 
 def interrupted(message: str) -> ServingError:

@@ -10,12 +10,13 @@ from octavo.services.gateway.scheduler_pool import SchedulerPool
 
 SERVICE_NAMES = (
     "octavo.inference.v1.GenerationService",
+    "octavo.inference.v1.EmbeddingService",
     "octavo.inference.v1.ModelService",
     "octavo.inference.v1.TokenizerService",
     "octavo.inference.v1.LoadService",
 )
 # The whole server, and generating, need a scheduler with workers; the rest needs the gateway only.
-_NEED_SCHEDULER = ("", SERVICE_NAMES[0])
+_NEED_SCHEDULER = ("", *SERVICE_NAMES[:2])
 _CHECK_S = 0.25
 
 

@@ -6,11 +6,17 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import model_pb2
 from octavo.services.common.errors import Reason, Resource, ServingError
 from octavo.services.common.protocol import API_REVISION
 from octavo.services.gateway.output_formats import NONE
 from octavo.services.gateway.tokenizer import ModelTokenizer
+
+_VECTOR_FEATURES: dict[int, list[str]] = {
+    common_pb2.MODEL_TASK_EMBED: ["embed", "rerank"],
+    common_pb2.MODEL_TASK_SCORE: ["rerank"],
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class ServedModel:
         )
 
     def _features(self) -> list[str]:
+        if self.tokenizer.vector_files is not None:
+            return _VECTOR_FEATURES[self.tokenizer.vector_files.task]
         chat = self.tokenizer.chat_template is not None
         tools = chat and self.tool_call_format != NONE
         reasoning = chat and self.reasoning_format != NONE

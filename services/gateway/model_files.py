@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from octavo.services.gateway.gguf_metadata import GgufError, read_metadata
 from octavo.services.gateway.gguf_tokenizer import UnknownTokenizerError, build_tokenizer
+from octavo.services.gateway.vector_files import LENGTH_FILES, PROMPTS_FILE, VectorFiles, read_vector_files
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -49,6 +50,8 @@ class ModelFiles:
     end_of_sequence_ids: list[int]
     default_sampling: dict[str, float] = field(default_factory=dict)
     """What the model's makers recommend, by the names in SamplingParams."""
+    vector_files: VectorFiles | None = None
+    """Of a model that makes vectors and no text."""
 
 
 def read_model(path: Path) -> ModelFiles:
@@ -101,10 +104,12 @@ def _read_folder(folder: Path) -> ModelFiles:
     if "eos_token" in special:
         ends += _ids(tokenizer.token_to_id(special["eos_token"]))
     context = next((text_config[name] for name in _CONTEXT_NAMES if text_config.get(name)), 0)
+    settings = {name: _read_json(folder / name) for name in (*LENGTH_FILES, PROMPTS_FILE)}
     return ModelFiles(
         tokenizer=tokenizer,
         definition=definition,
         files=files,
+        vector_files=read_vector_files(folder, config, settings),
         chat_template=template,
         special_tokens=special,
         vocab_size=int(text_config.get("vocab_size") or tokenizer.get_vocab_size()),

@@ -72,8 +72,22 @@ class PeerInboxes:
                     if candidate.handle == handle and candidate.finished is None:
                         candidate.token_ids.append(token_id)
                         stream.wake()
+        if step.vector_handles:
+            self._on_vectors(step)
         for finished in step.finished:
             self._on_finished(finished)
+
+    def _on_vectors(self, step: scheduler_pb2.StepOutputs) -> None:
+        columns = (step.vector_handles, step.vector_candidate_indexes, step.vector_sizes)
+        end = 0
+        for handle, index, size in zip(*columns, strict=True):
+            start, end = end, end + 4 * size
+            stream = self._streams.get(handle)
+            if stream is not None:
+                candidate = stream.candidates[index]
+                if candidate.handle == handle and candidate.finished is None:
+                    candidate.vector = step.vectors[start:end]
+                    self._on_finished(scheduler_pb2.Finished(handle=handle, candidate_index=index))
 
     def _on_general_rows(self, step: scheduler_pb2.StepOutputs) -> None:
         num_rows = len(step.handles)

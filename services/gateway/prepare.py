@@ -62,6 +62,8 @@ async def prepare(
     headers: the call's metadata, for the traceparent.
     """
     model = models.get(generation.model)
+    if model.tokenizer.vector_files is not None:
+        raise feature_disabled("generate", f"the model {model.name!r} makes vectors and generates no text")
     _check_features(generation)
     stop = _effective_stop(generation.stop)
     sampling = _effective_sampling(generation.sampling, model)

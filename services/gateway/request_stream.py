@@ -43,7 +43,7 @@ class Logprobs:
 class CandidateInbox:
     """One candidate: written by its scheduler's peer, read by the call's handler."""
 
-    __slots__ = ("finished", "handle", "index", "logprobs", "num_read", "token_ids")
+    __slots__ = ("finished", "handle", "index", "logprobs", "num_read", "token_ids", "vector")
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -54,6 +54,8 @@ class CandidateInbox:
         self.num_read = 0
         """Of these, how many the handler has taken."""
         self.logprobs = Logprobs()
+        self.vector = b""
+        """What is made of an input: float32, little-endian. It ends the candidate."""
         self.finished: scheduler_pb2.Finished | None = None
 
 

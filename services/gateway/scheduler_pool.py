@@ -90,6 +90,11 @@ class SchedulerPool:
         return min((peer.load.max_model_len for peer in self.peers if peer.load.max_model_len), default=0)
 
     @property
+    def vector_size(self) -> int:
+        """Elements of the vectors that the workers make; 0 if not known, or if they make none."""
+        return next((peer.load.vector_size for peer in self.peers if peer.load.vector_size), 0)
+
+    @property
     def model_version(self) -> str:
         """Of the weights that the workers hold; empty if not known."""
         return next((peer.load.model_version for peer in self.peers if peer.load.model_version), "")

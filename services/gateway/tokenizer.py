@@ -15,6 +15,7 @@ from octavo.services.common.errors import Reason, ServingError
 from octavo.services.gateway.chat import ChatInput
 from octavo.services.gateway.chat_template import ChatTemplate, TemplateError
 from octavo.services.gateway.detokenizer import Detokenizer, DetokenizerFactory
+from octavo.services.gateway.input_encoder import EncodedInput, InputEncoder
 from octavo.services.gateway.model_files import ModelError, ModelFiles, read_model
 
 _T = TypeVar("_T")
@@ -39,6 +40,8 @@ class ModelTokenizer:
         self.files = files.files
         self.vocab_size = files.vocab_size
         self.max_model_len = files.max_model_len
+        self.vector_files = files.vector_files
+        self._inputs = InputEncoder(files.definition)
         self.end_of_sequence_ids = files.end_of_sequence_ids
         self.default_sampling = _sampling_defaults(files.default_sampling)
         self.chat_template: ChatTemplate | None = None
@@ -85,6 +88,13 @@ class ModelTokenizer:
             return [self._encode_with_offsets(text, add_special_tokens) for text in texts]
 
         return run() if sum(map(len, texts)) <= _INLINE_CHARS else await self._in_pool(run)
+
+    async def encode_inputs(self, inputs: Sequence[str | tuple[str, str]], limit: int) -> list[EncodedInput]:
+        """Return the tokens, at most `limit` of each, that vectors of texts or pairs of texts are made of."""
+        size = sum(len(each) if isinstance(each, str) else len(each[0]) + len(each[1]) for each in inputs)
+        if size <= _INLINE_CHARS and self._inputs.knows(limit):
+            return self._inputs.encode(inputs, limit)
+        return await self._in_pool(lambda: self._inputs.encode(inputs, limit))
 
     async def decode_all(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
         """Return the text of each sequence; ids that the tokenizer does not know have none."""

@@ -61,6 +61,8 @@ class Admission:
         `max_model_len` is what the workers can hold, 0 if there are none, nor soon will be.
         """
         num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
+        is_generation = not submit.HasField("pooling")  # which adds a token at least
+        longest = num_tokens + 1 if is_generation else max(submit.pooling.input_lengths, default=0)
         queue_ms = self.estimate_ms(waiting_tokens, groups)
         if max_model_len == 0:
             return reject(
@@ -71,14 +73,16 @@ class Admission:
         if len(submit.gateway_state) > MAX_STATE_BYTES:
             message = f"gateway_state has {len(submit.gateway_state)} bytes; the limit is {MAX_STATE_BYTES}"
             return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", message)
-        if num_tokens >= max_model_len:
+        if longest > max_model_len:
             return reject(
                 submit,
                 code_pb2.INVALID_ARGUMENT,
                 "KV_CAPACITY_EXCEEDED",
                 f"prompt and output so far have {num_tokens} tokens; "
-                f"the cache holds at most {max_model_len} of a sequence: shorten the prompt",
-                tokens=num_tokens,
+                f"the cache holds at most {max_model_len} of a sequence: shorten the prompt"
+                if is_generation
+                else f"an input has {longest} tokens; the workers take at most {max_model_len}: shorten it",
+                tokens=longest - is_generation,
                 limit=max_model_len,
             )
         if num_waiting >= self._config.max_waiting:

@@ -22,7 +22,7 @@ class BlockPool:
 
         `weights`: shares of tenants in the cache; others weigh 1
         """
-        assert num_blocks >= 2, num_blocks
+        assert num_blocks >= 1, num_blocks
         self.num_blocks = num_blocks
         self._feed = feed
         self.num_cached = 0  # blocks with a hash, held or free

@@ -174,7 +174,7 @@ class Membership:
         if member.is_ready:
             return
         group_id, name = member.hello.group_id, member.hello.worker_id
-        if ready.kv_blocks < 2 or not ready.max_model_len:
+        if ready.kv_blocks < (1 if ready.whole_sequences else 2) or not ready.max_model_len:
             self._lose(group_id, "has no room for a KV cache", now, crashed=False)
             return
         member.is_ready = True

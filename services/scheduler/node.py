@@ -11,6 +11,7 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.effects import SendPlan, SendToGateway
 from octavo.services.scheduler.membership import MemberEvents, Membership
+from octavo.services.scheduler.model_facts import ModelFacts
 from octavo.services.scheduler.outputs import WorkerMisbehavedError
 from octavo.services.scheduler.scheduler import Scheduler
 from octavo.services.scheduler.tally import Tally
@@ -98,7 +99,8 @@ class Node:
         self.members.handle(identity, frame, now)
 
     def _on_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
-        self.core.worker_joined(group_id, epoch, ready.kv_blocks, ready.max_model_len, now, ready.max_batch_tokens)
+        limits = (ready.kv_blocks, ready.max_model_len, now, ready.max_batch_tokens)
+        self.core.worker_joined(group_id, epoch, *limits, ModelFacts.of(ready))
         self._changed()
 
     def _on_lost(self, group_id: str, crashed: bool, now: float) -> None:

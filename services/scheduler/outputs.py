@@ -33,6 +33,15 @@ class Outbox:
     candidate_token_ids: list[int] = field(default_factory=list)
     candidate_logprobs: list[float] = field(default_factory=list)
     finished: list[scheduler_pb2.Finished] = field(default_factory=list)
+    vector_handles: list[int] = field(default_factory=list)
+    vector_candidate_indexes: list[int] = field(default_factory=list)
+    vectors: list[bytes] = field(default_factory=list)
+
+    def add_vector(self, seq: Sequence, vector: bytes) -> None:
+        """Append the float32 vector that ends a sequence."""
+        self.vector_handles.append(seq.handle)
+        self.vector_candidate_indexes.append(seq.candidate_index)
+        self.vectors.append(vector)
 
     def add_logprobs(self, row: LogprobRow) -> None:
         """Append what belongs to one token of a row that wants it."""
@@ -44,7 +53,7 @@ class Outbox:
 
     def take(self, step_id: int) -> scheduler_pb2.StepOutputs | None:
         """Return its content as a message and empty it; None if there is none."""
-        if not self.handles and not self.finished:
+        if not self.handles and not self.finished and not self.vectors:
             return None
         message = scheduler_pb2.StepOutputs(
             step_id=step_id,
@@ -57,6 +66,10 @@ class Outbox:
             candidate_token_ids=self.candidate_token_ids,
             candidate_logprobs=self.candidate_logprobs,
             finished=self.finished,
+            vector_handles=self.vector_handles,
+            vector_candidate_indexes=self.vector_candidate_indexes,
+            vector_sizes=[len(vector) // 4 for vector in self.vectors],
+            vectors=b"".join(self.vectors),
         )
         for column in vars(self).values():
             if isinstance(column, list):

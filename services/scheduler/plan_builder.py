@@ -20,8 +20,9 @@ class PlanBuilder:
     """The columns of a StepPlan while rows are added, and the sequences that it samples."""
 
     __slots__ = (
-        "block_ids", "block_table_counts", "block_table_rows", "context_lengths", "num_tokens", "query_lengths",
-        "row_flags", "sampled", "sampling_updates", "slots", "token_ids", "unsampled",
+        "block_ids", "block_table_counts", "block_table_rows", "context_lengths", "num_tokens",
+        "pooling_updates", "query_lengths", "row_flags", "sampled", "sampling_updates", "slots", "token_ids",
+        "unsampled",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -34,6 +35,7 @@ class PlanBuilder:
         self.block_table_counts = array("I")
         self.block_ids = array("I")
         self.sampling_updates: list[worker_pb2.SamplingUpdate] = []
+        self.pooling_updates: list[worker_pb2.PoolingUpdate] = []
         self.sampled: list[Sequence] = []
         self.unsampled: list[Sequence] = []  # rows that do not reach their sequence's end
         self.num_tokens = 0
@@ -68,8 +70,11 @@ class PlanBuilder:
         self.block_ids.extend([block.id for block in blocks])
 
     def open_slot(self, seq: Sequence) -> None:
-        """Give the slot of `seq` its sampling settings."""
-        self.sampling_updates.append(_sampling_update(seq))
+        """Give the slot of `seq` its settings, for tokens or for a vector."""
+        if seq.request.submit.HasField("pooling"):
+            self.pooling_updates.append(_pooling_update(seq))
+        else:
+            self.sampling_updates.append(_sampling_update(seq))
 
     def build(self, step_id: int, freed_slots: list[int]) -> worker_pb2.StepPlan:
         """Return the plan."""
@@ -86,8 +91,21 @@ class PlanBuilder:
             block_ids=self.block_ids.tobytes(),
             freed_slots=array("I", freed_slots).tobytes(),
             sampling_updates=self.sampling_updates,
+            pooling_updates=self.pooling_updates,
             row_flags=bytes(self.row_flags),
         )
+
+
+def _pooling_update(seq: Sequence) -> worker_pb2.PoolingUpdate:
+    """Return what the worker must know of `seq` to make its vector."""
+    pooling = seq.request.submit.pooling
+    starts = pooling.second_segment_starts
+    return worker_pb2.PoolingUpdate(
+        slot=seq.slot,
+        dimensions=pooling.dimensions,
+        normalize=pooling.normalize if pooling.HasField("normalize") else None,
+        second_segment_start=starts[seq.candidate_index - seq.request.submit.first_candidate_index] if starts else 0,
+    )
 
 
 def _sampling_update(seq: Sequence) -> worker_pb2.SamplingUpdate:

@@ -14,12 +14,14 @@ from google.rpc import code_pb2
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler import pooling
 from octavo.services.scheduler.admission import Admission, reject
 from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.effects import Effect, Effects
 from octavo.services.scheduler.endings import Endings
 from octavo.services.scheduler.live_requests import NEVER, LiveRequests
+from octavo.services.scheduler.model_facts import GENERATOR, ModelFacts
 from octavo.services.scheduler.outputs import length_reason
 from octavo.services.scheduler.policy import FairShare, WaitingQueue
 from octavo.services.scheduler.quotas import Quotas
@@ -64,6 +66,7 @@ class Scheduler:
         self._digest = StepDigest(self._states, self._suspects, self._endings, tally)
         self._num_arrivals = 0
         self._max_model_len = 0  # of the workers there are, or were last; 0: not known yet
+        self._model: ModelFacts | None = None  # of the same
         self._last_worker_at = now  # a scheduler that just started waits for its workers to come back
         self._draining = False
 
@@ -108,6 +111,8 @@ class Scheduler:
             cached_tokens=self._tally.cached_tokens,
             preemptions=self._tally.preemptions,
             workers=[group.load() for group in groups],
+            task=self._model.task if self._model else common_pb2.MODEL_TASK_UNSPECIFIED,
+            vector_size=self._model.vector_size if self._model else 0,
         )
 
     def busy_groups(self) -> set[str]:
@@ -148,8 +153,12 @@ class Scheduler:
         outbox = self._effects.outbox(gateway_id)
         max_tokens = len(submit.prompt_token_ids) + (submit.stop.max_new_tokens or MAX_TOKENS)
         max_tokens = min(max_tokens, self._max_model_len or MAX_TOKENS)
-        for index in range(max(submit.candidate_count, 1)):
-            request.sequences.append(Sequence(request, submit.first_candidate_index + index, max_tokens, outbox))
+        if submit.HasField("pooling"):  # the vector takes the place of one token
+            max_tokens = max(submit.pooling.input_lengths) + 1
+            submit.bypass_prefix_cache = True  # it may be made of all hidden states
+        for index, tokens in enumerate(pooling.prompts_of(submit), submit.first_candidate_index):
+            limit = min(max_tokens, len(tokens) + 1) if submit.HasField("pooling") else max_tokens
+            request.sequences.append(Sequence(request, index, tokens, limit, outbox))
         request.num_unfinished = len(request.sequences)
         self._requests.add(request, now)
         self._effects.send(gateway_id, scheduler_pb2.AttachResponse(admitted=self._admitted(request)))
@@ -197,7 +206,14 @@ class Scheduler:
     # -- events from workers ---------------------------------------------------------------------
 
     def worker_joined(
-        self, group_id: str, epoch: int, num_blocks: int, max_model_len: int, now: float, max_batch_tokens: int = 0
+        self,
+        group_id: str,
+        epoch: int,
+        num_blocks: int,
+        max_model_len: int,
+        now: float,
+        max_batch_tokens: int = 0,
+        model: ModelFacts = GENERATOR,
     ) -> None:
         """Take a worker group into service. Its cache is empty, its slots are free.
 
@@ -206,14 +222,22 @@ class Scheduler:
         assert group_id not in self._groups, f"group {group_id} joined twice"
         config, clock = self._config, StepClock(self._config.step_timeout_s)
         limits = num_blocks, config.max_running, max_model_len
-        group = WorkerGroup(group_id, epoch, *limits, self.cache_feed, clock, config.weights())
+        group = WorkerGroup(group_id, epoch, *limits, self.cache_feed, clock, config.weights(), model)
         group.max_batch_tokens = min(max_batch_tokens or config.max_batch_tokens, config.max_batch_tokens)
+        if model.whole_sequences:
+            group.max_model_len = min(group.max_model_len, group.max_batch_tokens)
+        self._model = model
         self._groups[group_id] = group
         self._max_model_len = min(other.max_model_len for other in self._groups.values())
         self._last_worker_at = now
         for seq in list(self._states.without_slot()):  # they may have come when the limit was not known
-            seq.max_tokens = min(seq.max_tokens, self._max_model_len)
-            if len(seq.tokens) >= seq.max_tokens and seq.state is not SequenceState.FINISHED:
+            if seq.state is SequenceState.FINISHED:  # with its request, in this loop
+                continue
+            if problem := pooling.mismatch(seq.request.submit, model):
+                self._endings.fail(seq.request, code_pb2.FAILED_PRECONDITION, "FEATURE_DISABLED", problem)
+                continue
+            seq.max_tokens = min(seq.max_tokens, self._max_model_len + model.makes_vectors)
+            if len(seq.tokens) >= seq.max_tokens:
                 message = f"the workers hold at most {self._max_model_len} tokens of a sequence"
                 self._endings.fail(seq.request, code_pb2.INVALID_ARGUMENT, "KV_CAPACITY_EXCEEDED", message)
 
@@ -294,6 +318,8 @@ class Scheduler:
         if shortage:
             message = f"the quota of the tenant is used up: {shortage}"
             return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", message, retry_ms=retry_ms)
+        if (refused := pooling.refuse(submit, self._model)) is not None:
+            return refused
         has_workers = self._groups or now - self._last_worker_at < self._config.worker_grace_s
         return self._admission.refuse(
             submit,

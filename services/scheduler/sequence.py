@@ -75,7 +75,10 @@ class Sequence:
         "num_recoveries", "outbox", "request", "slot", "state", "stop_ids", "tokens",
     )  # fmt: skip
 
-    def __init__(self, request: Request, candidate_index: int, max_tokens: int, outbox: Outbox) -> None:
+    def __init__(
+        self, request: Request, candidate_index: int, tokens: array[int], max_tokens: int, outbox: Outbox
+    ) -> None:
+        """`tokens` are the prompt and the output that is there already; they become the sequence's."""
         submit = request.submit
         self.request = request
         self.handle = submit.handle
@@ -83,9 +86,8 @@ class Sequence:
         self.outbox = outbox
         self.admitted_at = request.admitted_at
         self.state = SequenceState.WAITING
-        self.tokens = array("I", submit.prompt_token_ids)
-        self.tokens.extend(submit.continue_token_ids)
-        self.num_prompt = len(submit.prompt_token_ids)
+        self.tokens = tokens
+        self.num_prompt = len(tokens) - len(submit.continue_token_ids)
         self.max_tokens = max_tokens
         self.stop_ids = frozenset(submit.end_of_sequence_ids) | frozenset(submit.stop.stop_token_ids)
         self.min_stop_tokens = self.num_prompt + submit.stop.min_new_tokens

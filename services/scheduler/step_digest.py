@@ -6,11 +6,12 @@ from array import array
 
 from octavo.services.scheduler.endings import Endings
 from octavo.services.scheduler.outputs import LogprobReader, WorkerMisbehavedError, length_reason, stop_reason
+from octavo.services.scheduler.pooling import vectors_of
 from octavo.services.scheduler.sequence import SequenceState
 from octavo.services.scheduler.sequence_states import SequenceStates
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.tally import Tally
-from octavo.services.scheduler.worker_group import WorkerGroup
+from octavo.services.scheduler.worker_group import StepInFlight, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
 NOT_FINITE = 0xFFFFFFFF  # a worker's answer for a row whose logits were not finite
@@ -35,6 +36,9 @@ class StepDigest:
         if not group.in_flight or group.in_flight[0].step_id != result.step_id:
             raise WorkerMisbehavedError(f"step {result.step_id} was answered out of order")
         step = group.in_flight[0]
+        if group.model.makes_vectors:
+            self._digest_vectors(group, step, result, now)
+            return True
         token_ids = array("I", result.token_ids)
         if len(token_ids) != len(step.sampled):
             raise WorkerMisbehavedError(
@@ -77,3 +81,22 @@ class StepDigest:
         if self._suspects:
             self._suspects.survived(step.sampled)
         return True
+
+    def _digest_vectors(
+        self, group: WorkerGroup, step: StepInFlight, result: worker_pb2.StepResult, now: float
+    ) -> None:
+        """Digest an answer that has vectors: each ends its sequence."""
+        vectors = vectors_of(result, len(step.sampled))
+        group.in_flight.popleft()
+        gap_s = now - group.last_result_at
+        self._tally.answered(step, result, group.measure(step, now), now)
+        self._tally.digested(0, 0, gap_s)
+        for seq, vector in zip(step.sampled, vectors, strict=True):
+            seq.num_pending -= 1
+            if seq.state is SequenceState.FINISHED:
+                continue
+            if not vector:
+                self._endings.spoil(seq)
+                continue
+            seq.outbox.add_vector(seq, vector)
+            self._endings.stop(seq)

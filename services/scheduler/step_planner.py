@@ -114,6 +114,8 @@ class StepPlanner:
             count = min(seq.num_behind, budget)
             if count == 0:
                 break
+            if count < seq.num_behind and group.model.whole_sequences:
+                continue  # a shorter one may fit into what is left; ageing lets this one be the first of a step
             plan.add_tokens(seq, count)
             budget -= count
             group.allocator.commit(seq)
@@ -146,7 +148,7 @@ class StepPlanner:
             hits = group.allocator.cached_blocks(seq)
             if group.allocator.is_being_computed(seq, len(hits)):
                 continue
-            if not group.allocator.open(seq, hits, reserve):
+            if not group.model.whole_sequences and not group.allocator.open(seq, hits, reserve):
                 return
             self._waiting.remove(seq)
             self._admission.opened(len(seq.tokens))

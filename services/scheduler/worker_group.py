@@ -10,6 +10,7 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.block_allocator import BlockAllocator
 from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE
+from octavo.services.scheduler.model_facts import ModelFacts
 from octavo.services.scheduler.sequence import Sequence, SequenceState
 from octavo.services.scheduler.step_clock import StepClock
 
@@ -44,10 +45,14 @@ class WorkerGroup:
         feed: CacheFeed,
         clock: StepClock,
         weights: Mapping[str, float],
+        model: ModelFacts,
     ) -> None:
         self.group_id = group_id
         self.epoch = epoch
-        self.max_model_len = min(max_model_len, (num_blocks - 1) * BLOCK_SIZE)
+        self.model = model
+        self.max_model_len = max_model_len
+        if not model.whole_sequences:  # else there is no cache
+            self.max_model_len = min(max_model_len, (num_blocks - 1) * BLOCK_SIZE)
         self.allocator = BlockAllocator(num_blocks, feed, weights)
         self.pool = self.allocator.pool
         self.decoding: list[Sequence] = []  # in the order they got here: one token a step
@@ -125,4 +130,4 @@ class WorkerGroup:
         slots = [seq.slot for seq in running] + self.free_slots
         assert len(set(slots)) == len(slots), "a slot is used twice"
         assert len(self.in_flight) <= MAX_STEPS_IN_FLIGHT
-        self.allocator.check_invariants(running)
+        self.allocator.check_invariants([] if self.model.whole_sequences else running)

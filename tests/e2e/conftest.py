@@ -24,3 +24,9 @@ def stack(smollm2: Path, request: pytest.FixtureRequest) -> Iterator[Stack]:
     running = Stack(smollm2, "--device", "cpu", "--kv-cache-memory", "512MiB", *getattr(request, "param", ()))
     yield running
     assert running.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The demo model for embeddings, a folder: fetched like the other one."""
+    return demo_model.fetch(demo_model.cache_dir(), lambda what, done, total: None, demo_model.MINILM)

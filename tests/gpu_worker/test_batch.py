@@ -83,7 +83,8 @@ def test_rows_lie_one_after_the_other_on_their_blocks() -> None:
     assert step.sampled_slots.tolist() == [2]
     assert step.sampled_positions.tolist() == [3]
     assert [slot for slot, _ in step.opened] == [0, 2]
-    for array in vars(batch).values():
+    assert batch.segments is None
+    for array in (value for value in vars(batch).values() if value is not None):
         assert array.dtype == np.int32
         assert array.flags.c_contiguous
 

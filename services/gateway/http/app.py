@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from octavo.services.common.interceptor import choose_request_id
 from octavo.services.gateway.authentication import Authenticator
+from octavo.services.gateway.http.embed import EmbedEndpoints
 from octavo.services.gateway.http.endpoint import Endpoint, Handler, HttpRequest
 from octavo.services.gateway.http.errors import HttpError, http_error_response
 from octavo.services.gateway.http.generate import GenerateEndpoints
@@ -31,6 +32,7 @@ _EXPOSED = (
 
 def make_app(
     generate: GenerateEndpoints,
+    embed: EmbedEndpoints,
     info: InfoEndpoints,
     authenticator: Authenticator,
     max_body_bytes: int,
@@ -53,6 +55,8 @@ def make_app(
         route("POST", "/v1/chat/completions", generate.chat),
         route("POST", "/v1/completions", generate.complete),
         route("POST", "/v1/responses", generate.respond),
+        route("POST", "/v1/embeddings", embed.embeddings),
+        route("POST", "/v1/rerank", embed.rerank),
         route("GET", "/v1/models", info.list_models),
         route("GET", "/v1/models/{model:path}", info.get_model),
         route("POST", "/tokenize", info.tokenize),

@@ -217,10 +217,37 @@ RESPONSES: Fields = {
     "access_programs": _refused(_OBJECT, "is not known here; leave it out"),
 }
 STREAM_OPTIONS_OF_RESPONSES: Fields = {"include_obfuscation": STREAM_OPTIONS["include_obfuscation"]}
+_INPUTS: Fields = {
+    "truncate": Field(_BOOLEAN, "cuts what is too long; false refuses it; unset: true"),
+    "priority": SAMPLING["priority"],
+    "user": _ignored(_TEXT),
+}
+EMBEDDINGS: Fields = {
+    "model": CHAT["model"],
+    "input": Field(
+        _one_of(_TEXT, _TEXTS, _TOKEN_IDS, {"type": "array", "items": _TOKEN_IDS}),
+        "one input or several, at most 2048, as text or token ids",
+    ),
+    "encoding_format": Field(_TEXT, "float, or base64: float32, little-endian"),
+    "dimensions": Field(_whole(1), "keeps the first so many elements, and normalizes after that"),
+    "prompt_name": Field(_TEXT, "which of the model's prompts goes before each text"),
+    "normalize": Field(_BOOLEAN, "scales vectors to length 1; unset: as the model's files say"),
+    **_INPUTS,
+}
+RERANK: Fields = {
+    "model": CHAT["model"],
+    "query": Field(_TEXT, "what is looked for"),
+    "documents": Field(_ARRAY, "what is ranked, at most 2048: texts, or objects with a text"),
+    "top_n": Field(_whole(1), "returns only the best ones"),
+    "return_documents": Field(_BOOLEAN, "adds each document's text to its result"),
+    **_INPUTS,
+}
 OBJECTS: Mapping[str, Fields] = {
     "ChatCompletionRequest": CHAT,
     "CompletionRequest": COMPLETION,
     "ResponsesRequest": RESPONSES,
+    "EmbeddingsRequest": EMBEDDINGS,
+    "RerankRequest": RERANK,
     "Message": MESSAGE,
     "StreamOptions": STREAM_OPTIONS,
     "TokenizeRequest": TOKENIZE,
@@ -231,6 +258,8 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "ChatCompletionRequest": ("model", "messages"),
     "CompletionRequest": ("model",),
     "ResponsesRequest": ("model", "input"),
+    "EmbeddingsRequest": ("model", "input"),
+    "RerankRequest": ("model", "query", "documents"),
     "Message": ("role",),
     "TokenizeRequest": ("model",),
     "DetokenizeRequest": ("model", "tokens"),

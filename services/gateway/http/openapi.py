@@ -85,6 +85,8 @@ def openapi_document() -> Schema:
             },
             "/v1/completions": {"post": _operation("Continue prompts", "CompletionRequest", answer="events")},
             "/v1/responses": {"post": _operation("Answer, as items", "ResponsesRequest", answer="events")},
+            "/v1/embeddings": {"post": _operation("Embed texts", "EmbeddingsRequest")},
+            "/v1/rerank": {"post": _operation("Order documents by relevance", "RerankRequest")},
             "/v1/models": {"get": _operation("List the models")},
             "/v1/models/{model}": {"get": _operation("Describe a model", parameters=("model",))},
             "/tokenize": {"post": _operation("Turn text into tokens", "TokenizeRequest")},

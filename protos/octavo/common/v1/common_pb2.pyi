@@ -19,6 +19,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_TIME_LIMIT: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_TOOL_CALL: _ClassVar[FinishReason]
+
+class ModelTask(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODEL_TASK_UNSPECIFIED: _ClassVar[ModelTask]
+    MODEL_TASK_GENERATE: _ClassVar[ModelTask]
+    MODEL_TASK_EMBED: _ClassVar[ModelTask]
+    MODEL_TASK_SCORE: _ClassVar[ModelTask]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_END_OF_SEQUENCE: FinishReason
 FINISH_REASON_STOP_SEQUENCE: FinishReason
@@ -28,6 +35,10 @@ FINISH_REASON_CONTEXT_LIMIT: FinishReason
 FINISH_REASON_TIME_LIMIT: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_TOOL_CALL: FinishReason
+MODEL_TASK_UNSPECIFIED: ModelTask
+MODEL_TASK_GENERATE: ModelTask
+MODEL_TASK_EMBED: ModelTask
+MODEL_TASK_SCORE: ModelTask
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)

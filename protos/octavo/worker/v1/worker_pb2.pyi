@@ -1,3 +1,4 @@
+from octavo.common.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -85,21 +86,27 @@ class WorkerConfig(_message.Message):
     def __init__(self, model_path: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., max_running: _Optional[int] = ...) -> None: ...
 
 class WorkerReady(_message.Message):
-    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens")
+    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens", "task", "vector_size", "whole_sequences")
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WARMUP_US_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_SIZE_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     kv_blocks: int
     warmup_us: int
     max_model_len: int
     vocab_size: int
     max_batch_tokens: int
-    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ...) -> None: ...
+    task: _common_pb2.ModelTask
+    vector_size: int
+    whole_sequences: bool
+    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., whole_sequences: _Optional[bool] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("step_id", "num_sequences", "num_tokens", "slot_indexes", "query_lengths", "context_lengths", "token_ids", "block_table_rows", "block_table_counts", "block_ids", "copy_pairs", "freed_slots", "sampling_updates", "row_flags")
+    __slots__ = ("step_id", "num_sequences", "num_tokens", "slot_indexes", "query_lengths", "context_lengths", "token_ids", "block_table_rows", "block_table_counts", "block_ids", "copy_pairs", "freed_slots", "sampling_updates", "row_flags", "pooling_updates")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -114,6 +121,7 @@ class StepPlan(_message.Message):
     FREED_SLOTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_UPDATES_FIELD_NUMBER: _ClassVar[int]
     ROW_FLAGS_FIELD_NUMBER: _ClassVar[int]
+    POOLING_UPDATES_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     num_sequences: int
     num_tokens: int
@@ -128,7 +136,20 @@ class StepPlan(_message.Message):
     freed_slots: bytes
     sampling_updates: _containers.RepeatedCompositeFieldContainer[SamplingUpdate]
     row_flags: bytes
-    def __init__(self, step_id: _Optional[int] = ..., num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., query_lengths: _Optional[bytes] = ..., context_lengths: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., block_table_rows: _Optional[bytes] = ..., block_table_counts: _Optional[bytes] = ..., block_ids: _Optional[bytes] = ..., copy_pairs: _Optional[bytes] = ..., freed_slots: _Optional[bytes] = ..., sampling_updates: _Optional[_Iterable[_Union[SamplingUpdate, _Mapping]]] = ..., row_flags: _Optional[bytes] = ...) -> None: ...
+    pooling_updates: _containers.RepeatedCompositeFieldContainer[PoolingUpdate]
+    def __init__(self, step_id: _Optional[int] = ..., num_sequences: _Optional[int] = ..., num_tokens: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., query_lengths: _Optional[bytes] = ..., context_lengths: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., block_table_rows: _Optional[bytes] = ..., block_table_counts: _Optional[bytes] = ..., block_ids: _Optional[bytes] = ..., copy_pairs: _Optional[bytes] = ..., freed_slots: _Optional[bytes] = ..., sampling_updates: _Optional[_Iterable[_Union[SamplingUpdate, _Mapping]]] = ..., row_flags: _Optional[bytes] = ..., pooling_updates: _Optional[_Iterable[_Union[PoolingUpdate, _Mapping]]] = ...) -> None: ...
+
+class PoolingUpdate(_message.Message):
+    __slots__ = ("slot", "dimensions", "normalize", "second_segment_start")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    SECOND_SEGMENT_START_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    dimensions: int
+    normalize: bool
+    second_segment_start: int
+    def __init__(self, slot: _Optional[int] = ..., dimensions: _Optional[int] = ..., normalize: _Optional[bool] = ..., second_segment_start: _Optional[int] = ...) -> None: ...
 
 class SamplingUpdate(_message.Message):
     __slots__ = ("slot", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "allowed_token_mask", "candidate_index", "chosen_logprob", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_token_ids", "bias_values", "allowed_token_ids", "banned_until_min_token_ids", "min_new_tokens", "prompt_length", "history_token_ids", "traceparent")
@@ -177,7 +198,7 @@ class SamplingUpdate(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks")
+    __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks", "vectors", "vector_sizes")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     SLOT_INDEXES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +208,8 @@ class StepResult(_message.Message):
     FORWARD_US_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_US_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_SIZES_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     slot_indexes: bytes
     token_ids: bytes
@@ -196,7 +219,9 @@ class StepResult(_message.Message):
     forward_us: int
     sample_us: int
     ranks: bytes
-    def __init__(self, step_id: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., candidate_token_ids: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., forward_us: _Optional[int] = ..., sample_us: _Optional[int] = ..., ranks: _Optional[bytes] = ...) -> None: ...
+    vectors: bytes
+    vector_sizes: bytes
+    def __init__(self, step_id: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., candidate_token_ids: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., forward_us: _Optional[int] = ..., sample_us: _Optional[int] = ..., ranks: _Optional[bytes] = ..., vectors: _Optional[bytes] = ..., vector_sizes: _Optional[bytes] = ...) -> None: ...
 
 class WorkerFault(_message.Message):
     __slots__ = ("step_id", "code", "reason", "message", "fatal")

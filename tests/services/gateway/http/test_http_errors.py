@@ -186,7 +186,7 @@ async def test_an_unknown_model_is_a_404(sdk: openai.AsyncOpenAI) -> None:
 
 
 async def test_unknown_routes_and_methods_have_an_error_object(http: httpx.AsyncClient) -> None:
-    unknown = await http.post("/v1/embeddings", json={})
+    unknown = await http.post("/v1/images", json={})
     wrong = await http.get(CHAT)
 
     assert (unknown.status_code, error_of(unknown)["code"]) == (404, "unknown_url")

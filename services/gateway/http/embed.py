@@ -1,0 +1,163 @@
+"""POST /v1/embeddings and /v1/rerank: the same calls as the EmbeddingService's."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from array import array
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+
+from octavo.inference.v1 import embedding_pb2
+from octavo.services.common.errors import Reason, ServingError
+from octavo.services.gateway.authentication import caller
+from octavo.services.gateway.http.endpoint import HttpRequest
+from octavo.services.gateway.http.errors import in_openai_words
+from octavo.services.gateway.http.fields import EMBEDDINGS, RERANK
+from octavo.services.gateway.http.formats import to_json
+from octavo.services.gateway.http.params import Params, are_token_ids
+from octavo.services.gateway.validation import RequestValidator
+from octavo.services.gateway.vector_calls import VectorCalls
+
+T = TypeVar("T")
+_NAMES = {"inputs": "input", "token_ids.ids": "token ids"}
+
+
+class EmbedEndpoints:
+    """The endpoints that produce vectors, or scores."""
+
+    def __init__(self, calls: VectorCalls, validator: RequestValidator) -> None:
+        self._calls = calls
+        self._validator = validator
+
+    async def embeddings(self, request: HttpRequest) -> Response:
+        """Embed texts, in OpenAI's shape."""
+        body = await request.json()
+        try:
+            call, is_base64 = _read_embed(body)
+            self._validator.check(call)
+            work = self._calls.embed(call, request.request_id, caller().tenant, request.headers, request.deadline())
+            answer = await request.unless_gone(_in_time(work, request.deadline()))
+        except ServingError as error:
+            raise in_openai_words(error, _NAMES) from None
+        encode = _base64 if is_base64 else _floats
+        return _json(
+            {
+                "object": "list",
+                "data": [
+                    {"object": "embedding", "index": index, "embedding": encode(embedding.values)}
+                    for index, embedding in enumerate(answer.embeddings)
+                ],
+                "model": answer.model,
+                "usage": _usage(answer.usage.prompt_tokens),
+            }
+        )
+
+    async def rerank(self, request: HttpRequest) -> Response:
+        """Rank documents, in the shape of Cohere's and Jina's services."""
+        body = await request.json()
+        try:
+            call, with_documents = _read_rerank(body)
+            self._validator.check(call)
+            work = self._calls.rerank(call, request.request_id, caller().tenant, request.headers, request.deadline())
+            answer = await request.unless_gone(_in_time(work, request.deadline()))
+        except ServingError as error:
+            raise in_openai_words(error, {}) from None
+        results = []
+        for each in answer.results:
+            result: dict[str, Any] = {"index": each.index, "relevance_score": each.relevance_score}
+            if with_documents:
+                result["document"] = {"text": call.documents[each.index]}
+            results.append(result)
+        usage = _usage(answer.usage.prompt_tokens)
+        return _json({"id": request.request_id, "model": answer.model, "results": results, "usage": usage})
+
+
+async def _in_time(work: Coroutine[Any, Any, T], deadline: float | None) -> T:
+    """Run `work` until a time of the event loop. Raises GENERATION_TIMEOUT."""
+    try:
+        async with asyncio.timeout_at(deadline) as limit:
+            return await work
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        message = "the time in the header x-request-timeout-ms is over; allow more, or ask for less"
+        raise ServingError(Reason.GENERATION_TIMEOUT, message) from None
+
+
+def _read_embed(body: Mapping[str, Any]) -> tuple[embedding_pb2.EmbedRequest, bool]:
+    """Return what a body asks for, and whether as base64. Raises ServingError that names OpenAI's parameters."""
+    params = Params(body, fields=EMBEDDINGS)
+    request = embedding_pb2.EmbedRequest(model=params.text("model") or "")
+    given = params.take("input")
+    for each in given if isinstance(given, list) and not _are_token_ids(given) else [given]:
+        if isinstance(each, str):
+            request.inputs.add(text=each)
+        elif isinstance(each, list) and are_token_ids(each):
+            request.inputs.add().token_ids.ids.extend(each)
+        else:
+            raise params.wrong("input", "must be a text, a list of texts, or one or several lists of token ids")
+    dimensions = params.integer("dimensions", low=1)
+    if dimensions is not None:
+        request.dimensions = dimensions
+    encoding = params.text("encoding_format") or "float"
+    if encoding not in ("float", "base64"):
+        raise params.wrong("encoding_format", "must be float or base64")
+    prompt_name = params.text("prompt_name")
+    if prompt_name is not None:
+        request.prompt_name = prompt_name
+    normalize = params.boolean("normalize")
+    if normalize is not None:
+        request.normalize = normalize
+    _read_common(params, request)
+    return request, encoding == "base64"
+
+
+def _read_rerank(body: Mapping[str, Any]) -> tuple[embedding_pb2.RerankRequest, bool]:
+    """Return what a body asks for, and whether the documents are wanted back."""
+    params = Params(body, fields=RERANK)
+    request = embedding_pb2.RerankRequest(model=params.text("model") or "", query=params.text("query") or "")
+    for index, each in enumerate(params.array("documents") or ()):
+        text = each.get("text") if isinstance(each, dict) else each
+        if not isinstance(text, str):
+            raise params.wrong(f"documents[{index}]", "must be a text, or an object with a text")
+        request.documents.append(text)
+    top_n = params.integer("top_n", low=1)
+    if top_n is not None:
+        request.top_n = top_n
+    with_documents = bool(params.boolean("return_documents"))
+    _read_common(params, request)
+    return request, with_documents
+
+
+def _read_common(params: Params, request: embedding_pb2.EmbedRequest | embedding_pb2.RerankRequest) -> None:
+    """Fill in what both endpoints share, and refuse what nobody has read."""
+    truncate = params.boolean("truncate")
+    if truncate is not None:
+        request.truncate = truncate
+    # vLLM serves small numbers first, this gateway large ones.
+    request.priority = -(params.integer("priority", -(2**31) + 1, 2**31 - 1) or 0)
+    params.finish()
+
+
+def _are_token_ids(values: list[Any]) -> bool:
+    """Return whether a list is one input, of token ids, and not several."""
+    return bool(values) and type(values[0]) is int
+
+
+def _floats(values: bytes) -> list[float]:
+    return array("f", values).tolist()
+
+
+def _base64(values: bytes) -> str:
+    return base64.b64encode(values).decode()
+
+
+def _usage(num_tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+
+
+def _json(body: Any) -> Response:
+    return Response(to_json(body), media_type="application/json")

@@ -1,0 +1,206 @@
+"""Embed and Rerank calls, whichever listener they came in by."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+
+from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import embedding_pb2
+from octavo.services.common.errors import (
+    MAX_VIOLATIONS,
+    FieldViolation,
+    Reason,
+    ServingError,
+    feature_disabled,
+    invalid_field,
+)
+from octavo.services.gateway.calls import GenerateCalls
+from octavo.services.gateway.input_encoder import EncodedInput
+from octavo.services.gateway.model import Models, ServedModel
+from octavo.services.gateway.prepare import read_traceparent
+from octavo.services.gateway.scheduler_pool import SchedulerPool
+from octavo.services.gateway.vector_files import VectorFiles
+from octavo.services.gateway.vectors import VectorCall, make_vectors
+
+_EMBED, _SCORE = common_pb2.MODEL_TASK_EMBED, common_pb2.MODEL_TASK_SCORE
+# What sentence-transformers puts before queries and documents, where a model has prompts of these names.
+_QUERY_PROMPTS, _DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")
+
+
+class VectorCalls:
+    """All calls for vectors; they count as calls of this gateway."""
+
+    def __init__(self, calls: GenerateCalls, models: Models, schedulers: SchedulerPool) -> None:
+        self._calls = calls
+        self._models = models
+        self._schedulers = schedulers
+
+    async def embed(
+        self,
+        request: embedding_pb2.EmbedRequest,
+        request_id: str,
+        tenant: str,
+        headers: Mapping[str, str],
+        deadline: float | None,
+    ) -> embedding_pb2.EmbedResponse:
+        """Answer a request that obeys the rules of its fields. Raises ServingError.
+
+        headers: the call's metadata, for traceparent; deadline: a time of the event loop, or None.
+        """
+        with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
+            model = self._models.get(request.model)
+            files = _files(model, "embed", (_EMBED,))
+            dimensions = request.dimensions if request.HasField("dimensions") else 0
+            _check_dimensions(dimensions, files, self._schedulers.vector_size)
+            prompt = _prompt(request, files)
+            inputs = await self._read(request, model, files, prompt)
+            call = VectorCall(
+                request_id=request_id,
+                tenant=tenant,
+                priority=request.priority,
+                deadline=deadline,
+                traceparent=record.traceparent or read_traceparent(headers),
+                dimensions=dimensions,
+                normalize=request.normalize if request.HasField("normalize") else None,
+            )
+            vectors, version = await make_vectors(self._schedulers, call, inputs)
+            record.prompt_tokens = _usage(inputs).prompt_tokens
+            return embedding_pb2.EmbedResponse(
+                embeddings=[
+                    embedding_pb2.Embedding(
+                        values=vector, input_tokens=len(each.token_ids), truncated=each.is_truncated
+                    )
+                    for vector, each in zip(vectors, inputs, strict=True)
+                ],
+                usage=_usage(inputs),
+                model=model.name,
+                model_version=model.version(version),
+            )
+
+    async def rerank(
+        self,
+        request: embedding_pb2.RerankRequest,
+        request_id: str,
+        tenant: str,
+        headers: Mapping[str, str],
+        deadline: float | None,
+    ) -> embedding_pb2.RerankResponse:
+        """Answer a request that obeys the rules of its fields; see `embed`."""
+        with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
+            model = self._models.get(request.model)
+            files = _files(model, "rerank", (_EMBED, _SCORE))
+            texts: list[str | tuple[str, str]]
+            if files.task == _SCORE:
+                texts = [(request.query, document) for document in request.documents]
+            else:
+                query, document = (_named(files, names) for names in (_QUERY_PROMPTS, _DOCUMENT_PROMPTS))
+                texts = [query + request.query, *(document + text for text in request.documents)]
+            limit = self._limit(model, files)
+            inputs = await model.tokenizer.encode_inputs(texts, limit)
+            if request.HasField("truncate") and not request.truncate:
+                first = 0 if files.task == _SCORE else -1
+                _refuse_truncated(inputs, limit, lambda at: "query" if at + first < 0 else f"documents[{at + first}]")
+            call = VectorCall(
+                request_id=request_id,
+                tenant=tenant,
+                priority=request.priority,
+                deadline=deadline,
+                traceparent=record.traceparent or read_traceparent(headers),
+                normalize=None if files.task == _SCORE else True,
+            )
+            vectors, version = await make_vectors(self._schedulers, call, inputs)
+            record.prompt_tokens = _usage(inputs).prompt_tokens
+            scores = [array("f", vector) for vector in vectors]
+            values = [score[0] for score in scores] if files.task == _SCORE else _cosines(scores[0], scores[1:])
+            ranked = sorted(enumerate(values), key=lambda pair: -pair[1])
+            results = [
+                embedding_pb2.RankedDocument(index=index, relevance_score=value)
+                for index, value in ranked[: request.top_n or None]
+            ]
+            return embedding_pb2.RerankResponse(
+                results=results, usage=_usage(inputs), model=model.name, model_version=model.version(version)
+            )
+
+    async def _read(
+        self, request: embedding_pb2.EmbedRequest, model: ServedModel, files: VectorFiles, prompt: str
+    ) -> list[EncodedInput]:
+        """Return the inputs as tokens. Raises INVALID_FIELD or CONTEXT_LENGTH_EXCEEDED."""
+        limit = self._limit(model, files)
+        texts = [prompt + each.text for each in request.inputs if each.HasField("text")]
+        encoded = iter(await model.tokenizer.encode_inputs(texts, limit) if texts else ())
+        inputs = [
+            next(encoded) if each.HasField("text") else _given(each.token_ids.ids, limit) for each in request.inputs
+        ]
+        vocab_size = model.tokenizer.vocab_size
+        for index, each in enumerate(request.inputs):
+            ids = each.token_ids.ids
+            if not each.HasField("text") and (not ids or max(ids) >= vocab_size):
+                advice = f"must be at least one id, each below {vocab_size}, the size of the vocabulary"
+                raise invalid_field(f"inputs[{index}].token_ids.ids", advice)
+        if request.HasField("truncate") and not request.truncate:
+            _refuse_truncated(inputs, limit, lambda at: f"inputs[{at}]")
+        return inputs
+
+    def _limit(self, model: ServedModel, files: VectorFiles) -> int:
+        """Return the most tokens of an input that are read."""
+        limit = model.context_limit(self._schedulers.max_model_len)
+        return min(limit, files.max_input_tokens) if files.max_input_tokens else limit
+
+
+def _files(model: ServedModel, feature: str, tasks: Sequence[int]) -> VectorFiles:
+    """Return what a model for vectors says of itself. Raises FEATURE_DISABLED if it is for something else."""
+    files = model.tokenizer.vector_files
+    if files is None or files.task not in tasks:
+        what = "generates text" if files is None else "scores pairs of texts"
+        message = f"the model {model.name!r} {what}; {feature!r} needs a model for embeddings"
+        raise feature_disabled(feature, message + (" or a cross-encoder" if len(tasks) > 1 else ""))
+    return files
+
+
+def _check_dimensions(dimensions: int, files: VectorFiles, vector_size: int) -> None:
+    """Raise INVALID_FIELD for a size that vectors cannot be cut to; `vector_size` 0 is not known."""
+    if dimensions and vector_size and dimensions > vector_size:
+        raise invalid_field("dimensions", f"must be at most {vector_size}, the size of the model's vectors")
+    if dimensions and files.dimensions and dimensions not in files.dimensions:
+        sizes = ", ".join(map(str, files.dimensions))
+        raise invalid_field("dimensions", f"must be one of those that the model was trained for: {sizes}")
+
+
+def _prompt(request: embedding_pb2.EmbedRequest, files: VectorFiles) -> str:
+    """Return what goes before each text. Raises INVALID_FIELD."""
+    name = request.prompt_name if request.HasField("prompt_name") else files.default_prompt_name
+    if not name:
+        return ""
+    if name not in files.prompts:
+        known = ", ".join(sorted(files.prompts)) or "none"
+        raise invalid_field("prompt_name", f"is no prompt of the model; it has: {known}")
+    return files.prompts[name]
+
+
+def _named(files: VectorFiles, names: Sequence[str]) -> str:
+    """Return the first prompt of these names, or the default one, or nothing."""
+    return files.prompts.get(next((name for name in names if name in files.prompts), files.default_prompt_name), "")
+
+
+def _given(token_ids: Sequence[int], limit: int) -> EncodedInput:
+    return EncodedInput(token_ids[:limit], is_truncated=len(token_ids) > limit)
+
+
+def _refuse_truncated(inputs: Sequence[EncodedInput], limit: int, name: Callable[[int], str]) -> None:
+    """Raise CONTEXT_LENGTH_EXCEEDED if an input was cut; `name` tells its field by its place."""
+    cut = [name(index) for index, each in enumerate(inputs) if each.is_truncated]
+    if cut:
+        message = f"longer than the {limit} tokens that the model reads; shorten it, or let it be cut (truncate)"
+        violations = [FieldViolation(field, message) for field in cut[:MAX_VIOLATIONS]]
+        text = f"{cut[0]} is {message}"
+        raise ServingError(Reason.CONTEXT_LENGTH_EXCEEDED, text, metadata={"limit": str(limit)}, violations=violations)
+
+
+def _usage(inputs: Sequence[EncodedInput]) -> common_pb2.Usage:
+    return common_pb2.Usage(prompt_tokens=sum(len(each.token_ids) for each in inputs))
+
+
+def _cosines(query: array[float], documents: Sequence[array[float]]) -> list[float]:
+    """Return the products of vectors that are normalized already."""
+    return [sum(map(float.__mul__, query, document)) for document in documents]

@@ -1,0 +1,267 @@
+"""Encoders and their heads give what transformers gives, whatever else is in the step."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from octavo.common.v1 import common_pb2
+from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.engine import Engine, make_engine
+from octavo.gpu_worker.errors import ModelError, PlanError
+from octavo.gpu_worker.loading import load_for_device
+from octavo.worker.v1 import worker_pb2
+
+from .tiny import make_checkpoint
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 130,
+    "initializer_range": 0.2,
+}
+ENCODERS = {
+    "bert": ("BertConfig", "BertModel", {}),
+    "bert_tanh": ("BertConfig", "BertModel", {"hidden_act": "gelu_new"}),
+    "xlm_roberta": ("XLMRobertaConfig", "XLMRobertaModel", {"type_vocab_size": 1, "pad_token_id": 1}),
+}
+SCORERS = {
+    "bert": ("BertConfig", "BertForSequenceClassification", {}),
+    "xlm_roberta": (
+        "XLMRobertaConfig",
+        "XLMRobertaForSequenceClassification",
+        {"type_vocab_size": 1, "pad_token_id": 1},
+    ),
+}
+DEVICES = ["reference"]
+Vector = npt.NDArray[np.float32]
+
+
+def make_encoder(folder: Path, kind: tuple[str, str, dict[str, Any]], **settings: Any) -> Any:
+    """Save a random encoder; return transformers' model."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, kind[0])(**SIZES, **kind[2], **settings)
+    model = getattr(transformers, kind[1])(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def modules(folder: Path, *kinds: str, **pooling: Any) -> None:
+    """Make a folder one of sentence-transformers."""
+    rows = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    for index, kind in enumerate(kinds, 1):
+        rows.append({"idx": index, "path": f"{index}_{kind}", "type": f"sentence_transformers.models.{kind}"})
+        (folder / f"{index}_{kind}").mkdir()
+    (folder / "modules.json").write_text(json.dumps(rows))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+
+def engine_of(folder: Path, device: str, max_batch_tokens: int = 512) -> Engine:
+    config = WorkerConfig(model=str(folder), device=device, num_threads=2)
+    wanted = worker_pb2.WorkerConfig(max_batch_tokens=max_batch_tokens, max_running=8)
+    return make_engine(load_for_device(config, lambda *_: None), config, wanted)
+
+
+def column(values: Sequence[int]) -> bytes:
+    return array("I", values).tobytes()
+
+
+def run(
+    engine: Engine, step: int, rows: Sequence[Sequence[int]], starts: Sequence[int] = (), **fields: Any
+) -> list[Vector]:
+    """Compute whole sequences in one step of a model without a cache."""
+    updates = [
+        worker_pb2.PoolingUpdate(slot=slot, second_segment_start=starts[slot] if starts else 0, **fields)
+        for slot in range(len(rows))
+    ]
+    plan = worker_pb2.StepPlan(
+        step_id=step,
+        num_sequences=len(rows),
+        num_tokens=sum(map(len, rows)),
+        slot_indexes=column(range(len(rows))),
+        query_lengths=column([len(row) for row in rows]),
+        context_lengths=column([0] * len(rows)),
+        token_ids=column([token for row in rows for token in row]),
+        row_flags=bytes([1] * len(rows)),
+        pooling_updates=updates,
+    )
+    engine.start(plan)
+    return vectors_of(engine.collect())
+
+
+def vectors_of(result: worker_pb2.StepResult) -> list[Vector]:
+    sizes = array("I", result.vector_sizes)
+    return np.split(np.frombuffer(result.vectors, "<f4"), np.cumsum(sizes)[:-1])
+
+
+def tokens(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(5, 320, length).tolist()
+
+
+def hidden_states(model: Any, token_ids: list[int], start: int = 0) -> torch.Tensor:
+    types = torch.tensor([[int(start > 0 and place >= start) for place in range(len(token_ids))]])
+    with torch.no_grad():
+        return model(torch.tensor([token_ids]), token_type_ids=types).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_vectors_are_those_of_transformers_and_the_same_bits_alone(name: str, device: str, tmp_path: Path) -> None:
+    model = make_encoder(tmp_path, ENCODERS[name])
+    engine = engine_of(tmp_path, device)
+    rows = [tokens(length, length) for length in (1, 2, 17, 128, 33)]
+
+    together = run(engine, 1, rows, normalize=False)
+
+    for place, row in enumerate(rows):
+        true = hidden_states(model, row).mean(0).numpy()
+        np.testing.assert_allclose(together[place], true, atol=2e-5)
+        (alone,) = run(engine, place + 2, [row], normalize=False)
+        assert alone.tobytes() == together[place].tobytes()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_cross_encoder_scores_pairs_as_transformers_does(name: str, device: str, tmp_path: Path) -> None:
+    model = make_encoder(tmp_path, SCORERS[name], num_labels=1)
+    engine = engine_of(tmp_path, device)
+    rows, starts = [tokens(20, 1), tokens(9, 2), tokens(50, 3)], [7, 3, 11]
+
+    scores = run(engine, 1, rows, starts)
+
+    for row, start, score in zip(rows, starts, scores, strict=True):
+        types = None if name != "bert" else torch.tensor([[int(place >= start) for place in range(len(row))]])
+        with torch.no_grad():
+            true = torch.sigmoid(model(torch.tensor([row]), token_type_ids=types).logits[0, 0])
+        assert score.shape == (1,)
+        assert abs(score[0] - true) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_modules_of_sentence_transformers_are_run_in_their_order(device: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    model = make_encoder(tmp_path, ENCODERS["bert"])
+    modules(tmp_path, "Pooling", "Dense", "Normalize", word_embedding_dimension=48, pooling_mode_cls_token=True)
+    weight, bias = torch.randn(20, 48), torch.randn(20)
+    dense = {"in_features": 48, "out_features": 20, "bias": True}
+    dense["activation_function"] = "torch.nn.modules.activation.Tanh"  # type: ignore[assignment]
+    (tmp_path / "2_Dense" / "config.json").write_text(json.dumps(dense))
+    save_file({"linear.weight": weight, "linear.bias": bias}, tmp_path / "2_Dense" / "model.safetensors")
+    row = tokens(12, 1)
+    true = torch.tanh(weight @ hidden_states(model, row)[0] + bias)
+
+    engine = engine_of(tmp_path, device)
+
+    (vector,) = run(engine, 1, [row])
+    np.testing.assert_allclose(vector, torch.nn.functional.normalize(true, dim=0), atol=1e-5)
+    (cut,) = run(engine, 2, [row], dimensions=8)
+    np.testing.assert_allclose(cut, torch.nn.functional.normalize(true[:8], dim=0), atol=1e-5)
+    (plain,) = run(engine, 3, [row], normalize=False)
+    np.testing.assert_allclose(plain, true, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["lasttoken", "mean_tokens", "cls_token"])
+def test_a_decoder_makes_vectors_the_same_in_chunks(mode: str, device: str, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "qwen3")
+    modules(tmp_path, "Pooling", word_embedding_dimension=64, **{f"pooling_mode_{mode}": True})
+    row = tokens(75, 4)
+    with torch.no_grad():
+        states = model.model(torch.tensor([row])).last_hidden_state[0]
+    true = {"lasttoken": states[-1], "mean_tokens": states.mean(0), "cls_token": states[0]}[mode]
+
+    whole, chunked = (in_chunks(engine_of(tmp_path, device), row, size) for size in (75, 31))
+
+    np.testing.assert_allclose(whole, true, atol=1e-4 if device == "reference" else 0.05)
+    assert whole.tobytes() == chunked.tobytes()
+
+
+def in_chunks(engine: Engine, row: list[int], size: int) -> Vector:
+    """Compute one sequence of a model with a cache, `size` tokens a step; return its vector."""
+    result = worker_pb2.StepResult()
+    for step, start in enumerate(range(0, len(row), size)):
+        part = row[start : start + size]
+        is_last = start + size >= len(row)
+        plan = worker_pb2.StepPlan(
+            step_id=step + 1,
+            num_sequences=1,
+            num_tokens=len(part),
+            slot_indexes=column([3]),
+            query_lengths=column([len(part)]),
+            context_lengths=column([start]),
+            token_ids=column(part),
+            row_flags=bytes([is_last]),
+        )
+        if step == 0:
+            plan.pooling_updates.add(slot=3)
+            plan.block_table_rows, plan.block_table_counts = column([3]), column([5])
+            plan.block_ids = column(range(1, 6))
+        engine.start(plan)
+        result = engine.collect()
+        assert bool(result.vectors) is is_last
+    (vector,) = vectors_of(result)
+    return vector
+
+
+def test_a_worker_says_what_it_makes_and_takes_no_other_plans(tmp_path: Path) -> None:
+    make_encoder(tmp_path, ENCODERS["bert"])
+    engine = engine_of(tmp_path, "reference", max_batch_tokens=64)
+    limits = engine.limits
+
+    assert (limits.num_blocks, limits.has_cache, engine.max_model_len) == (1, False, 64)
+    assert limits.pooling is not None
+    assert (limits.pooling.task, limits.pooling.vector_size) == (common_pb2.MODEL_TASK_EMBED, 48)
+    with pytest.raises(PlanError, match="makes vectors"):
+        engine.start(worker_pb2.StepPlan(step_id=1, sampling_updates=[worker_pb2.SamplingUpdate(slot=0)]))
+    with pytest.raises(PlanError, match="whole sequence"):
+        engine.start(
+            worker_pb2.StepPlan(
+                step_id=1,
+                num_sequences=1,
+                num_tokens=1,
+                slot_indexes=column([0]),
+                query_lengths=column([1]),
+                context_lengths=column([5]),
+                token_ids=column([5]),
+                row_flags=b"\1",
+                pooling_updates=[worker_pb2.PoolingUpdate(slot=0)],
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("pooling", "message"),
+    [
+        ({"pooling_mode_max_tokens": True}, "pooling_mode_max_tokens"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "supported is one of"),
+        ({"pooling_mode_cls_token": True, "word_embedding_dimension": 47}, "47"),
+        ({"pooling_mode_cls_token": True, "include_prompt": False}, "include_prompt"),
+    ],
+)
+def test_a_folder_that_pools_otherwise_is_refused(pooling: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_encoder(tmp_path, ENCODERS["bert"])
+    modules(tmp_path, "Pooling", **{"word_embedding_dimension": 48, **pooling})
+
+    with pytest.raises(ModelError, match=message):
+        engine_of(tmp_path, "reference")
+
+
+def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
+    make_encoder(tmp_path, SCORERS["bert"], num_labels=3)
+
+    with pytest.raises(ModelError, match="3 labels"):
+        engine_of(tmp_path, "reference")
