@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from octavo.gpu_worker import quantization
 from octavo.gpu_worker.config import WorkerConfig
@@ -40,14 +40,17 @@ class LoadedModel:
 
 
 def load_for_device(config: WorkerConfig, progress: Progress, sharding: Sharding = WHOLE) -> LoadedModel:
-    """Load the model of `config` for its device: packed already, for the cpu device.
+    """Load the model of `config` for its device: packed already, for the cpu device, if it makes tokens.
 
     Raises ModelError or DeviceError.
     """
     device = choose_device(config.device)
     if problem := quantization.problem(config.quantization, device, config.world_size):
         raise DeviceError(problem)
-    if device == "cpu":
+    has_vectors = makes_vectors(_find(Path(config.model)))
+    if has_vectors and config.quantization != Quantization.NONE:
+        raise ModelError(f"{config.model}: models for vectors are not quantised; take quantization away")
+    if device == "cpu" and not has_vectors:
         loaded = _load_packed(config, progress)
     else:
         loaded = load_model(
@@ -66,10 +69,7 @@ def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:
 
     runtime = Runtime(num_threads=config.num_threads)
     file = _find(Path(config.model))
-    if makes_vectors(file) and config.quantization != quantization.Quantization.NONE:
-        raise ModelError(f"{file}: models for vectors are not quantised; take quantization away")
-    # Those for vectors are small, and come with layers that are not packed.
-    cache = None if makes_vectors(file) else PackedCache.of(config)
+    cache = PackedCache.of(config)
     try:
         key = cache_key(file, [config.dtype, str(config.max_model_len), config.quantization], runtime)
     except OSError as error:
@@ -85,7 +85,7 @@ def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:
     from octavo.gpu_worker.devices.recorder import record
 
     assert not isinstance(loaded.model, PackedModel), "a model that was read from its own files is not packed"
-    loaded = replace(loaded, model=record(loaded.model, runtime, scheme))
+    loaded = replace(loaded, model=record(cast(Model, loaded.model), runtime, scheme))
     if cache is not None:
         cache.store_in_background(key, loaded)
     return loaded

@@ -213,21 +213,22 @@ class Model(Protocol):
 
     dtype        type of its embeddings, which is what a GPU computes in
     num_layers   layers that have a KV cache; 0 for a model in which all tokens of a sequence see each other
-    output_size  columns of what `forward` returns: vocab_size, or hidden_size for a model that makes vectors
     """
 
     dtype: torch.dtype
     num_layers: int
     heads: Heads
     vocab_size: int
-    output_size: int
 
     def forward(self, ops: Ops) -> Value:
-        """Run one step through `ops`; return the logits or the hidden states, [R, output_size]."""
+        """Run one step through `ops`; return the logits [R, vocab_size] or hidden states [R, hidden_size]."""
 
 
 class EncoderModel(Protocol):
-    """A model in which all tokens of a sequence see each other. As `Model`, with num_layers 0 and hidden states."""
+    """A model in which all tokens of a sequence see each other. As `Model`, with num_layers 0 and hidden states.
+
+    output_size  their columns
+    """
 
     dtype: torch.dtype
     num_layers: int
@@ -271,7 +272,7 @@ class Device(Protocol):
         """Allocate the zeroed cache, block 0 (never read as data) included. Called once."""
 
     def forward(self, step: StepInput) -> Float32Array:
-        """Run one step; return logits or hidden states [R, output_size], valid until the next call.
+        """Run one step; return logits [R, vocab_size] or hidden states, valid until the next call.
 
         A row's bits depend only on its sequence's tokens: not on what else is in the step, not on
         how its prompt was chunked, not on which blocks it has. The caller may change the logits

@@ -20,7 +20,6 @@ class ParallelModel:
         self.num_layers = model.num_layers
         self.heads = model.heads  # this rank's
         self.vocab_size = model.vocab_size
-        self.output_size = model.output_size
         self.dtype = model.dtype
         self._model = model
         self._collectives = collectives

@@ -103,8 +103,15 @@ def make_device(
     # Imported late: the one loads native code, the other torch.
     if name == "cpu":
         from octavo.gpu_worker.devices.cpu import CpuDevice
+        from octavo.gpu_worker.devices.packed_model import PackedModel
 
-        return CpuDevice(model, *limits, num_threads=num_threads)
+        if isinstance(model, PackedModel):
+            return CpuDevice(model, *limits, num_threads=num_threads)
+        if model.num_layers == 0:
+            from octavo.gpu_worker.devices.cpu_encoder import CpuEncoder
+
+            return CpuEncoder(cast(EncoderModel, model), *limits, num_threads=num_threads)
+        return CpuDevice(_decoder(model), *limits, num_threads=num_threads)
     assert name == "reference", f"{name} does not compute in the host's memory"
     from octavo.gpu_worker.devices.reference import ReferenceDevice
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from octavo.gpu_worker.devices.packed_model import PackedModel, PackedValue
+from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Activation, Experts, Heads, Linear, Model, Norm, Rotary
 from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu import library
@@ -141,7 +142,9 @@ class _Recorder:
         self.ops.append(op)
         return x
 
-    def logits(self, x: int, norm: Norm, head: Linear) -> int:
+    def logits(self, x: int, norm: Norm, head: Linear | None) -> int:
+        if head is None:
+            raise DeviceError("device cpu makes vectors with encoders only; serve this decoder with device reference")
         assert head.weight.shape[0] == self._vocab_size, (tuple(head.weight.shape), self._vocab_size)
         packed = self._linear(head, x, self._head_format)
         op = library.Op(kind=library.LOGITS, norm=self._norm(norm, x), linear=packed, input=x, output=_END)

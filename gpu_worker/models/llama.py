@@ -82,13 +82,12 @@ class LlamaModel:
         self._layers = [_take_layer(config, tensors, layer) for layer in range(config.num_layers)]
         self._norm = Norm(tensors.pop("model.norm.weight"), config.rms_norm_eps)
         self._head: Linear | None = None
-        self.output_size = config.vocab_size if config.has_head else config.hidden_size
         if config.has_head:
             self._head = Linear(self._embedding if config.tie_word_embeddings else tensors.pop("lm_head.weight"))
         assert not tensors, f"unused tensors: {sorted(tensors)}"
 
     def forward(self, ops: Ops) -> Value:
-        """Run one step through `ops`; return the logits or the hidden states, [R, output_size]."""
+        """Run one step through `ops`; return the logits, or the hidden states without a head."""
         residual = ops.embed(self._embedding)
         for index, layer in enumerate(self._layers):
             qkv = ops.norm_linear(residual, layer.input_norm, layer.qkv)

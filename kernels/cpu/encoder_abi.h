@@ -1,0 +1,82 @@
+// The C interface for encoders: models in which all tokens of a sequence see each other. `encoder.py`
+// mirrors it. Everything is float32; what abi.h says of memory and padding holds here too.
+#pragma once
+
+#include "abi.h"
+
+extern "C" {
+
+enum OctavoEncoderOpKind : int32_t {
+  OCTAVO_ENCODER_EMBED_SUM = 0,
+  OCTAVO_ENCODER_LAYER_NORM = 1,
+  OCTAVO_ENCODER_LINEAR = 2,
+  OCTAVO_ENCODER_LINEAR_RESIDUAL = 3,
+  OCTAVO_ENCODER_SELF_ATTENTION = 4,
+  OCTAVO_ENCODER_HIDDEN = 5,
+};
+
+enum OctavoEncoderActivation : int32_t {
+  OCTAVO_ENCODER_NO_ACTIVATION = 0,
+  OCTAVO_ENCODER_GELU = 1,
+  OCTAVO_ENCODER_GELU_TANH = 2,
+};
+
+// Rows of float32, `stride` elements apart.
+struct OctavoTable {
+  const float* data;
+  int32_t num_rows;
+  int32_t stride;
+};
+
+// One operation of a recorded program: `EncoderOps` of gpu_worker/ops.py. Unused fields are zero.
+struct OctavoEncoderOp {
+  int32_t kind;     // OctavoEncoderOpKind
+  int32_t input;    // number of the buffer read, -1 for OCTAVO_ENCODER_EMBED_SUM
+  int32_t output;   // number of the buffer written (added to, for the residual); -1 for OCTAVO_ENCODER_HIDDEN
+  int32_t columns;  // of the result
+  OctavoTable words;
+  OctavoTable positions;
+  OctavoTable segments;
+  const float* norm_weight;  // zero-padded to a multiple of 32
+  const float* norm_bias;    // the same, or null
+  float norm_eps;
+  int32_t in_features;
+  const float* weight;  // packed as gemm_f32.h says
+  const float* bias;    // zero-padded to a multiple of 32; null without bias
+  int32_t activation;   // OctavoEncoderActivation
+  int32_t num_heads;
+  int32_t head_dim;  // a multiple of 16
+  float scale;
+};
+
+struct OctavoEncoderInfo {
+  const OctavoEncoderOp* ops;
+  const OctavoBuffer* buffers;  // [max_batch_tokens, stride] float32, zeroed
+  int32_t num_ops;
+  int32_t num_buffers;
+  int32_t max_batch_tokens;
+};
+
+// The parts of `StepInput` of gpu_worker/ops.py that are read here, and the sizes of its arrays.
+struct OctavoEncoderStep {
+  const int32_t* token_ids;
+  const int32_t* positions;
+  const int32_t* segments;  // null: all 0
+  const int32_t* query_start_loc;
+  const int32_t* logits_rows;
+  int32_t num_tokens;
+  int32_t num_sequences;
+  int32_t num_rows;
+};
+
+typedef struct OctavoEncoder OctavoEncoder;
+
+// `info` and the arrays it points to are copied; buffers and weights are not.
+OCTAVO_EXPORT OctavoEncoder* octavo_encoder_create(OctavoPool* pool, const OctavoEncoderInfo* info);
+OCTAVO_EXPORT void octavo_encoder_destroy(OctavoEncoder* encoder);
+// Run one step and write hidden states [num_rows, columns of the last operation]. Returns 0, or -1 with a
+// sentence in `error` when an index of the step is out of range; then nothing was written.
+OCTAVO_EXPORT int32_t octavo_encoder_run(OctavoEncoder* encoder, const OctavoEncoderStep* step, float* hidden,
+                                         char* error, size_t error_size);
+
+}  // extern "C"

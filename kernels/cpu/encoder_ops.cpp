@@ -1,0 +1,145 @@
+#include "encoder_ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "dispatch.h"
+#include "simd.h"
+
+namespace octavo {
+namespace {
+
+constexpr int kRowMultiple = 32;  // as rows of buffers are padded
+
+const float* row_of(const OctavoTable& table, int64_t row) { return table.data + row * table.stride; }
+
+float sum_of(const float* x, int64_t padded_size) {
+  Vec sum = {};
+  for (int64_t i = 0; i < padded_size; i += kLanes) sum = sum + load(x + i);
+  return sum_lanes(sum);
+}
+
+// scores[row][key] = scale * (query . key), all keys of a vector at once. Queries are `stride` apart.
+template <int kRows>
+void score_keys(const float* queries, int64_t stride, const float* keys, int64_t padded, int head_dim, Vec scale,
+                float* scores) {
+  for (int64_t key = 0; key < padded; key += kLanes) {
+    Vec sums[kRows] = {};
+    for (int i = 0; i < head_dim; ++i) {
+      const Vec column = load(keys + i * padded + key);
+      for (int row = 0; row < kRows; ++row)
+        sums[row] = multiply_add(broadcast(queries[row * stride + i]), column, sums[row]);
+    }
+    for (int row = 0; row < kRows; ++row) store(scores + row * padded + key, sums[row] * scale);
+  }
+}
+
+// Turn a row's scores into weights 2^(score - largest), zero beyond the keys; return one over their sum.
+float to_weights(float* scores, int num_keys, int64_t padded) {
+  std::fill(scores + num_keys, scores + padded, -std::numeric_limits<float>::infinity());
+  Vec largest = load(scores);
+  for (int64_t i = kLanes; i < padded; i += kLanes) largest = maximum(largest, load(scores + i));
+  const Vec most = broadcast(max_lanes(largest));
+  Vec sum = {};
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Vec weight = exp2(load(scores + i) - most);
+    store(scores + i, weight);
+    sum = sum + weight;
+  }
+  return 1.0f / sum_lanes(sum);
+}
+
+// output[row][dim ..] = factor[row] * sum over keys of weight * value, `kVectors` vectors of dimensions.
+template <int kRows, int kVectors>
+void weigh_values(const float* weights, int64_t padded, int num_keys, const float* values, int64_t value_stride,
+                  const float* factors, float* output, int64_t output_stride) {
+  Vec sums[kRows][kVectors];
+  clear(sums);
+  for (int key = 0; key < num_keys; ++key) {
+    Vec value[kVectors];
+    for (int vector = 0; vector < kVectors; ++vector) value[vector] = load(values + key * value_stride + vector * kLanes);
+    for (int row = 0; row < kRows; ++row) {
+      const Vec weight = broadcast(weights[row * padded + key]);
+      for (int vector = 0; vector < kVectors; ++vector)
+        sums[row][vector] = multiply_add(weight, value[vector], sums[row][vector]);
+    }
+  }
+  for (int row = 0; row < kRows; ++row)
+    for (int vector = 0; vector < kVectors; ++vector)
+      store(output + row * output_stride + vector * kLanes, sums[row][vector] * broadcast(factors[row]));
+}
+
+template <int kRows>
+constexpr int dims_at_once() {
+  int vectors = 16 / kLanes;  // head_dim is a multiple of 16
+  while (vectors > 1 && kRows * vectors > kAccumulators) vectors /= 2;
+  return vectors;
+}
+
+}  // namespace
+
+void embed_sum_row(const OctavoEncoderOp& op, int32_t token, int32_t position, int32_t segment, float* output) {
+  const float* word = row_of(op.words, token);
+  const float* place = row_of(op.positions, position);
+  const float* text = row_of(op.segments, std::min(segment, op.segments.num_rows - 1));
+  for (int64_t i = 0; i < round_up(op.columns, kRowMultiple); i += kLanes)
+    store(output + i, load(word + i) + (load(text + i) + load(place + i)));
+}
+
+void layer_norm_row(const OctavoEncoderOp& op, const float* x, float* output) {
+  const int64_t padded = round_up(op.columns, kRowMultiple);
+  const float mean = sum_of(x, padded) / static_cast<float>(op.columns);
+  float squares = 0.0f;
+  {
+    Vec sum = {};
+    int64_t i = 0;
+    for (; i + kLanes <= op.columns; i += kLanes) {
+      const Vec centred = load(x + i) - broadcast(mean);
+      sum = multiply_add(centred, centred, sum);
+    }
+    squares = sum_lanes(sum);
+    for (; i < op.columns; ++i) squares += (x[i] - mean) * (x[i] - mean);
+  }
+  const Vec factor = broadcast(1.0f / std::sqrt(squares / static_cast<float>(op.columns) + op.norm_eps));
+  for (int64_t i = 0; i < padded; i += kLanes) {  // the weight is zero in the padding
+    const Vec normed = (load(x + i) - broadcast(mean)) * factor * load(op.norm_weight + i);
+    store(output + i, op.norm_bias == nullptr ? normed : normed + load(op.norm_bias + i));
+  }
+}
+
+void attend_sequence(const OctavoEncoderOp& op, int head, int num_tokens, const float* qkv, int64_t qkv_stride,
+                     float* output, int64_t output_stride, AttentionScratch& scratch) {
+  const int head_dim = op.head_dim;
+  const int64_t width = int64_t{op.num_heads} * head_dim;
+  const int64_t padded = round_up(num_tokens, kLanes);
+  const float* queries = qkv + head * head_dim;
+  const float* keys = queries + width;
+  const float* values = keys + width;
+  if (static_cast<int64_t>(scratch.keys.size()) < head_dim * padded) scratch.keys.resize(head_dim * padded);
+  if (static_cast<int64_t>(scratch.scores.size()) < kMaxTileRows * padded) scratch.scores.resize(kMaxTileRows * padded);
+  for (int i = 0; i < head_dim; ++i) {
+    float* column = scratch.keys.data() + i * padded;
+    for (int token = 0; token < num_tokens; ++token) column[token] = keys[token * qkv_stride + i];
+    std::fill(column + num_tokens, column + padded, 0.0f);
+  }
+  const Vec scale = broadcast(op.scale * 1.44269504f);
+  const int num_tiles = static_cast<int>(divide_up(num_tokens, kMaxTileRows));
+  for (int tile = 0; tile < num_tiles; ++tile) {
+    const int first = num_tokens * tile / num_tiles;
+    const int count = num_tokens * (tile + 1) / num_tiles - first;
+    dispatch_rows(count, [&](auto constant) {
+      constexpr int kRows = constant();
+      constexpr int kVectors = dims_at_once<kRows>();
+      float* scores = scratch.scores.data();
+      float factors[kRows];
+      score_keys<kRows>(queries + first * qkv_stride, qkv_stride, scratch.keys.data(), padded, head_dim, scale, scores);
+      for (int row = 0; row < kRows; ++row) factors[row] = to_weights(scores + row * padded, num_tokens, padded);
+      for (int dim = 0; dim < head_dim; dim += kVectors * kLanes)
+        weigh_values<kRows, kVectors>(scores, padded, num_tokens, values + dim, qkv_stride, factors,
+                                      output + first * output_stride + head * head_dim + dim, output_stride);
+    });
+  }
+}
+
+}  // namespace octavo
