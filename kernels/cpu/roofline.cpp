@@ -48,11 +48,16 @@ void multiply_quads(int64_t num_dots) {
   const std::vector<uint8_t> bytes(sizeof(IntVec), 1);
   const ByteActivation ones[4] = {1, 1, 1, 1};
   const Quads a = load_quads(bytes.data());
-  const QuadActivations b = broadcast_quad(ones);
+  const ByteActivation* source = ones;
+  QuadActivations b = broadcast_quad(source);
   IntVec sums[kDotSums] = {};
   for (int64_t i = 0; i < num_dots; i += kDotSums) {
 #pragma GCC unroll 16
     for (int s = 0; s < kDotSums; ++s) {
+      if constexpr (sizeof(ByteActivation) > 1) {  // several instructions: the compiler would take products out of the loop
+        keep_in_register(source);
+        b = broadcast_quad(source);
+      }
       sums[s] = dot_quads(sums[s], a, b);
       keep(sums[s]);
     }
