@@ -143,7 +143,11 @@ class Container:
                 *self.command([*self.spec["command"], *self.spec["args"]]),
                 stdout=log, stderr=log, env={**os.environ, **self._environment()},
             )  # fmt: skip
-        self.exit_status = await self.process.wait()
+        try:
+            self.exit_status = await self.process.wait()
+        finally:
+            if self.process.returncode is None:  # whoever waited was cancelled
+                self.send(signal.SIGKILL)
         return self.exit_status
 
     async def keep(self) -> None:

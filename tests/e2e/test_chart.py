@@ -140,6 +140,7 @@ async def installed(model: Path) -> AsyncIterator[Release]:
     folder = Path(tempfile.mkdtemp(prefix="octavo-chart-"))
     objects = render(model)
     release = Release(Cluster(folder, objects), objects)
+    starting: list[asyncio.Task[Pod]] = []
     try:
         (job,) = (each for each in objects if each["kind"] == "Job")
         fetch = Pod(release.cluster, "fetch", job["spec"]["template"])
@@ -151,6 +152,9 @@ async def installed(model: Path) -> AsyncIterator[Release]:
         async with proxied(release):
             yield release
     finally:
+        for task in starting:
+            task.cancel()
+        await asyncio.gather(*starting, return_exceptions=True)
         await release.cluster.end()
         shutil.rmtree(folder, ignore_errors=True)
 
