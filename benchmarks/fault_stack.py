@@ -73,6 +73,12 @@ class Process:
             asyncio.get_running_loop().remove_reader(descriptor)
             os.close(descriptor)
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        assert self._process is not None, f"{self.name} was not started"
+        return self._process.pid
+
     async def reported(self, since: float, timeout_s: float) -> float:
         """Return when it first reported something after a time. Raises TimeoutError."""
         async with asyncio.timeout(timeout_s):
@@ -160,7 +166,6 @@ class Stack:
         ports = [free_port() for _ in range(4)]
         self.gateway_addresses = [f"127.0.0.1:{port}" for port in ports[:2]]
         self.address = f"127.0.0.1:{ports[2]}"
-        self.http_ports = [free_port() for _ in range(2)]
         self.num_schedulers = num_schedulers
         far = ".far" if has_relays else ""  # where schedulers listen; others go through the relays
         self.gateway_relays, self.worker_relays = (
@@ -204,7 +209,6 @@ class Stack:
                 "--model-name=demo",
                 f"--gateway-id=gateway-{n}",
                 f"--grpc-address={self.gateway_addresses[n]}",
-                f"--http-address=127.0.0.1:{self.http_ports[n]}",
                 f"--scheduler-addresses={','.join(sockets)}",
                 f"--resume-key-file={folder}/resume.key",
                 f"--grace-s={GRACE_S:g}s",

@@ -1,7 +1,7 @@
 """Break a running deployment in every way there is, and check that nothing is lost.
 
     python benchmarks/faults.py [--worker-kills 5] [--worker-hangs 2] [--scheduler-kills 5] [--scheduler-hangs 2]
-        [--gateway-kills 5] [--partitions 2] [--rolling-restarts 1] [--vanishing-clients 500] [--slow-readers 1]
+        [--gateway-kills 5] [--partitions 2] [--rolling-restarts 1] [--vanishing-clients 500]
         [--schedulers 2] [--streams 8] [--tokens 64] [--faults-per-stream 1] [--seed 0] [--results FILE]
 
 Two gateways behind Envoy, schedulers that both gateways know, a CPU worker for each. Every fault strikes while
@@ -35,7 +35,6 @@ from typing import Any
 import grpc
 from fault_load import Load, Tally
 from fault_stack import Process, Relay, Stack
-from slow_readers import SlowReaders
 
 from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.services.cli import demo_model
@@ -50,7 +49,6 @@ FAULTS = {
     "scheduler-hangs": 2,
     "gateway-kills": 5,
     "partitions": 2,
-    "slow-readers": 1,
     "rolling-restarts": 1,
     "vanishing-clients": 500,
 }
@@ -138,20 +136,6 @@ class Faults:
             await self._stack.idle()
         except TimeoutError:
             tally.problems.append("blocks are not free, or a process does not come back")
-
-    async def slow_readers(self, count: int) -> Tally:
-        """Let clients read nothing, beside other streams, until they hold no blocks; then let them read."""
-        tally = Tally()
-        for _ in range(count):
-            async with SlowReaders(self._stack.gateway_addresses[0], self._stack.http_ports[0], num_each=4) as slow:
-                await self._load.run(tally, [1], _nothing)
-                try:
-                    await self._stack.idle()
-                except TimeoutError:
-                    tally.problems.append("clients that do not read keep their blocks")
-                tally.problems += await slow.read_all()
-            await self._settle(tally)
-        return tally
 
     async def rolling_restarts(self, count: int) -> Tally:
         """Restart one gateway after the other, with streams running and new calls coming, as an upgrade does."""
@@ -289,7 +273,6 @@ async def run(args: argparse.Namespace) -> int:
                 ("gateway killed", args.gateway_kills, lambda n: faults.kills(stack.gateways, n)),
                 ("network cut for 6 s", args.partitions, lambda n: faults.partitions(relays, n)),
                 ("gateways restart in turn", args.rolling_restarts, faults.rolling_restarts),
-                ("slow readers", args.slow_readers, faults.slow_readers),
                 ("clients vanish", args.vanishing_clients, faults.vanishing_clients),
             ]
             print(
