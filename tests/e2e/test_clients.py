@@ -28,7 +28,9 @@ def test_a_client_streams_an_answer(stack: Stack, language: str, tmp_path: Path)
         pytest.skip(f"{', '.join(missing)} missing; examples/clients/debian.sh installs what the examples need")
     command = ["make", "-s", "-C", str(EXAMPLES), language, f"ADDRESS={stack.address}", f"BUILD={tmp_path}"]
     # Whoever runs the tests by make hands no jobs or flags of that down.
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "The capital of France is Paris." in done.stdout
