@@ -1,12 +1,12 @@
 """Embeds 1,000 sentences with Octavo, sentence-transformers and ONNX Runtime, in turn, with the same weights.
 
-python benchmarks/embeddings.py HOME [--rounds N] [--model FOLDER]
+python benchmarks/embeddings.py HOME [--rounds N] [--sentences N] [--threads N] [--model FOLDER]
 
 The peers are installed into an environment below HOME (torch is large: some minutes the first time). Octavo is a whole
 deployment on the cpu device, asked over gRPC in one call; the peers run in a process of their own, with the batch
 size that is best for them. All keep float32 weights. Printed are the medians of all rounds, in sentences a second
 by the clock and by the processor's time (all processes of a contender, the client included), and the ratios: on a
-machine that others use, the second is the one to look at.
+machine that others use, the second is the one to look at, with one thread: threads that wait for each other burn time.
 """
 
 from __future__ import annotations
@@ -37,9 +37,19 @@ _START_S = 300
 class Peer:
     """A process that embeds when told to."""
 
-    def __init__(self, kind: str, home: Path, model: Path) -> None:
+    def __init__(self, kind: str, home: Path, model: Path, count: int, threads: int) -> None:
         script = ROOT / "benchmarks" / "peers" / "embedders.py"
-        command = [home / "venv" / "bin" / "python", script, kind, model, WORKLOAD, home]
+        command = [
+            *_cores(threads),
+            home / "venv" / "bin" / "python",
+            script,
+            kind,
+            model,
+            WORKLOAD,
+            home,
+            str(count),
+            str(threads),
+        ]
         self.name = kind
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._batch_size = self._read().split()[1]
@@ -70,11 +80,20 @@ class Octavo:
 
     name = "octavo"
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, count: int, threads: int) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
-        command = [sys.executable, "-P", "-m", "octavo.services.cli", "serve", str(model), "--device=cpu"]
+        command = [
+            *_cores(threads),
+            sys.executable,
+            "-P",
+            "-m",
+            "octavo.services.cli",
+            "serve",
+            str(model),
+            "--device=cpu",
+        ]
         command += [f"--grpc-address={address}", "--http-address="]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert self._process.stdout is not None
@@ -83,7 +102,8 @@ class Octavo:
                 raise SystemExit("octavo serve ended")
         channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", 64 << 20)])
         self._stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)  # type: ignore[no-untyped-call]
-        inputs = [embedding_pb2.EmbedInput(text=json.loads(line)["text"]) for line in WORKLOAD.read_text().splitlines()]
+        rows = WORKLOAD.read_text().splitlines()[:count]
+        inputs = [embedding_pb2.EmbedInput(text=json.loads(row)["text"]) for row in rows]
         self._request = embedding_pb2.EmbedRequest(model=model.name, inputs=inputs)
         self.measure()
 
@@ -105,6 +125,11 @@ class Octavo:
         return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
+def _cores(count: int) -> list[str]:
+    """Return what lets a command use so many cores: each contender takes as many threads as it sees cores."""
+    return ["taskset", "--cpu-list", f"0-{count - 1}"]
+
+
 def install(home: Path) -> None:
     """Install the peers, unless they are there."""
     if not (home / "venv" / ".done").exists():
@@ -119,13 +144,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("home", type=Path, help="where the peers are installed")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sentences", type=int, default=1000, help="of the workload, at least 16")
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="of each contender")
     parser.add_argument("--model", type=Path, help="the MiniLM folder; default: fetched")
     options = parser.parse_args()
     options.home.mkdir(parents=True, exist_ok=True)
     install(options.home)
     model = options.model or demo_model.fetch(demo_model.cache_dir(), lambda *_: None, demo_model.MINILM)
-    contenders = [Octavo(model), *(Peer(kind, options.home, model) for kind in PEERS)]
-    count = len(WORKLOAD.read_text().splitlines())
+    count = min(options.sentences, len(WORKLOAD.read_text().splitlines()))
+    sizes = (count, options.threads)
+    contenders = [Octavo(model, *sizes), *(Peer(kind, options.home, model, *sizes) for kind in PEERS)]
     clock: dict[str, list[float]] = {each.name: [] for each in contenders}
     cpu: dict[str, list[float]] = {each.name: [] for each in contenders}
     vectors = {}

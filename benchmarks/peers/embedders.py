@@ -1,8 +1,9 @@
 """Embeds the workload with sentence-transformers or ONNX Runtime, once for each line on its input.
 
 Run with the Python of an environment that has them, by benchmarks/embeddings.py:
-embedders.py {sentence-transformers|onnxruntime} MODEL_FOLDER WORKLOAD WORK_FOLDER. Prints "ready", then for each line
-a JSON object with seconds, the processor's seconds, and the first 16 vectors.
+embedders.py {sentence-transformers|onnxruntime} MODEL_FOLDER WORKLOAD WORK_FOLDER SENTENCES THREADS.
+Prints "ready" and
+its batch size, then for each line a JSON object with seconds, the processor's seconds, and the first 16 vectors.
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_BATCH_SIZES = (8, 16, 32, 64)
+_BATCH_SIZES = (8, 32)
 Encode = Callable[[list[str], int], Any]
 
 
-def sentence_transformers(folder: Path) -> Encode:
+def sentence_transformers(folder: Path, threads: int) -> Encode:
     """Return the library's own encode, which sorts by length."""
+    import torch
     from sentence_transformers import SentenceTransformer
 
+    torch.set_num_threads(threads)
     model = SentenceTransformer(str(folder), device="cpu")
     return lambda texts, batch_size: model.encode(texts, batch_size=batch_size, normalize_embeddings=True)
 
 
-def onnxruntime(folder: Path, work: Path) -> Encode:
+def onnxruntime(folder: Path, work: Path, threads: int) -> Encode:
     """Return the same over ONNX Runtime: sorted by length, padded to the longest of a batch, mean, normalized."""
     import numpy as np
     import onnxruntime as ort
@@ -36,6 +39,7 @@ def onnxruntime(folder: Path, work: Path) -> Encode:
     if not path.exists():
         _export(folder, path)
     options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -94,14 +98,18 @@ def _export(folder: Path, path: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     """Measure when told to."""
-    kind, folder, workload, work = arguments[0], *map(Path, arguments[1:])
-    texts = [json.loads(line)["text"] for line in workload.read_text().splitlines()]
-    encode = sentence_transformers(folder) if kind == "sentence-transformers" else onnxruntime(folder, work)
+    kind, folder, workload, work = arguments[0], *map(Path, arguments[1:4])
+    texts = [json.loads(line)["text"] for line in workload.read_text().splitlines()[: int(arguments[4])]]
+    threads = int(arguments[5])
+    if kind == "sentence-transformers":
+        encode = sentence_transformers(folder, threads)
+    else:
+        encode = onnxruntime(folder, work, threads)
     times = {}
     for batch_size in _BATCH_SIZES:  # the best one for this machine
-        encode(texts[:128], batch_size)
+        encode(texts[:64], batch_size)
         started = time.process_time()
-        encode(texts[:512], batch_size)
+        encode(texts[:256], batch_size)
         times[batch_size] = time.process_time() - started
     best = min(times, key=lambda size: times[size])
     print(f"ready {best}", flush=True)
