@@ -98,6 +98,12 @@ class Step:
         return (self.context_lengths + self.query_lengths)[self.samples].astype(np.int32)
 
     @property
+    def sampled_follow(self) -> BoolArray:
+        """Whether each of those rows ends with the token that was sampled last for its slot, [R]."""
+        follow: BoolArray = self.token_ids[self.query_ends - 1] == LAST_TOKEN
+        return follow[self.samples]
+
+    @property
     def query_ends(self) -> Int64Array:
         """Where each row's tokens end in `token_ids`, [S]."""
         return np.cumsum(self.query_lengths)

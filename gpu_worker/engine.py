@@ -8,13 +8,15 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.gpu_worker.batch import Limits, Slots
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices import make_runner
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.loading import LoadedModel
+from octavo.gpu_worker.grammars import PATIENCE_S, make_grammars
+from octavo.gpu_worker.loading import LoadedModel, vocabulary_reader
 from octavo.gpu_worker.ops import Int32Array
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Outcome, Runner, Running
@@ -41,10 +43,19 @@ class Engine:
                   other way. 0: no limit
     """
 
-    def __init__(self, runner: Runner, limits: Limits, max_model_len: int, step_limit_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: Limits,
+        max_model_len: int,
+        step_limit_s: float = 0.0,
+        *,
+        takes_grammars: bool = False,
+    ) -> None:
         self.runner = runner
         self.limits = limits
         self.max_model_len = max_model_len
+        self.takes_grammars = takes_grammars
         self.max_batch_tokens = limits.max_batch_tokens
         self._step_limit_s = step_limit_s
         self._in_flight: deque[_Started] = deque()
@@ -129,6 +140,12 @@ def make_engine(
     max_batch_tokens = wanted.max_batch_tokens or _DEFAULT_MAX_BATCH_TOKENS
     max_running = wanted.max_running or _DEFAULT_MAX_RUNNING
     max_blocks_per_sequence = -(-loaded.max_model_len // BLOCK_SIZE)
+    vocab_size = loaded.model.vocab_size
+    # Ranks must not differ in what they find late: they wait.
+    patience_s = PATIENCE_S if collectives is None else None
+    grammars = None
+    if loaded.pooling is None:
+        grammars = make_grammars(vocabulary_reader(Path(config.model), vocab_size), vocab_size, patience_s)
     runner = make_runner(
         config.device,
         loaded.model,
@@ -140,6 +157,7 @@ def make_engine(
         quantization=config.quantization,
         collectives=collectives,
         pooling=loaded.pooling,
+        grammars=grammars,
     )
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
     if collectives is not None:
@@ -149,7 +167,7 @@ def make_engine(
     runner.allocate_kv(num_blocks)
     if collectives is not None:
         collectives.least(num_blocks)  # no rank begins to compute before all can
-    sizes = (max_running, max_batch_tokens, max_blocks_per_sequence, num_blocks, loaded.model.vocab_size)
+    sizes = (max_running, max_batch_tokens, max_blocks_per_sequence, num_blocks, vocab_size)
     limits = Limits(*sizes, pooling=loaded.pooling, has_cache=has_cache)
     room = (num_blocks - 1) * BLOCK_SIZE if has_cache else max_batch_tokens
     max_model_len = min(loaded.max_model_len, room)
@@ -157,7 +175,7 @@ def make_engine(
         log.info("kv_cache_memory limits the context to %d of %d tokens", max_model_len, loaded.max_model_len)
     # The collectives' own time-out comes first, where there is a host that waits for them.
     step_limit_s = 2 * config.rank_timeout_s if collectives is not None else 0.0
-    return Engine(runner, limits, max_model_len, step_limit_s)
+    return Engine(runner, limits, max_model_len, step_limit_s, takes_grammars=grammars is not None)
 
 
 def count_blocks(kv_cache_memory: int, block_bytes: int, wanted: int) -> int:

@@ -38,9 +38,10 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class StringArray:
-    """An array of strings in the metadata, of which only the length is kept."""
+    """An array of strings in the metadata: how many, and where they begin in the file (`GgufFile.strings`)."""
 
     length: int
+    offset: int
 
 
 class GgufFile:
@@ -65,6 +66,18 @@ class GgufFile:
         """Return a tensor's stored bytes, [rows, bytes of a row], not copied."""
         flat = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
         return flat.reshape(*tensor.shape[:-1], -1)
+
+    def strings(self, array: StringArray) -> list[str]:
+        """Return the strings of an array in the metadata. Raises ModelError."""
+        strings, at = [], array.offset
+        for _ in range(array.length):
+            (size,) = struct.unpack_from("<Q", self._map, at)
+            strings.append(self._map[at + 8 : at + 8 + size])
+            at += 8 + size
+        try:
+            return [string.decode("utf-8") for string in strings]
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{self.path}: the GGUF header is damaged ({error}); download the file again") from None
 
     def header_bytes(self) -> bytes:
         """Return everything before the tensors' data."""
@@ -130,11 +143,12 @@ class GgufFile:
             return self._scalar(_SCALARS[kind])
         element, length = self._scalar("I"), self._scalar("Q")
         if element == _STRING:
+            array = StringArray(length, self._at)
             for _ in range(length):  # ends at the latest where the file does
                 (size,) = struct.unpack_from("<Q", self._map, self._at)
                 self._at += 8 + size
                 if self._at > len(self._map):
                     raise IndexError(self._at)
-            return StringArray(length)
+            return array
         code = _SCALARS[element]  # no arrays of arrays: none are in use
         return list(struct.unpack(f"<{length}{code}", self._take(length * struct.calcsize("<" + code))))

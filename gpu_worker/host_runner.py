@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from octavo.gpu_worker.batch import LAST_TOKEN, Step
+from octavo.gpu_worker.grammars import Grammars
 from octavo.gpu_worker.memory import resident_bytes
-from octavo.gpu_worker.ops import Device, Int32Array, StepInput
-from octavo.gpu_worker.protocol import BLOCK_SIZE, NOT_FINITE_TOKEN
+from octavo.gpu_worker.ops import Device, Int32Array, StepInput, UInt32Array
+from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
 from octavo.gpu_worker.runner import Outcome
-from octavo.gpu_worker.sampler import Sampler, UInt32Array
+from octavo.gpu_worker.sampler import Sampler
 
 _KV_MEMORY_BYTES = 512 << 20
 
@@ -48,15 +49,23 @@ class HostMemory:
 class HostRunner(HostMemory):
     """A `Runner` over a `Device`."""
 
-    def __init__(self, device: Device, max_running: int, max_blocks_per_sequence: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        max_running: int,
+        max_blocks_per_sequence: int,
+        vocab_size: int,
+        grammars: Grammars | None = None,
+    ) -> None:
         super().__init__(device)
+        self._grammars = grammars
         self._sizes = (max_running, max_blocks_per_sequence, vocab_size)
         self.reset()
 
     def reset(self) -> None:
         """Forget every slot."""
         max_running, max_blocks, vocab_size = self._sizes
-        self._sampler = Sampler(self._device, vocab_size, max_running)
+        self._sampler = Sampler(self._device, vocab_size, max_running, self._grammars)
         self._tables = Tables(max_running, max_blocks)
         self._no_logits = np.empty((0, vocab_size), np.float32)
 
@@ -73,7 +82,7 @@ class HostRunner(HostMemory):
         logits = self._device.forward(self._tables.step_input(step)) if len(step.slots) else self._no_logits
         computed = time.perf_counter()
         sampled_slots = step.sampled_slots
-        sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions)
+        sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions, step.sampled_follow)
         self._tables.record(sampled_slots, sampled.token_ids)
         ended = time.perf_counter()
         return Done(Outcome(sampled, round((computed - started) * 1e6), round((ended - computed) * 1e6)))
@@ -113,10 +122,10 @@ class Tables:
     def record(self, slots: Int32Array, token_ids: UInt32Array) -> None:
         """Remember the tokens drawn for `slots`.
 
-        A sequence whose logits were not finite ends, but the next plan may already hold it: it
-        goes on with token 0 until the scheduler knows.
+        A sequence that got no token ends or is computed again, but the next plan may already hold it:
+        it goes on with token 0 until the scheduler knows.
         """
-        self._last_token_ids[slots] = np.where(token_ids == NOT_FINITE_TOKEN, 0, token_ids)
+        self._last_token_ids[slots] = np.where(token_ids >= FIRST_NO_TOKEN, 0, token_ids)
 
     def step_input(self, step: Step) -> StepInput:
         """Return the batch of a step that has rows."""

@@ -16,6 +16,7 @@ from octavo.gpu_worker.ops import EncoderModel, Model
 from octavo.gpu_worker.pooler import Pooling
 from octavo.gpu_worker.quantization import Quantization
 from octavo.gpu_worker.sharding import WHOLE, Sharding
+from octavo.gpu_worker.vocabulary import Vocabulary, read_vocabulary
 
 if TYPE_CHECKING:  # these need torch, which a worker whose weights are packed never imports
     from octavo.gpu_worker.devices.packed_model import PackedModel
@@ -59,6 +60,17 @@ def load_for_device(config: WorkerConfig, progress: Progress, sharding: Sharding
     if config.quantization == Quantization.NONE:
         return loaded
     return replace(loaded, model_version=f"{loaded.model_version}-{config.quantization}")
+
+
+def vocabulary_reader(path: Path, vocab_size: int) -> Callable[[], Vocabulary] | None:
+    """Return what reads the tokens of a model, which takes a while and may raise ModelError; None if it has none."""
+    try:
+        file = _find(path)
+    except ModelError:  # the model did not come from there
+        return None
+    if file.is_dir() and not (file / "tokenizer.json").exists():
+        return None
+    return lambda: read_vocabulary(file, vocab_size)
 
 
 def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a worker whose weights are packed never needs torch, which 
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
+UInt32Array = npt.NDArray[np.uint32]
 
 # A value inside a forward pass: a tensor where calls are executed, a buffer's number where they
 # are recorded. A model only hands values from one operation to the next.
@@ -281,6 +282,12 @@ class Device(Protocol):
 
     def copy_blocks(self, pairs: Int32Array) -> None:
         """Copy blocks, pairs [N, 2] of (from, to), in order."""
+
+    def mask(self, row: Float32Array, allowed: UInt32Array) -> None:
+        """Set the logits of `row` [vocab_size] to -inf whose bit is not set, in place.
+
+        allowed  [ceil(vocab_size / 32)] bit t % 32 of word t // 32 stands for token t
+        """
 
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """Draw a token for each row of processed `logits` [N, vocab_size]; return [N].

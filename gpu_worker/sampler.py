@@ -1,8 +1,8 @@
 """Turns logits into tokens: masks, biases and penalties of each slot, then the device's draw.
 
 The order is fixed: allowed tokens, biases, minimum length, penalties (repetition, frequency,
-presence), temperature, top-k, top-p, min-p, draw. Log probabilities are of the raw logits. Each row
-is worked on alone, so a row's token does not depend on the other rows.
+presence), what the grammar allows, temperature, top-k, top-p, min-p, draw. Log probabilities are of the
+raw logits. Each row is worked on alone, so a row's token does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array
-from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN
+from octavo.gpu_worker.grammars import Automaton, Grammars, open_automaton
+from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, UInt32Array
+from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN, NOTHING_ALLOWED_TOKEN
 from octavo.gpu_worker.sampling_settings import SamplingSettings
-
-UInt32Array = npt.NDArray[np.uint32]
 
 
 class Drawer(Protocol):
@@ -26,12 +25,15 @@ class Drawer(Protocol):
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """See `ops.Device.draw`."""
 
+    def mask(self, row: Float32Array, allowed: UInt32Array) -> None:
+        """See `ops.Device.mask`."""
+
 
 @dataclass(frozen=True)
 class Sampled:
     """Tokens of a step's sampling rows, and log probabilities of those rows that want them.
 
-    token_ids            [R] uint32, NOT_FINITE_TOKEN where the logits were not finite
+    token_ids            [R] uint32, or why there is none, as in `StepResult.token_ids`
     logprobs             one for each row that wants its own or alternatives
     ranks                as long as `logprobs`; 1 is the best token
     candidate_token_ids  alternatives, best first, row after row
@@ -55,27 +57,36 @@ NOTHING_SAMPLED = Sampled(
 
 
 class Sampler:
-    """Settings and penalty state of every slot."""
+    """Settings, penalty state and grammar of every slot."""
 
-    def __init__(self, drawer: Drawer, vocab_size: int, max_running: int) -> None:
+    def __init__(self, drawer: Drawer, vocab_size: int, max_running: int, grammars: Grammars | None = None) -> None:
+        """grammars: what reads those of slots; None: no slot may have one."""
         self._drawer = drawer
+        self._grammars = grammars
         self._vocab_size = vocab_size
         self._slots: list[_Slot | None] = [None] * max_running
 
     def open_slot(self, slot: int, settings: SamplingSettings) -> None:
-        """Give a slot its settings; what it held before is forgotten."""
-        self._slots[slot] = _Slot(settings, self._vocab_size)
+        """Give a slot its settings; what it held before is forgotten. Raises PlanError for a grammar without reader."""
+        self._slots[slot] = _Slot(settings, self._vocab_size, open_automaton(self._grammars, settings))
 
     def free_slot(self, slot: int) -> None:
         """Forget a slot."""
         self._slots[slot] = None
 
-    def sample(self, logits: Float32Array, slots: Int32Array, positions: Int32Array) -> Sampled:
+    def sample(
+        self,
+        logits: Float32Array,
+        slots: Int32Array,
+        positions: Int32Array,
+        follows: npt.NDArray[np.bool_] | None = None,
+    ) -> Sampled:
         """Draw the token at `positions[i]` of `slots[i]` from row i of `logits`; changes `logits`.
 
         logits     [R, vocab_size]
         slots      [R], all open
         positions  [R] absolute position of the token to be drawn
+        follows    [R] whether the row's last token was taken to be what was drawn last for its slot; None: nowhere
         """
         if len(slots) == 0:
             return _pack(np.empty(0, np.uint32), [])
@@ -83,27 +94,43 @@ class Sampler:
         best_ids = logits.argmax(axis=1)  # the first of equal ones, and the first NaN if there is one
         # A best logit is NaN, +inf or -inf exactly if the row has a NaN, a +inf or nothing else than -inf.
         finite = np.isfinite(logits[np.arange(len(rows)), best_ids])
-        changed = [i for i, row in enumerate(rows) if finite[i] and row.slot.changes_logits(row.position)]
+        refused = self._refused(rows, follows)
+        refused = {i: code for i, code in refused.items() if finite[i]}
+        drawn = finite.copy()
+        drawn[list(refused)] = False
+        changed = [i for i, row in enumerate(rows) if drawn[i] and row.slot.changes_logits(row.position)]
         if not changed and all(row.greedy for row in rows):
             token_ids = best_ids.astype(np.uint32)
             raw = {i: logits[i] for i, row in enumerate(rows) if row.slot.settings.wants_logprobs}
         else:
             raw = {i: logits[i].copy() for i, row in enumerate(rows) if row.slot.settings.wants_logprobs}
             for i in changed:
-                rows[i].slot.change_logits(logits[i], rows[i].position)
-                finite[i] = np.isfinite(logits[i].max())
-            token_ids = self._draw(logits, rows, finite)
-        token_ids[~finite] = NOT_FINITE_TOKEN
-        for i in np.flatnonzero(finite).tolist():
+                rows[i].slot.change_logits(logits[i], rows[i].position, self._drawer)
+                drawn[i] = np.isfinite(logits[i].max())
+            token_ids = self._draw(logits, rows, drawn)
+        for i in np.flatnonzero(~drawn).tolist():
+            is_constrained = rows[i].slot.automaton is not None
+            nothing = NOTHING_ALLOWED_TOKEN if finite[i] and is_constrained else NOT_FINITE_TOKEN
+            token_ids[i] = refused.get(i, nothing)
+        for i in np.flatnonzero(drawn).tolist():
             rows[i].slot.count(int(token_ids[i]))
         wanted = [
             _logprobs(raw[i], int(token_ids[i]), row.slot.settings.logprobs)
-            if finite[i]
+            if drawn[i]
             else _no_logprobs(row.slot.settings.logprobs)
             for i, row in enumerate(rows)
             if row.slot.settings.wants_logprobs
         ]
         return _pack(token_ids, wanted)
+
+    def _refused(self, rows: list[_Row], follows: npt.NDArray[np.bool_] | None) -> dict[int, int]:
+        """Wait for what grammars allow; return the rows that get no token, and why."""
+        constrained = [(i, row.slot.automaton) for i, row in enumerate(rows) if row.slot.automaton is not None]
+        if not constrained or self._grammars is None:
+            return {}
+        is_follower = [follows is not None and bool(follows[i]) for i, _ in constrained]
+        codes = self._grammars.refusals([automaton for _, automaton in constrained], is_follower)
+        return {i: code for (i, _), code in zip(constrained, codes, strict=True) if code}
 
     def _row(self, slot: int, position: int) -> _Row:
         state = self._slots[slot]
@@ -122,14 +149,16 @@ class Sampler:
 
 
 class _Slot:
-    """One sequence's settings, and what its penalties must remember.
+    """One sequence's settings, and what its penalties and its grammar must remember.
 
-    counts  [vocab_size] how often each token was produced; None without penalties
-    seen    [vocab_size] whether it is in the prompt or the output; None without penalties
+    automaton  where it is in its grammar; None without one
+    counts     [vocab_size] how often each token was produced; None without penalties
+    seen       [vocab_size] whether it is in the prompt or the output; None without penalties
     """
 
-    def __init__(self, settings: SamplingSettings, vocab_size: int) -> None:
+    def __init__(self, settings: SamplingSettings, vocab_size: int, automaton: Automaton | None) -> None:
         self.settings = settings
+        self.automaton = automaton
         self._counts: Float32Array | None = None
         self._seen: npt.NDArray[np.bool_] | None = None
         if settings.has_penalties:
@@ -143,10 +172,15 @@ class _Slot:
         """Tell whether anything is to do before the draw."""
         settings = self.settings
         always = settings.forbidden is not None or len(settings.bias_token_ids) > 0 or self._counts is not None
-        return always or self._bans(position)
+        return always or self.automaton is not None or self._bans(position)
 
-    def change_logits(self, row: Float32Array, position: int) -> None:
+    def change_logits(self, row: Float32Array, position: int, drawer: Drawer) -> None:
         """Apply masks, biases, minimum length and penalties to `row` [vocab_size], in place."""
+        self._change_logits(row, position)
+        if self.automaton is not None:
+            drawer.mask(row, self.automaton.allowed)
+
+    def _change_logits(self, row: Float32Array, position: int) -> None:
         settings = self.settings
         if settings.forbidden is not None:
             row[settings.forbidden] = -np.inf
@@ -165,11 +199,15 @@ class _Slot:
 
     def count(self, token_id: int) -> None:
         """Remember a produced token."""
+        if self.automaton is not None:
+            self.automaton.advance(token_id)
         if self._counts is not None and self._seen is not None:
             self._counts[token_id] += 1
             self._seen[token_id] = True
 
     def _bans(self, position: int) -> bool:
+        if self.automaton is not None and self.automaton.is_complete:
+            return False  # there is no longer output
         output_length = position - self.settings.prompt_length
         return len(self.settings.banned_token_ids) > 0 and output_length < self.settings.min_new_tokens
 

@@ -10,10 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.gpu_worker.errors import PlanError
-from octavo.gpu_worker.ops import Draw
+from octavo.gpu_worker.ops import Draw, UInt32Array
 from octavo.worker.v1 import worker_pb2
-
-UInt32Array = npt.NDArray[np.uint32]
 
 # Below this a temperature only makes logits overflow: it means greedy.
 _MIN_TEMPERATURE = 1e-5
@@ -44,6 +42,8 @@ class SamplingSettings:
     min_new_tokens: int
     prompt_length: int
     history_token_ids: UInt32Array
+    grammar: str
+    end_of_sequence_ids: UInt32Array
 
     @property
     def has_penalties(self) -> bool:
@@ -94,10 +94,12 @@ def read_sampling_update(update: worker_pb2.SamplingUpdate, vocab_size: int) -> 
         min_new_tokens=update.min_new_tokens,
         prompt_length=update.prompt_length,
         history_token_ids=history,
+        grammar=update.grammar,
+        end_of_sequence_ids=_token_ids(update.end_of_sequence_ids, "end_of_sequence_ids", vocab_size),
     )
-    if settings.has_penalties and len(history) < update.prompt_length:
+    if (settings.has_penalties or settings.grammar) and len(history) < update.prompt_length:
         raise PlanError(
-            f"sampling_updates: a penalty is set, but history_token_ids holds {len(history)} tokens "
+            f"sampling_updates: a penalty or a grammar is set, but history_token_ids holds {len(history)} tokens "
             f"and the prompt {update.prompt_length}"
         )
     return settings

@@ -230,6 +230,7 @@ class Worker:
             task=common_pb2.MODEL_TASK_GENERATE if limits.pooling is None else limits.pooling.task,
             vector_size=0 if limits.pooling is None else limits.pooling.vector_size,
             whole_sequences=not limits.has_cache,
+            structured_output=engine.takes_grammars,
         )
         log.info(
             "joined with epoch %d: device %s, %d KV blocks, context %d",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from octavo.gpu_worker.errors import DeviceError
+from octavo.gpu_worker.grammars import Grammars
 from octavo.gpu_worker.host_runner import HostRunner
 from octavo.gpu_worker.ops import Device, EncoderModel, Model
 from octavo.gpu_worker.pooler import Pooling
@@ -64,19 +65,21 @@ def make_runner(
     quantization: str = "none",
     collectives: Collectives | None = None,
     pooling: Pooling | None = None,
+    grammars: Grammars | None = None,
 ) -> Runner:
     """Build what runs steps on a device of DEVICES, see `choose_device`. Raises DeviceError if it is missing.
 
     A packed model is for the cpu device and brings its threads with it; num_threads 0 means all cores.
     quantization is what the device is to do itself: a packed model is quantised already.
     With `collectives` the model is one rank's part of a model; with `pooling` vectors are made of what it gives.
+    Without `grammars` no slot may have one.
     """
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     device = choose_device(name)
     if device == "cuda":
         if pooling is not None:
             raise DeviceError("device cuda makes no vectors; serve this model with device cpu")
-        return _cuda(_decoder(model), *limits, kv_cache_dtype, quantization, collectives)
+        return _cuda(_decoder(model), *limits, kv_cache_dtype, quantization, collectives, grammars)
     if kv_cache_dtype != "auto":
         raise DeviceError(f"kv_cache_dtype {kv_cache_dtype} is for device cuda; use auto")
     if collectives is not None:
@@ -86,7 +89,7 @@ def make_runner(
     host_device = make_device(device, model, *limits, num_threads=num_threads)
     if pooling is not None:
         return PoolingRunner(host_device, max_running, max_blocks_per_sequence, pooling)
-    return HostRunner(host_device, max_running, max_blocks_per_sequence, model.vocab_size)
+    return HostRunner(host_device, max_running, max_blocks_per_sequence, model.vocab_size, grammars)
 
 
 def make_device(
@@ -126,6 +129,7 @@ def _cuda(
     kv_cache_dtype: str,
     quantization: str,
     collectives: Collectives | None,
+    grammars: Grammars | None,
 ) -> Runner:
     import torch
 
@@ -139,12 +143,13 @@ def _cuda(
 
     limits = (model, max_batch_tokens, max_running, max_blocks_per_sequence)
     if collectives is None:
-        return CudaRunner(*limits, kv_cache_dtype=kv_cache_dtype, quantization=quantization)
+        return CudaRunner(*limits, kv_cache_dtype=kv_cache_dtype, quantization=quantization, grammars=grammars)
     return CudaRunner(
         *limits,
         device=gpu_of_rank(collectives.rank, torch.cuda.device_count()),
         kv_cache_dtype=kv_cache_dtype,
         wrap=over_ranks(collectives, model.vocab_size),
+        grammars=grammars,
     )
 
 

@@ -11,7 +11,7 @@ import ctypes
 import numpy as np
 
 from octavo.gpu_worker.devices.packed_model import PackedModel
-from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, Model, StepInput
+from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, Model, StepInput, UInt32Array
 from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import Arena, Runtime
@@ -89,6 +89,10 @@ class CpuDevice:
     def profile(self, on: bool) -> dict[str, tuple[int, int]]:
         """Return (ns, phases) by name of operation since the last call, and go on measuring, or no longer."""
         return {library.PROFILE_NAMES[kind]: values for kind, values in self._program.profile(on).items()}
+
+    def mask(self, row: Float32Array, allowed: UInt32Array) -> None:
+        """Set what is not allowed in a row of logits [vocab_size] to -inf, in place; see `ops.Device.mask`."""
+        self._runtime.mask(row, allowed)
 
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """Draw a token for each row of processed `logits` [N, vocab_size] float32; return [N].

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,10 +21,11 @@ from octavo.gpu_worker.devices.cuda_graphs import Graphs, graph_sizes
 from octavo.gpu_worker.devices.cuda_memory import MemoryReport, kv_memory_bytes
 from octavo.gpu_worker.devices.cuda_ops import AttentionWork, CudaOps, StepTensors
 from octavo.gpu_worker.devices.cuda_products import find_unstable_products, padded_rows
-from octavo.gpu_worker.devices.cuda_sampling import Changes, DeviceSampler, TableWords, Wanted, unpack
+from octavo.gpu_worker.devices.cuda_sampling import Changes, DeviceSampler, TableWords, Wanted, advance, unpack
 from octavo.gpu_worker.devices.cuda_step import Columns, Int32Array, Layout, Planner, Sizes, Staging, aligned
 from octavo.gpu_worker.devices.cuda_weights import Buffers, Weights
 from octavo.gpu_worker.errors import DeviceError
+from octavo.gpu_worker.grammars import Automaton, Grammars
 from octavo.gpu_worker.ops import Model, Ops
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.quantization import Quantization
@@ -58,6 +58,7 @@ class CudaRunner:
         kv_cache_dtype: str = "auto",
         quantization: str = Quantization.NONE,
         wrap: Callable[[Ops], Ops] = lambda ops: ops,
+        grammars: Grammars | None = None,
     ) -> None:
         """Move the weights and run a step of padding, which allocates every buffer.
 
@@ -66,6 +67,7 @@ class CudaRunner:
         quantization    a value of `Quantization`: how the weights of linear layers are kept
         wrap            called with the operations of each step that is launched or captured; what it returns is
                         what the model's `forward` gets
+        grammars        what reads those of slots; None: no slot may have one
 
         Raises DeviceError if there is no such GPU, or it cannot do what is asked.
         """
@@ -82,10 +84,11 @@ class CudaRunner:
         with torch.no_grad(), accelerator.computing():
             self._weights = Weights(where, self._dtype, _quantization(quantization, target))
             self._buffers = Buffers(padded_rows(max_batch_tokens), where)
-            self._sampler = DeviceSampler(max_running, model.vocab_size, where, target)
+            self._sampler = DeviceSampler(max_running, model.vocab_size, where, target, grammars)
             self._block_tables = _words(where, max_running, max_blocks_per_sequence)
             self._row_tables = _words(where, max_running, max_blocks_per_sequence)
             self._tokens = _words(where, 3, aligned(max_batch_tokens))
+            self._held_rows = _words(where, 2, max_running)  # of a step that waits for masks
             self._max_slots = self._count_partial_slots(max_blocks_per_sequence)
             self._partial, self._stats = partial_buffers(
                 self._attention, self._max_slots, heads.num_kv_heads, heads.head_dim, where
@@ -100,6 +103,7 @@ class CudaRunner:
             num_words = self._sampler.max_result_words()
             self._results = [_Result(accelerator, num_words) for _ in range(MAX_STEPS_IN_FLIGHT)]
         self._num_started = 0
+        self._unsampled: _RunningStep | None = None
         self._sizes = graph_sizes(min(max_running, max_batch_tokens))
         self._graphs = Graphs(self._sizes, self._capture)
         self._launched: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
@@ -139,6 +143,8 @@ class CudaRunner:
     def reset(self) -> None:
         """Wait for what is under way. Slots that are opened again are written anew."""
         self._accelerator.synchronize()
+        self._unsampled = None
+        self._sampler.reset()
 
     def use_idle_time(self) -> bool:
         """Capture one more graph."""
@@ -146,11 +152,15 @@ class CudaRunner:
             return self._graphs.capture_next()
 
     def start(self, step: Step) -> _RunningStep:
-        """Launch a step. Does not wait for the device."""
+        """Launch a step. Does not wait for the device, unless masks of the step before are missing."""
         for _, settings in step.opened:
             self._sampler.check(settings)
+        if self._unsampled is not None:  # the next step needs its tokens
+            self._unsampled.sample()
         result = self._results[self._num_started % MAX_STEPS_IN_FLIGHT]
         self._num_started += 1
+        for slot in step.freed_slots.tolist():
+            self._sampler.free_slot(slot)
         with torch.no_grad(), self._accelerator.computing():
             began = self._accelerator.event()
             columns, graph_size = self._columns(step)
@@ -158,15 +168,55 @@ class CudaRunner:
             for source, target in step.copy_pairs.tolist():
                 self.kv_cache[:, target].copy_(self.kv_cache[:, source])
             if columns is None:
-                return _RunningStep(began, began, began, self._accelerator.event(), Wanted(0, []), result)
-            launched = self._launch(columns.sizes) if graph_size is None else self._replay(graph_size)
-            computed = self._accelerator.event()
-            wanted = self._sampler.wanted(step.sampled_slots, columns.sizes.num_samples)
-            if wanted.num_rows:
-                self._sampler.launch(*launched, wanted, result.on_device[: wanted.num_words])
-            ended = self._accelerator.event()
-            copied = result.download(self._accelerator, wanted.num_words) if wanted.num_rows else ended
-        return _RunningStep(began, computed, ended, copied, wanted, result)
+                running = _RunningStep(self, step, Wanted(0, []), result, began, began)
+            else:
+                launched = self._launch(columns.sizes) if graph_size is None else self._replay(graph_size)
+                wanted = self._sampler.wanted(step.sampled_slots, columns.sizes.num_samples)
+                running = _RunningStep(self, step, wanted, result, began, self._accelerator.event(), launched)
+        if running.constrained:
+            self._unsampled = running
+        else:
+            running.sample()
+        return running
+
+    def sample(self, running: _RunningStep) -> dict[int, int]:
+        """Launch the sampling of a step that was launched; return its rows that get no token, and why."""
+        refused: dict[int, int] = {}
+        self._unsampled = None
+        wanted, result = running.wanted, running.result
+        with torch.no_grad(), self._accelerator.computing():
+            if wanted.num_rows and running.launched is not None:
+                logits, slots, positions = running.launched
+                if running.constrained:
+                    held = self._held_rows[:, : wanted.num_rows]
+                    held[0].copy_(slots)  # they lie where the masks are sent to
+                    held[1].copy_(positions)
+                    slots, positions = held[0], held[1]
+                    changes = Changes()
+                    refused = self._sampler.refuse(
+                        running.constrained,
+                        running.slots,
+                        running.follows,
+                        lambda: not running.computed.is_past(),
+                        changes,
+                    )
+                    self._send(changes, None)
+                self._sampler.launch(logits, slots, positions, wanted, result.on_device[: wanted.num_words])
+            running.ended = self._accelerator.event()
+            running.copied = result.download(self._accelerator, wanted.num_words) if wanted.num_rows else running.ended
+        return refused
+
+    def outcome(self, running: _RunningStep) -> Outcome:
+        """Return what a step has made; with its tokens, grammars advance."""
+        assert running.ended is not None, "not sampled"
+        sampled = unpack(running.result.on_host, running.wanted)
+        if running.constrained:
+            sampled = advance(running.constrained, sampled, running.wanted, running.refused)
+        return Outcome(sampled, running.computed.us_since(running.began), running.ended.us_since(running.computed))
+
+    def constrained(self, slots: Int32Array) -> list[tuple[int, Automaton]]:
+        """Return the rows of a step that samples `slots` that have a grammar."""
+        return self._sampler.constrained(slots)
 
     # -- what the host sends ---------------------------------------------------------------------
 
@@ -346,29 +396,54 @@ class _Result:
         return accelerator.download(self.on_device[:num_words], self._pinned[:num_words])
 
 
-@dataclass(frozen=True)
 class _RunningStep:
-    """A step that was launched."""
+    """A step that was launched. It is sampled at once, or, if a row has a grammar, when the masks are known.
 
-    began: Event
-    computed: Event
-    ended: Event
-    copied: Event
-    wanted: Wanted
-    result: _Result
+    Those follow from the tokens of the steps before, which must have been collected. `is_done` and `wait` are
+    only called then, and so is `CudaRunner.start`, which needs this step to be sampled.
+    """
+
+    def __init__(
+        self,
+        runner: CudaRunner,
+        step: Step,
+        wanted: Wanted,
+        result: _Result,
+        began: Event,
+        computed: Event,
+        launched: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """launched: the logits, and slot and position of each row; None without rows."""
+        self._runner = runner
+        self.slots = step.sampled_slots
+        self.follows = step.sampled_follow
+        self.wanted = wanted
+        self.result = result
+        self.began = began
+        self.computed = computed
+        self.launched = launched
+        self.ended: Event | None = None
+        self.copied: Event | None = None
+        self.refused: dict[int, int] = {}
+        self.constrained = runner.constrained(self.slots)
+
+    def sample(self) -> None:
+        """Launch the sampling, once."""
+        if self.copied is None:
+            self.refused = self._runner.sample(self)
 
     def is_done(self) -> bool:
         """Tell whether what was sampled is here."""
+        self.sample()
+        assert self.copied is not None, "sampled"
         return self.copied.is_past()
 
     def wait(self) -> Outcome:
         """Wait for it."""
+        self.sample()
+        assert self.copied is not None, "sampled"
         self.copied.wait()
-        return Outcome(
-            unpack(self.result.on_host, self.wanted),
-            self.computed.us_since(self.began),
-            self.ended.us_since(self.computed),
-        )
+        return self._runner.outcome(self)
 
 
 def _words(device: torch.device, *shape: int) -> torch.Tensor:

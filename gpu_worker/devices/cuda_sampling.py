@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from octavo.gpu_worker.errors import PlanError
-from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN
+from octavo.gpu_worker.grammars import Automaton, Grammars, open_automaton, pack_bits
+from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN, NOTHING_ALLOWED_TOKEN
 from octavo.gpu_worker.sampler import Sampled
 from octavo.gpu_worker.sampling_settings import SamplingSettings
 from octavo.kernels.alternatives import MAX_ALTERNATIVES, alternatives
@@ -41,6 +43,7 @@ class _Flags:
     has_edges: bool
     wants_logprobs: bool
     num_alternatives: int
+    has_bans: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,12 @@ class Wanted:
 class DeviceSampler:
     """Owner of what sampling needs. `last_tokens` [max_running] int32 holds what each slot sampled last."""
 
-    def __init__(self, max_running: int, vocab_size: int, device: torch.device, target: str) -> None:
+    def __init__(
+        self, max_running: int, vocab_size: int, device: torch.device, target: str, grammars: Grammars | None = None
+    ) -> None:
         self._vocab_size = vocab_size
+        self._grammars = grammars
+        self._automata: list[Automaton | None] = [None] * max_running
         self._config = LOGITS[target]
         self._max_alternatives = min(MAX_ALTERNATIVES, vocab_size)
         assert max_running * vocab_size < 2**31, f"{max_running} slots of {vocab_size} tokens cannot be counted"
@@ -109,6 +116,8 @@ class DeviceSampler:
         for name, values in (("bias", settings.bias_token_ids), ("banned", settings.banned_token_ids)):
             if len(values) > MAX_LISTED_TOKENS:
                 raise PlanError(f"sampling_updates: {len(values)} {name} tokens, the device takes {MAX_LISTED_TOKENS}")
+        if settings.grammar and self._grammars is None:
+            raise PlanError("sampling_updates: grammar is set, but this worker takes none")
         if settings.logprobs > self._max_alternatives:
             raise PlanError(f"sampling_updates: logprobs is {settings.logprobs}, at most {self._max_alternatives}")
 
@@ -116,12 +125,14 @@ class DeviceSampler:
         """Give a slot its settings; add what is to be written on the device to `changes`."""
         has_edges = settings.temperature > 0 and (settings.top_k > 0 or settings.top_p < 1 or settings.min_p > 0)
         has_rules = settings.has_penalties or settings.forbidden is not None
-        has_rules = has_rules or len(settings.bias_token_ids) > 0 or len(settings.banned_token_ids) > 0
-        self._flags[slot] = _Flags(has_rules, has_edges, settings.wants_logprobs, settings.logprobs)
+        has_bans = len(settings.banned_token_ids) > 0
+        has_rules = has_rules or len(settings.bias_token_ids) > 0 or has_bans or bool(settings.grammar)
+        self._flags[slot] = _Flags(has_rules, has_edges, settings.wants_logprobs, settings.logprobs, has_bans)
+        self._automata[slot] = open_automaton(self._grammars, settings)
         fields = _field_words(settings)
         changes.add(self._table, np.arange(len(fields)) * len(self._flags) + slot, fields)
         if settings.forbidden is not None:
-            changes.add_row(self._allowed, slot, _packed(~settings.forbidden))
+            changes.add_row(self._allowed, slot, pack_bits(~settings.forbidden).view(np.int32))
         bias_ids, bias_values = _joined(settings)
         changes.add_row(self._lists["bias_ids"], slot, bias_ids)
         changes.add_row(self._lists["bias_values"], slot, bias_values.view(np.int32))
@@ -131,6 +142,44 @@ class DeviceSampler:
             self.seen[slot].zero_()
             tokens, counts = _counted(settings)
             changes.add(self.counts, slot * self._vocab_size + tokens, counts)
+
+    def free_slot(self, slot: int) -> None:
+        """Forget what a slot holds on the host."""
+        self._automata[slot] = None
+
+    def reset(self) -> None:
+        """Forget it of every slot."""
+        self._automata = [None] * len(self._automata)
+
+    def constrained(self, slots: Int32Array) -> list[tuple[int, Automaton]]:
+        """Return the rows of `slots` that have a grammar."""
+        automata = ((row, self._automata[slot]) for row, slot in enumerate(slots.tolist()))
+        return [(row, automaton) for row, automaton in automata if automaton is not None]
+
+    def refuse(
+        self,
+        rows: list[tuple[int, Automaton]],
+        slots: Int32Array,
+        follows: npt.NDArray[np.bool_],
+        is_computing: Callable[[], bool],
+        changes: Changes,
+    ) -> dict[int, int]:
+        """Wait for what grammars allow in a step; add it to `changes`. Return the rows without a token, and why.
+
+        `rows` are those of `constrained(slots)`; other arguments as in `Grammars.refusals`. What gets no
+        token has nothing allowed: so it is not counted.
+        """
+        assert self._grammars is not None, "a slot has a grammar"
+        automata = [automaton for _, automaton in rows]
+        codes = self._grammars.refusals(automata, [bool(follows[row]) for row, _ in rows], is_computing)
+        until = _ALL_FIELDS.index("banned_until") * len(self._flags)
+        for (row, automaton), code in zip(rows, codes, strict=True):
+            slot = int(slots[row])
+            allowed = np.zeros(self._allowed.shape[1], np.int32) if code else automaton.allowed.view(np.int32).copy()
+            changes.add_row(self._allowed, slot, allowed)
+            if not code and automaton.is_complete:  # there is no longer output
+                changes.add(self._table, np.array([until + slot]), np.zeros(1, np.int32))
+        return {row: code for (row, _), code in zip(rows, codes, strict=True) if code}
 
     def write(self, table: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
         """Launch the writing of words to a table; a token that is counted was seen."""
@@ -246,6 +295,19 @@ def unpack(result: Int32Array, wanted: Wanted) -> Sampled:
     )
 
 
+def advance(rows: list[tuple[int, Automaton]], sampled: Sampled, wanted: Wanted, refused: dict[int, int]) -> Sampled:
+    """Advance the automata of a step's rows with their tokens; return what was sampled, with what was refused."""
+    token_ids = sampled.token_ids.copy()
+    for row, automaton in rows:
+        if row in refused:
+            token_ids[row] = refused[row]
+        elif token_ids[row] != NOT_FINITE_TOKEN:
+            automaton.advance(int(token_ids[row]))
+        elif wanted.flags[row].has_bans:  # of all that the grammar allows
+            token_ids[row] = NOTHING_ALLOWED_TOKEN
+    return replace(sampled, token_ids=token_ids)
+
+
 def _sections(result: T, wanted: Wanted) -> tuple[T, T, T, T, T]:
     """Return the parts of a result, on the device or on the host."""
     rows, count = wanted.num_rows, wanted.num_alternatives
@@ -274,7 +336,7 @@ def _field_words(settings: SamplingSettings) -> Int32Array:
         "candidate_index": settings.candidate_index,
         "seed_low": settings.seed & 0xFFFFFFFF,
         "seed_high": settings.seed >> 32,
-        "has_mask": settings.forbidden is not None,
+        "has_mask": settings.forbidden is not None or bool(settings.grammar),
         "num_biases": len(_joined(settings)[0]),
         "num_banned": len(settings.banned_token_ids),
         "banned_until": min(settings.prompt_length + settings.min_new_tokens, 2**31 - 1),
@@ -294,14 +356,6 @@ def _joined(settings: SamplingSettings) -> tuple[Int32Array, npt.NDArray[np.floa
     values = np.zeros(len(ids), np.float32)
     np.add.at(values, inverse, settings.bias_values)
     return ids.astype(np.int32), values
-
-
-def _packed(allowed: npt.NDArray[np.bool_]) -> Int32Array:
-    """Return allowed tokens as bits, lowest first, in words."""
-    packed = np.zeros(-(-len(allowed) // 32) * 4, np.uint8)
-    bits = np.packbits(allowed, bitorder="little")
-    packed[: len(bits)] = bits
-    return packed.view("<i4").astype(np.int32)
 
 
 def _counted(settings: SamplingSettings) -> tuple[npt.NDArray[np.int64], Int32Array]:

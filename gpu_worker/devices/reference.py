@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import cast
 
+import numpy as np
 import torch
 
 from octavo.gpu_worker.devices import reference_encoder
@@ -32,6 +33,7 @@ from octavo.gpu_worker.ops import (
     Norm,
     Rotary,
     StepInput,
+    UInt32Array,
 )
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 
@@ -83,6 +85,11 @@ class ReferenceDevice:
         for source, target in pairs.tolist():
             self.keys[:, target] = self.keys[:, source]
             self.values[:, target] = self.values[:, source]
+
+    def mask(self, row: Float32Array, allowed: UInt32Array) -> None:
+        """Set what is not allowed in a row of logits [vocab_size] to -inf, in place; see `ops.Device.mask`."""
+        bits = np.unpackbits(allowed.view(np.uint8), count=len(row), bitorder="little")
+        row[bits == 0] = -np.inf
 
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """Draw a token for each row of processed `logits`."""

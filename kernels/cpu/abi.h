@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 5 };
+enum { OCTAVO_ABI_REVISION = 6 };
 
 // Numbers, or what a GGUF file calls Q8_0 and so on: rows of groups of 32 (Q4_K: of 256) that have codes.
 enum OctavoType : int32_t {
@@ -218,6 +218,9 @@ OCTAVO_EXPORT void octavo_program_profile(OctavoProgram* program, int32_t on, in
 OCTAVO_EXPORT int64_t octavo_measure_read(OctavoPool* pool, const void* data, int64_t num_bytes);
 OCTAVO_EXPORT int64_t octavo_measure_dot(OctavoPool* pool, int32_t num_items);
 OCTAVO_EXPORT int64_t octavo_measure_integer_dot(OctavoPool* pool, int32_t num_items);
+
+// Sets those of `size` logits to -inf whose bit is not set: bit i % 32 of allowed[i / 32]. In the caller's thread.
+OCTAVO_EXPORT void octavo_mask(float* logits, const uint32_t* allowed, int32_t size);
 
 // Sampling over rows of `logits`, `stride` elements apart. A row without a drawable token (all
 // -inf, or not a number) gives -1.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 5
+ABI_REVISION = 6
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
 BF16, F16, F32, Q8_0, Q4_0, Q4_1, Q4_K = range(7)
@@ -197,6 +197,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_measure_read": (c.c_int64, (c.c_void_p, c.c_void_p, c.c_int64)),
     "octavo_measure_dot": (c.c_int64, (c.c_void_p, c.c_int32)),
     "octavo_measure_integer_dot": (c.c_int64, (c.c_void_p, c.c_int32)),
+    "octavo_mask": (None, (c.c_void_p, c.c_void_p, c.c_int32)),
     "octavo_draw": (
         None,
         (c.c_void_p, c.c_void_p, c.c_int64, c.c_int32, c.c_int32, c.c_void_p, c.c_void_p),

@@ -44,6 +44,13 @@ class Runtime:
         """Multiply quads of bytes in registers, with all threads; return the number of operations."""
         return int(self.library.octavo_measure_integer_dot(self.pool, num_items))
 
+    def mask(self, row: npt.NDArray[np.float32], allowed: npt.NDArray[np.uint32]) -> None:
+        """Set the logits of `row` [V] to -inf whose bit is not set: bit t % 32 of word t // 32. In place."""
+        assert row.dtype == np.float32, f"logits are {row.dtype}"
+        assert row.flags.c_contiguous, "a row must be contiguous"
+        assert len(allowed) * 32 >= len(row), f"{len(allowed)} words for {len(row)} logits"
+        self.library.octavo_mask(row.ctypes.data, allowed.ctypes.data, len(row))
+
     def draw(self, logits: npt.NDArray[np.float32], draws: npt.NDArray[np.void]) -> npt.NDArray[np.int32]:
         """Draw a token for each row; `draws` [N] of library.DRAW_FIELDS. -1 where no token can be drawn."""
         rows = _as_rows(logits)

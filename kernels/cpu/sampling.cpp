@@ -275,6 +275,17 @@ int32_t RowSampler::argmax_with_noise(const NoiseKey& key) const {
 
 using namespace octavo;
 
+void octavo_mask(float* logits, const uint32_t* allowed, int32_t size) {
+  for (int32_t start = 0; start < size; start += 32) {
+    const uint32_t word = allowed[start / 32];
+    if (word == ~uint32_t{0}) continue;
+    float* piece = logits + start;
+    const int32_t count = std::min(size - start, 32);
+    // Without a branch for each bit, so that this becomes vector code.
+    for (int32_t bit = 0; bit < count; ++bit) piece[bit] = word >> bit & 1 ? piece[bit] : kMinusInfinity;
+  }
+}
+
 void octavo_draw(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows, int32_t vocab_size,
                  const OctavoDraw* draws, int32_t* token_ids) {
   std::vector<RowSampler> samplers(pool->threads.num_threads());

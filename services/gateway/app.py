@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.batch import BatchLimits
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.constraints import Constraints
+from octavo.services.gateway.constraints import available as constraints_available
 from octavo.services.gateway.embedding_service import EmbeddingServicer
 from octavo.services.gateway.health import SERVICE_NAMES, HealthMonitor
 from octavo.services.gateway.http.app import make_app
@@ -56,6 +59,8 @@ from octavo.services.gateway.tokenizer_service import TokenizerServicer
 from octavo.services.gateway.validation import RequestValidator
 from octavo.services.gateway.vector_calls import VectorCalls
 
+log = logging.getLogger(__name__)
+
 _LAST_WRITES_S = 0.5
 
 
@@ -74,6 +79,7 @@ class Gateway:
         self._config = config
         gateway_id = config.gateway_id or f"{socket.gethostname()}-{os.getpid()}"
         model = _load_model(config)
+        self._constraints = model.constraints
         models = Models([model])
         validator = RequestValidator()
         self._tokenizer = model.tokenizer
@@ -152,6 +158,8 @@ class Gateway:
     async def start(self) -> None:
         """Connect to the schedulers and take calls; does not wait for the schedulers."""
         self.schedulers.start()
+        if self._constraints is not None:
+            self._constraints.start()
         await self._health.start()
         if self._http is not None:
             await self._http.start()  # first: gRPC's health check says that all of the gateway serves
@@ -187,6 +195,8 @@ class Gateway:
             await self._http.stop()  # last: HTTP streams that were still running have got their error by now
         if self._probes is not None:
             await self._probes.stop()
+        if self._constraints is not None:
+            await self._constraints.close()
         self._tokenizer.close()
         await asyncio.to_thread(self._telemetry.close)
 
@@ -224,6 +234,7 @@ def _load_model(config: GatewayConfig) -> ServedModel:
         min(limits),
         detect_tool_call_format(template) if tool_calls == "auto" else tool_calls,
         detect_reasoning_format(template) if reasoning == "auto" else reasoning,
+        _constraints(tokenizer, config.constraint_processes),
     )
 
 
@@ -236,6 +247,15 @@ def _open_batches(
         return BatchService(config, config.batch_dir, generate, authenticator)
     except OSError as error:
         raise BindError(f"cannot use --batch-dir {config.batch_dir}: {error.strerror}") from None
+
+
+def _constraints(tokenizer: ModelTokenizer, num_processes: int) -> Constraints | None:
+    if not num_processes:
+        return None
+    if not constraints_available() or not tokenizer.has_token_bytes:
+        log.warning("structured output is off: it needs llguidance, and a tokenizer whose tokens are bytes")
+        return None
+    return Constraints(tokenizer.vocabulary, num_processes)
 
 
 def _bind_http(config: GatewayConfig, app: ASGIApp) -> HttpListener:

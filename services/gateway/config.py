@@ -94,6 +94,10 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         metadata={"help": "close connections after so long, so that new replicas get their share; 0: never"},
     )
     tokenizer_threads: int = field(default=2, metadata={"help": "threads for long texts and chat templates"})
+    constraint_processes: int = field(
+        default=2,
+        metadata={"help": "most schemas, regular expressions and grammars tried out at once; 0: none are taken"},
+    )
     resume_key_file: Path | None = field(
         default=None,
         metadata={
@@ -150,7 +154,14 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_model_len", "failover_s", "grace_s", "max_connection_age_s", "batch_wait_s"):
+        for name in (
+            "max_model_len",
+            "constraint_processes",
+            "failover_s",
+            "grace_s",
+            "max_connection_age_s",
+            "batch_wait_s",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
         for name in ("grpc_address", "admin_address", "health_address"):

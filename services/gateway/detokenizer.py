@@ -52,6 +52,15 @@ class DetokenizerFactory:
             return data or (self._tokenizer.id_to_token(token_id) or "").encode()
         return self._tokenizer.decode([token_id], skip_special_tokens=False).encode()
 
+    @property
+    def has_token_bytes(self) -> bool:
+        """Whether the bytes of an output are those of its tokens, one after the other."""
+        return self._table is not None
+
+    def special_token_ids(self) -> list[int]:
+        """Return the tokens that are no text."""
+        return sorted(index for index, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+
 
 class _TokenTable:
     """The bytes of each token, and its text where the bytes are whole characters."""

@@ -10,6 +10,7 @@ from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import model_pb2
 from octavo.services.common.errors import Reason, Resource, ServingError
 from octavo.services.common.protocol import API_REVISION
+from octavo.services.gateway.constraints import Constraints
 from octavo.services.gateway.output_formats import NONE
 from octavo.services.gateway.tokenizer import ModelTokenizer
 
@@ -32,6 +33,8 @@ class ServedModel:
     """How the model writes tool calls: a name in TOOL_CALL_FORMATS, or "none"."""
     reasoning_format: str = NONE
     """What is around its reasoning: a name in REASONING_FORMATS, or "none"."""
+    constraints: Constraints | None = None
+    """What tries out what outputs must look like; None if that is off."""
 
     def context_limit(self, workers_limit: int) -> int:
         """Return the longest context now; `workers_limit` 0 means that it is not known."""
@@ -64,7 +67,8 @@ class ServedModel:
         chat = self.tokenizer.chat_template is not None
         tools = chat and self.tool_call_format != NONE
         reasoning = chat and self.reasoning_format != NONE
-        optional = (("chat", chat), ("tools", tools), ("reasoning", reasoning))
+        structured = self.constraints is not None
+        optional = (("chat", chat), ("tools", tools), ("reasoning", reasoning), ("structured_output", structured))
         return ["generate", *(name for name, is_on in optional if is_on), "logprobs", "resume"]
 
 

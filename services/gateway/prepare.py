@@ -64,7 +64,7 @@ async def prepare(
     model = models.get(generation.model)
     if model.tokenizer.vector_files is not None:
         raise feature_disabled("generate", f"the model {model.name!r} makes vectors and generates no text")
-    _check_features(generation)
+    _check_features(generation, model)
     stop = _effective_stop(generation.stop)
     sampling = _effective_sampling(generation.sampling, model)
     prompt = await _prompt_token_ids(generation, model)
@@ -74,6 +74,10 @@ async def prepare(
     parsing = resolve_parsing(generation, model, prompt)
     settings = _output_settings(generation, model, stop, prompt, parsing)
     continued = generation.continue_output.ids
+    grammar = ""
+    if generation.HasField("constraint"):
+        assert model.constraints is not None, "checked above"
+        grammar = await model.constraints.grammar_of(generation.constraint, continued)
     submit = scheduler_pb2.Submit(
         request_id=request_id,
         prompt_token_ids=prompt,
@@ -91,6 +95,8 @@ async def prepare(
         progress_interval_ms=generation.output.progress_interval_ms,
         resume_window_ms=generation.scheduling.resume_window_ms,
     )
+    if grammar:
+        submit.constraint.grammar = grammar
     if submit.resume_window_ms:
         submit.gateway_state = _resolved(generation, prompt, sampling, stop, parsing).SerializeToString()
     del submit.stop.stop_sequences[:]  # the gateway's business
@@ -134,6 +140,9 @@ def _resolved(
     resolved.token_ids.ids.extend(prompt)
     if resolved.ByteSize() > MAX_STATE_BYTES:
         resolved.token_ids.ids[:] = prompt[-KEPT_PROMPT_TOKENS:]
+    if resolved.HasField("constraint") and resolved.ByteSize() > MAX_STATE_BYTES:
+        description = f"a constraint of {resolved.constraint.ByteSize()} bytes is too long to be kept for resuming"
+        raise invalid_field("generation.scheduling.resume_window_ms", description + "; shorten it, or leave this unset")
     return resolved
 
 
@@ -151,14 +160,14 @@ def check_headers(generation: generation_pb2.Generation, headers: Mapping[str, s
             raise invalid_field(field, f"differs from the header {header}; send the same value or leave the header out")
 
 
-def _check_features(generation: generation_pb2.Generation) -> None:
+def _check_features(generation: generation_pb2.Generation, model: ServedModel) -> None:
     if generation.adapter:
         message = (
             f"the model {generation.model!r} has no adapter {generation.adapter!r}; leave generation.adapter empty"
         )
         raise ServingError(Reason.ADAPTER_NOT_FOUND, message, resource=Resource("adapter", generation.adapter))
     for asked, feature, field in (
-        (generation.HasField("constraint"), "structured_output", "generation.constraint"),
+        (generation.HasField("constraint") and not model.constraints, "structured_output", "generation.constraint"),
         (
             generation.chat.tool_choice.mode == generation_pb2.ToolChoice.MODE_REQUIRED,
             "structured_output",
@@ -247,6 +256,8 @@ def _check_values(
             index, token_id = next((at, value) for at, value in enumerate(token_ids) if value >= vocab_size)
             at = token_id if field.endswith("logit_bias") else index
             report(f"{field}[{at}]", f"token {token_id} is not in the vocabulary; ids are below {vocab_size}")
+    if generation.HasField("constraint") and stop.ignore_end_of_sequence:
+        report("stop.ignore_end_of_sequence", "leave it unset: a constraint ends the output where it is complete")
     if stop.min_new_tokens > stop.max_new_tokens:
         report("stop.min_new_tokens", f"is above max_new_tokens; send at most {stop.max_new_tokens}")
     if continued and generation.candidate_count > 1:

@@ -122,6 +122,16 @@ class ModelTokenizer:
         """Return the text of one token by itself, which may be part of a character; a special token's is its name."""
         return self._detokenizers.token_bytes(token_id)
 
+    @property
+    def has_token_bytes(self) -> bool:
+        """Whether the bytes of an output are those of its tokens: else no grammar can be kept to."""
+        return self._detokenizers.has_token_bytes
+
+    def vocabulary(self) -> tuple[list[bytes], list[int]]:
+        """Return the bytes of every token id, and which ids are no text. Takes a while."""
+        tokens = [self.token_bytes(token_id) for token_id in range(self.vocab_size)]
+        return tokens, [token_id for token_id in self._detokenizers.special_token_ids() if token_id < self.vocab_size]
+
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 

@@ -68,6 +68,9 @@ class Admission:
             return reject(
                 submit, code_pb2.UNAVAILABLE, "NO_WORKERS", "no worker is ready; try again shortly", retry_ms=1000
             )
+        if submit.HasField("constraint") and groups and not any(group.takes_grammars for group in groups):
+            message = "the workers take no constraints: they need the package llguidance, and the model's tokenizer"
+            return reject(submit, code_pb2.FAILED_PRECONDITION, "FEATURE_DISABLED", message)
         if not submit.prompt_token_ids:
             return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "the prompt is empty")
         if len(submit.gateway_state) > MAX_STATE_BYTES:

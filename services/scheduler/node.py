@@ -100,7 +100,7 @@ class Node:
 
     def _on_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
         limits = (ready.kv_blocks, ready.max_model_len, now, ready.max_batch_tokens)
-        self.core.worker_joined(group_id, epoch, *limits, ModelFacts.of(ready))
+        self.core.worker_joined(group_id, epoch, *limits, ModelFacts.of(ready), ready.structured_output)
         self._changed()
 
     def _on_lost(self, group_id: str, crashed: bool, now: float) -> None:

@@ -112,7 +112,7 @@ def _sampling_update(seq: Sequence) -> worker_pb2.SamplingUpdate:
     """Return what the worker must know of `seq` to sample for it."""
     submit = seq.request.submit
     sampling, min_new_tokens = submit.sampling, submit.stop.min_new_tokens
-    penalized = (
+    needs_history = submit.HasField("constraint") or (
         sampling.presence_penalty != 0
         or sampling.frequency_penalty != 0
         or sampling.repetition_penalty not in (0, 1)  # 0 is unset
@@ -137,5 +137,7 @@ def _sampling_update(seq: Sequence) -> worker_pb2.SamplingUpdate:
         banned_until_min_token_ids=array("I", sorted(seq.stop_ids)).tobytes() if min_new_tokens else b"",
         min_new_tokens=min_new_tokens,
         prompt_length=seq.num_prompt,
-        history_token_ids=seq.tokens.tobytes() if penalized else b"",
+        history_token_ids=seq.tokens.tobytes() if needs_history else b"",
+        grammar=submit.constraint.grammar,
+        end_of_sequence_ids=array("I", submit.end_of_sequence_ids).tobytes() if submit.HasField("constraint") else b"",
     )

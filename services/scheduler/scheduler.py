@@ -214,10 +214,12 @@ class Scheduler:
         now: float,
         max_batch_tokens: int = 0,
         model: ModelFacts = GENERATOR,
+        takes_grammars: bool = False,
     ) -> None:
         """Take a worker group into service. Its cache is empty, its slots are free.
 
         max_batch_tokens  most tokens in a step that its memory has room for; 0 if it is the configured number
+        takes_grammars    its workers can keep to a request's constraint
         """
         assert group_id not in self._groups, f"group {group_id} joined twice"
         config, clock = self._config, StepClock(self._config.step_timeout_s)
@@ -227,6 +229,7 @@ class Scheduler:
         if model.whole_sequences:
             group.max_model_len = min(group.max_model_len, group.max_batch_tokens)
         self._model = model
+        group.takes_grammars = takes_grammars
         self._groups[group_id] = group
         self._max_model_len = min(other.max_model_len for other in self._groups.values())
         self._last_worker_at = now
@@ -320,6 +323,9 @@ class Scheduler:
             return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", message, retry_ms=retry_ms)
         if (refused := pooling.refuse(submit, self._model)) is not None:
             return refused
+        if submit.HasField("constraint") and submit.constraint.WhichOneof("kind") != "grammar":
+            message = "a constraint must be a grammar here: gateways translate the other kinds"
+            return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_CONSTRAINT", message)
         has_workers = self._groups or now - self._last_worker_at < self._config.worker_grace_s
         return self._admission.refuse(
             submit,

@@ -46,6 +46,26 @@ class SequenceStates:
         if seq.num_pending == 0:
             self.settle(seq)
 
+    def compute_again(self, seq: Sequence) -> None:
+        """Let a sequence, of which a row got no token, go on from its newest known token.
+
+        If it runs, it keeps slot and blocks. Rows that were planned meanwhile are of no use: they are
+        waited for.
+        """
+        if seq.state is SequenceState.WAITING:
+            if seq.num_pending == 0:
+                self.settle(seq)
+            return
+        group = seq.group
+        assert group is not None, seq
+        if seq not in group.late:
+            group.remove(seq)
+            group.late.append(seq)
+            seq.num_computed = len(seq.tokens) - 1
+        if seq.num_pending == 0:
+            group.late.remove(seq)
+            group.prefilling.append(seq)
+
     def settle(self, seq: Sequence) -> None:
         """Queue a sequence of which everything sampled is now known."""
         del self._settling[seq]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from array import array
 
+from google.rpc import code_pb2
+
 from octavo.services.scheduler.endings import Endings
 from octavo.services.scheduler.outputs import LogprobReader, WorkerMisbehavedError, length_reason, stop_reason
 from octavo.services.scheduler.pooling import vectors_of
-from octavo.services.scheduler.sequence import SequenceState
+from octavo.services.scheduler.sequence import Sequence, SequenceState
 from octavo.services.scheduler.sequence_states import SequenceStates
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.tally import Tally
 from octavo.services.scheduler.worker_group import StepInFlight, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
-NOT_FINITE = 0xFFFFFFFF  # a worker's answer for a row whose logits were not finite
+# A worker's answers for rows without a token: see StepResult.token_ids.
+NOT_FINITE, NOT_READY, NOTHING_ALLOWED, TOO_COMPLEX = 0xFFFFFFFF, 0xFFFFFFFE, 0xFFFFFFFD, 0xFFFFFFFC
 
 
 class StepDigest:
@@ -51,12 +54,12 @@ class StepDigest:
         num_unwanted = 0
         for seq, token in zip(step.sampled, token_ids, strict=True):
             seq.num_pending -= 1
-            is_wanted = seq.state is not SequenceState.FINISHED and token != NOT_FINITE
+            is_wanted = seq.state is not SequenceState.FINISHED and token < TOO_COMPLEX
             row = logprobs.read(seq.num_logprobs) if seq.num_logprobs >= 0 else None
             if not is_wanted:
                 num_unwanted += 1
                 if seq.state is not SequenceState.FINISHED:  # else it ended while this step was running
-                    self._endings.spoil(seq)
+                    self._no_token(seq, token)
                 continue
             if row is not None:
                 seq.outbox.add_logprobs(row)
@@ -100,3 +103,15 @@ class StepDigest:
                 continue
             seq.outbox.add_vector(seq, vector)
             self._endings.stop(seq)
+
+    def _no_token(self, seq: Sequence, answer: int) -> None:
+        """Decide what becomes of a sequence that got no token."""
+        if answer == NOT_READY:
+            self._states.compute_again(seq)
+        elif answer == NOT_FINITE:
+            self._endings.spoil(seq)
+        else:
+            message = "the constraint takes too much time or memory: make it simpler"
+            if answer == NOTHING_ALLOWED:
+                message = "the constraint leaves no token that the other settings and the model's vocabulary allow"
+            self._endings.fail(seq.request, code_pb2.INVALID_ARGUMENT, "INVALID_CONSTRAINT", message)

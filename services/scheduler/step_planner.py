@@ -143,7 +143,8 @@ class StepPlanner:
             if self._suspects and not self._suspects.may_run(seq, group.running()):
                 continue
             is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
-            if len(self._groups) > 1 and not is_bound and choose_group(seq, self._groups.values()) is not group:
+            able = [other for other in self._groups.values() if other.can_run(seq)]
+            if group not in able or (len(able) > 1 and not is_bound and choose_group(seq, able) is not group):
                 continue
             hits = group.allocator.cached_blocks(seq)
             if group.allocator.is_being_computed(seq, len(hits)):

@@ -57,6 +57,7 @@ class WorkerGroup:
         self.pool = self.allocator.pool
         self.decoding: list[Sequence] = []  # in the order they got here: one token a step
         self.prefilling: list[Sequence] = []  # more than one token behind
+        self.late: list[Sequence] = []  # got no token yet, and are computed again when no step in flight has them
         self.in_flight: deque[StepInFlight] = deque()
         self.num_steps = 0
         self.free_slots = list(range(max_running - 1, -1, -1))
@@ -66,24 +67,30 @@ class WorkerGroup:
         self.tokens_per_s = 0.0  # moving average over steps; 0 until measured
         self._clock = clock
         self.last_result_at = 0.0
+        self.takes_grammars = False  # set when it joins
 
     @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
-        return len(self.decoding) + len(self.prefilling)
+        return len(self.decoding) + len(self.prefilling) + len(self.late)
 
     def running(self) -> Iterator[Sequence]:
         """Iterate over the sequences that hold a slot."""
         yield from self.decoding
         yield from self.prefilling
+        yield from self.late
+
+    def can_run(self, seq: Sequence) -> bool:
+        """Return whether its workers can do what a sequence asks for."""
+        return self.takes_grammars or not seq.request.submit.HasField("constraint")
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence that no longer runs here."""
-        (self.decoding if seq in self.decoding else self.prefilling).remove(seq)
+        next(place for place in (self.decoding, self.prefilling, self.late) if seq in place).remove(seq)
 
     def num_behind(self) -> int:
         """Tokens that its sequences still have to compute: its load."""
-        return len(self.decoding) + sum(seq.num_behind for seq in self.prefilling)
+        return len(self.decoding) + len(self.late) + sum(seq.num_behind for seq in self.prefilling)
 
     def measure(self, step: StepInFlight, now: float) -> float:
         """Learn the rate of the group from a step that was answered; return how long it took."""
@@ -127,6 +134,7 @@ class WorkerGroup:
             assert seq.num_computed < len(seq.tokens) + max(seq.num_pending, 1), seq
         for seq in self.decoding:
             assert seq.num_behind == 1, seq
+        assert all(seq.num_pending for seq in self.late), self.late
         slots = [seq.slot for seq in running] + self.free_slots
         assert len(set(slots)) == len(slots), "a slot is used twice"
         assert len(self.in_flight) <= MAX_STEPS_IN_FLIGHT

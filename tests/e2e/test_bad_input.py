@@ -104,11 +104,17 @@ CASES = {
     "broken UTF-8": (request().replace(b"Hello", b"\xc3\x28\xa0\xa1\xff"), INVALID, "MALFORMED_REQUEST", ""),
     "unknown chat role": (chat("wizard"), INVALID, "INVALID_FIELD", "generation.chat.messages"),
     "unknown adapter": (request(adapter="lora"), grpc.StatusCode.NOT_FOUND, "ADAPTER_NOT_FOUND", ""),
-    "a constraint": (
-        request(constraint=common_pb2.OutputConstraint(any_json=True)),
-        grpc.StatusCode.FAILED_PRECONDITION,
-        "FEATURE_DISABLED",
-        "",
+    "a schema that is no schema": (
+        request(constraint=common_pb2.OutputConstraint(json_schema='{"type": "strin"}')),
+        INVALID,
+        "INVALID_CONSTRAINT",
+        "generation.constraint.json_schema",
+    ),
+    "a regular expression that explodes": (
+        request(constraint=common_pb2.OutputConstraint(regex="(((a{1,100}){1,100}){1,100}){1,100}")),
+        INVALID,
+        "INVALID_CONSTRAINT",
+        "generation.constraint.regex",
     ),
 }
 

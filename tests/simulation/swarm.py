@@ -34,6 +34,7 @@ class Swarm:
     loss: float = 0.0  # of a frame between scheduler and worker
     duplication: float = 0.0
     reordering: float = 0.0
+    lateness: float = 0.0  # of rows that get no token yet
     max_delay_s: float = 0.0
     step_s: float = 0.0
     poison: bool = False  # one prompt kills whoever computes it
@@ -72,6 +73,7 @@ def draw(seed: int) -> Swarm:
         swarm.duplication = rng.choice([0.02, 0.1])
     if rng.random() < 0.25:
         swarm.reordering = 0.02 if seed % 2 else 0.1
+    swarm.lateness = random.Random(f"late {seed}").choice([0.0, 0.0, 0.1, 0.6])
     kinds = rng.sample(FAULTS, rng.choice([0, 1, 2, 3, 5]))
     swarm.faults_end = rng.choice([0.2, 0.6, 1.5])
     for _ in range(rng.choice([1, 3, 6])):

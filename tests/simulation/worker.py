@@ -30,13 +30,22 @@ class SimWorker:
         self.hangs_until = self.busy_until = self.partitioned_until = self.slow_until = 0.0
         self.life = 0  # of the process: timers of an earlier one do nothing
         self.spoil_next = False
+        self.rng = random.Random(f"{world.swarm.seed} {name}")
         self._reset()
         world.after(0.0, self.report, self.life)
 
     def _reset(self) -> None:
         self.epoch = self.last_step_id = 0
         self.model = FakeWorker(self.world.swarm.num_blocks)
+        self.model.is_row_late = self._is_row_late
         self.heard_at = self.world.now
+
+    def _is_row_late(self) -> bool:
+        """Some rows get no token, as those whose grammar is slow."""
+        is_late = not self.world.healed and self.rng.random() < self.world.swarm.lateness
+        if is_late:
+            self.world.count("late row")
+        return is_late
 
     def die(self, restart_s: float) -> None:
         """End the process; another one starts under the same name."""

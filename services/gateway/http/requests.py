@@ -192,7 +192,7 @@ def _set_constraint(
             raise wrong("must be a JSON Schema, as an object or its text")
         constraint.json_schema = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     elif kind == "json_object":
-        constraint.any_json = True
+        constraint.json_schema = '{"type": "object"}'  # OpenAI's JSON mode makes no other values
     elif kind == "choice":
         if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
             raise wrong("must be a list of strings")

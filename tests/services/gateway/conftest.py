@@ -317,6 +317,7 @@ def config(model_path: Path, scheduler: FakeScheduler) -> GatewayConfig:
         scheduler_addresses=(scheduler.address,),
         gateway_id="gw",
         failover_s=10.0,
+        constraint_processes=0,  # one more process for each gateway; tests of constraints ask for it
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.scheduler.v1 import scheduler_pb2
@@ -22,6 +23,7 @@ from octavo.worker.v1 import worker_pb2
 VOCAB = 50_000
 EOS = 7
 MASK = (1 << 61) - 1
+NOT_FINITE, NOT_READY = 0xFFFFFFFF, 0xFFFFFFFE
 
 
 def roll(state: int, token: int) -> int:
@@ -58,6 +60,7 @@ class Slot:
     width: int
     block_table: list[int] = field(default_factory=list)
     last_sampled: int | None = None
+    is_late: bool = False
 
 
 class FakeWorker:
@@ -71,6 +74,7 @@ class FakeWorker:
         self.steps = 0
         self.largest_step = 0
         self.not_finite_after: int | None = None
+        self.is_row_late: Callable[[], bool] = lambda: False  # asked for each row that could get a token
 
     def execute(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepResult:
         """Run one plan; assert that it is well formed."""
@@ -109,10 +113,14 @@ class FakeWorker:
             state = self._write(slot, contexts[row], query)
             if flags & 1:
                 slot.last_sampled = next_token(state, slot.seed, slot.candidate)
+                slot.is_late = self.is_row_late() or (slot.is_late and bool(flags & 2))
+                answer = slot.last_sampled
+                if slot.is_late:  # a row that goes on from here computes nonsense
+                    answer, slot.last_sampled = NOT_READY, 1
                 if query[-1] == self.not_finite_after:
-                    slot.last_sampled = 0xFFFFFFFF
+                    answer = NOT_FINITE
                 sampled_slots.append(index)
-                tokens.append(slot.last_sampled)
+                tokens.append(answer)
                 if slot.width >= 0:
                     logprobs.append(-float(slot.last_sampled % 7))
                     ranks.append(1)

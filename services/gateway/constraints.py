@@ -1,0 +1,238 @@
+"""What outputs must look like: a client's constraint is tried out beside the gateway, and becomes a grammar.
+
+`Constraints.grammar_of` is the one way from an OutputConstraint to what schedulers and workers carry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import logging
+import socket
+import struct
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from octavo.common.v1 import common_pb2
+from octavo.services.common.errors import FieldViolation, Reason, ServingError
+
+log = logging.getLogger(__name__)
+
+FIELD = "generation.constraint"
+_MAX_CACHED = 512
+_MAX_CACHED_BYTES = 1 << 18  # longer ones are tried out each time
+_MAX_WAITING = 256
+_START_S = 60.0
+_ANSWER_S = 15.0  # far longer than a fork may live
+Vocabulary = tuple[list[bytes], list[int]]
+"""Bytes of each token, and the ids of special tokens."""
+
+
+def available() -> bool:
+    """Return whether grammars can be tried out here."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
+class Constraints:
+    """Tries constraints out, `num_processes` at a time, and remembers what came of the last ones."""
+
+    def __init__(self, vocabulary: Callable[[], Vocabulary], num_processes: int) -> None:
+        """vocabulary: called in a thread, once for each process that is started."""
+        self._vocabulary = vocabulary
+        self._slots = asyncio.Semaphore(num_processes)
+        self._num_waiting = 0
+        self._known: OrderedDict[bytes, str | ServingError] = OrderedDict()
+        self._trials: dict[bytes, asyncio.Task[str]] = {}
+        self._process: _Process | None = None
+        self._starting = asyncio.Lock()
+        self._warm_up: asyncio.Task[_Process] | None = None
+
+    def start(self) -> None:
+        """Start the process in the background, so that the first constraint need not wait for it."""
+        self._warm_up = asyncio.create_task(self._running())
+        self._warm_up.add_done_callback(_log_failure)
+
+    async def close(self) -> None:
+        """End the process."""
+        if self._warm_up is not None:
+            self._warm_up.cancel()
+            await asyncio.gather(self._warm_up, return_exceptions=True)
+        if self._process is not None:
+            await self._process.close()
+
+    async def grammar_of(self, constraint: common_pb2.OutputConstraint, continued: Sequence[int] = ()) -> str:
+        """Return a constraint as the grammar that the scheduler carries to the workers.
+
+        continued: output that is there already, which must match. Raises INVALID_CONSTRAINT, or QUEUE_FULL.
+        """
+        key = constraint.SerializeToString(deterministic=True)
+        if continued:
+            return await self._try_out(constraint, continued)
+        known = self._known.get(key)
+        if known is None:
+            known = await self._try_once(key, constraint)
+        else:
+            self._known.move_to_end(key)
+        if isinstance(known, ServingError):
+            raise known
+        return known
+
+    async def _try_once(self, key: bytes, constraint: common_pb2.OutputConstraint) -> str | ServingError:
+        """Try a constraint out that is not known; equal ones at the same time share one trial."""
+        trial = self._trials.get(key)
+        if trial is None:
+            trial = self._trials[key] = asyncio.create_task(self._try_out(constraint, ()))
+            trial.add_done_callback(lambda _: self._trials.pop(key, None))
+        result: str | ServingError
+        try:
+            result = await asyncio.shield(trial)
+        except ServingError as error:
+            if error.reason != Reason.INVALID_CONSTRAINT:
+                raise
+            result = error
+        if len(key) <= _MAX_CACHED_BYTES:
+            self._known[key] = result
+            if len(self._known) > _MAX_CACHED:
+                self._known.popitem(last=False)
+        return result
+
+    async def _try_out(self, constraint: common_pb2.OutputConstraint, continued: Sequence[int]) -> str:
+        kind = constraint.WhichOneof("kind")
+        assert kind is not None, "the rules of the field ask for one"
+        value = list(constraint.choices.values) if kind == "choices" else getattr(constraint, kind)
+        if kind == "any_json":
+            value = ""
+        if self._num_waiting >= _MAX_WAITING:
+            raise _busy()
+        self._num_waiting += 1
+        try:
+            async with self._slots:
+                process = await self._running()
+                answer = await process.ask({"kind": kind, "value": value, "continued": list(continued)})
+        finally:
+            self._num_waiting -= 1
+        if "grammar" in answer:
+            grammar: str = answer["grammar"]
+            return grammar
+        if "error" not in answer:
+            raise _busy()
+        raise _invalid(f"{FIELD}.{kind}", answer["error"], answer["place"])
+
+    async def _running(self) -> _Process:
+        """Return the process; a new one if the last one has ended."""
+        async with self._starting:
+            if self._process is None or self._process.has_ended:
+                vocabulary = await asyncio.to_thread(_vocabulary_frame, self._vocabulary)
+                self._process = await _Process.start(vocabulary)
+            return self._process
+
+
+class _Process:
+    """One `constraint_process`, and what it owes."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], streams: tuple[asyncio.StreamReader, asyncio.StreamWriter]
+    ) -> None:
+        self._process = process
+        self._from, self._to = streams
+        self._owed: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._num_asked = 0
+        self._reader: asyncio.Task[None] | None = None
+        self.has_ended = False
+
+    @classmethod
+    async def start(cls, vocabulary: bytes) -> _Process:
+        """Start one, and wait until it is ready."""
+        command = (sys.executable, "-m", "octavo.services.gateway.constraint_process")
+        own, its = socket.socketpair()
+        with its:  # not the event loop's way, which forks: gRPC's threads do not go with that
+            process = await asyncio.to_thread(_popen, command, its.fileno())
+        self = cls(process, await asyncio.open_connection(sock=own))
+        try:
+            async with asyncio.timeout(_START_S):
+                self._write(vocabulary)
+                await self._read_frame()
+        except BaseException:
+            self._kill()
+            raise
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to a request; an empty one if none came."""
+        self._num_asked += 1
+        future = self._owed[self._num_asked] = asyncio.get_running_loop().create_future()
+        self._write(json.dumps({**request, "id": self._num_asked}).encode())
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                answer: dict[str, Any] = await future
+                return answer
+        except TimeoutError:
+            log.error("constraints: no answer in %g s; the process is started again", _ANSWER_S)
+            self._kill()
+            return {}
+
+    async def close(self) -> None:
+        """End it."""
+        self._kill()
+        if self._reader is not None:
+            await self._reader
+        await asyncio.to_thread(self._process.wait)
+
+    def _kill(self) -> None:
+        self.has_ended = True
+        self._process.kill()
+        self._to.close()
+
+    def _write(self, data: bytes) -> None:
+        self._to.write(struct.pack(">I", len(data)) + data)
+
+    async def _read_frame(self) -> dict[str, Any]:
+        (size,) = struct.unpack(">I", await self._from.readexactly(4))
+        frame: dict[str, Any] = json.loads(await self._from.readexactly(size))
+        return frame
+
+    async def _read(self) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                answer = await self._read_frame()
+                future = self._owed.pop(answer["id"], None)
+                if future is not None and not future.done():
+                    future.set_result(answer)
+        self.has_ended = True
+        await asyncio.to_thread(self._process.wait)  # it has closed its socket: it ends
+        for future in self._owed.values():
+            if not future.done():
+                future.set_result({})
+
+
+def _popen(command: Sequence[str], socket_fd: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdin=socket_fd, stdout=socket_fd)
+
+
+def _vocabulary_frame(vocabulary: Callable[[], Vocabulary]) -> bytes:
+    tokens, special = vocabulary()
+    return json.dumps({"tokens": [token.decode("latin-1") for token in tokens], "special": special}).encode()
+
+
+def _invalid(field: str, message: str, place: str) -> ServingError:
+    if place == "continue_output":
+        field, place = "generation.continue_output.ids", ""
+    at = f"{place}: " if place else ""
+    violation = FieldViolation(field, at + message)
+    return ServingError(Reason.INVALID_CONSTRAINT, f"{field}: {at}{message}", violations=[violation])
+
+
+def _busy() -> ServingError:
+    message = "this gateway is busy with trying out other constraints; try again"
+    return ServingError(Reason.QUEUE_FULL, message, retry_after_ms=500)
+
+
+def _log_failure(task: asyncio.Task[_Process]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.error("constraints: the process that tries them out does not start: %s", task.exception())

@@ -1,0 +1,174 @@
+"""Constraints become grammars, or are refused with the place that is wrong; hostile ones harm nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from octavo.common.v1 import common_pb2
+from octavo.services.common.errors import ServingError
+from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.constraints import Constraints
+
+VOCABULARY = ([*(bytes([byte]) for byte in range(256)), b"he", b'{"', b"<|end|>"], [258])
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def constraints() -> AsyncIterator[Constraints]:
+    made = Constraints(lambda: VOCABULARY, num_processes=2)
+    made.start()
+    yield made
+    await made.close()
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def schema(**fields: Any) -> common_pb2.OutputConstraint:
+    return common_pb2.OutputConstraint(json_schema=json.dumps(fields))
+
+
+async def refusal(constraints: Constraints, constraint: common_pb2.OutputConstraint) -> str:
+    with pytest.raises(ServingError) as caught:
+        await constraints.grammar_of(constraint)
+    assert caught.value.reason == "INVALID_CONSTRAINT"
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("constraint", "grammar"),
+    [
+        (common_pb2.OutputConstraint(regex="a/b"), r"start: /a\/b/"),
+        (common_pb2.OutputConstraint(choices={"values": ["yes", 'n"o', "yes"]}), r'start: "yes" | "n\"o"'),
+        (common_pb2.OutputConstraint(grammar='start: "a"'), 'start: "a"'),
+        (common_pb2.OutputConstraint(grammar='root ::= "a" | "b"'), '\nstart: "a"\n     | "b"\n\n'),
+    ],
+)
+async def test_each_kind_becomes_a_grammar(
+    constraints: Constraints, constraint: common_pb2.OutputConstraint, grammar: str
+) -> None:
+    assert await constraints.grammar_of(constraint) == '%llguidance {"no_forcing": true}\n' + grammar
+
+
+@pytest.mark.parametrize(
+    ("constraint", "words"),
+    [
+        (common_pb2.OutputConstraint(json_schema='{"type": '), "json_schema: line 1, column 10: not JSON"),
+        (common_pb2.OutputConstraint(json_schema="[1]"), "a schema must be an object"),
+        (common_pb2.OutputConstraint(json_schema='{"a":' * 5000 + "1" + "}" * 5000), "nested too deeply"),
+        (schema(type="strin"), "#: Invalid type: strin"),
+        (schema(properties={"a/b": {"items": {"uniqueItems": True}}}), "#/properties/a~1b/items: Unimplemented keys"),
+        (schema(anyOf=[{"type": "string"}, {"type": "string", "pattern": "("}]), "#/anyOf/1: regex parse error"),
+        (schema(**{"$ref": "#/$defs/gone"}), "does not exist"),
+        (common_pb2.OutputConstraint(regex="(a"), "regex: invalid regex"),
+        (common_pb2.OutputConstraint(regex=r"(a)\1"), "backreference"),
+        (common_pb2.OutputConstraint(grammar='start: "a"\n  | c'), "grammar: line 1, column 8: unknown name"),
+        (common_pb2.OutputConstraint(grammar="start: start"), "no text matches it"),
+        (common_pb2.OutputConstraint(choices={"values": ["a\0"]}), "U+0000"),
+    ],
+)
+async def test_what_cannot_be_kept_to_is_refused_with_its_place(
+    constraints: Constraints, constraint: common_pb2.OutputConstraint, words: str
+) -> None:
+    assert words in await refusal(constraints, constraint)
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        schema(properties={f"p{index}": {"type": "string", "pattern": f"^.{{{index}}}x.*$"} for index in range(9000)}),
+        schema(allOf=[{"anyOf": [{"properties": {f"a{i}{j}": {"minimum": j}}} for j in range(7)]} for i in range(8)]),
+    ],
+    ids=["wide", "product"],
+)
+async def test_a_hostile_constraint_is_refused_and_the_next_one_works(
+    constraints: Constraints, constraint: common_pb2.OutputConstraint
+) -> None:
+    await refusal(constraints, constraint)
+
+    assert await constraints.grammar_of(schema(type="integer", title=constraint.WhichOneof("kind")))
+
+
+async def test_a_format_that_nobody_knows_is_no_constraint(constraints: Constraints) -> None:
+    fields = {"type": "object", "properties": {"format": {"type": "string", "format": "int32"}}}
+
+    grammar = await constraints.grammar_of(schema(**fields))
+
+    assert json.loads(grammar.split("%json ")[1])["properties"] == {"format": {"type": "string"}}
+
+
+async def test_output_that_is_continued_must_match(constraints: Constraints) -> None:
+    constraint = common_pb2.OutputConstraint(regex="hello|help")
+    await constraints.grammar_of(constraint, list(b"hel"))
+
+    with pytest.raises(ServingError, match="continued does not match") as caught:
+        await constraints.grammar_of(constraint, list(b"ha"))
+    assert caught.value.violations[0].field == "generation.continue_output.ids"
+
+
+async def test_the_process_is_started_again_when_it_was_killed(constraints: Constraints) -> None:
+    await constraints.grammar_of(schema(title="before"))
+    (process,) = [
+        child
+        for child in psutil.Process().children()
+        if "octavo.services.gateway.constraint_process" in child.cmdline()
+    ]
+    os.kill(process.pid, signal.SIGKILL)
+    psutil.wait_procs([process])
+
+    with contextlib.suppress(ServingError):  # it may not have been noticed yet: then the client is told to try again
+        await constraints.grammar_of(schema(title="meanwhile"))
+    assert "after" in await constraints.grammar_of(schema(title="after"))
+
+
+async def test_equal_constraints_are_tried_out_once(constraints: Constraints, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials: list[str] = []
+    try_out = Constraints._try_out
+
+    async def counted(self: Constraints, constraint: common_pb2.OutputConstraint, continued: Any) -> str:
+        trials.append(constraint.json_schema)
+        return await try_out(self, constraint, continued)
+
+    monkeypatch.setattr(Constraints, "_try_out", counted)
+
+    made = await asyncio.gather(*(constraints.grammar_of(schema(title="many")) for _ in range(8)))
+
+    assert len(set(made)) == len(trials) == 1
+    assert await constraints.grammar_of(schema(title="many")) == made[0]
+    assert len(trials) == 1
+
+
+# -- through a gateway -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(config: GatewayConfig) -> GatewayConfig:
+    return replace(config, constraint_processes=1)
+
+
+@pytest.mark.asyncio(loop_scope="function")
+async def test_the_scheduler_gets_the_grammar(harness: Any, scheduler: Any) -> None:
+    call = harness.stream(constraint={"choices": {"values": ["a", "b"]}})
+    submit = await scheduler.next("submit")
+
+    assert submit.constraint.grammar.endswith('start: "a" | "b"')
+    call.cancel()
+
+
+@pytest.mark.asyncio(loop_scope="function")
+async def test_a_constraint_decides_where_the_output_ends(harness: Any, tools: Any) -> None:
+    call = harness.stream(constraint={"any_json": True}, stop={"ignore_end_of_sequence": True})
+
+    failure = await tools.rejection(call)
+
+    assert list(failure.fields) == ["generation.stop.ignore_end_of_sequence"]
