@@ -22,6 +22,7 @@ from octavo.gpu_worker.ops import (
     LayerNorm,
     Linear,
     StepInput,
+    UInt32Array,
 )
 from octavo.kernels.cpu import encoder
 from octavo.kernels.cpu.encoder import EncoderOp, EncoderProgram, EncoderStep, Table
@@ -91,6 +92,11 @@ class CpuEncoder:
     def copy_blocks(self, pairs: Int32Array) -> None:
         """There are none."""
         assert not pairs.size, "a model without a cache has no blocks to copy"
+
+    def mask(self, row: Float32Array, allowed: UInt32Array) -> None:
+        """There are no tokens to forbid."""
+        del row, allowed
+        raise AssertionError("an encoder makes no tokens")
 
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """There are no tokens to draw."""

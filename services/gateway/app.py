@@ -250,7 +250,7 @@ def _open_batches(
 
 
 def _constraints(tokenizer: ModelTokenizer, num_processes: int) -> Constraints | None:
-    if not num_processes:
+    if not num_processes or tokenizer.vector_files is not None:
         return None
     if not constraints_available() or not tokenizer.has_token_bytes:
         log.warning("structured output is off: it needs llguidance, and a tokenizer whose tokens are bytes")
