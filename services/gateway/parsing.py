@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import invalid_field
@@ -38,7 +38,7 @@ def resolve_parsing(
     if is_chat and generation.chat.tools_json and generation.chat.tool_choice.mode != _MODE.MODE_NONE:
         parsing.tool_call_format = parsing.tool_call_format or model.tool_call_format
         if not parsing.tool_names:
-            parsing.tool_names.extend(_tool_names(generation.chat))
+            parsing.tool_names.extend(tool["name"] for tool in read_tools(generation.chat))
     if is_chat:
         parsing.reasoning_format = parsing.reasoning_format or model.reasoning_format
     parsing.tool_call_format = parsing.tool_call_format or NONE
@@ -95,17 +95,17 @@ def _format(formats: Mapping[str, F], name: str, field: str) -> F | None:
     return formats.get(name)
 
 
-def _tool_names(chat: generation_pb2.Chat) -> list[str]:
-    """Return the names of the chat's tools, each given as a function or in one."""
-    names = []
+def read_tools(chat: generation_pb2.Chat) -> list[dict[str, Any]]:
+    """Return the functions of the chat's tools, each of which has a name. Raises INVALID_FIELD."""
+    functions = []
     for index, text in enumerate(chat.tools_json):
         tool = json.loads(text)  # read before, for the template
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name:
             raise invalid_field(f"generation.chat.tools_json[{index}]", "must have a function with a name")
-        names.append(name)
-    return names
+        functions.append(function)
+    return functions
 
 
 def _starts_in(

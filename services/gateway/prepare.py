@@ -22,6 +22,7 @@ from octavo.services.common.errors import (
     invalid_fields,
 )
 from octavo.services.gateway.chat import read_chat
+from octavo.services.gateway.forced_tool_call import force_tool_call
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.output import CandidateOutput, OutputSettings
 from octavo.services.gateway.parsing import call_id, marks, parser_settings, resolve_parsing
@@ -68,6 +69,7 @@ async def prepare(
     stop = _effective_stop(generation.stop)
     sampling = _effective_sampling(generation.sampling, model)
     prompt = await _prompt_token_ids(generation, model)
+    force_tool_call(generation)
     limit = model.context_limit(workers_limit)
     _set_max_new_tokens(stop, generation, len(prompt), limit)
     _check_values(generation, model, stop, prompt)
@@ -169,7 +171,7 @@ def _check_features(generation: generation_pb2.Generation, model: ServedModel) -
     for asked, feature, field in (
         (generation.HasField("constraint") and not model.constraints, "structured_output", "generation.constraint"),
         (
-            generation.chat.tool_choice.mode == generation_pb2.ToolChoice.MODE_REQUIRED,
+            generation.chat.tool_choice.mode == generation_pb2.ToolChoice.MODE_REQUIRED and not model.constraints,
             "structured_output",
             "generation.chat.tool_choice",
         ),
