@@ -173,6 +173,27 @@ def test_without_a_choice_no_tool_is_called(sdk: openai.OpenAI) -> None:
     assert call.choices[0].finish_reason != "tool_calls"
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_that_is_demanded_is_made_whatever_was_asked(sdk: openai.OpenAI, choice: Any) -> None:
+    call = sdk.chat.completions.create(
+        model=MODEL, messages=CAPITAL, tools=[TOOL], tool_choice=choice, seed=3, max_tokens=200
+    )
+
+    (made,) = call.choices[0].message.tool_calls or ()
+    assert isinstance(made, ChatCompletionMessageFunctionToolCall)
+    assert made.function.name == "get_weather"
+    assert isinstance(json.loads(made.function.arguments)["city"], str)
+    assert call.choices[0].finish_reason == "tool_calls"
+
+
+def test_a_response_has_the_form_that_is_asked_for(sdk: openai.OpenAI) -> None:
+    schema = {**PARAMETERS, "properties": {"city": {"enum": ["Paris", "Rome"]}}, "additionalProperties": False}
+    form: Any = {"format": {"type": "json_schema", "name": "answer", "schema": schema}}
+    response = sdk.responses.create(model=MODEL, input=CAPITAL, text=form, temperature=0, max_output_tokens=60)
+
+    assert json.loads(response.output_text) == {"city": "Paris"}
+
+
 def test_the_answer_ends_after_one_call_where_calls_are_not_parallel(sdk: openai.OpenAI) -> None:
     call = sdk.chat.completions.create(
         model=MODEL,
