@@ -55,21 +55,26 @@ def choose(request: RouteRequest, views: Sequence[SchedulerView]) -> int:
     """Return the index of the scheduler for a request; there must be at least one.
 
     Whoever can meet the deadline and did not just refuse comes first, then the cheapest. A session's
-    own scheduler, the same one for every gateway, is kept while it is not much dearer.
+    own scheduler, the same one for every gateway, is kept while it is not much dearer and no other one is known to
+    have more of the prompt.
     """
     assert views, "a request without a scheduler"
     costs = [cost(request, view) for view in views]
 
-    def rank(index: int) -> tuple[bool, bool, float, int]:
+    def rank(index: int) -> tuple[bool, bool, float]:
         view = views[index]
         late = bool(request.remaining_ms) and view.estimated_queue_ms > request.remaining_ms
-        return late, view.recently_refused, costs[index], -affinity(request.request_id, view.scheduler_id)
+        return late, view.recently_refused, costs[index]
 
-    best = min(range(len(views)), key=rank)
+    ranks = [rank(index) for index in range(len(views))]
+    lowest = min(ranks)
+    equals = [index for index, each in enumerate(ranks) if each == lowest]
+    best = max(equals, key=lambda index: affinity(request.request_id, views[index].scheduler_id))
     if request.session_id:
         home = max(range(len(views)), key=lambda index: affinity(request.session_id, views[index].scheduler_id))
         patience = max(MIN_SESSION_TOKENS, request.num_tokens)
-        if rank(home)[:2] == rank(best)[:2] and costs[home] <= costs[best] + patience:
+        knows_most = all(view.cached_tokens <= views[home].cached_tokens for view in views)
+        if knows_most and ranks[home][:2] == lowest[:2] and costs[home] <= costs[best] + patience:
             return home
     return best
 
@@ -77,10 +82,16 @@ def choose(request: RouteRequest, views: Sequence[SchedulerView]) -> int:
 def cost(request: RouteRequest, view: SchedulerView) -> float:
     """Return how many tokens are computed, for each worker, before the first token of the request."""
     uncached = max(1, request.num_tokens - view.cached_tokens)
-    running = (view.running + view.sent_requests) * RUNNING_TOKENS
-    backlog = view.waiting_uncached_tokens + view.sent_tokens + running
+    busy = backlog(
+        view.waiting_uncached_tokens + view.sent_tokens, view.running + view.sent_requests, view.workers_ready
+    )
     missing = max(0, uncached + view.sent_tokens - view.kv_blocks_free * view.kv_block_size)
-    return uncached + backlog / max(1, view.workers_ready) + MISSING_BLOCK_FACTOR * missing
+    return uncached + busy + MISSING_BLOCK_FACTOR * missing
+
+
+def backlog(waiting_tokens: int, running: int, workers: int) -> float:
+    """Return the tokens that come first, for each worker."""
+    return (waiting_tokens + running * RUNNING_TOKENS) / max(1, workers)
 
 
 def affinity(key: str, scheduler_id: str) -> int:

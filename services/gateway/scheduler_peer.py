@@ -13,9 +13,8 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.tls_files import TlsFiles
 from octavo.services.gateway.peer_inboxes import PeerInboxes, take_candidates
-from octavo.services.gateway.prefix_index import PrefixIndex
 from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
-from octavo.services.gateway.routing import SchedulerView
+from octavo.services.gateway.router import Router
 from octavo.services.gateway.scheduler_link import SchedulerLink
 
 _CANCEL_S = 10.0
@@ -51,19 +50,24 @@ class SchedulerPeer:
     """A scheduler at one address, connected or not. Everything runs on one event loop."""
 
     def __init__(
-        self, address: str, gateway_id: str, owner: PeerOwner, tls: TlsFiles | None = None, server_name: str = ""
+        self,
+        address: str,
+        gateway_id: str,
+        owner: PeerOwner,
+        router: Router,
+        tls: TlsFiles | None = None,
+        server_name: str = "",
     ) -> None:
-        """`server_name`: what the scheduler's certificate must be made out to; empty: the host in `address`."""
+        """`router` is told of its state. `server_name`: what the scheduler's certificate must be made out to; empty: the host in `address`."""
         self.address = address
         self._owner = owner
         self._link = SchedulerLink(address, gateway_id, self, tls, server_name)
         self._inboxes = PeerInboxes()
         self._cancels: dict[str, list[asyncio.Future[scheduler_pb2.Cancelled]]] = {}
-        self._refused_until = 0.0
         self._sick_since: float | None = None
-        self._sent_tokens = 0
-        self._sent_requests = 0
-        self.prefixes = PrefixIndex()
+        self._router = router
+        self.route = router.add(address)
+        """It as routing sees it."""
         self.welcome: scheduler_pb2.Welcome | None = None
         """Its introduction; None while it is not connected."""
         self.load = scheduler_pb2.Load()
@@ -73,11 +77,12 @@ class SchedulerPeer:
 
     def start(self) -> list[asyncio.Task[None]]:
         """Connect, and stay connected until `close`; return the tasks, none of which ends by itself."""
-        return self._link.start(self.prefixes)
+        return self._link.start(self.route.prefixes)
 
     async def close(self) -> None:
         """Disconnect, for good. Its requests are nobody's then."""
         await self._link.close()
+        self._router.remove(self.route)
 
     @property
     def scheduler_id(self) -> str:
@@ -114,23 +119,6 @@ class SchedulerPeer:
         """Return whether a request is here under this handle."""
         return handle in self._inboxes
 
-    def view(self, block_hashes: Sequence[int], now: float) -> SchedulerView:
-        """Describe it for the routing of a request with these blocks; `now` is a time of the event loop."""
-        load, block_size = self.load, self.welcome.kv_block_size if self.welcome else 0
-        return SchedulerView(
-            scheduler_id=self.scheduler_id,
-            running=load.running,
-            waiting_uncached_tokens=load.waiting_uncached_tokens,
-            estimated_queue_ms=load.estimated_queue_ms,
-            kv_blocks_free=load.kv_blocks_free,
-            kv_block_size=block_size,
-            workers_ready=load.workers_ready,
-            cached_tokens=self.prefixes.count_cached(block_hashes) * block_size,
-            sent_tokens=self._sent_tokens,
-            sent_requests=self._sent_requests,
-            recently_refused=now < self._refused_until,
-        )
-
     def sick_for(self, now: float) -> float:
         """Return for how many seconds it has been connected and made no progress; ask a few times a second."""
         if self.welcome is None or self.healthy or self.draining:
@@ -142,15 +130,14 @@ class SchedulerPeer:
 
     def avoid_until(self, time: float) -> None:
         """Prefer others until a time of the event loop; with no other this changes nothing."""
-        self._refused_until = time
+        self.route.refused_until = time
 
     # What is sent
 
     def submit(self, stream: RequestStream, candidates: Sequence[CandidateInbox], submit: scheduler_pb2.Submit) -> None:
         """Send candidates of a request, under a handle that is set."""
         self._inboxes.add(submit.handle, stream, candidates)
-        self._sent_tokens += len(submit.prompt_token_ids) + len(submit.continue_token_ids)
-        self._sent_requests += len(candidates)
+        self.route.sent(len(submit.prompt_token_ids) + len(submit.continue_token_ids), len(candidates))
         stream.scheduler_id = self.scheduler_id
         self._link.send(scheduler_pb2.AttachRequest(submit=submit))
 
@@ -215,7 +202,7 @@ class SchedulerPeer:
     def on_connected(self, welcome: scheduler_pb2.Welcome) -> None:
         """Take the scheduler's introduction."""
         self.welcome = welcome
-        self._refused_until = 0.0
+        self.route.open(self.scheduler_id, welcome.kv_block_size)
         self._take_load(welcome.load)
         self._owner.on_peer_ready(self)
 
@@ -224,6 +211,7 @@ class SchedulerPeer:
         if self.welcome is None:
             return
         self.welcome = None
+        self.route.close()
         lost = self._inboxes.take_all()
         for answers in self._cancels.values():
             for answer in answers:
@@ -234,7 +222,7 @@ class SchedulerPeer:
     def _take_load(self, load: scheduler_pb2.Load) -> None:
         self.load = load
         self.draining = load.draining
-        self._sent_tokens = self._sent_requests = 0
+        self.route.take_load(load)
 
     # Messages
 

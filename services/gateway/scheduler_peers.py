@@ -9,7 +9,8 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.tls_files import TlsFiles
 from octavo.services.gateway.prefix_index import prompt_block_hashes
 from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
-from octavo.services.gateway.routing import RouteRequest, choose
+from octavo.services.gateway.router import Route, Router
+from octavo.services.gateway.routing import RouteRequest
 from octavo.services.gateway.scheduler_addresses import AddressBook
 from octavo.services.gateway.scheduler_peer import PeerOwner, SchedulerPeer
 from octavo.services.gateway.watched_tasks import WatchedTasks
@@ -25,6 +26,7 @@ class SchedulerPeers:
         self._addresses = AddressBook(addresses)
         self._gateway_id = gateway_id
         self._tls = tls
+        self._router = Router()
         self._by_address: dict[str, SchedulerPeer] = {}
         self._next_handle = 1
 
@@ -56,24 +58,33 @@ class SchedulerPeers:
         self, stream: RequestStream, submit: scheduler_pb2.Submit, refused_by: Collection[str] = ()
     ) -> SchedulerPeer | None:
         """Return who gets a request; None if nobody takes it. A sick scheduler gets it only if all are."""
-        peers = [peer for peer in self if peer.usable and peer.address not in refused_by]
-        if stream.model_version:
-            peers = [peer for peer in peers if peer.load.model_version in ("", stream.model_version)]
-        peers = [peer for peer in peers if peer.healthy] or peers
-        if len(peers) < 2:
-            return peers[0] if peers else None
-        now = asyncio.get_running_loop().time()
+
+        def accepts(route: Route) -> bool:
+            peer = self._by_address[route.address]
+            versions = ("", stream.model_version) if stream.model_version else (peer.load.model_version,)
+            return peer.usable and peer.address not in refused_by and peer.load.model_version in versions
+
+        def is_well(route: Route) -> bool:
+            return self._by_address[route.address].healthy and accepts(route)
+
         hashes: dict[int, list[int]] = {}
-        for size in {peer.welcome.kv_block_size for peer in peers if peer.welcome and len(peer.prefixes)} - {0}:
-            hashes[size] = prompt_block_hashes(submit, size)
-        views = [peer.view(hashes.get(peer.welcome.kv_block_size if peer.welcome else 0, ()), now) for peer in peers]
+
+        def block_hashes(size: int) -> list[int]:
+            if size not in hashes:
+                hashes[size] = prompt_block_hashes(submit, size)
+            return hashes[size]
+
         request = RouteRequest(
             request_id=submit.request_id,
             num_tokens=len(submit.prompt_token_ids) + len(submit.continue_token_ids),
             session_id=stream.session_id,
             remaining_ms=_remaining_ms(stream),
         )
-        return peers[choose(request, views)]
+        now = asyncio.get_running_loop().time()
+        route = self._router.choose(request, block_hashes, is_well, now)
+        if route is None:
+            route = self._router.choose(request, block_hashes, accepts, now)
+        return self._by_address[route.address] if route else None
 
     def send(
         self,
@@ -105,7 +116,9 @@ class SchedulerPeers:
         for address in addresses:
             if address not in self._by_address:
                 name = self._addresses.name_of(address)
-                peer = self._by_address[address] = SchedulerPeer(address, self._gateway_id, owner, self._tls, name)
+                peer = self._by_address[address] = SchedulerPeer(
+                    address, self._gateway_id, owner, self._router, self._tls, name
+                )
                 for task in peer.start():
                     tasks.watch(task)
         for address in [address for address in self._by_address if address not in addresses]:

@@ -207,12 +207,12 @@ async def test_a_request_goes_where_its_prefix_is_cached(pair: Pair) -> None:
         scheduler_pb2.WatchCacheResponse(event_id=1, cleared=True, stored_block_hashes=stored)
     )
     await pair.tools.until(
-        lambda: len(pair.peer(pair.second).prefixes) == 2 and not pair.peer(pair.second).load.running
+        lambda: len(pair.peer(pair.second).route.prefixes) == 2 and not pair.peer(pair.second).load.running
     )
 
     for _ in range(3):
         pair.second.send(load=pair.second.load)
-        await pair.tools.until(lambda: pair.peer(pair.second).view((), 0.0).sent_tokens == 0)
+        await pair.tools.until(lambda: pair.peer(pair.second).route.sent_tokens == 0)
         calls.append(pair.harness.stream(token_ids={"ids": [*prompt[:-1], 50]}))
         await pair.second.next_admitted()
 
@@ -223,7 +223,7 @@ async def test_a_gap_in_the_cache_s_events_starts_the_index_over(pair: Pair) -> 
             scheduler_pb2.WatchCacheResponse(event_id=event_id, cleared=event_id == 3, stored_block_hashes=[event_id])
         )
     await pair.tools.until(lambda: pair.first.watched_from == [0, 0])
-    assert len(pair.peer(pair.first).prefixes) == 0
+    assert len(pair.peer(pair.first).route.prefixes) == 0
 
 
 async def test_cancel_generation_finds_a_request_at_any_scheduler(pair: Pair) -> None:
