@@ -19,8 +19,8 @@ class LostEventsError(Exception):
 class PrefixHolders:
     """Which schedulers have a block in their caches: a bit for each scheduler, under the block's name.
 
-    A lookup takes as long for a thousand schedulers as for one, but for the length of the masks. Memory is bounded: when
-    there are too many names, only those are kept that end in one more zero bit. Names are hashes, so every second
+    A lookup takes as long for a thousand schedulers as for one, but for the length of the masks. Memory is bounded:
+    when there are too many names, only those are kept that end in one more zero bit. Names are hashes, so every second
     block of any prompt is still known, and a cached prefix is found up to a few blocks. The sample never grows again.
     """
 

@@ -58,7 +58,10 @@ class SchedulerPeer:
         tls: TlsFiles | None = None,
         server_name: str = "",
     ) -> None:
-        """`router` is told of its state. `server_name`: what the scheduler's certificate must be made out to; empty: the host in `address`."""
+        """`router` is told of its state.
+
+        `server_name`: what the scheduler's certificate must be made out to; empty: the host in `address`.
+        """
         self.address = address
         self._owner = owner
         self._link = SchedulerLink(address, gateway_id, self, tls, server_name)
@@ -222,7 +225,7 @@ class SchedulerPeer:
     def _take_load(self, load: scheduler_pb2.Load) -> None:
         self.load = load
         self.draining = load.draining
-        self.route.take_load(load)
+        self.route.take_load(load, asyncio.get_running_loop().time())
 
     # Messages
 

@@ -60,12 +60,14 @@ class SchedulerPeers:
         """Return who gets a request; None if nobody takes it. A sick scheduler gets it only if all are."""
 
         def accepts(route: Route) -> bool:
-            peer = self._by_address[route.address]
+            peer = self._by_address.get(route.address)
+            if peer is None or peer.route is not route:
+                return False  # it is being closed
             versions = ("", stream.model_version) if stream.model_version else (peer.load.model_version,)
             return peer.usable and peer.address not in refused_by and peer.load.model_version in versions
 
         def is_well(route: Route) -> bool:
-            return self._by_address[route.address].healthy and accepts(route)
+            return accepts(route) and self._by_address[route.address].healthy
 
         hashes: dict[int, list[int]] = {}
 

@@ -1,0 +1,109 @@
+"""Which few of many schedulers are looked at, and what is remembered of them."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.gateway.prefix_index import PrefixHolders, PrefixIndex
+from octavo.services.gateway.router import COMPARE_ALL, PER_PREFIX, Route, Router
+from octavo.services.gateway.routing import RouteRequest
+
+MANY = 8 * COMPARE_ALL
+PROMPT = list(range(1000, 1020))
+
+
+def event(event_id: int, **fields: object) -> scheduler_pb2.WatchCacheResponse:
+    return scheduler_pb2.WatchCacheResponse(event_id=event_id, **fields)  # type: ignore[arg-type]
+
+
+def many() -> tuple[Router, list[Route]]:
+    router = Router()
+    routes = [router.add(str(number)) for number in range(MANY)]
+    for route in routes:
+        route.open(f"s{route.address}", 16)
+        route.take_load(load(), 0.0)
+        route.prefixes.apply(event(1, cleared=True))
+    return router, routes
+
+
+def load(**fields: int) -> scheduler_pb2.Load:
+    return scheduler_pb2.Load(**{"kv_blocks_free": 1000, "workers_ready": 1, **fields})  # type: ignore[arg-type]
+
+
+def chosen(router: Router, name: str = "r", asked: list[Route] | None = None) -> Route:
+    def accepts(route: Route) -> bool:
+        if asked is not None:
+            asked.append(route)
+        return True
+
+    route = router.choose(RouteRequest(name, 16 * len(PROMPT)), lambda _: PROMPT, accepts, 0.0)
+    assert route is not None
+    return route
+
+
+def test_one_of_many_that_has_the_prefix_is_found() -> None:
+    router, routes = many()
+    routes[100].prefixes.apply(event(2, stored_block_hashes=PROMPT[:5]))
+    routes[200].prefixes.apply(event(2, stored_block_hashes=PROMPT[:9]))
+    asked: list[Route] = []
+    assert chosen(router, asked=asked) is routes[200]
+    assert len(asked) <= 3 * PER_PREFIX
+    routes[200].prefixes.apply(event(3, removed_block_hashes=PROMPT[:9]))
+    assert chosen(router) is routes[100]
+    router.remove(routes[100])
+    assert chosen(router) is not routes[100]
+
+
+def test_the_only_idle_one_of_many_is_found() -> None:
+    router, routes = many()
+    for number, route in enumerate(routes):
+        route.take_load(load(waiting_uncached_tokens=0 if number == 77 else 10_000), 1.0)
+    assert {chosen(router, f"r{number}") for number in range(20)} == {routes[77]}
+
+
+def test_where_nobody_who_is_looked_at_may_take_it_all_are_asked() -> None:
+    router, routes = many()
+    for route in routes[1:]:
+        route.refused_until = 10.0
+    assert {chosen(router, f"r{number}") for number in range(20)} == {routes[0]}
+
+
+def test_who_did_much_more_than_the_others_lately_is_spared_although_it_has_the_prefix() -> None:
+    router, routes = many()
+    routes[5].prefixes.apply(event(2, stored_block_hashes=PROMPT))
+    assert chosen(router) is routes[5]
+    for route in routes:
+        route.take_load(load(prompt_tokens=60_000 if route is routes[5] else 30_000), 1.0)
+    assert chosen(router) is not routes[5]
+
+
+def test_too_many_names_are_thinned_out_and_the_rest_still_finds_prefixes() -> None:
+    rng = random.Random(0)
+    holders = PrefixHolders(max_names=4000)
+    indexes = [PrefixIndex(holders) for _ in range(10)]
+    prompts = [[rng.getrandbits(64) for _ in range(1500)] for _ in indexes]
+    for index, names in zip(indexes, prompts, strict=True):
+        index.apply(event(1, cleared=True, stored_block_hashes=names))
+        assert holders.num_names <= 4000
+    assert 1000 < holders.num_names == sum(map(len, indexes))
+    for (at, index), (whose, names) in itertools.product(enumerate(indexes), enumerate(prompts)):
+        found = index.count_cached(names)
+        assert 1400 < found <= 1500 if at == whose else found == 0
+    for index in indexes:
+        holders.leave(index)
+    assert holders.num_names == 0
+
+
+def test_a_simulated_fleet_finds_most_of_what_one_giant_cache_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
+    scale = importlib.import_module("scale")
+    options = scale.parse(["--replicas=40", "--gateways=4", "--seconds=24", "--churn=1"])
+    giant, prefix, spread = (scale.simulate(options, name) for name in ("giant", "prefix", "round-robin"))
+    assert prefix.hit_rate > 0.7 * giant > spread.hit_rate
+    assert prefix.num_moved > 0 or spread.num_moved > 0
