@@ -6,7 +6,6 @@ idle ones and the home of its session: the time of a decision hardly grows with 
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,8 +21,6 @@ COMPARE_ALL = 32
 MAX_PREFIXES = 4
 PER_PREFIX = 8
 """Of those that know equally much of the prompt, so many are looked at, for the so many longest prefixes."""
-RECENT_S = 20.0
-"""What was computed counts less and less, to a third after this time."""
 
 
 class Route:
@@ -39,9 +36,6 @@ class Route:
         self.is_open = False
         self.sent_tokens = 0
         self.sent_requests = 0
-        self.recent_tokens = 0.0
-        self._computed: int | None = None  # since the scheduler's start; None: not heard since it was opened
-        self._heard_at = 0.0
         self._router = router
 
     def open(self, scheduler_id: str, block_size: int) -> None:
@@ -49,7 +43,6 @@ class Route:
         self.close()
         self.scheduler_id, self.block_size, self.is_open = scheduler_id, block_size, True
         self.refused_until = 0.0
-        self._computed = None
         self._router.on_open(self)
 
     def close(self) -> None:
@@ -58,16 +51,8 @@ class Route:
             self._router.on_close(self)
             self.is_open = False
 
-    def take_load(self, load: scheduler_pb2.Load, now: float) -> None:
+    def take_load(self, load: scheduler_pb2.Load) -> None:
         """Take what it says of itself, which replaces what was sent since the last time."""
-        computed = load.prompt_tokens + load.output_tokens
-        before = self.recent_tokens
-        if self._computed is not None:
-            self.recent_tokens *= math.exp((self._heard_at - now) / RECENT_S)
-            self.recent_tokens += max(0, computed - self._computed)
-        self._computed, self._heard_at = computed, now
-        if self.is_open:
-            self._router.recent_tokens += self.recent_tokens - before
         self.load = load
         self.sent_tokens = self.sent_requests = 0
         self._router.on_busier(self)
@@ -92,8 +77,6 @@ class Route:
             cached_tokens=cached_tokens,
             sent_tokens=self.sent_tokens,
             sent_requests=self.sent_requests,
-            recent_tokens=self.recent_tokens,
-            mean_recent_tokens=self._router.recent_tokens / max(1, self._router.num_open),
             recently_refused=now < self.refused_until,
         )
 
@@ -103,17 +86,10 @@ class Router:
 
     def __init__(self) -> None:
         self.holders = PrefixHolders()
-        self.recent_tokens = 0.0
-        """Of all that are open."""
         self._routes: dict[int, Route] = {}  # the open ones, by their bits
         self._order = LoadOrder()
         self._sessions = SessionRing()
         self._block_sizes: Counter[int] = Counter()
-
-    @property
-    def num_open(self) -> int:
-        """How many can be chosen."""
-        return len(self._routes)
 
     def add(self, address: str) -> Route:
         """Add a scheduler; it is not open yet."""
@@ -181,7 +157,6 @@ class Router:
         """A scheduler can be chosen."""
         bit = route.prefixes.bit
         self._routes[bit] = route
-        self.recent_tokens += route.recent_tokens
         self._sessions.add(bit, route.scheduler_id)
         self._block_sizes[route.block_size] += 1
         self.on_busier(route)
@@ -190,7 +165,6 @@ class Router:
         """A scheduler cannot be chosen."""
         bit = route.prefixes.bit
         del self._routes[bit]
-        self.recent_tokens -= route.recent_tokens
         self._order.remove(bit)
         self._sessions.remove(bit, route.scheduler_id)
         self._block_sizes[route.block_size] -= 1

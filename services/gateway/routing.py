@@ -15,10 +15,6 @@ RUNNING_TOKENS = 32
 """What a running sequence counts for: it gets a token in every step that a new prompt takes."""
 MIN_SESSION_TOKENS = 512
 """A session stays where it was for at least so many tokens of extra cost, and for its whole prompt."""
-EXCESS_FACTOR = 5
-"""Who computed a fifth more than the average lately does not get a request for the sake of a prompt it has cached."""
-CALM_REQUESTS = 4
-"""Unless that is little: so many requests like this one count as no excess worth talking of."""
 MISSING_BLOCK_FACTOR = 2
 """A block that is not free is paid for twice: by the new sequence, and by the one that loses it."""
 
@@ -29,7 +25,6 @@ class SchedulerView:
 
     cached_tokens    tokens of this request's prompt that its prefix cache holds
     sent_tokens      tokens submitted since its last Load: it has not counted them yet
-    recent_tokens    tokens computed lately, and `mean_recent_tokens` by the average scheduler
     recently_refused it refused a request a moment ago, and said that it will for a while
     """
 
@@ -43,8 +38,6 @@ class SchedulerView:
     cached_tokens: int = 0
     sent_tokens: int = 0
     sent_requests: int = 0
-    recent_tokens: float = 0.0
-    mean_recent_tokens: float = 0.0
     recently_refused: bool = False
 
 
@@ -62,8 +55,7 @@ def choose(request: RouteRequest, views: Sequence[SchedulerView]) -> int:
     """Return the index of the scheduler for a request; there must be at least one.
 
     Whoever can meet the deadline and did not just refuse comes first, then the cheapest. A session's
-    own scheduler, the same one for every gateway, is kept while it is not much dearer and no other one is known to
-    have more of the prompt.
+    own scheduler, the same one for every gateway, is kept while it is not much dearer.
     """
     assert views, "a request without a scheduler"
     costs = [cost(request, view) for view in views]
@@ -80,10 +72,7 @@ def choose(request: RouteRequest, views: Sequence[SchedulerView]) -> int:
     if request.session_id:
         home = max(range(len(views)), key=lambda index: affinity(request.session_id, views[index].scheduler_id))
         patience = max(MIN_SESSION_TOKENS, request.num_tokens)
-        if any(view.cached_tokens for view in views):
-            patience = request.num_tokens // 4  # what is cached counts already
-        knows_most = all(view.cached_tokens <= views[home].cached_tokens for view in views)
-        if knows_most and ranks[home][:2] == lowest[:2] and costs[home] <= costs[best] + patience:
+        if ranks[home][:2] == lowest[:2] and costs[home] <= costs[best] + patience:
             return home
     return best
 
@@ -95,9 +84,7 @@ def cost(request: RouteRequest, view: SchedulerView) -> float:
         view.waiting_uncached_tokens + view.sent_tokens, view.running + view.sent_requests, view.workers_ready
     )
     missing = max(0, uncached + view.sent_tokens - view.kv_blocks_free * view.kv_block_size)
-    excess = max(0.0, view.recent_tokens - view.mean_recent_tokens)
-    excess /= view.mean_recent_tokens + CALM_REQUESTS * max(1, request.num_tokens)
-    return uncached + busy + MISSING_BLOCK_FACTOR * missing + EXCESS_FACTOR * excess * request.num_tokens
+    return uncached + busy + MISSING_BLOCK_FACTOR * missing
 
 
 def backlog(waiting_tokens: int, running: int, workers: int) -> float:

@@ -225,7 +225,7 @@ class SchedulerPeer:
     def _take_load(self, load: scheduler_pb2.Load) -> None:
         self.load = load
         self.draining = load.draining
-        self.route.take_load(load, asyncio.get_running_loop().time())
+        self.route.take_load(load)
 
     # Messages
 

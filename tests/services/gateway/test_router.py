@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import random
-from pathlib import Path
-
-import pytest
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.gateway.prefix_index import PrefixHolders, PrefixIndex
@@ -27,7 +23,7 @@ def many() -> tuple[Router, list[Route]]:
     routes = [router.add(str(number)) for number in range(MANY)]
     for route in routes:
         route.open(f"s{route.address}", 16)
-        route.take_load(load(), 0.0)
+        route.take_load(load())
         route.prefixes.apply(event(1, cleared=True))
     return router, routes
 
@@ -63,7 +59,7 @@ def test_one_of_many_that_has_the_prefix_is_found() -> None:
 def test_the_only_idle_one_of_many_is_found() -> None:
     router, routes = many()
     for number, route in enumerate(routes):
-        route.take_load(load(waiting_uncached_tokens=0 if number == 77 else 10_000), 1.0)
+        route.take_load(load(waiting_uncached_tokens=0 if number == 77 else 10_000))
     assert {chosen(router, f"r{number}") for number in range(20)} == {routes[77]}
 
 
@@ -72,15 +68,6 @@ def test_where_nobody_who_is_looked_at_may_take_it_all_are_asked() -> None:
     for route in routes[1:]:
         route.refused_until = 10.0
     assert {chosen(router, f"r{number}") for number in range(20)} == {routes[0]}
-
-
-def test_who_did_much_more_than_the_others_lately_is_spared_although_it_has_the_prefix() -> None:
-    router, routes = many()
-    routes[5].prefixes.apply(event(2, stored_block_hashes=PROMPT))
-    assert chosen(router) is routes[5]
-    for route in routes:
-        route.take_load(load(prompt_tokens=60_000 if route is routes[5] else 30_000), 1.0)
-    assert chosen(router) is not routes[5]
 
 
 def test_too_many_names_are_thinned_out_and_the_rest_still_finds_prefixes() -> None:
@@ -98,12 +85,3 @@ def test_too_many_names_are_thinned_out_and_the_rest_still_finds_prefixes() -> N
     for index in indexes:
         holders.leave(index)
     assert holders.num_names == 0
-
-
-def test_a_simulated_fleet_finds_most_of_what_one_giant_cache_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
-    scale = importlib.import_module("scale")
-    options = scale.parse(["--replicas=40", "--gateways=4", "--seconds=24", "--churn=1"])
-    giant, prefix, spread = (scale.simulate(options, name) for name in ("giant", "prefix", "round-robin"))
-    assert prefix.hit_rate > 0.7 * giant > spread.hit_rate
-    assert prefix.num_moved > 0 or spread.num_moved > 0
