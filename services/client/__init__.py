@@ -2,6 +2,7 @@
 
 from octavo.services.client.batch import BatchResult
 from octavo.services.client.client import Client
+from octavo.services.client.embeddings import Embeddings, Ranked
 from octavo.services.client.errors import OctavoError, ProtocolError, Violation
 from octavo.services.client.request import BatchItem, GenerationOptions
 from octavo.services.client.stream import Result, Stream
@@ -11,9 +12,11 @@ __all__ = [
     "BatchItem",
     "BatchResult",
     "Client",
+    "Embeddings",
     "GenerationOptions",
     "OctavoError",
     "ProtocolError",
+    "Ranked",
     "Result",
     "Stream",
     "SyncClient",

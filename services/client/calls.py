@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 
 import grpc
 
-from octavo.inference.v1 import generation_pb2_grpc, load_pb2_grpc, model_pb2_grpc, tokenizer_pb2_grpc
+from octavo.inference.v1 import (
+    embedding_pb2_grpc,
+    generation_pb2_grpc,
+    load_pb2_grpc,
+    model_pb2_grpc,
+    tokenizer_pb2_grpc,
+)
 from octavo.services.client.errors import OctavoError, from_rpc_error
 
 T = TypeVar("T")
@@ -48,6 +54,7 @@ class Endpoint:
         self.generation: Any = generation_pb2_grpc.GenerationServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.models: Any = model_pb2_grpc.ModelServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.tokenizer: Any = tokenizer_pb2_grpc.TokenizerServiceStub(self.channel)  # type: ignore[no-untyped-call]
+        self.embedding: Any = embedding_pb2_grpc.EmbeddingServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.load: Any = load_pb2_grpc.LoadServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.failed_at = float("-inf")
 

@@ -12,9 +12,10 @@ import grpc
 from google.protobuf.message import Message
 
 from octavo.common.v1 import common_pb2
-from octavo.inference.v1 import generation_pb2, load_pb2, model_pb2, tokenizer_pb2
+from octavo.inference.v1 import embedding_pb2, generation_pb2, load_pb2, model_pb2, tokenizer_pb2
 from octavo.services.client.batch import BatchResult, BatchRun
 from octavo.services.client.calls import Endpoint, Endpoints, first_of, unary
+from octavo.services.client.embeddings import Embeddings, EmbedOptions, Ranked, embed_requests, gather
 from octavo.services.client.errors import ProtocolError
 from octavo.services.client.request import (
     BatchItem,
@@ -26,6 +27,8 @@ from octavo.services.client.request import (
     split_options,
 )
 from octavo.services.client.stream import Result, Stream
+
+_EMBED_CALLS_AT_ONCE = 4
 
 
 class Client:
@@ -112,6 +115,50 @@ class Client:
 
         call = self._call({"timeout_s": timeout_s, "request_id": request_id})
         return BatchRun(items, open_call, self._default_model, self._resume_for_s, ordered).results()
+
+    async def embed(
+        self,
+        inputs: str | Sequence[str | Sequence[int]],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Return a vector for each input, a text or token ids. Long lists are sent in pieces, a few at a time."""
+        model = options.get("model") or await self._default_model()
+        requests = embed_requests(model, [inputs] if isinstance(inputs, str) else inputs, options)
+        room = asyncio.Semaphore(_EMBED_CALLS_AT_ONCE)
+
+        async def send(request: embedding_pb2.EmbedRequest) -> embedding_pb2.EmbedResponse:
+            async with room:
+                response: embedding_pb2.EmbedResponse = await self._unary(
+                    lambda endpoint: endpoint.embedding.Embed, request, {"timeout_s": timeout_s}
+                )
+                return response
+
+        tasks = [asyncio.ensure_future(send(request)) for request in requests]
+        try:
+            return gather(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str = "",
+        top_n: int | None = None,
+        timeout_s: float | None = None,
+    ) -> list[Ranked]:
+        """Return the documents by how well they answer the query, best first; `top_n`: only so many."""
+        request = embedding_pb2.RerankRequest(
+            model=model or await self._default_model(), query=query, documents=documents, top_n=top_n
+        )
+        response: embedding_pb2.RerankResponse = await self._unary(
+            lambda endpoint: endpoint.embedding.Rerank, request, {"timeout_s": timeout_s}
+        )
+        return [Ranked(result.index, result.relevance_score) for result in response.results]
 
     async def cancel(self, request_id: str) -> generation_pb2.CancelGenerationResponse:
         """End a request by its id, whoever started it."""

@@ -13,6 +13,7 @@ import grpc
 from octavo.inference.v1 import generation_pb2, load_pb2, model_pb2
 from octavo.services.client.batch import BatchResult
 from octavo.services.client.client import Client
+from octavo.services.client.embeddings import Embeddings, EmbedOptions, Ranked
 from octavo.services.client.request import BatchItem, MessageLike, RequestOptions
 from octavo.services.client.stream import Result, Stream
 
@@ -84,6 +85,22 @@ class SyncClient:
                 yield result
         finally:
             self._finish(_closed(results))
+
+    def embed(
+        self,
+        inputs: str | Sequence[str | Sequence[int]],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[EmbedOptions],
+    ) -> Embeddings:
+        """Return a vector for each input; see Client.embed."""
+        return self._run(self._client.embed(inputs, timeout_s=timeout_s, **options))
+
+    def rerank(
+        self, query: str, documents: Sequence[str], *, model: str = "", top_n: int | None = None
+    ) -> list[Ranked]:
+        """Return the documents by how well they answer the query, best first."""
+        return self._run(self._client.rerank(query, documents, model=model, top_n=top_n))
 
     def cancel(self, request_id: str) -> generation_pb2.CancelGenerationResponse:
         """End a request by its id, whoever started it."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,7 @@ from octavo.services.gateway.health import SERVICE_NAMES, HealthMonitor
 from octavo.services.gateway.http.app import make_app
 from octavo.services.gateway.http.batches import BatchService
 from octavo.services.gateway.http.embed import EmbedEndpoints
+from octavo.services.gateway.http.endpoint import Handler
 from octavo.services.gateway.http.generate import GenerateEndpoints
 from octavo.services.gateway.http.info import InfoEndpoints
 from octavo.services.gateway.http.listener import HttpListener
@@ -134,11 +135,18 @@ class Gateway:
         self.http_port = 0
         if config.http_address:
             generate = GenerateEndpoints(self._calls, models)
-            self._batches = _open_batches(config, generate, authenticator)
+            embed = EmbedEndpoints(vector_calls, validator)
+            in_batches = {
+                "/v1/chat/completions": generate.chat,
+                "/v1/completions": generate.complete,
+                "/v1/responses": generate.respond,
+                "/v1/embeddings": embed.embeddings,
+            }
+            self._batches = _open_batches(config, in_batches, authenticator)
             ui = UiEndpoints(models, load, self._ready) if config.ui else None
             http_app = make_app(
                 generate,
-                EmbedEndpoints(vector_calls, validator),
+                embed,
                 InfoEndpoints(models, model_servicer, tokenizer_servicer, self._ready),
                 authenticator,
                 config.http_max_body_bytes,
@@ -239,12 +247,12 @@ def _load_model(config: GatewayConfig) -> ServedModel:
 
 
 def _open_batches(
-    config: GatewayConfig, generate: GenerateEndpoints, authenticator: Authenticator
+    config: GatewayConfig, handlers: Mapping[str, Handler], authenticator: Authenticator
 ) -> BatchService | None:
     if config.batch_dir is None:
         return None
     try:
-        return BatchService(config, config.batch_dir, generate, authenticator)
+        return BatchService(config, config.batch_dir, handlers, authenticator)
     except OSError as error:
         raise BindError(f"cannot use --batch-dir {config.batch_dir}: {error.strerror}") from None
 

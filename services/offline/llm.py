@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
 
 from octavo.services.client import BatchItem, BatchResult, GenerationOptions, OctavoError, Result, SyncClient
+from octavo.services.client.embeddings import EmbedOptions
 from octavo.services.client.request import MessageLike
 from octavo.services.offline.local_server import LocalServer
 
@@ -77,6 +79,12 @@ class LLM:
         """Yield a BatchResult for each conversation as it is answered."""
         items = (cast(BatchItem, {**options, "messages": messages}) for messages in conversations)
         return self.client.batch(items, ordered=ordered)
+
+    def embed(
+        self, inputs: str | Sequence[str | Sequence[int]], **options: Unpack[EmbedOptions]
+    ) -> Sequence[array[float]]:
+        """Return a vector for each text: an array of float32. The model must be one for embeddings."""
+        return self.client.embed(inputs, **options).vectors
 
     def close(self) -> None:
         """Stop the server. Nothing happens the second time."""

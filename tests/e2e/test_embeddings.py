@@ -19,6 +19,7 @@ import pytest
 from grpc import aio
 
 from octavo.inference.v1 import embedding_pb2, embedding_pb2_grpc, model_pb2, model_pb2_grpc
+from octavo.services.client import OctavoError, SyncClient
 
 from .stack import Stack
 
@@ -155,3 +156,22 @@ async def test_a_killed_worker_costs_no_vector_and_a_deadline_is_kept(embedder: 
     assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert worst_cosine(vectors_of(response)[:16]) >= 0.99999
     assert len(response.embeddings) == 8 * 16
+
+
+def test_octavo_s_client_embeds_and_ranks(embedder: Stack) -> None:
+    """More texts than go into one call come back in order."""
+    texts = TEXTS * 20
+    with SyncClient(embedder.address) as client:
+        found = client.embed(texts)
+        assert len(found.vectors) == len(texts) > 256
+        cosines = np.sum(np.stack([np.asarray(vector) for vector in found.vectors]) * np.tile(TRUE, (20, 1)), axis=1)
+        assert cosines.min() >= 0.99999
+        assert found.usage.prompt_tokens == 20 * client.embed(TEXTS).usage.prompt_tokens
+        (short,) = client.embed(TEXTS[0], dimensions=8).vectors
+        assert len(short) == 8
+        ranked = client.rerank(TEXTS[3], TEXTS, top_n=2)
+        assert ranked[0].index == 3
+        assert len(ranked) == 2
+        with pytest.raises(OctavoError) as failure:
+            client.embed("x", dimensions=0)
+        assert failure.value.code is grpc.StatusCode.INVALID_ARGUMENT

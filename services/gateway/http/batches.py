@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from octavo.services.gateway.batches.store import RUNNING, BatchStore, StoredBat
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.http.endpoint import Endpoint, Handler, HttpRequest
 from octavo.services.gateway.http.files import FileEndpoints, page
-from octavo.services.gateway.http.generate import GenerateEndpoints
 from octavo.services.gateway.http.in_process import InProcessSender
 from octavo.services.gateway.http.params import Params
 
@@ -39,14 +38,10 @@ class BatchService:
     """Files, batches, and what runs them."""
 
     def __init__(
-        self, config: GatewayConfig, folder: Path, generate: GenerateEndpoints, authenticator: Authenticator
+        self, config: GatewayConfig, folder: Path, handlers: Mapping[str, Handler], authenticator: Authenticator
     ) -> None:
-        """Make the folder. Raises OSError."""
+        """Make the folder. `handlers`: by path, what a batch may ask for. Raises OSError."""
         store = BatchStore(folder, StoreLimits(config.batch_max_file_bytes, config.batch_max_tenant_bytes))
-        handlers: dict[str, Handler] = {
-            "/v1/chat/completions": generate.chat,
-            "/v1/completions": generate.complete,
-        }
         endpoints = {path: Endpoint(handler, config.http_max_body_bytes, None) for path, handler in handlers.items()}
 
         def make_sender(batch: StoredBatch) -> InProcessSender:
