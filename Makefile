@@ -28,7 +28,8 @@ setup: $(VENV)/.serve  ## Make .venv with everything that serving needs
 setup-dev: $(VENV)/.dev  ## Make .venv with everything that development needs
 
 test: setup-dev lint typecheck  ## Run everything that must pass: linters, types, all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests --ignore=tests/e2e
+	$(BIN)/python -m pytest tests/e2e
 
 test-quick: setup-dev  ## Run the tests that take little time
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,12 +1,12 @@
 """Routing over many replicas, in simulated time: python benchmarks/scale.py [--replicas 1000] [--requests 20000].
 
 Everything that decides is the real code: each replica is a scheduler core with its block pool and cache feed, each
-gateway chooses with `routing.choose` from loads and prefix indexes as old as they are in production. Simulated are
+gateway chooses with its `Router` from loads and prefix indexes as old as they are in production. Simulated are
 the workers (a step takes a fixed time and a time for each token), the clock and the clients: applications with
 system prompts, popular by Zipf's law, whose conversations grow turn by turn and all arrive by chance.
 
-Compared are: prefix-aware routing as it is; the same blind to caches (`cached_tokens` 0); and one giant cache
-that never forgets, the most that any routing could hit.
+Compared are: prefix-aware routing as it is; the same blind to caches; and one giant cache that never forgets, the
+most that any routing could hit.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway.prefix_index import PrefixIndex, prompt_block_hashes
-from octavo.services.gateway.routing import RouteRequest, SchedulerView, choose
+from octavo.services.gateway.prefix_index import prompt_block_hashes
+from octavo.services.gateway.router import Route, Router
+from octavo.services.gateway.routing import RouteRequest
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.effects import SendPlan
 from octavo.services.scheduler.scheduler import Scheduler
@@ -38,7 +39,7 @@ GATEWAYS = 4
 
 @dataclass(eq=False)
 class Replica:
-    """A scheduler with one worker, and what gateways know of it."""
+    """A scheduler with one worker."""
 
     number: int
     core: Scheduler
@@ -47,9 +48,24 @@ class Replica:
     computing: bool = False
     busy_s: float = 0.0
     sequences: int = 0  # running and waiting, summed over reports
-    index: PrefixIndex = field(default_factory=PrefixIndex)
-    load: scheduler_pb2.Load = field(default_factory=scheduler_pb2.Load)
     changed: bool = True
+
+
+class Gateway:
+    """What one gateway knows of all replicas."""
+
+    def __init__(self, num_replicas: int) -> None:
+        self.router = Router()
+        self.routes = [self.router.add(str(number)) for number in range(num_replicas)]
+        for route in self.routes:
+            route.open(route.address, BLOCK_SIZE)
+
+    def report(self, number: int, load: scheduler_pb2.Load, events: list[scheduler_pb2.WatchCacheResponse]) -> None:
+        """Take what a replica says of itself."""
+        route = self.routes[number]
+        for event in events:
+            route.prefixes.apply(event)
+        route.take_load(load)
 
 
 @dataclass
@@ -95,8 +111,7 @@ class Simulation:
         self._events: list[tuple[float, int, object]] = []
         self._num_events = 0
         self.replicas = [self._replica(number) for number in range(options.replicas)]
-        # What each gateway sent to a replica since its last load: tokens and requests.
-        self._sent: list[dict[int, list[int]]] = [{} for _ in range(GATEWAYS)]
+        self._gateways = [Gateway(options.replicas) for _ in range(GATEWAYS)]
         self._giant: set[int] = set()
         self.giant_hits = self.looked_up = 0
         self._is_steady = False  # neither the start, when caches are empty, nor the end
@@ -149,45 +164,31 @@ class Simulation:
         self.looked_up += len(prompt)
         whole = scheduler_pb2.Submit(prompt_token_ids=[*prompt, *[ANSWER] * num_output])
         self._giant.update(prompt_block_hashes(whole, BLOCK_SIZE))
-        gateway = self._rng.randrange(GATEWAYS)
+        gateway = self._rng.choice(self._gateways)
         started = time.perf_counter()
-        views = [self._view(replica, hashes, gateway) for replica in self.replicas]
-        replica = self.replicas[choose(RouteRequest(str(handle), len(prompt)), views)]
+        route = gateway.router.choose(
+            RouteRequest(str(handle), len(prompt)), lambda _: hashes if self._aware else [], _any, now
+        )
         self.choose_s.append(time.perf_counter() - started)
-        sent = self._sent[gateway].setdefault(replica.number, [0, 0])
-        sent[0] += len(prompt)
-        sent[1] += 1
+        assert route is not None, "every replica is open"
+        route.sent(len(prompt), 1)
+        replica = self.replicas[int(route.address)]
         self._arrived[handle] = now
         replica.core.submit("gateway", submit, now)
         self._pump(replica, now)
 
-    def _view(self, replica: Replica, hashes: list[int], gateway: int) -> SchedulerView:
-        load, sent = replica.load, self._sent[gateway].get(replica.number, (0, 0))
-        return SchedulerView(
-            scheduler_id=str(replica.number),
-            running=load.running,
-            waiting_uncached_tokens=load.waiting_uncached_tokens,
-            kv_blocks_free=load.kv_blocks_free,
-            cached_tokens=replica.index.count_cached(hashes) * BLOCK_SIZE if self._aware else 0,
-            sent_tokens=sent[0],
-            sent_requests=sent[1],
-        )
-
     def _report(self, now: float) -> None:
-        for sent in self._sent:
-            sent.clear()
         for replica in self.replicas:
             if replica.changed or replica.computing:
                 replica.changed = replica.computing
                 replica.core.tick(now)
                 replica.core.take_effects()
-                replica.load = replica.core.load(now)
+                load = replica.core.load(now)
                 if self._is_steady:
-                    replica.sequences += replica.load.running + replica.load.waiting
-                for event in replica.core.cache_feed.flush():
-                    if replica.index.last_event_id == 0:
-                        event.cleared = True
-                    replica.index.apply(event)
+                    replica.sequences += load.running + load.waiting
+                events = list(replica.core.cache_feed.flush())
+                for gateway in self._gateways:
+                    gateway.report(replica.number, load, events)
 
     def _pump(self, replica: Replica, now: float) -> None:
         replica.changed = True
@@ -232,6 +233,12 @@ class Simulation:
             flush=True,
         )
         return rate
+
+
+def _any(route: Route) -> bool:
+    """Let every replica have any request."""
+    del route
+    return True
 
 
 def main() -> None:

@@ -44,7 +44,8 @@ class Stack:
         self.http_port = free_port()
         self.http_url = f"http://127.0.0.1:{self.http_port}"
         command = [sys.executable, "-m", "octavo.services.cli", "serve", str(model), "--grpc-address", self.address]
-        command += ["--http-address", f"127.0.0.1:{self.http_port}"]
+        # A test run that is killed leaves no server behind.
+        command += ["--http-address", f"127.0.0.1:{self.http_port}", f"--parent-pid={os.getpid()}"]
         self.process = subprocess.Popen(
             [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
