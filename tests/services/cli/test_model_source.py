@@ -65,13 +65,12 @@ def test_a_file_that_is_no_gguf_is_one_line(tmp_path: Path) -> None:
         model_source.find(str(tmp_path / "model.gguf"), ignore)
 
 
-def test_demo_is_the_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("text", "name"), [("demo", "smollm2-135m-instruct"), ("demo-embed", "all-minilm-l6-v2")])
+def test_a_demo_is_a_demo_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, name: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(demo_model, "fetch", lambda cache, report: cache / "x.gguf")
+    monkeypatch.setattr(demo_model, "fetch", lambda cache, report, model: cache / model.name)
 
-    assert model_source.find("demo", ignore) == model_source.Model(
-        tmp_path / "octavo/models/x.gguf", "smollm2-135m-instruct"
-    )
+    assert model_source.find(text, ignore) == model_source.Model(tmp_path / "octavo/models" / name, name)
 
 
 def test_of_the_hub_only_tensors_and_texts_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,7 +243,7 @@ def make_settings(**changes: Any) -> SamplingSettings:
         "chosen_logprob": True, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
         "bias_token_ids": nothing, "bias_values": np.empty(0, np.float32), "forbidden": None,
         "banned_token_ids": nothing, "min_new_tokens": 0, "prompt_length": 4,
-        "history_token_ids": np.array([1, 2, 250, 2], np.uint32),
+        "history_token_ids": np.array([1, 2, 250, 2], np.uint32), "grammar": "", "end_of_sequence_ids": nothing,
     }  # fmt: skip
     return SamplingSettings(**{**neutral, **changes})
 
