@@ -136,7 +136,8 @@ def test_every_process_can_be_scraped_and_each_metric_is_there(observed: Stack) 
         assert scheduler[f"octavo_step_seconds_count[{part}]"] == steps
     assert scheduler["octavo_step_seconds_sum[forward]"] > scheduler["octavo_step_seconds_sum[plan]"] > 0
     assert worker["octavo_worker_steps_total"] >= 40
-    assert scrape(addresses[0], "/metrics/load")["vllm:num_requests_running"] == 0
+    while scrape(addresses[0], "/metrics/load")["vllm:num_requests_running"]:
+        pass  # the gateway knows it from the scheduler's next report
 
 
 def test_a_call_is_one_json_line_with_its_request_id_and_without_its_text(observed: Stack) -> None:
