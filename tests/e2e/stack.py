@@ -73,7 +73,7 @@ class Stack:
 
     def _wait_ready(self) -> None:
         try:
-            self.wait_for_line("ready")
+            self.wait_for_line("ready in ")  # the processes log other things that are ready
         except BaseException:
             self.kill()
             raise
