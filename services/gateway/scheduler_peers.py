@@ -40,8 +40,9 @@ class SchedulerPeers:
             tasks.start(self._look_up(owner, tasks))
 
     async def close(self) -> None:
-        """Disconnect, for good."""
-        for peer in self:
+        """Disconnect, for good. Nothing happens the second time."""
+        while self._by_address:
+            _, peer = self._by_address.popitem()
             await peer.close()
 
     @property
