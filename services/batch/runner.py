@@ -15,6 +15,8 @@ from octavo.services.batch.results import Answer, ResultFile
 _SYNC_S = 5.0
 _PAUSE_S = (0.1, 10.0)
 _LINES_AT_ONCE = 256
+_BUSY = (429, 503)
+_SERVER_FAILED = 500
 _MAX_FAILURES = 3  # of one request at a server that answers others: then it is the request's fault
 
 
@@ -29,6 +31,15 @@ class TryAgain(Exception):  # noqa: N818 - no error yet
         self.answer = answer
         self.blameless = blameless
         self.retry_after_s = retry_after_s
+
+
+def final(answer: Answer, retry_after: str) -> Answer:
+    """Return an answer that the request will not get a better one than. Raises TryAgain. `retry_after`: the header."""
+    if answer.status in _BUSY:
+        raise TryAgain(answer, blameless=True, retry_after_s=float(retry_after) if retry_after.isdecimal() else 0.0)
+    if answer.status >= _SERVER_FAILED:
+        raise TryAgain(answer, blameless=False)
+    return answer
 
 
 class GaveUpError(Exception):

@@ -10,12 +10,10 @@ import aiohttp
 
 from octavo.services.batch.lines import Line
 from octavo.services.batch.results import Answer
-from octavo.services.batch.runner import TryAgain
+from octavo.services.batch.runner import TryAgain, final
 
 _TOTAL_S = 24 * 3600.0
 _CONNECT_S = 10.0
-_BUSY = (429, 503)
-_SERVER_FAILED = 500
 
 
 class HttpSender:
@@ -58,11 +56,7 @@ class HttpSender:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             failed = Answer(0, request_id, {"code": "connection_error", "message": f"{type(error).__name__}: {error}"})
             raise TryAgain(failed, blameless=True) from None
-        if answer.status in _BUSY:
-            raise TryAgain(answer, blameless=True, retry_after_s=float(retry_after) if retry_after.isdecimal() else 0.0)
-        if answer.status >= _SERVER_FAILED:
-            raise TryAgain(answer, blameless=False)
-        return answer
+        return final(answer, retry_after)
 
 
 async def _object(response: aiohttp.ClientResponse) -> dict[str, Any]:

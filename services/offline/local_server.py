@@ -38,6 +38,7 @@ class LocalServer:
         self._command += ["--grpc-address=127.0.0.1:0", "--http-address=127.0.0.1:0"]
         self._command += [f"--parent-pid={os.getpid()}"]
         self._verbose = verbose
+        self._is_closed = False
         self._last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._reader: threading.Thread
         self._process: subprocess.Popen[str]
@@ -74,7 +75,10 @@ class LocalServer:
         self.close()
 
     def close(self) -> None:
-        """Stop it. Nothing happens the second time."""
+        """Stop it. Nothing happens the second time: the number of its process may be another one's by then."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):

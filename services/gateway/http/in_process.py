@@ -11,11 +11,8 @@ from starlette.types import ASGIApp, Message, Scope
 
 from octavo.services.batch.lines import Line
 from octavo.services.batch.results import Answer
-from octavo.services.batch.runner import TryAgain
+from octavo.services.batch.runner import final
 from octavo.services.gateway.authentication import Authenticator, Caller
-
-_BUSY = (429, 503)
-_SERVER_FAILED = 500
 
 
 class InProcessSender:
@@ -33,18 +30,12 @@ class InProcessSender:
 
     async def __call__(self, line: Line) -> Answer:
         """See Sender."""
-        self._authenticator.enter(
-            Caller(self._tenant)
-        )  # each request runs in a task of its own, and so in its own context
+        self._authenticator.enter(Caller(self._tenant))  # it stays in this request's task
         request_id = f"{self._name}-{line.index}"
         exchange = _Exchange(line.url, line.body, request_id)
         await self._endpoints[line.url](exchange.scope, exchange.receive, exchange.send)
         answer = Answer(exchange.status, request_id, json.loads(exchange.body))
-        if answer.status in _BUSY:
-            raise TryAgain(answer, blameless=True, retry_after_s=float(exchange.headers.get("retry-after", 0)))
-        if answer.status >= _SERVER_FAILED:
-            raise TryAgain(answer, blameless=False)
-        return answer
+        return final(answer, exchange.headers.get("retry-after", ""))
 
 
 class _Exchange:
