@@ -57,41 +57,46 @@ class BatchRun:
         self._room = asyncio.Semaphore(MAX_UNANSWERED)
         self._num_items = 0
         self._all_read = False
+        self._reading: asyncio.Task[generation_pb2.BatchGenerateRequest | None] | None = None
 
     async def results(self) -> AsyncIterator[BatchResult]:
         """Yield one result for each item. Raises OctavoError once no server can be reached any more."""
         loop = asyncio.get_running_loop()
         attempt = 0
         give_up_at = 0.0
-        while True:
-            call = self._open_call()
-            feeding = asyncio.create_task(self._feed(call))
-            try:
-                while (response := await call.read()) is not _EOF:
-                    attempt = 0
-                    for result in self._ready(self._take(response)):
-                        self._room.release()
-                        yield result
-                await feeding
-                if self._unanswered or not self._all_read:
-                    raise ProtocolError(f"the call ended with {len(self._unanswered)} items unanswered")
-                return
-            except (grpc.aio.AioRpcError, asyncio.CancelledError) as broken:
-                if feeding.done() and not feeding.cancelled() and (failure := feeding.exception()):
-                    raise failure from None  # an item was wrong: the call was cancelled for it
-                if not isinstance(broken, grpc.aio.AioRpcError):
-                    raise
-                error = from_rpc_error(broken)
-                if not error.is_broken_call or self._resume_for_s <= 0:
-                    raise error from None
-                if attempt == 0:
-                    give_up_at = loop.time() + self._resume_for_s
-                await pause(attempt, error, give_up_at)
-                attempt += 1
-            finally:
-                feeding.cancel()
-                call.cancel()
-                await asyncio.gather(feeding, return_exceptions=True)
+        try:
+            while True:
+                call = self._open_call()
+                feeding = asyncio.create_task(self._feed(call))
+                try:
+                    while (response := await call.read()) is not _EOF:
+                        attempt = 0
+                        for result in self._ready(self._take(response)):
+                            self._room.release()
+                            yield result
+                    await feeding
+                    if self._unanswered or not self._all_read:
+                        raise ProtocolError(f"the call ended with {len(self._unanswered)} items unanswered")
+                    return
+                except (grpc.aio.AioRpcError, asyncio.CancelledError) as broken:
+                    if feeding.done() and not feeding.cancelled() and (failure := feeding.exception()):
+                        raise failure from None  # an item was wrong: the call was cancelled for it
+                    if not isinstance(broken, grpc.aio.AioRpcError):
+                        raise
+                    error = from_rpc_error(broken)
+                    if not error.is_broken_call or self._resume_for_s <= 0:
+                        raise error from None
+                    if attempt == 0:
+                        give_up_at = loop.time() + self._resume_for_s
+                    await pause(attempt, error, give_up_at)
+                    attempt += 1
+                finally:
+                    feeding.cancel()
+                    call.cancel()
+                    await asyncio.gather(feeding, return_exceptions=True)
+        finally:
+            if self._reading is not None:
+                self._reading.cancel()
 
     async def _feed(self, call: Any) -> None:
         """Write what an earlier call has not answered, then new items as there is room for them."""
@@ -99,9 +104,12 @@ class BatchRun:
             for unanswered in list(self._unanswered.values()):
                 await call.write(unanswered)
             while not self._all_read:
-                await self._room.acquire()
-                request = await self._next_request()
+                # It outlives a broken call: a read that is cancelled would lose its item.
+                self._reading = self._reading or asyncio.create_task(self._next_request())
+                request = await asyncio.shield(self._reading)
+                self._reading = None
                 if request is not None:
+                    self._unanswered[request.item_id] = request
                     await call.write(request)
             await call.done_writing()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -111,7 +119,8 @@ class BatchRun:
             raise
 
     async def _next_request(self) -> generation_pb2.BatchGenerateRequest | None:
-        """Return the next item as a request, kept until it is answered; None after the last."""
+        """Return the next item as a request, once there is room for it; None after the last."""
+        await self._room.acquire()
         item = await anext(self._items, None)
         if item is None:
             self._all_read = True
@@ -127,7 +136,6 @@ class BatchRun:
             raise type(error)(f"item {self._num_items}: {error}") from None
         generation.model = generation.model or await self._model()
         request = generation_pb2.BatchGenerateRequest(item_id=str(self._num_items), generation=generation)
-        self._unanswered[request.item_id] = request
         self._num_items += 1
         return request
 

@@ -65,6 +65,8 @@ class FakeGateway(
         self.metadata: list[dict[str, Any]] = []
         self.cancelled = asyncio.Event()
         self.cancelled_ids: list[str] = []
+        self.batch_calls = 0
+        self.batch: Any = None  # if set, answers each BatchGenerate
         self.stream: Any = None  # if set, makes the events of each stream
         self.resume: Any = None  # the same of each ResumeStream
 
@@ -93,6 +95,11 @@ class FakeGateway(
         text = "".join(event.delta.text for event in self.answer)
         response.candidates.add(text=text, finished=self.answer[-2].candidate_finished)
         return response
+
+    async def BatchGenerate(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        self.batch_calls += 1
+        async for response in self.batch(requests, context):
+            yield response
 
     async def CancelGeneration(self, request: Any, context: Any) -> Any:
         self.cancelled_ids.append(request.request_id)
