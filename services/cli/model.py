@@ -6,7 +6,6 @@ A folder is sealed by `octavo-manifest.json`, written last: whoever finds it fin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from octavo.services.cli import model_source
+from octavo.services.cli.demo_model import sha256_of
 from octavo.services.cli.errors import CommandError
 from octavo.services.common import config as config_loader
 
@@ -75,27 +75,33 @@ def _fetch(source: str, folder: Path) -> None:
         return
     model = model_source.find(source, lambda _what, _done, _total: None)
     folder.mkdir(parents=True, exist_ok=True)
-    files = [model.path] if model.path.is_file() else [path for path in model.path.iterdir() if path.is_file()]
-    for file in files:
-        name = "model.gguf" if file is model.path else file.name
-        partial = folder / f".{name}.partial"
+    for file in [model.path] if model.path.is_file() else _files(model.path):
+        target = folder / ("model.gguf" if file is model.path else file.relative_to(model.path))
+        target.parent.mkdir(exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
         shutil.copyfile(file, partial)
         with partial.open("rb+") as copy:
             os.fsync(copy.fileno())
-        partial.rename(folder / name)
+        partial.rename(target)
     _seal(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return a model's files: those of the folder, and of folders that sentence-transformers numbers (1_Pooling)."""
+    found = (path for glob in ("*", "[0-9]*/*") for path in folder.glob(glob))
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
 
 
 def _seal(folder: Path) -> None:
     """Write the manifest of all files in a folder."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    files = [path for path in files if path.name != MANIFEST]
+    files = [path for path in _files(folder) if path.name != MANIFEST]
     if not files:
         raise CommandError(f"there are no files in {folder}")
     with ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(_sha256, files)
+        sums = pool.map(sha256_of, files)
     entries = {
-        path.name: {"size": path.stat().st_size, "sha256": sha256} for path, sha256 in zip(files, sums, strict=True)
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in zip(files, sums, strict=True)
     }
     partial = folder / f".{MANIFEST}.partial"
     partial.write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
@@ -139,9 +145,4 @@ def _difference(path: Path, size: int, sha256: str) -> str:
         return f"{path} is missing"
     if path.stat().st_size != size:
         return f"{path} has {path.stat().st_size} bytes, not {size}"
-    return "" if _sha256(path) == sha256 else f"{path} has another SHA-256 than was sealed"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if sha256_of(path) == sha256 else f"{path} has another SHA-256 than was sealed"

@@ -39,6 +39,17 @@ def test_what_was_fetched_is_as_sealed(sealed: Path, capsys: pytest.CaptureFixtu
     assert "3 files are as sealed" in capsys.readouterr().out
 
 
+def test_the_numbered_folders_of_a_model_for_vectors_come_along(sealed: Path, tmp_path: Path) -> None:
+    (tmp_path / "source" / "1_Pooling").mkdir()
+    (tmp_path / "source" / "1_Pooling" / "config.json").write_text("{}")
+    folder = tmp_path / "other"
+    assert main(["model", "fetch", str(folder), f"--source={tmp_path / 'source'}"]) == 0
+    assert main(["model", "verify", str(folder)]) == 0
+    (folder / "1_Pooling" / "config.json").unlink()
+    assert main(["model", "verify", str(folder)]) == EXIT_CORRUPT
+    assert main(["model", "verify", str(sealed)]) == 0
+
+
 @pytest.mark.parametrize(
     ("damage", "said"), [(flip, "another SHA-256"), (cut, "2999 bytes, not 3000"), (Path.unlink, "is missing")]
 )
