@@ -112,6 +112,8 @@ class Router:
         block_hashes   the names of its prompt's blocks, for a block size
         accepts        whether a scheduler may get it; asked about a few
         """
+        if len(self._routes) < 2:  # no choice: the prompt need not be hashed
+            return next(filter(accepts, self._routes.values()), None)
         known = self._known(block_hashes)
         bits = self._candidates(request, [who for _, who in known])
         routes = [route for route in map(self._routes.__getitem__, bits) if accepts(route)]
@@ -123,7 +125,10 @@ class Router:
         for route in routes:
             mask = 1 << route.prefixes.bit
             views.append(route.view(next((tokens for tokens, who in known if who & mask), 0), now))
-        return routes[choose(request, views)]
+        is_many = len(self._routes) > COMPARE_ALL
+        own = self._sessions.home(request.session_id) if is_many and request.session_id else None
+        home = next((index for index, route in enumerate(routes) if route.prefixes.bit == own), None)
+        return routes[choose(request, views, home)]
 
     def _known(self, block_hashes: Callable[[int], Sequence[int]]) -> list[tuple[int, int]]:
         """Return (tokens of the prompt, mask of who has at least these in the cache), the most tokens first."""

@@ -51,11 +51,12 @@ class RouteRequest:
     remaining_ms: int = 0
 
 
-def choose(request: RouteRequest, views: Sequence[SchedulerView]) -> int:
+def choose(request: RouteRequest, views: Sequence[SchedulerView], home: int | None = None) -> int:
     """Return the index of the scheduler for a request; there must be at least one.
 
     Whoever can meet the deadline and did not just refuse comes first, then the cheapest. A session's
-    own scheduler, the same one for every gateway, is kept while it is not much dearer.
+    own scheduler, the same one for every gateway, is kept while it is not much dearer; `home` is its index, where
+    `views` are not all there are.
     """
     assert views, "a request without a scheduler"
     costs = [cost(request, view) for view in views]
@@ -70,7 +71,8 @@ def choose(request: RouteRequest, views: Sequence[SchedulerView]) -> int:
     equals = [index for index, each in enumerate(ranks) if each == lowest]
     best = max(equals, key=lambda index: affinity(request.request_id, views[index].scheduler_id))
     if request.session_id:
-        home = max(range(len(views)), key=lambda index: affinity(request.session_id, views[index].scheduler_id))
+        if home is None:
+            home = max(range(len(views)), key=lambda index: affinity(request.session_id, views[index].scheduler_id))
         patience = max(MIN_SESSION_TOKENS, request.num_tokens)
         if ranks[home][:2] == lowest[:2] and costs[home] <= costs[best] + patience:
             return home

@@ -85,3 +85,30 @@ def test_too_many_names_are_thinned_out_and_the_rest_still_finds_prefixes() -> N
     for index in indexes:
         holders.leave(index)
     assert holders.num_names == 0
+
+
+def test_a_session_keeps_its_home_among_many() -> None:
+    """Whatever else is looked at for a request, and at whichever gateway."""
+    for session in ("a", "b", "c"):
+        homes = set()
+        for _ in range(2):
+            router, routes = many()
+            for number in range(40):
+                request = RouteRequest(f"{session}{number}", 16 * len(PROMPT), session)
+                route = router.choose(request, lambda _: [], lambda _: True, 0.0)
+                assert route is not None
+                homes.add(routes.index(route))
+        assert len(homes) == 1
+
+
+def test_a_choice_of_one_does_not_hash_the_prompt() -> None:
+    router = Router()
+    route = router.add("only")
+    route.open("only", 16)
+    route.prefixes.apply(event(1, cleared=True, stored_block_hashes=PROMPT))
+
+    def hashes(size: int) -> list[int]:
+        raise AssertionError(size)
+
+    assert router.choose(RouteRequest("r", 320), hashes, lambda _: True, 0.0) is route
+    assert router.choose(RouteRequest("r", 320), hashes, lambda _: False, 0.0) is None
