@@ -14,15 +14,16 @@ _FORMAT = "json"
 _FIELD = "generation.chat.tool_choice"
 
 
-def force_tool_call(generation: generation_pb2.Generation) -> None:
+def force_tool_call(generation: generation_pb2.Generation) -> generation_pb2.Generation:
     """Where the chat's `tool_choice` demands a call, set the constraint that makes one, and the format that reads it.
 
-    Changes `generation` in place. Raises INVALID_FIELD. Whatever the model's own format: a call without marks around
-    it can be constrained from its first token to its last, and leaves no room for anything else.
+    Returns a changed copy, or `generation` itself: a call may be tried again with it. Raises INVALID_FIELD. Whatever
+    the model's own format: a call without marks around it can be constrained from its first token to its last, and
+    leaves no room for anything else.
     """
     chat = generation.chat
     if generation.WhichOneof("prompt") != "chat" or chat.tool_choice.mode != generation_pb2.ToolChoice.MODE_REQUIRED:
-        return
+        return generation
     tools = read_tools(chat)
     if not tools:
         raise invalid_field(_FIELD, "needs tools to choose from; send tools, too")
@@ -32,9 +33,12 @@ def force_tool_call(generation: generation_pb2.Generation) -> None:
             raise invalid_field(_FIELD, f"there is no tool {chat.tool_choice.name!r}; name one of tools")
     if generation.HasField("constraint"):
         raise invalid_field("generation.constraint", "cannot be given together with a tool_choice that demands a call")
-    generation.constraint.json_schema = json.dumps(_schema(tools), ensure_ascii=False)
-    generation.output.parsing.tool_call_format = _FORMAT
-    generation.output.parsing.reasoning_format = NONE
+    forced = generation_pb2.Generation()
+    forced.CopyFrom(generation)
+    forced.constraint.json_schema = json.dumps(_schema(tools), ensure_ascii=False)
+    forced.output.parsing.tool_call_format = _FORMAT
+    forced.output.parsing.reasoning_format = NONE
+    return forced
 
 
 def _schema(tools: list[dict[str, Any]]) -> dict[str, Any]:

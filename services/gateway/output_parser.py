@@ -215,7 +215,7 @@ class OutputParser:
         reader, calls = self._reader, self._settings.tool_calls
         assert reader is not None, "no call is read"
         assert calls is not None, "a call without a format"
-        if calls.is_list and not self._in_list and not reader.raw.strip():
+        if calls.is_list and not self._in_list and reader.is_blank:
             before = text[: len(text) - len(text.lstrip())]
             if text[len(before) :].startswith("["):
                 self._in_list = True

@@ -69,7 +69,7 @@ async def prepare(
     stop = _effective_stop(generation.stop)
     sampling = _effective_sampling(generation.sampling, model)
     prompt = await _prompt_token_ids(generation, model)
-    force_tool_call(generation)
+    generation = force_tool_call(generation)
     limit = model.context_limit(workers_limit)
     _set_max_new_tokens(stop, generation, len(prompt), limit)
     _check_values(generation, model, stop, prompt)

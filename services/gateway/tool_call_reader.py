@@ -63,6 +63,11 @@ class ToolCallReader:
         """All that was read."""
         return "".join(self._raw)
 
+    @property
+    def is_blank(self) -> bool:
+        """Nothing but blanks was read."""
+        return self._depth == 0 and not self.raw.strip()
+
     def push(self, text: str) -> int:
         """Read on; return how many characters were read: all, unless the call is done or has failed before."""
         for position, character in enumerate(text):

@@ -71,10 +71,11 @@ class ResponsesFormat:
         events = ""
         if delta.reasoning_text:
             events += self._go_on("reasoning") + self._grow("response.reasoning_text.delta", delta.reasoning_text)
+        if delta.text:
+            events += self._go_on("message")  # first: what is known so far belongs to the item before
         if self._call.logprobs is not None and delta.token_count:
             self._new_logprobs += chat_logprobs(self._texts, delta.token_ids, delta.logprobs)["content"]
         if delta.text:
-            events += self._go_on("message")
             events += self._grow("response.output_text.delta", delta.text, logprobs=self._new_logprobs)
             self._logprobs += self._new_logprobs
             self._new_logprobs = []

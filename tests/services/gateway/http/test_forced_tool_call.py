@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import openai
 import pytest
 
 from octavo.common.v1 import common_pb2
+from octavo.inference.v1 import generation_pb2
 from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.forced_tool_call import force_tool_call
 
 END = common_pb2.FINISH_REASON_END_OF_SEQUENCE
 USER: Any = [{"role": "user", "content": "hi"}]
@@ -65,3 +68,14 @@ async def test_a_choice_that_cannot_be_made_is_refused(http: httpx.AsyncClient, 
     response = await http.post("/v1/chat/completions", json=body)
 
     assert (response.status_code, response.json()["error"]["param"]) == (400, "tool_choice")
+
+
+def test_a_request_stays_as_it_was_so_that_it_can_be_tried_again() -> None:
+    generation = generation_pb2.Generation()
+    generation.chat.tools_json.append(json.dumps(TOOLS[0]))
+    generation.chat.tool_choice.mode = generation_pb2.ToolChoice.MODE_REQUIRED
+    before = generation.SerializeToString(deterministic=True)
+    forced = force_tool_call(generation)
+    assert generation.SerializeToString(deterministic=True) == before
+    assert force_tool_call(generation) == forced
+    assert forced.HasField("constraint")

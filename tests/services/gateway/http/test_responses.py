@@ -161,6 +161,24 @@ async def test_log_probabilities_come_when_included(harness: Any, sdk: openai.As
     assert [len(entry.top_logprobs) for entry in content.logprobs] == [1, 1]
 
 
+async def test_log_probabilities_belong_to_the_message_after_reasoning(harness: Any, sdk: openai.AsyncOpenAI) -> None:
+    include: Any = ["message.output_text.logprobs"]
+    running = asyncio.ensure_future(sdk.responses.create(model="tiny", input="hi", include=include, top_logprobs=1))
+    submit = await harness.scheduler.next_admitted()
+    ids = [*harness.ids("<think>hm</think>h"), 0]
+    step = scheduler_pb2.StepOutputs(handles=[submit.handle], token_counts=[len(ids)], token_ids=ids)
+    step.logprobs.extend([-0.5] * len(ids))
+    step.candidate_token_ids.extend(ids)
+    step.candidate_logprobs.extend([-0.5] * len(ids))
+    step.finished.add(handle=submit.handle, reason=END)
+    harness.scheduler.send(step_outputs=step)
+    response = await running
+
+    reasoning, message = response.output
+    assert reasoning.type == "reasoning"
+    assert [entry.token for entry in message.content[0].logprobs][-2:] == ["h", "<|end|>"]
+
+
 async def test_a_stream_that_fails_says_so_in_its_last_event(harness: Any, sdk: openai.AsyncOpenAI) -> None:
     running = asyncio.ensure_future(sdk.responses.create(model="tiny", input="hi", stream=True))
     submit = await harness.scheduler.next_admitted()
