@@ -102,7 +102,7 @@ class Gateway:
         )
         _add(self._server, generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation)
         vector_calls = VectorCalls(self._calls, models, self.schedulers)
-        embedding = EmbeddingServicer(vector_calls, validator)
+        embedding = EmbeddingServicer(vector_calls)
         _add(self._server, embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, embedding)
         model_servicer = ModelServicer(models, self.schedulers, validator)
         tokenizer_servicer = TokenizerServicer(models, validator)
@@ -135,7 +135,7 @@ class Gateway:
         self.http_port = 0
         if config.http_address:
             generate = GenerateEndpoints(self._calls, models)
-            embed = EmbedEndpoints(vector_calls, validator)
+            embed = EmbedEndpoints(vector_calls)
             in_batches = {
                 "/v1/chat/completions": generate.chat,
                 "/v1/completions": generate.complete,

@@ -165,6 +165,7 @@ class GenerateCalls:
         self, request_id: str, tenant: str, model: str, headers: Mapping[str, str], deadline: float | None
     ) -> Iterator[CallRecord]:
         """Count and record a call for vectors, which the body answers. Raises DRAINING, QUEUE_FULL."""
+        tenant, model = self.mesh.tenant(tenant, headers), self.mesh.model(model, headers)
         traceparent = read_traceparent(headers)
         with self._accounting.call(request_id, tenant, model, traceparent, deadline) as record, self._counted():
             yield record

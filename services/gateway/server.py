@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from grpc import aio
 
@@ -27,11 +28,12 @@ BatchContext = aio.ServicerContext[generation_pb2.BatchGenerateRequest, generati
 AnyContext = GenerateContext | StreamContext | ResumeContext
 
 
-def _headers_of(context: AnyContext | BatchContext) -> dict[str, str]:
+def headers_of(context: aio.ServicerContext[Any, Any]) -> dict[str, str]:
+    """Return the metadata of a call that are text."""
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
-def _deadline_of(context: GenerateContext | StreamContext | BatchContext) -> float | None:
+def deadline_of(context: aio.ServicerContext[Any, Any]) -> float | None:
     """Return when the call must be over, as a time of the event loop."""
     remaining_s = context.time_remaining()
     return None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
@@ -81,7 +83,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         """Write the rest of an output whose stream broke, from the client's cursors on."""
         self._calls.check(request)
-        headers = _headers_of(context)
+        headers = headers_of(context)
         async with self._calls.resumed(request, request_id(), caller().tenant, headers) as run:
             await self._send_headers(context, run)
             async for response in run.responses(run.max_coalesce_ms):
@@ -98,8 +100,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             self._batch_limits,
             request_id(),
             caller().tenant,
-            _headers_of(context),
-            _deadline_of(context),
+            headers_of(context),
+            deadline_of(context),
         )
         await batch.run(requests, context.write)
 
@@ -121,7 +123,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         can_resume: bool = False,
     ) -> AsyncIterator[GenerationRun]:
         """Submit a request and wait for its admission; response headers are sent then, and not before."""
-        headers, deadline = _headers_of(context), _deadline_of(context)
+        headers, deadline = headers_of(context), deadline_of(context)
         call = self._calls.admitted(generation, request_id(), caller().tenant, headers, deadline, can_resume)
         async with call as run:
             await self._send_headers(context, run)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 
+from google.protobuf.message import Message
+
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import embedding_pb2
 from octavo.services.common.errors import (
@@ -36,6 +38,10 @@ class VectorCalls:
         self._models = models
         self._schedulers = schedulers
 
+    def check(self, request: Message) -> None:
+        """Check a request against the rules of its fields. Raises INVALID_FIELD."""
+        self._calls.check(request)
+
     async def embed(
         self,
         request: embedding_pb2.EmbedRequest,
@@ -49,7 +55,7 @@ class VectorCalls:
         headers: the call's metadata, for traceparent; deadline: a time of the event loop, or None.
         """
         with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
-            model = self._models.get(request.model)
+            model = self._models.get(record.model)
             files = _files(model, "embed", (_EMBED,))
             dimensions = request.dimensions if request.HasField("dimensions") else 0
             _check_dimensions(dimensions, files, self._schedulers.vector_size)
@@ -57,7 +63,7 @@ class VectorCalls:
             inputs = await self._read(request, model, files, prompt)
             call = VectorCall(
                 request_id=request_id,
-                tenant=tenant,
+                tenant=record.tenant,
                 priority=request.priority,
                 deadline=deadline,
                 traceparent=record.traceparent or read_traceparent(headers),
@@ -65,7 +71,8 @@ class VectorCalls:
                 normalize=request.normalize if request.HasField("normalize") else None,
             )
             vectors, version = await make_vectors(self._schedulers, call, inputs)
-            record.prompt_tokens = _usage(inputs).prompt_tokens
+            usage = _usage(inputs)
+            record.prompt_tokens = usage.prompt_tokens
             return embedding_pb2.EmbedResponse(
                 embeddings=[
                     embedding_pb2.Embedding(
@@ -73,7 +80,7 @@ class VectorCalls:
                     )
                     for vector, each in zip(vectors, inputs, strict=True)
                 ],
-                usage=_usage(inputs),
+                usage=usage,
                 model=model.name,
                 model_version=model.version(version),
             )
@@ -88,7 +95,7 @@ class VectorCalls:
     ) -> embedding_pb2.RerankResponse:
         """Answer a request that obeys the rules of its fields; see `embed`."""
         with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
-            model = self._models.get(request.model)
+            model = self._models.get(record.model)
             files = _files(model, "rerank", (_EMBED, _SCORE))
             texts: list[str | tuple[str, str]]
             if files.task == _SCORE:
@@ -103,14 +110,15 @@ class VectorCalls:
                 _refuse_truncated(inputs, limit, lambda at: "query" if at + first < 0 else f"documents[{at + first}]")
             call = VectorCall(
                 request_id=request_id,
-                tenant=tenant,
+                tenant=record.tenant,
                 priority=request.priority,
                 deadline=deadline,
                 traceparent=record.traceparent or read_traceparent(headers),
                 normalize=None if files.task == _SCORE else True,
             )
             vectors, version = await make_vectors(self._schedulers, call, inputs)
-            record.prompt_tokens = _usage(inputs).prompt_tokens
+            usage = _usage(inputs)
+            record.prompt_tokens = usage.prompt_tokens
             scores = [array("f", vector) for vector in vectors]
             values = [score[0] for score in scores] if files.task == _SCORE else _cosines(scores[0], scores[1:])
             ranked = sorted(enumerate(values), key=lambda pair: -pair[1])
@@ -119,7 +127,7 @@ class VectorCalls:
                 for index, value in ranked[: request.top_n or None]
             ]
             return embedding_pb2.RerankResponse(
-                results=results, usage=_usage(inputs), model=model.name, model_version=model.version(version)
+                results=results, usage=usage, model=model.name, model_version=model.version(version)
             )
 
     async def _read(

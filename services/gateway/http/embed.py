@@ -18,7 +18,6 @@ from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.fields import EMBEDDINGS, RERANK
 from octavo.services.gateway.http.formats import to_json
 from octavo.services.gateway.http.params import Params, are_token_ids
-from octavo.services.gateway.validation import RequestValidator
 from octavo.services.gateway.vector_calls import VectorCalls
 
 T = TypeVar("T")
@@ -28,16 +27,15 @@ _NAMES = {"inputs": "input", "token_ids.ids": "token ids"}
 class EmbedEndpoints:
     """The endpoints that produce vectors, or scores."""
 
-    def __init__(self, calls: VectorCalls, validator: RequestValidator) -> None:
+    def __init__(self, calls: VectorCalls) -> None:
         self._calls = calls
-        self._validator = validator
 
     async def embeddings(self, request: HttpRequest) -> Response:
         """Embed texts, in OpenAI's shape."""
         body = await request.json()
         try:
             call, is_base64 = _read_embed(body)
-            self._validator.check(call)
+            self._calls.check(call)
             work = self._calls.embed(call, request.request_id, caller().tenant, request.headers, request.deadline())
             answer = await request.unless_gone(_in_time(work, request.deadline()))
         except ServingError as error:
@@ -60,7 +58,7 @@ class EmbedEndpoints:
         body = await request.json()
         try:
             call, with_documents = _read_rerank(body)
-            self._validator.check(call)
+            self._calls.check(call)
             work = self._calls.rerank(call, request.request_id, caller().tenant, request.headers, request.deadline())
             answer = await request.unless_gone(_in_time(work, request.deadline()))
         except ServingError as error:
