@@ -25,7 +25,6 @@ class BlockPool:
         assert num_blocks >= 1, num_blocks
         self.num_blocks = num_blocks
         self._feed = feed
-        self.num_cached = 0  # blocks with a hash, held or free
         self._blocks = [Block(block_id) for block_id in range(num_blocks)]
         self._by_hash: dict[bytes, Block] = {}
         self._free = FreeBlocks(self._blocks[1:], weights)
@@ -75,7 +74,6 @@ class BlockPool:
         if block_hash not in self._by_hash:
             block.hash, block.owner = block_hash, owner
             self._by_hash[block_hash] = block
-            self.num_cached += 1
             self._feed.stored(block_hash)
 
     def forget(self, block: Block) -> None:
@@ -91,7 +89,6 @@ class BlockPool:
         del self._by_hash[block.hash]
         self._feed.removed(block.hash)
         block.hash = None
-        self.num_cached -= 1
 
     def forget_free(self) -> int:
         """Forget the content of every free block; return how many there were."""
@@ -112,6 +109,5 @@ class BlockPool:
         for block in self._blocks[1:]:
             assert block.ref_count == held.get(block.id, 0), (block.id, block.ref_count, held.get(block.id, 0))
         assert self.num_free + len(held) == self.num_blocks - 1, (self.num_free, len(held), self.num_blocks)
-        assert self.num_cached == len(self._by_hash)
         for block_hash, block in self._by_hash.items():
             assert block.hash == block_hash, f"block {block.id} is filed under another hash"

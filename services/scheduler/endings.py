@@ -51,7 +51,7 @@ class Endings:
         if request.num_unfinished == 0:
             self._requests.remove(request)
             self._quotas.ended(request.submit, num_output(request))
-            self._fair_share.forget_idle({other.submit.tenant for other in self._requests})
+            self._fair_share.forget_idle(other.submit.tenant for other in self._requests)
 
     def finish(self, seq: Sequence, reason: common_pb2.FinishReason, now: float, stop_token_id: int = 0) -> None:
         """End a sequence with a reason."""

@@ -107,9 +107,8 @@ class FreeBlocks:
         self.size += 1
 
     def revive(self, block: Block) -> None:
-        """Let a block go whose content somebody wants."""
-        if block.hash is not None:
-            self._cached[block.owner].last_used = self._num_taken
+        """Let a block go whose content somebody wants: it has some."""
+        self._cached[block.owner].last_used = self._num_taken
         self.remove(block)
 
     def remove(self, block: Block) -> None:

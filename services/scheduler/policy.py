@@ -39,10 +39,11 @@ class FairShare:
         if others:
             self._counters[tenant] = max(self.counter(tenant), min(others))
 
-    def forget_idle(self, active: set[str], limit: int = 10_000) -> None:
+    def forget_idle(self, active: Iterable[str], limit: int = 10_000) -> None:
         """Keep the table bounded: drop the counters of idle tenants once there are too many."""
         if len(self._counters) > limit:
-            self._counters = {tenant: count for tenant, count in self._counters.items() if tenant in active}
+            kept = set(active)
+            self._counters = {tenant: count for tenant, count in self._counters.items() if tenant in kept}
 
 
 class WaitingQueue:

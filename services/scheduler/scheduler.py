@@ -153,11 +153,11 @@ class Scheduler:
         outbox = self._effects.outbox(gateway_id)
         max_tokens = len(submit.prompt_token_ids) + (submit.stop.max_new_tokens or MAX_TOKENS)
         max_tokens = min(max_tokens, self._max_model_len or MAX_TOKENS)
-        if submit.HasField("pooling"):  # the vector takes the place of one token
-            max_tokens = max(submit.pooling.input_lengths) + 1
+        is_pooling = submit.HasField("pooling")
+        if is_pooling:
             submit.bypass_prefix_cache = True  # it may be made of all hidden states
         for index, tokens in enumerate(pooling.prompts_of(submit), submit.first_candidate_index):
-            limit = min(max_tokens, len(tokens) + 1) if submit.HasField("pooling") else max_tokens
+            limit = len(tokens) + 1 if is_pooling else max_tokens  # a vector takes the place of one token
             request.sequences.append(Sequence(request, index, tokens, limit, outbox))
         request.num_unfinished = len(request.sequences)
         self._requests.add(request, now)

@@ -91,9 +91,7 @@ class StepDigest:
         """Digest an answer that has vectors: each ends its sequence."""
         vectors = vectors_of(result, len(step.sampled))
         group.in_flight.popleft()
-        gap_s = now - group.last_result_at
         self._tally.answered(step, result, group.measure(step, now), now)
-        self._tally.digested(0, 0, gap_s)
         for seq, vector in zip(step.sampled, vectors, strict=True):
             seq.num_pending -= 1
             if seq.state is SequenceState.FINISHED:
