@@ -87,7 +87,7 @@ def load_gguf(path: Path, dtype: str, progress: Progress, quantization: Quantiza
         whole = rows.stop - rows.start == wanted[name][0]  # a vector has no rows to cut
         tensors[name][rows] = _dequantise(source, source.tensors[names[name]], slice(None) if whole else rows)
 
-    total = sum(source.tensors[names[name]].num_bytes for name, _ in pieces)
+    total = sum(source.tensors[names[name]].num_bytes for name in {name for name, _ in pieces})
     done = 0
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy computes without the interpreter's lock
         for (name, rows), _ in zip(pieces, threads.map(read, pieces), strict=True):

@@ -333,7 +333,8 @@ class Worker:
         if self._epoch:
             used = resident_bytes() if self._engine is None else self._engine.runner.memory_used_bytes()
             self._telemetry.memory(used)
-            self._telemetry.idle()
+            if self._engine is None or not self._engine.num_in_flight:
+                self._telemetry.idle()
             heartbeat = worker_pb2.Heartbeat(last_step_id=self._last_done_id, device_memory_used_bytes=used)
             if not self._send(worker_pb2.WorkerFrame(heartbeat=heartbeat)):
                 log.warning("the scheduler is gone; joining the next one")

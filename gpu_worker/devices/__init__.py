@@ -77,8 +77,7 @@ def make_runner(
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     device = choose_device(name)
     if device == "cuda":
-        if pooling is not None:
-            raise DeviceError("device cuda makes no vectors; serve this model with device cpu")
+        assert pooling is None, "device cuda makes no vectors: load_for_device says so"
         return _cuda(_decoder(model), *limits, kv_cache_dtype, quantization, collectives, grammars)
     if kv_cache_dtype != "auto":
         raise DeviceError(f"kv_cache_dtype {kv_cache_dtype} is for device cuda; use auto")

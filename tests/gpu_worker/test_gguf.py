@@ -117,6 +117,16 @@ def test_an_unquantised_file_gives_the_same_bits(tmp_path: Path, name: str, fami
     assert loaded.config.tie_word_embeddings == source.config.tie_word_embeddings
 
 
+def test_progress_ends_with_all_that_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a tensor is read in many pieces."""
+    monkeypatch.setattr("octavo.gpu_worker.gguf_model._PIECE_VALUES", 256)
+    write_gguf(tmp_path / "model.gguf", make(tmp_path, "llama"), "llama")
+    steps: list[tuple[int, int]] = []
+    load_gguf(tmp_path / "model.gguf", "auto", lambda _, done, total: steps.append((done, total)))
+    assert steps[-1][0] == steps[-1][1] > 0
+    assert len({total for _, total in steps}) == 1
+
+
 def test_a_quantised_file_is_rounded_to_bfloat16(tmp_path: Path) -> None:
     source = make(tmp_path, "llama")
     write_gguf(tmp_path / "model.gguf", source, "llama", gguf.GGMLQuantizationType.Q8_0)
