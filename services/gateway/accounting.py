@@ -16,7 +16,7 @@ from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.logging import ACCESS
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.telemetry import catalog
-from octavo.services.telemetry.store import BoundedNames, Store
+from octavo.services.telemetry.store import OTHER, BoundedNames, Store
 from octavo.services.telemetry.tracing import Span, Tracer, wall_clock_offset
 
 _access = logging.getLogger(ACCESS)
@@ -119,7 +119,7 @@ class Accounting:
             store.value(catalog.CACHED_TOKENS, tenant).add(cached)
             store.value(catalog.OUTPUT_TOKENS, tenant).add(output)
             for finish in run.finish_reasons:
-                store.value(catalog.FINISHES, _FINISHED.get(finish, "other")).add()
+                store.value(catalog.FINISHES, _FINISHED.get(finish, OTHER)).add()
             if run.first_token_at and not record.is_resumed:
                 ttft_s = run.first_token_at - record.arrived_at
                 store.histogram(catalog.TTFT, tenant).observe(ttft_s)
@@ -146,4 +146,4 @@ class Accounting:
 
 
 def _label(reason: str) -> str:
-    return reason if reason in _REASONS else "other"
+    return reason if reason in _REASONS else OTHER

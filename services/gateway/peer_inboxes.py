@@ -79,14 +79,14 @@ class PeerInboxes:
 
     def _on_vectors(self, step: scheduler_pb2.StepOutputs) -> None:
         columns = (step.vector_handles, step.vector_candidate_indexes, step.vector_sizes)
-        end = 0
+        vectors, end = step.vectors, 0  # the field is copied whenever it is read
         for handle, index, size in zip(*columns, strict=True):
             start, end = end, end + 4 * size
             stream = self._streams.get(handle)
             if stream is not None:
                 candidate = stream.candidates[index]
                 if candidate.handle == handle and candidate.finished is None:
-                    candidate.vector = step.vectors[start:end]
+                    candidate.vector = vectors[start:end]
                     self._on_finished(scheduler_pb2.Finished(handle=handle, candidate_index=index))
 
     def _on_general_rows(self, step: scheduler_pb2.StepOutputs) -> None:

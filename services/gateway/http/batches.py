@@ -20,6 +20,7 @@ from octavo.services.gateway.http.in_process import InProcessSender
 from octavo.services.gateway.http.params import Params
 
 _WINDOW = re.compile(r"([1-9]\d{0,3})h")
+_DEFAULT_PAGE = 20
 _MAX_METADATA = 16
 _MAX_KEY = 64
 _MAX_VALUE = 512
@@ -100,7 +101,8 @@ class BatchEndpoints:
 
     async def list(self, request: HttpRequest) -> Response:
         """List batches, newest first."""
-        return JSONResponse(page(request, await asyncio.to_thread(self._store.batches, caller().tenant), describe))
+        batches = await asyncio.to_thread(self._store.batches, caller().tenant)
+        return JSONResponse(page(request, batches, describe, _DEFAULT_PAGE))
 
     async def get(self, request: HttpRequest) -> Response:
         """Describe a batch."""

@@ -92,9 +92,11 @@ def describe(file: StoredFile) -> dict[str, Any]:
     }
 
 
-def page(request: HttpRequest, items: Sequence[T], shape: Callable[[T], dict[str, Any]]) -> dict[str, Any]:
+def page(
+    request: HttpRequest, items: Sequence[T], shape: Callable[[T], dict[str, Any]], default_limit: int = _MAX_PAGE
+) -> dict[str, Any]:
     """Return OpenAI's list object of the items after the one that `after` names, at most `limit` of them."""
-    text = request.query.get("limit", "20" if items and isinstance(items[0], StoredBatch) else str(_MAX_PAGE))
+    text = request.query.get("limit", str(default_limit))
     if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= _MAX_PAGE):
         raise invalid_field("limit", f"must be a number from 1 to {_MAX_PAGE}")
     limit = int(text)
