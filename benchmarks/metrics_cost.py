@@ -106,7 +106,8 @@ async def run(options: argparse.Namespace) -> None:
             rows.append((*plain, *observed))
             print(
                 f"round {number}: A {plain[0]:.0f} tokens/s, {plain[1]:.3f} CPU ms a token; "
-                f"B {observed[0]:.0f}, {observed[1]:.3f}",
+                f"B {observed[0]:.0f}, {observed[1]:.3f}; B / A {observed[0] / plain[0]:.3f}, "
+                f"{observed[1] / plain[1]:.3f}",
                 flush=True,
             )
     throughput = [b / a for a, _, b, _ in rows]
@@ -140,7 +141,10 @@ def measure_recording(streams: int, rounds: int) -> None:
     print(
         f"{streams} streams: plan and digest a step {plain:.1f} us without metrics, {recorded:.1f} us with; difference"
     )
-    print(f"  {extra:.1f} us, which is {extra / 20_000:.3%} of a step of 20 ms; a scrape takes {scrape_ms:.1f} ms")
+    print(
+        f"  {extra:.1f} us, which is {extra / 20_000:.3%} of a step of 20 ms; a scrape takes {scrape_ms:.1f} ms, "
+        "its client included"
+    )
 
 
 def core_with(store: Store, streams: int) -> Scheduler:

@@ -224,7 +224,7 @@ class Simulation:
         load = [replica.sequences for replica in self.replicas]
         rate = hits / sum(replica.tally.looked_up_tokens for replica in self.replicas)
         ttft = statistics.quantiles(self.first_token_s, n=100)
-        p99 = statistics.quantiles(load, n=100)[98]
+        p99 = statistics.quantiles(load, n=100, method="inclusive")[98]
         print(
             f"{name}: hit rate {rate:.3f}; tokens computed {sum(computed) / 1e6:.2f} M; workers busy {busy:.0%}; "
             f"sequences of a replica, p99 / mean {p99 / statistics.mean(load):.2f}, max / mean "
