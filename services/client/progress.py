@@ -52,12 +52,14 @@ class Progress:
 
         leave_out: of the last tokens received, that are to be produced once more.
         """
-        (first, *others) = self._candidates
-        received = first.next_offset - self._first_offset
-        if self.started is None or others or len(first.token_ids) != received or leave_out > received:
-            return None
         rest = generation_pb2.Generation()
         rest.CopyFrom(self._request)
+        if self.started is None:
+            return rest  # nothing has come: the rest is all of it
+        (first, *others) = self._candidates
+        received = first.next_offset - self._first_offset
+        if others or len(first.token_ids) != received or leave_out > received:
+            return None
         rest.sampling.CopyFrom(self.started.effective_sampling)  # the seed included
         rest.stop.CopyFrom(self.started.effective_stop)
         rest.continue_output.ids.extend(first.token_ids[: received - leave_out])

@@ -98,7 +98,7 @@ class Stream:
             return
         try:
             self._calls = await self._make_calls()
-            self._call, response = await self._calls.generate(self._request)
+            self._call, response = await self._begin(self._calls)
             while True:
                 try:
                     while response is not None and response is not _EOF:
@@ -145,12 +145,21 @@ class Stream:
         with contextlib.suppress(OctavoError):  # then it ends with its window
             await self._calls.cancel(self.request_id)
 
+    async def _begin(self, calls: StreamCalls) -> tuple[Any, Any]:
+        """Return a call that was admitted, with its first response."""
+        try:
+            return await calls.generate(self._request)
+        except OctavoError as failure:
+            if not failure.admitted:
+                raise
+            return await self._recover(failure)  # it broke between its headers and its first response
+
     async def _recover(self, failure: OctavoError) -> tuple[Any, Any]:
         """Return a call that goes on where the last one broke; raise `failure` if that is not possible."""
-        if self._resume_for_s <= 0 or not failure.is_broken_call or self.started is None or self._calls is None:
+        if self._resume_for_s <= 0 or not failure.is_broken_call or self._calls is None:
             raise failure
         deadline = asyncio.get_running_loop().time() + self._resume_for_s
-        token = self.started.resume_token
+        token = self.started.resume_token if self.started else ""
         leave_out = 0
         attempt = 0
         while True:

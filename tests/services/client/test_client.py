@@ -206,6 +206,7 @@ async def test_unavailable_is_retried_before_admission_only(gateway: Any) -> Non
         assert await read(client.stream("Hi", model="fake")) == "Hello, world!"
         assert len(gateway.requests) == 3
 
+    async with Client(gateway.address, resume_for_s=0) as client:  # one that resumes would begin again: see test_resume
         gateway.errors = [(status, True)]
         with pytest.raises(OctavoError, match="no workers"):
             await read(client.stream("Hi", model="fake"))

@@ -91,7 +91,7 @@ async def read(client: Client, **options: Any) -> tuple[str, Any, list[str]]:
     return text, stream, kinds
 
 
-@pytest.mark.parametrize("first_break", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("first_break", [0, 1, 2, 5, 6, 7])
 async def test_a_broken_stream_is_continued_from_the_tokens_received(breaking: Any, first_break: int) -> None:
     breaking.breaks = [(first_break, None), (2, None)]
     async with Client(breaking.gateway.address) as client:
@@ -110,6 +110,15 @@ async def test_token_ids_come_if_asked_for_over_a_break_too(breaking: Any) -> No
     async with Client(breaking.gateway.address) as client:
         stream = client.stream("Hi", model="fake", return_token_ids=True)
         assert [token async for delta in stream for token in delta.token_ids] == [100, 101, 102, 103, 104]
+
+
+async def test_a_call_that_broke_before_its_first_event_is_begun_again(breaking: Any) -> None:
+    breaking.breaks = [(0, None)]
+    async with Client(breaking.gateway.address) as client:
+        text, stream, _ = await read(client, resume_window_ms=1000)
+    assert text == "abcde"
+    assert stream.num_resumed == 1
+    assert not breaking.resumed  # there was no token yet to ask with
 
 
 @pytest.mark.parametrize("first_break", [1, 3, 6, 7])
