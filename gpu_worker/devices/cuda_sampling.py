@@ -72,7 +72,7 @@ class DeviceSampler:
     ) -> None:
         self._vocab_size = vocab_size
         self._grammars = grammars
-        self._automata: list[Automaton | None] = [None] * max_running
+        self._automata: dict[int, Automaton] = {}  # of the slots that have a grammar
         self._config = LOGITS[target]
         self._max_alternatives = min(MAX_ALTERNATIVES, vocab_size)
         assert max_running * vocab_size < 2**31, f"{max_running} slots of {vocab_size} tokens cannot be counted"
@@ -128,7 +128,9 @@ class DeviceSampler:
         has_bans = len(settings.banned_token_ids) > 0
         has_rules = has_rules or len(settings.bias_token_ids) > 0 or has_bans or bool(settings.grammar)
         self._flags[slot] = _Flags(has_rules, has_edges, settings.wants_logprobs, settings.logprobs, has_bans)
-        self._automata[slot] = open_automaton(self._grammars, settings)
+        self.free_slot(slot)
+        if (automaton := open_automaton(self._grammars, settings)) is not None:
+            self._automata[slot] = automaton
         fields = _field_words(settings)
         changes.add(self._table, np.arange(len(fields)) * len(self._flags) + slot, fields)
         if settings.forbidden is not None:
@@ -145,16 +147,17 @@ class DeviceSampler:
 
     def free_slot(self, slot: int) -> None:
         """Forget what a slot holds on the host."""
-        self._automata[slot] = None
+        self._automata.pop(slot, None)
 
     def reset(self) -> None:
         """Forget it of every slot."""
-        self._automata = [None] * len(self._automata)
+        self._automata.clear()
 
     def constrained(self, slots: Int32Array) -> list[tuple[int, Automaton]]:
         """Return the rows of `slots` that have a grammar."""
-        automata = ((row, self._automata[slot]) for row, slot in enumerate(slots.tolist()))
-        return [(row, automaton) for row, automaton in automata if automaton is not None]
+        if not self._automata:
+            return []
+        return [(row, self._automata[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._automata]
 
     def refuse(
         self,

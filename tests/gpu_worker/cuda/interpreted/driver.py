@@ -14,6 +14,7 @@ from octavo.gpu_worker.batch import Limits
 from octavo.gpu_worker.devices.cuda import CudaRunner
 from octavo.gpu_worker.devices.reference import ReferenceDevice
 from octavo.gpu_worker.engine import Engine
+from octavo.gpu_worker.grammars import Grammars
 from octavo.gpu_worker.host_runner import HostRunner
 from octavo.gpu_worker.loading import load_model
 from octavo.gpu_worker.ops import Model
@@ -49,9 +50,9 @@ def cuda_engine(model: Model, **settings: Any) -> Engine:
     return Engine(cuda_runner(model, **settings), LIMITS, 96)
 
 
-def reference_engine(model: Model) -> Engine:
+def reference_engine(model: Model, grammars: Grammars | None = None) -> Engine:
     sizes = (LIMITS.max_running, LIMITS.max_blocks_per_sequence)
-    runner = HostRunner(ReferenceDevice(model, LIMITS.max_batch_tokens, *sizes), *sizes, VOCABULARY)
+    runner = HostRunner(ReferenceDevice(model, LIMITS.max_batch_tokens, *sizes), *sizes, VOCABULARY, grammars)
     runner.allocate_kv(LIMITS.num_blocks)
     return Engine(runner, LIMITS, 96)
 
@@ -93,7 +94,7 @@ class Driver:
         sequence.slot = self._free_slots.pop(0)
         self._running.append(sequence)
         update: dict[str, Any] = {"top_p": 1.0, **sequence.settings, "prompt_length": sequence.num_prompt}
-        if any(name.endswith("penalty") for name in update):
+        if any(name.endswith("penalty") or name == "grammar" for name in update):
             update["history_token_ids"] = column(*sequence.tokens)
         self._plan.sampling_updates.append(worker_pb2.SamplingUpdate(slot=sequence.slot, **update))
 
