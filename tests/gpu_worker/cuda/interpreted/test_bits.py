@@ -1,7 +1,8 @@
 """A row's logits have the same bits whatever is in its step, on the cuda device.
 
 What that shows of a GPU: the order of the work that Triton's programs do. Not shown: the order of sums inside a
-matrix instruction, and of those in cuBLAS, in whose place is the CPU's library here.
+matrix instruction, and of those in cuBLAS: the CPU's library in its place sums a row by its place among the others on
+some processors, so products are taken in one order here.
 """
 
 from __future__ import annotations
@@ -10,17 +11,27 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from driver import VOCABULARY, Driver, Sequence, cuda_engine, load
 
-from octavo.gpu_worker.devices import cuda
+from octavo.gpu_worker.devices import cuda, cuda_ops
 from octavo.gpu_worker.devices.cuda import CudaRunner
 from octavo.gpu_worker.ops import Model
 
 PROMPT = [(37 * index + 11) % VOCABULARY for index in range(30)]
 NUM_DECODES = 3
 Logits = dict[int, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _products_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output: torch.Tensor) -> None:
+        product = torch.from_numpy(np.einsum("mk,nk->mn", x.float().numpy(), weight.float().numpy(), optimize=False))
+        output.copy_(product if bias is None else product + bias.float())
+
+    monkeypatch.setattr(cuda_ops, "multiply", multiply)
 
 
 def record_logits(runner: CudaRunner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, torch.Tensor]]:

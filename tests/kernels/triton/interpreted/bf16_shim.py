@@ -4,6 +4,9 @@ Left alone it adds and multiplies the bit patterns, and cuts float32 off instead
 operands are widened to float32 before an operation and results are rounded back after. Casts to
 float8_e4m3fn, whose rounding loses a carry, go through torch; what is out of range becomes NaN. For
 tests only; `test_bf16_shim.py` fails where the interpreter is another one.
+
+Products of matrices are numpy's einsum, which calls no BLAS: on some processors the order in which OpenBLAS sums a
+row depends on the row's place in the tile, and tests compare bits.
 """
 
 from __future__ import annotations
@@ -62,11 +65,14 @@ def _operation(original: Callable[..., Any], num_operands: int) -> Callable[...,
     return wrapped
 
 
-def _dot(original: Callable[..., Any]) -> Callable[..., Any]:
-    def wrapped(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return original(self, widen(a), widen(b), *rest)
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    def operand(handle: Any) -> Any:
+        if handle.dtype.primitive_bitwidth == 8 and handle.dtype.is_floating():
+            return interpreter._convert_float(handle.data, handle.dtype, tl.float16, None).view(np.float16)
+        return widen(handle).data
 
-    return wrapped
+    product = np.einsum("...mk,...kn->...mn", operand(a), operand(b), dtype=d.data.dtype, optimize=False)
+    return _Handle(product + d.data, d.dtype.scalar)
 
 
 def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,7 +98,7 @@ def install() -> None:
         return
     for name, num_operands in (("unary_op", 1), ("binary_op", 2), ("ternary_op", 3)):
         setattr(_Builder, name, _operation(getattr(_Builder, name), num_operands))
-    _Builder.create_dot = _dot(_Builder.create_dot)
+    _Builder.create_dot = _dot
     _Builder.cast_impl = _cast(_Builder.cast_impl)
     _Builder.create_fp_to_fp = _cast(_Builder.create_fp_to_fp)
     _Builder.octavo_bf16 = True

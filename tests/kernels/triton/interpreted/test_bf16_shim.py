@@ -24,10 +24,10 @@ def _arithmetic(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
 
 
 @triton.jit
-def _product(x_ptr, out_ptr, N: tl.constexpr):
+def _product(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
-    x = tl.load(x_ptr + i[:, None] * N + i[None, :])
-    tl.store(out_ptr + i[:, None] * N + i[None, :], tl.dot(x, x))
+    place = i[:, None] * N + i[None, :]
+    tl.store(out_ptr + place, tl.dot(tl.load(x_ptr + place), tl.load(y_ptr + place)))
 
 
 def test_triton_is_the_version_that_the_shim_is_for() -> None:
@@ -45,8 +45,17 @@ def test_arithmetic_is_that_of_torch() -> None:
 def test_a_product_of_matrices_is_that_of_torch() -> None:
     x = torch.randn(16, 16, generator=torch.Generator().manual_seed(2)).to(BF16)
     out = torch.empty(16, 16)
-    _product[(1,)](x, out, N=16)
+    _product[(1,)](x, x, out, N=16)
     torch.testing.assert_close(out, x.float() @ x.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_product_of_matrices_has_the_same_bits_wherever_a_row_is(size: int) -> None:
+    x = torch.randn(size, size, generator=torch.Generator().manual_seed(3))
+    outputs = torch.empty(size, size, size)
+    for turn in range(size):
+        _product[(1,)](x.roll(turn, 0), x, outputs[turn], N=size)
+    assert all(torch.equal(output.roll(-turn, 0), outputs[0]) for turn, output in enumerate(outputs))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 0.0, 3.4e38])
