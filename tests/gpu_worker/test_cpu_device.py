@@ -409,10 +409,10 @@ def test_bits_do_not_depend_on_the_number_of_threads(invariance_model: TinyModel
     assert torch.equal(outputs[0], outputs[2])
 
 
-def test_a_broken_sequence_leaves_nothing_in_its_blocks_that_spoils_the_next_owner() -> None:
+def test_a_broken_sequence_leaves_nothing_in_its_blocks_that_spoils_the_next_owner(variant: str) -> None:
     model = TinyModel(Shape())
     model.embedding[5] = torch.nan
-    device = make_device(model)
+    device = make_device(model, variant)
     clean = run_in_chunks(device, make_sequence(1, 3, [1]), 3)
     broken = Sequence([5] * 16, [2])
 
