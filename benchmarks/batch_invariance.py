@@ -2,10 +2,11 @@
 
     python benchmarks/batch_invariance.py [--threads N] [--rounds N]
 
-The linear layers of a step of SmolLM2-135M (random weights, bfloat16) are timed beside those of oneDNN, as torch calls it,
-in turn. oneDNN promises no order of sums: its weights are packed for the number of rows of the step, and it may take
-another kernel for each. Ours sums every output in one order whatever the step. The time of ours is that of the phases of a
-step (`CpuDevice.profile`), so norms, activations, residuals and the waits between phases are in it; they are not in oneDNN's.
+The linear layers of a step of SmolLM2-135M (random weights, bfloat16) are timed in turn with those of oneDNN, as torch
+calls it. oneDNN promises no order of sums: its weights are packed for the number of rows of the step, and it may take
+another kernel for each. Ours sums every output in one order whatever the step. The time of ours is that of the phases
+of a step (`CpuDevice.profile`): norms, activations, residuals and the waits between phases are in it, and not in
+oneDNN's.
 
 Attention pays otherwise: keys are attended in pieces of one size, also where another size would keep threads busier.
 That is timed by `cpu_step.py --long`: batch 1 is the one that few pieces could leave a thread idle in.
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from cpu_step import BLOCK_TOKENS, HIDDEN, MAX_POSITIONS, RandomModel, make_step
+from cpu_step import BLOCK_TOKENS, MAX_POSITIONS, RandomModel, make_step
 
 from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.ops import Linear
@@ -71,7 +72,7 @@ def main() -> None:
     model = RandomModel()
     device = CpuDevice(model, 1024, 32, MAX_POSITIONS // BLOCK_TOKENS, num_threads=num_threads)
     device.allocate_kv(32 * MAX_POSITIONS // BLOCK_TOKENS + 1)
-    print(f"linear layers of a step, {num_threads} threads, hidden size {HIDDEN}: best ms, and the median ratio of turns")
+    print(f"linear layers of a step, {num_threads} threads: best ms, and the median ratio of turns")
     for num_rows, (batch, context, num_new) in STEPS.items():
         step = make_step(batch, context - num_new, num_new)
         layers = OneDnnLayers(model, num_rows, batch)
@@ -84,7 +85,10 @@ def main() -> None:
                 ours.append(mine)
                 theirs.append(other)
         ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-        print(f"{num_rows:4} rows  octavo {min(ours):7.2f}  oneDNN {min(theirs):7.2f}  octavo / oneDNN {ratio:5.2f}", flush=True)
+        print(
+            f"{num_rows:4} rows  octavo {min(ours):7.2f}  oneDNN {min(theirs):7.2f}  octavo / oneDNN {ratio:5.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from octavo.gpu_worker import quantization
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.quantization import problem
-from octavo.services.cli.serve import ServeConfig
+from octavo.services.cli.serve_config import ServeConfig
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,12 @@ import psutil
 import pytest
 
 from octavo.gpu_worker.config import WorkerConfig
-from octavo.services.cli import addresses, serve
+from octavo.services.cli import addresses
+from octavo.services.cli.deployment import Listen, child_specs, take_addresses
 from octavo.services.cli.errors import CommandError
 from octavo.services.cli.model_source import Model
-from octavo.services.cli.serve import Listen, ServeConfig, child_specs
+from octavo.services.cli.run_directory import run_directory
+from octavo.services.cli.serve_config import ServeConfig
 from octavo.services.common.config import parse
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.scheduler.config import SchedulerConfig
@@ -191,7 +193,7 @@ async def test_a_busy_http_port_is_one_line_and_nothing_is_started(run_folder: P
 def test_one_port_cannot_serve_both_apis() -> None:
     (address,) = addresses.take_free("127.0.0.1:0", 1)
     with pytest.raises(CommandError, match="both gRPC and HTTP"):
-        serve._take_addresses(ServeConfig(model="m", grpc_address=address, http_address=address))
+        take_addresses(ServeConfig(model="m", grpc_address=address, http_address=address))
 
 
 async def test_a_missing_model_is_one_line_and_nothing_is_started(run_folder: Path, tmp_path: Path) -> None:
@@ -320,8 +322,8 @@ def test_the_folder_of_a_killed_run_is_removed_and_a_living_ones_is_not(
     left = run_folder / "octavo-serve-left"
     left.mkdir()
     os.utime(left, (0, 0))
-    with serve._run_directory() as living:
+    with run_directory() as living:
         os.utime(living, (0, 0))
-        with serve._run_directory() as second:
+        with run_directory() as second:
             assert sorted(run_folder.iterdir()) == sorted([living, second])
     assert list(run_folder.iterdir()) == []
