@@ -8,62 +8,53 @@ from google.rpc import code_pb2
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
+from octavo.services.scheduler.expected_output import ExpectedOutput
+from octavo.services.scheduler.forecast import Forecast
 from octavo.services.scheduler.resume import MAX_STATE_BYTES
+from octavo.services.scheduler.sequence_states import SequenceStates
+from octavo.services.scheduler.work import Work
 from octavo.services.scheduler.worker_group import WorkerGroup
 
+MARGIN = 1.2  # on what is foretold: requests are of different sizes, and rates change
+LONG_OUTPUT = 3.0  # averages: of outputs whose lengths are those of a memoryless process, one in twenty is longer
 MIN_RETRY_MS, MAX_RETRY_MS = 50, 60_000
-MIN_MEASURED_S = 0.5  # of a queue, before its rate is believed
-RATE_WINDOW_S = 10.0
 
 
 class Admission:
-    """Checks requests against limits and the measured rate. Holds no requests."""
+    """Checks requests against limits and the forecast. Holds no requests."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, states: SequenceStates, forecast: Forecast) -> None:
         self._config = config
-        # How fast the queue moves while there is one: tokens of sequences that left it to run,
-        # and seconds. Slots, blocks and decoding all show in it, as they do in no worker's rate.
-        self._opened_tokens = 0.0
-        self._queue_s = 0.0
-        self._observed_at: float | None = None  # None: there was no queue
+        self._states = states
+        self._forecast = forecast
+        self.outputs = ExpectedOutput()
 
-    def opened(self, num_tokens: int) -> None:
-        """Learn that a sequence left the queue to run."""
-        if self._observed_at is not None:
-            self._opened_tokens += num_tokens
-
-    def observe(self, waiting_tokens: int, now: float) -> None:
-        """Learn how long there has been a queue. To be called many times a second."""
-        if self._observed_at is not None:
-            self._queue_s += now - self._observed_at
-        self._observed_at = now if waiting_tokens else None
-        if self._queue_s > RATE_WINDOW_S:  # what is old counts for less and less
-            self._queue_s /= 2
-            self._opened_tokens /= 2
-
-    def estimate_ms(self, tokens: int, groups: Collection[WorkerGroup]) -> int:
-        """Return how many milliseconds pass until so many waiting tokens have begun to run; 0 if unknown."""
-        if self._queue_s >= MIN_MEASURED_S and self._opened_tokens:
-            return int(1000 * tokens * self._queue_s / self._opened_tokens)
-        rate = sum(group.tokens_per_s for group in groups)
-        return int(1000 * tokens / rate) if rate else 0
+    def expected_tokens(self, submit: scheduler_pb2.Submit, max_tokens: int) -> int:
+        """Return how long a candidate will get, prompt and output, that never gets longer than `max_tokens`."""
+        num_prompt = len(submit.prompt_token_ids)
+        return num_prompt + self.outputs.tokens(submit, max_tokens - num_prompt)
 
     def refuse(
-        self,
-        submit: scheduler_pb2.Submit,
-        groups: Collection[WorkerGroup],
-        num_waiting: int,
-        waiting_tokens: int,
-        max_model_len: int,
+        self, submit: scheduler_pb2.Submit, groups: Collection[WorkerGroup], max_model_len: int, now: float
     ) -> scheduler_pb2.Rejected | None:
         """Return why `submit` cannot enter the queue, or None if it can.
 
         `max_model_len` is what the workers can hold, 0 if there are none, nor soon will be.
         """
+        rejected = self._refuse_for_good(submit, groups, max_model_len) or self._refuse_for_now(
+            submit, max_model_len, now
+        )
+        if rejected is not None and rejected.code == code_pb2.RESOURCE_EXHAUSTED:
+            self._forecast.turned_away(submit.tenant, now)
+        return rejected
+
+    def _refuse_for_good(
+        self, submit: scheduler_pb2.Submit, groups: Collection[WorkerGroup], max_model_len: int
+    ) -> scheduler_pb2.Rejected | None:
+        """Return why the workers there are cannot do what is asked for."""
         num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
         is_generation = not submit.HasField("pooling")  # which adds a token at least
         longest = num_tokens + 1 if is_generation else max(submit.pooling.input_lengths, default=0)
-        queue_ms = self.estimate_ms(waiting_tokens, groups)
         if max_model_len == 0:
             return reject(
                 submit, code_pb2.UNAVAILABLE, "NO_WORKERS", "no worker is ready; try again shortly", retry_ms=1000
@@ -88,32 +79,58 @@ class Admission:
                 tokens=longest - is_generation,
                 limit=max_model_len,
             )
-        if num_waiting >= self._config.max_waiting:
-            return reject(
-                submit,
-                code_pb2.RESOURCE_EXHAUSTED,
-                "QUEUE_FULL",
-                f"{num_waiting} requests are waiting, which is the limit",
-                retry_ms=queue_ms // 2 + 1,
-            )
-        if waiting_tokens and waiting_tokens + num_tokens > self._config.max_waiting_tokens:
-            return reject(
-                submit,
-                code_pb2.RESOURCE_EXHAUSTED,
-                "QUEUE_FULL",
-                f"{waiting_tokens} tokens are waiting; {num_tokens} more would pass the limit of "
-                f"{self._config.max_waiting_tokens}",
-                retry_ms=queue_ms // 2 + 1,
-            )
-        if submit.remaining_ms and queue_ms > submit.remaining_ms:
-            return reject(
-                submit,
-                code_pb2.RESOURCE_EXHAUSTED,
-                "DEADLINE_UNREACHABLE",
-                f"the queue takes about {queue_ms} ms and the deadline is in {submit.remaining_ms} ms",
-                retry_ms=queue_ms - submit.remaining_ms,
-            )
         return None
+
+    def _refuse_for_now(
+        self, submit: scheduler_pb2.Submit, max_model_len: int, now: float
+    ) -> scheduler_pb2.Rejected | None:
+        """Return why there is no room or no time for a request now."""
+        waiting, num_waiting = self._states.waiting, self._states.num_waiting
+        num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
+        share = self._forecast.share(submit.tenant)
+        retry_ms = int(500 * self._forecast.queue_s()) + 1
+        if num_waiting >= self._config.max_waiting:
+            message = f"{num_waiting} requests are waiting, which is the limit"
+        elif (of_tenant := waiting.num_waiting(submit.tenant)) and of_tenant >= share * self._config.max_waiting:
+            message = f"{of_tenant} requests of the tenant are waiting, which is its share of the queue"
+        elif waiting.num_tokens and waiting.num_tokens + num_tokens > self._config.max_waiting_tokens:
+            message = (
+                f"{waiting.num_tokens} tokens are waiting; {num_tokens} more would pass the limit of "
+                f"{self._config.max_waiting_tokens}"
+            )
+        else:
+            return self._refuse_for_deadline(submit, max_model_len, now)
+        return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_ms=retry_ms)
+
+    def _refuse_for_deadline(
+        self, submit: scheduler_pb2.Submit, max_model_len: int, now: float
+    ) -> scheduler_pb2.Rejected | None:
+        """Return why a request would not be through by its deadline."""
+        if not submit.remaining_ms:
+            return None
+        if submit.HasField("pooling"):
+            lengths = list(submit.pooling.input_lengths)
+            num_output = num_longest = 1  # a vector takes the place of one token
+        else:
+            lengths = [len(submit.prompt_token_ids) + len(submit.continue_token_ids)] * max(submit.candidate_count, 1)
+            room = max_model_len - len(submit.prompt_token_ids)
+            limit, num_continued = min(room, submit.stop.max_new_tokens or room), len(submit.continue_token_ids)
+            num_output = max(self.outputs.tokens(submit, limit) - num_continued, 1)
+            num_longest = max(self.outputs.tokens(submit, limit, LONG_OUTPUT) - num_continued, 1)
+        longest = Work(max(lengths), num_longest)
+        others = Work(sum(lengths) - max(lengths), num_output * (len(lengths) - 1))
+        within_s = submit.remaining_ms / 1000
+        wait_s = self._forecast.wait_s(submit.tenant, submit.priority, len(lengths), others, within_s, now)
+        run_s = self._forecast.run_s(longest, self._config.max_prefill_tokens)
+        wait_ms, run_ms = int(1000 * wait_s), int(1000 * run_s)
+        late_ms = int(MARGIN * (wait_ms + run_ms)) - submit.remaining_ms
+        if not wait_ms or late_ms <= 0:  # a request that can run at once is not kept from trying
+            return None
+        message = (
+            f"the queue takes about {wait_ms} ms, the request itself {run_ms} ms, and the deadline is in "
+            f"{submit.remaining_ms} ms"
+        )
+        return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE", message, retry_ms=late_ms)
 
 
 def reject(

@@ -7,6 +7,7 @@ from google.rpc import code_pb2
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.effects import Effects
+from octavo.services.scheduler.expected_output import ExpectedOutput
 from octavo.services.scheduler.live_requests import LiveRequests
 from octavo.services.scheduler.outputs import timing, usage
 from octavo.services.scheduler.policy import FairShare
@@ -28,6 +29,7 @@ class Endings:
         suspects: Suspects,
         quotas: Quotas,
         fair_share: FairShare,
+        outputs: ExpectedOutput,
         effects: Effects,
         tally: Tally,
     ) -> None:
@@ -37,16 +39,19 @@ class Endings:
         self._suspects = suspects
         self._quotas = quotas
         self._fair_share = fair_share
+        self._outputs = outputs
         self._effects = effects
 
-    def stop(self, seq: Sequence) -> None:
-        """End a sequence, whatever its state, without a word to the gateway."""
+    def stop(self, seq: Sequence, is_cut: bool = False) -> None:
+        """End a sequence, whatever its state, without a word to the gateway; `is_cut`: not where it would have."""
         if seq.state is SequenceState.FINISHED:
             return
         self._states.finish(seq)
         self._suspects.forget(seq)
         self._tally.ended(seq)
         request = seq.request
+        if seq.num_output:
+            self._outputs.ended(request.submit.tenant, seq.num_output, is_cut)
         request.num_unfinished -= 1
         if request.num_unfinished == 0:
             self._requests.remove(request)
@@ -56,7 +61,7 @@ class Endings:
     def finish(self, seq: Sequence, reason: common_pb2.FinishReason, now: float, stop_token_id: int = 0) -> None:
         """End a sequence with a reason."""
         seq.last_token_at = seq.last_token_at or now
-        self.stop(seq)
+        self.stop(seq, is_cut=reason == common_pb2.FINISH_REASON_TIME_LIMIT)
         seq.ending = scheduler_pb2.Finished(
             handle=seq.handle,
             candidate_index=seq.candidate_index,
@@ -73,7 +78,7 @@ class Endings:
         """End a request without a word."""
         self._requests.resumable.forget(request)
         for seq in request.sequences:
-            self.stop(seq)
+            self.stop(seq, is_cut=True)
 
     def fail(self, request: Request, code: int, reason: str, message: str, resumable: bool = False) -> None:
         """End a request with an error."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.sequence import Sequence
+from octavo.services.scheduler.work import Work
 from octavo.services.scheduler.worker_group import WorkerGroup
 
 
@@ -25,9 +26,13 @@ class FairShare:
         """Return what `tenant` has had so far."""
         return self._counters.get(tenant, 0.0)
 
+    def weight(self, tenant: str) -> float:
+        """Return the weight of `tenant`."""
+        return self._weights.get(tenant, 1.0)
+
     def cost(self, tenant: str, tokens: int) -> float:
         """Return by how much `tokens` raise the counter of `tenant`."""
-        return tokens / self._weights.get(tenant, 1.0)
+        return tokens / self.weight(tenant)
 
     def charge(self, tenant: str, tokens: int) -> None:
         """Count tokens that were scheduled for `tenant`."""
@@ -35,9 +40,12 @@ class FairShare:
 
     def activate(self, tenant: str, active: Iterable[str]) -> None:
         """Raise the counter of a tenant that has work again, where `active` others had it all along."""
-        others = [self.counter(other) for other in active if other != tenant]
-        if others:
-            self._counters[tenant] = max(self.counter(tenant), min(others))
+        self._counters[tenant] = self.counter_among(tenant, active)
+
+    def counter_among(self, tenant: str, active: Iterable[str]) -> float:
+        """Return what the counter of a tenant is, or is raised to when it joins `active` ones."""
+        lowest = min((self.counter(other) for other in active if other != tenant), default=0.0)
+        return max(self.counter(tenant), lowest)
 
     def forget_idle(self, active: Iterable[str], limit: int = 10_000) -> None:
         """Keep the table bounded: drop the counters of idle tenants once there are too many."""
@@ -53,6 +61,7 @@ class WaitingQueue:
         self._fair_share = fair_share
         self._ageing_tokens_per_s = ageing_tokens_per_s
         self._by_tenant: dict[str, dict[Sequence, None]] = {}  # dicts keep the order of arrival
+        self._work: dict[str, dict[int, Work]] = {}  # of each tenant, by priority
         self.num_tokens = 0
 
     def __len__(self) -> int:
@@ -65,21 +74,48 @@ class WaitingQueue:
         for sequences in self._by_tenant.values():
             yield from sequences
 
+    def tenants(self) -> Iterable[str]:
+        """Return the tenants whose sequences wait."""
+        return self._by_tenant.keys()
+
+    def num_waiting(self, tenant: str) -> int:
+        """Return how many sequences of a tenant wait."""
+        return len(self._by_tenant.get(tenant, ()))
+
+    def work(self, tenant: str | None = None, priority: int | None = None) -> Work:
+        """Return the work of all that waits.
+
+        tenant    of this one only
+        priority  of what is served before a new sequence of this priority only
+        """
+        total = Work()
+        for by_priority in self._work.values() if tenant is None else (self._work.get(tenant, {}),):
+            for other, work in by_priority.items():
+                if priority is None or other >= priority:
+                    total.add(work)
+        return total
+
     def add(self, seq: Sequence) -> None:
         """Append a sequence."""
         tenant = seq.request.submit.tenant
         if tenant not in self._by_tenant:
             self._fair_share.activate(tenant, self._by_tenant)
             self._by_tenant[tenant] = {}
+            self._work[tenant] = {}
         self._by_tenant[tenant][seq] = None
+        self._work[tenant].setdefault(seq.request.submit.priority, Work()).add(Work.of(seq))
         self.num_tokens += len(seq.tokens)
 
     def remove(self, seq: Sequence) -> None:
         """Remove a sequence that is in the queue; before tokens are added to it."""
         tenant = seq.request.submit.tenant
         del self._by_tenant[tenant][seq]
+        work = self._work[tenant][seq.request.submit.priority]
+        work.remove(Work.of(seq))
+        if not work.tokens:
+            del self._work[tenant][seq.request.submit.priority]
         if not self._by_tenant[tenant]:
-            del self._by_tenant[tenant]
+            del self._by_tenant[tenant], self._work[tenant]
         self.num_tokens -= len(seq.tokens)
 
     def in_order(self, now: float, limit: int) -> Iterator[Sequence]:

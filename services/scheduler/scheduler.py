@@ -20,6 +20,7 @@ from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.effects import Effect, Effects
 from octavo.services.scheduler.endings import Endings
+from octavo.services.scheduler.forecast import Forecast
 from octavo.services.scheduler.live_requests import NEVER, LiveRequests
 from octavo.services.scheduler.model_facts import GENERATOR, ModelFacts
 from octavo.services.scheduler.outputs import length_reason
@@ -33,6 +34,7 @@ from octavo.services.scheduler.step_planner import StepPlanner
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.takeover import Takeover
 from octavo.services.scheduler.tally import Tally
+from octavo.services.scheduler.work import Work
 from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
@@ -50,19 +52,19 @@ class Scheduler:
         self._groups: dict[str, WorkerGroup] = {}
         self._suspects = Suspects()
         self._quotas = Quotas(config.default_quota(), config.quotas())
-        self._admission = Admission(config)
         fair_share = FairShare(config.weights())
         self._waiting = WaitingQueue(fair_share, config.ageing_tokens_per_s)
         self._states = SequenceStates(self._waiting, tally)
+        self._forecast = Forecast(self._groups, self._waiting, fair_share, tally)
+        self._admission = Admission(config, self._states, self._forecast)
         self._requests = LiveRequests()
         self._effects = Effects(self._groups, self._states)
         self._endings = Endings(
-            self._states, self._requests, self._suspects, self._quotas, fair_share, self._effects, tally
-        )
+            self._states, self._requests, self._suspects, self._quotas, fair_share, self._admission.outputs,
+            self._effects, tally,
+        )  # fmt: skip
         self._takeover = Takeover(epoch, config.max_resume_window_ms, self._requests, self._endings, self._effects)
-        self._planner = StepPlanner(
-            config, self._groups, self._states, self._suspects, self._admission, fair_share, tally
-        )
+        self._planner = StepPlanner(config, self._groups, self._states, self._suspects, fair_share, tally)
         self._digest = StepDigest(self._states, self._suspects, self._endings, tally)
         self._num_arrivals = 0
         self._max_model_len = 0  # of the workers there are, or were last; 0: not known yet
@@ -100,7 +102,7 @@ class Scheduler:
             waiting_uncached_tokens=self._waiting.num_tokens,
             kv_blocks_free=sum(group.pool.num_free for group in groups),
             kv_blocks_total=sum(group.pool.num_blocks - 1 for group in groups),
-            estimated_queue_ms=self._admission.estimate_ms(self._waiting.num_tokens, groups),
+            estimated_queue_ms=int(1000 * self._forecast.queue_s()),
             draining=self._draining,
             workers_ready=len(groups),
             step_age_ms=int(1000 * (now - oldest)),
@@ -158,7 +160,8 @@ class Scheduler:
             submit.bypass_prefix_cache = True  # it may be made of all hidden states
         for index, tokens in enumerate(pooling.prompts_of(submit), submit.first_candidate_index):
             limit = len(tokens) + 1 if is_pooling else max_tokens  # a vector takes the place of one token
-            request.sequences.append(Sequence(request, index, tokens, limit, outbox))
+            expected = limit if is_pooling else self._admission.expected_tokens(submit, limit)
+            request.sequences.append(Sequence(request, index, tokens, limit, expected, outbox))
         request.num_unfinished = len(request.sequences)
         self._requests.add(request, now)
         self._effects.send(gateway_id, scheduler_pb2.AttachResponse(admitted=self._admitted(request)))
@@ -167,6 +170,7 @@ class Scheduler:
                 self._endings.finish(seq, length_reason(seq), now)
             else:
                 self._waiting.add(seq)
+                self._forecast.admitted(submit.tenant, Work.of(seq), now)
         self._effects.flush()
 
     def cancel(self, gateway_id: str, cancel: scheduler_pb2.Cancel, now: float) -> None:
@@ -284,7 +288,7 @@ class Scheduler:
 
     def tick(self, now: float) -> None:
         """Act on deadlines, measure the queue and report progress."""
-        self._admission.observe(self._waiting.num_tokens, now)
+        self._forecast.observe(now)
         for unwanted in list(self._requests.resumable.expired(now)):
             self._endings.drop(unwanted)
         for request in self._requests.take_overdue(now):
@@ -327,13 +331,8 @@ class Scheduler:
             message = "a constraint must be a grammar here: gateways translate the other kinds"
             return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_CONSTRAINT", message)
         has_workers = self._groups or now - self._last_worker_at < self._config.worker_grace_s
-        return self._admission.refuse(
-            submit,
-            self._groups.values(),
-            num_waiting=self._states.num_waiting,
-            waiting_tokens=self._waiting.num_tokens,
-            max_model_len=(self._max_model_len or MAX_TOKENS) if has_workers else 0,
-        )
+        max_model_len = (self._max_model_len or MAX_TOKENS) if has_workers else 0
+        return self._admission.refuse(submit, self._groups.values(), max_model_len, now)
 
     def _admitted(self, request: Request) -> scheduler_pb2.Admitted:
         """Return the answer to a request that entered the queue."""

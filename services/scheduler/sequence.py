@@ -64,19 +64,27 @@ class Sequence:
     num_pending     tokens that plans in flight will sample: they exist, their values do not yet
     max_tokens      prompt and output together never get longer
     blocks          its blocks, in order; block_hashes names the full ones, as far as hashed
+    expected_tokens prompt and output together are expected to get about so long
     kept_logprobs   of its newest tokens, if its request can be resumed and wants them
     ending          how it ended, if its client was told
     """
 
     __slots__ = (
-        "admitted_at", "block_hashes", "blocks", "candidate_index", "ending", "first_scheduled_at", "first_token_at",
-        "group", "handle", "kept_logprobs", "last_token_at", "max_tokens", "min_stop_tokens", "num_cached_tokens",
-        "num_computed", "num_hashed_blocks", "num_logprobs", "num_pending", "num_preemptions", "num_prompt",
-        "num_recoveries", "outbox", "request", "slot", "state", "stop_ids", "tokens",
+        "admitted_at", "block_hashes", "blocks", "candidate_index", "ending", "expected_tokens",
+        "first_scheduled_at", "first_token_at", "group", "handle", "kept_logprobs", "last_token_at", "max_tokens",
+        "min_stop_tokens", "num_cached_tokens", "num_computed", "num_hashed_blocks", "num_logprobs", "num_pending",
+        "num_preemptions", "num_prompt", "num_recoveries", "outbox", "request", "slot", "state", "stop_ids",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
-        self, request: Request, candidate_index: int, tokens: array[int], max_tokens: int, outbox: Outbox
+        self,
+        request: Request,
+        candidate_index: int,
+        tokens: array[int],
+        max_tokens: int,
+        expected_tokens: int,
+        outbox: Outbox,
     ) -> None:
         """`tokens` are the prompt and the output that is there already; they become the sequence's."""
         submit = request.submit
@@ -89,6 +97,7 @@ class Sequence:
         self.tokens = tokens
         self.num_prompt = len(tokens) - len(submit.continue_token_ids)
         self.max_tokens = max_tokens
+        self.expected_tokens = expected_tokens
         self.stop_ids = frozenset(submit.end_of_sequence_ids) | frozenset(submit.stop.stop_token_ids)
         self.min_stop_tokens = self.num_prompt + submit.stop.min_new_tokens
         wants_logprobs = submit.logprobs > 0 or submit.chosen_logprob
@@ -124,6 +133,11 @@ class Sequence:
     def num_behind(self) -> int:
         """Tokens still to compute: a new prompt has many, a decoding sequence one."""
         return len(self.tokens) + self.num_pending - self.num_computed
+
+    @property
+    def num_expected_left(self) -> int:
+        """Output tokens that are still expected: one at least."""
+        return max(self.expected_tokens - len(self.tokens), 1)
 
     @property
     def num_blocks_needed(self) -> int:

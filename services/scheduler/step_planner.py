@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from octavo.services.scheduler.admission import Admission
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.plan_builder import LAST_SAMPLED, SAMPLE, PlanBuilder
 from octavo.services.scheduler.policy import FairShare, choose_group, choose_victim
@@ -29,7 +28,6 @@ class StepPlanner:
         groups: Mapping[str, WorkerGroup],
         states: SequenceStates,
         suspects: Suspects,
-        admission: Admission,
         fair_share: FairShare,
         tally: Tally,
     ) -> None:
@@ -39,7 +37,6 @@ class StepPlanner:
         self._states = states
         self._waiting = states.waiting
         self._suspects = suspects
-        self._admission = admission
         self._fair_share = fair_share
 
     def plan(self, group: WorkerGroup, now: float) -> worker_pb2.StepPlan | None:
@@ -152,7 +149,6 @@ class StepPlanner:
             if not group.model.whole_sequences and not group.allocator.open(seq, hits, reserve):
                 return
             self._waiting.remove(seq)
-            self._admission.opened(len(seq.tokens))
             self._tally.opened(seq, len(hits), now)
             seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
             if not seq.first_scheduled_at:

@@ -13,6 +13,7 @@ from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.model_facts import ModelFacts
 from octavo.services.scheduler.sequence import Sequence, SequenceState
 from octavo.services.scheduler.step_clock import StepClock
+from octavo.services.scheduler.step_cost import StepCost
 
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one waits beside the worker
 
@@ -65,6 +66,7 @@ class WorkerGroup:
         self.freed_slots: list[int] = []  # since the last plan: the worker must hear of them
         self.is_lost = False  # its worker is gone, and what its sequences still refer to is history
         self.tokens_per_s = 0.0  # moving average over steps; 0 until measured
+        self.cost = StepCost()
         self._clock = clock
         self.last_result_at = 0.0
         self.takes_grammars = False  # set when it joins
@@ -97,6 +99,7 @@ class WorkerGroup:
         elapsed = now - self._started_at(step)
         self.last_result_at = now
         self._clock.record(step.num_tokens, elapsed)
+        self.cost.record(step.num_tokens, elapsed)
         if elapsed > 0:
             rate = step.num_tokens / elapsed
             self.tokens_per_s += 0.1 * (rate - self.tokens_per_s) if self.tokens_per_s else rate

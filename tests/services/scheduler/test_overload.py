@@ -1,0 +1,141 @@
+"""What admission promises is kept, however much is asked for: on a virtual clock, with tenants of weights 1 and 3."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from octavo.common.v1 import common_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler import expected_output
+from octavo.services.scheduler.expected_output import ExpectedOutput
+from octavo.services.scheduler.step_cost import StepCost
+
+from .overload import Asking, Outcome, Overload
+
+SETTINGS = {"max_running": 8, "tenant_weights": ("one=1", "three=3")}
+SECONDS = 60.0
+PEAK_CALLS_PER_S = 10.0  # of 32 tokens: what eight slots can do
+
+
+def between(least: int, most: int) -> object:
+    return lambda rng: rng.randint(least, most)
+
+
+def memoryless(rng: random.Random) -> int:
+    return max(1, min(400, int(rng.expovariate(1 / 40))))
+
+
+def share(outcome: Outcome) -> float:
+    return outcome.tokens["three"] / outcome.tokens["one"]
+
+
+@pytest.mark.parametrize("deadline_s", [2.0, 5.0, 30.0])
+def test_at_ten_times_the_peak_who_is_admitted_is_through_in_time(deadline_s: float) -> None:
+    peak = Overload(**SETTINGS)
+    peak_tokens = peak.run_calls([Asking("one", 2 * PEAK_CALLS_PER_S, deadline_s=600.0)], 20.0).tokens.total()
+    peak_per_s = peak_tokens / (peak.now - peak.started_at)
+
+    world = Overload(max_waiting=64, **SETTINGS)
+    asked = [Asking(tenant, 5 * PEAK_CALLS_PER_S, deadline_s=deadline_s) for tenant in ("one", "three")]
+    outcome = world.run_calls(asked, SECONDS)
+
+    assert outcome.calls.total() > 9 * PEAK_CALLS_PER_S * SECONDS
+    assert outcome.part_late <= 0.01
+    assert share(outcome) == pytest.approx(3.0, rel=0.1)
+    assert outcome.tokens.total() / (world.now - world.started_at) >= 0.9 * peak_per_s
+    assert outcome.longest_queue <= 64
+
+
+def test_requests_of_different_lengths_keep_their_deadlines() -> None:
+    world = Overload(**SETTINGS)
+    asked = [Asking(tenant, 50.0, between(5, 200), between(8, 64)) for tenant in ("one", "three")]
+    outcome = world.run_calls(asked, SECONDS)
+    assert outcome.part_late <= 0.01
+    assert share(outcome) == pytest.approx(3.0, rel=0.1)
+
+
+def test_outputs_that_end_of_themselves_are_expected_to_be_as_long_as_those_before() -> None:
+    world = Overload(**SETTINGS)
+    asked = [Asking(tenant, 50.0, output=memoryless, limit=400, deadline_s=8.0) for tenant in ("one", "three")]
+    outcome = world.run_calls(asked, SECONDS, measured_from_s=15.0)  # when some have ended
+    assert outcome.part_late <= 0.06  # whose own outputs are longer than anyone could expect
+    assert outcome.in_time.total() > 300
+
+
+def test_a_tenant_below_its_share_is_served_and_costs_the_others_no_deadline() -> None:
+    world = Overload(**SETTINGS)
+    outcome = world.run_calls([Asking("one", 50.0, deadline_s=30.0), Asking("three", 1.0, deadline_s=3.0)], SECONDS)
+    assert outcome.in_time["three"] == outcome.calls["three"]
+    assert not outcome.late
+
+
+def test_a_tenant_that_comes_to_a_full_queue_gets_its_part_of_it() -> None:
+    world = Overload(max_waiting=40, **SETTINGS)
+    asked = [Asking("one", 50.0, deadline_s=600.0), Asking("three", 50.0, deadline_s=600.0, begins_s=20.0)]
+    outcome = world.run_calls(asked, 3 * SECONDS, measured_from_s=30.0)
+    assert share(outcome) == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_request_is_judged_by_what_is_served_before_it() -> None:
+    world = Overload(max_running=1)
+    for _ in range(20):
+        world.submit([5] * 10, max_new_tokens=30, priority=-1)
+    while world.core.load(world.now).waiting == 19:
+        world.advance()
+    hurried = {"max_new_tokens": 30, "remaining_ms": 4000}
+    assert not world.submit([6] * 10, priority=-1, **hurried).admitted
+    assert world.submit([7] * 10, priority=-1, tenant="other", **hurried).admitted
+    assert world.submit([8] * 10, **hurried).admitted
+
+
+def test_what_can_run_at_once_is_let_try() -> None:
+    world = Overload(max_running=2)
+    world.submit([5] * 10, max_new_tokens=30)
+    world.advance()
+    assert world.submit([5] * 10, max_new_tokens=4000, remaining_ms=100).admitted
+
+
+def test_expected_is_the_average_of_the_tenants_outputs_within_the_limit() -> None:
+    outputs = ExpectedOutput()
+    submit = scheduler_pb2.Submit(tenant="a", end_of_sequence_ids=[7])
+    assert outputs.tokens(submit, 4096) == expected_output.UNKNOWN_TOKENS
+    for length in (90, 110):
+        outputs.ended("a", length, is_cut=False)
+    assert outputs.tokens(submit, 4096) == pytest.approx(100, abs=1)
+    assert outputs.tokens(submit, 50) == 50
+    assert outputs.tokens(submit, 4096, averages=3.0) == pytest.approx(300, abs=3)
+    ignoring = scheduler_pb2.Submit(tenant="a")
+    assert outputs.tokens(ignoring, 4096) == 4096
+    least = scheduler_pb2.Submit(tenant="a", end_of_sequence_ids=[7], stop=common_pb2.StopCriteria(min_new_tokens=150))
+    assert outputs.tokens(least, 4096) == 150
+
+
+def test_an_output_that_was_cut_makes_those_to_come_no_shorter() -> None:
+    outputs = ExpectedOutput()
+    submit = scheduler_pb2.Submit(tenant="a", end_of_sequence_ids=[7])
+    outputs.ended("a", 100, is_cut=False)
+    for _ in range(10):
+        outputs.ended("a", 20, is_cut=True)
+    assert outputs.tokens(submit, 4096) > 100
+
+
+def test_what_is_remembered_of_tenants_is_bounded() -> None:
+    outputs = ExpectedOutput()
+    for number in range(expected_output.MAX_TENANTS + 10):
+        outputs.ended(f"t{number}", 10, is_cut=False)
+    submits = [scheduler_pb2.Submit(tenant=f"t{number}", end_of_sequence_ids=[7]) for number in (0, 9, 10)]
+    unknown = expected_output.UNKNOWN_TOKENS
+    assert [outputs.tokens(submit, 4096) for submit in submits] == [unknown, unknown, 10]
+
+
+def test_the_cost_of_a_step_is_a_fixed_part_and_one_for_each_token() -> None:
+    cost = StepCost()
+    assert (cost.seconds(8), cost.token_s, cost.mean_s) == (0.0, 0.0, 0.0)
+    cost.record(8, 0.02)
+    assert (cost.seconds(500), cost.token_s) == (0.02, 0.0)  # one size tells nothing about others
+    for num_tokens in (8, 8, 520, 9, 8, 264):
+        cost.record(num_tokens, 0.016 + 0.0005 * num_tokens)
+    assert cost.token_s == pytest.approx(0.0005)
+    assert cost.seconds(100) == pytest.approx(0.066)
