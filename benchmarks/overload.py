@@ -6,7 +6,8 @@ A gateway, a scheduler and a CPU worker; two tenants, whose weights are 1 and 3,
 as there are slots ask again and again, which gives the peak; then calls come at ten times that rate, whatever becomes
 of them. What must hold:
 
-- refusals take less than 50 ms (99th percentile, as the client sees it), and nothing fails but by being refused
+- refusals take less than 50 ms (99th percentile, as the client sees it), and nothing fails but by being refused;
+  the client, which makes all the calls, shares the machine: so what the gateway logs of them is shown as well
 - tokens of answers in time are at least 90 % of the peak's
 - what was admitted is answered by its deadline, or ended then (250 ms are allowed for)
 - the tokens of the two tenants are 1:3 within 10 %
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ from octavo.services.gateway.authentication import make_key
 WEIGHTS = {"one": 1.0, "three": 3.0}
 MAX_RUNNING = 8
 MAX_WAITING = 64
+REFUSED_REASONS = ("QUEUE_FULL", "DEADLINE_UNREACHABLE")
 REFUSED = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE)
 
 
@@ -50,6 +53,7 @@ class Figures:
     tokens: Counter[str] = field(default_factory=Counter)  # by tenant, of answers in time
     refusals: list[float] = field(default_factory=list)
     late: list[float] = field(default_factory=list)  # of admitted calls that ended without an answer
+    in_gateway: list[float] = field(default_factory=list)  # refusals as the gateway's log has them
     failures: Counter[str] = field(default_factory=Counter)
     num_calls: int = 0
 
@@ -127,6 +131,23 @@ def memory(process: Process) -> float:
     return float(psutil.Process(process.pid).memory_info().rss / 2**20)
 
 
+def refusals_logged(log: Path) -> list[float]:
+    """Return how long the gateway had each call that it refused, from its log."""
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    return [line["duration_ms"] / 1000 for line in lines if line.get("reason") in REFUSED_REASONS]
+
+
+def milliseconds(seconds: list[float]) -> str:
+    """Return the median and the 99th percentile of times."""
+    times = sorted(seconds) or [0.0]
+    return f"{1000 * times[len(times) // 2]:.1f} ms (median), {1000 * percentile(times):.1f} ms (99th percentile)"
+
+
+def percentile(times: list[float]) -> float:
+    """Return the 99th percentile."""
+    return sorted(times)[int(0.99 * len(times))] if times else 0.0
+
+
 async def run(args: argparse.Namespace) -> int:
     """Run both phases; return the exit status."""
     model = demo_model.fetch(demo_model.cache_dir(), lambda *_: None)
@@ -173,6 +194,7 @@ async def run(args: argparse.Namespace) -> int:
             for process in (scheduler, worker, gateway):
                 with contextlib.suppress(AssertionError):  # not started
                     await process.kill()
+        flooded.in_gateway = refusals_logged(gateway.log)
     return report(args, peak_rate, rate, seconds, flooded, before, after)
 
 
@@ -187,13 +209,13 @@ def report(
 ) -> int:
     """Print the figures; return the exit status."""
     goodput = sum(flooded.tokens.values()) / seconds
-    refusals = sorted(flooded.refusals) or [0.0]
     share = flooded.tokens["three"] / max(1, flooded.tokens["one"])
     late = max(flooded.late, default=0.0)
     checks = {
         f"refused {len(flooded.refusals)} of {flooded.num_calls} calls at {rate:.0f} calls/s; after "
-        f"{1000 * refusals[len(refusals) // 2]:.1f} ms (median), {1000 * refusals[int(0.99 * len(refusals))]:.1f} ms "
-        "(99th percentile)": refusals[int(0.99 * len(refusals))] < 0.05,
+        f"{milliseconds(flooded.refusals)}; of that in the gateway {milliseconds(flooded.in_gateway)}": (
+            percentile(flooded.refusals) < 0.05
+        ),
         f"goodput {goodput:.0f} tokens/s, peak {peak_rate:.0f}: {100 * goodput / peak_rate:.0f} %": goodput
         >= 0.9 * peak_rate,
         f"{len(flooded.late)} admitted calls ended at their deadline, the last after {late:.2f} s of "
