@@ -10,7 +10,7 @@ from .swarm import draw
 from .world import World
 
 NUM_SEEDS = 10_000
-MAX_SECONDS = 45.0
+MAX_SECONDS = 60.0
 PLANTED_WITHIN = 1000  # seeds
 
 # Seeds that found something, with what it was. The world depends on nothing but the seed and swarm.py.
