@@ -10,12 +10,13 @@ SERVE_FLAGS ?=
 FAULTS ?=
 GPU_FLAGS ?=
 SEEDS ?= 10000
+FUZZ_SECONDS ?= 60
 # Where the engines that Octavo is measured against are installed.
 PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools bench bench-peers simulate soak faults gpu-gates gpu-check gpu-bench clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools bench bench-peers simulate fuzz soak faults gpu-gates gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -62,6 +63,10 @@ bench-peers: setup-dev  ## Measure Octavo beside vLLM, llama.cpp and OpenVINO, i
 
 simulate: setup-dev  ## Run the scheduler among simulated faults, SEEDS times (default: 10000)
 	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+
+fuzz: setup-dev  ## Fuzz each thing that strangers' bytes reach, FUZZ_SECONDS each (default: 60), guided by coverage
+	$(BIN)/python -m pip install --quiet --editable ".[fuzz]"
+	$(BIN)/python -m tests.fuzz all -max_total_time=$(FUZZ_SECONDS)
 
 soak: setup-dev  ## Serve 64 mixed streams for ten minutes and check that nothing is lost
 	$(BIN)/python benchmarks/soak.py --minutes 10

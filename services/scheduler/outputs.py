@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import Any
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
@@ -13,6 +14,13 @@ from octavo.worker.v1 import worker_pb2
 
 class WorkerMisbehavedError(Exception):
     """A worker's answer does not fit what it was asked. The caller gives the worker up."""
+
+
+def read_column(code: str, data: bytes) -> array[Any]:
+    """Return a column of a worker's answer, of 4 byte elements "I" or "f". Raises WorkerMisbehavedError."""
+    if len(data) % 4:
+        raise WorkerMisbehavedError(f"a column of a step's answer has {len(data)} bytes, and elements of 4")
+    return array(code, data)
 
 
 LogprobRow = tuple[float, int, "array[int]", "array[float]"]
@@ -81,16 +89,17 @@ class LogprobReader:
     """Walks through the log probability columns of a StepResult."""
 
     def __init__(self, result: worker_pb2.StepResult) -> None:
-        self._chosen = array("f", result.logprobs)
-        self._ranks = array("I", result.ranks)
-        self._ids = array("I", result.candidate_token_ids)
-        self._values = array("f", result.candidate_logprobs)
+        self._chosen = read_column("f", result.logprobs)
+        self._ranks = read_column("I", result.ranks)
+        self._ids = read_column("I", result.candidate_token_ids)
+        self._values = read_column("f", result.candidate_logprobs)
         self._row = self._candidate = 0
 
     def read(self, width: int) -> LogprobRow:
-        """Return the next row, with `width` alternatives."""
+        """Return the next row, with `width` alternatives. Raises WorkerMisbehavedError."""
         row, begin, end = self._row, self._candidate, self._candidate + width
-        if row >= len(self._chosen) or end > len(self._ids) or len(self._values) != len(self._ids):
+        rows, values = min(len(self._chosen), len(self._ranks)), min(len(self._ids), len(self._values))
+        if row >= rows or end > values:
             raise WorkerMisbehavedError("log probabilities are missing from a step's answer")
         self._row, self._candidate = row + 1, end
         return self._chosen[row], self._ranks[row], self._ids[begin:end], self._values[begin:end]

@@ -10,7 +10,7 @@ from google.rpc import code_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.admission import reject
 from octavo.services.scheduler.model_facts import ModelFacts
-from octavo.services.scheduler.outputs import WorkerMisbehavedError
+from octavo.services.scheduler.outputs import WorkerMisbehavedError, read_column
 from octavo.worker.v1 import worker_pb2
 
 _ELEMENT_BYTES = 4
@@ -58,7 +58,7 @@ def mismatch(submit: scheduler_pb2.Submit, model: ModelFacts) -> str:
 
 def vectors_of(result: worker_pb2.StepResult, count: int) -> Iterator[bytes]:
     """Yield the `count` vectors of a step's answer; one that was not finite is empty. Raises WorkerMisbehavedError."""
-    sizes = array("I", result.vector_sizes)
+    sizes = read_column("I", result.vector_sizes)
     if len(sizes) != count or _ELEMENT_BYTES * sum(sizes) != len(result.vectors):
         raise WorkerMisbehavedError(
             f"step {result.step_id} makes {count} vectors, answered were {len(sizes)} in {len(result.vectors)} bytes"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from array import array
-
 from google.rpc import code_pb2
 
 from octavo.services.scheduler.endings import Endings
-from octavo.services.scheduler.outputs import LogprobReader, WorkerMisbehavedError, length_reason, stop_reason
+from octavo.services.scheduler.outputs import (
+    LogprobReader,
+    WorkerMisbehavedError,
+    length_reason,
+    read_column,
+    stop_reason,
+)
 from octavo.services.scheduler.pooling import vectors_of
 from octavo.services.scheduler.sequence import Sequence, SequenceState
 from octavo.services.scheduler.sequence_states import SequenceStates
@@ -42,7 +46,7 @@ class StepDigest:
         if group.model.makes_vectors:
             self._digest_vectors(group, step, result, now)
             return True
-        token_ids = array("I", result.token_ids)
+        token_ids = read_column("I", result.token_ids)
         if len(token_ids) != len(step.sampled):
             raise WorkerMisbehavedError(
                 f"step {step.step_id} samples {len(step.sampled)} rows, answered were {len(token_ids)}"

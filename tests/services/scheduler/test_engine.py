@@ -227,12 +227,22 @@ async def test_results_of_an_ended_epoch_are_dropped(tmp_path: Path) -> None:
         worker.close()
 
 
-async def test_a_worker_that_answers_nonsense_is_given_up(tmp_path: Path) -> None:
-    async with running(tmp_path) as process:
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"step_id": 77, "token_ids": array("I", [1]).tobytes()},
+        {"step_id": 1, "token_ids": b"\1\2\3"},
+        {"step_id": 1, "token_ids": array("I", [1]).tobytes(), "ranks": b"\1\2\3\4\5"},
+    ],
+    ids=["of another step", "half a token", "half a rank"],
+)
+async def test_a_worker_that_answers_nonsense_is_given_up(tmp_path: Path, answer: dict[str, Any]) -> None:
+    async with running(tmp_path, step_timeout_s=3600.0) as process:
         worker, gateway = await process.connect()
         await gateway.submit(1)
         await worker.receive("step_plan")
-        await worker.send(step_result=worker_pb2.StepResult(step_id=77, token_ids=array("I", [1]).tobytes()))
+        await worker.send(step_result=worker_pb2.StepResult(**answer))
         await until(lambda: not process.engine.load().workers_ready)
         await worker.join()
         worker.work()
