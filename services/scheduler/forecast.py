@@ -119,9 +119,13 @@ class Forecast:
         running: dict[str, Work] = defaultdict(Work)
         shortest_s = math.inf
         for group in self._groups.values():
+            shortest = math.inf
             for seq in group.running():
-                running[seq.request.submit.tenant].add(Work(max(seq.num_behind - 1, 0), seq.num_expected_left))
-                shortest_s = min(shortest_s, seq.num_expected_left * group.cost.mean_s)
+                left, work = seq.num_expected_left, running[seq.request.submit.tenant]
+                work.prompt += max(seq.num_behind - 1, 0)
+                work.output += left
+                shortest = min(shortest, left)
+            shortest_s = min(shortest_s, shortest * group.cost.mean_s)
         own.add(running[tenant])
         own.add(self._waiting.work(tenant, priority))
         if num_free or not self._groups:
@@ -142,10 +146,15 @@ class Forecast:
         """Return what is computed, in seconds' worth, until a tenant has had all of `own`."""
         prices, fair_share = Prices.of(self._groups.values()), self._fair_share
         waiting, recent = set(self._waiting.tenants()), self._admitted.per_s(now)
-        counter = fair_share.counter_among(tenant, waiting) + fair_share.cost(tenant, own.tokens)
+        lowest = fair_share.lowest(waiting)
+
+        def counter(name: str) -> float:
+            return fair_share.counter(name) if name in waiting else max(fair_share.counter(name), lowest)
+
+        reached = counter(tenant) + fair_share.cost(tenant, own.tokens)
         total_s = prices.seconds(own)
         for other in (waiting | self._unmet_until.keys() | recent.keys() | running.keys()) - {tenant}:
-            tokens = max(0.0, counter - fair_share.counter_among(other, waiting)) * fair_share.weight(other)
+            tokens = max(0.0, reached - counter(other)) * fair_share.weight(other)
             if other not in waiting and other not in self._unmet_until:  # it does not even want its share
                 tokens = min(tokens, running[other].tokens + recent.get(other, 0.0) * within_s)
             alike = self._waiting.work(other) if other in waiting else own

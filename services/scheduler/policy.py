@@ -40,12 +40,11 @@ class FairShare:
 
     def activate(self, tenant: str, active: Iterable[str]) -> None:
         """Raise the counter of a tenant that has work again, where `active` others had it all along."""
-        self._counters[tenant] = self.counter_among(tenant, active)
+        self._counters[tenant] = max(self.counter(tenant), self.lowest(active))
 
-    def counter_among(self, tenant: str, active: Iterable[str]) -> float:
-        """Return what the counter of a tenant is, or is raised to when it joins `active` ones."""
-        lowest = min((self.counter(other) for other in active if other != tenant), default=0.0)
-        return max(self.counter(tenant), lowest)
+    def lowest(self, active: Iterable[str]) -> float:
+        """Return what the counter of a tenant is raised to, if it is below, when it joins `active` ones."""
+        return min(map(self.counter, active), default=0.0)
 
     def forget_idle(self, active: Iterable[str], limit: int = 10_000) -> None:
         """Keep the table bounded: drop the counters of idle tenants once there are too many."""
