@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.loading import LoadedModel, Progress, context_of
-from octavo.gpu_worker.models.bert import BertConfig, BertModel, tensor_shapes
+from octavo.gpu_worker.models.bert import BertConfig
+from octavo.gpu_worker.models.classifier import Classifier
 from octavo.gpu_worker.models.encoders import PREFIXES
-from octavo.gpu_worker.pooler import Dense, Pooling
-from octavo.gpu_worker.pooling_files import dense, read_pooling, score_pooling
+from octavo.gpu_worker.models.modernbert import ModernBertConfig
+from octavo.gpu_worker.pooler import ACTIVATIONS, Layer, Pooling
+from octavo.gpu_worker.pooling_files import dense, norm, read_pooling, score_pooling
 from octavo.gpu_worker.sharding import Part
 from octavo.gpu_worker.weights import fingerprint_of, name_list, read_json, read_tensors, tensor_files, weight_files
 
@@ -27,14 +30,21 @@ def load_encoder(folder: Path, architecture: str, dtype: str, max_model_len: int
     """
     path = folder / "config.json"
     values = read_json(path)
-    config = BertConfig.from_json(values, architecture, str(path))
+    config: ModernBertConfig | BertConfig
+    if architecture.startswith("ModernBert"):
+        config = ModernBertConfig.from_json(values, str(path))
+    else:
+        config = BertConfig.from_json(values, architecture, str(path))
     files = weight_files(folder)
     owners = tensor_files(files)
     prefix = PREFIXES[architecture]
     if not any(name.startswith(prefix) for name in owners):
         prefix = ""
-    shapes = {prefix + name: shape for name, shape in tensor_shapes(config).items()}
-    head = _head_shapes(config, values, path) if architecture.endswith(_CLASSIFIER) else {}
+    shapes = {prefix + name: shape for name, shape in config.tensor_shapes().items()}
+    head: dict[str, tuple[int, ...]] = {}
+    if architecture.endswith(_CLASSIFIER):
+        _check_labels(values, path)
+        head = dict(config.classifier.tensor_shapes(config.hidden_size))
     if missing := (shapes | head).keys() - owners.keys():
         raise ModelError(
             f"{folder}: tensors of {architecture} are missing: {name_list(missing)}; "
@@ -42,9 +52,12 @@ def load_encoder(folder: Path, architecture: str, dtype: str, max_model_len: int
         )
     parts = {name: Part(name, tuple(slice(0, size) for size in shape)) for name, shape in (shapes | head).items()}
     tensors = read_tensors(shapes | head, parts, owners, dtype, progress)
-    model = BertModel(config, {name.removeprefix(prefix): tensors[name] for name in shapes})
-    pooling = _score(tensors, values, path) if head else read_pooling(folder, config.hidden_size)
     context = context_of(folder, max_model_len, config.max_position_embeddings)
+    model = config.build({name.removeprefix(prefix): tensors[name] for name in shapes}, context)
+    if head:
+        pooling = _score(config.classifier, config.hidden_size, tensors, values, path)
+    else:
+        pooling = read_pooling(folder, config.hidden_size)
     fingerprint = fingerprint_of([path.read_bytes(), dtype.encode(), pooling_digest(pooling)], files)
     return LoadedModel(model, architecture, context, fingerprint, pooling)
 
@@ -53,43 +66,34 @@ def pooling_digest(pooling: Pooling) -> bytes:
     """Return what differs between two ways to make vectors of the same hidden states."""
     digest = hashlib.sha256(f"{pooling.task} {pooling.mode} {pooling.normalize}".encode())
     for layer in pooling.layers:
-        digest.update(layer.activation.encode() + layer.weight.tobytes())
-        digest.update(b"" if layer.bias is None else layer.bias.tobytes())
+        digest.update(layer.identity())
     return digest.digest()
 
 
-def _head_shapes(config: BertConfig, values: dict[str, Any], path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a classifier with one label. Raises ModelError if it has more."""
-    hidden = config.hidden_size
+def _check_labels(values: dict[str, Any], path: Path) -> None:
+    """Raise ModelError if a classifier has more than one label."""
     labels = values.get("num_labels") or len(values.get("id2label") or {0: "", 1: ""})
     if labels != 1:
         raise ModelError(f"{path}: the classifier has {labels} labels; only scores, which are one, are supported")
-    if config.architecture.startswith("Bert"):
-        inner, outer = "bert.pooler.dense", "classifier"
-    else:
-        inner, outer = "classifier.dense", "classifier.out_proj"
-    return {
-        f"{inner}.weight": (hidden, hidden),
-        f"{inner}.bias": (hidden,),
-        f"{outer}.weight": (1, hidden),
-        f"{outer}.bias": (1,),
-    }
 
 
-def _score(tensors: dict[str, torch.Tensor], values: dict[str, Any], path: Path) -> Pooling:
-    """Return the classifier: two layers, and a sigmoid unless the file says otherwise, as in sentence-transformers."""
-    inner, outer = (
-        ("bert.pooler.dense", "classifier")
-        if "bert.pooler.dense.weight" in tensors
-        else ("classifier.dense", "classifier.out_proj")
-    )
+def _score(
+    classifier: Classifier, hidden_size: int, tensors: dict[str, torch.Tensor], values: dict[str, Any], path: Path
+) -> Pooling:
+    """Return the classifier, with a sigmoid behind it unless the file says otherwise, as in sentence-transformers."""
     named = (values.get("sentence_transformers") or {}).get("activation_fn") or "torch.nn.modules.activation.Sigmoid"
     activation = str(named).rpartition(".")[2].lower()
     if activation not in ("sigmoid", "identity"):
         raise ModelError(f"{path}: scores end with {named}, which is not supported; Sigmoid and Identity are")
-
-    def layer(name: str, activation: str) -> Dense:
-        return dense(tensors[f"{name}.weight"], tensors[f"{name}.bias"], activation)
-
-    layers = [layer(inner, "tanh"), layer(outer, activation)]
-    return score_pooling(len(layers[0].weight), layers)
+    *inner, last = classifier.layers
+    layers: list[Layer] = []
+    for layer in (*inner, replace(last, activation=activation)):
+        if layer.activation not in ACTIVATIONS:
+            raise ModelError(
+                f"{path}: the classifier's activation {layer.activation} is not one of {list(ACTIVATIONS)}"
+            )
+        layers.append(dense(tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias"), layer.activation))
+        if layer.norm is not None:
+            weight, bias = tensors[f"{layer.norm.name}.weight"], tensors.get(f"{layer.norm.name}.bias")
+            layers.append(norm(weight, bias, layer.norm.eps))
+    return score_pooling(classifier.pooling, hidden_size, layers)

@@ -155,6 +155,7 @@ def make_engine(
         num_threads=config.num_threads,
         kv_cache_dtype=config.kv_cache_dtype,
         quantization=config.quantization,
+        dtype=config.dtype,
         collectives=collectives,
         pooling=loaded.pooling,
         grammars=grammars,
@@ -171,8 +172,9 @@ def make_engine(
     limits = Limits(*sizes, pooling=loaded.pooling, has_cache=has_cache)
     room = (num_blocks - 1) * BLOCK_SIZE if has_cache else max_batch_tokens
     max_model_len = min(loaded.max_model_len, room)
-    if has_cache and max_model_len < loaded.max_model_len:
-        log.info("kv_cache_memory limits the context to %d of %d tokens", max_model_len, loaded.max_model_len)
+    if max_model_len < loaded.max_model_len:
+        what = "kv_cache_memory" if has_cache else "max_batch_tokens"
+        log.info("%s limits the context to %d of %d tokens", what, max_model_len, loaded.max_model_len)
     # The collectives' own time-out comes first, where there is a host that waits for them.
     step_limit_s = 2 * config.rank_timeout_s if collectives is not None else 0.0
     return Engine(runner, limits, max_model_len, step_limit_s, takes_grammars=grammars is not None)

@@ -140,6 +140,9 @@ class EncoderOps(Protocol):
     A sequence is computed whole, in one step, and nothing of it is kept: there is no cache.
     """
 
+    def embed(self, table: torch.Tensor) -> Value:
+        """Look up the step's tokens in `table` [vocab_size, hidden_size]; return [T, hidden_size]."""
+
     def embed_sum(self, words: torch.Tensor, positions: torch.Tensor, segments: torch.Tensor) -> Value:
         """Return the sum of a token's rows of three tables, by its id, its position and its segment: [T, hidden_size].
 
@@ -156,10 +159,20 @@ class EncoderOps(Protocol):
     def linear_residual(self, x: Value, linear: Linear, residual: Value) -> Value:
         """Return residual + linear(x). The old residual must not be used afterwards."""
 
-    def self_attention(self, qkv: Value, heads: Heads, scale: float) -> Value:
-        """Attend among all tokens of each sequence; return [T, num_heads * head_dim].
+    def gated_linear(self, x: Value, gate: Linear, up: Linear, activation: Activation) -> Value:
+        """Return activation(gate(x)) * up(x): [T, intermediate_size]."""
+
+    def rotate(self, qkv: Value, heads: Heads, rotary: Rotary) -> Value:
+        """Return `qkv` with its queries and keys rotated by their positions. The old one must not be used afterwards.
 
         `qkv` is [T, 3 * num_heads * head_dim]: queries, keys, values.
+        """
+
+    def self_attention(self, qkv: Value, heads: Heads, scale: float, reach: int = 0) -> Value:
+        """Attend among all tokens of each sequence; return [T, num_heads * head_dim].
+
+        `qkv` is [T, 3 * num_heads * head_dim]: queries, keys, values. With reach > 0 a token sees only those at
+        most `reach` places away from it.
         """
 
     def hidden(self, x: Value) -> Value:

@@ -60,6 +60,33 @@ class Dense:
         y = self.weight @ x
         return ACTIVATIONS[self.activation](y if self.bias is None else y + self.bias).astype(np.float32)
 
+    def identity(self) -> bytes:
+        """Return what differs between two layers."""
+        return self.activation.encode() + self.weight.tobytes() + (b"" if self.bias is None else self.bias.tobytes())
+
+
+@dataclass(frozen=True)
+class VectorNorm:
+    """(x - mean) / sqrt(variance + eps) * weight + bias: weight [features], bias the same or None; float32."""
+
+    weight: Float32Array
+    bias: Float32Array | None
+    eps: float
+
+    def __call__(self, x: Float32Array) -> Float32Array:
+        """Return the norm of one vector."""
+        centred = x.astype(np.float64) - x.mean(dtype=np.float64)
+        y = centred / math.sqrt((centred * centred).mean() + self.eps) * self.weight
+        result: Float32Array = (y if self.bias is None else y + self.bias).astype(np.float32)
+        return result
+
+    def identity(self) -> bytes:
+        """Return what differs between two layers."""
+        return f"norm {self.eps}".encode() + self.weight.tobytes() + (b"" if self.bias is None else self.bias.tobytes())
+
+
+Layer = Dense | VectorNorm
+
 
 @dataclass(frozen=True)
 class PoolingSettings:
@@ -83,7 +110,7 @@ class Pooling:
     task: common_pb2.ModelTask
     mode: PoolingMode
     hidden_size: int
-    layers: tuple[Dense, ...] = ()
+    layers: tuple[Layer, ...] = ()
     normalize: bool = True
 
     @property

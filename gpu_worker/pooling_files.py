@@ -12,7 +12,7 @@ import torch
 from octavo.common.v1 import common_pb2
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.models.encoders import MODULES_FILE
-from octavo.gpu_worker.pooler import ACTIVATIONS, Dense, Pooling, PoolingMode
+from octavo.gpu_worker.pooler import ACTIVATIONS, Dense, Layer, Pooling, PoolingMode, VectorNorm
 from octavo.gpu_worker.weights import check_shape, open_tensors, read_json, read_list
 
 _MODES: dict[str, PoolingMode] = {
@@ -37,7 +37,7 @@ def read_pooling(folder: Path, hidden_size: int) -> Pooling:
     if not (folder / MODULES_FILE).is_file():
         return Pooling(common_pb2.MODEL_TASK_EMBED, "mean", hidden_size)
     mode: PoolingMode | None = None
-    layers: list[Dense] = []
+    layers: list[Layer] = []
     normalize = False
     for index, module in enumerate(read_list(folder / MODULES_FILE)):
         kind = str(module.get("type", "")).rpartition(".")[2]
@@ -60,14 +60,19 @@ def read_pooling(folder: Path, hidden_size: int) -> Pooling:
     return Pooling(common_pb2.MODEL_TASK_EMBED, mode, hidden_size, tuple(layers), normalize)
 
 
-def score_pooling(hidden_size: int, layers: Sequence[Dense]) -> Pooling:
-    """Return how a cross-encoder makes its score of the first token's hidden state."""
-    return Pooling(common_pb2.MODEL_TASK_SCORE, "cls", hidden_size, tuple(layers), normalize=False)
+def score_pooling(mode: PoolingMode, hidden_size: int, layers: Sequence[Layer]) -> Pooling:
+    """Return how a cross-encoder makes its score."""
+    return Pooling(common_pb2.MODEL_TASK_SCORE, mode, hidden_size, tuple(layers), normalize=False)
 
 
 def dense(weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> Dense:
     """Return a layer of these tensors."""
     return Dense(_array(weight), None if bias is None else _array(bias), activation)
+
+
+def norm(weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> VectorNorm:
+    """Return a LayerNorm of these tensors."""
+    return VectorNorm(_array(weight), None if bias is None else _array(bias), eps)
 
 
 def _array(tensor: torch.Tensor) -> Any:

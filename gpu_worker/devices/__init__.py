@@ -63,6 +63,7 @@ def make_runner(
     num_threads: int = 0,
     kv_cache_dtype: str = "auto",
     quantization: str = "none",
+    dtype: str = "auto",
     collectives: Collectives | None = None,
     pooling: Pooling | None = None,
     grammars: Grammars | None = None,
@@ -71,7 +72,8 @@ def make_runner(
 
     A packed model is for the cpu device and brings its threads with it; num_threads 0 means all cores.
     quantization is what the device is to do itself: a packed model is quantised already.
-    With `collectives` the model is one rank's part of a model; with `pooling` vectors are made of what it gives.
+    With `collectives` the model is one rank's part of a model; with `pooling` vectors are made of what it gives,
+    on the cpu device in float32 unless a decoder is wanted in `dtype` bfloat16.
     Without `grammars` no slot may have one.
     """
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
@@ -85,7 +87,8 @@ def make_runner(
         from octavo.gpu_worker.parallel import ParallelModel
 
         model = ParallelModel(_decoder(model), collectives)
-    host_device = make_device(device, model, *limits, num_threads=num_threads)
+    is_exact = pooling is not None and (model.num_layers == 0 or dtype != "bfloat16")
+    host_device = make_device(device, model, *limits, num_threads=num_threads, is_exact=is_exact)
     if pooling is not None:
         return PoolingRunner(host_device, max_running, max_blocks_per_sequence, pooling)
     return HostRunner(host_device, max_running, max_blocks_per_sequence, model.vocab_size, grammars)
@@ -99,8 +102,14 @@ def make_device(
     max_blocks_per_sequence: int,
     *,
     num_threads: int = 0,
+    is_exact: bool = False,
 ) -> Device:
-    """Build the device "cpu" or "reference". Raises build.BuildError if the native kernels cannot be built."""
+    """Build the device "cpu" or "reference".
+
+    is_exact  whether the cpu device computes in float32, with whole sequences and no cache
+
+    Raises build.BuildError if the native kernels cannot be built, DeviceError if they cannot run the model.
+    """
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     # Imported late: the one loads native code, the other torch.
     if name == "cpu":
@@ -109,10 +118,10 @@ def make_device(
 
         if isinstance(model, PackedModel):
             return CpuDevice(model, *limits, num_threads=num_threads)
-        if model.num_layers == 0:
+        if is_exact:
             from octavo.gpu_worker.devices.cpu_encoder import CpuEncoder
 
-            return CpuEncoder(cast(EncoderModel, model), *limits, num_threads=num_threads)
+            return CpuEncoder(model, *limits, num_threads=num_threads)
         return CpuDevice(_decoder(model), *limits, num_threads=num_threads)
     assert name == "reference", f"{name} does not compute in the host's memory"
     from octavo.gpu_worker.devices.reference import ReferenceDevice

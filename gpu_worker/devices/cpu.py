@@ -53,7 +53,7 @@ class CpuDevice:
         self._block_shape = (packed.num_layers, heads.num_kv_heads, 2, heads.head_dim * _BLOCK_TOKENS)
         self._cache = library.Cache(None, 0)
         self._blocks = np.empty((0, *self._block_shape), np.uint16)
-        self._logits = np.empty((max_running, packed.vocab_size), np.float32)
+        self._logits = np.empty((max_running, packed.output_size), np.float32)
         self._program = packed.program(self._memory, max_batch_tokens, max_running, max_blocks_per_sequence)
 
     def kv_block_bytes(self) -> int:
@@ -69,7 +69,7 @@ class CpuDevice:
         self._blocks = np.ctypeslib.as_array(pointer, shape=(num_blocks, *self._block_shape))
 
     def forward(self, step: StepInput) -> Float32Array:
-        """Run one step; return logits [R, vocab_size] float32, valid until the next call.
+        """Run one step; return logits or hidden states [R, output_size] float32, valid until the next call.
 
         Raises ValueError, before anything is written, if an index of the step is out of range.
         """

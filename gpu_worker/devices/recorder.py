@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from octavo.gpu_worker.devices.packed_model import PackedModel, PackedValue
-from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Activation, Experts, Heads, Linear, Model, Norm, Rotary
 from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu import library
@@ -143,14 +142,13 @@ class _Recorder:
         return x
 
     def logits(self, x: int, norm: Norm, head: Linear | None) -> int:
-        if head is None:
-            raise DeviceError("device cpu makes vectors with encoders only; serve this decoder with device reference")
-        assert head.weight.shape[0] == self._vocab_size, (tuple(head.weight.shape), self._vocab_size)
-        packed = self._linear(head, x, self._head_format)
-        op = library.Op(kind=library.LOGITS, norm=self._norm(norm, x), linear=packed, input=x, output=_END)
+        op = library.Op(kind=library.HIDDEN, norm=self._norm(norm, x), input=x, output=_END)
+        if head is not None:
+            assert head.weight.shape[0] == self._vocab_size, (tuple(head.weight.shape), self._vocab_size)
+            op.kind, op.linear = library.LOGITS, self._linear(head, x, self._head_format)
         self.ops.append(op)
         for embedding, table in self._embeddings:
-            if _is_same(table, head.weight):
+            if head is not None and _is_same(table, head.weight):
                 embedding.linear = op.linear
             elif self._head_format != library.WEIGHT_BF16:
                 embedding.linear = self._packer.pack_linear(table, None, self._head_format)

@@ -154,8 +154,7 @@ class _StepOps:
     def norm_gated_linear(
         self, x: torch.Tensor, norm: Norm, gate: Linear, up: Linear, activation: Activation
     ) -> torch.Tensor:
-        h = self._norm(x, norm)
-        return _activate(self._linear(h, gate), activation) * self._linear(h, up)
+        return self.gated_linear(self._norm(x, norm), gate, up, activation)
 
     def norm_experts_residual(
         self, x: torch.Tensor, norm: Norm, experts: Experts, activation: Activation
@@ -186,8 +185,15 @@ class _StepOps:
         product = self._linear(x, linear)
         return product if activation is None else _activate(product, activation)
 
-    def self_attention(self, qkv: torch.Tensor, heads: Heads, scale: float) -> torch.Tensor:
-        return reference_encoder.self_attention(self._step, qkv, heads, scale)
+    def gated_linear(self, x: torch.Tensor, gate: Linear, up: Linear, activation: Activation) -> torch.Tensor:
+        return _activate(self._linear(x, gate), activation) * self._linear(x, up)
+
+    def rotate(self, qkv: torch.Tensor, heads: Heads, rotary: Rotary) -> torch.Tensor:
+        queries, keys, values = qkv.view(self._num_rows, 3, heads.num_heads, heads.head_dim).unbind(1)
+        return torch.stack([self._rotate(queries, rotary), self._rotate(keys, rotary), values], dim=1).flatten(1)
+
+    def self_attention(self, qkv: torch.Tensor, heads: Heads, scale: float, reach: int = 0) -> torch.Tensor:
+        return reference_encoder.self_attention(self._step, qkv, heads, scale, reach)
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         return x[torch.from_numpy(self._step.logits_rows).long()].float()

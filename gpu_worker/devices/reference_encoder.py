@@ -43,13 +43,17 @@ def layer_norm(device: Weights, x: torch.Tensor, norm: LayerNorm) -> torch.Tenso
     return normed if norm.bias is None else normed + device.weight(norm.bias)
 
 
-def self_attention(step: StepInput, qkv: torch.Tensor, heads: Heads, scale: float) -> torch.Tensor:
-    """Attend within each sequence; rows beyond the step's tokens stay zero."""
+def self_attention(step: StepInput, qkv: torch.Tensor, heads: Heads, scale: float, reach: int) -> torch.Tensor:
+    """Attend within each sequence, at most `reach` tokens away unless it is 0; rows beyond the step's stay zero."""
     output = qkv.new_zeros(len(qkv), heads.num_heads * heads.head_dim)
     starts = step.query_start_loc.tolist()
     for start, end in itertools.pairwise(starts):
         rows = qkv[start:end].view(end - start, 3, heads.num_heads, heads.head_dim).permute(1, 2, 0, 3)
         queries, keys, values = (part.contiguous() for part in rows)
-        weights = torch.softmax(queries @ keys.transpose(1, 2) * scale, dim=-1)
+        scores = queries @ keys.transpose(1, 2) * scale
+        if reach:
+            places = torch.arange(end - start)
+            scores = scores.masked_fill((places[:, None] - places).abs() > reach, -torch.inf)
+        weights = torch.softmax(scores, dim=-1)
         output[start:end] = (weights @ values).transpose(0, 1).flatten(1)
     return output

@@ -7,14 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.models.classifier import Classifier, ClassifierLayer, read_activation
 from octavo.gpu_worker.models.config import MAX_LAYERS, MAX_POSITIONS, Json, Values
 from octavo.gpu_worker.ops import Activation, EncoderOps, Heads, LayerNorm, Linear, Value
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
 
 
 @dataclass(frozen=True)
@@ -38,15 +33,21 @@ class BertConfig:
         """Longest sequence."""
         return self.position_table_size - self.position_offset
 
+    @property
+    def classifier(self) -> Classifier:
+        """The head that BertForSequenceClassification and the like have."""
+        is_bert = self.architecture.startswith("Bert")
+        inner, outer = ("bert.pooler.dense", "classifier") if is_bert else ("classifier.dense", "classifier.out_proj")
+        return Classifier(
+            "cls", (ClassifierLayer(inner, self.hidden_size, activation="tanh"), ClassifierLayer(outer, 1))
+        )
+
     @classmethod
     def from_json(cls, values: Json, architecture: str, where: str) -> BertConfig:
         """Read a parsed config.json; `where` names the file in messages. Raises ModelError."""
         read = Values(values, where)
         if values.get("position_embedding_type", "absolute") not in ("absolute", None):
             raise ModelError(f"{where}: position_embedding_type {values['position_embedding_type']!r} is not supported")
-        activation = _ACTIVATIONS.get(str(values.get("hidden_act", "gelu")))
-        if activation is None:
-            raise ModelError(f"{where}: hidden_act {values['hidden_act']!r} is not one of {sorted(_ACTIVATIONS)}")
         hidden, num_heads = read.integer("hidden_size"), read.integer("num_attention_heads")
         if num_heads < 1 or hidden % num_heads:
             raise ModelError(f"{where}: {num_heads} attention heads do not share {hidden} dimensions evenly")
@@ -62,7 +63,7 @@ class BertConfig:
             # RoBERTa's positions begin after that of its padding.
             position_offset=0 if architecture.startswith("Bert") else read.integer("pad_token_id", 1) + 1,
             layer_norm_eps=read.number("layer_norm_eps", 1e-12),
-            activation=activation,
+            activation=read_activation(values, "hidden_act", where),
         )
         sizes = (config.vocab_size, hidden, config.intermediate_size, config.num_layers, config.num_segments)
         if min(*sizes, config.max_position_embeddings) < 1:
@@ -70,6 +71,14 @@ class BertConfig:
         if config.num_layers > MAX_LAYERS or config.position_table_size > MAX_POSITIONS:
             raise ModelError(f"{where}: at most {MAX_LAYERS} layers and {MAX_POSITIONS} positions are supported")
         return config
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name, without its beginning, and the shape of every tensor that is read."""
+        return _tensor_shapes(self)
+
+    def build(self, tensors: dict[str, torch.Tensor], max_positions: int) -> BertModel:
+        """Return the model of exactly the tensors of `tensor_shapes`, for positions below `max_positions`."""
+        return BertModel(self, tensors, max_positions)
 
 
 @dataclass(frozen=True)
@@ -85,11 +94,12 @@ class _Layer:
 
 
 class BertModel:
-    """An encoder over `EncoderOps`. `tensors` has exactly the names of `tensor_shapes(config)`."""
+    """An encoder over `EncoderOps`. `tensors` has exactly the names of `config.tensor_shapes()`."""
 
     num_layers = 0  # that have a cache
 
-    def __init__(self, config: BertConfig, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, config: BertConfig, tensors: dict[str, torch.Tensor], max_positions: int) -> None:
+        del max_positions  # there is a vector for each
         self.config = config
         self.heads = config.heads
         self.vocab_size = config.vocab_size
@@ -113,8 +123,7 @@ class BertModel:
         return ops.hidden(x)
 
 
-def tensor_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name, without its beginning, and the shape of every tensor that is read."""
+def _tensor_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (config.vocab_size, hidden),

@@ -19,6 +19,9 @@ PREFIXES = {
     "XLMRobertaModel": "roberta.",
     "XLMRobertaForMaskedLM": "roberta.",
     "XLMRobertaForSequenceClassification": "roberta.",
+    "ModernBertModel": "model.",
+    "ModernBertForMaskedLM": "model.",
+    "ModernBertForSequenceClassification": "model.",
 }
 
 

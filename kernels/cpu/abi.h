@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 6 };
+enum { OCTAVO_ABI_REVISION = 7 };
 
 // Numbers, or what a GGUF file calls Q8_0 and so on: rows of groups of 32 (Q4_K: of 256) that have codes.
 enum OctavoType : int32_t {
@@ -38,6 +38,7 @@ enum OctavoOpKind : int32_t {
   OCTAVO_NORM_GATED_LINEAR = 5,
   OCTAVO_LOGITS = 6,
   OCTAVO_NORM_EXPERTS_RESIDUAL = 7,
+  OCTAVO_HIDDEN = 8,
 };
 
 enum OctavoActivation : int32_t { OCTAVO_SILU = 0, OCTAVO_GELU_TANH = 1 };
@@ -82,7 +83,7 @@ struct OctavoExperts {
 struct OctavoOp {
   int32_t kind;    // OctavoOpKind
   int32_t input;   // number of the buffer read, -1 for OCTAVO_EMBED
-  int32_t output;  // number of the buffer written (added to, for the two with a residual); -1 for OCTAVO_LOGITS
+  int32_t output;  // number of the buffer written (added to, for the two with a residual); -1 for the last operation
   int32_t layer;
   OctavoNorm norm;
   OctavoNorm q_norm;
@@ -202,8 +203,9 @@ OCTAVO_EXPORT void octavo_checksums(const void* memory, size_t size, uint64_t* c
 // Programs. `info` and the arrays it points to are copied; buffers and weights are not.
 OCTAVO_EXPORT OctavoProgram* octavo_program_create(OctavoPool* pool, const OctavoProgramInfo* info);
 OCTAVO_EXPORT void octavo_program_destroy(OctavoProgram* program);
-// Run one step and write logits [num_logits_rows, vocab_size]. Returns 0, or -1 with a sentence in
-// `error` when an index of the step is out of range; then nothing was written.
+// Run one step and write logits [num_logits_rows, vocab_size], or hidden states [num_logits_rows, size of the
+// norm] where the last operation is OCTAVO_HIDDEN. Returns 0, or -1 with a sentence in `error` when an index of
+// the step is out of range; then nothing was written.
 OCTAVO_EXPORT int32_t octavo_program_run(OctavoProgram* program, const OctavoStep* step, const OctavoCache* cache,
                                          float* logits, char* error, size_t error_size);
 

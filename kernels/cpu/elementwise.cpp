@@ -94,6 +94,13 @@ void norm_row(const OctavoNorm& norm, const float* x, bf16* output) {
     store_bf16(output + i, load(x + i) * factor * load(norm.weight + i));
 }
 
+void norm_row_exact(const OctavoNorm& norm, const float* x, float* output) {
+  const float factor = inverse_rms(norm, x, round_up(norm.size, kRowMultiple));
+  int i = 0;
+  for (; i + kLanes <= norm.size; i += kLanes) store(output + i, load(x + i) * broadcast(factor) * load(norm.weight + i));
+  for (; i < norm.size; ++i) output[i] = x[i] * factor * norm.weight[i];
+}
+
 void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int first_kv_head, int num_kv_heads,
                      bf16* pages, int offset, bf16* queries) {
   const int head_dim = op.head_dim;

@@ -18,6 +18,9 @@ void embed_token(const OctavoOp& op, int32_t token_id, float* output);
 // output = bf16(x / sqrt(mean(x^2) + eps) * weight), padding included (zeros stay zeros).
 void norm_row(const OctavoNorm& norm, const float* x, bf16* output);
 
+// The same without rounding, and without the padding.
+void norm_row_exact(const OctavoNorm& norm, const float* x, float* output);
+
 // Norm (if the op has norms) and rotate some heads of one token: the kv heads [first_kv_head,
 // first_kv_head + num_kv_heads) and the query heads that belong to them. Keys and values go to
 // place `offset` of the block's pages, queries to `queries`.

@@ -77,12 +77,16 @@ int32_t Encoder::check(const OctavoEncoderStep& step, char* error, size_t size) 
   if (step.num_tokens > max_batch_tokens_)
     return fail(error, size, "%d tokens in a step, more than max_batch_tokens %d", step.num_tokens, max_batch_tokens_);
   for (const OctavoEncoderOp& op : ops_) {
+    const bool has_positions = op.kind == OCTAVO_ENCODER_ROTATE || op.positions.data != nullptr;
+    const int32_t num_positions = op.kind == OCTAVO_ENCODER_ROTATE ? op.max_positions : op.positions.num_rows;
+    for (int t = 0; has_positions && t < step.num_tokens; ++t) {
+      if (step.positions[t] < 0 || step.positions[t] >= num_positions)
+        return fail(error, size, "positions[%d] is %d of %d", t, step.positions[t], num_positions);
+    }
     if (op.kind != OCTAVO_ENCODER_EMBED_SUM) continue;
     for (int t = 0; t < step.num_tokens; ++t) {
       if (step.token_ids[t] < 0 || step.token_ids[t] >= op.words.num_rows)
         return fail(error, size, "token_ids[%d] is %d of %d words", t, step.token_ids[t], op.words.num_rows);
-      if (step.positions[t] < 0 || step.positions[t] >= op.positions.num_rows)
-        return fail(error, size, "positions[%d] is %d of %d", t, step.positions[t], op.positions.num_rows);
       if (step.segments != nullptr && (step.segments[t] < 0 || step.segments[t] > 1))
         return fail(error, size, "segments[%d] is %d, not 0 or 1", t, step.segments[t]);
     }
@@ -152,14 +156,27 @@ void EncoderJob::run_item(int phase, int item, int thread) {
 
 void EncoderJob::run_rows(const OctavoEncoderOp& op, int begin, int end) {
   for (int i = begin; i < end; ++i) {
-    if (op.kind == OCTAVO_ENCODER_EMBED_SUM) {
-      const int32_t segment = step_.segments == nullptr ? 0 : step_.segments[i];
-      embed_sum_row(op, step_.token_ids[i], step_.positions[i], segment, row(op.output, i));
-    } else if (op.kind == OCTAVO_ENCODER_LAYER_NORM) {
-      layer_norm_row(op, row(op.input, i), row(op.output, i));
-    } else {
-      const float* source = row(op.input, step_.logits_rows[i]);
-      std::copy(source, source + op.columns, hidden_ + int64_t{i} * op.columns);
+    switch (op.kind) {
+      case OCTAVO_ENCODER_EMBED_SUM:
+        embed_sum_row(op, step_.token_ids[i], step_.positions[i], step_.segments == nullptr ? 0 : step_.segments[i],
+                      row(op.output, i));
+        break;
+      case OCTAVO_ENCODER_LAYER_NORM:
+        layer_norm_row(op, row(op.input, i), row(op.output, i));
+        break;
+      case OCTAVO_ENCODER_RMS_NORM:
+        rms_norm_row(op, row(op.input, i), row(op.output, i));
+        break;
+      case OCTAVO_ENCODER_ROTATE:
+        rotate_row(op, step_.positions[i], row(op.output, i));
+        break;
+      case OCTAVO_ENCODER_GATE:
+        gate_row(op, row(op.input, i), row(op.output, i));
+        break;
+      default: {
+        const float* source = row(op.input, step_.logits_rows[i]);
+        std::copy(source, source + op.columns, hidden_ + int64_t{i} * op.columns);
+      }
     }
   }
 }

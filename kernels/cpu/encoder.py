@@ -8,11 +8,12 @@ import weakref
 import numpy as np
 import numpy.typing as npt
 
-from octavo.kernels.cpu.library import Buffer
+from octavo.kernels.cpu.library import Buffer, Norm
 from octavo.kernels.cpu.runtime import Arena, Runtime
 
-EMBED_SUM, LAYER_NORM, LINEAR, LINEAR_RESIDUAL, SELF_ATTENTION, HIDDEN = range(6)
-ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
+EMBED_SUM, LAYER_NORM, LINEAR, LINEAR_RESIDUAL, SELF_ATTENTION, HIDDEN, RMS_NORM, ROTATE, GATE = range(9)
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+ALL_TOKENS = 2**31 - 1  # before or behind a token
 ROW_MULTIPLE = 32  # rows of buffers, and outputs of linear layers, are padded to this
 
 
@@ -41,8 +42,17 @@ class EncoderOp(c.Structure):
         ("bias", c.c_void_p),
         ("activation", c.c_int32),
         ("num_heads", c.c_int32),
+        ("num_kv_heads", c.c_int32),
         ("head_dim", c.c_int32),
         ("scale", c.c_float),
+        ("before", c.c_int32),
+        ("after", c.c_int32),
+        ("cos", c.c_void_p),
+        ("sin", c.c_void_p),
+        ("rotary_dim", c.c_int32),
+        ("max_positions", c.c_int32),
+        ("q_norm", Norm),
+        ("k_norm", Norm),
     )
 
 

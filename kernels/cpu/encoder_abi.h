@@ -1,5 +1,6 @@
-// The C interface for encoders: models in which all tokens of a sequence see each other. `encoder.py`
-// mirrors it. Everything is float32; what abi.h says of memory and padding holds here too.
+// The C interface for models whose sequences are computed whole, in one step: encoders, in which all tokens
+// see each other, and decoders that make vectors. `encoder.py` mirrors it. Everything is float32; what abi.h
+// says of memory and padding holds here too.
 #pragma once
 
 #include "abi.h"
@@ -13,26 +14,31 @@ enum OctavoEncoderOpKind : int32_t {
   OCTAVO_ENCODER_LINEAR_RESIDUAL = 3,
   OCTAVO_ENCODER_SELF_ATTENTION = 4,
   OCTAVO_ENCODER_HIDDEN = 5,
+  OCTAVO_ENCODER_RMS_NORM = 6,
+  OCTAVO_ENCODER_ROTATE = 7,
+  OCTAVO_ENCODER_GATE = 8,
 };
 
 enum OctavoEncoderActivation : int32_t {
   OCTAVO_ENCODER_NO_ACTIVATION = 0,
   OCTAVO_ENCODER_GELU = 1,
   OCTAVO_ENCODER_GELU_TANH = 2,
+  OCTAVO_ENCODER_SILU = 3,
 };
 
-// Rows of float32, `stride` elements apart.
+// Rows of float32, `stride` elements apart; `data` is null where there is no table.
 struct OctavoTable {
   const float* data;
   int32_t num_rows;
   int32_t stride;
 };
 
-// One operation of a recorded program: `EncoderOps` of gpu_worker/ops.py. Unused fields are zero.
+// One operation of a recorded program: see gpu_worker/devices/whole_recorder.py. Unused fields are zero.
 struct OctavoEncoderOp {
   int32_t kind;     // OctavoEncoderOpKind
   int32_t input;    // number of the buffer read, -1 for OCTAVO_ENCODER_EMBED_SUM
-  int32_t output;   // number of the buffer written (added to, for the residual); -1 for OCTAVO_ENCODER_HIDDEN
+  int32_t output;   // number of the buffer written (added to, for the residual; changed in place, for the
+                    // rotation); -1 for OCTAVO_ENCODER_HIDDEN
   int32_t columns;  // of the result
   OctavoTable words;
   OctavoTable positions;
@@ -45,8 +51,18 @@ struct OctavoEncoderOp {
   const float* bias;    // zero-padded to a multiple of 32; null without bias
   int32_t activation;   // OctavoEncoderActivation
   int32_t num_heads;
+  int32_t num_kv_heads;
   int32_t head_dim;  // a multiple of 16
   float scale;
+  int32_t before;  // how many tokens before it and behind it a token sees
+  int32_t after;
+  // rotation: cos, sin [max_positions, rotary_dim / 2]; norms of each head, or null weights
+  const float* cos;
+  const float* sin;
+  int32_t rotary_dim;
+  int32_t max_positions;
+  OctavoNorm q_norm;
+  OctavoNorm k_norm;
 };
 
 struct OctavoEncoderInfo {

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "dispatch.h"
+#include "encoder_activation.h"
 #include "simd.h"
 
 namespace octavo {
@@ -20,11 +21,44 @@ float sum_of(const float* x, int64_t padded_size) {
   return sum_lanes(sum);
 }
 
-// scores[row][key] = scale * (query . key), all keys of a vector at once. Queries are `stride` apart.
+float inverse_rms(const float* x, int64_t padded_size, int size, float eps) {
+  Vec squares = {};
+  for (int64_t i = 0; i < padded_size; i += kLanes) squares = multiply_add(load(x + i), load(x + i), squares);
+  return 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(size) + eps);
+}
+
+void rotate_halves(float* first, const float* cos, const float* sin, int half) {
+  float* second = first + half;
+  int i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
+    store(first + i, a * c - b * s);
+    store(second + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
+    const float a = first[i], b = second[i];
+    first[i] = a * cos[i] - b * sin[i];
+    second[i] = b * cos[i] + a * sin[i];
+  }
+}
+
+// The keys that rows see, [begin, end) of a sequence; `first` is the whole vector that begin is in.
+struct KeyRange {
+  int64_t first;
+  int64_t begin;
+  int64_t end;
+};
+
+KeyRange keys_seen(const OctavoEncoderOp& op, int64_t first_row, int64_t last_row, int64_t num_tokens) {
+  const int64_t begin = std::max<int64_t>(0, first_row - op.before);
+  return {begin / kLanes * kLanes, begin, std::min<int64_t>(num_tokens, last_row + op.after + 1)};
+}
+
+// scores[row][key] = scale * (query . key), all keys of a vector at once, for whole vectors. Queries are `stride` apart.
 template <int kRows>
-void score_keys(const float* queries, int64_t stride, const float* keys, int64_t padded, int head_dim, Vec scale,
-                float* scores) {
-  for (int64_t key = 0; key < padded; key += kLanes) {
+void score_keys(const float* queries, int64_t stride, const float* keys, int64_t padded, const KeyRange& range,
+                int head_dim, Vec scale, float* scores) {
+  for (int64_t key = range.first; key < range.end; key += kLanes) {
     Vec sums[kRows] = {};
     for (int i = 0; i < head_dim; ++i) {
       const Vec column = load(keys + i * padded + key);
@@ -35,14 +69,17 @@ void score_keys(const float* queries, int64_t stride, const float* keys, int64_t
   }
 }
 
-// Turn a row's scores into weights 2^(score - largest), zero beyond the keys; return one over their sum.
-float to_weights(float* scores, int num_keys, int64_t padded) {
-  std::fill(scores + num_keys, scores + padded, -std::numeric_limits<float>::infinity());
-  Vec largest = load(scores);
-  for (int64_t i = kLanes; i < padded; i += kLanes) largest = maximum(largest, load(scores + i));
+// Turn the scores that a row has of all its tile's keys into weights 2^(score - largest), zero for those that it
+// does not see; return one over their sum.
+float to_weights(float* scores, const KeyRange& tile, const KeyRange& seen) {
+  const int64_t end = round_up(tile.end, kLanes);
+  std::fill(scores + tile.first, scores + seen.begin, -std::numeric_limits<float>::infinity());
+  std::fill(scores + seen.end, scores + end, -std::numeric_limits<float>::infinity());
+  Vec largest = load(scores + tile.first);
+  for (int64_t i = tile.first + kLanes; i < end; i += kLanes) largest = maximum(largest, load(scores + i));
   const Vec most = broadcast(max_lanes(largest));
   Vec sum = {};
-  for (int64_t i = 0; i < padded; i += kLanes) {
+  for (int64_t i = tile.first; i < end; i += kLanes) {
     const Vec weight = exp2(load(scores + i) - most);
     store(scores + i, weight);
     sum = sum + weight;
@@ -52,11 +89,11 @@ float to_weights(float* scores, int num_keys, int64_t padded) {
 
 // output[row][dim ..] = factor[row] * sum over keys of weight * value, `kVectors` vectors of dimensions.
 template <int kRows, int kVectors>
-void weigh_values(const float* weights, int64_t padded, int num_keys, const float* values, int64_t value_stride,
-                  const float* factors, float* output, int64_t output_stride) {
+void weigh_values(const float* weights, int64_t padded, const KeyRange& range, const float* values,
+                  int64_t value_stride, const float* factors, float* output, int64_t output_stride) {
   Vec sums[kRows][kVectors];
   clear(sums);
-  for (int key = 0; key < num_keys; ++key) {
+  for (int64_t key = range.begin; key < range.end; ++key) {
     Vec value[kVectors];
     for (int vector = 0; vector < kVectors; ++vector) value[vector] = load(values + key * value_stride + vector * kLanes);
     for (int row = 0; row < kRows; ++row) {
@@ -81,6 +118,10 @@ constexpr int dims_at_once() {
 
 void embed_sum_row(const OctavoEncoderOp& op, int32_t token, int32_t position, int32_t segment, float* output) {
   const float* word = row_of(op.words, token);
+  if (op.positions.data == nullptr) {
+    std::copy(word, word + round_up(op.columns, kRowMultiple), output);
+    return;
+  }
   const float* place = row_of(op.positions, position);
   const float* text = row_of(op.segments, std::min(segment, op.segments.num_rows - 1));
   for (int64_t i = 0; i < round_up(op.columns, kRowMultiple); i += kLanes)
@@ -108,14 +149,42 @@ void layer_norm_row(const OctavoEncoderOp& op, const float* x, float* output) {
   }
 }
 
+void rms_norm_row(const OctavoEncoderOp& op, const float* x, float* output) {
+  const int64_t padded = round_up(op.columns, kRowMultiple);
+  const Vec factor = broadcast(inverse_rms(x, padded, op.columns, op.norm_eps));
+  for (int64_t i = 0; i < padded; i += kLanes) store(output + i, load(x + i) * factor * load(op.norm_weight + i));
+}
+
+void rotate_row(const OctavoEncoderOp& op, int32_t position, float* qkv) {
+  const int half = op.rotary_dim / 2;
+  const float* cos = op.cos + int64_t{position} * half;
+  const float* sin = op.sin + int64_t{position} * half;
+  for (int head = 0; head < op.num_heads + op.num_kv_heads; ++head) {
+    float* values = qkv + int64_t{head} * op.head_dim;
+    const OctavoNorm& norm = head < op.num_heads ? op.q_norm : op.k_norm;
+    if (norm.weight != nullptr) {
+      const Vec factor = broadcast(inverse_rms(values, op.head_dim, op.head_dim, norm.eps));
+      for (int i = 0; i < op.head_dim; i += kLanes)
+        store(values + i, load(values + i) * factor * load(norm.weight + i));
+    }
+    rotate_halves(values, cos, sin, half);
+  }
+}
+
+void gate_row(const OctavoEncoderOp& op, const float* x, float* output) {
+  const int64_t padded = round_up(op.columns, kRowMultiple);
+  for (int64_t i = 0; i < padded; i += kLanes)
+    store(output + i, activate(op.activation, load(x + i)) * load(x + padded + i));
+}
+
 void attend_sequence(const OctavoEncoderOp& op, int head, int num_tokens, const float* qkv, int64_t qkv_stride,
                      float* output, int64_t output_stride, AttentionScratch& scratch) {
   const int head_dim = op.head_dim;
-  const int64_t width = int64_t{op.num_heads} * head_dim;
   const int64_t padded = round_up(num_tokens, kLanes);
+  const int kv_head = head / (op.num_heads / op.num_kv_heads);
   const float* queries = qkv + head * head_dim;
-  const float* keys = queries + width;
-  const float* values = keys + width;
+  const float* keys = qkv + (op.num_heads + kv_head) * head_dim;
+  const float* values = keys + op.num_kv_heads * head_dim;
   if (static_cast<int64_t>(scratch.keys.size()) < head_dim * padded) scratch.keys.resize(head_dim * padded);
   if (static_cast<int64_t>(scratch.scores.size()) < kMaxTileRows * padded) scratch.scores.resize(kMaxTileRows * padded);
   for (int i = 0; i < head_dim; ++i) {
@@ -133,10 +202,13 @@ void attend_sequence(const OctavoEncoderOp& op, int head, int num_tokens, const 
       constexpr int kVectors = dims_at_once<kRows>();
       float* scores = scratch.scores.data();
       float factors[kRows];
-      score_keys<kRows>(queries + first * qkv_stride, qkv_stride, scratch.keys.data(), padded, head_dim, scale, scores);
-      for (int row = 0; row < kRows; ++row) factors[row] = to_weights(scores + row * padded, num_tokens, padded);
+      const KeyRange range = keys_seen(op, first, first + kRows - 1, num_tokens);
+      score_keys<kRows>(queries + first * qkv_stride, qkv_stride, scratch.keys.data(), padded, range, head_dim, scale,
+                        scores);
+      for (int row = 0; row < kRows; ++row)
+        factors[row] = to_weights(scores + row * padded, range, keys_seen(op, first + row, first + row, num_tokens));
       for (int dim = 0; dim < head_dim; dim += kVectors * kLanes)
-        weigh_values<kRows, kVectors>(scores, padded, num_tokens, values + dim, qkv_stride, factors,
+        weigh_values<kRows, kVectors>(scores, padded, range, values + dim, qkv_stride, factors,
                                       output + first * output_stride + head * head_dim + dim, output_stride);
     });
   }

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "activation.h"
 #include "dispatch.h"
+#include "encoder_activation.h"
 #include "simd.h"
 
 namespace octavo {
@@ -21,21 +21,6 @@ constexpr int vectors_at_once(int num_rows) {
   return vectors;
 }
 
-// x / 2 (1 + erf(x / sqrt(2))): Abramowitz and Stegun 7.1.26, absolute error of erf below 1.5e-7.
-Vec gelu(Vec x) {
-  const Vec magnitude = maximum(x, -x) * broadcast(0.70710678f);
-  const Vec t = broadcast(1.0f) / multiply_add(broadcast(0.3275911f), magnitude, broadcast(1.0f));
-  Vec series = broadcast(1.061405429f);
-  series = multiply_add(series, t, broadcast(-1.453152027f));
-  series = multiply_add(series, t, broadcast(1.421413741f));
-  series = multiply_add(series, t, broadcast(-0.284496736f));
-  series = multiply_add(series, t, broadcast(0.254829592f));
-  const Vec tail = series * t * exp2(magnitude * magnitude * broadcast(-1.44269504f));
-  const Vec erf = broadcast(1.0f) - tail;
-  const Vec signed_erf = x < Vec{} ? -erf : erf;
-  return broadcast(0.5f) * x * (broadcast(1.0f) + signed_erf);
-}
-
 // What happens to the sums of a row and `kVectors` vectors of a block.
 template <int kVectors>
 void finish(const OctavoEncoderOp& op, const Vec (&sums)[kVectors], int64_t column, float* output) {
@@ -45,10 +30,8 @@ void finish(const OctavoEncoderOp& op, const Vec (&sums)[kVectors], int64_t colu
     if (op.bias != nullptr) value = value + load(op.bias + at);
     if (op.kind == OCTAVO_ENCODER_LINEAR_RESIDUAL) {
       value = value + load(output + at);
-    } else if (op.activation == OCTAVO_ENCODER_GELU) {
-      value = gelu(value);
-    } else if (op.activation == OCTAVO_ENCODER_GELU_TANH) {
-      value = gelu_tanh(value);
+    } else {
+      value = activate(op.activation, value);
     }
     store(output + at, value);
   }

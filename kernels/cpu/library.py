@@ -10,13 +10,13 @@ from pathlib import Path
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 6
+ABI_REVISION = 7
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
 BF16, F16, F32, Q8_0, Q4_0, Q4_1, Q4_K = range(7)
 WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4 = range(3)
 EMBED, NORM_LINEAR, ROTARY_WRITE_KV, PAGED_ATTENTION, LINEAR_RESIDUAL, NORM_GATED_LINEAR, LOGITS = range(7)
-NORM_EXPERTS_RESIDUAL = 7
+NORM_EXPERTS_RESIDUAL, HIDDEN = 7, 8
 PROFILE_PREPARE, PROFILE_SIZE = 15, 16
 PROFILE_NAMES = {
     EMBED: "embed",
@@ -27,6 +27,7 @@ PROFILE_NAMES = {
     NORM_GATED_LINEAR: "norm_gated_linear",
     LOGITS: "logits",
     NORM_EXPERTS_RESIDUAL: "norm_experts_residual",
+    HIDDEN: "hidden",
     PROFILE_PREPARE: "prepare",
 }
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}

@@ -35,6 +35,7 @@ enum class PhaseKind {
   kGather,
   kExpertsGated,
   kExpertsDown,
+  kHidden,
 };
 
 // What the threads do between two barriers. An operation becomes one phase or more.
@@ -283,6 +284,10 @@ void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
     case OCTAVO_NORM_EXPERTS_RESIDUAL:
       add_experts(op);
       break;
+    case OCTAVO_HIDDEN:
+      add_phase(PhaseKind::kHidden, op, step_.num_logits_rows,
+                static_cast<int>(divide_up(step_.num_logits_rows, kRowsPerItem)));
+      break;
     case OCTAVO_NORM_LINEAR:
     case OCTAVO_NORM_GATED_LINEAR:
     case OCTAVO_LOGITS:
@@ -384,6 +389,10 @@ void StepJob::run_item(int index, int item, int thread) {
     case PhaseKind::kExpertsDown:
       program_.experts_.run_down(op, row<float>(op.output, 0), program_.buffers_[op.output].stride, item,
                                  items_per_phase_[index]);
+      break;
+    case PhaseKind::kHidden:
+      for (int r = begin; r < end; ++r)
+        norm_row_exact(op.norm, row<float>(op.input, step_.logits_rows[r]), logits_ + int64_t{r} * op.norm.size);
       break;
   }
 }

@@ -120,7 +120,7 @@ class Program:
         self._release = weakref.finalize(self, self._library.octavo_program_destroy, self._handle)
 
     def run(self, step: library.Step, cache: library.Cache, logits: npt.NDArray[np.float32]) -> None:
-        """Run a step into `logits` [R, vocab_size]. Raises ValueError, before anything is written, on a bad index."""
+        """Run a step into `logits` [R, output_size]. Raises ValueError, before anything is written, on a bad index."""
         error = ctypes.create_string_buffer(256)
         if self._library.octavo_program_run(self._handle, step, cache, logits.ctypes.data, error, len(error)) != 0:
             raise ValueError(error.value.decode())

@@ -107,6 +107,7 @@ class _Deployment:
         options = {
             "model": str(self._model.path),
             "device": config.device,
+            "dtype": config.dtype,
             "kv_cache_memory": config.kv_cache_memory,
             "kv_cache_dtype": config.kv_cache_dtype,
             "quantization": config.quantization,

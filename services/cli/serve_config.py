@@ -27,6 +27,14 @@ class ServeConfig:
         default="auto",
         metadata={"help": "what computes", "choices": ("auto", "cuda", "cpu", "reference"), "metavar": "DEVICE"},
     )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "type that weights are converted to; auto: as stored",
+            "choices": ("auto", "bfloat16", "float16", "float32"),
+            "metavar": "TYPE",
+        },
+    )
     kv_cache_memory: int | None = field(
         default=None,
         metadata={"kind": "bytes", "help": "memory for the KV cache of each worker, such as 2GiB"},

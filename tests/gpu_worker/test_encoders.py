@@ -31,10 +31,19 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 130,
     "initializer_range": 0.2,
 }
+# The second and third layers see 12 tokens to either side; the initializer of each kind of layer is small by itself.
+MODERN: dict[str, Any] = {"local_attention": 24, "pad_token_id": 0, "initializer_cutoff_factor": 3.0}
 ENCODERS = {
     "bert": ("BertConfig", "BertModel", {}),
     "bert_tanh": ("BertConfig", "BertModel", {"hidden_act": "gelu_new"}),
     "xlm_roberta": ("XLMRobertaConfig", "XLMRobertaModel", {"type_vocab_size": 1, "pad_token_id": 1}),
+    "modernbert": ("ModernBertConfig", "ModernBertModel", MODERN),
+    "modernbert_masked": ("ModernBertConfig", "ModernBertForMaskedLM", MODERN),
+    "modernbert_biased": (
+        "ModernBertConfig",
+        "ModernBertModel",
+        {**MODERN, "attention_bias": True, "mlp_bias": True, "norm_bias": True, "intermediate_size": 88},
+    ),
 }
 SCORERS = {
     "bert": ("BertConfig", "BertForSequenceClassification", {}),
@@ -42,6 +51,12 @@ SCORERS = {
         "XLMRobertaConfig",
         "XLMRobertaForSequenceClassification",
         {"type_vocab_size": 1, "pad_token_id": 1},
+    ),
+    "modernbert": ("ModernBertConfig", "ModernBertForSequenceClassification", MODERN),
+    "modernbert_mean": (
+        "ModernBertConfig",
+        "ModernBertForSequenceClassification",
+        {**MODERN, "classifier_pooling": "mean", "classifier_bias": True, "norm_bias": True},
     ),
 }
 DEVICES = ["reference", "cpu"]
@@ -53,8 +68,12 @@ def make_encoder(folder: Path, kind: tuple[str, str, dict[str, Any]], **settings
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, kind[0])(**SIZES, **kind[2], **settings)
+    config = getattr(transformers, kind[0])(**{**SIZES, **kind[2]}, **settings)
     model = getattr(transformers, kind[1])(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name.lower() or name.endswith("bias"):  # which are one and zero at first
+                parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return model
 
@@ -69,8 +88,8 @@ def modules(folder: Path, *kinds: str, **pooling: Any) -> None:
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
 
 
-def engine_of(folder: Path, device: str, max_batch_tokens: int = 512) -> Engine:
-    config = WorkerConfig(model=str(folder), device=device, num_threads=2)
+def engine_of(folder: Path, device: str, max_batch_tokens: int = 512, dtype: str = "auto") -> Engine:
+    config = WorkerConfig(model=str(folder), device=device, num_threads=2, dtype=dtype)
     wanted = worker_pb2.WorkerConfig(max_batch_tokens=max_batch_tokens, max_running=8)
     return make_engine(load_for_device(config, lambda *_: None), config, wanted)
 
@@ -113,8 +132,9 @@ def tokens(length: int, seed: int) -> list[int]:
 
 def hidden_states(model: Any, token_ids: list[int], start: int = 0) -> torch.Tensor:
     types = torch.tensor([[int(start > 0 and place >= start) for place in range(len(token_ids))]])
+    given = {} if model.config.model_type == "modernbert" else {"token_type_ids": types}
     with torch.no_grad():
-        return model(torch.tensor([token_ids]), token_type_ids=types).last_hidden_state[0]
+        return model.base_model(torch.tensor([token_ids]), **given).last_hidden_state[0]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -143,9 +163,10 @@ def test_a_cross_encoder_scores_pairs_as_transformers_does(name: str, device: st
     scores = run(engine, 1, rows, starts)
 
     for row, start, score in zip(rows, starts, scores, strict=True):
-        types = None if name != "bert" else torch.tensor([[int(place >= start) for place in range(len(row))]])
+        types = torch.tensor([[int(place >= start) for place in range(len(row))]])
         with torch.no_grad():
-            true = torch.sigmoid(model(torch.tensor([row]), token_type_ids=types).logits[0, 0])
+            given = {"token_type_ids": types} if name == "bert" else {}
+            true = torch.sigmoid(model(torch.tensor([row]), **given).logits[0, 0])
         assert score.shape == (1,)
         assert abs(score[0] - true) < 1e-5
 
@@ -174,19 +195,57 @@ def test_the_modules_of_sentence_transformers_are_run_in_their_order(device: str
     np.testing.assert_allclose(plain, true, atol=1e-5)
 
 
+DECODERS = {"qwen3": {}, "qwen2": {}, "mistral": {}, "llama": {}, "llama_biased": {"head_dim": 16}}
+
+
 @pytest.mark.parametrize("mode", ["lasttoken", "mean_tokens", "cls_token"])
 def test_a_decoder_makes_vectors_the_same_in_chunks(mode: str, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path, "qwen3")
     modules(tmp_path, "Pooling", word_embedding_dimension=64, **{f"pooling_mode_{mode}": True})
     row = tokens(75, 4)
-    with torch.no_grad():
-        states = model.model(torch.tensor([row])).last_hidden_state[0]
-    true = {"lasttoken": states[-1], "mean_tokens": states.mean(0), "cls_token": states[0]}[mode]
 
     whole, chunked = (in_chunks(engine_of(tmp_path, "reference"), row, size) for size in (75, 31))
 
-    np.testing.assert_allclose(whole, true, atol=1e-4)
+    np.testing.assert_allclose(whole, decoded(model, row, mode), atol=1e-4)
     assert whole.tobytes() == chunked.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["lasttoken", "mean_tokens"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_cpu_makes_vectors_of_decoders_in_float32(name: str, mode: str, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, name, dtype="bfloat16", **DECODERS[name]).float()
+    modules(tmp_path, "Pooling", word_embedding_dimension=64, **{f"pooling_mode_{mode}": True})
+    engine = engine_of(tmp_path, "cpu")
+    rows = [tokens(length, length) for length in (1, 130, 2, 75)]
+
+    together = run(engine, 1, rows, normalize=False)
+
+    assert engine.max_model_len == 512  # a step: a sequence is computed whole
+    for place, row in enumerate(rows):
+        np.testing.assert_allclose(together[place], decoded(model, row, mode), atol=1e-4)
+        (alone,) = run(engine, place + 2, [row], normalize=False)
+        assert alone.tobytes() == together[place].tobytes()
+
+
+def test_the_cpu_makes_vectors_of_decoders_in_bfloat16_the_same_in_chunks(tmp_path: Path) -> None:
+    """Like any prompt, with a cache: then an input may be longer than a step."""
+    model = make_checkpoint(tmp_path, "qwen3", dtype="bfloat16").float()
+    modules(tmp_path, "Pooling", word_embedding_dimension=64, pooling_mode_mean_tokens=True)
+    row = tokens(75, 4)
+
+    whole, chunked = (in_chunks(engine_of(tmp_path, "cpu", dtype="bfloat16"), row, size) for size in (75, 31))
+
+    true = decoded(model, row, "mean_tokens")
+    assert whole @ true / np.linalg.norm(whole) / np.linalg.norm(true) > 0.9999
+    assert whole.tobytes() == chunked.tobytes()
+
+
+def decoded(model: Any, row: list[int], mode: str) -> Vector:
+    """Return what transformers' decoder gives, pooled."""
+    with torch.no_grad():
+        states = model.model(torch.tensor([row])).last_hidden_state[0]
+    pooled: Vector = {"lasttoken": states[-1], "mean_tokens": states.mean(0), "cls_token": states[0]}[mode].numpy()
+    return pooled
 
 
 def in_chunks(engine: Engine, row: list[int], size: int) -> Vector:
