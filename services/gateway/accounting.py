@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from octavo.common.v1 import common_pb2
@@ -22,6 +23,7 @@ from octavo.services.telemetry.tracing import Span, Tracer, wall_clock_offset
 _access = logging.getLogger(ACCESS)
 _REASONS = frozenset(Reason)
 _OUR_FAULT = ("INTERNAL", "UNAVAILABLE", "ABORTED", "DATA_LOSS", "UNKNOWN")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 # In vLLM's words where it has one.
 _FINISHED = {
     common_pb2.FINISH_REASON_END_OF_SEQUENCE: "stop",
@@ -38,7 +40,8 @@ _FINISHED = {
 class CallRecord:
     """One call while it runs. `run` is set once it is admitted; `prompt_tokens` by a call for vectors, at its end."""
 
-    def __init__(self, request_id: str, tenant: str, model: str, span: Span) -> None:
+    def __init__(self, request_id: str, tenant: str, model: str, span: Span, given: str) -> None:
+        """`given`: the trace context that the call came with; empty if it has none."""
         self.request_id = request_id
         self.tenant = tenant
         self.model = model
@@ -47,11 +50,12 @@ class CallRecord:
         self.prompt_tokens = 0
         self.arrived_at = time.monotonic()
         self._span = span
+        self._given = given
 
     @property
     def traceparent(self) -> str:
-        """What the scheduler's spans have as their parent; empty if nothing is traced."""
-        return self._span.traceparent
+        """What the scheduler's spans have as their parent: this call's span, or its caller's if this one has none."""
+        return self._span.traceparent or self._given
 
 
 class Accounting:
@@ -74,12 +78,16 @@ class Accounting:
 
     @contextmanager
     def call(
-        self, request_id: str, tenant: str, model: str, traceparent: str, deadline: float | None
+        self, request_id: str, tenant: str, model: str, headers: Mapping[str, str], deadline: float | None
     ) -> Iterator[CallRecord]:
-        """Record the call that the body is, however it ends. `deadline` is a time of the event loop."""
+        """Record the call that the body is, however it ends.
+
+        headers: the call's metadata, for its traceparent; deadline: a time of the event loop, or None.
+        """
+        given = _read_traceparent(headers)
         attributes = {"octavo.request_id": request_id, "octavo.tenant": tenant, "gen_ai.request.model": model}
-        span = self._tracer.start("octavo.request", traceparent, attributes, is_server=True)
-        record = CallRecord(request_id, tenant, model, span)
+        span = self._tracer.start("octavo.request", given, attributes, is_server=True)
+        record = CallRecord(request_id, tenant, model, span, given)
         try:
             yield record
         except ServingError as error:
@@ -143,6 +151,12 @@ class Accounting:
         for lost_at, taken_over_at in record.run.stream.takeovers if record.run is not None else ():
             self._tracer.span("octavo.failover", span.traceparent, lost_at + offset, taken_over_at + offset)
         span.end(error=reason)
+
+
+def _read_traceparent(headers: Mapping[str, str]) -> str:
+    """Return a call's W3C trace context; empty if it has none that is valid."""
+    value = headers.get("traceparent", "")
+    return value if _TRACEPARENT.fullmatch(value) else ""
 
 
 def _label(reason: str) -> str:

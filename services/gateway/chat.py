@@ -9,7 +9,7 @@ from typing import Any
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import FieldViolation, feature_disabled, invalid_fields
 from octavo.services.gateway.chat_template import ChatTemplate
-from octavo.services.gateway.output_formats import TOOL_CALL_FORMATS, describe_tools
+from octavo.services.gateway.output_formats import describe_tools, write_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def _write_tool_calls(messages: list[dict[str, Any]]) -> None:
     for message in messages:
         calls = [call["function"] for call in message.get("tool_calls", ())]
         if calls:
-            parts = [message["content"], TOOL_CALL_FORMATS["json"].write(calls)]
+            parts = [message["content"], write_calls(calls)]
             message["content"] = "\n".join(part for part in parts if part)
 
 

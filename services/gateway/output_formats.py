@@ -37,11 +37,6 @@ class ToolCallFormat:
     seen_in: tuple[str, ...] = ()
     """A chat template with one of these uses the format."""
 
-    def write(self, calls: Iterable[Mapping[str, Any]]) -> str:
-        """Return the text of calls, for a chat template that does not write them itself."""
-        begin, end = ("", "") if self.is_bare else (self.begin + "\n", "\n" + self.end)
-        return "\n".join(begin + json.dumps(dict(call), ensure_ascii=False) + end for call in calls)
-
 
 @dataclass(frozen=True, slots=True)
 class ReasoningFormat:
@@ -111,6 +106,11 @@ def detect_reasoning_format(template: str) -> str:
         if each.begin in template or each.end in template:
             return each.name
     return NONE
+
+
+def write_calls(calls: Iterable[Mapping[str, Any]]) -> str:
+    """Return the text of calls in the format "json", for a chat template that does not write them itself."""
+    return "\n".join(json.dumps(dict(call), ensure_ascii=False) for call in calls)
 
 
 def describe_tools(tools: Iterable[Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from octavo.services.gateway.stop_matcher import StopStrings
 MAX_STATE_BYTES = 60_000
 """Longest state that a scheduler keeps for a request, with room for its own limit of 65,536."""
 KEPT_PROMPT_TOKENS = 16
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +53,10 @@ async def prepare(
     workers_limit: int,
     request_id: str,
     tenant: str,
-    headers: Mapping[str, str],
 ) -> Prepared:
     """Resolve a request that obeys the rules of its fields. Raises ServingError.
 
     workers_limit: longest context the workers can hold, 0 if not known.
-    headers: the call's metadata, for the traceparent.
     """
     model = models.get(generation.model)
     if model.tokenizer.vector_files is not None:
@@ -92,7 +88,6 @@ async def prepare(
         priority=generation.scheduling.priority,
         tenant=tenant,
         cache_salt=_cache_salt(tenant, generation.scheduling.cache_salt),
-        traceparent=read_traceparent(headers),
         bypass_prefix_cache=generation.scheduling.bypass_prefix_cache,
         progress_interval_ms=generation.output.progress_interval_ms,
         resume_window_ms=generation.scheduling.resume_window_ms,
@@ -311,9 +306,3 @@ def _check_continues(candidate: CandidateOutput, settings: OutputSettings, conti
 def _cache_salt(tenant: str, salt: str) -> str:
     """Return what cached prefixes are shared within: never across tenants, whatever their clients send."""
     return hashlib.sha256(f"{len(tenant)}:{tenant}{salt}".encode()).hexdigest()
-
-
-def read_traceparent(headers: Mapping[str, str]) -> str:
-    """Return a call's W3C trace context; empty if it has none that is valid."""
-    value = headers.get("traceparent", "")
-    return value if _TRACEPARENT.fullmatch(value) else ""

@@ -20,7 +20,6 @@ from octavo.services.common.errors import (
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.input_encoder import EncodedInput
 from octavo.services.gateway.model import Models, ServedModel
-from octavo.services.gateway.prepare import read_traceparent
 from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.vector_files import VectorFiles
 from octavo.services.gateway.vectors import VectorCall, make_vectors
@@ -66,7 +65,7 @@ class VectorCalls:
                 tenant=record.tenant,
                 priority=request.priority,
                 deadline=deadline,
-                traceparent=record.traceparent or read_traceparent(headers),
+                traceparent=record.traceparent,
                 dimensions=dimensions,
                 normalize=request.normalize if request.HasField("normalize") else None,
             )
@@ -113,7 +112,7 @@ class VectorCalls:
                 tenant=record.tenant,
                 priority=request.priority,
                 deadline=deadline,
-                traceparent=record.traceparent or read_traceparent(headers),
+                traceparent=record.traceparent,
                 normalize=None if files.task == _SCORE else True,
             )
             vectors, version = await make_vectors(self._schedulers, call, inputs)

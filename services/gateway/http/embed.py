@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from array import array
-from collections.abc import Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import Response
 
 from octavo.inference.v1 import embedding_pb2
-from octavo.services.common.errors import Reason, ServingError
+from octavo.services.common.errors import ServingError
 from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.http.endpoint import HttpRequest
 from octavo.services.gateway.http.errors import in_openai_words
@@ -20,7 +19,6 @@ from octavo.services.gateway.http.formats import to_json
 from octavo.services.gateway.http.params import Params, are_token_ids
 from octavo.services.gateway.vector_calls import VectorCalls
 
-T = TypeVar("T")
 _NAMES = {"inputs": "input", "token_ids.ids": "token ids"}
 
 
@@ -37,7 +35,7 @@ class EmbedEndpoints:
             call, is_base64 = _read_embed(body)
             self._calls.check(call)
             work = self._calls.embed(call, request.request_id, caller().tenant, request.headers, request.deadline())
-            answer = await request.unless_gone(_in_time(work, request.deadline()))
+            answer = await request.unless_gone(request.in_time(work))
         except ServingError as error:
             raise in_openai_words(error, _NAMES) from None
         encode = _base64 if is_base64 else _floats
@@ -60,7 +58,7 @@ class EmbedEndpoints:
             call, with_documents = _read_rerank(body)
             self._calls.check(call)
             work = self._calls.rerank(call, request.request_id, caller().tenant, request.headers, request.deadline())
-            answer = await request.unless_gone(_in_time(work, request.deadline()))
+            answer = await request.unless_gone(request.in_time(work))
         except ServingError as error:
             raise in_openai_words(error, {}) from None
         results = []
@@ -71,18 +69,6 @@ class EmbedEndpoints:
             results.append(result)
         usage = _usage(answer.usage.prompt_tokens)
         return _json({"id": request.request_id, "model": answer.model, "results": results, "usage": usage})
-
-
-async def _in_time(work: Coroutine[Any, Any, T], deadline: float | None) -> T:
-    """Run `work` until a time of the event loop. Raises GENERATION_TIMEOUT."""
-    try:
-        async with asyncio.timeout_at(deadline) as limit:
-            return await work
-    except TimeoutError:
-        if not limit.expired():
-            raise
-        message = "the time in the header x-request-timeout-ms is over; allow more, or ask for less"
-        raise ServingError(Reason.GENERATION_TIMEOUT, message) from None
 
 
 def _read_embed(body: Mapping[str, Any]) -> tuple[embedding_pb2.EmbedRequest, bool]:

@@ -97,6 +97,17 @@ class HttpRequest:
             raise HttpError(400, "the header x-request-timeout-ms must be a number of milliseconds", "invalid_header")
         return self._arrived + int(value) / 1000
 
+    async def in_time(self, work: Awaitable[T]) -> T:
+        """Await `work` until the deadline. Raises GENERATION_TIMEOUT."""
+        try:
+            async with asyncio.timeout_at(self.deadline()) as limit:
+                return await work
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            message = "the time in the header x-request-timeout-ms is over; allow more, or ask for less"
+            raise ServingError(Reason.GENERATION_TIMEOUT, message) from None
+
     async def _gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass

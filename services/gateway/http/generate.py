@@ -12,7 +12,7 @@ from starlette.types import Send
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
-from octavo.services.common.errors import Reason, ServingError
+from octavo.services.common.errors import ServingError
 from octavo.services.gateway.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.calls import GenerateCalls
@@ -183,18 +183,15 @@ class _Answering:
             async with self._calls.admitted(request.generation, request_id, tenant, headers, deadline) as admitted:
                 return await body(number, admitted)
 
+        async def run_all() -> list[T]:
+            if len(requests) == 1:
+                return [await run(0, requests[0])]
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(run(*numbered)) for numbered in enumerate(requests)]
+            return [task.result() for task in tasks]
+
         try:
-            async with asyncio.timeout_at(deadline) as limit:
-                if len(requests) == 1:
-                    return [await run(0, requests[0])]
-                async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(run(*numbered)) for numbered in enumerate(requests)]
-                return [task.result() for task in tasks]
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            message = "the time in the header x-request-timeout-ms is over; allow more, or ask for less"
-            raise ServingError(Reason.GENERATION_TIMEOUT, message) from None
+            return await self._request.in_time(run_all())
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 

@@ -20,7 +20,7 @@ from octavo.services.gateway.tokenizer import ModelTokenizer
 
 async def prepared(model_path: Path) -> Prepared:
     model = ServedModel("tiny", (), ModelTokenizer.load(model_path), 64)
-    return await prepare(generation_pb2.Generation(model="tiny", text="he"), Models([model]), 0, "r", "", {})
+    return await prepare(generation_pb2.Generation(model="tiny", text="he"), Models([model]), 0, "r", "")
 
 
 def admitted(request: Prepared) -> RequestStream:
