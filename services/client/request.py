@@ -20,7 +20,8 @@ class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of Client.stream and Client.generate, named after the fields of the API.
 
     A field left out means the model's own default. `stop` are stop strings; `json_schema` and
-    `tools` are JSON texts or what json.dumps takes.
+    `tools` are JSON texts or what json.dumps takes. `tool_choice` is as in OpenAI's API: "auto", "none",
+    "required", or {"type": "function", "function": {"name": "..."}} for the one tool that is called.
     """
 
     temperature: float
@@ -63,6 +64,7 @@ class GenerationOptions(TypedDict, total=False):
     resume_window_ms: int
 
     tools: Sequence[str | Mapping[str, Any]]
+    tool_choice: str | Mapping[str, Any]
     template_options: Mapping[str, Any]
     continue_final_message: bool
 
@@ -102,7 +104,12 @@ _STOP = frozenset(common_pb2.StopCriteria.DESCRIPTOR.fields_by_name)
 _CONSTRAINT = frozenset({"json_schema", "regex", "grammar", "choices", "any_json"})
 _OUTPUT = frozenset(generation_pb2.OutputOptions.DESCRIPTOR.fields_by_name)
 _SCHEDULING = frozenset(generation_pb2.Scheduling.DESCRIPTOR.fields_by_name)
-_CHAT = frozenset({"tools", "template_options", "continue_final_message"})
+_CHAT = frozenset({"tools", "tool_choice", "template_options", "continue_final_message"})
+_TOOL_CHOICES: Mapping[str, generation_pb2.ToolChoice.Mode] = {
+    "auto": generation_pb2.ToolChoice.MODE_AUTO,
+    "none": generation_pb2.ToolChoice.MODE_NONE,
+    "required": generation_pb2.ToolChoice.MODE_REQUIRED,
+}
 _PROMPTS: Mapping[str, Any] = {"model": "", "messages": None, "token_ids": None}
 _OTHER = frozenset({"continue_output", "candidate_count", "adapter", "idempotency_key"})
 
@@ -181,6 +188,8 @@ def build_chat(messages: Sequence[MessageLike], options: Mapping[str, Any]) -> g
     """Return the conversation; a mapping has the keys "role" and "content" (the text)."""
     chat = generation_pb2.Chat(messages=[_message(message) for message in messages])
     chat.tools_json.extend(_json(tool) for tool in options.get("tools", ()))
+    if "tool_choice" in options:
+        chat.tool_choice.CopyFrom(_tool_choice(options["tool_choice"]))
     if "template_options" in options:
         chat.template_options_json = _json(options["template_options"])
     chat.continue_final_message = options.get("continue_final_message", False)
@@ -193,6 +202,17 @@ def _message(message: MessageLike) -> generation_pb2.Message:
     if set(message) != {"role", "content"}:
         raise TypeError(f"a message has the keys 'role' and 'content', not {sorted(message)}")
     return generation_pb2.Message(role=message["role"], parts=[generation_pb2.Part(text=message["content"])])
+
+
+def _tool_choice(value: str | Mapping[str, Any]) -> generation_pb2.ToolChoice:
+    if isinstance(value, str) and value in _TOOL_CHOICES:
+        return generation_pb2.ToolChoice(mode=_TOOL_CHOICES[value])
+    function = value.get("function") if isinstance(value, Mapping) and value.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name:
+        shape = '{"type": "function", "function": {"name": "..."}}'
+        raise ValueError(f"tool_choice is one of {', '.join(_TOOL_CHOICES)}, or {shape}, not {value!r}")
+    return generation_pb2.ToolChoice(mode=generation_pb2.ToolChoice.MODE_REQUIRED, name=name)
 
 
 def _constraint(values: dict[str, Any]) -> common_pb2.OutputConstraint:

@@ -67,6 +67,8 @@ class BatchCall:
             except TimeoutError:
                 if self._interrupted is None:
                     raise
+            finally:
+                self._reading = None
         if self._interrupted is not None:
             raise self._interrupted
 
@@ -97,21 +99,24 @@ class BatchCall:
     async def _generate(
         self, generation: generation_pb2.Generation, request_id: str
     ) -> generation_pb2.GenerateResponse:
-        """Return an item's whole output; wait for room in the queue. Raises ServingError."""
+        """Return an item's whole output; wait for room in the queue. Raises ServingError.
+
+        An item is one call in all records, however often it is tried.
+        """
         ask_for_whole_answer(generation)
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._wait_s
-        while True:
-            try:
-                call = self._calls.admitted(generation, request_id, self._tenant, self._headers, self._deadline)
-                async with call as run:
-                    coalesce_ms = generation.output.max_coalesce_ms
-                    return await whole_answer(run, generation.candidate_count or 1, coalesce_ms)
-            except ServingError as error:
-                pause_s = min(max(error.retry_after_ms / 1000, 0.05), _MAX_PAUSE_S) * random.uniform(1.0, 1.2)
-                if error.reason not in _NO_ROOM or loop.time() + pause_s > give_up_at:
-                    raise
-            await asyncio.sleep(pause_s)
+        with self._calls.recorded(generation, request_id, self._tenant, self._headers, self._deadline) as record:
+            while True:
+                try:
+                    async with self._calls.attempt(record, generation, self._headers, self._deadline) as run:
+                        coalesce_ms = generation.output.max_coalesce_ms
+                        return await whole_answer(run, generation.candidate_count or 1, coalesce_ms)
+                except ServingError as error:
+                    pause_s = min(max(error.retry_after_ms / 1000, 0.05), _MAX_PAUSE_S) * random.uniform(1.0, 1.2)
+                    if error.reason not in _NO_ROOM or loop.time() + pause_s > give_up_at:
+                        raise
+                await asyncio.sleep(pause_s)
 
     def _interrupt(self) -> None:
         """Read no further items: the client sends what was not answered to another gateway."""

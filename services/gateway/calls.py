@@ -14,7 +14,7 @@ from octavo.services.gateway.accounting import Accounting, CallRecord
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.mesh import MeshHeaders
 from octavo.services.gateway.model import Models
-from octavo.services.gateway.prepare import Prepared, check_headers, prepare, read_traceparent
+from octavo.services.gateway.prepare import Prepared, check_headers, prepare
 from octavo.services.gateway.request_stream import RequestStream
 from octavo.services.gateway.resume_token import ResumeToken, ResumeTokens
 from octavo.services.gateway.scheduler_pool import SchedulerPool
@@ -81,21 +81,45 @@ class GenerateCalls:
     ) -> AsyncIterator[GenerationRun]:
         """Submit a request that obeys the rules of its fields, and wait for its admission. Raises ServingError.
 
-        headers: the call's metadata, as for `prepare`; deadline: a time of the event loop, or None.
+        headers: the call's metadata; deadline: a time of the event loop, or None.
         can_resume: the caller streams, and passes on the resume token. Then a request with a resume window goes
             on after the body has failed. Otherwise, however the body ends, the scheduler is told.
         """
-        traceparent = read_traceparent(headers)
+        with self.recorded(generation, request_id, tenant, headers, deadline) as record:
+            async with self.attempt(record, generation, headers, deadline, can_resume) as run:
+                yield run
+
+    @contextmanager
+    def recorded(
+        self,
+        generation: generation_pb2.Generation,
+        request_id: str,
+        tenant: str,
+        headers: Mapping[str, str],
+        deadline: float | None,
+    ) -> Iterator[CallRecord]:
+        """Count and record a call, in which the body makes one attempt or more; see `admitted`."""
         tenant, model = self.mesh.tenant(tenant, headers), self.mesh.model(generation.model, headers)
-        with (
-            self._accounting.call(request_id, tenant, model, traceparent, deadline) as record,
-            self._counted(),
-        ):
+        with self._accounting.call(request_id, tenant, model, headers, deadline) as record:
+            yield record
+
+    @asynccontextmanager
+    async def attempt(
+        self,
+        record: CallRecord,
+        generation: generation_pb2.Generation,
+        headers: Mapping[str, str],
+        deadline: float | None,
+        can_resume: bool = False,
+    ) -> AsyncIterator[GenerationRun]:
+        """Submit the request of a recorded call, and wait for its admission; see `admitted`. Raises ServingError."""
+        record.run = None
+        with self._counted():
             check_headers(generation, headers)
             generation = self.mesh.apply(generation, headers)
             workers_limit = self._schedulers.max_model_len
-            prepared = await prepare(generation, self._models, workers_limit, request_id, tenant, headers)
-            prepared.submit.traceparent = record.traceparent or traceparent
+            prepared = await prepare(generation, self._models, workers_limit, record.request_id, record.tenant)
+            prepared.submit.traceparent = record.traceparent
             if not can_resume:
                 prepared.submit.ClearField("resume_window_ms")
                 prepared.submit.ClearField("gateway_state")
@@ -116,9 +140,8 @@ class GenerateCalls:
         self, request: generation_pb2.ResumeStreamRequest, request_id: str, tenant: str, headers: Mapping[str, str]
     ) -> AsyncIterator[GenerationRun]:
         """Take over a request whose stream broke, and go on at the request's cursors. Raises ServingError."""
-        traceparent = read_traceparent(headers)
         tenant = self.mesh.tenant(tenant, headers)
-        with self._accounting.call(request_id, tenant, "", traceparent, None) as record, self._counted():
+        with self._accounting.call(request_id, tenant, "", headers, None) as record, self._counted():
             record.is_resumed = True
             token = self._tokens.read(request.resume_token, tenant)
             record.request_id = token.request_id
@@ -137,7 +160,7 @@ class GenerateCalls:
         assert reattached is not None, "not reattached"
         generation = generation_pb2.Generation.FromString(reattached.gateway_state)
         workers_limit = self._schedulers.max_model_len
-        prepared = await prepare(generation, self._models, workers_limit, stream.submit.request_id, tenant, {})
+        prepared = await prepare(generation, self._models, workers_limit, stream.submit.request_id, tenant)
         stream.can_move = len(prepared.submit.prompt_token_ids) == reattached.prompt_tokens
         stream.submit = prepared.submit
         prepared.started.prompt_tokens = reattached.prompt_tokens
@@ -166,8 +189,7 @@ class GenerateCalls:
     ) -> Iterator[CallRecord]:
         """Count and record a call for vectors, which the body answers. Raises DRAINING, QUEUE_FULL."""
         tenant, model = self.mesh.tenant(tenant, headers), self.mesh.model(model, headers)
-        traceparent = read_traceparent(headers)
-        with self._accounting.call(request_id, tenant, model, traceparent, deadline) as record, self._counted():
+        with self._accounting.call(request_id, tenant, model, headers, deadline) as record, self._counted():
             yield record
 
     @contextmanager

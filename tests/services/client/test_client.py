@@ -272,6 +272,7 @@ def test_every_option_reaches_its_field() -> None:
             "priority": 3,
             "json_schema": {"type": "object"},
             "tools": [{"name": "f"}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
             "continue_final_message": True,
             "continue_output": [1, 2],
             "candidate_count": 2,
@@ -286,6 +287,8 @@ def test_every_option_reaches_its_field() -> None:
     assert generation.scheduling.priority == 3
     assert generation.constraint.json_schema == '{"type": "object"}'
     assert generation.chat.tools_json == ['{"name": "f"}']
+    assert generation.chat.tool_choice.mode == generation_pb2.ToolChoice.MODE_REQUIRED
+    assert generation.chat.tool_choice.name == "f"
     assert generation.chat.continue_final_message
     assert generation.continue_output.ids == [1, 2]
     assert generation.candidate_count == 2
@@ -308,6 +311,21 @@ def test_a_wrong_argument_is_told_before_anything_is_sent(arguments: dict[str, A
 
     with pytest.raises(TypeError, match=message):
         build_generation("m", prompt, messages, token_ids, options)
+
+
+@pytest.mark.parametrize(
+    ("choice", "mode"), [("auto", "MODE_AUTO"), ("none", "MODE_NONE"), ("required", "MODE_REQUIRED")]
+)
+def test_a_tool_choice_in_one_word(choice: str, mode: str) -> None:
+    generation = build_generation("m", None, [{"role": "user", "content": "Hi"}], None, {"tool_choice": choice})
+
+    assert generation.chat.tool_choice.mode == generation_pb2.ToolChoice.Mode.Value(mode)
+
+
+@pytest.mark.parametrize("choice", ["any", {"type": "function"}, {"type": "function", "function": {"name": ""}}])
+def test_a_tool_choice_that_is_none_is_told_before_anything_is_sent(choice: Any) -> None:
+    with pytest.raises(ValueError, match="tool_choice is one of auto, none, required"):
+        build_generation("m", None, [{"role": "user", "content": "Hi"}], None, {"tool_choice": choice})
 
 
 def test_the_client_needs_no_torch_and_no_numpy() -> None:

@@ -9,12 +9,14 @@ import urllib.request
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import pytest
 from grpc import aio
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
+from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.logging import ACCESS
 from octavo.services.gateway.config import GatewayConfig
 
@@ -154,3 +156,32 @@ async def test_an_endpoint_picker_reads_the_load_of_all_schedulers_under_vllms_n
         "vllm:kv_cache_usage_perc": 0.75,
         "vllm:cache_config_info[16][100]": 1,
     }
+
+
+async def test_an_item_of_a_batch_is_one_call_however_often_it_is_tried(
+    measured: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An item that finds no room waits for it: that is no refusal, which nobody was told of."""
+    caplog.set_level(logging.INFO, ACCESS)
+    call = measured.stub.BatchGenerate(metadata=(("x-request-id", "batch"),))
+    generation = measured.generation("hello")
+    await call.write(generation_pb2.BatchGenerateRequest(item_id="a", generation=generation))
+    await call.done_writing()
+    for _ in range(2):
+        submit = await measured.scheduler.next("submit")
+        full = scheduler_pb2.Rejected(
+            handle=submit.handle, code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], reason="QUEUE_FULL"
+        )
+        measured.scheduler.send(rejected=full)
+    submit = await measured.scheduler.next_admitted()
+    measured.scheduler.tokens(submit.handle, measured.ids("ok"), finish=common_pb2.FINISH_REASON_MAX_TOKENS)
+    (answer,) = [response async for response in call]
+
+    samples = await scrape(measured)
+
+    assert answer.response.candidates[0].text == "ok"
+    assert samples["octavo_requests_total[OK][]"] == 1
+    assert sum(value for name, value in samples.items() if name.startswith("octavo_requests_total")) == 1
+    assert not [name for name in samples if name.startswith("octavo_rejections_total") and samples[name]]
+    (line,) = access_lines(caplog)
+    assert (line["request_id"], line["code"]) == ("batch-0", "OK")
