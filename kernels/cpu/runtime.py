@@ -81,6 +81,8 @@ class Arena:
         self._library = runtime.library
         self._handle = self._library.octavo_arena_create()
         self._release = weakref.finalize(self, self._library.octavo_arena_destroy, self._handle)
+        # A thread that stores packed weights may read them until the process is gone, which frees them anyway.
+        self._release.atexit = False
         self.pieces: list[tuple[int, int]] = []
 
     def allocate(self, num_bytes: int) -> int:

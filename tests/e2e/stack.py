@@ -178,6 +178,14 @@ async def greedy(client: Client, reference: Reference) -> Answer:
     return await answer(client, token_ids=reference.prompt_ids, max_new_tokens=64, temperature=0)
 
 
+async def until_running(client: Client) -> None:
+    """Wait until there is a request."""
+    while True:
+        (load,) = await client.load()
+        if load.running or load.waiting:
+            return
+
+
 async def until_idle(client: Client) -> None:
     """Wait until no request is left, then assert that every block is free."""
     while True:

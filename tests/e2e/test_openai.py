@@ -18,7 +18,7 @@ from octavo.services.client.stream import finish_reason_name
 from octavo.services.gateway.http.chat_request import read_chat_call
 
 from . import node_client
-from .stack import Stack, answer, until_idle
+from .stack import Stack, answer, until_idle, until_running
 
 pytestmark = pytest.mark.parametrize("stack", [("--ui",)], indirect=True, ids=["ui"])
 MODEL = "smollm2-135m-instruct"
@@ -263,11 +263,12 @@ async def test_a_client_that_leaves_frees_what_its_call_held(stack: Stack) -> No
         )
         await anext(aiter(response))
         await response.close()
-        whole = asyncio.ensure_future(sdk.completions.create(prompt="One", **endless))
         async with stack.client() as client:
+            async with asyncio.timeout(60):  # what is counted then is of the call that comes
+                await until_idle(client)
+            whole = asyncio.ensure_future(sdk.completions.create(prompt="One", **endless))
             async with asyncio.timeout(60):
-                while (await client.load())[0].running + (await client.load())[0].waiting == 0:
-                    pass
+                await until_running(client)
             whole.cancel()
             async with asyncio.timeout(60):
                 await until_idle(client)

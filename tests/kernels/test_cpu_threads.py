@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -88,3 +90,17 @@ def test_the_roofline_reads_what_it_says_and_counts_operations() -> None:
 
     assert runtime.measure_read(address, 1 << 20) == 1 << 20
     assert runtime.measure_dot(2) == 2 * runtime.measure_dot(1) > 0
+
+
+def test_memory_is_there_as_long_as_the_process_is() -> None:
+    """A worker that is stopped while it starts may still store packed weights, which it reads there."""
+    code = """
+import atexit, ctypes, os
+atexit.register(lambda: os.write(1, (ctypes.c_char * 4).from_address(address)))  # runs last: it comes first
+from octavo.kernels.cpu.runtime import Arena, Runtime
+arena = Arena(Runtime(num_threads=1))
+address = arena.allocate(1 << 24)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=TIMEOUT_S)
+
+    assert (run.stdout, run.stderr) == (bytes(4), b"")
