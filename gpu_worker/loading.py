@@ -49,8 +49,8 @@ def load_for_device(config: WorkerConfig, progress: Progress, sharding: Sharding
     if problem := quantization.problem(config.quantization, device, config.world_size):
         raise DeviceError(problem)
     has_vectors = makes_vectors(_find(Path(config.model)))
-    if has_vectors and device == "cuda":
-        raise DeviceError("device cuda makes no vectors; serve this model with device cpu")
+    if device == "cuda" and architecture_of(Path(config.model)).startswith("ModernBert"):
+        raise DeviceError("device cuda does not run ModernBERT; serve this model with device cpu")
     if has_vectors and config.quantization != Quantization.NONE:
         raise ModelError(f"{config.model}: models for vectors are not quantised; take quantization away")
     if device == "cpu" and not has_vectors:

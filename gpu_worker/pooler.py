@@ -7,7 +7,7 @@ and a vector's bits then depend on its own sequence only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -138,6 +138,20 @@ class Vectors:
     sizes: npt.NDArray[np.uint32]
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """What is to be known of a step's rows when their hidden states have been pooled.
+
+    ends      [S] whether each row ends its sequence
+    lengths   tokens of each sequence that ends
+    settings  what is wanted of it
+    """
+
+    ends: npt.NDArray[np.bool_]
+    lengths: list[int]
+    settings: list[PoolingSettings]
+
+
 class Pooler:
     """The vectors of every slot. What a sequence's earlier chunks add to its vector is kept here."""
 
@@ -173,17 +187,34 @@ class Pooler:
 
     def pool(self, hidden: Float32Array, step: Step) -> Vectors:
         """Return the vectors of the rows that end their sequence; `hidden` [R, hidden_size] are those of `rows`."""
-        vectors: list[Float32Array] = []
+        pooled: list[npt.NDArray[np.float64]] = []
         at = 0
         columns = (step.slots, step.query_lengths, step.context_lengths, step.samples)
         for slot, length, context, ends in zip(*(column.tolist() for column in columns), strict=True):
             count = self._num_rows(length, context, ends)
-            pooled = self._add(slot, hidden[at : at + count], context)
+            state = self._add(slot, hidden[at : at + count], context)
             at += count
             if ends:
-                vectors.append(self._finish(pooled, context + length, self._settings[slot]))
+                pooled.append(state)
                 self._sums.pop(slot, None)
         assert at == len(hidden), f"{at} of {len(hidden)} hidden states were used"
+        return self.finish(pooled, self.unfinished(step))
+
+    def unfinished(self, step: Step) -> Unfinished:
+        """Return what `finish` must know of a step; it may be called when slots have gone to others."""
+        lengths = (step.context_lengths + step.query_lengths)[step.samples]
+        settings = [self._settings[slot] for slot in step.slots[step.samples].tolist()]
+        return Unfinished(step.samples, lengths.tolist(), settings)
+
+    def finish(self, pooled: Iterable[npt.NDArray[np.floating]], rows: Unfinished) -> Vectors:
+        """Return the vectors of the sequences that end.
+
+        pooled  [hidden_size] of each: the state of its first or last token, or the sum of all, as the mode says
+        """
+        vectors = [
+            self._finish(state.astype(np.float64), length, settings)
+            for state, length, settings in zip(pooled, rows.lengths, rows.settings, strict=True)
+        ]
         sizes = np.array([len(vector) for vector in vectors], np.uint32)
         return Vectors(np.concatenate(vectors) if vectors else np.empty(0, np.float32), sizes)
 

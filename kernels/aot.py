@@ -36,13 +36,16 @@ from octavo.kernels.configs import MULTIPROCESSORS, SHARED_MEMORY, TARGETS
 
 MODULES = (
     "paged_attention",
+    "encoder_attention",
     "rotary_kv",
     "rms_norm",
+    "layer_norm",
     "gated",
     "moe",
     "quantized_linear",
     "sampling_kernels",
     "alternatives",
+    "pooling",
     "step_inputs",
 )
 

@@ -8,6 +8,7 @@ the vocabulary. A KV cache is [num_blocks, 2, 16, num_kv_heads, head_dim], see `
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -58,6 +59,56 @@ def paged_attention(
             visible &= key > position - window
         weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
         output[start:end] = torch.einsum("hgqk,khd->qhgd", weights, values).flatten(1, 2)
+    return output
+
+
+def encoder_attention(qkv: torch.Tensor, query_start_loc: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """Attend among all tokens of each sequence; return [T, num_heads, head_dim] float32.
+
+    qkv              [T, 3, num_heads, head_dim]: queries, keys, values
+    query_start_loc  [S + 1] sequence s owns tokens query_start_loc[s] .. query_start_loc[s + 1]
+    """
+    output = torch.zeros(qkv[:, 0].shape, dtype=torch.float32, device=qkv.device)
+    for start, end in itertools.pairwise(query_start_loc.tolist()):
+        queries, keys, values = qkv[start:end].float().permute(1, 2, 0, 3)
+        weights = (queries @ keys.transpose(1, 2) * scale).softmax(dim=-1)
+        output[start:end] = (weights @ values).transpose(0, 1)
+    return output
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Return (x - mean) / sqrt(variance + eps) * weight + bias over the last dimension, float32."""
+    x = x.float()
+    centred = x - x.mean(dim=-1, keepdim=True)
+    normed = centred * torch.rsqrt((centred * centred).mean(dim=-1, keepdim=True) + eps) * weight.float()
+    return normed if bias is None else normed + bias.float()
+
+
+def pool(
+    hidden: torch.Tensor,
+    slots: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sums: torch.Tensor,
+    mode: str,
+) -> torch.Tensor:
+    """Return what each sequence has come to, [S, hidden_size] float32, zeros in padding rows; writes `sums` in place.
+
+    mode  "first", "last" or "sum"; the other arguments as in `pooling.pool`
+    """
+    output = torch.zeros(len(slots), hidden.shape[1], device=hidden.device)
+    for row, slot in enumerate(slots.tolist()):
+        if slot < 0:
+            continue
+        tokens = hidden[int(query_start_loc[row]) : int(query_start_loc[row + 1])].double()
+        is_begun = int(seq_lens[row]) > len(tokens)
+        if mode == "sum":
+            for token in tokens:
+                sums[slot] = sums[slot] + token if is_begun else token
+                is_begun = True
+        elif mode == "last" or not is_begun:
+            sums[slot] = tokens[-1 if mode == "last" else 0]
+        output[row] = sums[slot].float()
     return output
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from octavo.gpu_worker.loading import LoadedModel
 from octavo.gpu_worker.models.config import ModelConfig, from_json
 from octavo.gpu_worker.models.registry import Architecture, find_architecture
+from octavo.gpu_worker.ops import Model
 from octavo.kernels.quantized_linear import quantize_weight
 
 CONTEXT = 512
@@ -52,6 +54,13 @@ def small_model(settings: Mapping[str, Any], stands_for: str = "none") -> Loaded
             tensors[name] = values.float() * scales[:, None]
     model = architecture.build(config, tensors, CONTEXT)
     return LoadedModel(model, config.architecture, CONTEXT, "small")
+
+
+def headless_model(settings: Mapping[str, Any]) -> Model:
+    """Return the model of a config.json that gives hidden states, in the host's memory."""
+    config, architecture = _config(settings)
+    config = replace(config, has_head=False)
+    return architecture.build(config, _tensors(config, architecture), CONTEXT)
 
 
 def save_small_model(folder: Path, settings: Mapping[str, Any]) -> None:

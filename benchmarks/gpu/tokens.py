@@ -13,6 +13,7 @@ from loop import make_engine, request, serve
 from models import loaded_model
 from report import Row
 from small_models import DENSE, EXPERTS, small_model
+from vectors import check_vectors
 
 from octavo.gpu_worker.devices import make_runner
 from octavo.gpu_worker.devices.cuda import CudaRunner
@@ -47,6 +48,7 @@ def check_tokens(lab: Lab) -> Iterator[Row]:
         on_device = _on_device(lab, small_model(DENSE), requests, quantization=scheme)
         expected = _on_reference(small_model(DENSE, stands_for=scheme), requests)
         yield _equal(f"llama with {scheme} weights", on_device, expected)
+    yield from check_vectors(lab)
     if lab.model is not None:
         yield _real_model(lab, lab.model)
 

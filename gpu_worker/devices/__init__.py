@@ -79,7 +79,11 @@ def make_runner(
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     device = choose_device(name)
     if device == "cuda":
-        assert pooling is None, "device cuda makes no vectors: load_for_device says so"
+        _check_cuda()
+        if pooling is not None:
+            from octavo.gpu_worker.devices.cuda_pooling import CudaPoolingRunner
+
+            return CudaPoolingRunner(_unpacked(model), *limits, pooling, kv_cache_dtype=kv_cache_dtype)
         return _cuda(_decoder(model), *limits, kv_cache_dtype, quantization, collectives, grammars)
     if kv_cache_dtype != "auto":
         raise DeviceError(f"kv_cache_dtype {kv_cache_dtype} is for device cuda; use auto")
@@ -129,6 +133,17 @@ def make_device(
     return ReferenceDevice(_unpacked(model), *limits)
 
 
+def _check_cuda() -> None:
+    """Raise DeviceError if there is no GPU, or nothing to compile kernels with."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise DeviceError("device cuda: torch finds no GPU; install a torch with CUDA or ROCm and a driver, or use cpu")
+    # Imported late: triton is in an extra of its own.
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError('device cuda needs triton: pip install "octavo[cuda]", or use cpu')
+
+
 def _cuda(
     model: Model,
     max_batch_tokens: int,
@@ -141,11 +156,6 @@ def _cuda(
 ) -> Runner:
     import torch
 
-    if not torch.cuda.is_available():
-        raise DeviceError("device cuda: torch finds no GPU; install a torch with CUDA or ROCm and a driver, or use cpu")
-    # Imported late: triton is in an extra of its own.
-    if importlib.util.find_spec("triton") is None:
-        raise DeviceError('device cuda needs triton: pip install "octavo[cuda]", or use cpu')
     from octavo.gpu_worker.devices.cuda import CudaRunner
     from octavo.gpu_worker.devices.cuda_parallel import over_ranks
 
@@ -196,5 +206,5 @@ def _unpacked(model: _AnyModel) -> Model | EncoderModel:
 
 def _decoder(model: _AnyModel) -> Model:
     """Return a model that has a KV cache."""
-    assert model.num_layers > 0, "an encoder is for the cpu and reference devices"
+    assert model.num_layers > 0, "an encoder makes vectors"
     return cast(Model, _unpacked(model))

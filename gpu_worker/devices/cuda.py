@@ -12,33 +12,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from octavo.gpu_worker.batch import Step
 from octavo.gpu_worker.devices.cuda_accelerator import Accelerator, Event, make_accelerator
+from octavo.gpu_worker.devices.cuda_changes import Changes
 from octavo.gpu_worker.devices.cuda_graphs import Graphs, graph_sizes
 from octavo.gpu_worker.devices.cuda_memory import MemoryReport, kv_memory_bytes
-from octavo.gpu_worker.devices.cuda_ops import AttentionWork, CudaOps, StepTensors
-from octavo.gpu_worker.devices.cuda_products import find_unstable_products, padded_rows
-from octavo.gpu_worker.devices.cuda_sampling import Changes, DeviceSampler, TableWords, Wanted, advance, unpack
-from octavo.gpu_worker.devices.cuda_step import Columns, Int32Array, Layout, Planner, Sizes, Staging, aligned
-from octavo.gpu_worker.devices.cuda_weights import Buffers, Weights
-from octavo.gpu_worker.errors import DeviceError
+from octavo.gpu_worker.devices.cuda_model import DeviceModel, Launched, Limits, warn_of_unstable_products, words
+from octavo.gpu_worker.devices.cuda_sampling import DeviceSampler, Wanted, advance, unpack
+from octavo.gpu_worker.devices.cuda_step import Columns, Int32Array
 from octavo.gpu_worker.grammars import Automaton, Grammars
 from octavo.gpu_worker.ops import Model, Ops
-from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.quantization import Quantization
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Outcome
-from octavo.kernels.configs import LINEAR_KINDS, attention_config
-from octavo.kernels.paged_attention import partial_buffers, tile_queries
-from octavo.kernels.step_inputs import prepare_rows
 
 log = logging.getLogger("octavo.worker")
-
-_PARTIAL_BYTES = 256 << 20
-_CHANGE_WORDS = 1 << 18
-_HOST_KV_BYTES = 512 << 20
 
 
 class CudaRunner:
@@ -73,62 +62,43 @@ class CudaRunner:
         """
         self.name = "cuda"
         self._accelerator = accelerator = make_accelerator(device)
-        self._model = model
-        self._wrap = wrap
-        self._max_batch_tokens, self._max_running = max_batch_tokens, max_running
-        heads, target = model.heads, accelerator.target
-        self._dtype = model.dtype
-        self._cache_dtype = _cache_dtype(kv_cache_dtype, self._dtype, target)
-        self._attention = attention_config(target, "mixed", heads.head_dim, is_float32=self._dtype == torch.float32)
-        where = accelerator.device
+        limits = Limits(max_batch_tokens, max_running, max_blocks_per_sequence)
+        self._model = DeviceModel(
+            model, limits, accelerator, kv_cache_dtype=kv_cache_dtype, quantization=quantization, wrap=wrap
+        )
         with torch.no_grad(), accelerator.computing():
-            self._weights = Weights(where, self._dtype, _quantization(quantization, target))
-            self._buffers = Buffers(padded_rows(max_batch_tokens), where)
-            self._sampler = DeviceSampler(max_running, model.vocab_size, where, target, grammars)
-            self._block_tables = _words(where, max_running, max_blocks_per_sequence)
-            self._row_tables = _words(where, max_running, max_blocks_per_sequence)
-            self._tokens = _words(where, 3, aligned(max_batch_tokens))
-            self._held_rows = _words(where, 2, max_running)  # of a step that waits for masks
-            self._max_slots = self._count_partial_slots(max_blocks_per_sequence)
-            self._partial, self._stats = partial_buffers(
-                self._attention, self._max_slots, heads.num_kv_heads, heads.head_dim, where
-            )
-            self.kv_cache = self._make_cache(1)
-            windows, self._dry_logits = self._dry_run()
-        queries = tile_queries(self._attention, heads.num_heads, heads.num_kv_heads)
-        self._planner = Planner(self._attention, queries, windows, max_blocks_per_sequence, self._max_slots)
-        num_words = self._planner.max_words(max_batch_tokens, max_running) + _CHANGE_WORDS
-        with torch.no_grad(), accelerator.computing():
-            self._staging = Staging(accelerator, num_words)
+            self._sampler = DeviceSampler(self._model.last_tokens, model.vocab_size, accelerator.target, grammars)
+            self._held_rows = words(accelerator.device, 2, max_running)  # of a step that waits for masks
             num_words = self._sampler.max_result_words()
             self._results = [_Result(accelerator, num_words) for _ in range(MAX_STEPS_IN_FLIGHT)]
         self._num_started = 0
         self._unsampled: _RunningStep | None = None
         self._sizes = graph_sizes(min(max_running, max_batch_tokens))
         self._graphs = Graphs(self._sizes, self._capture)
-        self._launched: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self.memory = MemoryReport(weights=self._weights.num_bytes, buffers=self._buffer_bytes())
+        self._launched: dict[int, Launched] = {}
+        self.memory = MemoryReport(weights=self._model.weights.num_bytes, buffers=self._buffer_bytes())
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """The cache of all layers, see `cuda_ops.CudaOps`."""
+        return self._model.kv_cache
 
     def kv_block_bytes(self) -> int:
         """Bytes that one block of 16 tokens takes, over all layers, keys and values."""
-        heads = self._model.heads
-        per_token = 2 * self._model.num_layers * heads.num_kv_heads * heads.head_dim * self._cache_dtype.itemsize
-        return per_token * BLOCK_SIZE
+        return self._model.kv_block_bytes()
 
     def kv_memory_bytes(self) -> int:
         """All that is left, but for graphs and a reserve."""
-        if self._accelerator.device.type == "cpu":
-            return _HOST_KV_BYTES
-        return kv_memory_bytes(self._accelerator.free_bytes(), len(self._sizes))
+        return kv_memory_bytes(self._accelerator, len(self._sizes))
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate the zeroed cache, and capture the common graphs."""
         accelerator = self._accelerator
         with torch.no_grad(), accelerator.computing():
-            self.kv_cache = self._make_cache(num_blocks)
+            self._model.allocate_kv(num_blocks)
             before = accelerator.free_bytes()
-            self._check_products()
-            self._sampler.warm_up(self._dry_logits, self._results[0].on_device)
+            warn_of_unstable_products(self._model.weights)
+            self._sampler.warm_up(self._model.dry_output, self._results[0].on_device)
             self._graphs.capture_common()
             accelerator.synchronize()
         self.memory.kv_cache, self.memory.kv_blocks = self.kv_cache.nbytes, num_blocks
@@ -164,13 +134,12 @@ class CudaRunner:
         with torch.no_grad(), self._accelerator.computing():
             began = self._accelerator.event()
             columns, graph_size = self._columns(step)
-            self._send(self._changes(step), columns)
-            for source, target in step.copy_pairs.tolist():
-                self.kv_cache[:, target].copy_(self.kv_cache[:, source])
+            self._model.send(self._changes(step), columns)
+            self._model.copy_blocks(step.copy_pairs)
             if columns is None:
                 running = _RunningStep(self, step, Wanted(0, []), result, began, began)
             else:
-                launched = self._launch(columns.sizes) if graph_size is None else self._replay(graph_size)
+                launched = self._model.launch(columns.sizes) if graph_size is None else self._replay(graph_size)
                 wanted = self._sampler.wanted(step.sampled_slots, columns.sizes.num_samples)
                 running = _RunningStep(self, step, wanted, result, began, self._accelerator.event(), launched)
         if running.constrained:
@@ -186,7 +155,8 @@ class CudaRunner:
         wanted, result = running.wanted, running.result
         with torch.no_grad(), self._accelerator.computing():
             if wanted.num_rows and running.launched is not None:
-                logits, slots, positions = running.launched
+                launched = running.launched
+                slots, positions = launched.sampled_slots, launched.sampled_positions
                 if running.constrained:
                     held = self._held_rows[:, : wanted.num_rows]
                     held[0].copy_(slots)  # they lie where the masks are sent to
@@ -200,8 +170,9 @@ class CudaRunner:
                         lambda: not running.computed.is_past(),
                         changes,
                     )
-                    self._send(changes, None)
-                self._sampler.launch(logits, slots, positions, wanted, result.on_device[: wanted.num_words])
+                    self._model.send(changes, None)
+                on_device = result.on_device[: wanted.num_words]
+                self._sampler.launch(launched.output, slots, positions, wanted, on_device)
             running.ended = self._accelerator.event()
             running.copied = result.download(self._accelerator, wanted.num_words) if wanted.num_rows else running.ended
         return refused
@@ -218,176 +189,47 @@ class CudaRunner:
         """Return the rows of a step that samples `slots` that have a grammar."""
         return self._sampler.constrained(slots)
 
-    # -- what the host sends ---------------------------------------------------------------------
-
     def _columns(self, step: Step) -> tuple[Columns | None, int | None]:
         """Return the columns of a step, if it has rows, and the size of the graph that runs it, if one does."""
         if not len(step.slots):
             return None, None
-        columns = self._planner.columns(step)
+        columns = self._model.planner.columns(step)
         size = self._graphs.size_for(columns.sizes.num_rows)
-        if size is None or not self._planner.fits(columns, size):
+        if size is None or not self._model.planner.fits(columns, size):
             return columns, None
-        return self._planner.pad(columns, size), size
+        return self._model.planner.pad(columns, size), size
 
     def _changes(self, step: Step) -> Changes:
         """Return what a step changes in the tables on the device."""
-        changes = Changes()
+        changes = self._model.changes(step)
         for slot, settings in step.opened:
             self._sampler.open_slot(slot, settings, changes)
-        counts = step.block_counts
-        before = np.cumsum(counts) - counts
-        rows = step.block_slots * self._block_tables.shape[1] + step.first_blocks
-        places = np.arange(len(step.block_ids)) + np.repeat(rows - before, counts)
-        changes.add(self._block_tables, places, step.block_ids.astype(np.int32))
         return changes
-
-    def _send(self, changes: Changes, columns: Columns | None) -> None:
-        """Copy columns and changes to the device, and launch the writing of the changes."""
-        *early, last = changes.pieces(_CHANGE_WORDS)
-        for piece in early:  # more than has room beside a step
-            self._send_piece(piece, self._staging.begin(), 0)
-        words, end = self._staging.begin(), 0
-        if columns is not None:
-            layout = Layout(columns.sizes)
-            layout.fill(words, columns)
-            end = layout.end
-        self._send_piece(last, words, end)
-
-    def _send_piece(self, piece: list[TableWords], words: Int32Array, start: int) -> None:
-        """Send words, the first `start` of which are filled, with changes behind them."""
-        launches = []
-        for table, places, values in piece:
-            count, width = len(places), aligned(len(places))
-            words[start : start + count] = places
-            words[start + width : start + width + count] = values
-            launches.append((table, start, start + width, count))
-            start += 2 * width
-        self._staging.send(start)
-        for table, first, second, count in launches:
-            self._sampler.write(
-                table, self._staging.words[first : first + count], self._staging.words[second : second + count]
-            )
-
-    # -- what a step launches --------------------------------------------------------------------
-
-    def _launch(self, sizes: Sizes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Launch the forward pass; return the logits [R, vocab_size], and slot and position of each row."""
-        views = Layout(sizes).views(self._staging.words)
-        slots, query_start_loc, seq_lens, sent, logits_rows, sampled_slots, positions = views[:7]
-        lists = iter(views[7:])
-        attention = {
-            window: [AttentionWork(next(lists), next(lists)) for _ in launches] for window, launches in sizes.attention
-        }
-        step = self._step_tensors(sizes.num_rows, sizes.num_tokens, query_start_loc, seq_lens, logits_rows, attention)
-        prepare_rows(
-            sent,
-            slots,
-            query_start_loc,
-            seq_lens,
-            self._sampler.last_tokens,
-            self._block_tables,
-            step.token_ids,
-            step.positions,
-            step.slot_mapping,
-            step.block_tables,
-        )
-        logits: torch.Tensor = self._model.forward(self._wrap(self._ops(step)))
-        return logits, sampled_slots, positions
-
-    def _step_tensors(
-        self,
-        num_rows: int,
-        num_tokens: int,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        logits_rows: torch.Tensor,
-        attention: dict[int, list[AttentionWork]],
-    ) -> StepTensors:
-        token_ids, positions, slot_mapping = (self._tokens[row, :num_tokens] for row in range(3))
-        return StepTensors(
-            token_ids,
-            positions,
-            slot_mapping,
-            query_start_loc,
-            seq_lens,
-            self._row_tables[:num_rows],
-            logits_rows,
-            attention,
-        )
-
-    def _ops(self, step: StepTensors) -> CudaOps:
-        return CudaOps(
-            step,
-            self._weights,
-            self._buffers,
-            self.kv_cache,
-            self._partial,
-            self._stats,
-            self._attention,
-            self._accelerator.target,
-            self._dtype,
-            self._max_running,
-        )
 
     def _capture(self, size: int) -> Callable[[], None]:
         """Capture the step of `size` rows, with nothing but padding in it."""
-        self._send(Changes(), self._planner.padding(size))
-        sizes = self._planner.graph_sizes(size)
+        self._model.send(Changes(), self._model.planner.padding(size))
+        sizes = self._model.planner.graph_sizes(size)
 
         def run() -> None:
-            self._launched[size] = self._launch(sizes)
+            self._launched[size] = self._model.launch(sizes)
 
         return self._accelerator.capture(run)
 
-    def _replay(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _replay(self, size: int) -> Launched:
         self._graphs.replay(size)
         return self._launched[size]
 
-    # -- memory ----------------------------------------------------------------------------------
-
-    def _make_cache(self, num_blocks: int) -> torch.Tensor:
-        heads = self._model.heads
-        shape = (self._model.num_layers, num_blocks, 2, BLOCK_SIZE, heads.num_kv_heads, heads.head_dim)
-        return torch.zeros(shape, dtype=self._cache_dtype, device=self._accelerator.device)
-
-    def _count_partial_slots(self, max_blocks: int) -> int:
-        """Return how many partial results of attention get memory: at least those of one tile."""
-        heads, config = self._model.heads, self._attention
-        slot_bytes = 4 * heads.num_kv_heads * config.block_m * (max(heads.head_dim, 16) + 2)
-        pieces = -(-max_blocks * BLOCK_SIZE // config.split_keys)
-        return max(pieces, min(self._max_running * pieces, _PARTIAL_BYTES // slot_bytes))
-
-    def _dry_run(self) -> tuple[list[int], torch.Tensor]:
-        """Run a step of one padding token: it moves every weight and makes every buffer.
-
-        Returns the windows of the model's layers, and the logits [1, vocab_size].
-        """
-        device = self._accelerator.device
-        self._tokens[2].fill_(-1)  # no place in the cache
-        zero, one = _words(device, 1), _words(device, 1) + 1
-        ends = torch.cat([zero, one])
-        ops = self._ops(self._step_tensors(1, 1, ends, one, zero, {}))
-        logits: torch.Tensor = self._model.forward(self._wrap(ops))
-        return sorted(ops.windows), logits
-
     def _buffer_bytes(self) -> int:
-        own = (self._block_tables, self._row_tables, self._tokens, self._partial, self._stats, self._staging.words)
-        results = (result.on_device for result in self._results)
-        tensors = sum(tensor.nbytes for tensor in (*own, *results))
-        return tensors + self._buffers.num_bytes + self._sampler.num_bytes
-
-    def _check_products(self) -> None:
-        """Warn if this GPU's library gives a row other bits in another place."""
-        if unstable := find_unstable_products(self._weights.matrices()):
-            log.warning("matrix products of %s give a row bits that depend on its place in a step", unstable)
+        results = sum(result.on_device.nbytes for result in self._results)
+        return self._model.num_bytes + self._sampler.num_bytes + results
 
 
 class _Result:
     """Where a step's result lies on the device, and where it is copied to."""
 
     def __init__(self, accelerator: Accelerator, num_words: int) -> None:
-        self.on_device = _words(accelerator.device, num_words)
+        self.on_device = words(accelerator.device, num_words)
         self._pinned = accelerator.pinned(num_words)
         self.on_host: Int32Array = self._pinned.numpy()
 
@@ -411,9 +253,9 @@ class _RunningStep:
         result: _Result,
         began: Event,
         computed: Event,
-        launched: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+        launched: Launched | None = None,
     ) -> None:
-        """launched: the logits, and slot and position of each row; None without rows."""
+        """launched: the forward pass; None without rows."""
         self._runner = runner
         self.slots = step.sampled_slots
         self.follows = step.sampled_follow
@@ -444,22 +286,3 @@ class _RunningStep:
         assert self.copied is not None, "sampled"
         self.copied.wait()
         return self._runner.outcome(self)
-
-
-def _words(device: torch.device, *shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.int32, device=device)
-
-
-def _cache_dtype(name: str, dtype: torch.dtype, target: str) -> torch.dtype:
-    if name == "auto":
-        return dtype
-    if target == "cuda:80":
-        raise DeviceError("kv_cache_dtype fp8 needs a GPU of compute capability 9.0 or above; use auto")
-    return torch.float8_e4m3fn
-
-
-def _quantization(name: str, target: str) -> Quantization:
-    scheme = Quantization(name)
-    if scheme is not Quantization.NONE and scheme.value not in LINEAR_KINDS[target]:
-        raise DeviceError(f"quantization {name} needs a GPU of compute capability 9.0 or above; use none or int8")
-    return scheme

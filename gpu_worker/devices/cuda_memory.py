@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from octavo.gpu_worker.devices.cuda_accelerator import Accelerator
+
 GRAPH_BYTES = 8 << 20
 """What one captured step may take: not measured, there was no GPU. The report tells what it took."""
 
 _KEPT_SHARE = 0.05
 _KEPT_BYTES = 256 << 20
+_HOST_KV_BYTES = 512 << 20
 
 
 @dataclass
@@ -31,7 +34,10 @@ class MemoryReport:
         return ", ".join(parts) + f"; {self.kv_blocks} KV blocks"
 
 
-def kv_memory_bytes(free: int, num_graphs: int) -> int:
-    """Return how much of `free` bytes the KV cache may take: graphs and the libraries' own needs are kept."""
+def kv_memory_bytes(accelerator: Accelerator, num_graphs: int) -> int:
+    """Return how many bytes the KV cache may take: graphs and the libraries' own needs are kept of what is free."""
+    if accelerator.device.type == "cpu":
+        return _HOST_KV_BYTES
+    free = accelerator.free_bytes()
     kept = max(round(free * _KEPT_SHARE), _KEPT_BYTES) + num_graphs * GRAPH_BYTES
     return max(free - kept, 0)

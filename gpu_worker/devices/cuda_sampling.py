@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from octavo.gpu_worker.devices.cuda_changes import Changes
 from octavo.gpu_worker.errors import PlanError
 from octavo.gpu_worker.grammars import Automaton, Grammars, open_automaton, pack_bits
 from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN, NOTHING_ALLOWED_TOKEN
@@ -22,9 +23,6 @@ from octavo.kernels.sampling import NOT_FINITE, DrawSettings, LogitRules, logpro
 from octavo.kernels.step_inputs import FIELDS, record_tokens, row_settings, scatter_words
 
 Int32Array = npt.NDArray[np.int32]
-TableWords = tuple[torch.Tensor, Int32Array, Int32Array]
-"""A table on the device, flat places in it, and what is to be there."""
-
 T = TypeVar("T", torch.Tensor, npt.NDArray[np.int32])
 
 MAX_LISTED_TOKENS = 2048
@@ -65,11 +63,13 @@ class Wanted:
 
 
 class DeviceSampler:
-    """Owner of what sampling needs. `last_tokens` [max_running] int32 holds what each slot sampled last."""
+    """Owner of what sampling needs."""
 
     def __init__(
-        self, max_running: int, vocab_size: int, device: torch.device, target: str, grammars: Grammars | None = None
+        self, last_tokens: torch.Tensor, vocab_size: int, target: str, grammars: Grammars | None = None
     ) -> None:
+        """last_tokens [max_running] int32: is made to hold what each slot sampled last."""
+        max_running, device = len(last_tokens), last_tokens.device
         self._vocab_size = vocab_size
         self._grammars = grammars
         self._automata: dict[int, Automaton] = {}  # of the slots that have a grammar
@@ -87,7 +87,7 @@ class DeviceSampler:
         self._allowed = words(max_running, -(-vocab_size // 32))
         self.counts = words(max_running, vocab_size)
         self.seen = torch.zeros(max_running, vocab_size, dtype=torch.int8, device=device)
-        self.last_tokens = words(max_running)
+        self._last_tokens = last_tokens
         self._rows = words(5, max_running)
         self._seeds = words(max_running, 2)
         self._workspace = make_workspace(max_running, vocab_size, self._config, device)
@@ -143,7 +143,7 @@ class DeviceSampler:
             self.counts[slot].zero_()
             self.seen[slot].zero_()
             tokens, counts = _counted(settings)
-            changes.add(self.counts, slot * self._vocab_size + tokens, counts)
+            changes.add(self.counts, slot * self._vocab_size + tokens, counts, seen=self.seen)
 
     def free_slot(self, slot: int) -> None:
         """Forget what a slot holds on the host."""
@@ -183,10 +183,6 @@ class DeviceSampler:
             if not code and automaton.is_complete:  # there is no longer output
                 changes.add(self._table, np.array([until + slot]), np.zeros(1, np.int32))
         return {row: code for (row, _), code in zip(rows, codes, strict=True) if code}
-
-    def write(self, table: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
-        """Launch the writing of words to a table; a token that is counted was seen."""
-        scatter_words(table, places, values, self.seen if table is self.counts else None)
 
     def wanted(self, slots: Int32Array, num_rows: int) -> Wanted:
         """Say what sampling `slots` returns, padded to `num_rows` rows."""
@@ -233,7 +229,7 @@ class DeviceSampler:
             config=self._config,
             has_edges=any(flags.has_edges for flags in wanted.flags),
         )
-        record_tokens(token_ids, slots, self.last_tokens)
+        record_tokens(token_ids, slots, self._last_tokens)
         if any(flags.wants_logprobs for flags in wanted.flags):
             logprobs(logits, token_ids, values.view(torch.float32), ranks, config=self._config)
         if wanted.num_alternatives:
@@ -242,40 +238,6 @@ class DeviceSampler:
     def _field(self, name: str) -> torch.Tensor:
         row = self._table[_ALL_FIELDS.index(name)]
         return row.view(torch.float32) if name in _FLOATS else row
-
-
-class Changes:
-    """Words to be written to tables on the device; no place twice."""
-
-    def __init__(self) -> None:
-        self._words: list[TableWords] = []
-
-    def add(self, table: torch.Tensor, places: npt.NDArray[np.integer], values: Int32Array) -> None:
-        """Write values to flat places of a table."""
-        if len(values):
-            self._words.append((table, places.astype(np.int32), values))
-
-    def add_row(self, table: torch.Tensor, row: int, values: Int32Array) -> None:
-        """Write values to the beginning of a table's row."""
-        self.add(table, row * table.shape[1] + np.arange(len(values)), values)
-
-    def pieces(self, max_words: int) -> list[list[TableWords]]:
-        """Return the changes of each table joined, in pieces that take at most `max_words` to send: at least one."""
-        pieces: list[list[TableWords]] = [[]]
-        room = max_words
-        for table in {id(table): table for table, _, _ in self._words}.values():
-            places = np.concatenate([words[1] for words in self._words if words[0] is table])
-            values = np.concatenate([words[2] for words in self._words if words[0] is table])
-            while len(places):
-                count = min(len(places), (room - 8) // 2)  # 8: both columns begin at a multiple of 4
-                if count <= 0:
-                    pieces.append([])
-                    room = max_words
-                    continue
-                pieces[-1].append((table, places[:count], values[:count]))
-                places, values = places[count:], values[count:]
-                room -= 2 * _padded(count)
-        return pieces
 
 
 def unpack(result: Int32Array, wanted: Wanted) -> Sampled:

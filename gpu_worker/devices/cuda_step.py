@@ -59,6 +59,19 @@ class Columns:
         ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states [T, hidden_size] of a step that was launched, and its rows; all on the device.
+
+    slots, seq_lens  [S];  query_start_loc [S + 1], all int32
+    """
+
+    states: torch.Tensor
+    slots: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+
+
 class Layout:
     """Where the columns of a step of some sizes begin, in words, and where they end."""
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from driver import VOCABULARY, Driver, Sequence, cuda_engine, load
 
-from octavo.gpu_worker.devices import cuda, cuda_ops
+from octavo.gpu_worker.devices import cuda_model, cuda_ops
 from octavo.gpu_worker.devices.cuda import CudaRunner
 from octavo.gpu_worker.ops import Model
 
@@ -76,13 +76,13 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_chunks(
 ) -> None:
     model = load(tmp_path, name, dtype=dtype)
     # So that a context of some blocks is attended in several pieces.
-    configured = cuda.attention_config
+    configured = cuda_model.attention_config
 
     def in_pieces(*args: Any, **settings: Any) -> Any:
         config = configured(*args, **settings)
         return dataclasses.replace(config, block_n=16, split_keys=16)
 
-    monkeypatch.setattr(cuda, "attention_config", in_pieces)
+    monkeypatch.setattr(cuda_model, "attention_config", in_pieces)
 
     alone = logits_of(model, [30], [], monkeypatch)
     chunked = logits_of(model, [7, 16, 7], [], monkeypatch)

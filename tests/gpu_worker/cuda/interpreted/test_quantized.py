@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_bits import PROMPT, logits_of
 from test_tokens import GREEDY, SEEDED, check_equal
 
-from octavo.gpu_worker.devices import cuda
+from octavo.gpu_worker.devices import cuda_model
 from octavo.gpu_worker.devices.cuda import CudaRunner
 from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.loading import load_model
@@ -88,6 +88,6 @@ def test_what_is_not_quantised_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     experts = load(tmp_path, "mixtral", num_hidden_layers=1)
     with pytest.raises(DeviceError, match="does not quantise mixtures of experts; use none"):
         cuda_engine(experts, quantization="int8")
-    monkeypatch.setattr(cuda, "LINEAR_KINDS", {"cuda:90": cuda.LINEAR_KINDS["cuda:80"]})
+    monkeypatch.setattr(cuda_model, "LINEAR_KINDS", {"cuda:90": cuda_model.LINEAR_KINDS["cuda:80"]})
     with pytest.raises(DeviceError, match=r"needs a GPU of compute capability 9.0 or above; use none or int8"):
         cuda_engine(experts, quantization="fp8")
