@@ -43,9 +43,10 @@ lint: setup-dev  ## Check style, formatting and protos
 typecheck: setup-dev  ## Check types
 	$(BIN)/mypy
 
-protos: setup-dev  ## Generate the Python code of the protos
+protos: setup-dev  ## Generate the Python code of the protos, and docs/api.md
 	$(BIN)/buf format -w
 	$(BIN)/python protos/generate.py
+	$(BIN)/python docs/generate.py
 
 chart: setup-dev  ## Generate the schema and the README of the Helm chart
 	$(BIN)/python helm/generate.py
