@@ -125,7 +125,7 @@ class WorkerConfig(TelemetryConfig):
             )
         if self.world_size > 1:
             self._check_ranks()
-        if problem := quantization.problem(self.quantization, self.device, self.world_size):
+        if problem := quantization.problem(self.quantization, self.device):
             raise ValueError(problem)
         self.check_telemetry()
         if bool(self.curve_key) != bool(self.curve_server_key):

@@ -46,7 +46,7 @@ def load_for_device(config: WorkerConfig, progress: Progress, sharding: Sharding
     Raises ModelError or DeviceError.
     """
     device = choose_device(config.device)
-    if problem := quantization.problem(config.quantization, device, config.world_size):
+    if problem := quantization.problem(config.quantization, device):
         raise DeviceError(problem)
     has_vectors = makes_vectors(_find(Path(config.model)))
     if device == "cuda" and architecture_of(Path(config.model)).startswith("ModernBert"):

@@ -30,12 +30,11 @@ _SCHEMES: Final[dict[str, tuple[Quantization, ...]]] = {
 """The schemes of each device, besides none."""
 
 
-def problem(scheme: str, device: str, num_ranks: int = 1) -> str:
+def problem(scheme: str, device: str) -> str:
     """Return why a device cannot quantise weights so, and what to change; empty if it can.
 
-    scheme     a value of `Quantization`
-    device     of `devices.DEVICES`; "auto" can do what any device can
-    num_ranks  over how many processes the model is split
+    scheme  a value of `Quantization`
+    device  of `devices.DEVICES`; "auto" can do what any device can
     """
     if scheme not in QUANTIZATIONS:
         return f"quantization {scheme!r} is not one of {', '.join(QUANTIZATIONS)}"
@@ -44,8 +43,6 @@ def problem(scheme: str, device: str, num_ranks: int = 1) -> str:
     devices = [name for name, schemes in _SCHEMES.items() if scheme in schemes]
     if device != "auto" and device not in devices:
         return f"quantization {scheme} is not for device {device}: {_advice(device, devices)}"
-    if num_ranks > 1:
-        return f"quantization {scheme} is not for a model that is split over {num_ranks} processes: use one, or none"
     return ""
 
 

@@ -120,16 +120,19 @@ def _quantize_rows(
     tl.store(output_ptr + row * COLS + cols, y.to(output_ptr.dtype.element_ty), mask=mask)
 
 
-def quantize_weight(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(
+    weight: torch.Tensor, dtype: torch.dtype, maxima: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `weight` [out_features, in_features] in eight bits, and the scale of each output [out_features] float32.
 
-    dtype  int8 or float8_e4m3fn. A weight is about its value times its row's scale; symmetric, the
-           largest of a row is 127 or 448, ties go to the even number. A row of zeros has the scale 1.
+    dtype   int8 or float8_e4m3fn. A weight is about its value times its row's scale; symmetric, the
+            largest of a row is 127 or 448, ties go to the even number. A row of zeros has the scale 1.
+    maxima  [out_features] float32: the largest magnitude of each row, of which `weight` may have only a part
     """
     assert dtype in QUANTIZED_TYPES, f"{dtype} is none of {QUANTIZED_TYPES}"
     largest = INT8_MAX if dtype == torch.int8 else FP8_MAX
     wide = weight.float()
-    scales = wide.abs().amax(dim=1) / largest
+    scales = (wide.abs().amax(dim=1) if maxima is None else maxima) / largest
     scales[scales == 0] = 1.0
     values = (wide / scales[:, None]).clamp(-largest, largest)
     return (values.round() if dtype == torch.int8 else values).to(dtype), scales

@@ -157,7 +157,7 @@ def _cuda(
     import torch
 
     from octavo.gpu_worker.devices.cuda import CudaRunner
-    from octavo.gpu_worker.devices.cuda_parallel import over_ranks
+    from octavo.gpu_worker.devices.cuda_parallel import largest_over_ranks, over_ranks
 
     limits = (model, max_batch_tokens, max_running, max_blocks_per_sequence)
     if collectives is None:
@@ -166,7 +166,9 @@ def _cuda(
         *limits,
         device=gpu_of_rank(collectives.rank, torch.cuda.device_count()),
         kv_cache_dtype=kv_cache_dtype,
+        quantization=quantization,
         wrap=over_ranks(collectives, model.vocab_size),
+        largest=largest_over_ranks(collectives),
         grammars=grammars,
     )
 

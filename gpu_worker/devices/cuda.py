@@ -22,6 +22,7 @@ from octavo.gpu_worker.devices.cuda_memory import MemoryReport, kv_memory_bytes
 from octavo.gpu_worker.devices.cuda_model import DeviceModel, Launched, Limits, warn_of_unstable_products, words
 from octavo.gpu_worker.devices.cuda_sampling import DeviceSampler, Wanted, advance, unpack
 from octavo.gpu_worker.devices.cuda_step import Columns, Int32Array
+from octavo.gpu_worker.devices.cuda_weights import Largest
 from octavo.gpu_worker.grammars import Automaton, Grammars
 from octavo.gpu_worker.ops import Model, Ops
 from octavo.gpu_worker.quantization import Quantization
@@ -47,6 +48,7 @@ class CudaRunner:
         kv_cache_dtype: str = "auto",
         quantization: str = Quantization.NONE,
         wrap: Callable[[Ops], Ops] = lambda ops: ops,
+        largest: Largest | None = None,
         grammars: Grammars | None = None,
     ) -> None:
         """Move the weights and run a step of padding, which allocates every buffer.
@@ -56,6 +58,7 @@ class CudaRunner:
         quantization    a value of `Quantization`: how the weights of linear layers are kept
         wrap            called with the operations of each step that is launched or captured; what it returns is
                         what the model's `forward` gets
+        largest         as in `Weights`; None: the model is whole
         grammars        what reads those of slots; None: no slot may have one
 
         Raises DeviceError if there is no such GPU, or it cannot do what is asked.
@@ -64,7 +67,13 @@ class CudaRunner:
         self._accelerator = accelerator = make_accelerator(device)
         limits = Limits(max_batch_tokens, max_running, max_blocks_per_sequence)
         self._model = DeviceModel(
-            model, limits, accelerator, kv_cache_dtype=kv_cache_dtype, quantization=quantization, wrap=wrap
+            model,
+            limits,
+            accelerator,
+            kv_cache_dtype=kv_cache_dtype,
+            quantization=quantization,
+            wrap=wrap,
+            largest=largest,
         )
         with torch.no_grad(), accelerator.computing():
             self._sampler = DeviceSampler(self._model.last_tokens, model.vocab_size, accelerator.target, grammars)

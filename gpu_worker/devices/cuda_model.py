@@ -15,7 +15,7 @@ from octavo.gpu_worker.devices.cuda_changes import Changes, TableWords
 from octavo.gpu_worker.devices.cuda_ops import AttentionWork, CudaOps, StepTensors
 from octavo.gpu_worker.devices.cuda_products import find_unstable_products, padded_rows
 from octavo.gpu_worker.devices.cuda_step import Columns, Int32Array, Layout, Planner, Sizes, Staging, aligned
-from octavo.gpu_worker.devices.cuda_weights import Buffers, Weights
+from octavo.gpu_worker.devices.cuda_weights import Buffers, Largest, Weights
 from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Model, Ops
 from octavo.gpu_worker.protocol import BLOCK_SIZE
@@ -73,6 +73,7 @@ class DeviceModel:
         kv_cache_dtype: str = "auto",
         quantization: str = Quantization.NONE,
         wrap: Callable[[Ops], Ops] = lambda ops: ops,
+        largest: Largest | None = None,
     ) -> None:
         """Move the weights and run a step of padding, which allocates every buffer; arguments as in `CudaRunner`."""
         self._accelerator = accelerator
@@ -85,7 +86,7 @@ class DeviceModel:
         self._attention = attention_config(target, "mixed", heads.head_dim, is_float32=self._dtype == torch.float32)
         max_rows, max_blocks = limits.max_running, limits.max_blocks_per_sequence
         with torch.no_grad(), accelerator.computing():
-            self.weights = Weights(where, self._dtype, _quantization(quantization, target))
+            self.weights = Weights(where, self._dtype, _quantization(quantization, target), largest)
             self._buffers = Buffers(padded_rows(limits.max_batch_tokens), where)
             self.last_tokens = words(where, max_rows)
             self._block_tables = words(where, max_rows, max_blocks)

@@ -150,7 +150,7 @@ class CudaOps:
 
     def linear_residual(self, x: torch.Tensor, linear: Linear, residual: Residual) -> Residual:
         assert residual.update is None, "a norm must read the residual before it is added to again"
-        return Residual(residual.stream, self._linear("update", x, self.weights.layer(linear)))
+        return Residual(residual.stream, self._linear("update", x, self.weights.layer(linear, has_part_of_inputs=True)))
 
     def norm_gated_linear(
         self, x: Residual, norm: Norm, gate: Linear, up: Linear, activation: Activation

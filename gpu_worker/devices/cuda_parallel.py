@@ -30,6 +30,17 @@ def over_ranks(collectives: Collectives, vocab_size: int) -> Callable[[Ops], Ops
     return wrap
 
 
+def largest_over_ranks(collectives: Collectives) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what makes of values [N] the largest that any rank has: the `largest` of a `CudaRunner`. For start-up."""
+
+    def largest(values: torch.Tensor) -> torch.Tensor:
+        gathered = values.new_empty(collectives.world_size, *values.shape)
+        collectives.gather(values, gathered)
+        return gathered.amax(dim=0)
+
+    return largest
+
+
 class ParallelCudaOps:
     """`CudaOps` of a rank, whose residual stream and logits are whole and have the same bits on every rank."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,9 @@ from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.configs import ExpertsConfig
 from octavo.kernels.moe import ExpertsWorkspace, Mixture
 from octavo.kernels.quantized_linear import quantize_weight
+
+Largest = Callable[[torch.Tensor], torch.Tensor]
+"""Makes of values [N] float32 the largest that any rank has."""
 
 _QUANTIZED_TYPES = {Quantization.INT8: torch.int8, Quantization.FP8: torch.float8_e4m3fn}
 _QUANTIZED_AT_ONCE = 1 << 24  # weights: in float32, which they are for a moment, 64 MiB
@@ -35,22 +39,35 @@ class Weights:
     """The model's tensors on the device, each moved once and known by identity: the model keeps its own alive."""
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, quantization: Quantization = Quantization.NONE
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: Quantization = Quantization.NONE,
+        largest: Largest | None = None,
     ) -> None:
-        """`quantization`: none, or one of the schemes with eight bits."""
+        """Move nothing yet.
+
+        quantization  none, or one of the schemes with eight bits
+        largest       makes the largest of every rank's values, of a model that is split; all ranks then ask for
+                      the same layers in the same order
+        """
         self._device = device
         self._dtype = dtype
         self._quantization = quantization
+        self._largest = largest
         self._moved: dict[tuple[int, ...], torch.Tensor] = {}
         self._layers: dict[tuple[int, ...], Layer] = {}
         self.num_bytes = 0
 
-    def layer(self, *parts: Linear) -> Layer:
-        """Return linear layers of one input as one layer, quantised if the device was told so."""
+    def layer(self, *parts: Linear, has_part_of_inputs: bool = False) -> Layer:
+        """Return linear layers of one input as one layer, quantised if the device was told so.
+
+        has_part_of_inputs  whether the other ranks of a split model have the other inputs of the same outputs
+        """
         key = tuple(id(part.weight) for part in parts)
         found = self._layers.get(key)
         if found is None:
-            found = self._layers[key] = self._move_layer(parts)
+            found = self._layers[key] = self._move_layer(parts, has_part_of_inputs)
         return found
 
     def head(self, linear: Linear) -> Layer:
@@ -90,7 +107,7 @@ class Weights:
         """Return the matrices that are multiplied with."""
         return [tensor for tensor in self._moved.values() if tensor.dtype == self._dtype and tensor.dim() == 2]
 
-    def _move_layer(self, parts: tuple[Linear, ...]) -> Layer:
+    def _move_layer(self, parts: tuple[Linear, ...], has_part_of_inputs: bool) -> Layer:
         weights, bias = [part.weight for part in parts], self.bias(*parts)
         if self._quantization is Quantization.NONE:
             return Layer(self.matrix(*weights), None, bias)
@@ -100,10 +117,15 @@ class Weights:
         scales = torch.empty(shape[0], dtype=torch.float32, device=self._device)
         num_rows = max(_QUANTIZED_AT_ONCE // shape[1], 1)
         pieces = [weight[first : first + num_rows] for weight in weights for first in range(0, len(weight), num_rows)]
+        maxima = None
+        if has_part_of_inputs and self._largest is not None:
+            maxima = torch.cat([piece.to(self._device).float().abs().amax(dim=1) for piece in pieces])
+            maxima = self._largest(maxima)
         start = 0
         for piece in pieces:
             place = slice(start, start + len(piece))
-            values[place], scales[place] = quantize_weight(piece.to(self._device), dtype)
+            of_rows = None if maxima is None else maxima[place]
+            values[place], scales[place] = quantize_weight(piece.to(self._device), dtype, of_rows)
             start += len(piece)
         self.num_bytes += values.nbytes + scales.nbytes
         return Layer(values, scales, bias)

@@ -194,7 +194,7 @@ class ServeConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be from 1 to 64, not {getattr(self, name)}")
         if self.tensor_parallel > 1 and self.device == "cpu":
             raise ValueError("--tensor-parallel is not for device cpu, which uses all cores in one process")
-        if problem := quantization.problem(self.quantization, self.device, self.tensor_parallel):
+        if problem := quantization.problem(self.quantization, self.device):
             raise ValueError(problem)
         for name in ("max_model_len", "max_running", "max_waiting", "max_batch_tokens", "max_prefill_tokens"):
             value = getattr(self, name)

@@ -18,7 +18,7 @@ def schemes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_device_is_asked_for_what_it_can_do() -> None:
     assert [problem("int8", device) for device in ("cuda", "cpu", "auto")] == [""] * 3
-    assert [problem("none", device, 4) for device in ("cuda", "cpu", "reference", "auto")] == [""] * 4
+    assert [problem("none", device) for device in ("cuda", "cpu", "reference", "auto")] == [""] * 4
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,3 @@ def test_what_a_device_cannot_do_is_told_with_what_it_can(scheme: str, device: s
         WorkerConfig(model="m", device=device, quantization=scheme)
     with pytest.raises(ValueError, match=advice):
         ServeConfig(model="m", device=device, quantization=scheme)
-
-
-def test_a_model_that_is_split_is_not_quantised() -> None:
-    assert problem("int8", "cuda", 2) == (
-        "quantization int8 is not for a model that is split over 2 processes: use one, or none"
-    )
