@@ -20,8 +20,8 @@ MIN_MEASURED_S = 0.5  # of full load, before its pace is believed
 PACE_WINDOW_S = 10.0
 UNMET_S = 5.0
 """A tenant that was refused for lack of room has more to do for so long than what it has in the queue."""
-MAX_UNMET = 10_000
-RECENT_S = 5.0
+MAX_UNMET = 10_000  # tenants
+RECENT_S = 5.0  # of a window of what was admitted
 
 
 class RecentTokens:
@@ -116,21 +116,12 @@ class Forecast:
         num_free = self._num_free_slots()
         if not len(self._waiting) and num_free >= num_sequences:
             return 0.0
-        running: dict[str, Work] = defaultdict(Work)
-        shortest_s = math.inf
-        for group in self._groups.values():
-            shortest = math.inf
-            for seq in group.running():
-                left, work = seq.num_expected_left, running[seq.request.submit.tenant]
-                work.prompt += max(seq.num_behind - 1, 0)
-                work.output += left
-                shortest = min(shortest, left)
-            shortest_s = min(shortest_s, shortest * group.cost.mean_s)
-        own.add(running[tenant])
-        own.add(self._waiting.work(tenant, priority))
-        if num_free or not self._groups:
-            shortest_s = 0.0
-        return max(self._until_done_s(tenant, own, running, within_s, now) / self._pace(), shortest_s)
+        running, next_slot_s = self._running()
+        before = Work(own.prompt, own.output)
+        before.add(running[tenant])
+        before.add(self._waiting.work(tenant, priority))
+        wait_s = self._until_done_s(tenant, before, running, within_s, now) / self._pace()
+        return wait_s if num_free or not self._groups else max(wait_s, next_slot_s)
 
     def run_s(self, work: Work, max_prefill_tokens: int) -> float:
         """Return how long a sequence takes from its slot to its end."""
@@ -141,6 +132,20 @@ class Forecast:
         prefill_s = min(whole * group.cost.seconds(max_prefill_tokens) + group.cost.seconds(rest) for group in groups)
         step_s = max(max(group.cost.mean_s, group.cost.seconds(group.num_running)) for group in groups)
         return prefill_s + work.output * step_s
+
+    def _running(self) -> tuple[defaultdict[str, Work], float]:
+        """Return what each tenant's running sequences have left, and after how long the first one may be through."""
+        running: defaultdict[str, Work] = defaultdict(Work)
+        next_slot_s = math.inf
+        for group in self._groups.values():
+            shortest = math.inf
+            for seq in group.running():
+                left, work = seq.num_expected_left, running[seq.request.submit.tenant]
+                work.prompt += max(seq.num_behind - 1, 0)
+                work.output += left
+                shortest = min(shortest, left)
+            next_slot_s = min(next_slot_s, shortest * group.cost.mean_s)
+        return running, next_slot_s
 
     def _until_done_s(self, tenant: str, own: Work, running: Mapping[str, Work], within_s: float, now: float) -> float:
         """Return what is computed, in seconds' worth, until a tenant has had all of `own`."""
