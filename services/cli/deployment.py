@@ -113,6 +113,8 @@ class _Deployment:
             "quantization": config.quantization,
             "max_model_len": config.max_model_len,
             "packed_cache": config.packed_cache,
+            # Whoever stops all processes at once, as systemd does, stops no worker before its scheduler has drained.
+            "drain_s": config.grace_s,
             # By default a worker takes every core: several of them would only wait for each other.
             "num_threads": max(1, _num_cores() // num_processes) if num_processes > 1 else None,
         }

@@ -95,6 +95,7 @@ class Engine:
             self._ticker.cancel()
         for connection in self._gateways.values():
             connection.closed.set()
+        self.node.members.dismiss(time.monotonic())
         if self._loop is not None:
             self.link.close(self._loop)
         await asyncio.to_thread(self.telemetry.close)

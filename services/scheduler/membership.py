@@ -190,6 +190,11 @@ class Membership:
         member.last_sent = now
         return True
 
+    def dismiss(self, now: float) -> None:
+        """Tell every worker that no plan will come: one that is to stop does, others wait for the next scheduler."""
+        for member in self._groups.values():
+            self._send(member, worker_pb2.WorkerFrame(fenced=worker_pb2.Fenced(reason="the scheduler stops")), now)
+
     # -- liveness --------------------------------------------------------------------------------
 
     def check(self, now: float, busy: Container[str]) -> None:

@@ -19,6 +19,7 @@ log = logging.getLogger("octavo.scheduler")
 
 MAX_FRAME_BYTES = 64 << 20
 MAX_QUEUED_FRAMES = 1000  # on the socket, each way and worker; heartbeats past that are dropped
+LAST_FRAMES_MS = 200  # what was sent last has so long to leave when the socket is closed
 # ZeroMQ's own pings are answered by a thread of the worker that nothing else runs on, whatever the worker
 # computes, compiles or loads. One that is not answered means a process that is frozen, or a network that is cut.
 PING_MS = 200
@@ -79,7 +80,7 @@ class WorkerLink:
             loop.remove_reader(self._monitor.fileno())
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
-        self._socket.close()
+        self._socket.close(linger=LAST_FRAMES_MS)
         if self._curve is not None:
             self._curve.close()
         self._context.term()

@@ -424,3 +424,11 @@ async def test_draining_tells_gateways_and_waits_for_running_requests(tmp_path: 
         await gateway.finish(1)
         assert (await draining).requests_left == 0
         worker.close()
+
+
+async def test_workers_are_told_when_their_scheduler_has_stopped(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, _ = await process.connect()
+    frame = await worker.receive("fenced")
+    assert (frame.epoch, frame.fenced.reason) == (worker.epoch, "the scheduler stops")
+    worker.close()
