@@ -43,7 +43,8 @@ def hop_channel_options() -> Options:
     """
     return [
         ("grpc.keepalive_time_ms", 5_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.keepalive_timeout_ms", 5_000),  # without a word of the peer; whatever it says counts,
+        ("grpc.http2.ping_timeout_ms", 5_000),  # so this is for one that speaks and does not hear
         ("grpc.initial_reconnect_backoff_ms", 50),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 1_000),
