@@ -73,7 +73,7 @@ async def _wait(awaitable: Awaitable[object]) -> None:
 
 def _prepare(generation: generation_pb2.Generation) -> Awaitable[object]:
     check_headers(generation, {})
-    return prepare(generation, models(), 0, "r", "tenant", {})
+    return prepare(generation, models(), 0, "r", "tenant")
 
 
 def generate(data: bytes) -> None:
