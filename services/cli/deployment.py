@@ -94,8 +94,10 @@ class _Deployment:
         }
         for name in self._schedulers:
             own = {
-                "scheduler_id": name,
+                # A gateway tells its schedulers apart by their ids: elsewhere there are others called "scheduler".
+                "scheduler_id": config.scheduler_address or name,
                 "scheduler_address": self._scheduler_address(name),
+                "health_address": "" if config.gateways else local_address(self._folder, name),
                 "worker_endpoint": self._worker_endpoint(name),
             }
             yield self._spec(name, _SCHEDULER, {**options, **own}, progress="--progress-fd")
@@ -140,8 +142,9 @@ class _Deployment:
         config = self._config
         options = {
             "model_name": self._model.name,
-            "scheduler_addresses": tuple(self._scheduler_address(name) for name in self._schedulers),
-            "resume_key_file": str(self._folder / RESUME_KEY),
+            "scheduler_addresses": config.scheduler_addresses
+            or tuple(self._scheduler_address(name) for name in self._schedulers),
+            "resume_key_file": str(config.resume_key_file or self._folder / RESUME_KEY),
             "admin_address": "",
             "max_model_len": config.max_model_len,
             "http_cors_origins": config.http_cors_origins,
@@ -161,12 +164,12 @@ class _Deployment:
                 "gateway_id": name,
                 "grpc_address": where.grpc,
                 "http_address": where.http,
-                "local_address": local_address(self._folder, index),
+                "local_address": local_address(self._folder, name),
             }
             yield self._spec(name, _GATEWAY, {**options, **own}, arguments=(str(self._model.path),))
 
     def _scheduler_address(self, name: str) -> str:
-        return f"unix:{self._folder}/{name}.sock"
+        return self._config.scheduler_address or f"unix:{self._folder}/{name}.sock"
 
     def _worker_endpoint(self, scheduler: str) -> str:
         return f"ipc://{self._folder}/{scheduler}-workers.sock"
@@ -196,9 +199,15 @@ class _Deployment:
         return ChildSpec(name, command, stop_order, {**common, **(environment or {})}, progress, unit)
 
 
-def local_address(folder: Path, index: int) -> str:
-    """Return where a gateway can be asked whether it serves, whatever clients need to be let in."""
-    return f"unix:{folder}/gateway-{index}.sock"
+def asked_addresses(config: ServeConfig, folder: Path) -> list[str]:
+    """Return where to ask whether all of it serves: at the gateways, or at the scheduler if there is none."""
+    names = [f"gateway-{index}" for index in range(config.gateways)] or ["scheduler"]
+    return [local_address(folder, name) for name in names]
+
+
+def local_address(folder: Path, name: str) -> str:
+    """Return where a process can be asked whether it serves, whatever clients need to be let in."""
+    return f"unix:{folder}/{name}{'' if name.startswith('gateway') else '-health'}.sock"
 
 
 def _visible_gpu(index: int, environ: Mapping[str, str]) -> dict[str, str]:

@@ -8,15 +8,16 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from octavo.services.cli import model_source
+from octavo.services.cli import addresses, model_source
 from octavo.services.cli.deployment import (
     RESUME_KEY,
     Listen,
+    asked_addresses,
     child_specs,
-    local_address,
     take_addresses,
     take_metrics_addresses,
 )
@@ -48,6 +49,9 @@ def main(argv: Sequence[str]) -> int:
     started = time.monotonic()
     with open_display(config.log_format == "json") as display:
         try:
+            if config.scheduler_address:
+                (address,) = addresses.take_free(config.scheduler_address, 1)
+                config = replace(config, scheduler_address=address)
             listen = take_addresses(config)
             metrics = take_metrics_addresses(config, listen)
             model = model_source.find(config.model, display.progress)
@@ -95,16 +99,16 @@ async def _supervise(
     def on_ready() -> None:
         display.close()
         on = f" on {device}" if device else ""
-        http = (
-            f", http{'s' if config.tls_certificate else ''} {' '.join(where.http for where in listen)}"
-            if config.http_address
-            else ""
-        )
+        where = {
+            "grpc": [each.grpc for each in listen],
+            f"http{'s' if config.tls_certificate else ''}": [each.http for each in listen if each.http],
+            "scheduler": [config.scheduler_address] if config.scheduler_address else [],
+            "metrics": metrics,
+        }
+        places = "".join(f", {name} {' '.join(found)}" for name, found in where.items() if found)
         with contextlib.suppress(OSError):
             print(
-                f"ready in {time.monotonic() - started:.1f} s: {model.name}{on}, "
-                f"grpc {' '.join(where.grpc for where in listen)}{http}"
-                f"{', metrics ' if metrics else ''}{' '.join(metrics)} (Ctrl-C stops)",
+                f"ready in {time.monotonic() - started:.1f} s: {model.name}{on}{places} (Ctrl-C stops)",
                 flush=True,
             )
 
@@ -112,7 +116,7 @@ async def _supervise(
         child_specs(config, model, listen, folder, metrics),
         # The processes end running requests themselves after grace_s: they get a little longer to end.
         Limits(start_s=config.startup_timeout_s, grace_s=config.grace_s + 5),
-        is_ready=lambda: _all_serving([local_address(folder, index) for index in range(len(listen))]),
+        is_ready=lambda: _all_serving(asked_addresses(config, folder)),
         on_ready=on_ready,
         say=output.say,
         on_line=output.child_line,
@@ -134,7 +138,7 @@ async def _stop_without(parent_pid: int) -> None:
 
 
 async def _all_serving(targets: Sequence[str]) -> None:
-    """Return once every gateway says that it serves."""
+    """Return once every process says that it serves."""
     # Imported while the children start: they take longer.
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc

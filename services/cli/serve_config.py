@@ -121,10 +121,32 @@ class ServeConfig:
         metadata={"group": _SECURITY, "help": "PEM authorities: clients need a certificate of theirs"},
     )
 
-    gateways: int = field(default=1, metadata={"group": _PROCESSES, "help": "how many gateway processes"})
+    gateways: int = field(
+        default=1,
+        metadata={"group": _PROCESSES, "help": "how many gateway processes; 0: an engine alone (--scheduler-address)"},
+    )
     schedulers: int = field(
         default=1,
-        metadata={"group": _PROCESSES, "help": "how many scheduler processes, each with workers of its own"},
+        metadata={
+            "group": _PROCESSES,
+            "help": "how many scheduler processes, each with workers of its own; 0: gateways alone, for the schedulers "
+            "at --scheduler-addresses",
+        },
+    )
+    scheduler_address: str = field(
+        default="",
+        metadata={
+            "group": _PROCESSES,
+            "help": "where the one scheduler listens for gateways that are elsewhere: host:port. Port 0: any free port",
+        },
+    )
+    scheduler_addresses: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "group": _PROCESSES,
+            "help": "schedulers that are elsewhere: see octavo gateway --help",
+            "metavar": "ADDRESS,...",
+        },
     )
     workers: int = field(
         default=1,
@@ -142,6 +164,14 @@ class ServeConfig:
     )
     grace_s: float = field(
         default=30.0, metadata={"group": _PROCESSES, "help": "how long running requests may take after Ctrl-C"}
+    )
+    resume_key_file: Path | None = field(
+        default=None,
+        metadata={
+            "group": _PROCESSES,
+            "help": "file with a secret, shared with gateways elsewhere, so that each can resume the others' streams",
+            "metavar": "FILE",
+        },
     )
 
     max_running: int | None = field(default=None, metadata={"group": _SCHEDULING, "help": "most sequences in a step"})
@@ -189,9 +219,10 @@ class ServeConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("gateways", "schedulers", "workers", "tensor_parallel"):
-            if not 1 <= getattr(self, name) <= 64:
-                raise ValueError(f"--{name.replace('_', '-')} must be from 1 to 64, not {getattr(self, name)}")
+        for name, least in (("gateways", 0), ("schedulers", 0), ("workers", 1), ("tensor_parallel", 1)):
+            if not least <= getattr(self, name) <= 64:
+                raise ValueError(f"--{name.replace('_', '-')} must be from {least} to 64, not {getattr(self, name)}")
+        self._check_parts()
         if self.tensor_parallel > 1 and self.device == "cpu":
             raise ValueError("--tensor-parallel is not for device cpu, which uses all cores in one process")
         if problem := quantization.problem(self.quantization, self.device):
@@ -204,3 +235,12 @@ class ServeConfig:
             raise ValueError(f"--kv-cache-memory must be positive, not {self.kv_cache_memory}")
         if self.grace_s < 0 or self.startup_timeout_s <= 0:
             raise ValueError("--grace-s must not be negative and --startup-timeout-s must be positive")
+
+    def _check_parts(self) -> None:
+        """Raise ValueError unless an engine alone, or gateways alone, can be reached and reach what they need."""
+        if not self.gateways and not self.scheduler_address:
+            raise ValueError("--gateways 0 needs --scheduler-address: gateways elsewhere have to reach the scheduler")
+        if self.scheduler_address and self.schedulers != 1:
+            raise ValueError(f"--scheduler-address is for one scheduler, not {self.schedulers}")
+        if bool(self.schedulers) == bool(self.scheduler_addresses):
+            raise ValueError("--schedulers 0 and --scheduler-addresses go together: give both or neither")

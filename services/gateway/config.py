@@ -29,7 +29,8 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     scheduler_addresses: tuple[str, ...] = field(
         default=("127.0.0.1:50052",),
         metadata={
-            "help": "the schedulers: host:port or unix:PATH; a name stands for all addresses that DNS has for it",
+            "help": "the schedulers: host:port or unix:PATH; a name stands for all addresses that DNS has for it, "
+            "file:PATH for those in the lines of a file, which is followed",
             "metavar": "ADDRESS,...",
         },
     )
@@ -169,7 +170,8 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         if not self.scheduler_addresses:
             raise ValueError("--scheduler-addresses must name at least one scheduler")
         for address in self.scheduler_addresses:
-            _check_address("--scheduler-addresses", address, may_be_empty=False)
+            if not address.startswith("file:"):
+                _check_address("--scheduler-addresses", address, may_be_empty=False)
         if self.batch_dir is not None and not self.http_address:
             raise ValueError("--batch-dir is for the HTTP API: give --http-address as well")
         if self.http_address.startswith("unix:"):

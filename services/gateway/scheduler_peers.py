@@ -16,6 +16,7 @@ from octavo.services.gateway.scheduler_peer import PeerOwner, SchedulerPeer
 from octavo.services.gateway.watched_tasks import WatchedTasks
 
 _LOOKUP_S = 5.0
+_READ_S = 0.5  # where addresses are in files
 _MAX_REMAINING_MS = 2**32 - 1
 
 
@@ -36,7 +37,7 @@ class SchedulerPeers:
     def start(self, owner: PeerOwner, tasks: WatchedTasks) -> None:
         """Connect, and stay connected until `close`."""
         self._take_addresses(owner, tasks)
-        if self._addresses.has_names:
+        if self._addresses.can_change:
             tasks.start(self._look_up(owner, tasks))
 
     async def close(self) -> None:
@@ -107,11 +108,11 @@ class SchedulerPeers:
         return handle
 
     async def _look_up(self, owner: PeerOwner, tasks: WatchedTasks) -> None:
-        """Follow the names' addresses."""
+        """Follow the addresses that names and files stand for."""
         while True:
             await self._addresses.refresh()
             self._take_addresses(owner, tasks)
-            await asyncio.sleep(_LOOKUP_S)
+            await asyncio.sleep(_READ_S if self._addresses.has_files else _LOOKUP_S)
 
     def _take_addresses(self, owner: PeerOwner, tasks: WatchedTasks) -> None:
         """Connect to new addresses; leave those that are gone once nothing is there."""

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-_READY = re.compile(r"ready in .*, grpc (\S+), http (\S+) \(")
+_READY = re.compile(r"ready in [^,]*((?:, \w+ [^,]+)+) \(")
+_PLACE = re.compile(r", (\w+) ([^,]+)")
 _STOP_S = 40.0
 _KEPT_LINES = 20
 
@@ -46,6 +47,15 @@ class LocalServer:
         """Where it serves gRPC: host:port."""
         self.url = ""
         """Where it serves HTTP, without /v1."""
+        self.scheduler_address = ""
+        """Where gateways elsewhere reach its scheduler, if it was given --scheduler-address."""
+        self.metrics: list[str] = []
+        """host:port of each process's metrics, if it was given --metrics-address."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether `octavo serve` has not ended."""
+        return self._process.poll() is None
 
     @property
     def pid(self) -> int:
@@ -89,7 +99,10 @@ class LocalServer:
     def _wait_ready(self) -> None:
         for line in self._lines():
             if ready := _READY.search(line):
-                self.address, self.url = ready[1], f"http://{ready[2]}"
+                places = dict(_PLACE.findall(ready[1]))
+                self.address, self.scheduler_address = places.get("grpc", ""), places.get("scheduler", "")
+                self.url = f"http://{places['http']}" if "http" in places else ""
+                self.metrics = places.get("metrics", "").split()
                 return
         self._process.wait(_STOP_S)
         said = self._last_lines[-1] if self._last_lines else "it said nothing"

@@ -257,6 +257,26 @@ def test_each_scheduler_has_workers_of_its_own_and_every_gateway_knows_all_sched
     assert known == [options(f"scheduler-{n}")["scheduler-address"] for n in range(2)]
 
 
+def test_an_engine_alone_and_gateways_alone_find_each_other_by_address(tmp_path: Path) -> None:
+    model = Model(Path("/models/m"), "m")
+    engine = ServeConfig(model="m", gateways=0, scheduler_address="10.0.0.5:50052")
+    front = ServeConfig(
+        model="m", schedulers=0, scheduler_addresses=("10.0.0.5:50052", "file:/x"), resume_key_file=Path("/key")
+    )
+
+    scheduler, _ = child_specs(engine, model, [], tmp_path)
+    (gateway,) = child_specs(front, model, [Listen("127.0.0.1:1", "")], tmp_path)
+
+    _, *options = scheduler.command[scheduler.command.index("scheduler") :]
+    built = parse(SchedulerConfig, [*options, "--progress-fd=9"], prog="scheduler", environ={})
+    assert (built.scheduler_address, built.scheduler_id) == ("10.0.0.5:50052", "10.0.0.5:50052")
+    assert built.health_address == f"unix:{tmp_path}/scheduler-health.sock"
+    _, *options = gateway.command[gateway.command.index("gateway") :]
+    found = parse(GatewayConfig, options, prog="gateway", environ={})
+    assert found.scheduler_addresses == front.scheduler_addresses
+    assert found.resume_key_file == Path("/key")
+
+
 def test_the_ranks_of_a_worker_live_together_and_each_sees_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     config = ServeConfig(model="m", device="reference", workers=2, tensor_parallel=2)
@@ -285,7 +305,11 @@ def test_the_ranks_of_a_worker_live_together_and_each_sees_a_gpu_of_its_own(monk
     [
         ({"tensor_parallel": 0}, "--tensor-parallel must be from 1 to 64, not 0"),
         ({"tensor_parallel": 2, "device": "cpu"}, "--tensor-parallel is not for device cpu"),
-        ({"gateways": 0}, "--gateways must be from 1 to 64, not 0"),
+        ({"gateways": -1}, "--gateways must be from 0 to 64, not -1"),
+        ({"gateways": 0}, "--gateways 0 needs --scheduler-address"),
+        ({"schedulers": 0}, "--schedulers 0 and --scheduler-addresses go together"),
+        ({"scheduler_addresses": ("a:1",)}, "--schedulers 0 and --scheduler-addresses go together"),
+        ({"schedulers": 2, "scheduler_address": "a:1"}, "--scheduler-address is for one scheduler, not 2"),
         ({"workers": 65}, "--workers must be from 1 to 64, not 65"),
         ({"max_model_len": 0}, "--max-model-len must be at least 1, not 0"),
         ({"kv_cache_memory": 0}, "--kv-cache-memory must be positive, not 0"),

@@ -277,7 +277,26 @@ async def test_a_name_stands_for_all_its_addresses_and_keeps_them_while_dns_is_d
         seen.append(book.current)
 
     fixed = ["10.0.0.9:1", "unix:/run/s"]
-    assert book.has_names
+    assert book.can_change
     assert sorted(seen[0]) == fixed
     assert sorted(seen[1]) == sorted(seen[2]) == sorted([*fixed, "10.0.0.1:50052", "10.0.0.2:50052"])
     assert sorted(seen[3]) == sorted([*fixed, "10.0.0.3:50052"])
+
+
+async def test_a_file_stands_for_the_addresses_in_its_lines_and_keeps_them_while_it_cannot_be_read(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "schedulers"
+    book = AddressBook([f"file:{file}", "10.0.0.9:1"])
+    seen = []
+    for text in (None, "10.0.0.1:1\n10.0.0.2:1\n10.0.0.1:1\n", None, "10.0.0.2:1\n", ""):
+        file.unlink(missing_ok=True)
+        if text is not None:
+            file.write_text(text)
+        await book.refresh()
+        seen.append(sorted(book.current))
+
+    assert book.can_change
+    assert book.name_of("10.0.0.2:1") == ""
+    both = ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.9:1"]
+    assert seen == [both[2:], both, both, both[1:], both[2:]]
