@@ -61,8 +61,11 @@ class OctavoError(Exception):
         own_words = bool(self.reason)
         if self.reason == "STREAM_INTERRUPTED" or self.code is grpc.StatusCode.UNAVAILABLE:
             return True
-        transport = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED)
-        return self.code in transport and not own_words
+        # ABORTED is STREAM_INTERRUPTED, whose word was lost on the way: some proxies pass no trailers on.
+        bare = (
+            grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED, grpc.StatusCode.ABORTED,
+        )  # fmt: skip
+        return self.code in bare and not own_words
 
     @property
     def was_not_taken(self) -> bool:

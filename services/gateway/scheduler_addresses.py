@@ -56,7 +56,7 @@ class AddressBook:
         """Look all names up and read all files again."""
         for name in filter(is_file, self._found):
             try:
-                lines = Path(name.removeprefix(FILE)).read_text(encoding="utf-8").split()
+                lines = _lines_of(name)
             except (OSError, UnicodeDecodeError) as error:
                 self._warnings.warning(name, "cannot read %s: %s", name, error)
                 continue
@@ -73,6 +73,11 @@ class AddressBook:
             family = answers[0][0]
             hosts = sorted({str(where[0]) for found, _, _, _, where in answers if found == family})
             self._found[name] = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+
+
+def _lines_of(name: str) -> list[str]:
+    """Return what a file says: so little that reading it holds the event loop up no longer than a look-up does."""
+    return Path(name.removeprefix(FILE)).read_text(encoding="utf-8").split()
 
 
 def is_name(address: str) -> bool:

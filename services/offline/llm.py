@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
 
@@ -33,14 +33,17 @@ class LLM:
 
     def __init__(self, model: str, *, verbose: bool = False, **options: str | float | bool) -> None:
         with contextlib.ExitStack() as stack:
-            server = stack.enter_context(
-                LocalServer(str(model), [_flag(*each) for each in options.items()], verbose=verbose)
-            )
+            self._server = server = stack.enter_context(LocalServer(str(model), option_flags(options), verbose=verbose))
             self.client = stack.enter_context(SyncClient(server.address))
             """For everything else that the API can do."""
             self.server_pid = server.pid
             """The process that looks after the server's processes."""
             self._closing = stack.pop_all()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the server has not ended. What dies below it is started again; it ends if that does not help."""
+        return self._server.is_running
 
     def generate(self, prompts: Prompt | Iterable[Prompt], **options: Unpack[GenerationOptions]) -> list[Result]:
         """Return the continuation of each prompt, in order; without `max_new_tokens` it can fill the context.
@@ -97,6 +100,11 @@ class LLM:
         self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def option_flags(options: Mapping[str, str | float | bool]) -> list[str]:
+    """Return options of `octavo serve`, given by name, as its command line has them."""
+    return [_flag(*each) for each in options.items()]
 
 
 def _flag(name: str, value: str | float | bool) -> str:

@@ -90,7 +90,7 @@ class LocalServer:
             return
         self._is_closed = True
         if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.terminate()  # not SIGINT: whoever started this process may block that in its children
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_S)
         with contextlib.suppress(ProcessLookupError):
