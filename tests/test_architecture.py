@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("services", "gpu_worker", "kernels", "protos")
+PACKAGES = ("services", "gpu_worker", "kernels", "protos", "src/octavo/ray")
 
 # Which parts of octavo each part may import, besides itself. A proto package is "protos".
 ALLOWED = {
@@ -31,14 +32,23 @@ ALLOWED = {
         "protos", "services.batch", "services.bench", "services.client", "services.common", "services.gateway",
         "services.offline", "services.scheduler", "services.telemetry", "gpu_worker",
     },
+    "ray": {"protos", "services.client", "services.offline"},
 }  # fmt: skip
 PROTO_AREAS = {"admin", "common", "inference", "scheduler", "worker"}
+# Importing it says what to install where Ray is missing, which is an error.
+WITHOUT_RAY = () if importlib.util.find_spec("ray") else ("octavo.ray",)
 FORBIDDEN_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 
 
 def sources() -> list[Path]:
     files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     return sorted(path for path in files if "_pb2" not in path.name)
+
+
+def inside_octavo(path: Path) -> Path:
+    """Where a source is below the package; its place in the repository, for what is linked there."""
+    relative = path.relative_to(ROOT)
+    return relative.relative_to("src/octavo") if relative.is_relative_to("src/octavo") else relative
 
 
 def part_of(module: str) -> str | None:
@@ -67,7 +77,7 @@ def imported_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_follow_the_table(path: Path) -> None:
-    own = part_of("octavo." + ".".join(path.relative_to(ROOT).with_suffix("").parts))
+    own = part_of("octavo." + ".".join(inside_octavo(path).with_suffix("").parts))
     if path.is_relative_to(ROOT / "protos"):
         own = "protos"
     if own == "services":
@@ -134,12 +144,12 @@ def import_everything(blocked: set[str], skipped: tuple[str, ...]) -> list[str]:
 
 def test_services_import_without_torch() -> None:
     blocked = {"torch", "triton", "transformers", "safetensors"}
-    modules = import_everything(blocked, ("octavo.gpu_worker", "octavo.kernels"))
+    modules = import_everything(blocked, ("octavo.gpu_worker", "octavo.kernels", *WITHOUT_RAY))
     assert not blocked & set(modules)
 
 
 def test_no_bare_package_of_ours_is_ever_imported() -> None:
-    modules = import_everything(set(), ("octavo.nothing",))
+    modules = import_everything(set(), ("octavo.nothing", *WITHOUT_RAY))
     assert not {"services", "gpu_worker", "kernels", "protos"} & set(modules)
 
 
@@ -176,7 +186,7 @@ def test_the_breaking_check_finds_a_renumbered_field(tmp_path: Path) -> None:
 def test_the_wheel_holds_every_module_and_no_other_top_level_name(tmp_path: Path) -> None:
     tree = tmp_path / "tree"  # a build leaves files behind, which must not be in the next one
     tree.mkdir()
-    for name in (*PACKAGES, "src", "pyproject.toml", "README.md", "LICENSE", "setup.py"):
+    for name in (*PACKAGES[:4], "src", "pyproject.toml", "README.md", "LICENSE", "setup.py"):
         if (ROOT / name).exists():
             subprocess.run(["cp", "-r", str(ROOT / name), str(tree)], check=True)
     environment = {**os.environ, "OCTAVO_NO_NATIVE_BUILD": "1"}
@@ -186,7 +196,7 @@ def test_the_wheel_holds_every_module_and_no_other_top_level_name(tmp_path: Path
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"octavo"}
     for path in sources():
-        relative = path.relative_to(ROOT)
+        relative = inside_octavo(path)
         if relative.parts[0] == "protos":
             if relative.name == "generate.py":
                 continue
