@@ -14,6 +14,7 @@ _HOP_BY_HOP = {
     "transfer-encoding", "upgrade",
 }  # fmt: skip
 _RETRY_S = 0.2
+_REFUSED_S = 5.0  # a gateway that has just started has not found its engines yet
 
 
 class HttpForward:
@@ -47,14 +48,18 @@ class HttpForward:
         url = f"{self._url}{path}" + (f"?{request.url.query}" if request.url.query else "")
         headers = [(name, value) for name, value in request.headers.items() if name not in _HOP_BY_HOP]
         loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + self._restart_s
+        started = loop.time()
         while True:
             try:
-                return await session.request(request.method, url, data=body, headers=headers, allow_redirects=False)
+                answer = await session.request(request.method, url, data=body, headers=headers, allow_redirects=False)
+                # 503 to a request for work: nobody took it.
+                if answer.status != 503 or request.method != "POST" or loop.time() > started + _REFUSED_S:
+                    return answer
+                answer.close()
             except (aiohttp.ClientConnectionError, ConnectionError):
-                if loop.time() > give_up_at:
+                if loop.time() > started + self._restart_s:
                     raise
-                await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(_RETRY_S)
 
 
 async def _body(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

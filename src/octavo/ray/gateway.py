@@ -91,8 +91,8 @@ def _follow(engines: Any, path: Path, stop: threading.Event) -> None:
         try:
             # One that does not answer is left out: a gateway keeps to an engine as long as it is connected to it.
             answers = engines.broadcast("address").results(timeout_s=_ASK_S, return_exceptions=True)
-        except Exception:
-            _log.exception("cannot ask for the engines' addresses")  # Ray has many words for that: asked again
+        except Exception as error:  # Ray has many words for it, and one is that no engine runs yet: asked again
+            _log.warning("cannot ask for the engines' addresses: %s: %s", type(error).__name__, error)
             continue
         found = sorted(answer for answer in answers if isinstance(answer, str))
         if found != known:
