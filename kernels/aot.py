@@ -42,6 +42,7 @@ MODULES = (
     "layer_norm",
     "gated",
     "moe",
+    "expert_routing",
     "quantized_linear",
     "sampling_kernels",
     "alternatives",

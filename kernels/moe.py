@@ -1,11 +1,6 @@
-# ruff: noqa: N803, N806 - constants of a kernel are upper case
+# ruff: noqa: N803 - constants of a kernel are upper case
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Mixtures of experts: rows choose experts, are sorted by them, and one launch multiplies all.
-
-A pair of a row and an expert that it takes is an assignment; assignment a is number a % TAKEN of row
-a // TAKEN, a row's experts ascending. A tile is up to `block_rows` assignments of one expert. Which
-tiles there are is known to the GPU only: the list of tiles has a fixed length, and what is left over
-of it does nothing. So nothing waits for the host, and a CUDA graph takes any routing.
+"""Mixtures of experts: one launch multiplies the rows of all experts, `expert_routing.py` says which.
 
 As in `quantized_linear.py` the weights are the first operand of the matrix instruction: 64 of their
 rows fill the wide instructions, however few rows chose an expert. A row is summed over all inputs by
@@ -14,124 +9,16 @@ one program, and its experts are added in their order, so its bits do not depend
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
-from octavo.kernels.configs import GATED, TARGETS, ExpertsConfig, RowConfig, experts_config, power_of_two
+from octavo.kernels.configs import GATED, TARGETS, ExpertsConfig, RowConfig, experts_config
+from octavo.kernels.expert_routing import Assignments, Mixture, assign
 from octavo.kernels.gated import ACTIVATIONS, activate
 
-_SORT_BLOCK = 1024  # assignments that the sort looks at in one go
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@triton.jit
-def _choose(
-    logits_ptr,
-    slot_mapping_ptr,
-    expert_ids_ptr,
-    weights_ptr,
-    NUM_ROUTED: tl.constexpr,
-    NUM_CHOSEN: tl.constexpr,
-    NUM_SHARED: tl.constexpr,
-    IS_NORMALIZED: tl.constexpr,
-    PADDED: tl.constexpr,
-    PADDED_SHARED: tl.constexpr,
-):
-    """Choose the experts of one row. Grid (T,).
-
-    logits        [T, NUM_ROUTED], one column more if there are shared experts
-    slot_mapping  [T] int32, negative for padding, which takes no expert
-    expert_ids    [T, NUM_CHOSEN + NUM_SHARED] int32, ascending, -1 for padding;  weights the same, float32
-    PADDED, PADDED_SHARED = NUM_ROUTED, NUM_SHARED rounded up to powers of two.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    TAKEN: tl.constexpr = NUM_CHOSEN + NUM_SHARED
-    NUM_LOGITS: tl.constexpr = NUM_ROUTED + (1 if NUM_SHARED > 0 else 0)
-    is_real = tl.load(slot_mapping_ptr + row) >= 0
-    expert = tl.arange(0, PADDED)
-    is_expert = expert < NUM_ROUTED
-    logits = tl.load(logits_ptr + row * NUM_LOGITS + expert, mask=is_expert, other=float("-inf")).to(tl.float32)
-    powers = tl.where(is_expert, tl.exp2((logits - tl.max(logits)) * 1.4426950408889634), 0.0)
-    # Each turn takes the best of those left. NaN counts as best, so that there is always one.
-    keys = tl.where(logits != logits, float("inf"), logits)
-    is_chosen = tl.zeros([PADDED], tl.int32)
-    for _ in tl.static_range(NUM_CHOSEN):
-        is_left = is_expert & (is_chosen == 0)
-        best = tl.max(tl.where(is_left, keys, float("-inf")))
-        first = tl.min(tl.where(is_left & (keys == best), expert, PADDED))
-        is_chosen = tl.where(expert == first, 1, is_chosen)
-    total = tl.sum(tl.where(is_chosen != 0, powers, 0.0)) if IS_NORMALIZED else tl.sum(powers)
-    place = row * TAKEN + tl.cumsum(is_chosen) - 1
-    tl.store(expert_ids_ptr + place, tl.where(is_real, expert, -1), mask=is_chosen != 0)
-    tl.store(weights_ptr + place, powers / total, mask=is_chosen != 0)
-    if NUM_SHARED > 0:
-        shared = tl.arange(0, PADDED_SHARED)
-        logit = tl.load(logits_ptr + row * NUM_LOGITS + NUM_ROUTED).to(tl.float32)
-        weight = tl.zeros([PADDED_SHARED], tl.float32) + 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * logit))
-        place = row * TAKEN + NUM_CHOSEN + shared
-        tl.store(expert_ids_ptr + place, tl.where(is_real, NUM_ROUTED + shared, -1), mask=shared < NUM_SHARED)
-        tl.store(weights_ptr + place, weight, mask=shared < NUM_SHARED)
-
-
-@triton.jit(do_not_specialize=["num_assignments"])
-def _count(expert_ids_ptr, counts_ptr, num_assignments, BLOCK: tl.constexpr):
-    """Count the assignments of one expert. Grid (num_experts,).
-
-    expert_ids  [num_assignments] int32;  counts [num_experts] int32
-    """
-    expert = tl.program_id(0)
-    count = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, num_assignments, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        ids = tl.load(expert_ids_ptr + index, mask=index < num_assignments, other=-1)
-        count += (ids == expert).to(tl.int32)
-    tl.store(counts_ptr + expert, tl.sum(count))
-
-
-@triton.jit(do_not_specialize=["num_assignments", "num_tiles"])
-def _sort(
-    expert_ids_ptr,
-    counts_ptr,
-    sorted_ptr,
-    tile_experts_ptr,
-    num_assignments,
-    num_tiles,
-    NUM_EXPERTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write one expert's assignments to its tiles, in their order. Grid (NUM_EXPERTS,).
-
-    expert_ids    [num_assignments] int32;  counts [NUM_EXPERTS] int32
-    sorted        [num_tiles, BLOCK_ROWS] int32: assignments, -1 where a tile is not full
-    tile_experts  [num_tiles] int32: whose tile it is, -1 for tiles that are left over
-    PADDED = NUM_EXPERTS rounded up to a power of two.
-    """
-    expert = tl.program_id(0)
-    experts = tl.arange(0, PADDED)
-    counts = tl.load(counts_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
-    tiles = (counts + BLOCK_ROWS - 1) // BLOCK_ROWS
-    first_tile = tl.sum(tl.where(experts < expert, tiles, 0))
-    end_tile = first_tile + tl.sum(tl.where(experts == expert, tiles, 0))
-    target = first_tile * BLOCK_ROWS
-    for start in tl.range(0, num_assignments, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        ids = tl.load(expert_ids_ptr + index, mask=index < num_assignments, other=-1)
-        is_mine = (ids == expert).to(tl.int32)
-        tl.store(sorted_ptr + target + tl.cumsum(is_mine) - 1, index, mask=is_mine != 0)
-        target += tl.sum(is_mine)
-    rest = target + tl.arange(0, BLOCK_ROWS)
-    tl.store(sorted_ptr + rest, tl.full([BLOCK_ROWS], -1, tl.int32), mask=rest < end_tile * BLOCK_ROWS)
-    # The last expert's program also marks the tiles that nobody needs.
-    last_tile = tl.where(expert == NUM_EXPERTS - 1, num_tiles, end_tile)
-    for start in tl.range(first_tile, last_tile, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        tl.store(tile_experts_ptr + tile, tl.where(tile < end_tile, expert, -1), mask=tile < last_tile)
 
 
 @triton.jit
@@ -209,53 +96,16 @@ def _add_experts(
         tl.store(residual_ptr + row * HIDDEN + cols, total, mask=mask)
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """The weights of a mixture of experts, its last `num_shared` experts taken by every row.
-
-    gate_up  [num_experts, 2 * intermediate_size, hidden_size]: gate, then up
-    down     [num_experts, hidden_size, intermediate_size], of the same type
-    """
-
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    num_chosen: int
-    num_shared: int
-    is_normalized: bool
-
-    @property
-    def num_taken(self) -> int:
-        """Experts that each row takes."""
-        return self.num_chosen + self.num_shared
-
-    @property
-    def num_routed(self) -> int:
-        """Experts that a row chooses from."""
-        return len(self.down) - self.num_shared
-
-
-def num_tiles(num_tokens: int, mixture: Mixture, config: ExpertsConfig) -> int:
-    """Return how many tiles a step may need: full ones, and one that is not full for each expert."""
-    num_assignments = num_tokens * mixture.num_taken
-    return num_assignments // config.block_rows + min(num_assignments, len(mixture.down))
-
-
-class ExpertsWorkspace:
+class ExpertsWorkspace(Assignments):
     """What `add_experts` writes on the way. One serves all layers of the same sizes, in any step up to `max_tokens`."""
 
     def __init__(self, mixture: Mixture, max_tokens: int, config: ExpertsConfig) -> None:
         """Allocate on the device of `mixture`, whose type the terms of the sum have."""
-        device, dtype = mixture.down.device, mixture.down.dtype
-        num_experts, hidden, inner = mixture.down.shape
-        count, tiles = max_tokens * mixture.num_taken, num_tiles(max_tokens, mixture, config)
-        self.max_tokens = max_tokens
-        self.expert_ids = torch.empty(count, dtype=torch.int32, device=device)
-        self.weights = torch.empty(count, dtype=torch.float32, device=device)
-        self.counts = torch.empty(num_experts, dtype=torch.int32, device=device)
-        self.sorted = torch.empty(tiles, config.block_rows, dtype=torch.int32, device=device)
-        self.tile_experts = torch.empty(tiles, dtype=torch.int32, device=device)
-        self.gated = torch.empty(count, inner, dtype=dtype, device=device)
-        self.terms = torch.empty(count, hidden, dtype=dtype, device=device)
+        super().__init__(mixture, max_tokens, config)
+        _, hidden, inner = mixture.down.shape
+        count = max_tokens * mixture.num_taken
+        self.gated = mixture.down.new_empty(count, inner)
+        self.terms = mixture.down.new_empty(count, hidden)
 
     @property
     def num_bytes(self) -> int:
@@ -307,24 +157,7 @@ def add_experts(
         assert tensor.device == workspace.terms.device, (tensor.device, workspace.terms.device)
     if num_tokens == 0:
         return
-    work, tiles = workspace, num_tiles(num_tokens, mixture, config)
-    _choose[(num_tokens,)](
-        logits, slot_mapping, work.expert_ids, work.weights, **_choose_constants(mixture), num_warps=1
-    )
-    _count[(num_experts,)](work.expert_ids, work.counts, num_tokens * taken, BLOCK=_SORT_BLOCK, num_warps=4)
-    _sort[(num_experts,)](
-        work.expert_ids,
-        work.counts,
-        work.sorted,
-        work.tile_experts,
-        num_tokens * taken,
-        tiles,
-        NUM_EXPERTS=num_experts,
-        PADDED=power_of_two(num_experts),
-        BLOCK_ROWS=config.block_rows,
-        BLOCK=_SORT_BLOCK,
-        num_warps=4,
-    )
+    work, tiles = workspace, assign(logits, slot_mapping, mixture, workspace, config)
     is_silu = activation == "silu"
     for source, weight, target in ((x, mixture.gate_up, work.gated), (work.gated, mixture.down, work.terms)):
         constants = _linear_constants(target.shape[1], source.shape[1], taken, source is x, is_silu, config)
@@ -348,17 +181,6 @@ def add_experts(
         BLOCK=row_config.block,
         num_warps=row_config.num_warps,
     )
-
-
-def _choose_constants(mixture: Mixture) -> dict[str, int | bool]:
-    return {
-        "NUM_ROUTED": mixture.num_routed,
-        "NUM_CHOSEN": mixture.num_chosen,
-        "NUM_SHARED": mixture.num_shared,
-        "IS_NORMALIZED": mixture.is_normalized,
-        "PADDED": power_of_two(mixture.num_routed),
-        "PADDED_SHARED": power_of_two(max(mixture.num_shared, 1)),
-    }
 
 
 def _linear_constants(
@@ -404,22 +226,6 @@ def _linear_spec(target: str, dtype: str, *, is_gated: bool) -> AotSpec:
     )
 
 
-def _choose_spec(num_routed: int, num_chosen: int, num_shared: int) -> AotSpec:
-    mixture = Mixture(torch.empty(0), torch.empty(num_routed + num_shared, 0, 0), num_chosen, num_shared, True)
-    return AotSpec(
-        function="_choose",
-        label=f"{num_chosen} of {num_routed}{f', {num_shared} shared' if num_shared else ''}",
-        signature={
-            "logits_ptr": "*fp32:16",
-            "slot_mapping_ptr": "*i32:16",
-            "expert_ids_ptr": "*i32:16",
-            "weights_ptr": "*fp32:16",
-        },
-        constexprs=_choose_constants(mixture),
-        num_warps=1,
-    )
-
-
 def _add_spec(target: str) -> AotSpec:
     return AotSpec(
         function="_add_experts",
@@ -438,28 +244,6 @@ AOT_SPECS = [
         for target in TARGETS
         for dtype in ("bf16", "fp32")
         for is_gated in (True, False)
-    ),
-    *(_choose_spec(*sizes) for sizes in ((8, 2, 0), (128, 8, 0), (60, 4, 4))),
-    AotSpec(
-        function="_count",
-        label="",
-        signature={"expert_ids_ptr": "*i32:16", "counts_ptr": "*i32:16", "num_assignments": "i32"},
-        constexprs={"BLOCK": _SORT_BLOCK},
-        num_warps=4,
-    ),
-    AotSpec(
-        function="_sort",
-        label="128 experts",
-        signature={
-            "expert_ids_ptr": "*i32:16",
-            "counts_ptr": "*i32:16",
-            "sorted_ptr": "*i32:16",
-            "tile_experts_ptr": "*i32:16",
-            "num_assignments": "i32",
-            "num_tiles": "i32",
-        },
-        constexprs={"NUM_EXPERTS": 128, "PADDED": 128, "BLOCK_ROWS": 64, "BLOCK": _SORT_BLOCK},
-        num_warps=4,
     ),
     *(_add_spec(target) for target in TARGETS),
 ]

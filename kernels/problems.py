@@ -27,8 +27,9 @@ from octavo.kernels.configs import (
     experts_config,
     linear_config,
 )
+from octavo.kernels.expert_routing import Mixture
 from octavo.kernels.gated import gated
-from octavo.kernels.moe import ExpertsWorkspace, Mixture, add_experts
+from octavo.kernels.moe import ExpertsWorkspace, add_experts
 from octavo.kernels.paged_attention import BLOCK_SIZE, paged_attention, partial_buffers, tile_queries
 from octavo.kernels.quantized_linear import quantize_rows, quantize_weight, quantized_linear
 from octavo.kernels.rms_norm import add_rms_norm

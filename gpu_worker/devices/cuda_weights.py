@@ -11,7 +11,8 @@ from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Experts, Linear
 from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.configs import ExpertsConfig
-from octavo.kernels.moe import ExpertsWorkspace, Mixture
+from octavo.kernels.expert_routing import Mixture
+from octavo.kernels.moe import ExpertsWorkspace
 from octavo.kernels.quantized_linear import quantize_weight
 
 Largest = Callable[[torch.Tensor], torch.Tensor]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mutate import guarded, mutated
 
+from octavo.kernels import expert_routing as routing
 from octavo.kernels import moe as kernel
 from octavo.kernels import reference
 from octavo.kernels.configs import ExpertsConfig, RowConfig
@@ -50,7 +51,7 @@ def check(case: Case, module: Any = kernel) -> torch.Tensor:
         logits[:, case.popular] = 5
     gate_up = torch.randn(experts, 2 * case.inner, case.hidden, generator=random) * 1.5 * case.hidden**-0.5
     down = torch.randn(experts, case.hidden, case.inner, generator=random) * case.inner**-0.5
-    mixture = module.Mixture(
+    mixture = routing.Mixture(
         guarded(gate_up.to(case.dtype)), guarded(down.to(case.dtype)), case.chosen, case.shared, case.normalized
     )
     slots = torch.arange(case.tokens, dtype=torch.int32)
@@ -106,9 +107,9 @@ def choose(logits: torch.Tensor, shared: int = 0, slot: int = 0) -> tuple[torch.
     ids = torch.full((len(logits), 2 + shared), -7, dtype=torch.int32)
     weights = torch.zeros(ids.shape)
     experts = logits.shape[1] - (shared > 0) + shared
-    mixture = kernel.Mixture(torch.empty(0), torch.empty(experts, 1, 1), 2, shared, True)
+    mixture = routing.Mixture(torch.empty(0), torch.empty(experts, 1, 1), 2, shared, True)
     slots = torch.full((len(logits),), slot, dtype=torch.int32)
-    kernel._choose[(len(logits),)](guarded(logits), slots, ids, weights, **kernel._choose_constants(mixture))
+    routing._choose[(len(logits),)](guarded(logits), slots, ids, weights, **routing._choose_constants(mixture))
     return ids, weights
 
 
@@ -141,8 +142,8 @@ def sort(ids: list[int], experts: int, tiles: int) -> tuple[list[list[int]], lis
     counts = torch.full((experts,), 99, dtype=torch.int32)
     ordered = torch.full((tiles, 4), 99, dtype=torch.int32)
     tile_experts = torch.full((tiles,), 99, dtype=torch.int32)
-    kernel._count[(experts,)](expert_ids, counts, len(ids), BLOCK=8)
-    kernel._sort[(experts,)](
+    routing._count[(experts,)](expert_ids, counts, len(ids), BLOCK=8)
+    routing._sort[(experts,)](
         expert_ids, counts, ordered, tile_experts, len(ids), tiles, NUM_EXPERTS=experts, PADDED=4, BLOCK_ROWS=4, BLOCK=8
     )
     return ordered.tolist(), tile_experts.tolist()
@@ -160,12 +161,12 @@ def test_each_assignment_is_in_one_tile_of_its_expert_in_order() -> None:
 def test_there_are_tiles_enough_for_any_choice_and_one_less_is_too_few_for_some(
     tokens: int, experts: int, chosen: int
 ) -> None:
-    mixture = kernel.Mixture(torch.empty(0), torch.empty(experts, 1, 1), chosen, 0, True)
+    mixture = routing.Mixture(torch.empty(0), torch.empty(experts, 1, 1), chosen, 0, True)
     count = tokens * chosen
     # The worst: as many experts as can be have one row beyond full tiles, and full tiles take the rest.
     ends = min(count, experts)
     needed = (count - ends) // CONFIG.block_rows + ends
-    assert needed <= kernel.num_tiles(tokens, mixture, CONFIG) <= needed + ends
+    assert needed <= routing.num_tiles(tokens, mixture, CONFIG) <= needed + ends
 
 
 MUTATIONS = [
@@ -191,6 +192,17 @@ MUTATIONS = [
         "tl.load(weights_ptr + assignment, mask",
         "tl.load(weights_ptr + tl.arange(0, BLOCK_ROWS), mask",
     ),
+    ("padding is added to", "if tl.load(expert_ids_ptr + row * TAKEN) >= 0:", "if True:"),
+    ("a term too few", "tl.static_range(TAKEN)", "tl.static_range(TAKEN - 1)"),
+    ("terms of the wrong row", "(row * TAKEN + number) * HIDDEN", "(row + number) * HIDDEN"),
+    (
+        "residual replaced",
+        "total = tl.load(residual_ptr + row * HIDDEN + cols, mask=mask, other=0.0)",
+        "total = tl.zeros([BLOCK], tl.float32)",
+    ),
+    ("only the first columns", "cols = tl.program_id(1) * BLOCK", "cols = 0 * BLOCK"),
+]
+ROUTING_MUTATIONS = [
     ("softmax over all", "if IS_NORMALIZED", "if False"),
     ("softmax over the chosen", "if IS_NORMALIZED", "if True"),
     ("base of the exponential", "* 1.4426950408889634)", "* 1.0)"),
@@ -205,7 +217,6 @@ MUTATIONS = [
     ("shared weight of a routed logit", "row * NUM_LOGITS + NUM_ROUTED)", "row * NUM_LOGITS)"),
     ("sigmoid of the negative", "tl.exp2(-1.4426950408889634 * logit)", "tl.exp2(1.4426950408889634 * logit)"),
     ("padding takes experts", "tl.where(is_real, expert, -1)", "expert"),
-    ("padding is added to", "if tl.load(expert_ids_ptr + row * TAKEN) >= 0:", "if True:"),
     (
         "tiles of the experts up to this one",
         "tl.where(experts < expert, tiles, 0)",
@@ -217,14 +228,6 @@ MUTATIONS = [
     ("tiles left over not marked", "tl.where(tile < end_tile, expert, -1)", "expert"),
     ("the last tiles forgotten", "tl.where(expert == NUM_EXPERTS - 1, num_tiles, end_tile)", "end_tile"),
     ("another expert counted", "count += (ids == expert)", "count += (ids == expert + 1)"),
-    ("a term too few", "tl.static_range(TAKEN)", "tl.static_range(TAKEN - 1)"),
-    ("terms of the wrong row", "(row * TAKEN + number) * HIDDEN", "(row + number) * HIDDEN"),
-    (
-        "residual replaced",
-        "total = tl.load(residual_ptr + row * HIDDEN + cols, mask=mask, other=0.0)",
-        "total = tl.zeros([BLOCK], tl.float32)",
-    ),
-    ("only the first columns", "cols = tl.program_id(1) * BLOCK", "cols = 0 * BLOCK"),
     (
         "too few tiles",
         "num_assignments // config.block_rows + min(num_assignments, len(mixture.down))",
@@ -242,15 +245,29 @@ def check_hard(module: ModuleType) -> None:
         check(case, module)
 
 
+@pytest.fixture
+def _small_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_SORT_BLOCK", 16)
+
+
+@pytest.mark.usefixtures("_small_sort")
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
-def test_a_mutated_kernel_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+def test_a_mutated_kernel_is_caught(tmp_path: Path, old: str, new: str) -> None:
     mutant = mutated(kernel, tmp_path, old, new)
-    monkeypatch.setattr(mutant, "_SORT_BLOCK", 16)
     with pytest.raises((AssertionError, IndexError)):
         check_hard(mutant)
 
 
+@pytest.mark.parametrize(("old", "new"), [m[1:] for m in ROUTING_MUTATIONS], ids=[m[0] for m in ROUTING_MUTATIONS])
+def test_a_mutated_routing_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    mutant = mutated(routing, tmp_path, old, new)
+    monkeypatch.setattr(mutant, "_SORT_BLOCK", 16)
+    monkeypatch.setattr(kernel, "assign", mutant.assign)
+    with pytest.raises((AssertionError, IndexError)):
+        check_hard(kernel)
+
+
+@pytest.mark.usefixtures("_small_sort")
 @pytest.mark.parametrize("case", HARD)
-def test_the_cases_that_mutants_fail_pass_unmutated(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "_SORT_BLOCK", 16)
+def test_the_cases_that_mutants_fail_pass_unmutated(case: Case) -> None:
     check(case)
