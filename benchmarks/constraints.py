@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import schemas
 from octavo.gpu_worker.grammars import Grammars
 from octavo.gpu_worker.sampling_settings import read_sampling_update
 from octavo.gpu_worker.vocabulary import read_vocabulary
@@ -26,23 +27,6 @@ from octavo.services.gateway.constraint_grammar import grammar_of_schema
 from octavo.worker.v1 import worker_pb2
 
 _TOKENS = 100
-_STRINGS: list[dict[str, Any]] = [{}, {"maxLength": 30}, {"pattern": "^[A-Z]{2}-[0-9]{4}$"}, {"format": "date"}]
-
-
-def draw_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
-    """Return a schema with a handful of fields, up to three levels deep."""
-    kind = rng.choice(["string", "integer", "boolean", "enum", "array", "object"]) if depth else "object"
-    if kind == "enum":
-        return {"enum": [f"value {rng.randrange(1000)}" for _ in range(rng.randint(1, 8))]}
-    if kind == "object" and depth < 3:
-        names = [f"{rng.choice(['name', 'size', 'kind', 'note'])}_{index}" for index in range(rng.randint(2, 7))]
-        fields = {name: draw_schema(rng, depth + 1) for name in names}
-        return {"type": "object", "properties": fields, "required": names[:2], "additionalProperties": False}
-    if kind == "array" and depth < 3:
-        return {"type": "array", "items": draw_schema(rng, depth + 1), "maxItems": rng.randint(1, 6)}
-    if kind == "integer":
-        return {"type": "integer", "minimum": rng.randint(-5, 5), "maximum": rng.randint(100, 9999)}
-    return {"type": "boolean"} if kind == "boolean" else {"type": "string", **rng.choice(_STRINGS)}
 
 
 def main() -> None:
@@ -54,9 +38,9 @@ def main() -> None:
     grammars = Grammars(lambda: read_vocabulary(given.model, vocab_size), vocab_size, patience_s=None)
     grammars._tokenizer.result()
     rng = random.Random(0)
-    schemas = [draw_schema(rng) for _ in range(given.schemas)]
+    drawn = [schemas.typical(rng) for _ in range(given.schemas)]
     first, each = [], []
-    for schema in schemas:
+    for schema in drawn:
         update = worker_pb2.SamplingUpdate(top_p=1.0, grammar=grammar_of_schema(schema))
         began = time.perf_counter()
         automaton = grammars.open(read_sampling_update(update, vocab_size))
@@ -72,17 +56,17 @@ def main() -> None:
     _report("llguidance: new schema to first mask, ms", first, 1e3)
     _report("llguidance: token to next mask, us", each, 1e6)
     if importlib.util.find_spec("xgrammar") is not None:
-        _report("xgrammar: compiling, ms", _xgrammar(given.model, vocab_size, schemas), 1e3)
+        _report("xgrammar: compiling, ms", _xgrammar(given.model, vocab_size, drawn), 1e3)
 
 
-def _xgrammar(model: Path, vocab_size: int, schemas: list[dict[str, Any]]) -> list[float]:
+def _xgrammar(model: Path, vocab_size: int, drawn: list[dict[str, Any]]) -> list[float]:
     import xgrammar
     from transformers import AutoTokenizer
 
     info = xgrammar.TokenizerInfo.from_huggingface(AutoTokenizer.from_pretrained(model), vocab_size=vocab_size)
     compiler = xgrammar.GrammarCompiler(info, cache_enabled=False)
     took = []
-    for schema in schemas:
+    for schema in drawn:
         began = time.perf_counter()
         compiler.compile_json_schema(json.dumps(schema))
         took.append(time.perf_counter() - began)

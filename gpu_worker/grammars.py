@@ -38,7 +38,7 @@ PATIENCE_S = 0.002  # how long a step waits for masks after its forward pass
 _POLL_S = 0.0002  # how often to look whether a device still computes
 _MAX_CACHED = 64  # grammars; each takes some MB at most
 _NUM_THREADS = 2  # of each kind: those that compile, and those that advance
-_COMPILE_NICE = 10
+_SLOW_MASK_S = 0.002  # what takes longer goes on where it disturbs nobody
 # What an automaton may take of a core: at once, and more with each token. Usual ones take 20 to 60 us
 # for a token, and a few ms the first time that they come to a new place.
 _CREDIT_S: Final = 0.25
@@ -57,13 +57,13 @@ class Grammars:
         self._vocab_size = vocab_size
         self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
         self._cache_lock = threading.Lock()
-        self._compilers = ThreadPoolExecutor(_NUM_THREADS, "compile grammar", _be_nice)
+        self._compilers = ThreadPoolExecutor(_NUM_THREADS, "compile grammar", _be_gentle)
         self._workers = ThreadPoolExecutor(_NUM_THREADS, "advance grammar")
         self._tokenizer = self._compilers.submit(lambda: _make_tokenizer(read()))
 
     def open(self, settings: SamplingSettings) -> Automaton:
         """Return the automaton of a slot, which begins to compile, at the end of the output so far."""
-        automaton = Automaton(settings, self._vocab_size, self._workers)
+        automaton = Automaton(settings, self._vocab_size, self._workers, self._compilers)
         output = settings.history_token_ids[settings.prompt_length :].tolist()
         automaton.ready = self._compilers.submit(self._begin, automaton, settings.grammar, output)
         return automaton
@@ -114,7 +114,7 @@ class Grammars:
             if found is not None:
                 self._cache.move_to_end(grammar)
                 return found.deep_copy()
-        made = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
+        made = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
         with self._cache_lock:
             self._cache[grammar] = made
             if len(self._cache) > _MAX_CACHED:
@@ -132,13 +132,17 @@ class Automaton:
     is_late      its newest row got no token, because it was not ready; not a thread's to change
     """
 
-    def __init__(self, settings: SamplingSettings, vocab_size: int, workers: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, settings: SamplingSettings, vocab_size: int, workers: ThreadPoolExecutor, slow: ThreadPoolExecutor
+    ) -> None:
+        """workers: threads that advance it; slow: those that do while its masks take long."""
         self.ready: Future[None] = Future()
         self.refusal = 0
         self.is_complete = False
         self.is_late = False
         self._matcher: LLMatcher | None = None
-        self._workers = workers
+        self._workers, self._slow = workers, slow
+        self._is_slow = False
         self._credit_s = _CREDIT_S
         self._vocab_size = vocab_size
         # One bit more than tokens: the tokenizer's end, which no model has.
@@ -152,7 +156,7 @@ class Automaton:
 
     def advance(self, token_id: int) -> None:
         """Take the token that was produced; must be ready. Returns at once."""
-        self.ready = self._workers.submit(self._advance, token_id)
+        self.ready = (self._slow if self._is_slow else self._workers).submit(self._advance, token_id)
 
     def begin(self, matcher: LLMatcher, output: list[int]) -> None:
         """Take the output so far, in a thread."""
@@ -181,7 +185,9 @@ class Automaton:
         began = time.thread_time()
         words = self._words
         matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        self._credit_s -= time.thread_time() - began
+        took_s = time.thread_time() - began
+        self._credit_s -= took_s
+        self._is_slow = took_s > _SLOW_MASK_S
         if matcher.is_error():
             self._refuse(matcher)
             return
@@ -268,8 +274,11 @@ class _Tokens:
         return []
 
 
-def _limits() -> LLParserLimits:
-    """Return what keeps one grammar from taking a worker's memory, and masks from taking seconds."""
+def parser_limits() -> LLParserLimits:
+    """Return what keeps one grammar from taking a worker's memory, and masks from taking seconds.
+
+    Gateways try grammars out with the same ones (`services/gateway/constraint_process.py`).
+    """
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -282,7 +291,11 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _be_nice() -> None:
-    """Let threads that compute steps go first. On Linux a thread has a niceness of its own."""
+def _be_gentle() -> None:
+    """Let all other threads of the machine go first. On Linux a thread has a policy of its own.
+
+    A niceness would not do: such a thread still keeps its core for some ms when one that computes a step wakes up,
+    and all sequences wait for that.
+    """
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _COMPILE_NICE)
+        os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

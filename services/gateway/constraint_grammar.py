@@ -6,9 +6,10 @@ Runs in a process that may be killed (`constraint_process.py`): texts here are a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 # Forced texts are left to the model's own choice of tokens, and nothing needs a tokenizer's encoder.
 HEADER = '%llguidance {"no_forcing": true}\n'
@@ -20,6 +21,7 @@ _SCHEMA = (
     "items", "additionalProperties", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames",
     "unevaluatedItems", "unevaluatedProperties",
 )  # fmt: skip
+_MAX_EXACT = 2**53  # integers up to this are exact as floats
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (.+)")
 
 
@@ -63,11 +65,18 @@ def grammar_of(kind: str, value: str | Sequence[str]) -> str:
 def read_schema(text: str) -> Any:
     """Return a schema, which is an object or a boolean. Raises ConstraintError."""
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise ConstraintError(f"not JSON: it has {constant}")
 
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            refuse(digits)
+        # 2.0 is an integer to JSON Schema, and none to the engine where it wants one.
+        return int(value) if value.is_integer() and abs(value) <= _MAX_EXACT else value
+
     try:
-        schema = json.loads(text, parse_constant=refuse)
+        schema = json.loads(text, parse_constant=refuse, parse_float=number)
     except RecursionError:
         raise ConstraintError("nested too deeply") from None
     except json.JSONDecodeError as error:

@@ -35,13 +35,12 @@ from octavo.services.gateway.constraint_grammar import (
 )
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-MAX_CPU_S = 0.3
+MAX_CPU_S = 0.2
 MAX_WALL_S = 5.0  # where the processor is somebody else's most of the time
 MAX_MEMORY = 512 << 20  # beyond what the process has before
-_GENTLE_AFTER_S = 0.03  # what takes longer gets what others leave
-_GENTLE_NICE = 10
+_GENTLE_AFTER_S = 0.02  # usual ones take less; what takes longer gets what others leave
 _TRIAL_TOKENS = 24
 _MAX_MASK_S = 0.05
 _MAX_UNKNOWN_FORMATS = 16
@@ -168,7 +167,7 @@ class _Server:
         for fork in self._forks.values():
             if not fork.is_gentle and now - fork.started > _GENTLE_AFTER_S:
                 fork.is_gentle = True
-                os.setpriority(os.PRIO_PROCESS, fork.pid, _GENTLE_NICE)
+                _be_gentle(fork.pid)
             if not fork.is_late and now - fork.started > MAX_WALL_S:
                 fork.is_late = True
                 os.kill(fork.pid, signal.SIGKILL)
@@ -185,6 +184,18 @@ def _limit() -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)  # the last words of native code are answered by `_TOO_LARGE`
+
+
+def _be_gentle(pid: int) -> None:
+    """Let a process run only while a core has nothing else to do.
+
+    A niceness would not do: such a process still keeps its core for some ms when another one wakes up, and all
+    streams wait for a worker's thread.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.setpriority(os.PRIO_PROCESS, pid, 19)
 
 
 def _write(frame: dict[str, Any]) -> None:
@@ -231,10 +242,16 @@ def try_out(kind: str, value: Any, continued: list[int], tokenizer: LLTokenizer)
 
 
 def _matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLMatcher
 
-    # Those of the workers (`gpu_worker/grammars.py`): what passes here passes there.
-    limits = LLParserLimits(
+    return LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+
+
+def parser_limits() -> LLParserLimits:
+    """Return the limits of the workers (`gpu_worker/grammars.py`): what passes here passes there."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=100_000,
         step_max_items=20_000,
@@ -242,7 +259,6 @@ def _matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
         max_grammar_size=200_000,
         verbose_errors=False,
     )
-    return LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
 
 
 def _walk(matcher: LLMatcher, continued: list[int]) -> None:

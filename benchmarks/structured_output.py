@@ -1,0 +1,229 @@
+"""Structured output of a whole deployment: whether answers validate, and what new and hostile constraints cost.
+
+    python -m benchmarks.structured_output [schemas] [hostile] [first-token]     (default: all three)
+
+`octavo serve demo --device cpu` answers
+
+- `schemas`: over 300 schemas (`benchmarks/schemas.py`), one answer for each at temperature 1. What ends by itself must
+  be valid for the package jsonschema, formats included
+- `hostile`: nearly 200 hostile schemas, expressions and grammars, one after another, while four streams go on. Each
+  must be refused or answered (16 tokens) in less than a second. Printed beside the time between the streams' tokens
+  while an ordinary constraint is in the place of each, in turns
+- `first-token`: new schemas of typical size, in turns with requests without one: time to the first token of both
+
+Exits with 1 if an answer does not validate or a hostile constraint takes more than a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import socket
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
+from decimal import Decimal
+from typing import Any
+
+import jsonschema
+
+from benchmarks import schemas
+from octavo.services.client import Client, OctavoError
+
+PROMPT = "Here is one JSON document, as short as can be:\n"
+STOP = 1  # FINISH_REASON_STOP
+MAX_S = 1.0
+
+
+async def check_schemas(
+    client: Client, all_schemas: Iterable[schemas.Schema], max_new_tokens: int = 96
+) -> Counter[str]:
+    """Let each schema be answered, 32 at once; return how many ended in which way. Raises what jsonschema raises."""
+    counts: Counter[str] = Counter()
+    left = enumerate(all_schemas)
+
+    async def work() -> None:
+        for seed, schema in left:
+            counts[await _check(client, schema, seed, max_new_tokens)] += 1
+
+    await asyncio.gather(*(work() for _ in range(32)))
+    return counts
+
+
+async def _check(client: Client, schema: schemas.Schema, seed: int, max_new_tokens: int) -> str:
+    try:
+        reply = await client.generate(
+            PROMPT, json_schema=json.dumps(schema), temperature=1.0, seed=seed, max_new_tokens=max_new_tokens
+        )
+    except OctavoError as error:
+        if error.reason != "INVALID_CONSTRAINT":
+            raise
+        return "refused"
+    (candidate,) = reply.response.candidates
+    if candidate.finished.finish_reason != STOP:
+        return "cut"
+    # As decimals, because a float need not be a multiple of 0.01 where its digits say that it is.
+    exact, answer = (json.loads(text, parse_float=Decimal) for text in (json.dumps(schema), candidate.text))
+    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    jsonschema.Draft202012Validator(exact, format_checker=checker).validate(answer)
+    return "valid"
+
+
+class Streams:
+    """Streams that go on without end, and the times between their tokens."""
+
+    def __init__(self, client: Client, count: int) -> None:
+        self._client = client
+        self.gaps: list[float] = []
+        self._has_new = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._read(seed)) for seed in range(count)]
+
+    async def _read(self, seed: int) -> None:
+        while True:
+            stream = self._client.stream(
+                "Once upon a time", temperature=1.0, seed=seed, max_new_tokens=400, ignore_end_of_sequence=True
+            )
+            before = None
+            async for _ in stream:
+                now = time.perf_counter()
+                if before is not None:
+                    self.gaps.append(now - before)
+                    self._has_new.set()
+                before = now
+
+    async def until(self, count: int) -> None:
+        """Wait for so many times."""
+        while len(self.gaps) < count:
+            self._has_new.clear()
+            await self._has_new.wait()
+
+    async def close(self) -> None:
+        """End them."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def _ask(client: Client, kind: str, value: Any) -> tuple[str, float]:
+    began = time.perf_counter()
+    try:
+        given: Any = json.loads(value) if kind == "choices" else value
+        await client.generate(PROMPT, max_new_tokens=16, temperature=1.0, seed=1, **{kind: given})
+        what = "answered"
+    except OctavoError as error:
+        what = error.reason or error.code.name
+    except ValueError:
+        what = "no message holds it"
+    return what, time.perf_counter() - began
+
+
+async def measure_hostile(client: Client) -> bool:
+    """Send all hostile constraints; return whether each took less than a second."""
+    counts: Counter[str] = Counter()
+    times: list[tuple[float, str]] = []
+    gaps: dict[str, list[float]] = {"ordinary": [], "hostile": []}
+    streams = Streams(client, 4)
+    await asyncio.sleep(2)
+    for number, (kind, value) in enumerate(schemas.hostile()):
+        for which, constraint in (("ordinary", ("regex", f"[a-z]{{1,{100 + number}}}")), ("hostile", (kind, value))):
+            streams.gaps.clear()
+            what, took = await _ask(client, *constraint)
+            await streams.until(16)  # as much of each, however soon it ends
+            gaps[which] += streams.gaps
+            if which == "hostile":
+                counts[what] += 1
+                times.append((took, f"{kind} {value[:60]!r}"))
+    await streams.close()
+    times.sort(reverse=True)
+    print(f"hostile constraints: {len(times)}: {dict(counts)}")
+    print(f"  longest {times[0][0] * 1e3:.0f} ms: {times[0][1]}; median {times[len(times) // 2][0] * 1e3:.0f} ms")
+    for took, what in times:
+        if took > MAX_S:
+            print(f"  {took:.2f} s: {what}")
+    for which, each in gaps.items():
+        print(f"  other streams' time between tokens beside {which} constraints: {_percentiles(each)}")
+    return times[0][0] < MAX_S
+
+
+async def measure_first_token(client: Client, count: int = 60) -> None:
+    """Print the time to the first token of new schemas, and of the same requests without one."""
+    rng = random.Random(1)
+    times: dict[str, list[float]] = {"without a schema": [], "with a new schema": []}
+    for number in range(-3, count):
+        schema = {**schemas.typical(rng), "title": f"new {number}"}
+        for which in times:
+            constraint: Any = {"json_schema": schema} if which == "with a new schema" else {}
+            began = time.perf_counter()
+            stream = client.stream(f"{number}. {PROMPT}", max_new_tokens=2, temperature=1.0, seed=1, **constraint)
+            arrivals = [time.perf_counter() - began async for _ in stream]
+            if number >= 0:
+                times[which].append(arrivals[0])
+    for which, each in times.items():
+        print(f"time to first token {which}: {_percentiles(each)}")
+    delays = [late - early for early, late in zip(*times.values(), strict=True)]
+    print(f"  delay by a new schema: {_percentiles(delays)}")
+
+
+def _percentiles(seconds: list[float]) -> str:
+    ordered = sorted(each * 1e3 for each in seconds)
+    p99 = ordered[int(0.99 * (len(ordered) - 1))]
+    middle = statistics.median(ordered)
+    return f"mean {statistics.fmean(ordered):.1f}, median {middle:.1f}, p99 {p99:.1f} ms of {len(ordered)}"
+
+
+@contextlib.asynccontextmanager
+async def _serving() -> AsyncIterator[Client]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "octavo.services.cli", "serve", "demo", "--device=cpu", "--log-level=error"]
+    command += [f"--grpc-address=127.0.0.1:{port}", "--http-address="]
+    silent = asyncio.subprocess.DEVNULL
+    server = await asyncio.create_subprocess_exec(*command, stdout=silent, stderr=silent)
+    client = Client(f"127.0.0.1:{port}", timeout_s=120)
+    try:
+        async with asyncio.timeout(120):
+            while True:
+                with contextlib.suppress(Exception):  # it is starting
+                    await client.generate("Once", max_new_tokens=1, regex="a")
+                    break
+                await asyncio.sleep(0.1)
+        yield client
+    finally:
+        await client.close()
+        server.send_signal(signal.SIGINT)
+        await asyncio.wait_for(server.wait(), 60)
+
+
+async def run(parts: list[str], num_drawn: int) -> int:
+    """Run the parts; return the exit status."""
+    is_ok = True
+    async with _serving() as client:
+        if "first-token" in parts:
+            await measure_first_token(client)
+        if "schemas" in parts:
+            began = time.perf_counter()
+            counts = await check_schemas(client, schemas.everything(num_drawn))
+            print(f"schemas: {dict(counts)}, in {time.perf_counter() - began:.0f} s")
+        if "hostile" in parts:
+            is_ok = await measure_hostile(client)
+    return int(not is_ok)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", default=["first-token", "schemas", "hostile"])
+    parser.add_argument("--drawn", type=int, default=150, help="schemas that are drawn, beside those that are given")
+    given = parser.parse_args()
+    return asyncio.run(run(given.parts, given.drawn))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
