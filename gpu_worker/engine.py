@@ -53,6 +53,7 @@ class Engine:
         takes_grammars: bool = False,
     ) -> None:
         self.runner = runner
+        self.scores_prompts = runner.scores_prompts
         self.limits = limits
         self.max_model_len = max_model_len
         self.takes_grammars = takes_grammars

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ import numpy as np
 from octavo.gpu_worker.batch import LAST_TOKEN, Step
 from octavo.gpu_worker.grammars import Grammars
 from octavo.gpu_worker.memory import resident_bytes
-from octavo.gpu_worker.ops import Device, Int32Array, StepInput, UInt32Array
+from octavo.gpu_worker.ops import Device, Float32Array, Int32Array, StepInput, UInt32Array
+from octavo.gpu_worker.prompt_scores import PromptRows, PromptScores, merged_rows, with_prompts
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
 from octavo.gpu_worker.runner import Outcome
 from octavo.gpu_worker.sampler import Sampler
@@ -20,6 +22,8 @@ _KV_MEMORY_BYTES = 512 << 20
 
 class HostMemory:
     """What all runners over a `Device` share: its cache and its memory are the host's."""
+
+    scores_prompts = False
 
     def __init__(self, device: Device) -> None:
         self.name = device.name
@@ -49,6 +53,8 @@ class HostMemory:
 class HostRunner(HostMemory):
     """A `Runner` over a `Device`."""
 
+    scores_prompts = True
+
     def __init__(
         self,
         device: Device,
@@ -66,6 +72,7 @@ class HostRunner(HostMemory):
         """Forget every slot."""
         max_running, max_blocks, vocab_size = self._sizes
         self._sampler = Sampler(self._device, vocab_size, max_running, self._grammars)
+        self._prompts = PromptScores()
         self._tables = Tables(max_running, max_blocks)
         self._no_logits = np.empty((0, vocab_size), np.float32)
 
@@ -73,19 +80,35 @@ class HostRunner(HostMemory):
         """Compute the step."""
         for slot in step.freed_slots.tolist():
             self._sampler.free_slot(slot)
+            self._prompts.free_slot(slot)
         for slot, settings in step.opened:
             self._sampler.open_slot(slot, settings)
+            self._prompts.open_slot(slot, settings)
         self._tables.append(step)
         if len(step.copy_pairs):
             self._device.copy_blocks(step.copy_pairs)
         started = time.perf_counter()
-        logits = self._device.forward(self._tables.step_input(step)) if len(step.slots) else self._no_logits
+        prompts = self._prompts.rows_of(step)
+        logits, of_prompts = self._forward(step, prompts)
         computed = time.perf_counter()
         sampled_slots = step.sampled_slots
         sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions, step.sampled_follow)
+        if prompts is not None:
+            sampled = with_prompts(sampled, prompts, of_prompts)
         self._tables.record(sampled_slots, sampled.token_ids)
         ended = time.perf_counter()
         return Done(Outcome(sampled, round((computed - started) * 1e6), round((ended - computed) * 1e6)))
+
+    def _forward(self, step: Step, prompts: PromptRows | None) -> tuple[Float32Array, Float32Array]:
+        """Compute a step; return the logits that tokens are drawn from, and those of the rows of prompts."""
+        if not len(step.slots):
+            return self._no_logits, self._no_logits
+        batch = self._tables.step_input(step)
+        if prompts is None:
+            return self._device.forward(batch), self._no_logits
+        rows, is_prompt = merged_rows(prompts, batch.logits_rows)
+        logits = self._device.forward(dataclasses.replace(batch, logits_rows=rows))
+        return logits[~is_prompt], logits[is_prompt]
 
 
 @dataclass(frozen=True)

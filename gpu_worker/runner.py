@@ -37,9 +37,13 @@ class Running(Protocol):
 
 
 class Runner(Protocol):
-    """A device with all that plans refer to: block tables, sampling settings, last tokens."""
+    """A device with all that plans refer to: block tables, sampling settings, last tokens.
+
+    scores_prompts  slots may ask for log probabilities of their prompts
+    """
 
     name: str
+    scores_prompts: bool
 
     def kv_block_bytes(self) -> int:
         """Bytes that one block of 16 tokens takes, over all layers, keys and values; 0 if there is no cache."""

@@ -115,7 +115,7 @@ class Sampler:
         for i in np.flatnonzero(drawn).tolist():
             rows[i].slot.count(int(token_ids[i]))
         wanted = [
-            _logprobs(raw[i], int(token_ids[i]), row.slot.settings.logprobs)
+            logprobs_of(raw[i], int(token_ids[i]), row.slot.settings.logprobs)
             if drawn[i]
             else _no_logprobs(row.slot.settings.logprobs)
             for i, row in enumerate(rows)
@@ -226,7 +226,7 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Logprobs:
+class TokenLogprobs:
     """A token's log probability and rank, and the best alternatives."""
 
     logprob: float
@@ -235,12 +235,12 @@ class _Logprobs:
     candidate_logprobs: Float32Array
 
 
-def _logprobs(raw: Float32Array, token_id: int, num_candidates: int) -> _Logprobs:
-    """Return log probabilities of unchanged logits [vocab_size]."""
+def logprobs_of(raw: Float32Array, token_id: int, num_candidates: int) -> TokenLogprobs:
+    """Return log probability and rank of a token, and the best alternatives, from unchanged logits [vocab_size]."""
     best = raw.max().astype(np.float64)
     log_sum = best + np.log(np.exp(raw - best).sum())
     candidates = _best(raw, num_candidates)
-    return _Logprobs(
+    return TokenLogprobs(
         float(raw[token_id] - log_sum),
         int((raw >= raw[token_id]).sum()),
         candidates.astype(np.uint32),
@@ -248,9 +248,17 @@ def _logprobs(raw: Float32Array, token_id: int, num_candidates: int) -> _Logprob
     )
 
 
-def _no_logprobs(num_candidates: int) -> _Logprobs:
+def with_logprobs_before(sampled: Sampled, scores: list[TokenLogprobs]) -> Sampled:
+    """Return a step's tokens with further entries before those of its rows in all columns but `token_ids`."""
+    before = _pack(sampled.token_ids, scores)
+    names = ("logprobs", "ranks", "candidate_token_ids", "candidate_logprobs")
+    joined = {name: np.concatenate([getattr(before, name), getattr(sampled, name)]) for name in names}
+    return Sampled(token_ids=sampled.token_ids, **joined)
+
+
+def _no_logprobs(num_candidates: int) -> TokenLogprobs:
     """Return the placeholders of a row whose logits were not finite."""
-    return _Logprobs(
+    return TokenLogprobs(
         float("nan"),
         0,
         np.full(num_candidates, NOT_FINITE_TOKEN, np.uint32),
@@ -267,7 +275,7 @@ def _best(raw: Float32Array, count: int) -> npt.NDArray[np.intp]:
     return token_ids[np.argsort(-raw[token_ids], kind="stable")][:count]
 
 
-def _pack(token_ids: UInt32Array, wanted: list[_Logprobs]) -> Sampled:
+def _pack(token_ids: UInt32Array, wanted: list[TokenLogprobs]) -> Sampled:
     """Join rows to columns."""
     empty = (np.empty(0, np.uint32), np.empty(0, np.float32))
     return Sampled(

@@ -44,6 +44,7 @@ class SamplingSettings:
     history_token_ids: UInt32Array
     grammar: str
     end_of_sequence_ids: UInt32Array
+    prompt_logprobs: int = 0
 
     @property
     def has_penalties(self) -> bool:
@@ -66,8 +67,11 @@ def read_sampling_update(update: worker_pb2.SamplingUpdate, vocab_size: int) -> 
         value = getattr(update, name)
         if not math.isfinite(value) or (value < 0 and name not in ("presence_penalty", "frequency_penalty")):
             raise PlanError(f"sampling_updates: {name} is {value}")
-    if update.logprobs > vocab_size:
-        raise PlanError(f"sampling_updates: logprobs is {update.logprobs}, the vocabulary has {vocab_size} tokens")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(update, name) > vocab_size:
+            raise PlanError(
+                f"sampling_updates: {name} is {getattr(update, name)}, the vocabulary has {vocab_size} tokens"
+            )
     bias_token_ids = _token_ids(update.bias_token_ids, "bias_token_ids", vocab_size)
     bias_values = column(update.bias_values, np.float32, "bias_values")
     if len(bias_values) != len(bias_token_ids):
@@ -96,11 +100,13 @@ def read_sampling_update(update: worker_pb2.SamplingUpdate, vocab_size: int) -> 
         history_token_ids=history,
         grammar=update.grammar,
         end_of_sequence_ids=_token_ids(update.end_of_sequence_ids, "end_of_sequence_ids", vocab_size),
+        prompt_logprobs=update.prompt_logprobs,
     )
-    if (settings.has_penalties or settings.grammar) and len(history) < update.prompt_length:
+    needs_history = settings.has_penalties or settings.grammar or settings.prompt_logprobs
+    if needs_history and len(history) < update.prompt_length:
         raise PlanError(
-            f"sampling_updates: a penalty or a grammar is set, but history_token_ids holds {len(history)} tokens "
-            f"and the prompt {update.prompt_length}"
+            f"sampling_updates: a penalty, a grammar or prompt_logprobs is set, but history_token_ids holds "
+            f"{len(history)} tokens and the prompt {update.prompt_length}"
         )
     return settings
 

@@ -231,6 +231,7 @@ class Worker:
             vector_size=0 if limits.pooling is None else limits.pooling.vector_size,
             whole_sequences=not limits.has_cache,
             structured_output=engine.takes_grammars,
+            prompt_logprobs=engine.scores_prompts,
         )
         log.info(
             "joined with epoch %d: device %s, %d KV blocks, context %d",

@@ -37,6 +37,8 @@ class CudaRunner:
     memory  where the memory went, from `allocate_kv` on
     """
 
+    scores_prompts = False
+
     def __init__(
         self,
         model: Model,

@@ -106,6 +106,8 @@ def continuation(stream: RequestStream, candidate: CandidateInbox, now: float) -
     submit.continue_token_ids.extend(candidate.token_ids)
     submit.candidate_count = 1
     submit.first_candidate_index = candidate.index
+    if candidate.index or not stream.num_prompt_logprobs_missing:
+        submit.prompt_logprobs = 0
     if submit.HasField("pooling"):
         _keep_input(submit, candidate.index)
     if submit.stop.HasField("soft_time_limit_ms"):

@@ -76,10 +76,16 @@ class GenerationRun:
     ) -> AsyncIterator[Response]:
         """Yield Started, deltas, endings and Completed; a response is valid until the next is asked for.
 
+        With log probabilities of the prompt Started comes when all of them are there, or the request has ended.
+
         coalesce_ms: how long tokens after the first may gather before a delta.
         before_wait: called when all that is known has been yielded: the time to write it. Raises ServingError.
         """
         stream = self.stream
+        while stream.num_prompt_logprobs_missing and not stream.ended:
+            await stream.wait()
+        if stream.submit.prompt_logprobs:
+            self.started.prompt_logprobs.CopyFrom(stream.prompt_logprobs)
         stream.is_reading = False
         yield self._event(started=self.started)
         while True:  # tokens may have come with the admission: look first, then wait

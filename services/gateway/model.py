@@ -44,7 +44,7 @@ class ServedModel:
         """Return what changes when the weights or the tokenizer do. `weights_version` comes from the workers."""
         return hashlib.sha256(f"{self.tokenizer.sha256} {weights_version}".encode()).hexdigest()[:16]
 
-    def describe(self, weights_version: str, workers_limit: int) -> model_pb2.Model:
+    def describe(self, weights_version: str, workers_limit: int, scores_prompts: bool = False) -> model_pb2.Model:
         """Return the model as clients see it."""
         template = self.tokenizer.chat_template
         return model_pb2.Model(
@@ -54,21 +54,27 @@ class ServedModel:
             max_context_tokens=self.context_limit(workers_limit),
             vocab_size=self.tokenizer.vocab_size,
             end_of_sequence_ids=self.tokenizer.end_of_sequence_ids,
-            features=self._features(),
+            features=self._features(scores_prompts),
             tokenizer_sha256=self.tokenizer.sha256,
             chat_template_sha256=template.sha256 if template else "",
             default_sampling=self.tokenizer.default_sampling,
             api_revision=API_REVISION,
         )
 
-    def _features(self) -> list[str]:
+    def _features(self, scores_prompts: bool) -> list[str]:
         if self.tokenizer.vector_files is not None:
             return _VECTOR_FEATURES[self.tokenizer.vector_files.task]
         chat = self.tokenizer.chat_template is not None
         tools = chat and self.tool_call_format != NONE
         reasoning = chat and self.reasoning_format != NONE
         structured = self.constraints is not None
-        optional = (("chat", chat), ("tools", tools), ("reasoning", reasoning), ("structured_output", structured))
+        optional = (
+            ("chat", chat),
+            ("tools", tools),
+            ("reasoning", reasoning),
+            ("structured_output", structured),
+            ("prompt_logprobs", scores_prompts),
+        )
         return ["generate", *(name for name, is_on in optional if is_on), "logprobs", "resume"]
 
 

@@ -37,4 +37,5 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.GetModelResponse(model=self._describe(self._models.get(request.name)))
 
     def _describe(self, model: ServedModel) -> model_pb2.Model:
-        return model.describe(self._schedulers.model_version, self._schedulers.max_model_len)
+        schedulers = self._schedulers
+        return model.describe(schedulers.model_version, schedulers.max_model_len, schedulers.scores_prompts)

@@ -61,6 +61,8 @@ class PeerInboxes:
 
     def on_step(self, step: scheduler_pb2.StepOutputs) -> None:
         """Hand out the tokens of a step. IndexError or ValueError: they do not fit their contract."""
+        for row in step.prompt_logprobs:
+            self._on_prompt(row)
         if step.logprobs or step.token_counts or step.candidate_indexes:
             self._on_general_rows(step)
         else:
@@ -76,6 +78,13 @@ class PeerInboxes:
             self._on_vectors(step)
         for finished in step.finished:
             self._on_finished(finished)
+
+    def _on_prompt(self, row: scheduler_pb2.PromptLogprobs) -> None:
+        """Take log probabilities of a prompt. A scheduler that goes on with a request repeats some."""
+        stream = self._streams.get(row.handle)
+        if stream is not None:
+            stream.add_prompt_logprobs(row.position, row.columns)
+            stream.wake()
 
     def _on_vectors(self, step: scheduler_pb2.StepOutputs) -> None:
         columns = (step.vector_handles, step.vector_candidate_indexes, step.vector_sizes)

@@ -91,6 +91,7 @@ async def prepare(
         bypass_prefix_cache=generation.scheduling.bypass_prefix_cache,
         progress_interval_ms=generation.output.progress_interval_ms,
         resume_window_ms=generation.scheduling.resume_window_ms,
+        prompt_logprobs=generation.output.prompt_logprobs,
     )
     if grammar:
         submit.constraint.grammar = grammar
@@ -171,7 +172,6 @@ def _check_features(generation: generation_pb2.Generation, model: ServedModel) -
             "generation.chat.tool_choice",
         ),
         (generation.idempotency_key, "idempotency", "generation.idempotency_key"),
-        (generation.output.prompt_logprobs, "prompt_logprobs", "generation.output.prompt_logprobs"),
     ):
         if asked:
             raise feature_disabled(feature, f"{field} needs the feature {feature!r}, which is off here; leave it unset")
@@ -257,6 +257,8 @@ def _check_values(
         report("stop.ignore_end_of_sequence", "leave it unset: a constraint ends the output where it is complete")
     if stop.min_new_tokens > stop.max_new_tokens:
         report("stop.min_new_tokens", f"is above max_new_tokens; send at most {stop.max_new_tokens}")
+    if generation.output.prompt_logprobs and generation.scheduling.resume_window_ms:
+        report("output.prompt_logprobs", "is not kept for resuming; leave scheduling.resume_window_ms unset")
     if continued and generation.candidate_count > 1:
         report("candidate_count", "continue_output belongs to one candidate; continue each in a call of its own")
     if len(continued) >= stop.max_new_tokens and continued:

@@ -80,6 +80,8 @@ class RequestStream:
         self.submitted_at = asyncio.get_running_loop().time()
         self.wants_logprobs = submit.chosen_logprob
         self.candidates = [CandidateInbox(index) for index in range(submit.candidate_count)]
+        self.prompt_logprobs = common_pb2.LogprobColumns(width=submit.prompt_logprobs)
+        """Of the prompt's tokens but the first, as far as they have come."""
         self.admitted: scheduler_pb2.Admitted | None = None
         self.reattached: scheduler_pb2.Reattached | None = None
         """The answer to a Reattach."""
@@ -113,6 +115,24 @@ class RequestStream:
     def ended(self) -> bool:
         """Whether nothing more will come."""
         return self.error is not None or all(candidate.finished is not None for candidate in self.candidates)
+
+    @property
+    def num_prompt_logprobs_missing(self) -> int:
+        """Prompt tokens whose log probabilities are wanted and have not come."""
+        if not self.submit.prompt_logprobs:
+            return 0
+        return len(self.submit.prompt_token_ids) - 1 - len(self.prompt_logprobs.chosen)
+
+    def add_prompt_logprobs(self, position: int, columns: common_pb2.LogprobColumns) -> None:
+        """Append what is new of a stretch of the prompt. ValueError: it leaves a gap, or is another width."""
+        known, width = self.prompt_logprobs, columns.width
+        skipped = len(known.chosen) + 1 - position
+        if skipped < 0 or width != known.width:
+            raise ValueError(f"log probabilities from prompt token {position} on, after {len(known.chosen) + 1}")
+        known.chosen.extend(columns.chosen[skipped:])
+        known.ranks.extend(columns.ranks[skipped:])
+        known.candidate_token_ids.extend(columns.candidate_token_ids[skipped * width :])
+        known.candidate_logprobs.extend(columns.candidate_logprobs[skipped * width :])
 
     @property
     def num_output_tokens(self) -> int:

@@ -95,6 +95,11 @@ class SchedulerPool:
         return next((peer.load.vector_size for peer in self.peers if peer.load.vector_size), 0)
 
     @property
+    def scores_prompts(self) -> bool:
+        """Whether log probabilities of prompts can be had."""
+        return any(peer.load.prompt_logprobs for peer in self.peers)
+
+    @property
     def model_version(self) -> str:
         """Of the weights that the workers hold; empty if not known."""
         return next((peer.load.model_version for peer in self.peers if peer.load.model_version), "")

@@ -62,6 +62,9 @@ class Admission:
         if submit.HasField("constraint") and groups and not any(group.takes_grammars for group in groups):
             message = "the workers take no constraints: they need the package llguidance, and the model's tokenizer"
             return reject(submit, code_pb2.FAILED_PRECONDITION, "FEATURE_DISABLED", message)
+        if submit.prompt_logprobs and groups and not any(group.scores_prompts for group in groups):
+            message = "the workers' device gives no log probabilities of prompts"
+            return reject(submit, code_pb2.FAILED_PRECONDITION, "FEATURE_DISABLED", message)
         if not submit.prompt_token_ids:
             return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", "the prompt is empty")
         if len(submit.gateway_state) > MAX_STATE_BYTES:

@@ -100,7 +100,8 @@ class Node:
 
     def _on_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
         limits = (ready.kv_blocks, ready.max_model_len, now, ready.max_batch_tokens)
-        self.core.worker_joined(group_id, epoch, *limits, ModelFacts.of(ready), ready.structured_output)
+        features = ready.structured_output, ready.prompt_logprobs
+        self.core.worker_joined(group_id, epoch, *limits, ModelFacts.of(ready), *features)
         self._changed()
 
     def _on_lost(self, group_id: str, crashed: bool, now: float) -> None:

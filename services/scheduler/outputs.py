@@ -44,12 +44,24 @@ class Outbox:
     vector_handles: list[int] = field(default_factory=list)
     vector_candidate_indexes: list[int] = field(default_factory=list)
     vectors: list[bytes] = field(default_factory=list)
+    prompt_logprobs: list[scheduler_pb2.PromptLogprobs] = field(default_factory=list)
 
     def add_vector(self, seq: Sequence, vector: bytes) -> None:
         """Append the float32 vector that ends a sequence."""
         self.vector_handles.append(seq.handle)
         self.vector_candidate_indexes.append(seq.candidate_index)
         self.vectors.append(vector)
+
+    def add_prompt_logprobs(self, seq: Sequence, start: int, rows: list[LogprobRow]) -> None:
+        """Append what belongs to the prompt's tokens from `start` on."""
+        columns = common_pb2.LogprobColumns(width=seq.request.submit.prompt_logprobs)
+        for chosen, rank, ids, values in rows:
+            columns.chosen.append(chosen)
+            columns.ranks.append(rank)
+            columns.candidate_token_ids.extend(ids)
+            columns.candidate_logprobs.extend(values)
+        row = scheduler_pb2.PromptLogprobs(handle=seq.handle, position=start, columns=columns)
+        self.prompt_logprobs.append(row)
 
     def add_logprobs(self, row: LogprobRow) -> None:
         """Append what belongs to one token of a row that wants it."""
@@ -61,7 +73,7 @@ class Outbox:
 
     def take(self, step_id: int) -> scheduler_pb2.StepOutputs | None:
         """Return its content as a message and empty it; None if there is none."""
-        if not self.handles and not self.finished and not self.vectors:
+        if not self.handles and not self.finished and not self.vectors and not self.prompt_logprobs:
             return None
         message = scheduler_pb2.StepOutputs(
             step_id=step_id,
@@ -78,6 +90,7 @@ class Outbox:
             vector_candidate_indexes=self.vector_candidate_indexes,
             vector_sizes=[len(vector) // 4 for vector in self.vectors],
             vectors=b"".join(self.vectors),
+            prompt_logprobs=self.prompt_logprobs,
         )
         for column in vars(self).values():
             if isinstance(column, list):

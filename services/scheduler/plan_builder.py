@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from dataclasses import dataclass
 
 from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.sequence import Sequence
@@ -16,13 +17,22 @@ SAMPLE = 1  # row flag: a token is sampled from the row's last position
 LAST_SAMPLED = 2  # row flag: the row's last token is the slot's last sampled one
 
 
+@dataclass(frozen=True, eq=False)
+class ScoredRow:
+    """A row whose answer has log probabilities of the prompt's tokens from `start` to before `end`."""
+
+    seq: Sequence
+    start: int
+    end: int
+
+
 class PlanBuilder:
     """The columns of a StepPlan while rows are added, and the sequences that it samples."""
 
     __slots__ = (
         "block_ids", "block_table_counts", "block_table_rows", "context_lengths", "num_tokens",
-        "pooling_updates", "query_lengths", "row_flags", "sampled", "sampling_updates", "slots", "token_ids",
-        "unsampled",
+        "pooling_updates", "query_lengths", "row_flags", "sampled", "sampling_updates", "scored", "slots",
+        "token_ids", "unsampled",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -38,6 +48,7 @@ class PlanBuilder:
         self.pooling_updates: list[worker_pb2.PoolingUpdate] = []
         self.sampled: list[Sequence] = []
         self.unsampled: list[Sequence] = []  # rows that do not reach their sequence's end
+        self.scored: list[ScoredRow] = []
         self.num_tokens = 0
 
     def add_tokens(self, seq: Sequence, count: int) -> None:
@@ -56,6 +67,8 @@ class PlanBuilder:
         self.row_flags.append((SAMPLE if reaches_end else 0) | (LAST_SAMPLED if is_pending else 0))
         self.token_ids.extend(seq.tokens[start:end])
         self.num_tokens += count
+        if seq.slot_scores and start + 1 < seq.num_prompt:
+            self.scored.append(ScoredRow(seq, start + 1, min(end + 1, seq.num_prompt)))
         seq.num_computed = end
         if reaches_end:
             seq.num_pending += 1
@@ -71,6 +84,7 @@ class PlanBuilder:
 
     def open_slot(self, seq: Sequence) -> None:
         """Give the slot of `seq` its settings, for tokens or for a vector."""
+        seq.slot_scores = seq.num_scored < seq.num_prompt
         if seq.request.submit.HasField("pooling"):
             self.pooling_updates.append(_pooling_update(seq))
         else:
@@ -112,8 +126,10 @@ def _sampling_update(seq: Sequence) -> worker_pb2.SamplingUpdate:
     """Return what the worker must know of `seq` to sample for it."""
     submit = seq.request.submit
     sampling, min_new_tokens = submit.sampling, submit.stop.min_new_tokens
-    needs_history = submit.HasField("constraint") or (
-        sampling.presence_penalty != 0
+    needs_history = (
+        submit.HasField("constraint")
+        or seq.slot_scores
+        or sampling.presence_penalty != 0
         or sampling.frequency_penalty != 0
         or sampling.repetition_penalty not in (0, 1)  # 0 is unset
     )
@@ -140,4 +156,5 @@ def _sampling_update(seq: Sequence) -> worker_pb2.SamplingUpdate:
         history_token_ids=seq.tokens.tobytes() if needs_history else b"",
         grammar=submit.constraint.grammar,
         end_of_sequence_ids=array("I", submit.end_of_sequence_ids).tobytes() if submit.HasField("constraint") else b"",
+        prompt_logprobs=submit.prompt_logprobs if seq.slot_scores else 0,
     )

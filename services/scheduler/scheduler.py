@@ -115,6 +115,7 @@ class Scheduler:
             workers=[group.load() for group in groups],
             task=self._model.task if self._model else common_pb2.MODEL_TASK_UNSPECIFIED,
             vector_size=self._model.vector_size if self._model else 0,
+            prompt_logprobs=any(group.scores_prompts for group in groups),
         )
 
     def busy_groups(self) -> set[str]:
@@ -156,8 +157,8 @@ class Scheduler:
         max_tokens = len(submit.prompt_token_ids) + (submit.stop.max_new_tokens or MAX_TOKENS)
         max_tokens = min(max_tokens, self._max_model_len or MAX_TOKENS)
         is_pooling = submit.HasField("pooling")
-        if is_pooling:
-            submit.bypass_prefix_cache = True  # it may be made of all hidden states
+        if is_pooling or submit.prompt_logprobs:
+            submit.bypass_prefix_cache = True  # all hidden states are needed
         for index, tokens in enumerate(pooling.prompts_of(submit), submit.first_candidate_index):
             limit = len(tokens) + 1 if is_pooling else max_tokens  # a vector takes the place of one token
             expected = limit if is_pooling else self._admission.expected_tokens(submit, limit)
@@ -219,11 +220,13 @@ class Scheduler:
         max_batch_tokens: int = 0,
         model: ModelFacts = GENERATOR,
         takes_grammars: bool = False,
+        scores_prompts: bool = False,
     ) -> None:
         """Take a worker group into service. Its cache is empty, its slots are free.
 
         max_batch_tokens  most tokens in a step that its memory has room for; 0 if it is the configured number
         takes_grammars    its workers can keep to a request's constraint
+        scores_prompts    they give log probabilities of prompts
         """
         assert group_id not in self._groups, f"group {group_id} joined twice"
         config, clock = self._config, StepClock(self._config.step_timeout_s)
@@ -234,6 +237,7 @@ class Scheduler:
             group.max_model_len = min(group.max_model_len, group.max_batch_tokens)
         self._model = model
         group.takes_grammars = takes_grammars
+        group.scores_prompts = scores_prompts
         self._groups[group_id] = group
         self._max_model_len = min(other.max_model_len for other in self._groups.values())
         self._last_worker_at = now

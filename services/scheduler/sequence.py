@@ -65,6 +65,8 @@ class Sequence:
     max_tokens      prompt and output together never get longer
     blocks          its blocks, in order; block_hashes names the full ones, as far as hashed
     expected_tokens prompt and output together are expected to get about so long
+    slot_scores     its slot was opened with the wish for log probabilities of the prompt
+    num_scored      prompt tokens whose log probabilities are known or not wanted: all, unless they are wanted
     kept_logprobs   of its newest tokens, if its request can be resumed and wants them
     ending          how it ended, if its client was told
     """
@@ -73,8 +75,8 @@ class Sequence:
         "admitted_at", "block_hashes", "blocks", "candidate_index", "ending", "expected_tokens",
         "first_scheduled_at", "first_token_at", "group", "handle", "kept_logprobs", "last_token_at", "max_tokens",
         "min_stop_tokens", "num_cached_tokens", "num_computed", "num_hashed_blocks", "num_logprobs", "num_pending",
-        "num_preemptions", "num_prompt", "num_recoveries", "outbox", "request", "slot", "state", "stop_ids",
-        "tokens",
+        "num_preemptions", "num_prompt", "num_recoveries", "num_scored", "outbox", "request", "slot", "slot_scores",
+        "state", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -99,11 +101,14 @@ class Sequence:
         self.max_tokens = max_tokens
         self.expected_tokens = expected_tokens
         self.stop_ids = frozenset(submit.end_of_sequence_ids) | frozenset(submit.stop.stop_token_ids)
+        wants_prompt = submit.prompt_logprobs > 0 and candidate_index == submit.first_candidate_index
+        self.num_scored = 1 if wants_prompt else self.num_prompt
         self.min_stop_tokens = self.num_prompt + submit.stop.min_new_tokens
         wants_logprobs = submit.logprobs > 0 or submit.chosen_logprob
         self.num_logprobs = submit.logprobs if wants_logprobs else -1  # -1: not even the chosen token's
         self.group: WorkerGroup | None = None
         self.slot = -1
+        self.slot_scores = False
         self.blocks: list[Block] = []
         self.block_hashes: list[bytes] = []
         self.num_hashed_blocks = 0

@@ -55,6 +55,8 @@ class StepDigest:
         group.in_flight.popleft()
         gap_s = now - group.last_result_at
         num_first = self._tally.answered(step, result, group.measure(step, now), now)
+        if step.scored:
+            self._digest_prompts(step, logprobs)
         num_unwanted = 0
         for seq, token in zip(step.sampled, token_ids, strict=True):
             seq.num_pending -= 1
@@ -88,6 +90,17 @@ class StepDigest:
         if self._suspects:
             self._suspects.survived(step.sampled)
         return True
+
+    def _digest_prompts(self, step: StepInFlight, logprobs: LogprobReader) -> None:
+        """Take the log probabilities of prompt tokens. What was computed again is known already."""
+        for row in step.scored:
+            seq = row.seq
+            entries = [logprobs.read(seq.request.submit.prompt_logprobs) for _ in range(row.start, row.end)]
+            known = max(seq.num_scored - row.start, 0)
+            if seq.state is not SequenceState.FINISHED and known < len(entries):
+                assert seq.num_scored >= row.start, seq
+                seq.outbox.add_prompt_logprobs(seq, seq.num_scored, entries[known:])
+                seq.num_scored = row.end
 
     def _digest_vectors(
         self, group: WorkerGroup, step: StepInFlight, result: worker_pb2.StepResult, now: float

@@ -14,6 +14,8 @@ from octavo.services.scheduler.tally import Tally
 from octavo.services.scheduler.worker_group import StepInFlight, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
+MAX_SCORED_TOKENS = 128  # in a step: each makes a row of logits, and is ranked among the vocabulary
+
 
 class StepPlanner:
     """Gives out tokens, slots and blocks. There is no prefill phase and no decode phase.
@@ -50,7 +52,9 @@ class StepPlanner:
             return None
         group.num_steps += 1
         self._tally.prompt_tokens += plan.num_tokens - num_decodes
-        step = StepInFlight(group.num_steps, plan.sampled, plan.unsampled, first_tokens, plan.num_tokens, now)
+        step = StepInFlight(
+            group.num_steps, plan.sampled, plan.unsampled, first_tokens, plan.num_tokens, now, plan.scored
+        )
         group.in_flight.append(step)
         message = plan.build(group.num_steps, group.freed_slots)
         group.freed_slots = []
@@ -107,8 +111,14 @@ class StepPlanner:
             return []
         # Opening takes the waiting ones in the queue's order; then all prompts compete for tokens.
         self._open_waiting(group, plan, budget, now)
+        scoring_budget = MAX_SCORED_TOKENS
         for seq in sorted(group.prefilling, key=lambda seq: self._waiting.rank(seq, now)[2:]):
             count = min(seq.num_behind, budget)
+            if seq.slot_scores and count:
+                if not scoring_budget:
+                    continue
+                count = min(count, scoring_budget)
+                scoring_budget -= count
             if count == 0:
                 break
             if count < seq.num_behind and group.model.whole_sequences:

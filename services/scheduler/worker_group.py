@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.block_allocator import BlockAllocator
 from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.model_facts import ModelFacts
+from octavo.services.scheduler.plan_builder import ScoredRow
 from octavo.services.scheduler.sequence import Sequence, SequenceState
 from octavo.services.scheduler.step_clock import StepClock
 from octavo.services.scheduler.step_cost import StepCost
@@ -23,6 +24,7 @@ class StepInFlight:
     """A plan that was sent: which sequences it samples, in the plan's order, and which it only computes.
 
     first_tokens  those that it samples whose prompt, or what was computed again, it ends
+    scored        rows that have log probabilities of prompt tokens, in the plan's order
     """
 
     step_id: int
@@ -31,6 +33,7 @@ class StepInFlight:
     first_tokens: list[Sequence]
     num_tokens: int
     sent_at: float
+    scored: list[ScoredRow] = field(default_factory=list)
 
 
 class WorkerGroup:
@@ -69,7 +72,8 @@ class WorkerGroup:
         self.cost = StepCost()
         self._clock = clock
         self.last_result_at = 0.0
-        self.takes_grammars = False  # set when it joins
+        self.takes_grammars = False  # set when it joins; so is this:
+        self.scores_prompts = False
 
     @property
     def num_running(self) -> int:
@@ -84,7 +88,10 @@ class WorkerGroup:
 
     def can_run(self, seq: Sequence) -> bool:
         """Return whether its workers can do what a sequence asks for."""
-        return self.takes_grammars or not seq.request.submit.HasField("constraint")
+        submit = seq.request.submit
+        return (self.takes_grammars or not submit.HasField("constraint")) and (
+            self.scores_prompts or not submit.prompt_logprobs
+        )
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence that no longer runs here."""

@@ -210,6 +210,44 @@ def test_results_hold_times_and_log_probabilities(running: Running) -> None:
     assert np.frombuffer(result.logprobs, "<f4")[0] == np.frombuffer(result.candidate_logprobs, "<f4")[0] < 0
 
 
+def test_log_probabilities_of_a_prompt_are_those_of_the_whole_model(running: Running, folder: Path) -> None:
+    ids = [5, 6, 7, 8, 9, 10, 11]
+    settings = worker_pb2.SamplingUpdate(
+        slot=0, top_p=1.0, prompt_logprobs=2, prompt_length=7, history_token_ids=column(*ids)
+    )
+    parts = ((ids[:4], 0, 0), (ids[4:], 4, 1))  # in two steps: the second one makes a token
+    plans = [
+        worker_pb2.StepPlan(
+            step_id=number,
+            num_sequences=1,
+            num_tokens=len(part),
+            slot_indexes=column(0),
+            query_lengths=column(len(part)),
+            context_lengths=column(context),
+            token_ids=column(*part),
+            row_flags=bytes([samples]),
+            block_table_rows=column(0) if not context else b"",
+            block_table_counts=column(1) if not context else b"",
+            block_ids=column(1) if not context else b"",
+            sampling_updates=[settings] if not context else [],
+        )
+        for number, (part, context, samples) in enumerate(parts, 1)
+    ]
+    assert running.scheduler.join().prompt_logprobs
+    for plan in plans:
+        running.scheduler.send(1, step_plan=plan)
+    results = [running.scheduler.expect("step_result") for _ in plans]
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    true = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+    got = np.concatenate([np.frombuffer(result.logprobs, "<f4") for result in results])
+    np.testing.assert_allclose(got, true[torch.arange(6), ids[1:]].detach(), atol=1e-4)
+    assert [len(result.logprobs) // 4 for result in results] == [4, 2]
+    best = np.concatenate([np.frombuffer(result.candidate_token_ids, "<u4") for result in results]).reshape(-1, 2)
+    assert best.tolist() == true[:6].topk(2).indices.tolist()
+    assert tokens(results[1]) == [int(true[6].argmax())]
+
+
 def test_a_repeated_step_is_ignored(running: Running) -> None:
     running.scheduler.join()
     for step in (prompt(), prompt(), next_token(2, 3), next_token(2, 3), next_token(3, 4)):

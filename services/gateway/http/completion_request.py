@@ -31,8 +31,12 @@ def read_completion_call(body: Mapping[str, Any], headers: Mapping[str, str]) ->
     read_outputs(params, generation)
     stream, include_usage = read_stream(params)
     limit_name, limit = read_max_tokens(params)
-    generation.stop.max_new_tokens = _DEFAULT_MAX_TOKENS if limit is None else limit
+    echo = bool(params.boolean("echo"))
+    omits_output = echo and limit == 0
+    generation.stop.max_new_tokens = _DEFAULT_MAX_TOKENS if limit is None else max(limit, int(omits_output))
     logprobs = params.integer("logprobs")
+    if echo and logprobs is not None:
+        generation.output.prompt_logprobs = max(logprobs, 1)  # 0 would be none at all
     token_ids = want_logprobs(generation.output, logprobs)
     params.only("best_of", (generation.candidate_count,), COMPLETION["best_of"].description)
     prompts = _read_prompts(params)
@@ -50,11 +54,14 @@ def read_completion_call(body: Mapping[str, Any], headers: Mapping[str, str]) ->
         include_usage=include_usage,
         logprobs=logprobs,
         token_ids=token_ids,
+        echoed_prompts=prompts if echo else (),
+        omits_output=omits_output,
         names={
             **names,
             "generation.stop.max_new_tokens": limit_name,
             "max_new_tokens": limit_name,
             "generation.output.logprobs": "logprobs",
+            "generation.output.prompt_logprobs": "logprobs",
         },
     )
 

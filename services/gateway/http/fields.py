@@ -97,7 +97,7 @@ SAMPLING: Fields = {
     "bad_words": _refused(_TEXTS, "is not supported; use logit_bias", []),
     "spaces_between_special_tokens": _refused(_BOOLEAN, "only true is supported; leave it out", True),
     "truncate_prompt_tokens": _refused(_whole(-1), "a prompt is never cut here; shorten it yourself"),
-    "prompt_logprobs": _refused(_whole(), "log probabilities of the prompt are not available; leave it out"),
+    "prompt_logprobs": _refused(_whole(), "is not supported; /v1/completions has them with echo and logprobs"),
     "request_id": _refused(_TEXT, "send it as the header x-request-id"),
     "return_tokens_as_token_ids": _refused(_BOOLEAN, "is not supported; use return_token_ids", False),
     "kv_transfer_params": _refused(_OBJECT, "caches are not moved between servers here; leave it out"),
@@ -115,7 +115,6 @@ _GENERATE: Fields = {
     "stream_options": Field(_OBJECT, "include_usage: a last chunk with the usage"),
     "return_token_ids": Field(_BOOLEAN, "adds token_ids to choices, and prompt_token_ids"),
     "response_format": Field(_OBJECT, f"text, json_object or json_schema; all but text: {_STRUCTURED}"),
-    "echo": _refused(_BOOLEAN, "is not supported; put the prompt before the output yourself", False),
 }
 _CONVERSATION: Fields = {
     "messages": Field(
@@ -135,6 +134,7 @@ CHAT: Fields = {
     "model": Field(_TEXT, "a name from GET /v1/models"),
     **_CONVERSATION,
     **_GENERATE,
+    "echo": _refused(_BOOLEAN, "is not supported; put the prompt before the output yourself", False),
     "logprobs": Field(_BOOLEAN, "returns log probabilities"),
     "top_logprobs": Field(_whole(), "how many alternatives for each token, up to 20"),
     "parallel_tool_calls": Field(_BOOLEAN, "false: the output ends after one tool call"),
@@ -158,6 +158,8 @@ COMPLETION: Fields = {
     ),
     "prompt_token_ids": Field(_TOKEN_IDS, "one prompt as token ids; instead of prompt"),
     "logprobs": Field(_whole(), "returns log probabilities, with so many alternatives for each token, up to 20"),
+    "echo": Field(_BOOLEAN, "puts the prompt before the output; with logprobs also those of its tokens"),
+    "max_tokens": Field(_whole(), "most tokens to produce; 0 is allowed with echo"),
     "best_of": Field(_whole(1), "must equal n: all outputs are returned"),
     "suffix": _refused(_TEXT, "is not supported: this server only continues a prompt", ""),
     "add_special_tokens": _refused(_BOOLEAN, "only true is supported here; send token ids instead", True),

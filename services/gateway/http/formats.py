@@ -13,6 +13,7 @@ from typing import Any
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
+from octavo.services.gateway.http.echo import Echo, after_echo, echo_of
 from octavo.services.gateway.http.errors import error_body
 from octavo.services.gateway.http.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from octavo.services.gateway.http.requests import ApiCall
@@ -59,6 +60,11 @@ class ChunkFormat:
         indexes = range(first_index, first_index + self._call.num_candidates)
         return "".join(self._first_chunk(index, prompt_token_ids) for index in indexes)
 
+    def prompt_chunks(self, first_index: int, started: generation_pb2.Started, prompt_token_ids: Sequence[int]) -> str:
+        """Return the chunks that repeat the prompt in each of its candidates, from this index on; "" if none do."""
+        del first_index, started, prompt_token_ids
+        return ""
+
     def delta(self, index: int, delta: generation_pb2.Delta) -> str:
         """Return the chunk for new output; nothing if there is nothing to show yet."""
         call = self._call
@@ -94,6 +100,8 @@ class ChunkFormat:
         self, answers: Sequence[generation_pb2.GenerateResponse], prompts: Sequence[Sequence[int]]
     ) -> dict[str, Any]:
         """Return the whole answer; `prompts` are the token ids of each."""
+        for number, (answer, prompt) in enumerate(zip(answers, prompts, strict=True)):
+            self._learn_prompt(number, answer.started, prompt)
         choices = [
             self._choice(number * self._call.num_candidates + candidate.index, candidate)
             for number, answer in enumerate(answers)
@@ -104,6 +112,9 @@ class ChunkFormat:
         if self._call.token_ids:
             self._add_prompts(body, prompts)
         return body
+
+    def _learn_prompt(self, number: int, started: generation_pb2.Started, token_ids: Sequence[int]) -> None:
+        """Learn about a prompt, before the choices of a whole answer are made."""
 
     def _about(self, kind: str, started: generation_pb2.Started) -> dict[str, Any]:
         return {
@@ -198,6 +209,35 @@ class CompletionFormat(ChunkFormat):
     def __init__(self, call: ApiCall, request_id: str, texts: TokenTexts) -> None:
         super().__init__(call, request_id, texts)
         self._offsets = [0] * (len(call.requests) * call.num_candidates)  # in characters, by candidate
+        self._echoes: dict[int, Echo] = {}  # by number of the prompt
+
+    def prompt_chunks(self, first_index: int, started: generation_pb2.Started, prompt_token_ids: Sequence[int]) -> str:
+        """See ChunkFormat."""
+        number = first_index // self._call.num_candidates
+        self._learn_prompt(number, started, prompt_token_ids)
+        echo = self._echoes.get(number)
+        if echo is None:
+            return ""
+        shown = f'"text":{to_json(echo.text)},"logprobs":{to_json(echo.logprobs)},"finish_reason":null'
+        indexes = range(first_index, first_index + self._call.num_candidates)
+        return "".join(f'{self._head}{{"index":{index},{shown}{self._tail}' for index in indexes)
+
+    def delta(self, index: int, delta: generation_pb2.Delta) -> str:
+        """See ChunkFormat."""
+        return "" if self._call.omits_output else super().delta(index, delta)
+
+    def _learn_prompt(self, number: int, started: generation_pb2.Started, token_ids: Sequence[int]) -> None:
+        call = self._call
+        if call.echoed_prompts:
+            echo = echo_of(call.echoed_prompts[number], token_ids, started, call.logprobs, self._texts)
+            self._echoes[number] = echo
+            for index in range(number * call.num_candidates, (number + 1) * call.num_candidates):
+                self._offsets[index] = echo.length
+
+    def _choice(self, index: int, candidate: generation_pb2.Candidate) -> dict[str, Any]:
+        choice = super()._choice(index, candidate)
+        echo = self._echoes.get(index // self._call.num_candidates)
+        return choice if echo is None else after_echo(echo, choice, omits_output=self._call.omits_output)
 
     def _first_chunk(self, index: int, prompt_token_ids: Sequence[int]) -> str:
         if not self._call.token_ids:

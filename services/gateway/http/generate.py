@@ -41,6 +41,9 @@ class Format(Protocol):
     def first_chunks(self, first_index: int, prompt_token_ids: Sequence[int]) -> str:
         """Return the events of a prompt's candidates, from this index on, before any output."""
 
+    def prompt_chunks(self, first_index: int, started: generation_pb2.Started, prompt_token_ids: Sequence[int]) -> str:
+        """Return the events that repeat a prompt in its candidates, before any output."""
+
     def delta(self, index: int, delta: generation_pb2.Delta) -> str:
         """Return the events of new output."""
 
@@ -140,6 +143,8 @@ class _Answering:
                 kind = event.WhichOneof("payload")
                 if kind == "delta":
                     events.add(make.delta(first_index + event.delta.candidate_index, event.delta))
+                elif kind == "started":
+                    events.add(make.prompt_chunks(first_index, event.started, run.prompt_token_ids))
                 elif kind == "candidate_finished":
                     finished = event.candidate_finished
                     events.add(make.finish(first_index + finished.candidate_index, finished))

@@ -27,6 +27,10 @@ class TokenTexts:
             entry = self._entries[token_id] = (_readable(data), data)
         return entry
 
+    def join(self, token_ids: Sequence[int]) -> str:
+        """Return the text of several tokens, special ones included."""
+        return b"".join(self.get(token_id)[1] for token_id in token_ids).decode(errors="replace")
+
 
 def _readable(data: bytes) -> str:
     try:

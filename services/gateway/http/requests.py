@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,10 @@ class ApiCall:
     """OpenAI's names of our fields, where this request chose among several."""
     include_reasoning: bool = True
     """The answer has the model's reasoning."""
+    echoed_prompts: Sequence[str | list[int]] = ()
+    """What outputs begin with: the prompt of each request; empty: with nothing."""
+    omits_output: bool = False
+    """There is nothing after the prompt; one token is made all the same."""
 
     @property
     def num_candidates(self) -> int:

@@ -57,6 +57,11 @@ class ResponsesFormat:
             **self._call.echoed,
         }
 
+    def prompt_chunks(self, first_index: int, started: generation_pb2.Started, prompt_token_ids: Sequence[int]) -> str:
+        """No prompt is repeated."""
+        del first_index, started, prompt_token_ids
+        return ""
+
     def first_chunks(self, first_index: int, prompt_token_ids: Sequence[int]) -> str:
         """Return the events before any output."""
         del first_index, prompt_token_ids

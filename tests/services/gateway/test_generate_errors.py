@@ -86,7 +86,6 @@ async def test_what_does_not_fit_the_context_says_how_long_it_is(
     [
         ({"constraint": {"regex": "a"}}, "structured_output"),
         ({"idempotency_key": "k"}, "idempotency"),
-        ({"output": {"prompt_logprobs": 1}}, "prompt_logprobs"),
         (
             {
                 "chat": {

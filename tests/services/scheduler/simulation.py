@@ -58,6 +58,8 @@ class Slot:
     seed: int
     candidate: int
     width: int
+    prompt: array[int]  # where its log probabilities are wanted
+    prompt_width: int
     block_table: list[int] = field(default_factory=list)
     last_sampled: int | None = None
     is_late: bool = False
@@ -85,7 +87,8 @@ class FakeWorker:
         for update in plan.sampling_updates:
             assert update.slot not in self.slots, f"slot {update.slot} was not free"
             width = update.logprobs if update.chosen_logprob else -1
-            self.slots[update.slot] = Slot(update.seed, update.candidate_index, width)
+            prompt = array("I", update.history_token_ids)[: update.prompt_length if update.prompt_logprobs else 0]
+            self.slots[update.slot] = Slot(update.seed, update.candidate_index, width, prompt, update.prompt_logprobs)
         new_blocks = iter(array("I", plan.block_ids))
         for row, count in zip(array("I", plan.block_table_rows), array("I", plan.block_table_counts), strict=True):
             self.slots[row].block_table += [next(new_blocks) for _ in range(count)]
@@ -104,6 +107,13 @@ class FakeWorker:
         sampled_slots, tokens, logprobs, ranks, ids, values = (
             array("I"), array("I"), array("f"), array("I"), array("I"), array("f"),
         )  # fmt: skip
+        for row, index in enumerate(slots):
+            slot = self.slots[index]
+            for token in slot.prompt[contexts[row] + 1 : contexts[row] + lengths[row] + 1]:
+                logprobs.append(-float(token))
+                ranks.append(2)
+                ids.extend([token] * slot.prompt_width)
+                values.extend([-float(token)] * slot.prompt_width)
         for row, index in enumerate(slots):
             slot, flags = self.slots[index], plan.row_flags[row]
             query = [next(known) for _ in range(lengths[row] - bool(flags & 2))]
@@ -154,7 +164,7 @@ class Stream:
     rejected: scheduler_pb2.Rejected | None = None
     failed: scheduler_pb2.Failed | None = None
     cancelled: bool = False
-    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
@@ -172,8 +182,10 @@ class World:
         max_model_len: int = 4096,
         tally: Tally | None = None,
         check: bool = True,
+        scores_prompts: bool = True,
         **settings: object,
     ) -> None:
+        self.scores_prompts = scores_prompts
         self.config = SchedulerConfig(**settings)  # type: ignore[arg-type]
         self.check = check
         self.now = 1000.0
@@ -196,7 +208,8 @@ class World:
         self.workers[group_id] = FakeWorker(self.num_blocks)
         self.queues[group_id] = []
         epoch = self.epochs[group_id]
-        self.core.worker_joined(group_id, epoch, self.num_blocks, self.max_model_len, self.now, max_batch_tokens)
+        limits = self.num_blocks, self.max_model_len, self.now, max_batch_tokens
+        self.core.worker_joined(group_id, epoch, *limits, scores_prompts=self.scores_prompts)
         self.settle()
 
     def lose(self, group_id: str, crashed: bool = False) -> None:
@@ -264,6 +277,13 @@ class World:
         kind = message.WhichOneof("kind")
         if kind == "step_outputs":
             outputs = message.step_outputs
+            for row in outputs.prompt_logprobs:
+                stream = self.streams[effect.gateway_id, row.handle]
+                assert row.position == len(stream.prompt_logprobs) + 1, "a gap, or known already"
+                assert 0 not in stream.tokens, "after the first token"
+                stream.prompt_logprobs += row.columns.chosen
+                width = stream.submit.prompt_logprobs
+                assert list(row.columns.candidate_logprobs[::width]) == list(row.columns.chosen)
             candidates = outputs.candidate_indexes or [0] * len(outputs.handles)
             counts, tokens = outputs.token_counts or [1] * len(outputs.handles), iter(outputs.token_ids)
             for handle, candidate, count in zip(outputs.handles, candidates, counts, strict=True):

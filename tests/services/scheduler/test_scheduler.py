@@ -11,6 +11,7 @@ from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.free_blocks import STALE_TURNS
 from octavo.services.scheduler.outputs import WorkerMisbehavedError
+from octavo.services.scheduler.step_planner import MAX_SCORED_TOKENS
 from octavo.worker.v1 import worker_pb2
 
 from .simulation import World, expected_output
@@ -450,6 +451,42 @@ def test_logprobs_reach_the_requests_that_asked_for_them() -> None:
     assert sum(len(outputs.token_ids) for outputs in seen) == 6
     assert sum(len(outputs.logprobs) for outputs in seen) == 3
     assert [list(o.candidate_token_ids) for o in seen if o.candidate_token_ids] == [[0, 1]] * 3
+
+
+@pytest.mark.parametrize("chunk", [2, 7, 16, 64, 512])
+def test_log_probabilities_of_a_prompt_come_once_and_before_the_first_token(chunk: int) -> None:
+    prompt = list(range(1000, 1300))
+    world = World(max_batch_tokens=chunk, max_running=2, max_prefill_tokens=chunk)
+    first = world.submit(prompt, max_new_tokens=3, prompt_logprobs=1, candidate_count=2)
+    world.run()
+    again = world.submit(prompt, max_new_tokens=3, prompt_logprobs=2)
+    plain = world.submit(prompt, max_new_tokens=3)
+    world.run()
+    expected = [-float(token) for token in prompt[1:]]
+    assert first.prompt_logprobs == again.prompt_logprobs == expected
+    assert plain.prompt_logprobs == []
+    assert first.tokens[0] == again.tokens[0] == plain.tokens[0] == expected_output(prompt, 3)
+    assert max(len(plan.token_ids) // 4 for plan in world.plans) <= max(MAX_SCORED_TOKENS, chunk)
+
+
+def test_log_probabilities_of_a_prompt_go_on_where_a_worker_was_lost() -> None:
+    prompt = list(range(1000, 1300))
+    world = World()
+    stream = world.submit(prompt, max_new_tokens=3, prompt_logprobs=1)
+    world.step()
+    assert 0 < len(stream.prompt_logprobs) < 299
+    world.lose("group-0")
+    world.join("group-0")
+    world.run()
+    assert stream.prompt_logprobs == [-float(token) for token in prompt[1:]]
+    assert stream.tokens[0] == expected_output(prompt, 3)
+
+
+def test_workers_that_give_no_log_probabilities_of_prompts_are_not_asked_for_them() -> None:
+    world = World(scores_prompts=False)
+    refused = world.submit(PROMPT, prompt_logprobs=1)
+    assert refused.rejected is not None
+    assert refused.rejected.reason == "FEATURE_DISABLED"
 
 
 def test_progress_is_reported_to_those_who_asked() -> None:

@@ -57,6 +57,7 @@ def test_every_request_gets_its_tokens_whatever_happens(seed: int) -> None:
                 bypass_prefix_cache=rng.random() < 0.1,
                 logprobs=rng.choice([0, 0, 2]),
                 chosen_logprob=rng.random() < 0.2,
+                prompt_logprobs=rng.choice([0, 0, 0, 2]),
                 progress_interval_ms=rng.choice([0, 0, 30]),
             )
             live.append(stream)

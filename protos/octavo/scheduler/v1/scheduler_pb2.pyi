@@ -30,7 +30,7 @@ class Hello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., protocol_revision: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "body_sha256", "prompt_token_ids", "continue_token_ids", "sampling", "stop", "constraint", "candidate_count", "logprobs", "remaining_ms", "priority", "tenant", "cache_salt", "adapter", "resume_window_ms", "traceparent", "first_candidate_index", "end_of_sequence_ids", "chosen_logprob", "bypass_prefix_cache", "progress_interval_ms", "gateway_state", "pooling")
+    __slots__ = ("handle", "request_id", "body_sha256", "prompt_token_ids", "continue_token_ids", "sampling", "stop", "constraint", "candidate_count", "logprobs", "remaining_ms", "priority", "tenant", "cache_salt", "adapter", "resume_window_ms", "traceparent", "first_candidate_index", "end_of_sequence_ids", "chosen_logprob", "bypass_prefix_cache", "progress_interval_ms", "gateway_state", "pooling", "prompt_logprobs")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BODY_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,7 @@ class Submit(_message.Message):
     PROGRESS_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_STATE_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     body_sha256: bytes
@@ -79,7 +80,8 @@ class Submit(_message.Message):
     progress_interval_ms: int
     gateway_state: bytes
     pooling: Pooling
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., body_sha256: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., constraint: _Optional[_Union[_common_pb2.OutputConstraint, _Mapping]] = ..., candidate_count: _Optional[int] = ..., logprobs: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., resume_window_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., first_candidate_index: _Optional[int] = ..., end_of_sequence_ids: _Optional[_Iterable[int]] = ..., chosen_logprob: _Optional[bool] = ..., bypass_prefix_cache: _Optional[bool] = ..., progress_interval_ms: _Optional[int] = ..., gateway_state: _Optional[bytes] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., body_sha256: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., constraint: _Optional[_Union[_common_pb2.OutputConstraint, _Mapping]] = ..., candidate_count: _Optional[int] = ..., logprobs: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., resume_window_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., first_candidate_index: _Optional[int] = ..., end_of_sequence_ids: _Optional[_Iterable[int]] = ..., chosen_logprob: _Optional[bool] = ..., bypass_prefix_cache: _Optional[bool] = ..., progress_interval_ms: _Optional[int] = ..., gateway_state: _Optional[bytes] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class Pooling(_message.Message):
     __slots__ = ("input_lengths", "second_segment_starts", "dimensions", "normalize")
@@ -217,7 +219,7 @@ class Rejected(_message.Message):
     def __init__(self, handle: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ms: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
-    __slots__ = ("step_id", "handles", "candidate_indexes", "token_counts", "token_ids", "logprobs", "finished", "running", "waiting", "kv_blocks_free", "ranks", "candidate_token_ids", "candidate_logprobs", "vector_handles", "vector_candidate_indexes", "vector_sizes", "vectors")
+    __slots__ = ("step_id", "handles", "candidate_indexes", "token_counts", "token_ids", "logprobs", "finished", "running", "waiting", "kv_blocks_free", "ranks", "candidate_token_ids", "candidate_logprobs", "vector_handles", "vector_candidate_indexes", "vector_sizes", "vectors", "prompt_logprobs")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     HANDLES_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_INDEXES_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +237,7 @@ class StepOutputs(_message.Message):
     VECTOR_CANDIDATE_INDEXES_FIELD_NUMBER: _ClassVar[int]
     VECTOR_SIZES_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     handles: _containers.RepeatedScalarFieldContainer[int]
     candidate_indexes: _containers.RepeatedScalarFieldContainer[int]
@@ -252,7 +255,18 @@ class StepOutputs(_message.Message):
     vector_candidate_indexes: _containers.RepeatedScalarFieldContainer[int]
     vector_sizes: _containers.RepeatedScalarFieldContainer[int]
     vectors: bytes
-    def __init__(self, step_id: _Optional[int] = ..., handles: _Optional[_Iterable[int]] = ..., candidate_indexes: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., candidate_token_ids: _Optional[_Iterable[int]] = ..., candidate_logprobs: _Optional[_Iterable[float]] = ..., vector_handles: _Optional[_Iterable[int]] = ..., vector_candidate_indexes: _Optional[_Iterable[int]] = ..., vector_sizes: _Optional[_Iterable[int]] = ..., vectors: _Optional[bytes] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
+    def __init__(self, step_id: _Optional[int] = ..., handles: _Optional[_Iterable[int]] = ..., candidate_indexes: _Optional[_Iterable[int]] = ..., token_counts: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., ranks: _Optional[_Iterable[int]] = ..., candidate_token_ids: _Optional[_Iterable[int]] = ..., candidate_logprobs: _Optional[_Iterable[float]] = ..., vector_handles: _Optional[_Iterable[int]] = ..., vector_candidate_indexes: _Optional[_Iterable[int]] = ..., vector_sizes: _Optional[_Iterable[int]] = ..., vectors: _Optional[bytes] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ...) -> None: ...
+
+class PromptLogprobs(_message.Message):
+    __slots__ = ("handle", "position", "columns")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    position: int
+    columns: _common_pb2.LogprobColumns
+    def __init__(self, handle: _Optional[int] = ..., position: _Optional[int] = ..., columns: _Optional[_Union[_common_pb2.LogprobColumns, _Mapping]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("handle", "candidate_index", "reason", "stop_token_id", "usage", "timing")
@@ -307,7 +321,7 @@ class Cancelled(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., was_running: _Optional[bool] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "estimated_queue_ms", "draining", "workers_ready", "step_age_ms", "max_model_len", "model_version", "prompt_tokens", "output_tokens", "looked_up_tokens", "cached_tokens", "preemptions", "workers", "task", "vector_size")
+    __slots__ = ("running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "estimated_queue_ms", "draining", "workers_ready", "step_age_ms", "max_model_len", "model_version", "prompt_tokens", "output_tokens", "looked_up_tokens", "cached_tokens", "preemptions", "workers", "task", "vector_size", "prompt_logprobs")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -327,6 +341,7 @@ class Load(_message.Message):
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     VECTOR_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     waiting_uncached_tokens: int
@@ -346,7 +361,8 @@ class Load(_message.Message):
     workers: _containers.RepeatedCompositeFieldContainer[WorkerLoad]
     task: _common_pb2.ModelTask
     vector_size: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., step_age_ms: _Optional[int] = ..., max_model_len: _Optional[int] = ..., model_version: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., looked_up_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ...) -> None: ...
+    prompt_logprobs: bool
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., step_age_ms: _Optional[int] = ..., max_model_len: _Optional[int] = ..., model_version: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., looked_up_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("worker_id", "running", "kv_blocks_free", "kv_blocks_total", "tokens_per_s")

@@ -86,7 +86,7 @@ class WorkerConfig(_message.Message):
     def __init__(self, model_path: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., max_running: _Optional[int] = ...) -> None: ...
 
 class WorkerReady(_message.Message):
-    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens", "task", "vector_size", "whole_sequences", "structured_output")
+    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens", "task", "vector_size", "whole_sequences", "structured_output", "prompt_logprobs")
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WARMUP_US_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class WorkerReady(_message.Message):
     VECTOR_SIZE_FIELD_NUMBER: _ClassVar[int]
     WHOLE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     STRUCTURED_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     kv_blocks: int
     warmup_us: int
     max_model_len: int
@@ -105,7 +106,8 @@ class WorkerReady(_message.Message):
     vector_size: int
     whole_sequences: bool
     structured_output: bool
-    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., whole_sequences: _Optional[bool] = ..., structured_output: _Optional[bool] = ...) -> None: ...
+    prompt_logprobs: bool
+    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., whole_sequences: _Optional[bool] = ..., structured_output: _Optional[bool] = ..., prompt_logprobs: _Optional[bool] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step_id", "num_sequences", "num_tokens", "slot_indexes", "query_lengths", "context_lengths", "token_ids", "block_table_rows", "block_table_counts", "block_ids", "copy_pairs", "freed_slots", "sampling_updates", "row_flags", "pooling_updates")
@@ -154,7 +156,7 @@ class PoolingUpdate(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., dimensions: _Optional[int] = ..., normalize: _Optional[bool] = ..., second_segment_start: _Optional[int] = ...) -> None: ...
 
 class SamplingUpdate(_message.Message):
-    __slots__ = ("slot", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "allowed_token_mask", "candidate_index", "chosen_logprob", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_token_ids", "bias_values", "allowed_token_ids", "banned_until_min_token_ids", "min_new_tokens", "prompt_length", "history_token_ids", "traceparent", "grammar", "end_of_sequence_ids")
+    __slots__ = ("slot", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "allowed_token_mask", "candidate_index", "chosen_logprob", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_token_ids", "bias_values", "allowed_token_ids", "banned_until_min_token_ids", "min_new_tokens", "prompt_length", "history_token_ids", "traceparent", "grammar", "end_of_sequence_ids", "prompt_logprobs")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +180,7 @@ class SamplingUpdate(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     END_OF_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     temperature: float
     top_p: float
@@ -201,7 +204,8 @@ class SamplingUpdate(_message.Message):
     traceparent: str
     grammar: str
     end_of_sequence_ids: bytes
-    def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., grammar: _Optional[str] = ..., end_of_sequence_ids: _Optional[bytes] = ...) -> None: ...
+    prompt_logprobs: int
+    def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., grammar: _Optional[str] = ..., end_of_sequence_ids: _Optional[bytes] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks", "vectors", "vector_sizes")

@@ -114,6 +114,68 @@ async def test_log_probabilities_have_the_old_shape(harness: Any, sdk: openai.As
     }
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["héx", [104, 195, 169]])
+async def test_an_echo_is_the_prompt_before_the_output(
+    harness: Any, sdk: openai.AsyncOpenAI, stream: bool, prompt: Any
+) -> None:
+    create: Any = sdk.completions.create
+    call = asyncio.ensure_future(create(model="tiny", prompt=prompt, echo=True, n=2, stream=stream))
+    submit = await harness.scheduler.next_admitted()
+    text = harness.tokenizer.decode(submit.prompt_token_ids)
+    for index, made in enumerate(("yes", "no")):
+        ids = harness.ids(made)
+        harness.scheduler.tokens(submit.handle, ids, candidate=index, finish=MAX_TOKENS)
+    answer = await call
+
+    texts = ["", ""]
+    for chunk in [chunk async for chunk in answer] if stream else [answer]:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert submit.prompt_logprobs == 0
+    assert texts == [text + "yes", text + "no"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 1])
+async def test_log_probabilities_of_an_echo_are_those_of_the_prompt_and_the_output(
+    harness: Any, sdk: openai.AsyncOpenAI, stream: bool, max_tokens: int
+) -> None:
+    create: Any = sdk.completions.create
+    options = {"prompt": "hexx", "echo": True, "logprobs": 1, "max_tokens": max_tokens, "stream": stream}
+    call = asyncio.ensure_future(create(model="tiny", **options))
+    submit = await harness.scheduler.next_admitted()
+    (he,), (x,) = harness.ids("he"), harness.ids("x")
+    assert list(submit.prompt_token_ids) == [he, x, x]
+    for position, value in ((1, -1), (1, -1), (2, -2)):  # a scheduler that takes over repeats what was known
+        columns: Any = {"chosen": [value], "ranks": [2], "width": 1}
+        columns |= {"candidate_token_ids": [he], "candidate_logprobs": [-0.5]}
+        row: Any = {"handle": submit.handle, "position": position, "columns": columns}
+        harness.scheduler.send(step_outputs=scheduler_pb2.StepOutputs(prompt_logprobs=[row]))
+    step = scheduler_pb2.StepOutputs(handles=[submit.handle], token_ids=[he], logprobs=[-0.5], ranks=[1])
+    step.candidate_token_ids.append(he)
+    step.candidate_logprobs.append(-0.5)
+    step.finished.add(handle=submit.handle, reason=MAX_TOKENS)
+    harness.scheduler.send(step_outputs=step)
+    answer = await call
+
+    choices = [chunk.choices[0] for chunk in [chunk async for chunk in answer]] if stream else [answer.choices[0]]
+    joined: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for choice in choices:
+        for name, values in joined.items():
+            values += getattr(choice.logprobs, name) if choice.logprobs else []
+    count = 3 + max_tokens
+    assert submit.prompt_logprobs == 1
+    assert "".join(choice.text for choice in choices) == "hexxhe"[: 4 + 2 * max_tokens]
+    assert choices[-1].finish_reason == "length"
+    assert joined == {
+        "tokens": ["he", "x", "x", "he"][:count],
+        "token_logprobs": [None, -1, -2, -0.5][:count],
+        "top_logprobs": [None, {"he": -0.5, "x": -1}, {"he": -0.5, "x": -2}, {"he": -0.5}][:count],
+        "text_offset": [0, 2, 3, 4][:count],
+    }
+
+
 async def test_token_ids_come_when_asked_for(harness: Any, http: Any) -> None:
     body = {"model": "tiny", "prompt": [[5], [6, 7]], "return_token_ids": True}
     call = asyncio.ensure_future(http.post("/v1/completions", json=body))

@@ -112,7 +112,7 @@ JSON = {"content-type": "application/json"}
         ({"prompt": [5000]}, "prompt[0]"),
         ({"prompt": ["x"] * 257}, "prompt"),
         ({"prompt": "x" * 100}, "prompt"),
-        ({"echo": True}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"logprobs": 21}, "logprobs"),
