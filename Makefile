@@ -11,12 +11,14 @@ FAULTS ?=
 GPU_FLAGS ?=
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 60
+# Where clients that nobody here wrote are installed, for tests/e2e/test_third_party.py.
+THIRD_PARTY := build/third-party
 # Where the engines that Octavo is measured against are installed.
 PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools bench bench-peers simulate fuzz soak faults gpu-gates gpu-check gpu-bench clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools third-party bench bench-peers simulate fuzz soak faults gpu-gates gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,6 +56,8 @@ chart: setup-dev  ## Generate the schema and the README of the Helm chart
 chart-tools: setup-dev  ## Install what the chart's tests use if it is there: checkov, 300 MB in your cache folder
 	$(BIN)/python tests/helm/tools.py
 
+third-party: $(THIRD_PARTY)/.installed  ## Install the clients by others that tests use if they are there (1.2 GB)
+
 bench: setup-dev  ## Print the figures in docs/performance.md
 	$(BIN)/python benchmarks/scheduler_step.py
 	$(BIN)/python benchmarks/gateway_stream.py
@@ -88,6 +92,12 @@ gpu-bench:  ## Measure kernels, steps and start-up on the GPU of this machine
 
 clean:  ## Remove .venv and what builds left
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(THIRD_PARTY)/.installed: tests/e2e/third_party/requirements.txt
+	$(PYTHON) -m venv $(THIRD_PARTY)
+	$(THIRD_PARTY)/bin/python -m pip install --quiet uv
+	$(THIRD_PARTY)/bin/uv pip install --quiet --python $(THIRD_PARTY)/bin/python --requirement $<
+	@touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
