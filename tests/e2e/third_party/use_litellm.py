@@ -12,6 +12,7 @@ messages = [{"role": "user", "content": "What is the capital of France?"}]
 whole = litellm.completion(messages=messages, **options)
 chunks = list(litellm.completion(messages=messages, stream=True, stream_options={"include_usage": True}, **options))
 schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+schema["additionalProperties"] = False
 form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
 structured = litellm.completion(messages=messages, response_format=form, **options)
 later = asyncio.run(litellm.acompletion(messages=messages, **options))
