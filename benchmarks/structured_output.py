@@ -220,7 +220,7 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", default=["first-token", "schemas", "hostile"])
-    parser.add_argument("--drawn", type=int, default=150, help="schemas that are drawn, beside those that are given")
+    parser.add_argument("--drawn", type=int, default=300, help="schemas that are drawn, beside those that are given")
     given = parser.parse_args()
     return asyncio.run(run(given.parts, given.drawn))
 
