@@ -56,6 +56,8 @@ class CudaPoolingRunner:
     memory  where the memory went, from `allocate_kv` on
     """
 
+    scores_prompts = False
+
     def __init__(
         self,
         model: Model | EncoderModel,
