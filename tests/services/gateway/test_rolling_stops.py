@@ -1,10 +1,15 @@
-"""Gateways are replaced under a plain gRPC channel, which neither retries nor watches health: no call fails."""
+"""Gateways are replaced under a gRPC channel with the usual policy, to try UNAVAILABLE again: no call fails.
+
+A call that meets a stopping server ends with CANCELLED, which no policy tries again; one that meets a connection
+whose age is up, in the same moment, with UNAVAILABLE.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +24,11 @@ from octavo.services.gateway.config import GatewayConfig
 
 NUM_STOPS = 8
 NUM_CALLERS = 8
+RETRIES = {
+    "maxAttempts": 4, "initialBackoff": "0.01s", "maxBackoff": "0.1s", "backoffMultiplier": 2,
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}  # fmt: skip
+SERVICE_CONFIG = {"methodConfig": [{"name": [{}], "retryPolicy": RETRIES}]}
 
 
 class Balancer:
@@ -45,9 +55,9 @@ class Balancer:
         assert task is not None
         self._tasks.add(task)
         port = self.ready_port
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
-        self.num_open[port] += 1
+        self.num_open[port] += 1  # from now on, though it takes a while
         try:
+            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
             await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
         finally:
             self._tasks.discard(task)
@@ -89,9 +99,10 @@ async def test_connections_that_have_aged_are_told_in_time_so_that_no_call_meets
     balancer.ready_port = old.port
     async with (
         balancer.running() as port,
-        aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.enable_retries", 0)]) as channel,
+        aio.insecure_channel(f"127.0.0.1:{port}", [("grpc.service_config", json.dumps(SERVICE_CONFIG))]) as channel,
     ):
         stub = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
+        await stub.GetModel(model_pb2.GetModelRequest(name="tiny"))  # connected
         callers = [asyncio.create_task(call(stub)) for _ in range(NUM_CALLERS)]
         for _ in range(NUM_STOPS):
             new = Gateway(config)
