@@ -37,6 +37,7 @@ X86_VARIANTS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
     "avx512_vnni": (*_AVX512, "-mavx512vnni"),
     "avx512": _AVX512,
+    "avx2_vnni": (*_AVX2, "-mavxvnni"),
     "avx2": _AVX2,
 }
 ARM_VARIANTS: dict[str, tuple[str, ...]] = {"neon_bf16": ("-march=armv8.2-a+fp16+bf16+dotprod",), "neon": ()}
@@ -135,7 +136,7 @@ def _compile(compiler: list[str], variant: str, target: Path) -> None:
             raise BuildError(f"compiling the {variant} kernels took over {COMPILE_TIMEOUT_S} s") from None
         if result.returncode != 0:
             raise BuildError(
-                f"compiling the {variant} kernels failed; a compiler with C++17 is needed (GCC 10, Clang 12 or "
+                f"compiling the {variant} kernels failed; a compiler with C++17 is needed (GCC 11, Clang 12 or "
                 f"newer), or set CXX to another one:\n{result.stderr[-4000:]}"
             )
         output.replace(target)

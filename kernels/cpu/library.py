@@ -39,6 +39,7 @@ _NEEDED_FLAGS = {
     "avx512_bf16": {*_AVX512, "avx512_vnni", "avx512_bf16"},
     "avx512_vnni": {*_AVX512, "avx512_vnni"},
     "avx512": _AVX512,
+    "avx2_vnni": {*_AVX2, "avx_vnni"},
     "avx2": _AVX2,
     "neon_bf16": {"bf16", "asimdhp", "asimddp"},
     "neon": set[str](),

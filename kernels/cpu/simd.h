@@ -32,6 +32,9 @@ constexpr int kAccumulators = 24;  // vector registers that a kernel may fill wi
 constexpr int kMaxTileRows = 12;   // rows that a kernel multiplies at once
 #elif defined(__AVX2__) && defined(__FMA__)
 #define OCTAVO_AVX2 1
+#if defined(__AVXVNNI__)
+#define OCTAVO_AVX_VNNI 1
+#endif
 constexpr int kLanes = 8;
 constexpr int kAccumulators = 8;
 constexpr int kMaxTileRows = 4;
@@ -307,29 +310,39 @@ inline void load_activations(const bf16* source, int64_t count, Activation* targ
 // dot_quads        sum + the four products, in each lane; 8-bit weights that count from kByteFlip
 //                  bring kByteFlip times the sum of the activations too much
 //
-// The instruction of AVX512 multiplies unsigned weights; elsewhere they are signed.
-#if defined(OCTAVO_AVX512_VNNI)
+// The instructions of AVX512-VNNI and AVX-VNNI multiply unsigned weights; elsewhere they are signed.
+#if defined(OCTAVO_AVX512_VNNI) || defined(OCTAVO_AVX_VNNI)
 using ByteActivation = int8_t;
-using Quads = __m512i;
-using QuadActivations = __m512i;
+typedef uint8_t Quads __attribute__((vector_size(kLanes * 4)));
+using QuadActivations = IntVec;
 constexpr int kByteFlip = 128;
 
-inline Quads load_quads(const uint8_t* source) { return _mm512_loadu_si512(source); }
+inline Quads load_quads(const uint8_t* source) {
+  Quads quads;
+  std::memcpy(&quads, source, sizeof quads);
+  return quads;
+}
 
 inline void load_nibbles(const uint8_t* source, Quads& low, Quads& high) {
-  const __m512i bytes = _mm512_loadu_si512(source), mask = _mm512_set1_epi8(15);
-  low = _mm512_and_si512(bytes, mask);
-  high = _mm512_and_si512(_mm512_srli_epi32(bytes, 4), mask);
+  const Quads bytes = load_quads(source);
+  low = bytes & 15;
+  high = bytes >> 4;
 }
 
 inline QuadActivations broadcast_quad(const ByteActivation* source) {
   int32_t quad;
   std::memcpy(&quad, source, sizeof quad);
-  return _mm512_set1_epi32(quad);
+  return broadcast(quad);
 }
 
 inline IntVec dot_quads(IntVec sum, Quads weights, QuadActivations x) {
-  return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), weights, x));
+#if defined(OCTAVO_AVX512_VNNI)
+  return reinterpret_cast<IntVec>(_mm512_dpbusd_epi32(
+      reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(weights), reinterpret_cast<__m512i>(x)));
+#else
+  return reinterpret_cast<IntVec>(_mm256_dpbusd_avx_epi32(
+      reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(weights), reinterpret_cast<__m256i>(x)));
+#endif
 }
 #elif defined(OCTAVO_NEON_DOTPROD)
 using ByteActivation = int8_t;
