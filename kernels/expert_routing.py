@@ -134,6 +134,7 @@ class Mixture:
 
     gate_up  [num_experts, 2 * intermediate_size, hidden_size]: gate, then up
     down     [num_experts, hidden_size, intermediate_size], of the same type
+    gate_up_scales, down_scales  [num_experts, rows] float32 if the weights are int8 or float8_e4m3fn
     """
 
     gate_up: torch.Tensor
@@ -141,6 +142,8 @@ class Mixture:
     num_chosen: int
     num_shared: int
     is_normalized: bool
+    gate_up_scales: torch.Tensor | None = None
+    down_scales: torch.Tensor | None = None
 
     @property
     def num_taken(self) -> int:

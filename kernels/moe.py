@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
-from octavo.kernels.configs import GATED, TARGETS, ExpertsConfig, RowConfig, experts_config
+from octavo.kernels.configs import GATED, LINEAR_KINDS, TARGETS, ExpertsConfig, RowConfig, experts_config
 from octavo.kernels.expert_routing import Assignments, Mixture, assign
 from octavo.kernels.gated import ACTIVATIONS, activate
+from octavo.kernels.quantized_linear import QUANTIZED_TYPES
 
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -27,6 +28,7 @@ def _expert_linear(
     weight_ptr,
     output_ptr,
     weights_ptr,
+    scales_ptr,
     sorted_ptr,
     tile_experts_ptr,
     OUT: tl.constexpr,
@@ -34,6 +36,7 @@ def _expert_linear(
     TAKEN: tl.constexpr,
     IS_GATED: tl.constexpr,
     IS_SILU: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -45,6 +48,7 @@ def _expert_linear(
     IS_GATED: x [T, IN], weight [num_experts, 2 * OUT, IN] gate and then up, output [T * TAKEN, OUT]
     else:     x [T * TAKEN, IN], weight [num_experts, OUT, IN], output [T * TAKEN, OUT], times the
               assignment's weight of weights [T * TAKEN] float32
+    scales                [num_experts, 2 * OUT or OUT] float32 with HAS_SCALES: a weight is what is stored times it
     sorted, tile_experts  as `_sort` writes them
     """
     tile = tl.program_id(0)
@@ -65,10 +69,15 @@ def _expert_linear(
             w_mask = is_out[:, None] & is_inner[None, :]
             x = tl.load(x_ptr + x_rows + inner[None, :], mask=is_row[:, None] & is_inner[None, :], other=0.0)
             w = tl.load(weight_ptr + w_rows + inner[None, :], mask=w_mask, other=0.0)
-            acc = tl.dot(w, x.T, acc, input_precision="ieee")
+            acc = tl.dot(w.to(x.dtype), x.T, acc, input_precision="ieee")
             if IS_GATED:
                 up = tl.load(weight_ptr + OUT * IN + w_rows + inner[None, :], mask=w_mask, other=0.0)
-                up_acc = tl.dot(up, x.T, up_acc, input_precision="ieee")
+                up_acc = tl.dot(up.to(x.dtype), x.T, up_acc, input_precision="ieee")
+        if HAS_SCALES:
+            scale_ptr = scales_ptr + expert * (2 * OUT if IS_GATED else OUT) + out
+            acc = acc * tl.load(scale_ptr, mask=is_out, other=0.0)[:, None]
+            if IS_GATED:
+                up_acc = up_acc * tl.load(scale_ptr + OUT, mask=is_out, other=0.0)[:, None]
         if IS_GATED:
             acc = activate(acc, IS_SILU) * up_acc
         else:
@@ -99,13 +108,15 @@ def _add_experts(
 class ExpertsWorkspace(Assignments):
     """What `add_experts` writes on the way. One serves all layers of the same sizes, in any step up to `max_tokens`."""
 
-    def __init__(self, mixture: Mixture, max_tokens: int, config: ExpertsConfig) -> None:
-        """Allocate on the device of `mixture`, whose type the terms of the sum have."""
+    def __init__(
+        self, mixture: Mixture, max_tokens: int, config: ExpertsConfig, dtype: torch.dtype | None = None
+    ) -> None:
+        """Allocate on the device of `mixture`; the terms of the sum have `dtype`, by default that of the weights."""
         super().__init__(mixture, max_tokens, config)
         _, hidden, inner = mixture.down.shape
         count = max_tokens * mixture.num_taken
-        self.gated = mixture.down.new_empty(count, inner)
-        self.terms = mixture.down.new_empty(count, hidden)
+        self.gated = mixture.down.new_empty(count, inner, dtype=dtype)
+        self.terms = mixture.down.new_empty(count, hidden, dtype=dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -127,7 +138,7 @@ def add_experts(
     """Add to each row of `residual` the weighted sum of its experts. Nothing waits for the GPU or allocates.
 
     residual      [T, hidden_size] float32, written in place
-    x             [T, hidden_size] the normed rows, of the type of the weights
+    x             [T, hidden_size] the normed rows, of the type of the weights unless those have eight bits
     logits        [T, num_routed] the router's, any float type; one column more if there are shared experts
     slot_mapping  [T] int32; a negative one marks padding, whose residual stays as it is
     workspace     made for this configuration and sizes
@@ -141,8 +152,13 @@ def add_experts(
     assert mixture.down.shape == (num_experts, hidden, inner), (mixture.down.shape, residual.shape)
     assert 0 < mixture.num_chosen <= num_routed, (mixture.num_chosen, num_routed)
     assert x.shape == residual.shape, (x.shape, residual.shape)
-    assert x.dtype == mixture.gate_up.dtype == mixture.down.dtype, (x.dtype, mixture.gate_up.dtype)
+    assert mixture.gate_up.dtype == mixture.down.dtype, (mixture.gate_up.dtype, mixture.down.dtype)
+    assert x.dtype == workspace.terms.dtype, (x.dtype, workspace.terms.dtype)
     assert x.dtype in _FLOAT_TYPES, x.dtype
+    for weight, scales in ((mixture.gate_up, mixture.gate_up_scales), (mixture.down, mixture.down_scales)):
+        assert weight.dtype in ((x.dtype,) if scales is None else QUANTIZED_TYPES), (weight.dtype, x.dtype)
+        assert scales is None or scales.shape == weight.shape[:2], (scales.shape, weight.shape)
+        assert scales is None or (scales.is_contiguous() and scales.dtype == torch.float32), "scales are float32"
     assert residual.dtype == torch.float32, residual.dtype
     assert logits.shape == (num_tokens, num_routed + (mixture.num_shared > 0)), (logits.shape, num_routed)
     assert slot_mapping.shape == (num_tokens,), slot_mapping.shape
@@ -159,16 +175,21 @@ def add_experts(
         return
     work, tiles = workspace, assign(logits, slot_mapping, mixture, workspace, config)
     is_silu = activation == "silu"
-    for source, weight, target in ((x, mixture.gate_up, work.gated), (work.gated, mixture.down, work.terms)):
+    for source, weight, scales, target in (
+        (x, mixture.gate_up, mixture.gate_up_scales, work.gated),
+        (work.gated, mixture.down, mixture.down_scales, work.terms),
+    ):
         constants = _linear_constants(target.shape[1], source.shape[1], taken, source is x, is_silu, config)
         _expert_linear[(tiles, -(-target.shape[1] // config.block_out))](
             source,
             weight,
             target,
             work.weights,
+            work.weights if scales is None else scales,
             work.sorted,
             work.tile_experts,
             **constants,
+            HAS_SCALES=scales is not None,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -201,24 +222,25 @@ def _linear_constants(
 _HIDDEN, _INNER = 2048, 768  # of Qwen3 30B-A3B, which takes 8 of 128 experts
 
 
-def _linear_spec(target: str, dtype: str, *, is_gated: bool) -> AotSpec:
+def _linear_spec(target: str, dtype: str, *, is_gated: bool, weights: str = "") -> AotSpec:
     config = experts_config(target, is_float32=dtype == "fp32")
     sizes = (_INNER, _HIDDEN) if is_gated else (_HIDDEN, _INNER)
     # Float32 is for checking results. The wide instructions of cuda:90 and cuda:100 are of a warp group.
-    require = {"mma": 4, "wgmma": 4 if target in ("cuda:90", "cuda:100") else 0, "ld128": 8}
+    require = {"mma": 4, "wgmma": 4 if target in ("cuda:90", "cuda:100") else 0, "ld128": 4 if weights else 8}
     pointer = f"*{dtype}:16"
     return AotSpec(
         function="_expert_linear",
-        label=f"{'gate, up' if is_gated else 'down'} {dtype}",
+        label=f"{'gate, up' if is_gated else 'down'} {weights or dtype}",
         signature={
             "x_ptr": pointer,
-            "weight_ptr": pointer,
+            "weight_ptr": f"*{weights}:16" if weights else pointer,
             "output_ptr": pointer,
             "weights_ptr": "*fp32:16",
+            "scales_ptr": "*fp32:16",
             "sorted_ptr": "*i32:16",
             "tile_experts_ptr": "*i32:16",
         },
-        constexprs=_linear_constants(*sizes, 8, is_gated, True, config),
+        constexprs={**_linear_constants(*sizes, 8, is_gated, True, config), "HAS_SCALES": bool(weights)},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         targets=(target,),
@@ -244,6 +266,13 @@ AOT_SPECS = [
         for target in TARGETS
         for dtype in ("bf16", "fp32")
         for is_gated in (True, False)
+    ),
+    *(
+        _linear_spec(target, "bf16", is_gated=is_gated, weights=weights)
+        for target in TARGETS
+        for kind, weights in (("int8", "i8"), ("fp8", "fp8e4nv"))
+        for is_gated in (True, False)
+        if kind in LINEAR_KINDS[target]
     ),
     *(_add_spec(target) for target in TARGETS),
 ]

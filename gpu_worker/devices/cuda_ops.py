@@ -177,7 +177,7 @@ class CudaOps:
             logits[:count],
             self.step.slot_mapping,
             mixture,
-            self.buffers.for_experts(mixture, config),
+            self.buffers.for_experts(mixture, config, self.dtype),
             activation,
             config,
             GATED[self.target],

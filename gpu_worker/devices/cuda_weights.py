@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Experts, Linear
 from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.configs import ExpertsConfig
@@ -58,6 +57,7 @@ class Weights:
         self._largest = largest
         self._moved: dict[tuple[int, ...], torch.Tensor] = {}
         self._layers: dict[tuple[int, ...], Layer] = {}
+        self._stacks: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]] = {}
         self.num_bytes = 0
 
     def layer(self, *parts: Linear, has_part_of_inputs: bool = False) -> Layer:
@@ -95,14 +95,21 @@ class Weights:
 
     def mixture(self, experts: Experts) -> Mixture:
         """Return the weights of a mixture of experts."""
-        if self._quantization is not Quantization.NONE:
-            raise DeviceError(
-                f"quantization {self._quantization.value}: device cuda does not quantise mixtures of experts; use none"
-            )
         gate_up = tuple(part for pair in zip(experts.gate, experts.up, strict=True) for part in pair)
         num = len(experts.gate)
-        gate_ups, downs = self._stack(gate_up, num), self._stack(experts.down, num)
-        return Mixture(gate_ups, downs, experts.num_chosen, experts.num_shared, experts.is_normalized)
+        (gate_ups, gate_up_scales), (downs, down_scales) = (
+            self._stack(gate_up, num, has_part_of_inputs=False),
+            self._stack(experts.down, num, has_part_of_inputs=True),
+        )
+        return Mixture(
+            gate_ups,
+            downs,
+            experts.num_chosen,
+            experts.num_shared,
+            experts.is_normalized,
+            gate_up_scales,
+            down_scales,
+        )
 
     def matrices(self) -> list[torch.Tensor]:
         """Return the matrices that are multiplied with."""
@@ -112,6 +119,10 @@ class Weights:
         weights, bias = [part.weight for part in parts], self.bias(*parts)
         if self._quantization is Quantization.NONE:
             return Layer(self.matrix(*weights), None, bias)
+        return Layer(*self._quantize(weights, has_part_of_inputs), bias)
+
+    def _quantize(self, weights: Sequence[torch.Tensor], has_part_of_inputs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return matrices, one below the other, in eight bits, and the scale of each row."""
         dtype = _QUANTIZED_TYPES[self._quantization]
         shape = (sum(map(len, weights)), weights[0].shape[1])
         values = torch.empty(shape, dtype=dtype, device=self._device)
@@ -129,14 +140,23 @@ class Weights:
             values[place], scales[place] = quantize_weight(piece.to(self._device), dtype, of_rows)
             start += len(piece)
         self.num_bytes += values.nbytes + scales.nbytes
-        return Layer(values, scales, bias)
+        return values, scales
 
-    def _stack(self, parts: tuple[torch.Tensor, ...], num_matrices: int) -> torch.Tensor:
-        """Return tensors as so many matrices of the type that is computed in, each joined of as many parts."""
+    def _stack(
+        self, parts: tuple[torch.Tensor, ...], num_matrices: int, has_part_of_inputs: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return tensors as so many matrices, each joined of as many parts, and their scales if they are quantised."""
         key = tuple(id(part) for part in parts)
-        if key not in self._moved:
-            self._keep(key, self._move(parts, self._dtype).view(num_matrices, -1, parts[0].shape[1]))
-        return self._moved[key]
+        if key not in self._stacks:
+            scales = None
+            if self._quantization is Quantization.NONE:
+                joined = self._move(parts, self._dtype)
+                self.num_bytes += joined.nbytes
+            else:
+                joined, scales = self._quantize(parts, has_part_of_inputs)
+                scales = scales.view(num_matrices, -1)
+            self._stacks[key] = joined.view(num_matrices, -1, parts[0].shape[1]), scales
+        return self._stacks[key]
 
     def _get(self, parts: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
         key = tuple(id(part) for part in parts)
@@ -181,11 +201,11 @@ class Buffers:
             self.num_bytes += found.nbytes
         return found
 
-    def for_experts(self, mixture: Mixture, config: ExpertsConfig) -> ExpertsWorkspace:
+    def for_experts(self, mixture: Mixture, config: ExpertsConfig, dtype: torch.dtype) -> ExpertsWorkspace:
         """Return the memory of a mixture of experts; layers of one size share it."""
         key = (*mixture.down.shape, mixture.num_taken)
         found = self._for_experts.get(key)
         if found is None:
-            found = self._for_experts[key] = ExpertsWorkspace(mixture, self._num_rows, config)
+            found = self._for_experts[key] = ExpertsWorkspace(mixture, self._num_rows, config, dtype)
             self.num_bytes += found.num_bytes
         return found

@@ -15,6 +15,7 @@ from octavo.kernels import expert_routing as routing
 from octavo.kernels import moe as kernel
 from octavo.kernels import reference
 from octavo.kernels.configs import ExpertsConfig, RowConfig
+from octavo.kernels.quantized_linear import quantize_weight
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: 1e-5, F16: 5e-3, BF16: 4e-2}
@@ -37,6 +38,7 @@ class Case:
     padding: tuple[int, ...] = ()
     popular: int | None = None  # an expert that most rows choose
     dtype: torch.dtype = F32
+    weights: torch.dtype | None = None  # of eight bits
     spare_tokens: int = 3  # that the workspace has room for
 
 
@@ -51,23 +53,29 @@ def check(case: Case, module: Any = kernel) -> torch.Tensor:
         logits[:, case.popular] = 5
     gate_up = torch.randn(experts, 2 * case.inner, case.hidden, generator=random) * 1.5 * case.hidden**-0.5
     down = torch.randn(experts, case.hidden, case.inner, generator=random) * case.inner**-0.5
-    mixture = routing.Mixture(
-        guarded(gate_up.to(case.dtype)), guarded(down.to(case.dtype)), case.chosen, case.shared, case.normalized
-    )
+    gate_up, down = gate_up.to(case.dtype), down.to(case.dtype)
+    choice = (case.chosen, case.shared, case.normalized)
+    mixture = routing.Mixture(guarded(gate_up), guarded(down), *choice)
+    if case.weights is not None:
+        (gate_ups, gate_up_scales), (downs, down_scales) = (quantized(stack, case.weights) for stack in (gate_up, down))
+        gate_up, down = gate_ups.float() * gate_up_scales[..., None], downs.float() * down_scales[..., None]
+        mixture = routing.Mixture(
+            guarded(gate_ups), guarded(downs), *choice, guarded(gate_up_scales), guarded(down_scales)
+        )
     slots = torch.arange(case.tokens, dtype=torch.int32)
     slots[list(case.padding)] = -1
     terms = reference.experts(
         x,
         logits,
-        mixture.gate_up,
-        mixture.down,
+        gate_up,
+        down,
         case.activation,
         num_chosen=case.chosen,
         num_shared=case.shared,
         is_normalized=case.normalized,
     )
     terms[list(case.padding)] = 0
-    workspace = module.ExpertsWorkspace(mixture, case.tokens + case.spare_tokens, CONFIG)
+    workspace = module.ExpertsWorkspace(mixture, case.tokens + case.spare_tokens, CONFIG, case.dtype)
     for name, tensor in vars(workspace).items():  # what another step left
         if isinstance(tensor, torch.Tensor):
             tensor.fill_(float("nan") if tensor.is_floating_point() else 1)
@@ -77,6 +85,12 @@ def check(case: Case, module: Any = kernel) -> torch.Tensor:
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(stream, residual + terms, rtol=tolerance, atol=tolerance)
     return stream
+
+
+def quantized(stack: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return matrices [N, rows, columns] of eight bits, and the scale of each row [N, rows]."""
+    pieces = [quantize_weight(matrix, dtype) for matrix in stack]
+    return torch.stack([values for values, _ in pieces]), torch.stack([scales for _, scales in pieces])
 
 
 CASES = {
@@ -96,6 +110,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_sum_of_a_rows_experts_is_that_of_torch(name: str, dtype: torch.dtype) -> None:
     check(replace(CASES[name], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("weights", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_weights_of_eight_bits_count_as_their_value_times_their_scale(weights: torch.dtype, dtype: torch.dtype) -> None:
+    check(Case(tokens=6, hidden=50, inner=35, shared=1, padding=(2,), weights=weights, dtype=dtype))
 
 
 def test_a_step_without_tokens_does_nothing() -> None:
@@ -186,6 +206,9 @@ MUTATIONS = [
     ),
     ("no mask of inputs", "is_inner = inner < IN", "is_inner = inner < IN + BLOCK_IN"),
     ("no mask of outputs", "is_out = out < OUT", "is_out = out < OUT + BLOCK_OUT"),
+    ("no scales", "if HAS_SCALES:", "if False:"),
+    ("scales of the first expert", "scales_ptr + expert *", "scales_ptr + 0 *"),
+    ("scale of the gate for up", "tl.load(scale_ptr + OUT,", "tl.load(scale_ptr,"),
     ("no weight", "tl.load(weights_ptr + assignment, mask=is_row, other=0.0)[None, :]", "1.0"),
     (
         "weight of the place in the tile",
@@ -237,6 +260,7 @@ ROUTING_MUTATIONS = [
 HARD = [
     Case(tokens=20, hidden=72, inner=40, routed=4, chosen=2, shared=2, normalized=False, padding=(1, 7), popular=1),
     Case(tokens=3, hidden=40, inner=33, routed=5, chosen=3, padding=(2,)),
+    Case(tokens=3, routed=3, weights=torch.int8),
 ]
 
 
