@@ -1,16 +1,15 @@
-"""`octavo batch run`: a run that is killed half way and resumed, and its throughput beside all requests at once.
+"""`octavo batch run`: a run that is killed half way and resumed, and its throughput beside `octavo bench`'s.
 
     python benchmarks/batch.py [--requests 10000] [--rounds 3]
 
 First a file of short requests is run, killed with kill -9 when half of the results are there, and run again: it must
-end with one result for each request. Then files of chat prompts are run in turn with `octavo bench`'s way of sending
-them (all at once over gRPC, at the same server): the ratio of the output tokens a second is what the file costs.
+end with one result for each request. Then files of chat prompts are run in turn with `octavo bench --case offline`
+(all at once over gRPC) at the same server: the ratio of the output tokens a second is what the file costs.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import re
 import statistics
@@ -18,12 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from octavo.services.bench import workloads
-from octavo.services.bench.transports import GrpcTransport
-from octavo.services.bench.workloads import Prompt
 from octavo.services.offline.local_server import LocalServer
 
 COMMAND = (sys.executable, "-m", "octavo.services.cli", "batch", "run")
@@ -42,7 +40,7 @@ def main() -> None:
         if options.requests:
             killed_and_resumed(server, Path(folder), options.requests)
         if options.rounds:
-            asyncio.run(compare(server, Path(folder), options))
+            compare(server, Path(folder), options)
 
 
 def killed_and_resumed(server: LocalServer, folder: Path, count: int) -> None:
@@ -77,49 +75,50 @@ def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-async def compare(server: LocalServer, folder: Path, options: argparse.Namespace) -> None:
+def compare(server: LocalServer, folder: Path, options: argparse.Namespace) -> None:
+    """Print the rates of both ways in turn, and the median of their ratios."""
     ratios = []
     for number in range(options.rounds):
         rates = {}
         drawn = workloads.chat(options.round_requests, str(number), options.max_tokens)
-        for way in ("file", "at once") if number % 2 else ("at once", "file"):
+        for way, run in (("bench", by_bench), ("file", by_file)):
             # The same prompts both ways, but for a first line that makes them new to the prefix cache.
             prompts = [
-                Prompt(f"{number} {way} {place}\n{each.text}", each.max_tokens) for place, each in enumerate(drawn)
+                {"prompt": f"{number} {way} {place}\n{each.text}", "max_tokens": each.max_tokens}
+                for place, each in enumerate(drawn)
             ]
-            rates[way] = await (by_file if way == "file" else at_once)(server, folder, prompts)
-        ratios.append(rates["file"] / rates["at once"])
-        print(f"round {number + 1}: file {rates['file']:.0f}, at once {rates['at once']:.0f} tokens/s", flush=True)
-    print(f"a file's throughput is {statistics.median(ratios):.3f} of that of all requests at once (median)")
+            rates[way] = run(server, folder, prompts)
+        ratios.append(rates["file"] / rates["bench"])
+        print(f"round {number + 1}: bench {rates['bench']:.0f}, file {rates['file']:.0f} tokens/s", flush=True)
+    print(f"a file's throughput is {statistics.median(ratios):.3f} of that of octavo bench offline (median)")
 
 
-async def by_file(server: LocalServer, folder: Path, prompts: Sequence[Prompt]) -> float:
+def by_file(server: LocalServer, folder: Path, prompts: Sequence[Mapping[str, Any]]) -> float:
+    """Return the output tokens a second of `octavo batch run`."""
     requests, results = folder / "round.jsonl", folder / "round-results.jsonl"
-    fields = [
-        {"prompt": each.text, "max_tokens": each.max_tokens, "temperature": 0, "ignore_eos": True} for each in prompts
-    ]
-    requests.write_text("\n".join(map(json.dumps, fields)) + "\n")
+    write_lines(requests, [{**each, "temperature": 0, "ignore_eos": True} for each in prompts])
     results.unlink(missing_ok=True)
     command = [*COMMAND, "--url", server.url, "--in", str(requests), "--out", str(results)]
-    process = await asyncio.create_subprocess_exec(
-        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-    )
-    said, _ = await process.communicate()
-    summary = SUMMARY.search(said.decode())
-    if process.returncode or summary is None:
-        raise SystemExit(f"the run failed: {said.decode()}")
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    summary = SUMMARY.search(run.stdout)
+    if run.returncode or summary is None:
+        raise SystemExit(f"the run failed: {run.stdout}")
     return float(summary[1].replace(",", "")) / float(summary[2])
 
 
-async def at_once(server: LocalServer, folder: Path, prompts: Sequence[Prompt]) -> float:
-    del folder
-    async with GrpcTransport(server.address) as transport:
-        started = time.monotonic()
-        outcomes = await asyncio.gather(*(transport.generate(prompt) for prompt in prompts))
-        seconds = time.monotonic() - started
-    if errors := [outcome.error for outcome in outcomes if outcome.error]:
-        raise SystemExit(f"requests failed: {errors[0]}")
-    return sum(outcome.output_tokens for outcome in outcomes) / seconds
+def by_bench(server: LocalServer, folder: Path, prompts: Sequence[Mapping[str, Any]]) -> float:
+    """Return the output tokens a second of `octavo bench`."""
+    path, output = folder / "prompts.jsonl", folder / "bench.json"
+    write_lines(path, prompts)
+    command = [sys.executable, "-m", "octavo.services.cli", "bench", "--address", server.address, "--case", "offline"]
+    command += ["--repeats", "1", "--requests", str(len(prompts)), "--max-tokens", "0", "--prompts", str(path)]
+    subprocess.run([*command, "--output", str(output)], stdout=subprocess.DEVNULL, check=True)
+    (run,) = json.loads(output.read_text())["runs"]["offline"]
+    return float(run["output_rate"])
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
 if __name__ == "__main__":

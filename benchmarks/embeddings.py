@@ -1,6 +1,6 @@
 """Embeds 1,000 sentences with Octavo, sentence-transformers and ONNX Runtime, in turn, with the same weights.
 
-python benchmarks/embeddings.py HOME [--rounds N] [--sentences N] [--threads N] [--model FOLDER]
+python benchmarks/embeddings.py HOME [--rounds N] [--workload FILE] [--sentences N] [--threads N] [--model FOLDER]
 
 The peers are installed into an environment below HOME (torch is large: some minutes the first time). Octavo is a whole
 deployment on the cpu device, asked over gRPC in one call; the peers run in a process of their own, with the batch
@@ -12,12 +12,16 @@ machine that others use, the second is the one to look at, with one thread: thre
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import socket
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -26,6 +30,7 @@ import psutil
 
 from octavo.inference.v1 import embedding_pb2, embedding_pb2_grpc
 from octavo.services.cli import demo_model
+from octavo.services.offline.local_server import LocalServer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKLOAD = ROOT / "services" / "bench" / "workloads" / "embeddings.jsonl"
@@ -37,19 +42,9 @@ _START_S = 300
 class Peer:
     """A process that embeds when told to."""
 
-    def __init__(self, kind: str, home: Path, model: Path, count: int, threads: int) -> None:
-        script = ROOT / "benchmarks" / "peers" / "embedders.py"
-        command = [
-            *_cores(threads),
-            home / "venv" / "bin" / "python",
-            script,
-            kind,
-            model,
-            WORKLOAD,
-            home,
-            str(count),
-            str(threads),
-        ]
+    def __init__(self, kind: str, home: Path, model: Path, texts: Path, threads: int) -> None:
+        python, script = home / "venv" / "bin" / "python", ROOT / "benchmarks" / "peers" / "embedders.py"
+        command = [python, script, kind, model, texts, home, str(threads)]
         self.name = kind
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._batch_size = self._read().split()[1]
@@ -76,35 +71,17 @@ class Peer:
 
 
 class Octavo:
-    """A deployment on the cpu device."""
+    """A deployment on the cpu device, which ends when this process does."""
 
     name = "octavo"
 
-    def __init__(self, model: Path, count: int, threads: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        command = [
-            *_cores(threads),
-            sys.executable,
-            "-P",
-            "-m",
-            "octavo.services.cli",
-            "serve",
-            str(model),
-            "--device=cpu",
-        ]
-        command += [f"--grpc-address={address}", "--http-address="]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert self._process.stdout is not None
-        while "ready" not in (line := self._process.stdout.readline()):
-            if not line:
-                raise SystemExit("octavo serve ended")
-        channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", 64 << 20)])
+    def __init__(self, model: Path, texts: Sequence[str]) -> None:
+        self._server = LocalServer(str(model), ["--device=cpu"])
+        self._server.__enter__()
+        channel = grpc.insecure_channel(self._server.address, [("grpc.max_receive_message_length", 64 << 20)])
         self._stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)  # type: ignore[no-untyped-call]
-        rows = WORKLOAD.read_text().splitlines()[:count]
-        inputs = [embedding_pb2.EmbedInput(text=json.loads(row)["text"]) for row in rows]
-        self._request = embedding_pb2.EmbedRequest(model=model.name, inputs=inputs)
+        inputs = [embedding_pb2.EmbedInput(text=text) for text in texts]
+        self._request = embedding_pb2.EmbedRequest(inputs=inputs)
         self.measure()
 
     def measure(self) -> tuple[float, float, np.ndarray]:
@@ -116,18 +93,15 @@ class Octavo:
 
     def close(self) -> None:
         """Stop the deployment."""
-        self._process.terminate()
-        self._process.wait()
+        self._server.close()
 
     def _cpu_s(self) -> float:
-        serving = psutil.Process(self._process.pid)
-        processes = [psutil.Process(), serving, *serving.children(recursive=True)]
+        me = psutil.Process()
+        processes = [
+            me,
+            *(each for each in me.children(recursive=True) if "embedders.py" not in " ".join(each.cmdline())),
+        ]
         return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
-
-
-def _cores(count: int) -> list[str]:
-    """Return what lets a command use so many cores: each contender takes as many threads as it sees cores."""
-    return ["taskset", "--cpu-list", f"0-{count - 1}"]
 
 
 def install(home: Path) -> None:
@@ -144,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("home", type=Path, help="where the peers are installed")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workload", type=Path, default=WORKLOAD, help="JSONL file with a text in each line")
     parser.add_argument("--sentences", type=int, default=1000, help="of the workload, at least 16")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False), help="of each contender")
     parser.add_argument("--model", type=Path, help="the MiniLM folder; default: fetched")
@@ -151,29 +126,35 @@ def main() -> None:
     options.home.mkdir(parents=True, exist_ok=True)
     install(options.home)
     model = options.model or demo_model.fetch(demo_model.cache_dir(), lambda *_: None, demo_model.MINILM)
-    count = min(options.sentences, len(WORKLOAD.read_text().splitlines()))
-    sizes = (count, options.threads)
-    contenders = [Octavo(model, *sizes), *(Peer(kind, options.home, model, *sizes) for kind in PEERS)]
-    clock: dict[str, list[float]] = {each.name: [] for each in contenders}
-    cpu: dict[str, list[float]] = {each.name: [] for each in contenders}
-    vectors = {}
-    for _ in range(options.rounds):
-        for each in contenders:
-            seconds, cpu_s, vectors[each.name] = each.measure()
-            clock[each.name].append(count / seconds)
-            cpu[each.name].append(count / cpu_s)
-    for each in contenders:
-        each.close()
-    truth = vectors[PEERS[0]]
+    rows = options.workload.read_text().splitlines()[: options.sentences]
+    # Each contender takes as many threads as it sees cores.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    with contextlib.ExitStack() as closing, tempfile.NamedTemporaryFile("w", suffix=".jsonl") as texts:
+        texts.write("\n".join(rows) + "\n")
+        texts.flush()
+        contenders: list[Octavo | Peer] = []
+        for make in (
+            lambda: Octavo(model, [json.loads(row)["text"] for row in rows]),
+            *(partial(Peer, kind, options.home, model, Path(texts.name), options.threads) for kind in PEERS),
+        ):
+            contenders.append(make())
+            closing.callback(contenders[-1].close)
+        measured = [[each.measure() for each in contenders] for _ in range(options.rounds)]
+    report([each.name for each in contenders], len(rows), measured)
+
+
+def report(names: Sequence[str], count: int, measured: Sequence[Sequence[tuple[float, float, np.ndarray]]]) -> None:
+    """Print medians over the rounds of what each contender measured."""
+    truth = measured[0][names.index(PEERS[0])][2]
+    rates = {
+        name: [statistics.median(count / each[number][kind] for each in measured) for kind in (0, 1)]
+        for number, name in enumerate(names)
+    }
     print("contender              sentences/s   octavo is   per CPU second   octavo is   least cosine")
-    for name in clock:
-        rates = [statistics.median(table[name]) for table in (clock, cpu)]
-        mine = [statistics.median(table["octavo"]) for table in (clock, cpu)]
-        cosine = float((vectors[name] * truth).sum(1).min())
-        print(
-            f"{name:22} {rates[0]:11.0f}   {mine[0] / rates[0]:8.2f}x   {rates[1]:14.0f}   {mine[1] / rates[1]:8.2f}x"
-            f"   {cosine:.7f}"
-        )
+    for number, name in enumerate(names):
+        (clock, cpu), (my_clock, my_cpu) = rates[name], rates["octavo"]
+        cosine = float((measured[0][number][2] * truth).sum(1).min())
+        print(f"{name:22} {clock:11.0f}   {my_clock / clock:8.2f}x   {cpu:14.0f}   {my_cpu / cpu:8.2f}x   {cosine:.7f}")
 
 
 if __name__ == "__main__":

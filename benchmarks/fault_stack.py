@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from octavo.inference.v1 import load_pb2, load_pb2_grpc
+from octavo.services.cli import addresses
 
 GENERATION = "octavo.inference.v1.GenerationService"
 START_S = 120.0
@@ -32,10 +32,12 @@ GRACE_S = 10.0
 
 def free_port() -> int:
     """Return a port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Return different ones."""
+    return [addresses.split(each)[1] for each in addresses.take_free("127.0.0.1:0", count)]
 
 
 class Process:
@@ -163,7 +165,7 @@ class Stack:
         self._temporary = tempfile.TemporaryDirectory(prefix="octavo-faults-")
         folder = self.folder = Path(self._temporary.name)
         (folder / "resume.key").write_bytes(os.urandom(32).hex().encode())
-        ports = [free_port() for _ in range(4)]
+        ports = free_ports(4)
         self.gateway_addresses = [f"127.0.0.1:{port}" for port in ports[:2]]
         self.address = f"127.0.0.1:{ports[2]}"
         self.num_schedulers = num_schedulers

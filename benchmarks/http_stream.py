@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,12 +19,7 @@ import psutil
 import uvloop
 from gateway_stream import make_model, run_scheduler
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from octavo.services.cli.addresses import split, take_free
 
 
 async def read_stream(port: int, num_tokens: int) -> int:
@@ -89,7 +83,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or make_model(Path(folder))
-        hop, port = f"unix:{folder}/scheduler.sock", free_port()
+        hop, port = f"unix:{folder}/scheduler.sock", split(take_free("127.0.0.1:0", 1)[0])[1]
         same = ["--streams", str(options.streams), "--step-ms", str(options.step_ms), "--model", str(model)]
         scheduler = subprocess.Popen([sys.executable, __file__, "--scheduler-at", hop, *same])
         addresses = ["--grpc-address", f"unix:{folder}/gateway.sock", "--http-address", f"127.0.0.1:{port}"]

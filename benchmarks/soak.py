@@ -21,7 +21,6 @@ import asyncio
 import json
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from pathlib import Path
 
 import psutil
 
+from octavo.services.cli.addresses import take_free
 from octavo.services.client import Client, OctavoError
 
 WORKLOAD = Path(__file__).resolve().parent.parent / "services" / "bench" / "workloads" / "chat.jsonl"
@@ -169,9 +169,7 @@ def main() -> int:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    (address,) = take_free("127.0.0.1:0", 1)
     command = [sys.executable, "-m", "octavo.services.cli", "serve", options.model, "--grpc-address", address]
     command += ["--http-address", "", "--device", options.device]
     serving = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

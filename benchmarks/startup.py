@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import psutil
 
+from octavo.services.cli.addresses import take_free
 from octavo.services.client import Client
 
 NUM_PROMPTS = 32
@@ -38,9 +38,7 @@ class Start:
 
     def __init__(self, model: str, folder: Path, *flags: str) -> None:
         """Start it, with its packed weights in `folder`, and wait until it is ready."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        (self.address,) = take_free("127.0.0.1:0", 1)
         command = [sys.executable, "-m", "octavo.services.cli", "serve", model, "--device", "cpu"]
         command += ["--grpc-address", self.address, "--http-address", "", *flags]
         started = time.perf_counter()

@@ -1,9 +1,9 @@
 """Embeds the workload with sentence-transformers or ONNX Runtime, once for each line on its input.
 
 Run with the Python of an environment that has them, by benchmarks/embeddings.py:
-embedders.py {sentence-transformers|onnxruntime} MODEL_FOLDER WORKLOAD WORK_FOLDER SENTENCES THREADS.
-Prints "ready" and
-its batch size, then for each line a JSON object with seconds, the processor's seconds, and the first 16 vectors.
+embedders.py {sentence-transformers|onnxruntime} MODEL_FOLDER WORKLOAD WORK_FOLDER THREADS.
+Prints "ready" and its batch size, then for each line a JSON object with seconds, the processor's seconds, and the
+first 16 vectors.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def _export(folder: Path, path: Path) -> None:
 def main(arguments: list[str]) -> None:
     """Measure when told to."""
     kind, folder, workload, work = arguments[0], *map(Path, arguments[1:4])
-    texts = [json.loads(line)["text"] for line in workload.read_text().splitlines()[: int(arguments[4])]]
-    threads = int(arguments[5])
+    texts = [json.loads(line)["text"] for line in workload.read_text().splitlines()]
+    threads = int(arguments[4])
     if kind == "sentence-transformers":
         encode = sentence_transformers(folder, threads)
     else:
