@@ -81,7 +81,7 @@ class Octavo:
         channel = grpc.insecure_channel(self._server.address, [("grpc.max_receive_message_length", 64 << 20)])
         self._stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)  # type: ignore[no-untyped-call]
         inputs = [embedding_pb2.EmbedInput(text=text) for text in texts]
-        self._request = embedding_pb2.EmbedRequest(inputs=inputs)
+        self._request = embedding_pb2.EmbedRequest(model=model.name, inputs=inputs)
         self.measure()
 
     def measure(self) -> tuple[float, float, np.ndarray]:
