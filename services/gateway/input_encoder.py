@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, normalizers
 
 MAX_LIMITS = 4  # lengths that tokenizers are kept for: that of the workers may change
 
@@ -26,9 +26,10 @@ class EncodedInput:
 class InputEncoder:
     """Encodes with a tokenizer of its own for each length, which is never changed while a thread uses it."""
 
-    def __init__(self, definition: bytes) -> None:
-        """`definition`: tokenizer.json."""
+    def __init__(self, definition: bytes, lower_case: bool = False) -> None:
+        """`definition`: tokenizer.json; lower_case: texts are put in lower case first."""
         self._definition = definition
+        self._lower_case = lower_case
         self._by_limit: dict[int, Tokenizer] = {}
 
     def knows(self, limit: int) -> bool:
@@ -44,6 +45,9 @@ class InputEncoder:
         tokenizer = self._by_limit.get(limit)
         if tokenizer is None:
             tokenizer = Tokenizer.from_buffer(self._definition)
+            if self._lower_case:
+                given = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+                tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])
             tokenizer.no_padding()
             tokenizer.enable_truncation(limit)
             if len(self._by_limit) >= MAX_LIMITS:

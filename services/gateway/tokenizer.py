@@ -41,7 +41,7 @@ class ModelTokenizer:
         self.vocab_size = files.vocab_size
         self.max_model_len = files.max_model_len
         self.vector_files = files.vector_files
-        self._inputs = InputEncoder(files.definition)
+        self._inputs = InputEncoder(files.definition, files.vector_files is not None and files.vector_files.lower_case)
         self.end_of_sequence_ids = files.end_of_sequence_ids
         self.default_sampling = _sampling_defaults(files.default_sampling)
         self.chat_template: ChatTemplate | None = None

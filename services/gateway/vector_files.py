@@ -23,6 +23,7 @@ class VectorFiles:
     prompts               what goes before a text, by name
     default_prompt_name   of the prompt where a request names none; empty: none
     dimensions            the sizes that vectors may be cut to; empty: any
+    lower_case            texts are read in lower case, whatever the tokenizer does by itself
     """
 
     task: common_pb2.ModelTask
@@ -30,6 +31,7 @@ class VectorFiles:
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str = ""
     dimensions: tuple[int, ...] = ()
+    lower_case: bool = False
 
 
 def read_vector_files(
@@ -42,7 +44,7 @@ def read_vector_files(
     """
     architecture = str((config.get("architectures") or [""])[0])
     if architecture.endswith("ForSequenceClassification"):
-        return VectorFiles(common_pb2.MODEL_TASK_SCORE, _length(read_json))
+        return VectorFiles(common_pb2.MODEL_TASK_SCORE, _length(read_json), lower_case=_is_lower_case(read_json))
     if not (folder / MODULES_FILE).is_file() and not architecture.endswith(("Model", "ForMaskedLM")):
         return None
     settings = read_json.get(PROMPTS_FILE, {})
@@ -55,6 +57,7 @@ def read_vector_files(
         {str(name): str(text) for name, text in list(prompts.items())[:_MAX_PROMPTS]},
         str(settings.get("default_prompt_name") or ""),
         tuple(size for size in sizes if isinstance(size, int)) if isinstance(sizes, list) else (),
+        _is_lower_case(read_json),
     )
 
 
@@ -64,3 +67,7 @@ def _length(read_json: Mapping[str, dict[str, Any]]) -> int:
         if isinstance(length, int) and not isinstance(length, bool) and length > 0:
             return length
     return 0
+
+
+def _is_lower_case(read_json: Mapping[str, dict[str, Any]]) -> bool:
+    return any(read_json.get(name, {}).get("do_lower_case") is True for name in LENGTH_FILES)
