@@ -17,7 +17,7 @@ from octavo.common.v1 import common_pb2
 from octavo.gpu_worker.batch import Limits, Slots
 from octavo.gpu_worker.devices.cuda_pooling import CudaPoolingRunner
 from octavo.gpu_worker.devices.reference import ReferenceDevice
-from octavo.gpu_worker.models.bert import BertConfig, BertModel, tensor_shapes
+from octavo.gpu_worker.models.bert import BertConfig, BertModel
 from octavo.gpu_worker.pooler import Pooling
 from octavo.gpu_worker.pooling_runner import PoolingRunner
 from octavo.gpu_worker.runner import Runner
@@ -104,6 +104,6 @@ def _encoder(sizes: dict[str, int]) -> BertModel:
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        for name, shape in tensor_shapes(config).items()
+        for name, shape in config.tensor_shapes().items()
     }
-    return BertModel(config, tensors)
+    return config.build(tensors, config.max_position_embeddings)
