@@ -16,11 +16,14 @@ import numpy.typing as npt
 import openai
 import psutil
 import pytest
+import torch
 from grpc import aio
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from octavo.inference.v1 import embedding_pb2, embedding_pb2_grpc, model_pb2, model_pb2_grpc
 from octavo.services.client import OctavoError, SyncClient
 
+from ..gpu_worker.tiny import make_checkpoint  # noqa: TID252 - tests are no package with a name
 from .stack import Stack
 
 MODEL = "all-minilm-l6-v2"
@@ -67,8 +70,8 @@ def worst_cosine(vectors: Vectors) -> float:
 async def test_vectors_are_those_of_sentence_transformers(embedder: Stack) -> None:
     async with aio.insecure_channel(embedder.address) as channel:
         response = await stub(channel).Embed(embed_request(TEXTS))
-        models = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
-        (model,) = (await models.ListModels(model_pb2.ListModelsRequest())).models
+        catalogue = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
+        (model,) = (await catalogue.ListModels(model_pb2.ListModelsRequest())).models
 
     assert worst_cosine(vectors_of(response)) >= 0.99999
     assert [each.input_tokens for each in response.embeddings] == [len(row["input_ids"]) for row in ROWS]
@@ -175,3 +178,36 @@ def test_octavo_s_client_embeds_and_ranks(embedder: Stack) -> None:
         with pytest.raises(OctavoError) as failure:
             client.embed("x", dimensions=0)
         assert failure.value.code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+async def test_a_decoder_in_a_folder_of_sentence_transformers_makes_vectors(dtype: str, tmp_path: Path) -> None:
+    """Whole and in float32, or in bfloat16 like any prompt: then an input is longer than a step."""
+    model = make_checkpoint(tmp_path, "qwen3", dtype="bfloat16").float()
+    names = ["<|end|>", "<|start|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    modules = [{"type": "Transformer", "path": ""}, {"type": "Pooling", "path": "1_Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
+    rows = [np.random.default_rng(length).integers(0, 258, length).tolist() for length in (1, 90, 250)]
+    stack = Stack(tmp_path, "--device", "cpu", "--dtype", dtype, "--max-batch-tokens", "256")
+    request = embedding_pb2.EmbedRequest(normalize=True)
+    for row in [*rows, rows[0] * 300] if dtype == "bfloat16" else rows:
+        request.inputs.add().token_ids.ids.extend(row)
+
+    try:
+        async with aio.insecure_channel(stack.address) as channel:
+            catalogue = model_pb2_grpc.ModelServiceStub(channel)  # type: ignore[no-untyped-call]
+            (served,) = (await catalogue.ListModels(model_pb2.ListModelsRequest())).models
+            request.model = served.name
+            vectors = vectors_of(await stub(channel).Embed(request))
+    finally:
+        assert stack.stop() == 0
+
+    for row, vector in zip(request.inputs, vectors, strict=True):
+        with torch.no_grad():
+            state = model.model(torch.tensor([row.token_ids.ids])).last_hidden_state[0, -1]
+        true = torch.nn.functional.normalize(state, dim=0).numpy()
+        assert vector @ true > (0.99999 if dtype == "auto" else 0.999)
