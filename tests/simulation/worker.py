@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from octavo.services.common.protocol import PROTOCOL_REVISION
 from octavo.worker.v1 import worker_pb2
-from tests.services.scheduler.simulation import FakeWorker
+from tests.services.scheduler.simulation import VOCAB, FakeWorker
 
 if TYPE_CHECKING:
     from .world import World
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 REPORT_S = 0.2
 SILENCE_S = 1.0
 NOT_FINITE = 0xFFFFFFFF
-POISON = 49_999  # the token that kills a worker
+POISON = VOCAB  # the token that kills a worker: the fake model never makes it
 
 
 class SimWorker:
