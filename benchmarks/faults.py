@@ -314,6 +314,7 @@ def main() -> int:
     if args.vanish:
         asyncio.run(vanish(args.vanish, args.vanishing_clients))
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops this stops all that it started
     return asyncio.run(run(args))
 
 

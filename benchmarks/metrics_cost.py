@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import math
+import signal
 import statistics
 import sys
 import tempfile
@@ -195,6 +196,7 @@ def main() -> None:
     options = parser.parse_args()
     measure_recording(options.streams, 20)
     if not options.recording_only:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops this stops all that it started
         asyncio.run(run(options))
 
 
