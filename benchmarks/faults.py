@@ -12,8 +12,9 @@ repeat and exactly one ending. After each scenario every block of KV cache is fr
 
 Prints a line for each scenario and exits with 1 if anything did not hold. A stall is the longest time between two
 deltas of a stream around a fault; detection is the time from the fault until the scheduler has given the worker up;
-restart is the time from starting a process again until everything is up; replay is how long a stream that goes on
-from its middle takes to its first delta when all do so at once, without a fault: what computing it again costs. All
+restart is the time from starting a process again, or from noticing that one is frozen, until everything is up;
+replay is how long a stream that goes on from its middle takes to its first delta when all do so at once, without a
+fault: what computing it again costs. All
 are median / 99th percentile / maximum. With `--results` the runs add up: each line of that file is what one invocation
 showed of one scenario, and the table is of the whole file.
 """
@@ -91,9 +92,11 @@ class Faults:
             frozen_at = time.monotonic()
             victim.send(signal.SIGSTOP)
             await self._detect(victim, frozen_at, tally)
+            noticed_at = time.monotonic()
             await asyncio.sleep(self._rng.random() * 2 + (0 if victim in self._stack.workers else MIN_FROZEN_S))
             victim.send(signal.SIGCONT)
             await self._stack.ready()
+            tally.restarts.append(time.monotonic() - noticed_at)
 
         for done in range(0, count, self._faults_per_stream):
             await self._strike(tally, min(count - done, self._faults_per_stream), fault)
