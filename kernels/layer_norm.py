@@ -10,7 +10,7 @@ import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
 from octavo.kernels.configs import norm_config
-from octavo.kernels.rms_norm import MAX_HIDDEN_SIZE
+from octavo.kernels.rms_norm import check_norm
 
 
 @triton.jit
@@ -62,16 +62,7 @@ def add_layer_norm(
     weight    [hidden_size], any float type;  bias the same or None
     output    [T, hidden_size], any float type: (x - mean) / sqrt(variance + eps) * weight + bias
     """
-    num_tokens, hidden_size = residual.shape
-    assert residual.dtype == torch.float32, residual.dtype
-    assert hidden_size <= MAX_HIDDEN_SIZE, f"hidden_size {hidden_size} is above {MAX_HIDDEN_SIZE}"
-    assert output.shape == residual.shape, (output.shape, residual.shape)
-    assert update is None or update.shape == residual.shape, (update.shape, residual.shape)
-    assert weight.shape == (hidden_size,), weight.shape
-    assert bias is None or bias.shape == (hidden_size,), bias.shape
-    for tensor in (residual, update, weight, bias, output):
-        assert tensor is None or tensor.is_contiguous(), "every tensor must be contiguous"
-        assert tensor is None or tensor.device == residual.device, (tensor.device, residual.device)
+    num_tokens, hidden_size = check_norm(residual, update, output, weight, bias)
     if num_tokens == 0:
         return
     config = norm_config(hidden_size)

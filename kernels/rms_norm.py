@@ -43,6 +43,23 @@ def _add_rms_norm(
     tl.store(output_ptr + row + cols, x * inverse * weight, mask=mask)
 
 
+def check_norm(
+    residual: torch.Tensor, update: torch.Tensor | None, output: torch.Tensor, *weights: torch.Tensor | None
+) -> tuple[int, int]:
+    """Check what a norm gets, as `add_rms_norm` describes it; return T and hidden_size."""
+    num_tokens, hidden_size = residual.shape
+    assert residual.dtype == torch.float32, residual.dtype
+    assert hidden_size <= MAX_HIDDEN_SIZE, f"hidden_size {hidden_size} is above {MAX_HIDDEN_SIZE}"
+    assert output.shape == residual.shape, (output.shape, residual.shape)
+    assert update is None or update.shape == residual.shape, (update.shape, residual.shape)
+    for weight in weights:
+        assert weight is None or weight.shape == (hidden_size,), weight.shape
+    for tensor in (residual, update, output, *weights):
+        assert tensor is None or tensor.is_contiguous(), "every tensor must be contiguous"
+        assert tensor is None or tensor.device == residual.device, (tensor.device, residual.device)
+    return num_tokens, hidden_size
+
+
 def add_rms_norm(
     residual: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, output: torch.Tensor, eps: float
 ) -> None:
@@ -53,15 +70,7 @@ def add_rms_norm(
     weight    [hidden_size], any float type
     output    [T, hidden_size], any float type: sum / sqrt(mean(sum^2) + eps) * weight
     """
-    num_tokens, hidden_size = residual.shape
-    assert residual.dtype == torch.float32, residual.dtype
-    assert hidden_size <= MAX_HIDDEN_SIZE, f"hidden_size {hidden_size} is above {MAX_HIDDEN_SIZE}"
-    assert output.shape == residual.shape, (output.shape, residual.shape)
-    assert update is None or update.shape == residual.shape, (update.shape, residual.shape)
-    assert weight.shape == (hidden_size,), weight.shape
-    for tensor in (residual, update, weight, output):
-        assert tensor is None or tensor.is_contiguous(), "every tensor must be contiguous"
-        assert tensor is None or tensor.device == residual.device, (tensor.device, residual.device)
+    num_tokens, hidden_size = check_norm(residual, update, output, weight)
     if num_tokens == 0:
         return
     config = norm_config(hidden_size)

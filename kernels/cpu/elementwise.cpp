@@ -47,21 +47,8 @@ void norm_head(const OctavoNorm& norm, Head& head) {
 
 void rotate_head(const OctavoOp& op, int32_t position, Head& head) {
   const int half = op.rotary_dim / 2;
-  const float* cos = op.cos + static_cast<int64_t>(position) * half;
-  const float* sin = op.sin + static_cast<int64_t>(position) * half;
-  float* first = head.values;
-  float* second = head.values + half;
-  int i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
-    store(first + i, a * c - b * s);
-    store(second + i, b * c + a * s);
-  }
-  for (; i < half; ++i) {
-    const float a = first[i], b = second[i];
-    first[i] = a * cos[i] - b * sin[i];
-    second[i] = b * cos[i] + a * sin[i];
-  }
+  const int64_t offset = static_cast<int64_t>(position) * half;
+  rotate_halves(head.values, op.cos + offset, op.sin + offset, half);
 }
 
 void load_head(const float* source, int head_dim, Head& head) {
@@ -80,6 +67,21 @@ void write_value(const Head& head, int head_dim, int offset, bf16* page) {
 }
 
 }  // namespace
+
+void rotate_halves(float* first, const float* cos, const float* sin, int half) {
+  float* second = first + half;
+  int i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
+    store(first + i, a * c - b * s);
+    store(second + i, b * c + a * s);
+  }
+  for (; i < half; ++i) {
+    const float a = first[i], b = second[i];
+    first[i] = a * cos[i] - b * sin[i];
+    second[i] = b * cos[i] + a * sin[i];
+  }
+}
 
 void embed_token(const OctavoOp& op, int32_t token_id, float* output) {
   if (op.table_stride == 0) return unpack_column(op.linear, token_id, output);

@@ -21,6 +21,9 @@ void norm_row(const OctavoNorm& norm, const float* x, bf16* output);
 // The same without rounding, and without the padding.
 void norm_row_exact(const OctavoNorm& norm, const float* x, float* output);
 
+// Rotate a head in place: dimension i of its first `half` with i + half, by cos[i] and sin[i].
+void rotate_halves(float* first, const float* cos, const float* sin, int half);
+
 // Norm (if the op has norms) and rotate some heads of one token: the kv heads [first_kv_head,
 // first_kv_head + num_kv_heads) and the query heads that belong to them. Keys and values go to
 // place `offset` of the block's pages, queries to `queries`.

@@ -6,13 +6,12 @@
 #include <limits>
 
 #include "dispatch.h"
+#include "elementwise.h"
 #include "encoder_activation.h"
 #include "simd.h"
 
 namespace octavo {
 namespace {
-
-constexpr int kRowMultiple = 32;  // as rows of buffers are padded
 
 const float* row_of(const OctavoTable& table, int64_t row) { return table.data + row * table.stride; }
 
@@ -26,21 +25,6 @@ float inverse_rms(const float* x, int64_t padded_size, int size, float eps) {
   Vec squares = {};
   for (int64_t i = 0; i < padded_size; i += kLanes) squares = multiply_add(load(x + i), load(x + i), squares);
   return 1.0f / std::sqrt(sum_lanes(squares) / static_cast<float>(size) + eps);
-}
-
-void rotate_halves(float* first, const float* cos, const float* sin, int half) {
-  float* second = first + half;
-  int i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
-    store(first + i, a * c - b * s);
-    store(second + i, b * c + a * s);
-  }
-  for (; i < half; ++i) {
-    const float a = first[i], b = second[i];
-    first[i] = a * cos[i] - b * sin[i];
-    second[i] = b * cos[i] + a * sin[i];
-  }
 }
 
 // columns[dim][token] = keys[token][dim], zero from num_tokens up to `padded`, which is a multiple of four.
