@@ -90,11 +90,10 @@ class Admission:
         """Return why there is no room or no time for a request now."""
         waiting, num_waiting = self._states.waiting, self._states.num_waiting
         num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
-        share = self._forecast.share(submit.tenant)
-        retry_ms = int(500 * self._forecast.queue_s()) + 1
         if num_waiting >= self._config.max_waiting:
             message = f"{num_waiting} requests are waiting, which is the limit"
-        elif (of_tenant := waiting.num_waiting(submit.tenant)) and of_tenant >= share * self._config.max_waiting:
+        elif self._has_its_share(submit.tenant):
+            of_tenant = waiting.num_waiting(submit.tenant)
             message = f"{of_tenant} requests of the tenant are waiting, which is its share of the queue"
         elif waiting.num_tokens and waiting.num_tokens + num_tokens > self._config.max_waiting_tokens:
             message = (
@@ -103,7 +102,13 @@ class Admission:
             )
         else:
             return self._refuse_for_deadline(submit, max_model_len, now)
+        retry_ms = int(500 * self._forecast.queue_s()) + 1
         return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_ms=retry_ms)
+
+    def _has_its_share(self, tenant: str) -> bool:
+        """Return whether as many sequences of a tenant wait as it may have in the queue."""
+        count = self._states.waiting.num_waiting(tenant)
+        return count > 0 and count >= self._forecast.share(tenant) * self._config.max_waiting
 
     def _refuse_for_deadline(
         self, submit: scheduler_pb2.Submit, max_model_len: int, now: float
