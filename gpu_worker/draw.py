@@ -32,6 +32,14 @@ _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 _SMALL = _F32(0.29289323)
 
 
+def best_tokens(logits: Float32Array) -> Int32Array:
+    """Return the lowest id of each row's highest logit; see `ops.Device.argmax`."""
+    best_ids = logits.argmax(axis=1)  # the first of equal ones, and the first NaN if there is one
+    # So a best logit is finite exactly if the row has no NaN, no +inf, and something else than -inf.
+    is_finite = np.isfinite(logits[np.arange(len(logits)), best_ids])
+    return np.where(is_finite, best_ids, -1).astype(np.int32)
+
+
 def draw_tokens(logits: Float32Array, draws: list[Draw]) -> Int32Array:
     """Draw a token for each row of `logits` [N, vocab_size]; return [N]. Rows are independent."""
     return np.array([_draw_row(logits[index], draw) for index, draw in enumerate(draws)], dtype=np.int32)

@@ -302,6 +302,12 @@ class Device(Protocol):
         allowed  [ceil(vocab_size / 32)] bit t % 32 of word t // 32 stands for token t
         """
 
+    def argmax(self, logits: Float32Array) -> Int32Array:
+        """Return the lowest id of the highest logit of each row of `logits` [N, vocab_size]: [N].
+
+        A row with NaN or +inf in it, or with nothing but -inf, gives -1.
+        """
+
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """Draw a token for each row of processed `logits` [N, vocab_size]; return [N].
 

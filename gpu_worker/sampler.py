@@ -22,6 +22,9 @@ from octavo.gpu_worker.sampling_settings import SamplingSettings
 class Drawer(Protocol):
     """The part of a device that the sampler uses."""
 
+    def argmax(self, logits: Float32Array) -> Int32Array:
+        """See `ops.Device.argmax`."""
+
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """See `ops.Device.draw`."""
 
@@ -91,9 +94,8 @@ class Sampler:
         if len(slots) == 0:
             return _pack(np.empty(0, np.uint32), [])
         rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
-        best_ids = logits.argmax(axis=1)  # the first of equal ones, and the first NaN if there is one
-        # A best logit is NaN, +inf or -inf exactly if the row has a NaN, a +inf or nothing else than -inf.
-        finite = np.isfinite(logits[np.arange(len(rows)), best_ids])
+        best_ids = self._drawer.argmax(logits)
+        finite = best_ids >= 0
         refused = self._refused(rows, follows)
         refused = {i: code for i, code in refused.items() if finite[i]}
         drawn = finite.copy()

@@ -94,6 +94,10 @@ class CpuDevice:
         """Set what is not allowed in a row of logits [vocab_size] to -inf, in place; see `ops.Device.mask`."""
         self._runtime.mask(row, allowed)
 
+    def argmax(self, logits: Float32Array) -> Int32Array:
+        """Return the lowest id of each row's highest logit, or -1; see `ops.Device.argmax`."""
+        return self._runtime.argmax(logits)
+
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """Draw a token for each row of processed `logits` [N, vocab_size] float32; return [N].
 

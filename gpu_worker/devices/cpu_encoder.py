@@ -86,6 +86,11 @@ class CpuEncoder:
         del row, allowed
         raise AssertionError("a model for vectors makes no tokens")
 
+    def argmax(self, logits: Float32Array) -> Int32Array:
+        """There are no tokens to choose."""
+        del logits
+        raise AssertionError("a model for vectors makes no tokens")
+
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """There are no tokens to draw."""
         del logits, draws

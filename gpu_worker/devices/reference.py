@@ -18,7 +18,7 @@ import torch
 
 from octavo.gpu_worker.devices import reference_encoder
 from octavo.gpu_worker.devices.attention_plan import TILE_KEYS, TILE_ROWS, AttentionGroup, plan_attention
-from octavo.gpu_worker.draw import draw_tokens
+from octavo.gpu_worker.draw import best_tokens, draw_tokens
 from octavo.gpu_worker.ops import (
     Activation,
     Draw,
@@ -90,6 +90,10 @@ class ReferenceDevice:
         """Set what is not allowed in a row of logits [vocab_size] to -inf, in place; see `ops.Device.mask`."""
         bits = np.unpackbits(allowed.view(np.uint8), count=len(row), bitorder="little")
         row[bits == 0] = -np.inf
+
+    def argmax(self, logits: Float32Array) -> Int32Array:
+        """Return the lowest id of each row's highest logit, or -1; see `ops.Device.argmax`."""
+        return best_tokens(logits)
 
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """Draw a token for each row of processed `logits`."""

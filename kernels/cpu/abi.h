@@ -228,6 +228,7 @@ OCTAVO_EXPORT void octavo_mask(float* logits, const uint32_t* allowed, int32_t s
 // -inf, or not a number) gives -1.
 OCTAVO_EXPORT void octavo_draw(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows,
                                int32_t vocab_size, const OctavoDraw* draws, int32_t* token_ids);
+// The lowest index of each row's largest value; -1 where that is infinite, or a value is not a number.
 OCTAVO_EXPORT void octavo_argmax(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows,
                                  int32_t vocab_size, int32_t* token_ids);
 

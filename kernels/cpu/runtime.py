@@ -62,7 +62,7 @@ class Runtime:
         return token_ids
 
     def argmax(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-        """Return the lowest index of each row's largest value; -1 where there is none above -inf."""
+        """Return the lowest index of each row's largest value; -1 where that is infinite, or a value is NaN."""
         rows = _as_rows(logits)
         token_ids = np.empty(len(rows), np.int32)
         self.library.octavo_argmax(

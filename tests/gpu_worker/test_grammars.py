@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from octavo.gpu_worker import grammars as grammars_module
-from octavo.gpu_worker.draw import draw_tokens
+from octavo.gpu_worker.draw import best_tokens, draw_tokens
 from octavo.gpu_worker.errors import ModelError, PlanError
 from octavo.gpu_worker.grammars import Automaton, Grammars
 from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, UInt32Array
@@ -164,6 +164,9 @@ def test_a_vocabulary_that_cannot_be_read_gives_no_token_and_raises_nothing() ->
 
 class Drawer:
     """Draws and masks in plain numpy."""
+
+    def argmax(self, logits: Float32Array) -> Int32Array:
+        return best_tokens(logits)
 
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         return draw_tokens(logits, draws)

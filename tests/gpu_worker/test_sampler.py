@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.gpu_worker.draw import draw_tokens
+from octavo.gpu_worker.draw import best_tokens, draw_tokens
 from octavo.gpu_worker.errors import PlanError
 from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array
 from octavo.gpu_worker.sampler import Sampled, Sampler
@@ -24,6 +24,9 @@ class Drawer:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Float32Array, list[Draw]]] = []
+
+    def argmax(self, logits: Float32Array) -> Int32Array:
+        return best_tokens(logits)
 
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         self.calls.append((logits.copy(), draws))

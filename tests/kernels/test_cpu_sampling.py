@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from octavo.gpu_worker.draw import best_tokens
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import Runtime
 
@@ -195,6 +196,20 @@ def test_a_row_without_a_drawable_token_gives_minus_one(runtime: Runtime, temper
     logits[1, 300] = -80.0
 
     assert runtime.draw(logits, make_draws(2, temperature=temperature)).tolist() == [-1, 300]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("vocab_size", [1, 15, 1024, 1025, 2100])
+def test_the_argmax_of_a_row_is_the_first_of_the_highest_or_minus_one_if_that_is_not_finite(
+    runtime: Runtime, vocab_size: int, value: float
+) -> None:
+    generator = np.random.default_rng(vocab_size)
+    logits = generator.integers(-2, 3, (vocab_size + 1, vocab_size)).astype(F32)  # many are equal
+    places = np.arange(vocab_size)
+    logits[places, places] = value  # in the last row it is nowhere
+    logits[0] = value
+
+    assert runtime.argmax(logits).tolist() == best_tokens(logits).tolist()
 
 
 def test_rows_are_independent_of_each_other_and_of_their_stride(runtime: Runtime) -> None:

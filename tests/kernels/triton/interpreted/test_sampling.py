@@ -223,6 +223,9 @@ def test_a_row_that_is_not_finite_has_no_token(name: str) -> None:
 class TorchDrawer:
     """The worker's own draw."""
 
+    def argmax(self, logits: Float32Array) -> Int32Array:
+        return draw.best_tokens(logits)
+
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         return draw.draw_tokens(logits, draws)
 
