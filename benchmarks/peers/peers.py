@@ -62,13 +62,13 @@ def vllm(home: Path, model: Path, port: int, threads: int, prefix_cache: bool) -
     return Contender(f"vllm, {threads} thread(s)", tuple(command), "/health", "model", environment)
 
 
-def llama(home: Path, gguf: Path, port: int, threads: int, prefix_cache: bool) -> Contender:
-    """llama.cpp's server, with a slot for each of 64 streams."""
+def llama(home: Path, gguf: Path, port: int, threads: int, long_prompts: bool) -> Contender:
+    """llama.cpp's server, with a slot for each of 64 streams, or with 32 longer ones."""
     server = next((home / "llama").rglob("bin/llama-server"))
-    slots, context = (32, 69632) if prefix_cache else (64, 64 * 1152)
+    slots, context = (32, 32 * 2432) if long_prompts else (64, 64 * 1152)
     command = [str(server), "-m", str(gguf), "-t", str(threads), "-tb", str(threads), "-np", str(slots)]
     command += ["-c", str(context), "--cache-ram", "0", "--host", "127.0.0.1", "--port", str(port)]
-    extra = {} if prefix_cache else {"cache_prompt": False}
+    extra = {} if long_prompts else {"cache_prompt": False}
     environment = {"LD_LIBRARY_PATH": str(server.parent)}  # the package does not say where its libraries are
     return Contender(f"llama.cpp, {threads} thread(s)", tuple(command), "/health", "model", environment, extra)
 

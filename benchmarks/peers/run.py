@@ -43,7 +43,10 @@ MEASURES = {
     "offline": ("output tokens/s, 64 requests at once", "output_rate", True),
     "prefill": ("prompt tokens/s, documents of about 2,048 tokens", "prompt_rate", True),
     "prefix": ("seconds for 32 requests with a shared prefix", "seconds", False),
+    "ready": ("seconds from launch until it serves", "ready_s", False),
 }
+# Peers need other settings for these: one that looks prefixes up, one whose slots hold so long prompts.
+APART = {"vllm": {"prefix"}, "llama": {"prefill", "prefix"}}
 
 
 @dataclasses.dataclass
@@ -95,22 +98,31 @@ def measure_openvino(home: Path, folder: Path, threads: int, round_: int, chosen
 
 
 def ratios(results: dict[str, Result]) -> list[str]:
-    """Return Markdown rows: Octavo's figure, the best peer's, and how many times better Octavo is."""
-    rows = ["| measure | octavo | best peer | which | ratio |", "| --- | --- | --- | --- | --- |"]
+    """Return Markdown rows: Octavo's figure, and how many times better it is than the best server and than OpenVINO."""
+    rows = ["| measure | octavo | best server | which | ratio | OpenVINO, no server | ratio |", "| --- " * 7 + "|"]
     for key, (title, field, more_is_better) in MEASURES.items():
-        figures = {
-            name: statistics.median(getattr(run, field) for run in result.runs[key.split()[0]])
-            for name, result in results.items()
-            if result.runs.get(key.split()[0])
-        }
+        figures = {name: figure for name, result in results.items() if (figure := _median(result, key, field))}
+        scale = 1000 if field == "itl_p50" else 1
+        form = ",.0f" if more_is_better else ",.1f"
         ours = figures.pop("octavo", math.nan)
-        if not figures or math.isnan(ours):
-            continue
-        best = (max if more_is_better else min)(figures, key=lambda name: figures[name])
-        ratio = ours / figures[best] if more_is_better else figures[best] / ours
-        scale, form = (1000, ".1f") if field == "itl_p50" else (1, ",.1f" if field == "seconds" else ",.0f")
-        rows.append(f"| {title} | {scale * ours:{form}} | {scale * figures[best]:{form}} | {best} | {ratio:.2f} |")
+        cells = [f"{scale * ours:{form}}"]
+        for is_server in (True, False):
+            peers_there = [name for name in figures if name.startswith("openvino") != is_server]
+            if not peers_there:
+                cells += ["-", "-", "-"] if is_server else ["-", "-"]
+                continue
+            best = (max if more_is_better else min)(peers_there, key=lambda name: figures[name])
+            ratio = ours / figures[best] if more_is_better else figures[best] / ours
+            shown = f"{scale * figures[best]:{form}}"
+            cells += [shown, best, f"**{ratio:.2f}**"] if is_server else [shown, f"**{ratio:.2f}**"]
+        rows.append(f"| {title} | " + " | ".join(cells) + " |")
     return rows
+
+
+def _median(result: Result, key: str, field: str) -> float:
+    """Return the median of a figure over the rounds; 0 if there is none."""
+    values = result.ready_s if key == "ready" else [getattr(run, field) for run in result.runs.get(key.split()[0], [])]
+    return statistics.median(values) if values else 0.0
 
 
 def details(results: dict[str, Result]) -> list[str]:
@@ -163,7 +175,7 @@ async def main() -> int:
 async def measure(
     kind: str, threads: int, round_: int, chosen: list[str], result: Result, home: Path, model: Path, gguf: Path
 ) -> None:
-    """Run one contender's turn. Cases with a shared prefix need other settings than the rest of some peers."""
+    """Run one contender's turn."""
     if kind == "openvino":
         folder = models.openvino_ir(home, model, home / "openvino-model")
         await asyncio.to_thread(measure_openvino, home, folder, threads, round_, chosen, result)
@@ -172,13 +184,13 @@ async def measure(
     if kind == "octavo":
         await measure_server(peers.octavo(model, PORT), round_, chosen, result, log)
         return
-    for prefix_cache in (False, True):
-        part = [case for case in chosen if (case == "prefix") == prefix_cache]
+    for is_apart in (False, True):
+        part = [case for case in chosen if (case in APART[kind]) == is_apart]
         if part:
             contender = (
-                peers.vllm(home, model, PORT, threads, prefix_cache)
+                peers.vllm(home, model, PORT, threads, prefix_cache=is_apart)
                 if kind == "vllm"
-                else peers.llama(home, gguf, PORT, threads, prefix_cache)
+                else peers.llama(home, gguf, PORT, threads, long_prompts=is_apart)
             )
             await measure_server(contender, round_, part, result, log)
 
