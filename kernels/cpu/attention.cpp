@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "elementwise.h"
@@ -30,11 +31,6 @@ struct Tile {
   const bf16* next_keys[kTilePages];
   int num_pages;
 };
-
-// The first key that a token at `position` sees.
-int first_key(const OctavoOp& op, int position) {
-  return op.window > 0 ? std::max(0, position + 1 - op.window) : 0;
-}
 
 PieceRange pieces_of(int begin, int end) {
   return {begin / kKeysPerPiece, static_cast<int>(divide_up(end, kKeysPerPiece))};
@@ -81,28 +77,40 @@ void score_tile(const Activation* queries, const Tile& tile, int head_dim, Vec s
     score_pages<kRows, 1>(queries, tile.keys + page, head_dim, scale, scores + page * kBlockTokens);
 }
 
-// Turn the scores of a tile, of which the row sees [begin, end), into weights 2^(score - largest).
-// Returns by what all that was summed up before must be multiplied.
-float add_tile(PartialRow& row, float* scores, Activation* weights, int begin, int end, int num_keys) {
-  if (begin >= end) {
-    std::fill(weights, weights + num_keys, Activation{0});
-    return 1.0f;
-  }
+// The steps of softmax over a tile of `num_keys` scores. Each is done for all rows before the next one:
+// the sums of one row wait for each other, those of two rows do not.
+
+// Let a row see the keys [begin, end) of a tile only.
+void hide_keys(float* scores, int begin, int end, int num_keys) {
+  if (begin == 0 && end == num_keys) return;
+  if (begin >= end) begin = end = num_keys;
   std::fill(scores, scores + begin, kMinusInfinity);
   std::fill(scores + end, scores + num_keys, kMinusInfinity);
-  Vec tile_largest = load(scores);
-  for (int i = kLanes; i < num_keys; i += kLanes) tile_largest = maximum(tile_largest, load(scores + i));
+}
+
+// What the weights' exponents count from: anything where the row has seen no key yet.
+float reference_of(const PartialRow& row) { return row.largest == kMinusInfinity ? 0.0f : row.largest; }
+
+// Update `row.largest`; returns by what all that was summed up before must be multiplied.
+float find_largest(PartialRow& row, const float* scores, int num_keys) {
+  Vec largest = load(scores);
+  for (int i = kLanes; i < num_keys; i += kLanes) largest = maximum(largest, load(scores + i));
   const float old_largest = row.largest;
-  row.largest = std::max(row.largest, max_lanes(tile_largest));
+  row.largest = std::max(old_largest, max_lanes(largest));
+  return exp2(broadcast(old_largest - reference_of(row)))[0];
+}
+
+// Turn scores into weights 2^(score - largest), and add them to `totals` [kLanes].
+void add_weights(const PartialRow& row, const float* scores, float factor, int num_keys, Activation* weights,
+                 float* totals) {
+  const Vec reference = broadcast(reference_of(row));
   Vec sum = {};
   for (int i = 0; i < num_keys; i += kLanes) {
-    const Vec weight = exp2(load(scores + i) - broadcast(row.largest));
+    const Vec weight = exp2(load(scores + i) - reference);
     sum = sum + weight;
     store_activation(weights + i, weight);
   }
-  const float factor = exp2(broadcast(old_largest - row.largest))[0];
-  row.total = row.total * factor + sum_lanes(sum);
-  return factor;
+  store(totals, load(totals) * broadcast(factor) + sum);
 }
 
 // output[row][d] = output[row][d] * factor[row] + sum over keys of weight * value, for `kVectors`
@@ -135,6 +143,13 @@ void add_values(const Tile& tile, const Activation* weights, int head_dim, int d
       store(output + row * kPartialStride + dim + vector * kLanes, sums[row][vector]);
 }
 
+// Call `body` with the number of keys in a tile: that of a whole one as a constant, for which loops are unrolled.
+template <class Body>
+void with_constant(int num_keys, const Body& body) {
+  if (num_keys == kTileKeys) return body(std::integral_constant<int, kTileKeys>{});
+  body(num_keys);
+}
+
 // The tile of keys [start, end) at most. After the last one follows the start of the next head.
 Tile load_tile(const KvHead& kv, int start, int end) {
   Tile tile;
@@ -157,12 +172,12 @@ void attend_piece_rows(const OctavoOp& op, const KvHead& kv, const Row* rows, in
   alignas(64) Activation queries[kRows * kMaxHeadDim];
   alignas(64) float scores[kRows * kTileKeys];
   alignas(64) Activation weights[kRows * kTileKeys];
+  alignas(64) float totals[kRows * kLanes] = {};
   float factors[kRows];
   int begin = rows[0].begin, end = rows[0].end;
   for (int row = 0; row < kRows; ++row) {
     load_activations(rows[row].query, op.head_dim, queries + row * kMaxHeadDim);
     sums[row].largest = kMinusInfinity;
-    sums[row].total = 0.0f;
     std::fill(sums[row].output, sums[row].output + op.head_dim, 0.0f);
     begin = std::min(begin, rows[row].begin);
     end = std::max(end, rows[row].end);
@@ -175,15 +190,22 @@ void attend_piece_rows(const OctavoOp& op, const KvHead& kv, const Row* rows, in
     const int num_keys = tile.num_pages * kBlockTokens;
     score_tile<kRows>(queries, tile, op.head_dim, scale, scores);
     for (int row = 0; row < kRows; ++row)
-      factors[row] = add_tile(sums[row], scores + row * kTileKeys, weights + row * kTileKeys,
-                              std::clamp(rows[row].begin - start, 0, num_keys),
-                              std::clamp(rows[row].end - start, 0, num_keys), num_keys);
+      hide_keys(scores + row * kTileKeys, std::clamp(rows[row].begin - start, 0, num_keys),
+                std::clamp(rows[row].end - start, 0, num_keys), num_keys);
+    with_constant(num_keys, [&](auto constant_or_not) {
+      for (int row = 0; row < kRows; ++row)
+        factors[row] = find_largest(sums[row], scores + row * kTileKeys, constant_or_not);
+      for (int row = 0; row < kRows; ++row)
+        add_weights(sums[row], scores + row * kTileKeys, factors[row], constant_or_not, weights + row * kTileKeys,
+                    totals + row * kLanes);
+    });
     int dim = 0;
     for (; dim + kVectors * kLanes <= op.head_dim; dim += kVectors * kLanes)
       add_values<kRows, kVectors>(tile, weights, op.head_dim, dim, factors, sums[0].output);
     for (; dim < op.head_dim; dim += kLanes)
       add_values<kRows, 1>(tile, weights, op.head_dim, dim, factors, sums[0].output);
   }
+  for (int row = 0; row < kRows; ++row) sums[row].total = sum_lanes(load(totals + row * kLanes));
 }
 
 // sum = sum and what was seen of a later piece.
@@ -238,6 +260,10 @@ void fill_rows(const OctavoOp& op, const AttentionItem& item, const bf16* querie
 }
 
 }  // namespace
+
+int first_key(const OctavoOp& op, int position) {
+  return op.window > 0 ? std::max(0, position + 1 - op.window) : 0;
+}
 
 PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item) {
   return pieces_of(first_key(op, item.first_position), item.first_position + item.num_tokens);

@@ -54,6 +54,9 @@ inline int num_rows_of(const OctavoOp& op, const AttentionItem& item) {
   return item.num_tokens * (op.num_heads / op.num_kv_heads);
 }
 
+// The first key that a token at `position` sees.
+int first_key(const OctavoOp& op, int position);
+
 // The pieces that an item sees.
 PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item);
 

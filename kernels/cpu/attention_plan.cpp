@@ -99,4 +99,35 @@ void AttentionPlan::find_next_pages(const OctavoOp& op, int unit, const Attentio
   for (int i = 0; i < kTilePages; ++i) kv.read_next[i] = next.page(std::min(first_page + i, last_page));
 }
 
+PagesAhead::PagesAhead(const AttentionPlan& plan, const OctavoOp& op, const AttentionData& data, int thread,
+                       int num_threads)
+    : plan_(&plan), op_(&op), pages_(data.pages), block_stride_(data.block_stride) {
+  const int64_t num_items = plan.items().size();
+  item_ = static_cast<int>(num_items * thread / num_threads);
+  end_item_ = static_cast<int>(num_items * (thread + 1) / num_threads);
+  begin_item();
+  advance();
+}
+
+void PagesAhead::begin_item() {
+  if (item_ == end_item_) return;
+  const AttentionItem& item = plan_->items()[item_];
+  page_ = first_key(*op_, item.first_position) / kBlockTokens;
+  end_page_ = static_cast<int>(divide_up(item.first_position + item.num_tokens, kBlockTokens));
+}
+
+void PagesAhead::advance() {
+  if (item_ == end_item_) {
+    next_line = end = nullptr;
+    return;
+  }
+  const OctavoStep& step = plan_->step();
+  const int32_t block = step.block_tables[int64_t{plan_->items()[item_].sequence} * step.max_blocks + page_];
+  next_line = reinterpret_cast<const char*>(pages_ + block * block_stride_);
+  end = next_line + int64_t{2} * op_->num_kv_heads * op_->head_dim * kBlockTokens * sizeof(bf16);
+  if (++page_ < end_page_) return;
+  ++item_;
+  begin_item();
+}
+
 }  // namespace octavo

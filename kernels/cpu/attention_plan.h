@@ -8,6 +8,7 @@
 
 #include "abi.h"
 #include "attention.h"
+#include "gemm.h"
 
 namespace octavo {
 
@@ -28,6 +29,7 @@ class AttentionPlan {
   AttentionPlan(const OctavoStep& step, int num_threads);
 
   const std::vector<AttentionItem>& items() const { return items_; }
+  const OctavoStep& step() const { return step_; }
 
   // Prepare to run `op`; returns the number of units.
   int prepare(const OctavoOp& op);
@@ -69,6 +71,26 @@ class AttentionPlan {
   std::vector<AttentionItem> items_;
   bool one_item_a_sequence_ = true;
   std::map<int32_t, Cut> cuts_;  // by window
+};
+
+// The pages that one thread's share of `op` reads first.
+class PagesAhead : public ReadAhead {
+ public:
+  PagesAhead() = default;
+  PagesAhead(const AttentionPlan& plan, const OctavoOp& op, const AttentionData& data, int thread, int num_threads);
+  void advance() override;
+
+ private:
+  void begin_item();
+
+  const AttentionPlan* plan_ = nullptr;
+  const OctavoOp* op_ = nullptr;
+  const bf16* pages_ = nullptr;
+  int64_t block_stride_ = 0;
+  int item_ = 0;
+  int end_item_ = 0;
+  int page_ = 0;
+  int end_page_ = 0;
 };
 
 }  // namespace octavo

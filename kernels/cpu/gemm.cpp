@@ -21,6 +21,7 @@ constexpr int kLeastBlocksPerItem = 4;
 // So few rows take less time than their weights take to arrive: the processor's own fetching keeps
 // up best when nothing else asks for memory. More rows would let it fall behind.
 constexpr int kRowsWithoutPrefetch = 4;
+constexpr int kTilesThatFetchWeights = 2;  // where there are so many: a half of the next block each
 
 // The vectors of a block that so many rows leave registers for.
 constexpr int vectors_at_once(int num_rows) {
@@ -41,21 +42,34 @@ struct Prefetch {
   int64_t bytes_per_pair;  // at most 128; 0: nothing is fetched
 };
 
+// What is fetched while rows are multiplied. One line a pair is what a core can wait for beside its own reading.
+enum class Fetch { kNothing, kWeights, kAhead };
+
 // sums[row][column] of `kRows` rows and a part of a block, whose weights stay in registers while
 // the rows pass.
-template <int kRows, bool kPrefetch>
-void multiply_rows(const Rows& input, const bf16* weight, int64_t num_pairs, Prefetch& soon, float* sums) {
+template <int kRows, Fetch kFetch>
+void multiply_rows(const Rows& input, const bf16* weight, int64_t num_pairs, Prefetch& soon, ReadAhead* ahead,
+                   float* sums) {
   constexpr int kVectors = vectors_at_once(kRows);
   Vec sum[kRows][kVectors];
   clear(sum);
   const int64_t stride = input.stride;
   const int64_t stride_of_3 = 3 * stride;
   const char* next = soon.next;
+  const char* line = kFetch == Fetch::kAhead ? ahead->next_line : nullptr;
   for (int64_t pair = 0; pair < num_pairs; ++pair) {
-    if constexpr (kPrefetch) {
+    if constexpr (kFetch == Fetch::kWeights) {
       prefetch_l2(next);
       prefetch_l2(next + 64);
       next += soon.bytes_per_pair;
+    }
+    if constexpr (kFetch == Fetch::kAhead) {
+      prefetch_l2(line);
+      line += 64;
+      if (line == ahead->end) {
+        ahead->advance();
+        line = ahead->next_line;
+      }
     }
     Pairs w[kVectors];
     for (int vector = 0; vector < kVectors; ++vector)
@@ -71,6 +85,7 @@ void multiply_rows(const Rows& input, const bf16* weight, int64_t num_pairs, Pre
     }
   }
   soon.next = next;
+  if constexpr (kFetch == Fetch::kAhead) ahead->next_line = line;
   for (int row = 0; row < kRows; ++row)
     for (int vector = 0; vector < kVectors; ++vector)
       store(sums + row * kBlockColumns + vector * kLanes, sum[row][vector]);
@@ -135,15 +150,17 @@ BlockRange blocks_of_item(const GemmItems& items, int item) {
 }
 
 template <int kRows>
-void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, Prefetch& soon) {
+void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, Prefetch& soon, ReadAhead* ahead) {
   alignas(64) float sums[kRows * kBlockColumns];
   const int64_t num_pairs = divide_up(gemm.linear->in_features, 2);
   for (int column = 0; column < kBlockColumns; column += vectors_at_once(kRows) * kLanes) {
     const bf16* weight = reinterpret_cast<const bf16*>(block_weights(*gemm.linear, block)) + column * 2;
     if (column == 0 && soon.bytes_per_pair > 0) {
-      multiply_rows<kRows, true>(input, weight, num_pairs, soon, sums);
+      multiply_rows<kRows, Fetch::kWeights>(input, weight, num_pairs, soon, ahead, sums);
+    } else if (column == 0 && ahead != nullptr && !ahead->is_done()) {
+      multiply_rows<kRows, Fetch::kAhead>(input, weight, num_pairs, soon, ahead, sums);
     } else {
-      multiply_rows<kRows, false>(input, weight, num_pairs, soon, sums + column);
+      multiply_rows<kRows, Fetch::kNothing>(input, weight, num_pairs, soon, ahead, sums + column);
     }
   }
   for (int r = 0; r < kRows; ++r) finish_block(gemm, row + r, block, sums + r * kBlockColumns);
@@ -166,20 +183,22 @@ Rows rows_of(const Gemm& gemm, int64_t begin, int64_t end) {
 }
 
 // Rows [begin, end) of some blocks: every block stays in cache for all rows, and the next one is
-// fetched meanwhile.
-void run_bf16_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks) {
+// fetched meanwhile, by the first two tiles of rows; the others read ahead.
+void run_bf16_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks, ReadAhead* ahead) {
   const int64_t num_tiles = divide_up(end - begin, kMaxTileRows);
   const Rows rows = rows_of(gemm, begin, end);
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
     Prefetch soon{reinterpret_cast<const char*>(block_weights(*gemm.linear, block + 1)), 0};
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       if (end - begin > kRowsWithoutPrefetch)  // a pair has 128 bytes in a block
-        soon.bytes_per_pair = num_tiles == 1 ? 128 : tile < 2 ? 64 : 0;
+        soon.bytes_per_pair = num_tiles == 1 ? 128 : tile < kTilesThatFetchWeights ? 64 : 0;
       const int64_t first = (end - begin) * tile / num_tiles;
       const int64_t count = (end - begin) * (tile + 1) / num_tiles - first;
       const Rows tile_rows{rows.data + first * rows.stride, rows.stride};
-      dispatch_rows(static_cast<int>(count),
-                    [&](auto constant) { run_tile<constant()>(gemm, tile_rows, begin + first, block, soon); });
+      ReadAhead* const ahead_here = tile >= kTilesThatFetchWeights ? ahead : nullptr;
+      dispatch_rows(static_cast<int>(count), [&](auto constant) {
+        run_tile<constant()>(gemm, tile_rows, begin + first, block, soon, ahead_here);
+      });
     }
   }
 }
@@ -206,7 +225,7 @@ void run_quantized_part(const Gemm& gemm, int64_t begin, int64_t end, const Bloc
     GroupPrefetch soon{reinterpret_cast<const char*>(block_weights(linear, block + 1)), 0};
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       if (end - begin > kRowsWithoutPrefetch)
-        soon.bytes_per_group = num_tiles == 1 ? bytes_per_group : tile < 2 ? bytes_per_group / 2 : 0;
+        soon.bytes_per_group = num_tiles == 1 ? bytes_per_group : tile < kTilesThatFetchWeights ? bytes_per_group / 2 : 0;
       const int64_t first = (end - begin) * tile / num_tiles;
       const int64_t count = (end - begin) * (tile + 1) / num_tiles - first;
       multiply_quantized({rows.data + first * rows.stride, rows.stride}, static_cast<int>(count),
@@ -217,9 +236,9 @@ void run_quantized_part(const Gemm& gemm, int64_t begin, int64_t end, const Bloc
   }
 }
 
-void run_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks) {
+void run_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks, ReadAhead* ahead) {
   if (is_quantized(*gemm.linear)) return run_quantized_part(gemm, begin, end, blocks);
-  run_bf16_part(gemm, begin, end, blocks);
+  run_bf16_part(gemm, begin, end, blocks, ahead);
 }
 
 // How many rows stay in cache while the blocks pass.
@@ -263,16 +282,16 @@ MemoryRange weights_of_gemm_item(const Gemm& gemm, const GemmItems& items, int i
   return {reinterpret_cast<const char*>(begin), static_cast<size_t>(block_weights(*gemm.linear, blocks.end) - begin)};
 }
 
-void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item) {
+void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item, ReadAhead* ahead) {
   const BlockRange blocks = blocks_of_item(items, item);
   const int64_t begin = static_cast<int64_t>(item / items.num_block_items) * items.rows_per_item;
-  run_part(gemm, begin, std::min<int64_t>(begin + items.rows_per_item, items.num_rows), blocks);
+  run_part(gemm, begin, std::min<int64_t>(begin + items.rows_per_item, items.num_rows), blocks, ahead);
 }
 
 void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end) {
   const int64_t step = rows_at_once(*gemm.linear);
   for (int64_t row = 0; row < gemm.num_rows; row += step)
-    run_part(gemm, row, std::min<int64_t>(row + step, gemm.num_rows), {begin, end});
+    run_part(gemm, row, std::min<int64_t>(row + step, gemm.num_rows), {begin, end}, nullptr);
 }
 
 }  // namespace octavo

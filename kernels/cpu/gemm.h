@@ -56,6 +56,19 @@ struct GemmItems {
   int count() const { return num_row_items * num_block_items; }
 };
 
+// What an operation after this one reads. Threads that multiply fetch it by the way: while they
+// compute, the memory has time left.
+class ReadAhead {
+ public:
+  virtual ~ReadAhead() = default;
+  bool is_done() const { return next_line == end; }
+
+  // The present piece of memory, in whole cache lines. Once it is fetched, `advance` goes to the next.
+  const char* next_line = nullptr;
+  const char* end = nullptr;
+  virtual void advance() = 0;
+};
+
 // Compute all rows of blocks [begin, end).
 void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end);
 
@@ -70,6 +83,7 @@ void unpack_column(const OctavoLinear& linear, int64_t column, float* output);
 // The weights that an item reads.
 MemoryRange weights_of_gemm_item(const Gemm& gemm, const GemmItems& items, int item);
 
-void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item);
+// Run an item; `ahead` may be null.
+void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item, ReadAhead* ahead = nullptr);
 
 }  // namespace octavo

@@ -45,6 +45,7 @@ struct Phase {
   int num_rows;
   Gemm gemm;
   GemmItems gemm_items;
+  const OctavoOp* ahead;  // the attention whose pages a Gemm fetches; null: none
 };
 
 bool is_gated(const OctavoOp& op) { return op.kind == OCTAVO_NORM_GATED_LINEAR; }
@@ -136,6 +137,9 @@ class StepJob : public Job {
   void fetch_to_write_kv(const OctavoOp& op, int unit) const;
   void run_rotary_attention(int phase, int unit);
   void run_attention(int phase, int unit);
+  void plan_ahead();
+  ReadAhead* ahead_of(int phase, int thread);
+  AttentionData attention_data(const OctavoOp& op) const;
   bf16* layer_pages(const OctavoOp& op, int64_t block) const;
 
   template <class T>
@@ -154,6 +158,11 @@ class StepJob : public Job {
   int measured_phase_ = -1;  // began at phase_start_
   std::chrono::steady_clock::time_point phase_start_;
   std::vector<int> private_phase_;  // by thread: the phase whose rows its own memory holds
+  struct alignas(64) ThreadAhead {
+    const OctavoOp* op = nullptr;
+    PagesAhead pages;
+  };
+  std::vector<ThreadAhead> ahead_;  // by thread
 };
 
 // ---------------------------------------------------------------- program
@@ -247,9 +256,20 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
       cache_(cache),
       logits_(logits),
       attention_(step, program.threads_.num_threads()),
-      private_phase_(program.threads_.num_threads(), -1) {
+      private_phase_(program.threads_.num_threads(), -1),
+      ahead_(program.threads_.num_threads()) {
   const OctavoOp* end = program.ops_.data() + program.ops_.size();
   for (const OctavoOp& op : program.ops_) add_phases(op, &op + 1 == end ? nullptr : &op + 1);
+  plan_ahead();
+}
+
+// Every Gemm since the attention before fetches for the next one.
+void StepJob::plan_ahead() {
+  const OctavoOp* attention = nullptr;
+  for (size_t i = phases_.size(); i-- > 0;) {
+    if (phases_[i].kind == PhaseKind::kRotaryAttention) attention = phases_[i].op;
+    phases_[i].ahead = attention;
+  }
 }
 
 // Whether rotary and the attention after it are one phase: each unit of attention then rotates its
@@ -306,7 +326,7 @@ void StepJob::add_prepared_gemm(const OctavoOp& op, int num_rows) {
 }
 
 void StepJob::add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items) {
-  phases_.push_back({kind, &op, num_rows, Gemm{}, GemmItems{}});
+  phases_.push_back({kind, &op, num_rows, Gemm{}, GemmItems{}, nullptr});
   items_per_phase_.push_back(num_items);
 }
 
@@ -335,7 +355,7 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
     gemm.output_stride = gemm.num_columns = program_.buffers_[op.output].stride;
   }
   const GemmItems items(num_rows, op.linear, is_gated(op), program_.threads_.num_threads());
-  phases_.push_back({kind, &op, num_rows, gemm, items});
+  phases_.push_back({kind, &op, num_rows, gemm, items, nullptr});
   items_per_phase_.push_back(items.count());
 }
 
@@ -363,7 +383,7 @@ void StepJob::run_item(int index, int item, int thread) {
       prepare_rows(phase, begin, end, program_.prepared_);
       break;
     case PhaseKind::kGemm:
-      run_gemm_item(phase.gemm, phase.gemm_items, item);
+      run_gemm_item(phase.gemm, phase.gemm_items, item, ahead_of(index, thread));
       break;
     case PhaseKind::kPrepareGemm:
       run_private_gemm(index, item, thread);
@@ -444,7 +464,17 @@ void StepJob::run_private_gemm(int index, int item, int thread) {
   Gemm gemm = phase.gemm;
   gemm.input = rows.normed.data();
   if (is_quantized(*gemm.linear)) gemm.quantized_input.data = rows.quantized.data();
-  run_gemm_item(gemm, phase.gemm_items, item);
+  run_gemm_item(gemm, phase.gemm_items, item, ahead_of(index, thread));
+}
+
+// What a thread has still to fetch for the attention after a phase.
+ReadAhead* StepJob::ahead_of(int index, int thread) {
+  const OctavoOp* op = phases_[index].ahead;
+  if (op == nullptr) return nullptr;
+  ThreadAhead& ahead = ahead_[thread];
+  if (ahead.op != op)
+    ahead = {op, PagesAhead(attention_, *op, attention_data(*op), thread, program_.threads_.num_threads())};
+  return &ahead.pages;
 }
 
 bf16* StepJob::layer_pages(const OctavoOp& op, int64_t block) const {
@@ -484,9 +514,12 @@ void StepJob::run_rotary_attention(int phase, int unit) {
 
 void StepJob::run_attention(int phase, int unit) {
   const OctavoOp& op = *phases_[phase].op;
-  attention_.run_unit(op, unit, items_per_phase_[phase],
-                      {layer_pages(op, 0), layer_pages(op, 1) - layer_pages(op, 0), row<bf16>(op.input, 0),
-                       row<bf16>(op.output, 0), program_.buffers_[op.input].stride});
+  attention_.run_unit(op, unit, items_per_phase_[phase], attention_data(op));
+}
+
+AttentionData StepJob::attention_data(const OctavoOp& op) const {
+  return {layer_pages(op, 0), layer_pages(op, 1) - layer_pages(op, 0), row<bf16>(op.input, 0), row<bf16>(op.output, 0),
+          program_.buffers_[op.input].stride};
 }
 
 }  // namespace

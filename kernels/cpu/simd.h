@@ -121,10 +121,15 @@ inline float max_lanes(Vec value) {
 
 // 2^x, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -126. x must not exceed 127.
 inline Vec exp2(Vec x) {
+#if defined(OCTAVO_AVX512)
+  const Vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec fraction = x - whole;  // in [-0.5, 0.5]
+#else
   const Vec clamped = maximum(x, broadcast(-126.0f));
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = clamped + magic;
-  const Vec fraction = clamped - (shifted - magic);  // in [-0.5, 0.5]
+  const Vec fraction = clamped - (shifted - magic);
+#endif
   Vec power = broadcast(1.5403530393e-4f);
   power = multiply_add(power, fraction, broadcast(1.3333558146e-3f));
   power = multiply_add(power, fraction, broadcast(9.6181291076e-3f));
@@ -132,9 +137,14 @@ inline Vec exp2(Vec x) {
   power = multiply_add(power, fraction, broadcast(2.4022650696e-1f));
   power = multiply_add(power, fraction, broadcast(6.9314718056e-1f));
   power = multiply_add(power, fraction, broadcast(1.0f));
+#if defined(OCTAVO_AVX512)
+  const __mmask16 is_normal = _mm512_cmp_ps_mask(x, broadcast(-126.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(is_normal, power, whole);
+#else
   const IntVec exponent = (bits(shifted) - bits(magic)) << 23;
   const Vec result = from_bits(bits(power) + exponent);
   return x < broadcast(-126.0f) ? Vec{} : result;
+#endif
 }
 
 // Upper and lower halves of the 64-bit products a * b.
