@@ -21,6 +21,7 @@ constexpr int kLeastBlocksPerItem = 4;
 // So few rows take less time than their weights take to arrive: the processor's own fetching keeps
 // up best when nothing else asks for memory. More rows would let it fall behind.
 constexpr int kRowsWithoutPrefetch = 4;
+constexpr int64_t kMostAheadPerGroup = 256;  // bytes; of quantised weights
 constexpr int kTilesThatFetchWeights = 2;  // where there are so many: a half of the next block each
 
 // The vectors of a block that so many rows leave registers for.
@@ -214,8 +215,17 @@ QuantizedRows quantized_rows_of(const Gemm& gemm, int64_t begin, int64_t end) {
   return {quantized.data(), stride};
 }
 
+// What a tile of `groups` groups fetches of the memory ahead; maybe some lines more than there are in the piece.
+GroupPrefetch take_piece(ReadAhead& ahead, int64_t groups) {
+  const int64_t left = ahead.end - ahead.next_line;
+  const GroupPrefetch piece{ahead.next_line, std::min(kMostAheadPerGroup, round_up(divide_up(left, groups), 64))};
+  ahead.next_line += std::min(left, groups * piece.bytes_per_group);
+  if (ahead.is_done()) ahead.advance();
+  return piece;
+}
+
 // The same over quantised weights.
-void run_quantized_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks) {
+void run_quantized_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks, ReadAhead* ahead) {
   const OctavoLinear& linear = *gemm.linear;
   const int64_t num_tiles = divide_up(end - begin, kMaxQuantizedRows);
   const int64_t bytes_per_group = group_bytes(linear.format);
@@ -228,8 +238,12 @@ void run_quantized_part(const Gemm& gemm, int64_t begin, int64_t end, const Bloc
         soon.bytes_per_group = num_tiles == 1 ? bytes_per_group : tile < kTilesThatFetchWeights ? bytes_per_group / 2 : 0;
       const int64_t first = (end - begin) * tile / num_tiles;
       const int64_t count = (end - begin) * (tile + 1) / num_tiles - first;
+      GroupPrefetch later{};
+      if (tile >= kTilesThatFetchWeights && ahead != nullptr && !ahead->is_done())
+        later = take_piece(*ahead, divide_up(linear.in_features, kGroup));
       multiply_quantized({rows.data + first * rows.stride, rows.stride}, static_cast<int>(count),
-                         block_weights(linear, block), linear.format, linear.in_features, soon, sums);
+                         block_weights(linear, block), linear.format, linear.in_features,
+                         later.bytes_per_group > 0 ? later : soon, sums);
       for (int64_t row = 0; row < count; ++row)
         finish_block(gemm, begin + first + row, block, sums + row * kBlockColumns);
     }
@@ -237,7 +251,7 @@ void run_quantized_part(const Gemm& gemm, int64_t begin, int64_t end, const Bloc
 }
 
 void run_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks, ReadAhead* ahead) {
-  if (is_quantized(*gemm.linear)) return run_quantized_part(gemm, begin, end, blocks);
+  if (is_quantized(*gemm.linear)) return run_quantized_part(gemm, begin, end, blocks, ahead);
   run_bf16_part(gemm, begin, end, blocks, ahead);
 }
 
