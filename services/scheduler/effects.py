@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.outputs import Outbox
@@ -14,8 +14,7 @@ from octavo.worker.v1 import worker_pb2
 NOBODY = ""  # the gateway of requests whose stream broke: nothing is sent to it
 
 
-@dataclass(frozen=True)
-class SendPlan:
+class SendPlan(NamedTuple):
     """Effect: send a plan to the workers of a group."""
 
     group_id: str
@@ -23,8 +22,7 @@ class SendPlan:
     plan: worker_pb2.StepPlan
 
 
-@dataclass(frozen=True)
-class SendToGateway:
+class SendToGateway(NamedTuple):
     """Effect: send a message to a gateway."""
 
     gateway_id: str
@@ -59,7 +57,7 @@ class Effects:
 
     def outbox(self, gateway_id: str) -> Outbox:
         """Return what gathers tokens and endings for a gateway until `flush`."""
-        return self._outboxes.setdefault(gateway_id, Outbox(gateway_id))
+        return self._outboxes.setdefault(gateway_id, Outbox())
 
     def forget_gateway(self, gateway_id: str) -> None:
         """Let go of a gateway that is gone."""
@@ -68,9 +66,10 @@ class Effects:
     def flush(self, step_id: int = 0) -> None:
         """Send each gateway what it is owed; of a step, or of none (0)."""
         for gateway_id, outbox in self._outboxes.items():
-            outputs = outbox.take(step_id)
-            if outputs is not None and gateway_id != NOBODY:
+            message = outbox.take(step_id)
+            if message is not None and gateway_id != NOBODY:
+                outputs = message.step_outputs
                 outputs.running = sum(group.num_running for group in self._groups.values())
                 outputs.waiting = self._states.num_waiting
                 outputs.kv_blocks_free = sum(group.pool.num_free for group in self._groups.values())
-                self.send(gateway_id, scheduler_pb2.AttachResponse(step_outputs=outputs))
+                self.send(gateway_id, message)

@@ -80,7 +80,9 @@ class Membership:
         member = self._groups.get(group_id)
         if member is None or member.epoch != epoch:
             return  # lost in the meantime: the core hears of it, or has heard
-        if not self._send(member, worker_pb2.WorkerFrame(step_plan=plan), now):
+        frame = worker_pb2.WorkerFrame()
+        frame.step_plan.CopyFrom(plan)  # in the constructor it would be serialized and parsed
+        if not self._send(member, frame, now):
             self.give_up(group_id, "cannot be reached", now)
 
     def handle(self, identity: bytes, frame: worker_pb2.WorkerFrame, now: float) -> None:

@@ -29,9 +29,8 @@ LogprobRow = tuple[float, int, "array[int]", "array[float]"]
 
 @dataclass(eq=False)
 class Outbox:
-    """What one gateway is owed of the step being digested: the columns of a StepOutputs."""
+    """What one gateway is owed of the step being digested: columns of a StepOutputs, under their names there."""
 
-    gateway_id: str
     handles: list[int] = field(default_factory=list)
     candidate_indexes: list[int] = field(default_factory=list)
     token_counts: list[int] = field(default_factory=list)  # empty: 1 in each row
@@ -43,13 +42,15 @@ class Outbox:
     finished: list[scheduler_pb2.Finished] = field(default_factory=list)
     vector_handles: list[int] = field(default_factory=list)
     vector_candidate_indexes: list[int] = field(default_factory=list)
-    vectors: list[bytes] = field(default_factory=list)
+    vector_sizes: list[int] = field(default_factory=list)
+    vectors: list[bytes] = field(default_factory=list)  # there one after the other
     prompt_logprobs: list[scheduler_pb2.PromptLogprobs] = field(default_factory=list)
 
     def add_vector(self, seq: Sequence, vector: bytes) -> None:
         """Append the float32 vector that ends a sequence."""
         self.vector_handles.append(seq.handle)
         self.vector_candidate_indexes.append(seq.candidate_index)
+        self.vector_sizes.append(len(vector) // 4)
         self.vectors.append(vector)
 
     def add_prompt_logprobs(self, seq: Sequence, start: int, rows: list[LogprobRow]) -> None:
@@ -71,30 +72,22 @@ class Outbox:
         self.candidate_token_ids.extend(ids)
         self.candidate_logprobs.extend(values)
 
-    def take(self, step_id: int) -> scheduler_pb2.StepOutputs | None:
-        """Return its content as a message and empty it; None if there is none."""
-        if not self.handles and not self.finished and not self.vectors and not self.prompt_logprobs:
+    def take(self, step_id: int) -> scheduler_pb2.AttachResponse | None:
+        """Return its content as a message, StepOutputs, and empty it; None if there is none.
+
+        This is done for every step: a column that is empty costs nothing, and what is filled is written once.
+        """
+        filled = {name: column for name, column in vars(self).items() if column}
+        if not filled:
             return None
-        message = scheduler_pb2.StepOutputs(
-            step_id=step_id,
-            handles=self.handles,
-            candidate_indexes=self.candidate_indexes if any(self.candidate_indexes) else (),
-            token_counts=self.token_counts,
-            token_ids=self.token_ids,
-            logprobs=self.logprobs,
-            ranks=self.ranks,
-            candidate_token_ids=self.candidate_token_ids,
-            candidate_logprobs=self.candidate_logprobs,
-            finished=self.finished,
-            vector_handles=self.vector_handles,
-            vector_candidate_indexes=self.vector_candidate_indexes,
-            vector_sizes=[len(vector) // 4 for vector in self.vectors],
-            vectors=b"".join(self.vectors),
-            prompt_logprobs=self.prompt_logprobs,
-        )
-        for column in vars(self).values():
-            if isinstance(column, list):
-                column.clear()
+        outputs: dict[str, Any] = {"step_id": step_id, **filled}
+        if self.handles and not any(self.candidate_indexes):
+            del outputs["candidate_indexes"]
+        if self.vectors:
+            outputs["vectors"] = b"".join(self.vectors)
+        message = scheduler_pb2.AttachResponse(step_outputs=outputs)
+        for column in filled.values():
+            column.clear()
         return message
 
 

@@ -96,12 +96,12 @@ def num_output(request: Request) -> int:
     return sum(seq.num_output for seq in request.sequences)
 
 
-def replay(request: Request, next_token_offsets: list[int]) -> Iterator[scheduler_pb2.StepOutputs]:
+def replay(request: Request, next_token_offsets: list[int]) -> Iterator[scheduler_pb2.AttachResponse]:
     """Yield what a gateway that takes `request` over has not seen: tokens from the offsets on, and endings.
 
     None of it is new, so the step is 0. Log probabilities are there for what was made here.
     """
-    box = Outbox("")
+    box = Outbox()
     size = 0
     for index, seq in enumerate(request.sequences):
         offset = next_token_offsets[index] if index < len(next_token_offsets) else 0
@@ -140,7 +140,7 @@ def _add_row(box: Outbox, seq: Sequence, tokens: list[int], offset: int) -> None
             box.add_logprobs(row)
 
 
-def _message(box: Outbox) -> scheduler_pb2.StepOutputs:
+def _message(box: Outbox) -> scheduler_pb2.AttachResponse:
     message = box.take(step_id=0)
     assert message is not None
     return message

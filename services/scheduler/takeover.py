@@ -53,8 +53,8 @@ class Takeover:
             first_candidate_index=request.submit.first_candidate_index,
         )
         self._effects.send(gateway_id, scheduler_pb2.AttachResponse(reattached=reattached))
-        for outputs in replay(request, offsets):
-            self._effects.send(gateway_id, scheduler_pb2.AttachResponse(step_outputs=outputs))
+        for message in replay(request, offsets):
+            self._effects.send(gateway_id, message)
 
     def detach(self, gateway_id: str, handle: int, now: float) -> None:
         """Let a request of a gateway go on without it for the resume window, or end it if it has none."""

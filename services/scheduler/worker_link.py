@@ -24,6 +24,10 @@ LAST_FRAMES_MS = 200  # what was sent last has so long to leave when the socket 
 # computes, compiles or loads. One that is not answered means a process that is frozen, or a network that is cut.
 PING_MS = 200
 PING_TIMEOUT_MS = 1000
+# Plain numbers: an enum's flags are made anew each time they are put together, which costs more than to send.
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE_NOBLOCK = int(zmq.NOBLOCK | zmq.SNDMORE)
+_POLLIN = int(zmq.POLLIN)
 
 
 class WorkerLink:
@@ -87,8 +91,10 @@ class WorkerLink:
 
     def send(self, identity: bytes, frame: worker_pb2.WorkerFrame) -> bool:
         """Send one frame; False if the worker is gone or does not read."""
+        data = frame.SerializeToString()
         try:
-            self._socket.send_multipart((identity, frame.SerializeToString()), zmq.NOBLOCK)
+            self._socket.send(identity, _MORE_NOBLOCK)
+            self._socket.send(data, _NOBLOCK)
         except zmq.ZMQError:
             return False
         return True
@@ -105,11 +111,9 @@ class WorkerLink:
         The socket's descriptor signals edges only, so this must read until nothing is left; the
         engine also calls it at each tick, because a send can consume an edge.
         """
-        while True:
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.ZMQError:
-                return
+        socket = self._socket
+        while socket.get(zmq.EVENTS) & _POLLIN:  # asked, and not found out by an exception at each step's end
+            parts = socket.recv_multipart(_NOBLOCK)
             try:
                 frame = worker_pb2.WorkerFrame.FromString(parts[-1])
             except DecodeError:

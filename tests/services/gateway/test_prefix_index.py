@@ -22,7 +22,7 @@ def event(event_id: int, **fields: object) -> scheduler_pb2.WatchCacheResponse:
 def test_blocks_have_the_names_that_the_scheduler_gives_them(num_tokens: int) -> None:
     submit = scheduler_pb2.Submit(prompt_token_ids=range(7, 7 + num_tokens), cache_salt="salt", adapter="a")
     request = Request(submit, "g", handle=1, arrival=1, admitted_at=0, deadline=1, soft_deadline=1)
-    seq = Sequence(request, 0, array("I", request.submit.prompt_token_ids), 1000, 1000, Outbox("g"))
+    seq = Sequence(request, 0, array("I", request.submit.prompt_token_ids), 1000, 1000, Outbox())
     BlockAllocator(8, CacheFeed(0), {}).cached_blocks(seq)
 
     hashes = prompt_block_hashes(submit, 16)
