@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -34,6 +35,8 @@ async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = Non
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await gateway.start()
+    gc.collect()
+    gc.freeze()  # what lives as long as the process need not be looked at by the collector again
     also = f" and http://{config.http_address}" if config.http_address else ""
     _log.info("gateway ready on %s%s, model %s", config.grpc_address, also, config.served_name)
     if on_ready is not None:
