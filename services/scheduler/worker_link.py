@@ -112,7 +112,7 @@ class WorkerLink:
         engine also calls it at each tick, because a send can consume an edge.
         """
         socket = self._socket
-        while socket.get(zmq.EVENTS) & _POLLIN:  # asked, and not found out by an exception at each step's end
+        while int(socket.get(zmq.EVENTS)) & _POLLIN:  # asked, and not found out by an exception at each step's end
             parts = socket.recv_multipart(_NOBLOCK)
             try:
                 frame = worker_pb2.WorkerFrame.FromString(parts[-1])
