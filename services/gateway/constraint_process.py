@@ -5,7 +5,7 @@ first one says what the vocabulary is. Then each `{"id", "kind", "value", "conti
 `{"id", "grammar"}` or `{"id", "error", "place"}`, in any order. It ends when stdin does.
 
 A fork begins with the vocabulary in place, so it takes some milliseconds. It has limits of its own on
-processor time and memory, loses its priority when it is not done soon, and is killed when it is late.
+processor time and memory, little priority, and is killed when it is late.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 MAX_CPU_S = 0.2
 MAX_WALL_S = 5.0  # where the processor is somebody else's most of the time
 MAX_MEMORY = 512 << 20  # beyond what the process has before
-_GENTLE_AFTER_S = 0.02  # usual ones take less; what takes longer gets what others leave
+# A tenth of what a worker's thread weighs. With the lowest policy (SCHED_IDLE) it would do even less harm, but 0.2 s
+# of processor time took a second and more beside a worker that computes on all cores.
+_NICENESS = 10
 _TRIAL_TOKENS = 24
 _MAX_MASK_S = 0.05
 _MAX_UNKNOWN_FORMATS = 16
@@ -56,7 +58,6 @@ class _Fork:
     pid: int
     started: float
     answer: bytearray = field(default_factory=bytearray)
-    is_gentle: bool = False
     is_late: bool = False
 
 
@@ -119,7 +120,7 @@ class _Server:
     def run(self) -> None:
         """Serve until stdin ends."""
         while True:
-            for key, _ in self._selector.select(0.01 if self._forks else None):
+            for key, _ in self._selector.select(0.1 if self._forks else None):
                 if key.fd:
                     self._hear(key.fd)
                 elif not self._frames.read():
@@ -134,6 +135,7 @@ class _Server:
         out, into = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.nice(_NICENESS)  # first of all: copying what it touches is work too
             os.close(0)
             os.close(out)
             _limit()
@@ -165,9 +167,6 @@ class _Server:
     def _watch(self) -> None:
         now = time.monotonic()
         for fork in self._forks.values():
-            if not fork.is_gentle and now - fork.started > _GENTLE_AFTER_S:
-                fork.is_gentle = True
-                _be_gentle(fork.pid)
             if not fork.is_late and now - fork.started > MAX_WALL_S:
                 fork.is_late = True
                 os.kill(fork.pid, signal.SIGKILL)
@@ -184,18 +183,6 @@ def _limit() -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)  # the last words of native code are answered by `_TOO_LARGE`
-
-
-def _be_gentle(pid: int) -> None:
-    """Let a process run only while a core has nothing else to do.
-
-    A niceness would not do: such a process still keeps its core for some ms when another one wakes up, and all
-    streams wait for a worker's thread.
-    """
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-    else:
-        os.setpriority(os.PRIO_PROCESS, pid, 19)
 
 
 def _write(frame: dict[str, Any]) -> None:

@@ -1,0 +1,38 @@
+"""The process that tries constraints out, by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+
+def test_a_trial_has_little_priority() -> None:
+    tokens = [chr(byte) for byte in range(256)]
+    frames = [{"tokens": tokens, "special": []}, {"id": 1, "kind": "regex", "value": "a", "continued": []}]
+    # In place of a trial's own work: an answer that says how it runs.
+    code = """
+import os
+from octavo.services.gateway import constraint_process
+try_out = constraint_process.try_out
+parent = os.getpid()
+def niceness(*arguments):
+    return try_out(*arguments) if os.getpid() == parent else str(os.getpriority(os.PRIO_PROCESS, 0))
+constraint_process.try_out = niceness
+constraint_process.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    answers = []
+    with process:
+        for frame in frames:
+            text = json.dumps(frame).encode()
+            process.stdin.write(len(text).to_bytes(4, "big") + text)
+            process.stdin.flush()
+            answers.append(json.loads(process.stdout.read(int.from_bytes(process.stdout.read(4), "big"))))
+        process.stdin.close()
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert answers == [{"ready": True}, {"id": 1, "grammar": str(min(own + 10, 19))}]
