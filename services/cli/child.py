@@ -80,9 +80,7 @@ class Child:
                 stderr=asyncio.subprocess.STDOUT,
                 env={**os.environ, **self.spec.environment},
                 pass_fds=write_ends[1:],
-                # Ctrl-C in the terminal is the supervisor's to pass on, in order. Not a session for each: Linux shares
-                # cores out among sessions (sched_autogroup), and low priorities would mean nothing beyond one.
-                process_group=0,
+                start_new_session=True,  # Ctrl-C in the terminal is the supervisor's to pass on, in order
             )
         finally:
             for write_end in write_ends:

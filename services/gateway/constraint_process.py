@@ -10,6 +10,7 @@ processor time and memory, little priority, and is killed when it is late.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -43,6 +44,7 @@ MAX_MEMORY = 512 << 20  # beyond what the process has before
 # A tenth of what a worker's thread weighs. With the lowest policy (SCHED_IDLE) it would do even less harm, but 0.2 s
 # of processor time took a second and more beside a worker that computes on all cores.
 _NICENESS = 10
+_SESSION_NICENESS = Path("/proc/self/autogroup")
 _TRIAL_TOKENS = 24
 _MAX_MASK_S = 0.05
 _MAX_UNKNOWN_FORMATS = 16
@@ -64,6 +66,7 @@ class _Fork:
 def main() -> None:
     """Serve until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the gateway decides when to end
+    _weigh_little()
     frames = _Frames()
     vocabulary = frames.next_blocking()
     tokenizer = make_tokenizer([name.encode("latin-1") for name in vocabulary["tokens"]], vocabulary["special"])
@@ -73,6 +76,18 @@ def main() -> None:
     gc.freeze()  # forks need not copy what they do not change
     _write({"ready": True})
     _Server(tokenizer, frames).run()
+
+
+def _weigh_little() -> None:
+    """Let the session of this process weigh little beside others.
+
+    Where Linux shares cores out among sessions first (sched_autogroup: on machines, not in containers), a niceness
+    means nothing to the processes of other sessions.
+    """
+    with contextlib.suppress(OSError):  # it leads its session already
+        os.setsid()
+    with contextlib.suppress(OSError):
+        _SESSION_NICENESS.write_text(str(_NICENESS))
 
 
 class _Frames:

@@ -96,18 +96,6 @@ def assert_gone(pid: int) -> None:
         process.wait(timeout=10)
 
 
-async def test_a_child_leads_a_group_in_the_session_of_the_supervisor() -> None:
-    run = Run(shell("a", f"echo pid $$; {FOREVER}"), ready_after=1)
-    await run.ready.wait()
-    (pid,) = run.pids()
-
-    # A session of its own would have its own share of the cores: niceness means nothing to those of other sessions.
-    assert (os.getpgid(pid), os.getsid(pid)) == (pid, os.getsid(0))
-
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert await run.task == 0
-
-
 async def test_a_stop_signal_ends_children_in_order_with_status_0() -> None:
     script = f"trap 'echo stopped; exit 0' TERM; echo up; {FOREVER}"
     run = Run(shell("c", script, 2), shell("a", script, 0), shell("b", script, 1), ready_after=3)

@@ -14,11 +14,16 @@ def test_a_trial_has_little_priority() -> None:
     # In place of a trial's own work: an answer that says how it runs.
     code = """
 import os
+from pathlib import Path
 from octavo.services.gateway import constraint_process
 try_out = constraint_process.try_out
 parent = os.getpid()
 def niceness(*arguments):
-    return try_out(*arguments) if os.getpid() == parent else str(os.getpriority(os.PRIO_PROCESS, 0))
+    if os.getpid() == parent:
+        return try_out(*arguments)
+    session = Path("/proc/self/autogroup")
+    weight = session.read_text().split()[-1] if os.access(session, os.W_OK) else "10"
+    return f"{os.getpriority(os.PRIO_PROCESS, 0)} {weight} {os.getsid(0) == parent}"
 constraint_process.try_out = niceness
 constraint_process.main()
 """
@@ -35,4 +40,4 @@ constraint_process.main()
         process.stdin.close()
 
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert answers == [{"ready": True}, {"id": 1, "grammar": str(min(own + 10, 19))}]
+    assert answers == [{"ready": True}, {"id": 1, "grammar": f"{min(own + 10, 19)} 10 True"}]
