@@ -9,6 +9,7 @@ a device. Here is only what the checks need, so a step can be checked while othe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -30,6 +31,10 @@ LAST_TOKEN: Final = -1
 """In `Step.token_ids`: the token that was sampled last for the row's slot."""
 
 _SAMPLES, _LAST_TOKEN_IN_SLOT = 1, 2
+
+# Most steps change nothing but their rows. These are never written.
+_NONE: Final[UInt32Array] = np.empty(0, np.uint32)
+_NO_INDEXES: Final[Int64Array] = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -82,28 +87,28 @@ class Step:
     samples: BoolArray
     opened_for_vectors: tuple[tuple[int, PoolingSettings], ...] = ()
 
-    @property
+    @cached_property
     def opened_slots(self) -> list[int]:
         """The slots that are opened, for either."""
         return [slot for slot, _ in (*self.opened, *self.opened_for_vectors)]
 
-    @property
+    @cached_property
     def sampled_slots(self) -> Int32Array:
         """The R slots that a token is drawn for."""
         return self.slots[self.samples].astype(np.int32)
 
-    @property
+    @cached_property
     def sampled_positions(self) -> Int32Array:
         """The absolute position of each of those tokens, [R]."""
         return (self.context_lengths + self.query_lengths)[self.samples].astype(np.int32)
 
-    @property
+    @cached_property
     def sampled_follow(self) -> BoolArray:
         """Whether each of those rows ends with the token that was sampled last for its slot, [R]."""
         follow: BoolArray = self.token_ids[self.query_ends - 1] == LAST_TOKEN
         return follow[self.samples]
 
-    @property
+    @cached_property
     def query_ends(self) -> Int64Array:
         """Where each row's tokens end in `token_ids`, [S]."""
         return np.cumsum(self.query_lengths)
@@ -151,6 +156,8 @@ class Slots:
     ) -> tuple[list[tuple[int, SamplingSettings]], tuple[tuple[int, PoolingSettings], ...]]:
         """Return the slots that are opened for tokens, and for vectors."""
         pooling = self._limits.pooling
+        if not (len(freed) or plan.sampling_updates or plan.pooling_updates):
+            return [], ()
         if plan.pooling_updates if pooling is None else plan.sampling_updates:
             raise PlanError(f"the model makes {'tokens' if pooling is None else 'vectors'}, and the plan wants others")
         opened = [
@@ -169,6 +176,8 @@ class Slots:
 
     def _append_blocks(self, plan: worker_pb2.StepPlan) -> tuple[Int64Array, Int64Array, Int64Array, UInt32Array]:
         """Return slots, their blocks before, how many they get, and the blocks."""
+        if not (plan.block_table_rows or plan.block_table_counts or plan.block_ids):
+            return _NO_INDEXES, _NO_INDEXES, _NO_INDEXES, _NONE
         slots = self._slots(plan.block_table_rows, "block_table_rows").astype(np.int64)
         counts = column(plan.block_table_counts, np.uint32, "block_table_counts").astype(np.int64)
         blocks = self._blocks(plan.block_ids, "block_ids")
@@ -230,23 +239,27 @@ class Slots:
         if not self._has_token[rows.slots[from_slot]].all():
             raise PlanError("row_flags: a row's last token is its slot's, but none was sampled for the slot yet")
         sent = column(plan.token_ids, np.uint32, "token_ids")
-        expected = plan.num_tokens - int(from_slot.sum())
+        expected = plan.num_tokens - int(np.count_nonzero(from_slot))
         if len(sent) != expected:
             raise PlanError(f"token_ids: {len(sent)} tokens, expected {expected}")
         _check_below(sent, self._limits.vocab_size, "token_ids")
-        token_ids = np.empty(plan.num_tokens, np.int32)
-        is_sent = np.ones(plan.num_tokens, np.bool_)
-        is_sent[np.cumsum(rows.lengths)[from_slot] - 1] = False
-        token_ids[is_sent] = sent
-        token_ids[~is_sent] = LAST_TOKEN
+        token_ids = np.full(plan.num_tokens, LAST_TOKEN, np.int32)
+        if len(sent):
+            is_sent = np.ones(plan.num_tokens, np.bool_)
+            is_sent[np.cumsum(rows.lengths)[from_slot] - 1] = False
+            token_ids[is_sent] = sent
         return token_ids
 
     def _slots(self, data: bytes, name: str) -> UInt32Array:
+        if not data:
+            return _NONE
         slots: UInt32Array = column(data, np.uint32, name)
         _check_below(slots, self._limits.max_running, name)
         return slots
 
     def _blocks(self, data: bytes, name: str) -> UInt32Array:
+        if not data:
+            return _NONE
         blocks: UInt32Array = column(data, np.uint32, name)
         _check_below(blocks, self._limits.num_blocks, name)
         if len(blocks) and blocks.min() == 0:
@@ -274,5 +287,5 @@ def _check_below(values: npt.NDArray[np.integer], limit: int, name: str) -> None
 
 
 def _check_distinct(values: npt.NDArray[np.integer], name: str) -> None:
-    if len(np.unique(values)) != len(values):
+    if len(set(values.tolist())) != len(values):
         raise PlanError(f"{name}: names a slot twice")

@@ -198,17 +198,20 @@ def count_blocks(kv_cache_memory: int, block_bytes: int, wanted: int) -> int:
 
 def _result(step_id: int, sampled_slots: Int32Array, outcome: Outcome) -> worker_pb2.StepResult:
     """Pack a step's tokens into columns."""
-    sampled = outcome.sampled
-    return worker_pb2.StepResult(
+    sampled, vectors = outcome.sampled, outcome.vectors
+    result = worker_pb2.StepResult(
         step_id=step_id,
         slot_indexes=sampled_slots.astype("<u4").tobytes(),
         token_ids=sampled.token_ids.astype("<u4").tobytes(),
-        logprobs=sampled.logprobs.astype("<f4").tobytes(),
-        ranks=sampled.ranks.astype("<u4").tobytes(),
-        vectors=b"" if outcome.vectors is None else outcome.vectors.values.astype("<f4").tobytes(),
-        vector_sizes=b"" if outcome.vectors is None else outcome.vectors.sizes.astype("<u4").tobytes(),
-        candidate_token_ids=sampled.candidate_token_ids.astype("<u4").tobytes(),
-        candidate_logprobs=sampled.candidate_logprobs.astype("<f4").tobytes(),
         forward_us=outcome.forward_us,
         sample_us=outcome.sample_us,
     )
+    if len(sampled.logprobs):
+        result.logprobs = sampled.logprobs.astype("<f4").tobytes()
+        result.ranks = sampled.ranks.astype("<u4").tobytes()
+        result.candidate_token_ids = sampled.candidate_token_ids.astype("<u4").tobytes()
+        result.candidate_logprobs = sampled.candidate_logprobs.astype("<f4").tobytes()
+    if vectors is not None:
+        result.vectors = vectors.values.astype("<f4").tobytes()
+        result.vector_sizes = vectors.sizes.astype("<u4").tobytes()
+    return result

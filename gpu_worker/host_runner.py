@@ -135,8 +135,11 @@ class Tables:
 
     def append(self, step: Step) -> None:
         """Empty the tables of freed and opened slots, then append the step's blocks."""
-        self._block_tables[step.freed_slots] = 0
-        self._block_tables[step.opened_slots] = 0
+        if len(step.freed_slots) or step.opened_slots:
+            self._block_tables[step.freed_slots] = 0
+            self._block_tables[step.opened_slots] = 0
+        if not len(step.block_slots):
+            return
         counts = step.block_counts
         starts = np.cumsum(counts) - counts
         columns = np.arange(len(step.block_ids)) + np.repeat(step.first_blocks - starts, counts)
@@ -153,17 +156,21 @@ class Tables:
     def step_input(self, step: Step) -> StepInput:
         """Return the batch of a step that has rows."""
         ends, num_tokens = step.query_ends, len(step.token_ids)
-        starts = ends - step.query_lengths
-        positions = np.arange(num_tokens) + np.repeat(step.context_lengths - starts, step.query_lengths)
-        slot_of_token = np.repeat(step.slots, step.query_lengths)
-        blocks = self._block_tables[slot_of_token, positions // BLOCK_SIZE].astype(np.int64)
+        if num_tokens == len(step.slots):  # each row has one token
+            positions, slot_of_token = step.context_lengths, step.slots
+        else:
+            starts = ends - step.query_lengths
+            positions = np.arange(num_tokens) + np.repeat(step.context_lengths - starts, step.query_lengths)
+            slot_of_token = np.repeat(step.slots, step.query_lengths)
+        columns, offsets = np.divmod(positions, BLOCK_SIZE)
+        blocks = self._block_tables[slot_of_token, columns].astype(np.int64)
         query_start_loc = np.zeros(len(step.slots) + 1, np.int32)
         query_start_loc[1:] = ends
         last = self._last_token_ids[slot_of_token]
         return StepInput(
             token_ids=np.where(step.token_ids == LAST_TOKEN, last, step.token_ids),
             positions=positions.astype(np.int32),
-            slot_mapping=(blocks * BLOCK_SIZE + positions % BLOCK_SIZE).astype(np.int32),
+            slot_mapping=(blocks * BLOCK_SIZE + offsets).astype(np.int32),
             query_start_loc=query_start_loc,
             seq_lens=(step.context_lengths + step.query_lengths).astype(np.int32),
             block_tables=self._block_tables[step.slots],

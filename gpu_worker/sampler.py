@@ -7,7 +7,7 @@ raw logits. Each row is worked on alone, so a row's token does not depend on the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -93,9 +93,11 @@ class Sampler:
         """
         if len(slots) == 0:
             return _pack(np.empty(0, np.uint32), [])
-        rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
         best_ids = self._drawer.argmax(logits)
         finite = best_ids >= 0
+        rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
+        if finite.all() and all(row.slot.takes_best for row in rows):
+            return _pack(best_ids.astype(np.uint32), [])
         refused = self._refused(rows, follows)
         refused = {i: code for i, code in refused.items() if finite[i]}
         drawn = finite.copy()
@@ -154,6 +156,7 @@ class _Slot:
     """One sequence's settings, and what its penalties and its grammar must remember.
 
     automaton  where it is in its grammar; None without one
+    takes_best  the highest logit is all it wants, wherever it is
     counts     [vocab_size] how often each token was produced; None without penalties
     seen       [vocab_size] whether it is in the prompt or the output; None without penalties
     """
@@ -169,6 +172,15 @@ class _Slot:
             self._counts = counts.astype(np.float32)
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[history] = True
+        never_changes = settings.forbidden is None and not len(settings.bias_token_ids) and self._counts is None
+        never_bans = not len(settings.banned_token_ids)
+        self.takes_best = (
+            settings.temperature == 0
+            and not settings.wants_logprobs
+            and automaton is None
+            and never_changes
+            and never_bans
+        )
 
     def changes_logits(self, position: int) -> bool:
         """Tell whether anything is to do before the draw."""
@@ -214,7 +226,7 @@ class _Slot:
         return len(self.settings.banned_token_ids) > 0 and output_length < self.settings.min_new_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Row:
     """One row of a step."""
 
@@ -279,6 +291,8 @@ def _best(raw: Float32Array, count: int) -> npt.NDArray[np.intp]:
 
 def _pack(token_ids: UInt32Array, wanted: list[TokenLogprobs]) -> Sampled:
     """Join rows to columns."""
+    if not wanted:
+        return replace(NOTHING_SAMPLED, token_ids=token_ids)
     empty = (np.empty(0, np.uint32), np.empty(0, np.float32))
     return Sampled(
         token_ids=token_ids,
