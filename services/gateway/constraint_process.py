@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 MAX_CPU_S = 0.2
 MAX_WALL_S = 5.0  # where the processor is somebody else's most of the time
 MAX_MEMORY = 512 << 20  # beyond what the process has before
-# A tenth of what a worker's thread weighs. With the lowest policy (SCHED_IDLE) it would do even less harm, but 0.2 s
+# A third of what a worker's thread weighs. With the lowest policy (SCHED_IDLE) it would do even less harm, but 0.2 s
 # of processor time took a second and more beside a worker that computes on all cores.
-_NICENESS = 10
+_NICENESS = 5
 _SESSION_NICENESS = Path("/proc/self/autogroup")
 _TRIAL_TOKENS = 24
 _MAX_MASK_S = 0.05
