@@ -262,7 +262,7 @@ class Slots:
             return _NONE
         blocks: UInt32Array = column(data, np.uint32, name)
         _check_below(blocks, self._limits.num_blocks, name)
-        if len(blocks) and blocks.min() == 0:
+        if blocks.min() == 0:
             raise PlanError(f"{name}: block 0 is never used")
         return blocks
 

@@ -172,21 +172,18 @@ class _Slot:
             self._counts = counts.astype(np.float32)
             self._seen = np.zeros(vocab_size, np.bool_)
             self._seen[history] = True
-        never_changes = settings.forbidden is None and not len(settings.bias_token_ids) and self._counts is None
-        never_bans = not len(settings.banned_token_ids)
-        self.takes_best = (
-            settings.temperature == 0
-            and not settings.wants_logprobs
-            and automaton is None
-            and never_changes
-            and never_bans
+        self._always_changes = (
+            settings.forbidden is not None
+            or len(settings.bias_token_ids) > 0
+            or self._counts is not None
+            or automaton is not None
         )
+        may_change = self._always_changes or len(settings.banned_token_ids) > 0
+        self.takes_best = settings.temperature == 0 and not settings.wants_logprobs and not may_change
 
     def changes_logits(self, position: int) -> bool:
         """Tell whether anything is to do before the draw."""
-        settings = self.settings
-        always = settings.forbidden is not None or len(settings.bias_token_ids) > 0 or self._counts is not None
-        return always or self.automaton is not None or self._bans(position)
+        return self._always_changes or self._bans(position)
 
     def change_logits(self, row: Float32Array, position: int, drawer: Drawer) -> None:
         """Apply masks, biases, minimum length and penalties to `row` [vocab_size], in place."""

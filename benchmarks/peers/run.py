@@ -102,20 +102,20 @@ def ratios(results: dict[str, Result]) -> list[str]:
     rows = ["| measure | octavo | best server | which | ratio | OpenVINO, no server | ratio |", "| --- " * 7 + "|"]
     for key, (title, field, more_is_better) in MEASURES.items():
         figures = {name: figure for name, result in results.items() if (figure := _median(result, key, field))}
-        scale = 1000 if field == "itl_p50" else 1
-        form = ",.0f" if more_is_better else ",.1f"
         ours = figures.pop("octavo", math.nan)
-        cells = [f"{scale * ours:{form}}"]
-        for is_server in (True, False):
-            peers_there = [name for name in figures if name.startswith("openvino") != is_server]
-            if not peers_there:
-                cells += ["-", "-", "-"] if is_server else ["-", "-"]
-                continue
-            best = (max if more_is_better else min)(peers_there, key=lambda name: figures[name])
-            ratio = ours / figures[best] if more_is_better else figures[best] / ours
-            shown = f"{scale * figures[best]:{form}}"
-            cells += [shown, best, f"**{ratio:.2f}**"] if is_server else [shown, f"**{ratio:.2f}**"]
-        rows.append(f"| {title} | " + " | ".join(cells) + " |")
+        if not figures or math.isnan(ours):
+            continue
+        scale, form = 1000 if field == "itl_p50" else 1, ",.0f" if more_is_better else ",.1f"
+        servers = {name: figure for name, figure in figures.items() if not name.startswith("openvino")}
+        in_process = {name: figure for name, figure in figures.items() if name not in servers}
+        cells = [title, f"{scale * ours:{form}}"]
+        for peers_there in (servers, in_process):
+            best = (max if more_is_better else min)(peers_there, key=peers_there.__getitem__, default="-")
+            theirs = peers_there.get(best)
+            ratio = "-" if theirs is None else f"**{ours / theirs if more_is_better else theirs / ours:.2f}**"
+            cells.append("-" if theirs is None else f"{scale * theirs:{form}}")
+            cells += [best, ratio] if peers_there is servers else [ratio]
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 

@@ -81,8 +81,8 @@ class Outbox:
         if not filled:
             return None
         outputs: dict[str, Any] = {"step_id": step_id, **filled}
-        if self.handles and not any(self.candidate_indexes):
-            del outputs["candidate_indexes"]
+        if not any(self.candidate_indexes):
+            outputs.pop("candidate_indexes", None)
         if self.vectors:
             outputs["vectors"] = b"".join(self.vectors)
         message = scheduler_pb2.AttachResponse(step_outputs=outputs)

@@ -112,8 +112,13 @@ class WorkerLink:
         engine also calls it at each tick, because a send can consume an edge.
         """
         socket = self._socket
-        while int(socket.get(zmq.EVENTS)) & _POLLIN:  # asked, and not found out by an exception at each step's end
-            parts = socket.recv_multipart(_NOBLOCK)
+        while True:
+            try:
+                if not int(socket.get(zmq.EVENTS)) & _POLLIN:  # cheaper than to read until that fails
+                    return
+                parts = socket.recv_multipart(_NOBLOCK)
+            except zmq.ZMQError:
+                return
             try:
                 frame = worker_pb2.WorkerFrame.FromString(parts[-1])
             except DecodeError:
