@@ -281,7 +281,7 @@ def main() -> None:
     scheme = Quantization(options.quantization)
     device = CpuDevice(
         RandomModel(),
-        1024,
+        2048,
         32,
         MAX_POSITIONS // BLOCK_TOKENS,
         num_threads=options.threads,
@@ -289,7 +289,7 @@ def main() -> None:
         quantization=scheme,
     )
     device.allocate_kv(32 * MAX_POSITIONS // BLOCK_TOKENS + 1)
-    contexts, prompts = ((128, 512, 2048), (32, 128, 512, 1024)) if options.long else ((128,), (512,))
+    contexts, prompts = ((128, 512, 2048), (32, 128, 512, 1024, 2048)) if options.long else ((128,), (512,))
     shapes = [(f"decode B={batch} ctx {context}", batch, context, 1) for context in contexts for batch in BATCHES]
     shapes += [(f"prefill {length}", 1, length, length) for length in prompts]
     for name, batch, context, num_new in shapes:
