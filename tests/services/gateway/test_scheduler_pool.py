@@ -160,6 +160,7 @@ async def test_a_lost_request_waits_no_longer_than_it_may(config: GatewayConfig,
             await harness.connected()
             call = harness.stream()
             await scheduler.next_admitted()
+            await call.initial_metadata()  # the gateway knows that it was admitted
 
             await scheduler.stop()
 
