@@ -7,7 +7,7 @@ then starts that find them there. Each prints the seconds since its process was 
 was told, and "ready". After the last one 32 prompts of some 320 tokens run at once, which fill 256 MiB of the
 demo model's KV cache, and the most memory that all processes had
 together in that time is printed: PSS, in which a page that n processes share counts 1/n in each, sampled
-twenty times a second. The KV cache counts as far as it was written.
+twenty times a second. The KV cache counts whole: a worker takes its memory as soon as it is idle.
 """
 
 from __future__ import annotations

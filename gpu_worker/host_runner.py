@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from dataclasses import dataclass
 
@@ -10,14 +11,17 @@ import numpy as np
 
 from octavo.gpu_worker.batch import LAST_TOKEN, Step
 from octavo.gpu_worker.grammars import Grammars
-from octavo.gpu_worker.memory import resident_bytes
+from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.ops import Device, Float32Array, Int32Array, StepInput, UInt32Array
 from octavo.gpu_worker.prompt_scores import PromptRows, PromptScores, merged_rows, with_prompts
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
 from octavo.gpu_worker.runner import Outcome
 from octavo.gpu_worker.sampler import Sampler
 
+log = logging.getLogger("octavo.worker")
+
 _KV_MEMORY_BYTES = 512 << 20
+_SPARE_MEMORY_BYTES = 256 << 20  # left to others when memory is taken that is not needed yet
 
 
 class HostMemory:
@@ -46,8 +50,13 @@ class HostMemory:
         return resident_bytes()
 
     def use_idle_time(self) -> bool:
-        """There is nothing to prepare."""
-        return False
+        """Take the memory of a piece of the cache, as long as there is some to spare: the rest is taken when used."""
+        if not self._device.touch_kv():
+            return False
+        if free_memory_bytes() < _SPARE_MEMORY_BYTES:
+            log.info("memory is short: KV blocks take theirs when they are first used")
+            return False
+        return True
 
 
 class HostRunner(HostMemory):

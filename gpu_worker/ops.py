@@ -285,6 +285,12 @@ class Device(Protocol):
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate the zeroed cache, block 0 (never read as data) included. Called once."""
 
+    def touch_kv(self) -> bool:
+        """Have the system give the memory of one more piece of the cache, which a first write would wait for.
+
+        Changes nothing in it. Called between steps; takes a few milliseconds at most. False if no piece is left.
+        """
+
     def forward(self, step: StepInput) -> Float32Array:
         """Run one step; return logits [R, vocab_size] or hidden states, valid until the next call.
 

@@ -56,6 +56,10 @@ class CpuEncoder:
         """There is no cache."""
         assert num_blocks == 1, f"{num_blocks} blocks of a model without a cache"
 
+    def touch_kv(self) -> bool:
+        """There is no cache."""
+        return False
+
     def forward(self, step: StepInput) -> Float32Array:
         """Run one step; return hidden states [R, hidden_size], valid until the next call.
 

@@ -74,6 +74,10 @@ class ReferenceDevice:
         self.keys = torch.zeros(shape, dtype=self.dtype)
         self.values = torch.zeros(shape, dtype=self.dtype)
 
+    def touch_kv(self) -> bool:
+        """Nothing: what is first written is slow here, and so is all else."""
+        return False
+
     def forward(self, step: StepInput) -> Float32Array:
         """Run one step; return logits or hidden states [R, output_size]."""
         with torch.no_grad():
