@@ -1,16 +1,16 @@
 """Measure steps of the cpu device.
 
     python benchmarks/cpu_step.py [--quantization none|int8|int4] [--threads N] [--variant NAME] [--long] [--profile]
-                                  [--beside-busy]
+                                  [--beside-busy] [--shared-prefix TOKENS]
 
 The model has the shapes of SmolLM2-135M and random weights: nothing is fetched. A step is timed
 many times on the wall clock; "best" says what the kernels can do, "median" what one gets.
 
 The floor of a step is max(bytes / read rate, operations / dot rate): bytes of packed weights and of
-the KV cache read, multiplications and additions of the model, and the two rates at which this
-machine reads memory and multiplies bf16 pairs in registers, measured with as many threads in turn
-with the steps: on a shared machine the rates change from one second to the next. Shares are best
-against best and median against median.
+the KV cache read (blocks that sequences share once), multiplications and additions of the model, and
+the two rates at which this machine reads memory and multiplies bf16 pairs in registers, measured with
+as many threads in turn with the steps: on a shared machine the rates change from one second to the
+next. Shares are best against best and median against median.
 
 Where weights are quantised, the operations of linear layers count at the rate at which this machine
 multiplies quads of bytes in registers, and those of attention at that of bf16 pairs. Scaling a group's
@@ -44,6 +44,7 @@ LAYER_WEIGHTS = HIDDEN * (QKV + HEADS.num_heads * HEADS.head_dim + 3 * INTERMEDI
 HEAD_WEIGHTS = HIDDEN * VOCAB
 MAX_POSITIONS = 4096
 BATCHES = (1, 8, 32)
+OWN_TOKENS = 32  # of a sequence after a shared prefix
 # Bytes of a weight of a layer and of the head, with its share of the scales; see kernels/cpu/quantized.h.
 WEIGHT_BYTES = {
     Quantization.NONE: (2.0, 2.0),
@@ -93,10 +94,14 @@ def _random(rows: int, columns: int) -> Linear:
     return Linear((torch.randn(rows, columns) / columns**0.5).to(torch.bfloat16))
 
 
-def make_step(batch: int, start: int, num_new: int) -> StepInput:
-    """Return a step of `batch` sequences with `num_new` tokens each, from position `start` on."""
+def make_step(batch: int, start: int, num_new: int, num_shared: int = 0) -> StepInput:
+    """Return a step of `batch` sequences with `num_new` tokens each, from position `start` on.
+
+    num_shared  tokens, in whole blocks, that all sequences have in the same blocks
+    """
     blocks_each = MAX_POSITIONS // BLOCK_TOKENS
     block_tables = 1 + np.arange(batch * blocks_each, dtype=np.int32).reshape(batch, blocks_each)
+    block_tables[:, : num_shared // BLOCK_TOKENS] = block_tables[0, : num_shared // BLOCK_TOKENS]
     positions = np.tile(np.arange(start, start + num_new), batch)
     rows = np.repeat(np.arange(batch), num_new)
     slots = block_tables[rows, positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS
@@ -191,19 +196,21 @@ def make_row(
     batch: int,
     context: int,
     num_new: int,
+    num_shared: int,
     seconds: float,
 ) -> Row:
     """Fill the cache up to the step, then time the step and the machine's limits in turn."""
-    for start in range(0, context - num_new, 16):
-        device.forward(make_step(batch, start, min(16, context - num_new - start)))
-    step = make_step(batch, context - num_new, num_new)
+    for start in range(0, context - num_new, BLOCK_TOKENS):
+        writers = batch if start >= num_shared else 1
+        device.forward(make_step(writers, start, min(BLOCK_TOKENS, context - num_new - start), num_shared))
+    step = make_step(batch, context - num_new, num_new, num_shared)
     tokens = batch * num_new
     keys_seen = batch * sum(range(context - num_new + 1, context + 1))
     attention = 4 * LAYERS * keys_seen * HEADS.num_heads * HEADS.head_dim
     linear = 2 * (LAYERS * LAYER_WEIGHTS * tokens + HEAD_WEIGHTS * batch)
     layer_bytes, head_bytes = WEIGHT_BYTES[scheme]
     num_bytes = int(LAYERS * LAYER_WEIGHTS * layer_bytes + HEAD_WEIGHTS * head_bytes)
-    num_bytes += batch * context * device.kv_block_bytes() // BLOCK_TOKENS
+    num_bytes += (num_shared + batch * (context - num_shared)) * device.kv_block_bytes() // BLOCK_TOKENS
     is_quantized = scheme is not Quantization.NONE
     flops, integer_ops = (attention, linear) if is_quantized else (attention + linear, 0)
     row = Row(name, tokens, num_bytes, flops, integer_ops)
@@ -215,9 +222,9 @@ def make_row(
     return row
 
 
-def report_profile(name: str, device: CpuDevice, batch: int, context: int, num_new: int) -> None:
+def report_profile(name: str, device: CpuDevice, batch: int, context: int, num_new: int, num_shared: int) -> None:
     """Print where the time of a step goes, by kind of operation, and how often all threads wait for each other."""
-    step = make_step(batch, context - num_new, num_new)
+    step = make_step(batch, context - num_new, num_new, num_shared)
     device.profile(True)
     num_steps = 20
     for _ in range(num_steps):
@@ -273,6 +280,7 @@ def main() -> None:
     parser.add_argument("--variant", default="", help="avx512_bf16, avx2 or portable; default: the best")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line")
     parser.add_argument("--long", action="store_true", help="contexts of 512 and 2048 as well")
+    parser.add_argument("--shared-prefix", type=int, default=0, help="decode after so many shared tokens as well")
     parser.add_argument("--only", default="", help="only the kinds of step whose name holds this, like 'B=1 '")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--beside-busy", action="store_true", help="steps beside a process that keeps a core busy")
@@ -290,14 +298,19 @@ def main() -> None:
     )
     device.allocate_kv(32 * MAX_POSITIONS // BLOCK_TOKENS + 1)
     contexts, prompts = ((128, 512, 2048), (32, 128, 512, 1024, 2048)) if options.long else ((128,), (512,))
-    shapes = [(f"decode B={batch} ctx {context}", batch, context, 1) for context in contexts for batch in BATCHES]
-    shapes += [(f"prefill {length}", 1, length, length) for length in prompts]
-    for name, batch, context, num_new in shapes:
+    shapes = [(f"decode B={batch} ctx {context}", batch, context, 1, 0) for context in contexts for batch in BATCHES]
+    shapes += [(f"prefill {length}", 1, length, length, 0) for length in prompts]
+    if options.shared_prefix:
+        context = options.shared_prefix + OWN_TOKENS
+        shapes += [(f"decode B={batch} ctx {context}", batch, context, 1, 0) for batch in BATCHES[1:]]
+        shapes += [(f"{name}, shared", *sizes, options.shared_prefix) for name, *sizes, _ in shapes[-2:]]
+    for name, batch, context, num_new, num_shared in shapes:
         if options.only not in name:
             continue
-        print(make_row(name, device, scheme, roofline, batch, context, num_new, options.seconds), flush=True)
+        row = make_row(name, device, scheme, roofline, batch, context, num_new, num_shared, options.seconds)
+        print(row, flush=True)
         if options.profile:
-            report_profile(name, device, batch, context, num_new)
+            report_profile(name, device, batch, context, num_new, num_shared)
     if options.beside_busy:
         report_beside_busy(device, options.seconds)
     report_draws(device, options.seconds)

@@ -17,14 +17,6 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kPartialStride = sizeof(PartialRow) / sizeof(float);
 static_assert(kKeysPerPiece % kTileKeys == 0);
 
-// One query head of one token.
-struct Row {
-  const bf16* query;
-  bf16* output;
-  int begin;  // it sees keys [begin, end)
-  int end;
-};
-
 // The pages of a tile, and of what is read after it, to be fetched meanwhile.
 struct Tile {
   const bf16* keys[kTilePages];
@@ -247,18 +239,6 @@ void attend_rows(const OctavoOp& op, const KvHead& kv, const Row* rows) {
   for (int row = 0; row < kRows; ++row) finish(sums[row], op.head_dim, rows[row].output);
 }
 
-// Rows [first, first + count) of an item: token after token, each with all heads of the group.
-void fill_rows(const OctavoOp& op, const AttentionItem& item, const bf16* queries, bf16* output, int64_t stride,
-               int first, int count, Row* rows) {
-  const int group = op.num_heads / op.num_kv_heads;
-  for (int i = 0; i < count; ++i) {
-    const int token = (first + i) / group;
-    const int64_t offset = token * stride + (first + i) % group * op.head_dim;
-    const int end = item.first_position + token + 1;
-    rows[i] = {queries + offset, output + offset, first_key(op, end - 1), end};
-  }
-}
-
 }  // namespace
 
 int first_key(const OctavoOp& op, int position) {
@@ -269,6 +249,15 @@ PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item) {
   return pieces_of(first_key(op, item.first_position), item.first_position + item.num_tokens);
 }
 
+Row row_of(const OctavoOp& op, const AttentionItem& item, const bf16* queries, bf16* output, int64_t stride,
+           int index) {
+  const int group = op.num_heads / op.num_kv_heads;
+  const int token = index / group;
+  const int64_t offset = token * stride + index % group * op.head_dim;
+  const int end = item.first_position + token + 1;
+  return {queries + offset, output + offset, first_key(op, end - 1), end};
+}
+
 void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, bf16* output,
             int64_t stride) {
   const int num_rows = num_rows_of(op, item);
@@ -277,26 +266,22 @@ void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, con
     const int first = num_rows * tile / num_tiles;
     const int count = num_rows * (tile + 1) / num_tiles - first;
     Row rows[kMaxTileRows];
-    fill_rows(op, item, queries, output, stride, first, count, rows);
+    for (int i = 0; i < count; ++i) rows[i] = row_of(op, item, queries, output, stride, first + i);
     dispatch_rows(count, [&](auto constant) { attend_rows<constant()>(op, kv, rows); });
   }
 }
 
-void attend_piece(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, int64_t stride,
-                  int piece, PartialRow* sums) {
-  const int num_rows = num_rows_of(op, item);
-  Row rows[kMaxTileRows];
-  fill_rows(op, item, queries, nullptr, stride, 0, num_rows, rows);
+void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, int piece, PartialRow* sums) {
   dispatch_rows(num_rows, [&](auto constant) { attend_piece_rows<constant()>(op, kv, rows, piece, sums); });
 }
 
-void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, int num_pieces, bf16* output,
-                  int64_t stride) {
-  const int group = op.num_heads / op.num_kv_heads;
+void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
+                  int num_pieces, bf16* output, int64_t stride) {
   const int num_rows = num_rows_of(op, item);
-  for (int row = 0; row < num_rows; ++row) {
-    for (int piece = 1; piece < num_pieces; ++piece) merge(sums[piece * num_rows + row], op.head_dim, sums[row]);
-    finish(sums[row], op.head_dim, output + row / group * stride + row % group * op.head_dim);
+  for (int i = 0; i < num_rows; ++i) {
+    PartialRow& sum = sums[first_sums[0] + i];
+    for (int piece = 1; piece < num_pieces; ++piece) merge(sums[first_sums[piece] + i], op.head_dim, sum);
+    finish(sum, op.head_dim, row_of(op, item, output, output, stride, i).output);
   }
 }
 

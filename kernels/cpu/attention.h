@@ -49,7 +49,14 @@ struct alignas(64) PartialRow {
   float total;  // of the weights; zero where the row sees none of the keys
 };
 
-// A row is one query head of one token.
+// One query head of one token.
+struct Row {
+  const bf16* query;
+  bf16* output;
+  int begin;  // it sees keys [begin, end)
+  int end;
+};
+
 inline int num_rows_of(const OctavoOp& op, const AttentionItem& item) {
   return item.num_tokens * (op.num_heads / op.num_kv_heads);
 }
@@ -70,11 +77,14 @@ PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item);
 void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, bf16* output,
             int64_t stride);
 
-// The same in pieces, for items of at most kMaxTileRows rows: first each piece into its own
-// `sums` [rows], then all of them, [pieces][rows] in order of the pieces, into the output.
-void attend_piece(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, int64_t stride,
-                  int piece, PartialRow* sums);
-void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, int num_pieces, bf16* output,
-                  int64_t stride);
+// Row number `index` of an item: token after token, each with all heads of the group.
+Row row_of(const OctavoOp& op, const AttentionItem& item, const bf16* queries, bf16* output, int64_t stride, int index);
+
+// The same in pieces: first each piece into its own `sums` [rows], for at most kMaxTileRows rows at once,
+// which may be of several items if these have the piece in the same blocks; then all pieces of an item
+// into its output. The sums of piece number i begin at `sums` + first_sums[i], and are changed in place.
+void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, int piece, PartialRow* sums);
+void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
+                  int num_pieces, bf16* output, int64_t stride);
 
 }  // namespace octavo

@@ -5,12 +5,22 @@
 namespace octavo {
 namespace {
 
-// With more units than that for each thread there is nothing to win by cutting.
-constexpr int kUnitsPerThread = 8;
+// From all tokens to the queries or outputs of an item's first token and the heads of one kv head.
+int64_t offset_of(const OctavoOp& op, const AttentionItem& item, int kv_head, int64_t stride) {
+  return item.first_token * stride + int64_t{op.num_heads / op.num_kv_heads} * kv_head * op.head_dim;
+}
 
 }  // namespace
 
-AttentionPlan::AttentionPlan(const OctavoStep& step, int num_threads) : step_(step), num_threads_(num_threads) {
+void PieceSums::reserve(int64_t size) {
+  if (size <= size_) return;
+  rows_.reset();
+  rows_.reset(new PartialRow[size]);  // without values
+  size_ = size;
+}
+
+AttentionPlan::AttentionPlan(const OctavoStep& step, int num_threads, PieceSums& sums)
+    : step_(step), num_threads_(num_threads), sums_(sums) {
   for (int s = 0; s < step.num_sequences; ++s) {
     const int begin = step.query_start_loc[s], end = step.query_start_loc[s + 1];
     one_item_a_sequence_ = one_item_a_sequence_ && end - begin <= kTokensPerAttentionItem;
@@ -23,59 +33,63 @@ AttentionPlan::AttentionPlan(const OctavoStep& step, int num_threads) : step_(st
 }
 
 int AttentionPlan::prepare(const OctavoOp& op) {
-  if (!should_cut(op)) return static_cast<int>(items_.size()) * op.num_kv_heads;
+  const Cut& cut = cut_of(op);
+  return static_cast<int>(cut.is_cut() ? cut.parts.size() : items_.size()) * op.num_kv_heads;
+}
+
+AttentionPlan::Cut& AttentionPlan::cut_of(const OctavoOp& op) {
   const auto [found, is_new] = cuts_.try_emplace(op.window);
-  if (is_new) cut(op, found->second);
-  return static_cast<int>(found->second.item_of_unit.size());
-}
-
-bool AttentionPlan::should_cut(const OctavoOp& op) const {
-  const int64_t num_units = static_cast<int64_t>(items_.size()) * op.num_kv_heads;
-  if (num_threads_ == 1 || num_units >= kUnitsPerThread * num_threads_) return false;
-  const auto is_one_tile = [&](const AttentionItem& item) { return num_rows_of(op, item) <= kMaxTileRows; };
-  const auto is_long = [&](const AttentionItem& item) { return pieces_of(op, item).count() > 1; };
-  return std::all_of(items_.begin(), items_.end(), is_one_tile) && std::any_of(items_.begin(), items_.end(), is_long);
-}
-
-void AttentionPlan::cut(const OctavoOp& op, Cut& result) const {
-  int64_t num_sums = 0;
-  for (size_t i = 0; i < items_.size(); ++i) {
-    const PieceRange pieces = pieces_of(op, items_[i]);
-    const int num_units = pieces.count() * op.num_kv_heads;
-    result.items.push_back({static_cast<int>(i), static_cast<int>(result.item_of_unit.size()), pieces, num_sums});
-    result.item_of_unit.insert(result.item_of_unit.end(), num_units, static_cast<int>(i));
-    num_sums += int64_t{num_units} * num_rows_of(op, items_[i]);
+  Cut& cut = found->second;
+  if (is_new) {
+    static_cast<AttentionCut&>(cut) = cut_attention(op, step_, items_, num_threads_);
+    sums_.reserve(cut.num_sums * op.num_kv_heads);
+    if (cut.is_cut()) cut.num_ended = std::vector<std::atomic<int>>(items_.size() * op.num_kv_heads);
   }
-  result.sums.resize(num_sums);
-  result.num_ended = std::vector<std::atomic<int>>(items_.size() * op.num_kv_heads);
+  return cut;
 }
 
-AttentionPlan::Unit AttentionPlan::unit_of(const OctavoOp& op, int unit) const {
-  const auto found = cuts_.find(op.window);
-  if (found == cuts_.end()) return {unit / op.num_kv_heads, unit % op.num_kv_heads, -1};
-  const CutItem& cut_item = found->second.items[found->second.item_of_unit[unit]];
-  const int index = unit - cut_item.first_unit;
-  return {cut_item.item, index / cut_item.pieces.count(), index % cut_item.pieces.count()};
+AttentionPlan::Unit AttentionPlan::unit_of(const OctavoOp& op, const Cut& cut, int unit) const {
+  if (!cut.is_cut()) return {unit / op.num_kv_heads, unit % op.num_kv_heads, kAllPieces, nullptr};
+  // Head by head, so that the parts that read the same pages follow each other.
+  const int num_parts = static_cast<int>(cut.parts.size());
+  const AttentionPart& part = cut.parts[unit % num_parts];
+  return {cut.rows[part.first_row].item, unit / num_parts, part.piece, &part};
 }
 
-void AttentionPlan::run_unit(const OctavoOp& op, int unit, int num_units, const AttentionData& data) {
-  const auto [index, kv_head, piece] = unit_of(op, unit);
-  const AttentionItem& item = items_[index];
-  KvHead kv = kv_head_of(op, item, kv_head, data);
-  find_next_pages(op, std::min(unit + 1, num_units - 1), data, kv);
-  const int64_t offset = item.first_token * data.stride + op.num_heads / op.num_kv_heads * kv_head * op.head_dim;
-  const bf16* queries = data.queries + offset;
-  if (piece < 0) return attend(op, kv, item, queries, data.output + offset, data.stride);
-
+void AttentionPlan::run_unit(const OctavoOp& op, int index, int num_units, const AttentionData& data) {
   Cut& cut = cuts_.find(op.window)->second;
-  const PieceRange pieces = cut.items[index].pieces;
-  const int num_rows = num_rows_of(op, item);
-  PartialRow* sums = cut.sums.data() + cut.items[index].first_sum + int64_t{kv_head} * pieces.count() * num_rows;
-  attend_piece(op, kv, item, queries, data.stride, pieces.begin + piece, sums + piece * num_rows);
-  std::atomic<int>& num_ended = cut.num_ended[index * op.num_kv_heads + kv_head];
-  if (num_ended.fetch_add(1, std::memory_order_acq_rel) + 1 < pieces.count()) return;
+  const Unit unit = unit_of(op, cut, index);
+  const AttentionItem& item = items_[unit.item];
+  KvHead kv = kv_head_of(op, item, unit.kv_head, data);
+  find_next_pages(op, unit_of(op, cut, std::min(index + 1, num_units - 1)), data, kv);
+  if (unit.piece != kAllPieces) return run_part(op, cut, unit, kv, data);
+  const int64_t offset = offset_of(op, item, unit.kv_head, data.stride);
+  attend(op, kv, item, data.queries + offset, data.output + offset, data.stride);
+}
+
+void AttentionPlan::run_part(const OctavoOp& op, Cut& cut, const Unit& unit, const KvHead& kv,
+                             const AttentionData& data) {
+  const AttentionPart& part = *unit.part;
+  const AttentionCut::RowOfItem* row = cut.rows.data() + part.first_row;
+  Row rows[kMaxTileRows];
+  for (int i = 0; i < part.num_rows; ++i) {
+    const AttentionItem& item = items_[row[i].item];
+    const int64_t offset = offset_of(op, item, unit.kv_head, data.stride);
+    rows[i] = row_of(op, item, data.queries + offset, data.output + offset, data.stride, row[i].row);
+  }
+  attend_piece(op, kv, rows, part.num_rows, part.piece, sums_.data() + unit.kv_head * cut.num_sums + part.first_sum);
+  for (int i = 0; i < part.num_rows; ++i)
+    if (i == 0 || row[i].item != row[i - 1].item) end_part(op, cut, row[i].item, unit.kv_head, data);
+}
+
+// Count a part of an item; after the last one put its pieces together.
+void AttentionPlan::end_part(const OctavoOp& op, Cut& cut, int item, int kv_head, const AttentionData& data) {
+  const AttentionCut::Item& cut_item = cut.items[item];
+  std::atomic<int>& num_ended = cut.num_ended[kv_head * items_.size() + item];
+  if (num_ended.fetch_add(1, std::memory_order_acq_rel) + 1 < cut_item.num_parts) return;
   num_ended.store(0, std::memory_order_relaxed);  // for the next layer
-  merge_pieces(op, item, sums, pieces.count(), data.output + offset, data.stride);
+  merge_pieces(op, items_[item], sums_.data() + kv_head * cut.num_sums, cut.first_sums.data() + cut_item.first_piece,
+               cut_item.pieces.count(), data.output + offset_of(op, items_[item], kv_head, data.stride), data.stride);
 }
 
 KvHead AttentionPlan::kv_head_of(const OctavoOp& op, const AttentionItem& item, int kv_head,
@@ -89,45 +103,57 @@ KvHead AttentionPlan::kv_head_of(const OctavoOp& op, const AttentionItem& item, 
 }
 
 // The pages that `unit` reads first, into `kv` of the unit before it.
-void AttentionPlan::find_next_pages(const OctavoOp& op, int unit, const AttentionData& data, KvHead& kv) const {
-  const auto [index, kv_head, piece] = unit_of(op, unit);
-  const AttentionItem& item = items_[index];
-  const KvHead next = kv_head_of(op, item, kv_head, data);
-  const int first_piece = pieces_of(op, item).begin + std::max(piece, 0);
+void AttentionPlan::find_next_pages(const OctavoOp& op, const Unit& unit, const AttentionData& data, KvHead& kv) const {
+  const AttentionItem& item = items_[unit.item];
+  const KvHead next = kv_head_of(op, item, unit.kv_head, data);
+  const int first_piece = unit.piece == kAllPieces ? pieces_of(op, item).begin : unit.piece;
   const int first_page = first_piece * (kKeysPerPiece / kBlockTokens);
   const int last_page = (item.first_position + item.num_tokens - 1) / kBlockTokens;
   for (int i = 0; i < kTilePages; ++i) kv.read_next[i] = next.page(std::min(first_page + i, last_page));
 }
 
+int AttentionPlan::num_reads(const OctavoOp& op) const {
+  const Cut& cut = cuts_.find(op.window)->second;
+  return static_cast<int>(cut.is_cut() ? cut.parts.size() * op.num_kv_heads : items_.size());
+}
+
+// Empty where the pages are those of the read before, unless this is the first.
+AttentionPlan::Read AttentionPlan::read_of(const OctavoOp& op, int index, bool is_first) const {
+  const Cut& cut = cuts_.find(op.window)->second;
+  const Unit unit = cut.is_cut() ? unit_of(op, cut, index) : Unit{index, 0, kAllPieces, nullptr};
+  const AttentionItem& item = items_[unit.item];
+  int begin = first_key(op, item.first_position), end = item.first_position + item.num_tokens;
+  if (unit.piece != kAllPieces) {
+    begin = std::max(begin, unit.piece * kKeysPerPiece);
+    end = std::min(end, (unit.piece + 1) * kKeysPerPiece);
+    if (unit.part->reads_same_pages && !is_first) end = begin;
+  }
+  return {step_.block_tables + int64_t{item.sequence} * step_.max_blocks, begin / kBlockTokens,
+          static_cast<int>(divide_up(end, kBlockTokens)), unit.kv_head, cut.is_cut() ? 1 : op.num_kv_heads};
+}
+
 PagesAhead::PagesAhead(const AttentionPlan& plan, const OctavoOp& op, const AttentionData& data, int thread,
                        int num_threads)
     : plan_(&plan), op_(&op), pages_(data.pages), block_stride_(data.block_stride) {
-  const int64_t num_items = plan.items().size();
-  item_ = static_cast<int>(num_items * thread / num_threads);
-  end_item_ = static_cast<int>(num_items * (thread + 1) / num_threads);
-  begin_item();
+  const int64_t num_reads = plan.num_reads(op);
+  next_read_ = static_cast<int>(num_reads * thread / num_threads);
+  end_read_ = static_cast<int>(num_reads * (thread + 1) / num_threads);
+  if (next_read_ < end_read_) read_ = plan.read_of(op, next_read_++, true);
   advance();
 }
 
-void PagesAhead::begin_item() {
-  if (item_ == end_item_) return;
-  const AttentionItem& item = plan_->items()[item_];
-  page_ = first_key(*op_, item.first_position) / kBlockTokens;
-  end_page_ = static_cast<int>(divide_up(item.first_position + item.num_tokens, kBlockTokens));
-}
-
 void PagesAhead::advance() {
-  if (item_ == end_item_) {
-    next_line = end = nullptr;
-    return;
+  while (read_.page >= read_.end_page) {
+    if (next_read_ >= end_read_) {
+      next_line = end = nullptr;
+      return;
+    }
+    read_ = plan_->read_of(*op_, next_read_++, false);
   }
-  const OctavoStep& step = plan_->step();
-  const int32_t block = step.block_tables[int64_t{plan_->items()[item_].sequence} * step.max_blocks + page_];
-  next_line = reinterpret_cast<const char*>(pages_ + block * block_stride_);
-  end = next_line + int64_t{2} * op_->num_kv_heads * op_->head_dim * kBlockTokens * sizeof(bf16);
-  if (++page_ < end_page_) return;
-  ++item_;
-  begin_item();
+  const int64_t head_size = int64_t{2} * op_->head_dim * kBlockTokens;
+  const int32_t block = read_.block_table[read_.page++];
+  next_line = reinterpret_cast<const char*>(pages_ + block * block_stride_ + read_.kv_head * head_size);
+  end = next_line + read_.num_kv_heads * head_size * sizeof(bf16);
 }
 
 }  // namespace octavo

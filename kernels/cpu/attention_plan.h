@@ -4,10 +4,12 @@
 #include <atomic>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <vector>
 
 #include "abi.h"
 #include "attention.h"
+#include "attention_cut.h"
 #include "gemm.h"
 
 namespace octavo {
@@ -21,12 +23,26 @@ struct AttentionData {
   int64_t stride;
 };
 
+// Memory for the sums of pieces. It is kept from step to step and never cleared: to get new pages from the
+// system takes longer than to fill them.
+class PieceSums {
+ public:
+  void reserve(int64_t size);
+  PartialRow* data() const { return rows_.get(); }
+
+ private:
+  std::unique_ptr<PartialRow[]> rows_;
+  int64_t size_ = 0;
+};
+
 // The unit of work is an item (neighbouring tokens of a sequence) and kv head. Where a step has
 // few of them and a long context, the unit is a piece of one, and whoever ends the last piece
-// puts them together.
+// puts them together. So it is where sequences have a piece in the same blocks (a prefix that was
+// computed once): then the unit is this piece of several items.
 class AttentionPlan {
  public:
-  AttentionPlan(const OctavoStep& step, int num_threads);
+  // `sums` are of this step only while it runs.
+  AttentionPlan(const OctavoStep& step, int num_threads, PieceSums& sums);
 
   const std::vector<AttentionItem>& items() const { return items_; }
   const OctavoStep& step() const { return step_; }
@@ -35,39 +51,48 @@ class AttentionPlan {
   int prepare(const OctavoOp& op);
 
   // Whether a unit of `op` reads no key of this step but those of its own tokens and head.
-  bool is_self_contained(const OctavoOp& op) const { return one_item_a_sequence_ && !should_cut(op); }
+  bool is_self_contained(const OctavoOp& op) { return one_item_a_sequence_ && !cut_of(op).is_cut(); }
 
   void run_unit(const OctavoOp& op, int unit, int num_units, const AttentionData& data);
 
- private:
-  struct CutItem {
-    int item;
-    int first_unit;  // of kv head 0; the heads' units follow each other
-    PieceRange pieces;
-    int64_t first_sum;  // into Cut::sums, in the order of units
-  };
-  // All items for one width of the window.
-  struct Cut {
-    std::vector<CutItem> items;
-    std::vector<int> item_of_unit;
-    std::vector<PartialRow> sums;
-    std::vector<std::atomic<int>> num_ended;  // pieces, by item and kv head
-  };
+  // Whether what `op` reads may be fetched while linear layers compute: not in steps with prompts, nor
+  // where few sequences leave the memory no time.
+  bool can_read_ahead(const OctavoOp& op) {
+    return one_item_a_sequence_ && (cut_of(op).is_shared || !cut_of(op).is_cut());
+  }
 
-  struct Unit {
-    int item;
+  // What `op` reads, in the order of its units: `num_reads` stretches of neighbouring pages.
+  struct Read {
+    const int32_t* block_table;
+    int page;
+    int end_page;
     int kv_head;
-    int piece;  // counted from the item's first; -1 where items are not cut
+    int num_kv_heads;  // whose pages lie side by side
+  };
+  int num_reads(const OctavoOp& op) const;
+  Read read_of(const OctavoOp& op, int index, bool is_first) const;
+
+ private:
+  struct Cut : AttentionCut {
+    std::vector<std::atomic<int>> num_ended;  // parts, by kv head and item
+  };
+  struct Unit {
+    int item;  // the first one
+    int kv_head;
+    int piece;  // or kAllPieces
+    const AttentionPart* part;  // null where nothing is cut
   };
 
-  bool should_cut(const OctavoOp& op) const;
-  void cut(const OctavoOp& op, Cut& result) const;
-  Unit unit_of(const OctavoOp& op, int unit) const;
-  void find_next_pages(const OctavoOp& op, int unit, const AttentionData& data, KvHead& kv) const;
+  Cut& cut_of(const OctavoOp& op);
+  Unit unit_of(const OctavoOp& op, const Cut& cut, int unit) const;
+  void run_part(const OctavoOp& op, Cut& cut, const Unit& unit, const KvHead& kv, const AttentionData& data);
+  void end_part(const OctavoOp& op, Cut& cut, int item, int kv_head, const AttentionData& data);
+  void find_next_pages(const OctavoOp& op, const Unit& unit, const AttentionData& data, KvHead& kv) const;
   KvHead kv_head_of(const OctavoOp& op, const AttentionItem& item, int kv_head, const AttentionData& data) const;
 
   const OctavoStep& step_;
   const int num_threads_;
+  PieceSums& sums_;
   std::vector<AttentionItem> items_;
   bool one_item_a_sequence_ = true;
   std::map<int32_t, Cut> cuts_;  // by window
@@ -81,16 +106,13 @@ class PagesAhead : public ReadAhead {
   void advance() override;
 
  private:
-  void begin_item();
-
   const AttentionPlan* plan_ = nullptr;
   const OctavoOp* op_ = nullptr;
   const bf16* pages_ = nullptr;
   int64_t block_stride_ = 0;
-  int item_ = 0;
-  int end_item_ = 0;
-  int page_ = 0;
-  int end_page_ = 0;
+  int next_read_ = 0;
+  int end_read_ = 0;
+  AttentionPlan::Read read_{};
 };
 
 }  // namespace octavo

@@ -112,6 +112,7 @@ class Program {
   PreparedRows prepared_;                       // of max_batch_tokens
   std::vector<PreparedRows> private_prepared_;  // a thread's own, of kPrivateRows
   ExpertsWork experts_;
+  PieceSums piece_sums_;
 };
 
 // One step: the phases of the program for this batch, and the code of their items.
@@ -125,7 +126,7 @@ class StepJob : public Job {
   void phase_begins(int phase) override;
 
  private:
-  bool attends_at_once(const OctavoOp& op, const OctavoOp* next) const;
+  bool attends_at_once(const OctavoOp& op, const OctavoOp* next);
   void add_phases(const OctavoOp& op, const OctavoOp* next);
   void add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items);
   void add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows);
@@ -255,7 +256,7 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
       step_(step),
       cache_(cache),
       logits_(logits),
-      attention_(step, program.threads_.num_threads()),
+      attention_(step, program.threads_.num_threads(), program.piece_sums_),
       private_phase_(program.threads_.num_threads(), -1),
       ahead_(program.threads_.num_threads()) {
   const OctavoOp* end = program.ops_.data() + program.ops_.size();
@@ -267,14 +268,15 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
 void StepJob::plan_ahead() {
   const OctavoOp* attention = nullptr;
   for (size_t i = phases_.size(); i-- > 0;) {
-    if (phases_[i].kind == PhaseKind::kRotaryAttention) attention = phases_[i].op;
+    const bool is_attention = phases_[i].kind == PhaseKind::kRotaryAttention || phases_[i].kind == PhaseKind::kAttention;
+    if (is_attention && attention_.can_read_ahead(*phases_[i].op)) attention = phases_[i].op;
     phases_[i].ahead = attention;
   }
 }
 
 // Whether rotary and the attention after it are one phase: each unit of attention then rotates its
 // own heads first, and waits for nobody.
-bool StepJob::attends_at_once(const OctavoOp& op, const OctavoOp* next) const {
+bool StepJob::attends_at_once(const OctavoOp& op, const OctavoOp* next) {
   return op.kind == OCTAVO_ROTARY_WRITE_KV && next != nullptr && next->kind == OCTAVO_PAGED_ATTENTION &&
          next->input == op.output && next->layer == op.layer && attention_.is_self_contained(*next);
 }
