@@ -31,7 +31,7 @@ SHAPES = {
     "groups of 3, head_dim 64": Shape(heads=Heads(9, 3, 64), rotary_dim=64),
     "groups of 4, head_dim 128": Shape(heads=Heads(8, 2, 128), rotary_dim=128),
     "a group that fills most of a tile, or several": Shape(heads=Heads(14, 2, 32), rotary_dim=32),
-    "one head of 40, window across pieces": Shape(heads=Heads(1, 1, 48), rotary_dim=48, window=1100),
+    "one head of 48, window across pieces": Shape(heads=Heads(1, 1, 48), rotary_dim=48, window=1100),
     "window within the second piece": Shape(heads=Heads(9, 3, 64), rotary_dim=64, window=700),
 }
 
@@ -92,11 +92,12 @@ class Batch:
 
 def make_batch(pool: Pool) -> Batch:
     one, two = pool.blocks(2 * PIECE), pool.blocks(PIECE)
-    # 1,024: the context ends with the piece. 1,023: the last piece is not whole.
+    # 1,024: the context ends with the piece. 1,023: the second piece is not whole.
     users = [pool.sequence(one, 2 * PIECE + own) for own in (1, 130, 16, 17, 5, 40)]
     users.append(pool.sequence(one, 2 * PIECE))
     decode(pool.device, users[-1:], [1])  # what it writes is in the prefix
     users.append(pool.sequence(one[:-1], 2 * PIECE - 1))
+    users.append(pool.sequence(one[:-1], 2 * PIECE + 9))  # of the second piece all blocks but the last
     others = [pool.sequence(two, PIECE + own) for own in (3, 520, 90)]
     others.append(pool.sequence(one[:32], PIECE + 600))  # the first half of the first prefix
     others.append(pool.sequence([], 20))
@@ -107,7 +108,7 @@ def make_batch(pool: Pool) -> Batch:
     return Batch(sequences, [*num_new, 2])
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_bits_do_not_depend_on_which_sequences_have_a_prefix_in_the_same_blocks(
@@ -170,6 +171,15 @@ def test_a_prefix_of_few_sequences_is_not_worth_it() -> None:
 
     assert reads_at_once(pool, users)
     assert not reads_at_once(pool, [*users, *others])
+
+
+def test_a_context_that_ends_with_a_piece_sees_all_of_it() -> None:
+    pool = Pool(SHAPES["groups of 3, head_dim 64"], num_threads=1)
+    prefix = pool.blocks(PIECE)
+    longer = pool.sequence(prefix, PIECE + 1)
+
+    assert reads_at_once(pool, [pool.sequence(prefix, PIECE), longer])
+    assert not reads_at_once(pool, [pool.sequence(prefix[:-1], PIECE - 1), longer])
 
 
 def test_blocks_that_are_no_whole_piece_are_not_looked_at() -> None:
