@@ -19,22 +19,22 @@ from octavo.gpu_worker.errors import PlanError
 from octavo.gpu_worker.ops import Int32Array
 from octavo.gpu_worker.pooler import Pooling, PoolingSettings
 from octavo.gpu_worker.protocol import BLOCK_SIZE
+from octavo.gpu_worker.rows import Int64Array, Rows
 from octavo.gpu_worker.sampling_settings import SamplingSettings, column, read_sampling_update
 from octavo.worker.v1 import worker_pb2
 
 UInt32Array = npt.NDArray[np.uint32]
-Int64Array = npt.NDArray[np.int64]
-
-BoolArray = npt.NDArray[np.bool_]
 
 LAST_TOKEN: Final = -1
 """In `Step.token_ids`: the token that was sampled last for the row's slot."""
 
 _SAMPLES, _LAST_TOKEN_IN_SLOT = 1, 2
+_UINT32: Final = np.dtype("<u4")
 
 # Most steps change nothing but their rows. These are never written.
 _NONE: Final[UInt32Array] = np.empty(0, np.uint32)
 _NO_INDEXES: Final[Int64Array] = np.empty(0, np.int64)
+_NO_PAIRS: Final[Int32Array] = np.empty((0, 2), np.int32)
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,9 @@ class Step:
     block_counts     [N] how many it gets
     block_ids        the blocks, slot after slot
     copy_pairs       [P, 2] blocks to copy before the step, (from, to)
-    slots            [S] slot of each row
-    query_lengths    [S] tokens to compute, at least 1
+    rows             the S rows; the same object as in the step before if they are the same
     context_lengths  [S] tokens whose keys and values are in the cache
     token_ids        [T] tokens to compute, row after row, or LAST_TOKEN
-    samples          [S] whether a token is drawn from the row's last position, or the sequence's vector is made
     """
 
     freed_slots: UInt32Array
@@ -80,11 +78,9 @@ class Step:
     block_counts: Int64Array
     block_ids: UInt32Array
     copy_pairs: Int32Array
-    slots: Int64Array
-    query_lengths: Int64Array
+    rows: Rows
     context_lengths: Int64Array
     token_ids: Int32Array
-    samples: BoolArray
     opened_for_vectors: tuple[tuple[int, PoolingSettings], ...] = ()
 
     @cached_property
@@ -93,25 +89,9 @@ class Step:
         return [slot for slot, _ in (*self.opened, *self.opened_for_vectors)]
 
     @cached_property
-    def sampled_slots(self) -> Int32Array:
-        """The R slots that a token is drawn for."""
-        return self.slots[self.samples].astype(np.int32)
-
-    @cached_property
     def sampled_positions(self) -> Int32Array:
-        """The absolute position of each of those tokens, [R]."""
-        return (self.context_lengths + self.query_lengths)[self.samples].astype(np.int32)
-
-    @cached_property
-    def sampled_follow(self) -> BoolArray:
-        """Whether each of those rows ends with the token that was sampled last for its slot, [R]."""
-        follow: BoolArray = self.token_ids[self.query_ends - 1] == LAST_TOKEN
-        return follow[self.samples]
-
-    @cached_property
-    def query_ends(self) -> Int64Array:
-        """Where each row's tokens end in `token_ids`, [S]."""
-        return np.cumsum(self.query_lengths)
+        """The absolute position of each token that is drawn, [R]."""
+        return (self.context_lengths + self.rows.query_lengths)[self.rows.samples].astype(np.int32)
 
 
 class Slots:
@@ -122,19 +102,18 @@ class Slots:
         self._open = np.zeros(limits.max_running, np.bool_)
         self._num_blocks = np.zeros(limits.max_running, np.int64)
         self._has_token = np.zeros(limits.max_running, np.bool_)
+        # Most steps have the rows of the step before. These are kept until a slot is opened or freed.
+        self._rows: Rows | None = None
+        self._row_columns: tuple[bytes | int, ...] = ()  # what they were read from
+        self._max_contexts: Int64Array | None = None  # [S] what their blocks have room for before this step
 
     def apply(self, plan: worker_pb2.StepPlan) -> Step:
         """Take a plan's changes and return its step. Raises PlanError."""
         freed = self._slots(plan.freed_slots, "freed_slots")
         opened, opened_for_vectors = self._open_slots(plan, freed)
         block_slots, first_blocks, block_counts, block_ids = self._append_blocks(plan)
-        copy_pairs = self._blocks(plan.copy_pairs, "copy_pairs")
-        if len(copy_pairs) % 2:
-            raise PlanError(f"copy_pairs: {len(copy_pairs)} blocks are no pairs")
-        rows = self._rows(plan)
-        samples = (rows.flags & _SAMPLES) != 0
-        token_ids = self._token_ids(plan, rows)
-        self._has_token[rows.slots[samples]] = True
+        copy_pairs = self._copy_pairs(plan.copy_pairs)
+        rows = self._rows_of(plan)
         return Step(
             freed_slots=freed,
             opened=opened,
@@ -142,12 +121,10 @@ class Slots:
             first_blocks=first_blocks,
             block_counts=block_counts,
             block_ids=block_ids,
-            copy_pairs=copy_pairs.astype(np.int32).reshape(-1, 2),
-            slots=rows.slots,
-            query_lengths=rows.lengths,
-            context_lengths=rows.contexts,
-            token_ids=token_ids,
-            samples=samples,
+            copy_pairs=copy_pairs,
+            rows=rows,
+            context_lengths=self._context_lengths(plan, rows),
+            token_ids=self._token_ids(plan, rows),
             opened_for_vectors=opened_for_vectors,
         )
 
@@ -158,6 +135,7 @@ class Slots:
         pooling = self._limits.pooling
         if not (len(freed) or plan.sampling_updates or plan.pooling_updates):
             return [], ()
+        self._rows = None
         if plan.pooling_updates if pooling is None else plan.sampling_updates:
             raise PlanError(f"the model makes {'tokens' if pooling is None else 'vectors'}, and the plan wants others")
         opened = [
@@ -178,8 +156,9 @@ class Slots:
         """Return slots, their blocks before, how many they get, and the blocks."""
         if not (plan.block_table_rows or plan.block_table_counts or plan.block_ids):
             return _NO_INDEXES, _NO_INDEXES, _NO_INDEXES, _NONE
+        self._max_contexts = None
         slots = self._slots(plan.block_table_rows, "block_table_rows").astype(np.int64)
-        counts = column(plan.block_table_counts, np.uint32, "block_table_counts").astype(np.int64)
+        counts = _integers(plan.block_table_counts, "block_table_counts")
         blocks = self._blocks(plan.block_ids, "block_ids")
         if len(counts) != len(slots) or counts.sum() != len(blocks):
             raise PlanError(
@@ -197,58 +176,75 @@ class Slots:
         self._num_blocks[slots] += counts
         return slots, first, counts, blocks
 
-    def _rows(self, plan: worker_pb2.StepPlan) -> _Rows:
-        rows = _Rows(
-            slots=self._slots(plan.slot_indexes, "slot_indexes").astype(np.int64),
-            lengths=column(plan.query_lengths, np.uint32, "query_lengths").astype(np.int64),
-            contexts=column(plan.context_lengths, np.uint32, "context_lengths").astype(np.int64),
-            flags=np.frombuffer(plan.row_flags, np.uint8),
-        )
-        for name, values in (
-            ("slot_indexes", rows.slots),
-            ("query_lengths", rows.lengths),
-            ("context_lengths", rows.contexts),
-            ("row_flags", rows.flags),
-        ):
-            if len(values) != plan.num_sequences:
-                raise PlanError(f"{name}: {len(values)} rows, but num_sequences is {plan.num_sequences}")
-        self._check_open(rows.slots, "slot_indexes")
-        _check_distinct(rows.slots, "slot_indexes")
-        if len(rows.lengths) and rows.lengths.min() < 1:
+    def _rows_of(self, plan: worker_pb2.StepPlan) -> Rows:
+        columns = (plan.slot_indexes, plan.query_lengths, plan.row_flags, plan.num_sequences, plan.num_tokens)
+        if self._rows is None or columns != self._row_columns:
+            self._rows, self._row_columns = self._new_rows(plan), columns
+            self._max_contexts = None
+        return self._rows
+
+    def _new_rows(self, plan: worker_pb2.StepPlan) -> Rows:
+        """Check and return rows; from now on there is a token in the slots that they sample for."""
+        slots = self._slots(plan.slot_indexes, "slot_indexes").astype(np.int64)
+        lengths = _integers(plan.query_lengths, "query_lengths")
+        flags = np.frombuffer(plan.row_flags, np.uint8)
+        for name, values in (("slot_indexes", slots), ("query_lengths", lengths), ("row_flags", flags)):
+            _check_count(values, plan.num_sequences, name)
+        self._check_open(slots, "slot_indexes")
+        _check_distinct(slots, "slot_indexes")
+        if len(lengths) and lengths.min() < 1:
             raise PlanError("query_lengths: a row has no token")
-        if rows.lengths.sum() != plan.num_tokens or plan.num_tokens > self._limits.max_batch_tokens:
+        if lengths.sum() != plan.num_tokens or plan.num_tokens > self._limits.max_batch_tokens:
             raise PlanError(
-                f"num_tokens: is {plan.num_tokens}, query_lengths add up to {rows.lengths.sum()}, "
+                f"num_tokens: is {plan.num_tokens}, query_lengths add up to {lengths.sum()}, "
                 f"a step holds at most {self._limits.max_batch_tokens}"
             )
-        if not self._limits.has_cache and rows.contexts.any():
-            raise PlanError("context_lengths: the model keeps no cache, so each row is a whole sequence")
-        short = rows.contexts + rows.lengths > self._num_blocks[rows.slots] * BLOCK_SIZE
-        if self._limits.has_cache and short.any():
+        if (flags & ~np.uint8(_SAMPLES | _LAST_TOKEN_IN_SLOT)).any():
+            raise PlanError("row_flags: an unknown bit is set")
+        samples, follows = (flags & _SAMPLES) != 0, (flags & _LAST_TOKEN_IN_SLOT) != 0
+        if follows.any() and self._limits.pooling is not None:
+            raise PlanError("row_flags: a row's last token is its slot's, but the model makes no tokens")
+        if not self._has_token[slots[follows]].all():
+            raise PlanError("row_flags: a row's last token is its slot's, but none was sampled for the slot yet")
+        self._has_token[slots[samples]] = True
+        return Rows(slots, lengths, samples, follows)
+
+    def _context_lengths(self, plan: worker_pb2.StepPlan, rows: Rows) -> Int64Array:
+        contexts = _integers(plan.context_lengths, "context_lengths")
+        _check_count(contexts, plan.num_sequences, "context_lengths")
+        if not self._limits.has_cache:
+            if contexts.any():
+                raise PlanError("context_lengths: the model keeps no cache, so each row is a whole sequence")
+            return contexts
+        if self._max_contexts is None:
+            self._max_contexts = self._num_blocks[rows.slots] * BLOCK_SIZE - rows.query_lengths
+        short = contexts > self._max_contexts
+        if short.any():
             slot = rows.slots[short][0]
             raise PlanError(f"query_lengths: slot {slot} has {self._num_blocks[slot]} blocks, too few for its tokens")
-        if (rows.flags & ~np.uint8(_SAMPLES | _LAST_TOKEN_IN_SLOT)).any():
-            raise PlanError("row_flags: an unknown bit is set")
-        return rows
+        return contexts
 
-    def _token_ids(self, plan: worker_pb2.StepPlan, rows: _Rows) -> Int32Array:
+    def _token_ids(self, plan: worker_pb2.StepPlan, rows: Rows) -> Int32Array:
         """Return the plan's tokens, with LAST_TOKEN where only the runner knows."""
-        from_slot = (rows.flags & _LAST_TOKEN_IN_SLOT) != 0
-        if from_slot.any() and self._limits.pooling is not None:
-            raise PlanError("row_flags: a row's last token is its slot's, but the model makes no tokens")
-        if not self._has_token[rows.slots[from_slot]].all():
-            raise PlanError("row_flags: a row's last token is its slot's, but none was sampled for the slot yet")
-        sent = column(plan.token_ids, np.uint32, "token_ids")
-        expected = plan.num_tokens - int(np.count_nonzero(from_slot))
-        if len(sent) != expected:
-            raise PlanError(f"token_ids: {len(sent)} tokens, expected {expected}")
-        _check_below(sent, self._limits.vocab_size, "token_ids")
         token_ids = np.full(plan.num_tokens, LAST_TOKEN, np.int32)
-        if len(sent):
-            is_sent = np.ones(plan.num_tokens, np.bool_)
-            is_sent[np.cumsum(rows.lengths)[from_slot] - 1] = False
-            token_ids[is_sent] = sent
+        if not (plan.token_ids or rows.num_sent):
+            return token_ids
+        sent = column(plan.token_ids, np.uint32, "token_ids")
+        if len(sent) != rows.num_sent:
+            raise PlanError(f"token_ids: {len(sent)} tokens, expected {rows.num_sent}")
+        _check_below(sent, self._limits.vocab_size, "token_ids")
+        is_sent = np.ones(plan.num_tokens, np.bool_)
+        is_sent[rows.query_ends[rows.follows] - 1] = False
+        token_ids[is_sent] = sent
         return token_ids
+
+    def _copy_pairs(self, data: bytes) -> Int32Array:
+        if not data:
+            return _NO_PAIRS
+        blocks = self._blocks(data, "copy_pairs")
+        if len(blocks) % 2:
+            raise PlanError(f"copy_pairs: {len(blocks)} blocks are no pairs")
+        return blocks.astype(np.int32).reshape(-1, 2)
 
     def _slots(self, data: bytes, name: str) -> UInt32Array:
         if not data:
@@ -271,14 +267,16 @@ class Slots:
             raise PlanError(f"{name}: slot {slots[~self._open[slots]][0]} is not open")
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The columns of a plan that have an element for each row."""
+def _integers(data: bytes, name: str) -> Int64Array:
+    """Return a column of uint32."""
+    if len(data) % 4:
+        raise PlanError(f"{name}: {len(data)} bytes are no whole number of elements")
+    return np.frombuffer(data, _UINT32).astype(np.int64)
 
-    slots: Int64Array
-    lengths: Int64Array
-    contexts: Int64Array
-    flags: npt.NDArray[np.uint8]
+
+def _check_count(values: npt.NDArray[np.integer], num_rows: int, name: str) -> None:
+    if len(values) != num_rows:
+        raise PlanError(f"{name}: {len(values)} rows, but num_sequences is {num_rows}")
 
 
 def _check_below(values: npt.NDArray[np.integer], limit: int, name: str) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from octavo.gpu_worker.batch import Limits, Slots
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices import make_runner
@@ -27,6 +29,8 @@ if TYPE_CHECKING:  # it needs torch
 
 log = logging.getLogger("octavo.worker")
 
+_NO_LIMIT: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+_UINT32 = np.dtype("<u4")
 _DEFAULT_MAX_BATCH_TOKENS = 2048
 _DEFAULT_MAX_RUNNING = 64
 _MIN_CONTEXT = 64
@@ -83,7 +87,7 @@ class Engine:
         assert self.num_in_flight < MAX_STEPS_IN_FLIGHT, self.num_in_flight
         step = self._slots.apply(plan)
         with self._limited_time():
-            self._in_flight.append(_Started(plan.step_id, step.sampled_slots, self.runner.start(step)))
+            self._in_flight.append(_Started(plan.step_id, step.rows.sampled_slots, self.runner.start(step)))
 
     @property
     def num_in_flight(self) -> int:
@@ -105,12 +109,12 @@ class Engine:
         with self._limited_time():
             return self.runner.use_idle_time()
 
+    def _limited_time(self) -> contextlib.AbstractContextManager[None]:
+        """Count the limit, if there is one, in a block; also after it, if anything is in flight then."""
+        return self._watch_time() if self._step_limit_s else _NO_LIMIT
+
     @contextlib.contextmanager
-    def _limited_time(self) -> Iterator[None]:
-        """Begin to count the limit; also after the block, if anything is in flight then."""
-        if not self._step_limit_s:
-            yield
-            return
+    def _watch_time(self) -> Iterator[None]:
         faulthandler.dump_traceback_later(self._step_limit_s, exit=True)
         try:
             yield
@@ -201,17 +205,17 @@ def _result(step_id: int, sampled_slots: Int32Array, outcome: Outcome) -> worker
     sampled, vectors = outcome.sampled, outcome.vectors
     result = worker_pb2.StepResult(
         step_id=step_id,
-        slot_indexes=sampled_slots.astype("<u4").tobytes(),
-        token_ids=sampled.token_ids.astype("<u4").tobytes(),
+        slot_indexes=sampled_slots.astype(_UINT32).tobytes(),
+        token_ids=sampled.token_ids.astype(_UINT32).tobytes(),
         forward_us=outcome.forward_us,
         sample_us=outcome.sample_us,
     )
     if len(sampled.logprobs):
         result.logprobs = sampled.logprobs.astype("<f4").tobytes()
-        result.ranks = sampled.ranks.astype("<u4").tobytes()
-        result.candidate_token_ids = sampled.candidate_token_ids.astype("<u4").tobytes()
+        result.ranks = sampled.ranks.astype(_UINT32).tobytes()
+        result.candidate_token_ids = sampled.candidate_token_ids.astype(_UINT32).tobytes()
         result.candidate_logprobs = sampled.candidate_logprobs.astype("<f4").tobytes()
     if vectors is not None:
         result.vectors = vectors.values.astype("<f4").tobytes()
-        result.vector_sizes = vectors.sizes.astype("<u4").tobytes()
+        result.vector_sizes = vectors.sizes.astype(_UINT32).tobytes()
     return result

@@ -15,6 +15,7 @@ from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.ops import Device, Float32Array, Int32Array, StepInput, UInt32Array
 from octavo.gpu_worker.prompt_scores import PromptRows, PromptScores, merged_rows, with_prompts
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
+from octavo.gpu_worker.rows import Rows
 from octavo.gpu_worker.runner import Outcome
 from octavo.gpu_worker.sampler import Sampler
 
@@ -100,8 +101,10 @@ class HostRunner(HostMemory):
         prompts = self._prompts.rows_of(step)
         logits, of_prompts = self._forward(step, prompts)
         computed = time.perf_counter()
-        sampled_slots = step.sampled_slots
-        sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions, step.sampled_follow)
+        sampled_slots = step.rows.sampled_slots
+        sampled = self._sampler.sample_best(logits, sampled_slots)
+        if sampled is None:
+            sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions, step.rows.sampled_follow)
         if prompts is not None:
             sampled = with_prompts(sampled, prompts, of_prompts)
         self._tables.record(sampled_slots, sampled.token_ids)
@@ -110,7 +113,7 @@ class HostRunner(HostMemory):
 
     def _forward(self, step: Step, prompts: PromptRows | None) -> tuple[Float32Array, Float32Array]:
         """Compute a step; return the logits that tokens are drawn from, and those of the rows of prompts."""
-        if not len(step.slots):
+        if not len(step.rows.slots):
             return self._no_logits, self._no_logits
         batch = self._tables.step_input(step)
         if prompts is None:
@@ -141,18 +144,23 @@ class Tables:
     def __init__(self, max_running: int, max_blocks_per_sequence: int) -> None:
         self._block_tables = np.zeros((max_running, max_blocks_per_sequence), np.int32)
         self._last_token_ids = np.zeros(max_running, np.int32)
+        self._rows: Rows | None = None
+        self._batch: StepInput | None = None  # of those rows
+        self._has_changed = False  # since its block tables were copied
 
     def append(self, step: Step) -> None:
         """Empty the tables of freed and opened slots, then append the step's blocks."""
         if len(step.freed_slots) or step.opened_slots:
             self._block_tables[step.freed_slots] = 0
             self._block_tables[step.opened_slots] = 0
+            self._has_changed = True
         if not len(step.block_slots):
             return
         counts = step.block_counts
         starts = np.cumsum(counts) - counts
         columns = np.arange(len(step.block_ids)) + np.repeat(step.first_blocks - starts, counts)
         self._block_tables[np.repeat(step.block_slots, counts), columns] = step.block_ids
+        self._has_changed = True
 
     def record(self, slots: Int32Array, token_ids: UInt32Array) -> None:
         """Remember the tokens drawn for `slots`.
@@ -163,25 +171,37 @@ class Tables:
         self._last_token_ids[slots] = np.where(token_ids >= FIRST_NO_TOKEN, 0, token_ids)
 
     def step_input(self, step: Step) -> StepInput:
-        """Return the batch of a step that has rows."""
-        ends, num_tokens = step.query_ends, len(step.token_ids)
-        if num_tokens == len(step.slots):  # each row has one token
-            positions, slot_of_token = step.context_lengths, step.slots
-        else:
-            starts = ends - step.query_lengths
-            positions = np.arange(num_tokens) + np.repeat(step.context_lengths - starts, step.query_lengths)
-            slot_of_token = np.repeat(step.slots, step.query_lengths)
+        """Return the batch of a step that has rows.
+
+        A step with the rows of the one before gets the same batch, written anew.
+        """
+        rows = step.rows
+        if self._batch is None or rows is not self._rows:
+            self._rows, self._batch = rows, self._new_batch(rows)
+        elif self._has_changed:
+            self._batch.block_tables[:] = self._block_tables[rows.slots]
+        self._has_changed = False
+        batch, row_of_token = self._batch, rows.row_of_token
+        positions = step.context_lengths[row_of_token] + rows.offset_of_token
         columns, offsets = np.divmod(positions, BLOCK_SIZE)
-        blocks = self._block_tables[slot_of_token, columns].astype(np.int64)
-        query_start_loc = np.zeros(len(step.slots) + 1, np.int32)
-        query_start_loc[1:] = ends
-        last = self._last_token_ids[slot_of_token]
+        batch.positions[:] = positions
+        batch.slot_mapping[:] = batch.block_tables[row_of_token, columns] * BLOCK_SIZE + offsets
+        batch.seq_lens[:] = step.context_lengths + rows.query_lengths
+        last = self._last_token_ids[rows.slots[row_of_token]]
+        batch.token_ids[:] = np.where(step.token_ids == LAST_TOKEN, last, step.token_ids) if rows.num_sent else last
+        return batch
+
+    def _new_batch(self, rows: Rows) -> StepInput:
+        """Return a batch in which only what follows from the rows is filled in, and their block tables."""
+        num_tokens = len(rows.row_of_token)
+        query_start_loc = np.zeros(len(rows.slots) + 1, np.int32)
+        query_start_loc[1:] = rows.query_ends
         return StepInput(
-            token_ids=np.where(step.token_ids == LAST_TOKEN, last, step.token_ids),
-            positions=positions.astype(np.int32),
-            slot_mapping=(blocks * BLOCK_SIZE + offsets).astype(np.int32),
+            token_ids=np.empty(num_tokens, np.int32),
+            positions=np.empty(num_tokens, np.int32),
+            slot_mapping=np.empty(num_tokens, np.int32),
             query_start_loc=query_start_loc,
-            seq_lens=(step.context_lengths + step.query_lengths).astype(np.int32),
-            block_tables=self._block_tables[step.slots],
-            logits_rows=(ends[step.samples] - 1).astype(np.int32),
+            seq_lens=np.empty(len(rows.slots), np.int32),
+            block_tables=self._block_tables[rows.slots],
+            logits_rows=(rows.query_ends[rows.samples] - 1).astype(np.int32),
         )

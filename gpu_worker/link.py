@@ -25,6 +25,10 @@ _HEARTBEAT_TIMEOUT_MS = 5000
 _FAREWELL_MS = 500
 
 
+# Plain numbers: an enum's flags are made anew each time they are put together.
+_NOBLOCK, _POLLIN = int(zmq.NOBLOCK), int(zmq.POLLIN)
+
+
 @dataclass(frozen=True)
 class CurveKeys:
     """Keys of an encrypted hop (CurveZMQ), as Z85 text."""
@@ -82,7 +86,7 @@ class Link:
         """Send a frame; False if there is no scheduler to send it to."""
         frame.protocol_revision = PROTOCOL_REVISION
         try:
-            self._socket.send(frame.SerializeToString(), zmq.NOBLOCK)
+            self._socket.send(frame.SerializeToString(), _NOBLOCK)
         except zmq.Again:
             self.num_unsent += 1
             return False
@@ -90,12 +94,13 @@ class Link:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for a frame; False if none came."""
-        return bool(self._socket.poll(max(0, round(timeout_s * 1000)), zmq.POLLIN))
+        # Without the Poller that the socket's own `poll` makes for each call.
+        return bool(zmq.zmq_poll([(self._socket, _POLLIN)], max(0, round(timeout_s * 1000))))
 
     def receive(self) -> worker_pb2.WorkerFrame | None:
         """Return the next frame; None if none waits or it is malformed."""
         try:
-            parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            parts = self._socket.recv_multipart(_NOBLOCK)
         except zmq.Again:
             return None
         try:

@@ -172,24 +172,25 @@ class Pooler:
 
     def second_segment_starts(self, step: Step) -> Int32Array:
         """Return where each row's second text starts, [S]; beyond any position if it has one text."""
-        starts = [self._settings[slot].second_segment_start or np.iinfo(np.int32).max for slot in step.slots.tolist()]
+        slots = step.rows.slots.tolist()
+        starts = [self._settings[slot].second_segment_start or np.iinfo(np.int32).max for slot in slots]
         return np.array(starts, np.int32)
 
     def rows(self, step: Step) -> Int32Array:
         """Return the tokens (indexes into the step's) whose hidden states are wanted, ascending."""
-        ends = step.query_ends
+        ends = step.rows.query_ends
         if self._pooling.mode == "cls":
-            rows: Int32Array = (ends - step.query_lengths)[step.context_lengths == 0].astype(np.int32)
+            rows: Int32Array = (ends - step.rows.query_lengths)[step.context_lengths == 0].astype(np.int32)
             return rows
         if self._pooling.mode == "last":
-            return (ends - 1)[step.samples].astype(np.int32)
+            return (ends - 1)[step.rows.samples].astype(np.int32)
         return np.arange(len(step.token_ids), dtype=np.int32)
 
     def pool(self, hidden: Float32Array, step: Step) -> Vectors:
         """Return the vectors of the rows that end their sequence; `hidden` [R, hidden_size] are those of `rows`."""
         pooled: list[npt.NDArray[np.float64]] = []
         at = 0
-        columns = (step.slots, step.query_lengths, step.context_lengths, step.samples)
+        columns = (step.rows.slots, step.rows.query_lengths, step.context_lengths, step.rows.samples)
         for slot, length, context, ends in zip(*(column.tolist() for column in columns), strict=True):
             count = self._num_rows(length, context, ends)
             state = self._add(slot, hidden[at : at + count], context)
@@ -202,9 +203,9 @@ class Pooler:
 
     def unfinished(self, step: Step) -> Unfinished:
         """Return what `finish` must know of a step; it may be called when slots have gone to others."""
-        lengths = (step.context_lengths + step.query_lengths)[step.samples]
-        settings = [self._settings[slot] for slot in step.slots[step.samples].tolist()]
-        return Unfinished(step.samples, lengths.tolist(), settings)
+        lengths = (step.context_lengths + step.rows.query_lengths)[step.rows.samples]
+        settings = [self._settings[slot] for slot in step.rows.slots[step.rows.samples].tolist()]
+        return Unfinished(step.rows.samples, lengths.tolist(), settings)
 
     def finish(self, pooled: Iterable[npt.NDArray[np.floating]], rows: Unfinished) -> Vectors:
         """Return the vectors of the sequences that end.

@@ -41,7 +41,7 @@ class PoolingRunner(HostMemory):
         started = time.perf_counter()
         vectors = Vectors(np.empty(0, np.float32), np.empty(0, np.uint32))
         computed = started
-        if len(step.slots):
+        if len(step.rows.slots):
             hidden = self._device.forward(self._step_input(step))
             computed = time.perf_counter()
             vectors = self._pooler.pool(hidden, step)
@@ -52,6 +52,6 @@ class PoolingRunner(HostMemory):
     def _step_input(self, step: Step) -> StepInput:
         """Return the batch of a step that has rows: which hidden states are wanted, and of which text each token is."""
         batch = self._tables.step_input(step)
-        starts = np.repeat(self._pooler.second_segment_starts(step), step.query_lengths)
+        starts = np.repeat(self._pooler.second_segment_starts(step), step.rows.query_lengths)
         segments = (batch.positions >= starts).astype(np.int32)
         return dataclasses.replace(batch, logits_rows=self._pooler.rows(step), segments=segments)

@@ -50,12 +50,12 @@ class PromptScores:
         rows: list[npt.NDArray[np.int32]] = []
         targets: list[UInt32Array] = []
         widths: list[npt.NDArray[np.int32]] = []
-        starts = (step.query_ends - step.query_lengths).tolist()
-        for index, slot in enumerate(step.slots.tolist()):
+        starts = (step.rows.query_ends - step.rows.query_lengths).tolist()
+        for index, slot in enumerate(step.rows.slots.tolist()):
             settings = self._slots.get(slot)
             if settings is None:
                 continue
-            length, context = int(step.query_lengths[index]), int(step.context_lengths[index])
+            length, context = int(step.rows.query_lengths[index]), int(step.context_lengths[index])
             following = settings.history_token_ids[context + 1 : min(context + length + 1, settings.prompt_length)]
             rows.append(np.arange(starts[index], starts[index] + len(following), dtype=np.int32))
             targets.append(following)

@@ -7,8 +7,8 @@ raw logits. Each row is worked on alone, so a row's token does not depend on the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,11 @@ class Drawer(Protocol):
         """See `ops.Device.mask`."""
 
 
+# Columns of most steps. Never written.
+_NO_INTEGERS: Final[UInt32Array] = np.empty(0, np.uint32)
+_NO_VALUES: Final[Float32Array] = np.empty(0, np.float32)
+
+
 @dataclass(frozen=True)
 class Sampled:
     """Tokens of a step's sampling rows, and log probabilities of those rows that want them.
@@ -50,13 +55,12 @@ class Sampled:
     candidate_logprobs: Float32Array
 
 
-NOTHING_SAMPLED = Sampled(
-    np.empty(0, np.uint32),
-    np.empty(0, np.float32),
-    np.empty(0, np.uint32),
-    np.empty(0, np.uint32),
-    np.empty(0, np.float32),
-)
+def without_logprobs(token_ids: UInt32Array) -> Sampled:
+    """Return a step's tokens, none of whose rows wants log probabilities."""
+    return Sampled(token_ids, _NO_VALUES, _NO_INTEGERS, _NO_INTEGERS, _NO_VALUES)
+
+
+NOTHING_SAMPLED = without_logprobs(_NO_INTEGERS)
 
 
 class Sampler:
@@ -77,6 +81,15 @@ class Sampler:
         """Forget a slot."""
         self._slots[slot] = None
 
+    def sample_best(self, logits: Float32Array, slots: Int32Array) -> Sampled | None:
+        """Do what `sample` does where all slots want the highest logit and nothing else; None if one wants more."""
+        for slot in slots.tolist():
+            state = self._slots[slot]
+            if state is None or not state.takes_best:
+                return None
+        # Where a row's logits are not finite, -1 is NOT_FINITE_TOKEN.
+        return without_logprobs(self._drawer.argmax(logits).view(np.uint32))
+
     def sample(
         self,
         logits: Float32Array,
@@ -91,13 +104,9 @@ class Sampler:
         positions  [R] absolute position of the token to be drawn
         follows    [R] whether the row's last token was taken to be what was drawn last for its slot; None: nowhere
         """
-        if len(slots) == 0:
-            return _pack(np.empty(0, np.uint32), [])
         best_ids = self._drawer.argmax(logits)
         finite = best_ids >= 0
         rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
-        if finite.all() and all(row.slot.takes_best for row in rows):
-            return _pack(best_ids.astype(np.uint32), [])
         refused = self._refused(rows, follows)
         refused = {i: code for i, code in refused.items() if finite[i]}
         drawn = finite.copy()
@@ -289,7 +298,7 @@ def _best(raw: Float32Array, count: int) -> npt.NDArray[np.intp]:
 def _pack(token_ids: UInt32Array, wanted: list[TokenLogprobs]) -> Sampled:
     """Join rows to columns."""
     if not wanted:
-        return replace(NOTHING_SAMPLED, token_ids=token_ids)
+        return without_logprobs(token_ids)
     empty = (np.empty(0, np.uint32), np.empty(0, np.float32))
     return Sampled(
         token_ids=token_ids,

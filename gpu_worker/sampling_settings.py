@@ -15,6 +15,7 @@ from octavo.worker.v1 import worker_pb2
 
 # Below this a temperature only makes logits overflow: it means greedy.
 _MIN_TEMPERATURE = 1e-5
+_LITTLE_ENDIAN: dict[type[Any], np.dtype[Any]] = {np.uint32: np.dtype("<u4"), np.float32: np.dtype("<f4")}
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def read_sampling_update(update: worker_pb2.SamplingUpdate, vocab_size: int) -> 
 
 
 def column(data: bytes, dtype: type[Any], name: str) -> npt.NDArray[Any]:
-    """Return a column's elements, little-endian, in an array of its own."""
-    kind = np.dtype(dtype).newbyteorder("<")
+    """Return a column's elements, uint32 or float32 and little-endian, in an array of its own."""
+    kind = _LITTLE_ENDIAN[dtype]
     if len(data) % kind.itemsize:
         raise PlanError(f"{name}: {len(data)} bytes are no whole number of elements")
     return np.frombuffer(data, kind).astype(dtype)

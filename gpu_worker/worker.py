@@ -281,7 +281,9 @@ class Worker:
             self._telemetry.computed(result)
             if self._ranks is not None:
                 self._ranks.heard_all()
-            self._send(worker_pb2.WorkerFrame(step_result=result))
+            frame = worker_pb2.WorkerFrame()
+            frame.step_result.CopyFrom(result)  # in the constructor it would be serialized and parsed
+            self._send(frame)
 
     def _fail(self, step_id: int, error: Exception) -> None:
         """Report an error of the device in a step."""

@@ -57,6 +57,7 @@ class CpuDevice:
         self._blocks = np.empty((0, *self._block_shape), np.uint16)
         self._untouched = self._blocks.reshape(-1)
         self._logits = np.empty((max_running, packed.output_size), np.float32)
+        self._step: tuple[StepInput, library.Step] | None = None  # the last one, and as the library takes it
         self._program = packed.program(self._memory, max_batch_tokens, max_running, max_blocks_per_sequence)
 
     def kv_block_bytes(self) -> int:
@@ -87,7 +88,9 @@ class CpuDevice:
         num_rows = len(step.logits_rows)
         if num_rows > len(self._logits):
             self._logits = np.empty((num_rows, self._logits.shape[1]), np.float32)
-        self._program.run(_native_step(step), self._cache, self._logits)
+        if self._step is None or step is not self._step[0]:  # else it is the same arrays, written anew
+            self._step = step, _native_step(step)
+        self._program.run(self._step[1], self._cache, self._logits)
         return self._logits[:num_rows]
 
     def copy_blocks(self, pairs: Int32Array) -> None:

@@ -151,7 +151,7 @@ class CudaRunner:
                 running = _RunningStep(self, step, Wanted(0, []), result, began, began)
             else:
                 launched = self._model.launch(columns.sizes) if graph_size is None else self._replay(graph_size)
-                wanted = self._sampler.wanted(step.sampled_slots, columns.sizes.num_samples)
+                wanted = self._sampler.wanted(step.rows.sampled_slots, columns.sizes.num_samples)
                 running = _RunningStep(self, step, wanted, result, began, self._accelerator.event(), launched)
         if running.constrained:
             self._unsampled = running
@@ -202,7 +202,7 @@ class CudaRunner:
 
     def _columns(self, step: Step) -> tuple[Columns | None, int | None]:
         """Return the columns of a step, if it has rows, and the size of the graph that runs it, if one does."""
-        if not len(step.slots):
+        if not len(step.rows.slots):
             return None, None
         columns = self._model.planner.columns(step)
         size = self._graphs.size_for(columns.sizes.num_rows)
@@ -268,8 +268,8 @@ class _RunningStep:
     ) -> None:
         """launched: the forward pass; None without rows."""
         self._runner = runner
-        self.slots = step.sampled_slots
-        self.follows = step.sampled_follow
+        self.slots = step.rows.sampled_slots
+        self.follows = step.rows.sampled_follow
         self.wanted = wanted
         self.result = result
         self.began = began

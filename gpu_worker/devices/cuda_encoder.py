@@ -53,13 +53,13 @@ class DeviceEncoder:
 
     def run(self, step: Step, second_starts: Int32Array) -> Hidden | None:
         """Send a step and launch it; None if it has no rows."""
-        if not len(step.slots):
+        if not len(step.rows.slots):
             return None
-        lengths = step.query_lengths
-        query_start_loc = np.concatenate([[0], step.query_ends]).astype(np.int32)
+        lengths = step.rows.query_lengths
+        query_start_loc = np.concatenate([[0], step.rows.query_ends]).astype(np.int32)
         positions = np.arange(len(step.token_ids)) - np.repeat(query_start_loc[:-1], lengths)
         segments = positions >= np.repeat(second_starts, lengths)
-        return self._launch(step.token_ids, positions, segments, query_start_loc, step.slots, lengths)
+        return self._launch(step.token_ids, positions, segments, query_start_loc, step.rows.slots, lengths)
 
     def _launch(
         self,

@@ -170,7 +170,7 @@ class _Decoder:
         self._model.launch(self._model.planner.graph_sizes(1))
 
     def run(self, step: Step, _second_starts: Int32Array) -> Hidden | None:
-        columns = self._model.planner.columns(step) if len(step.slots) else None
+        columns = self._model.planner.columns(step) if len(step.rows.slots) else None
         self._model.send(self._model.changes(step), columns)
         self._model.copy_blocks(step.copy_pairs)
         if columns is None:

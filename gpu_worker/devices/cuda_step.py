@@ -117,12 +117,12 @@ class Planner:
 
     def columns(self, step: Step) -> Columns:
         """Return the columns of a step as it is."""
-        ends = step.query_ends
+        ends = step.rows.query_ends
         query_start_loc = np.zeros(len(ends) + 1, np.int32)
         query_start_loc[1:] = ends
-        seq_lens = (step.context_lengths + step.query_lengths).astype(np.int32)
+        seq_lens = (step.context_lengths + step.rows.query_lengths).astype(np.int32)
         attention = tuple(tuple(self._plan(query_start_loc, seq_lens, window)) for window in self._windows)
-        sampled_slots = step.sampled_slots
+        sampled_slots = step.rows.sampled_slots
         launches = tuple(tuple((len(plan.work), len(plan.combines)) for plan in plans) for plans in attention)
         return Columns(
             sizes=Sizes(
@@ -131,11 +131,11 @@ class Planner:
                 len(sampled_slots),
                 tuple(zip(self._windows, launches, strict=True)),
             ),
-            slots=step.slots.astype(np.int32),
+            slots=step.rows.slots.astype(np.int32),
             query_start_loc=query_start_loc,
             seq_lens=seq_lens,
             sent=step.token_ids,
-            logits_rows=(ends[step.samples] - 1).astype(np.int32),
+            logits_rows=(ends[step.rows.samples] - 1).astype(np.int32),
             sampled_slots=sampled_slots,
             sampled_positions=step.sampled_positions,
             attention=attention,

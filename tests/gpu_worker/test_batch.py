@@ -55,7 +55,7 @@ class Host:
         self.tables = Tables(LIMITS.max_running, LIMITS.max_blocks_per_sequence)
         step = self.slots.apply(prompts())
         self.tables.append(step)
-        self.tables.record(step.sampled_slots, np.array([token], np.uint32))
+        self.tables.record(step.rows.sampled_slots, np.array([token], np.uint32))
 
     def input(self, **fields: Any) -> StepInput:
         step = apply(self.slots, **fields)
@@ -80,7 +80,7 @@ def test_rows_lie_one_after_the_other_on_their_blocks() -> None:
     assert batch.seq_lens.tolist() == [3, 18]
     assert batch.block_tables.tolist() == [[3, 0, 0, 0], [7, 8, 0, 0]]
     assert batch.logits_rows.tolist() == [2]
-    assert step.sampled_slots.tolist() == [2]
+    assert step.rows.sampled_slots.tolist() == [2]
     assert step.sampled_positions.tolist() == [3]
     assert [slot for slot, _ in step.opened] == [0, 2]
     assert batch.segments is None
@@ -152,9 +152,9 @@ def test_blocks_are_appended() -> None:
 
 def test_a_plan_without_rows_only_changes_slots() -> None:
     step = apply(after_prompts(), freed_slots=column(0, 2), copy_pairs=column(1, 2, 2, 3))
-    assert len(step.slots) == len(step.token_ids) == 0
+    assert len(step.rows.slots) == len(step.token_ids) == 0
     assert step.copy_pairs.tolist() == [[1, 2], [2, 3]]
-    assert len(step.sampled_slots) == 0
+    assert len(step.rows.sampled_slots) == 0
 
 
 @pytest.mark.parametrize(
@@ -232,3 +232,49 @@ def test_a_step_larger_than_agreed_is_refused() -> None:
             token_ids=column(*[1] * 65),
             row_flags=bytes([0, 0]),
         )
+
+
+def decoding(context: int, **fields: Any) -> dict[str, Any]:
+    """Slot 2 computes the token it sampled, after `context` others."""
+    return {**continuing(), "context_lengths": column(context), **fields}
+
+
+def test_steps_with_the_same_rows_share_them_and_have_their_own_places() -> None:
+    host = Host(42)
+    first = apply(host.slots, **decoding(3))
+    assert host.tables.step_input(first).slot_mapping.tolist() == [51]
+    host.tables.record(first.rows.sampled_slots, np.array([43], np.uint32))
+
+    second = apply(host.slots, **decoding(4))
+    batch = host.tables.step_input(second)
+
+    assert second.rows is first.rows
+    assert (batch.token_ids.tolist(), batch.positions.tolist(), batch.seq_lens.tolist()) == ([43], [4], [5])
+    assert (batch.slot_mapping.tolist(), second.sampled_positions.tolist()) == ([52], [5])
+
+
+def test_rows_that_go_on_are_on_the_blocks_that_their_slots_got_meanwhile() -> None:
+    host = Host(42)
+    assert host.input(**decoding(15)).slot_mapping.tolist() == [63]
+    with pytest.raises(PlanError, match="slot 2 has 1 blocks, too few"):
+        apply(host.slots, **decoding(16))
+
+    growth = {"block_table_rows": column(2), "block_table_counts": column(1), "block_ids": column(9)}
+    batch = host.input(**decoding(16, **growth))
+
+    assert batch.block_tables.tolist() == [[3, 9, 0, 0]]
+    assert batch.slot_mapping.tolist() == [144]
+
+
+def test_rows_of_a_slot_that_was_freed_meanwhile_are_refused() -> None:
+    host = Host(42)
+    host.input(**decoding(3))
+    with pytest.raises(PlanError, match="slot 2 is not open"):
+        apply(host.slots, **decoding(4, freed_slots=column(2)))
+
+
+def test_rows_of_a_slot_that_was_opened_again_meanwhile_are_refused() -> None:
+    host = Host(42)
+    host.input(**decoding(3))
+    with pytest.raises(PlanError, match="none was sampled for the slot yet"):
+        apply(host.slots, **decoding(0, freed_slots=column(2), sampling_updates=opening(2)))

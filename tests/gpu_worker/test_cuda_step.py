@@ -9,6 +9,7 @@ import torch
 from octavo.gpu_worker.batch import LAST_TOKEN, Step
 from octavo.gpu_worker.devices.cuda_accelerator import HostAccelerator
 from octavo.gpu_worker.devices.cuda_step import Columns, Layout, Planner, Staging
+from octavo.gpu_worker.rows import Rows
 from octavo.kernels.configs import AttentionConfig
 
 CONFIG = AttentionConfig(16, 32, 4, 2, 64)
@@ -29,11 +30,14 @@ def make_step(lengths: list[int], contexts: list[int], samples: list[bool] | Non
         block_counts=none,
         block_ids=none.astype(np.uint32),
         copy_pairs=none.astype(np.int32).reshape(-1, 2),
-        slots=np.arange(len(lengths))[::-1].copy(),
-        query_lengths=np.array(lengths),
+        rows=Rows(
+            slots=np.arange(len(lengths))[::-1].copy(),
+            query_lengths=np.array(lengths),
+            samples=np.array(samples or [True] * len(lengths)),
+            follows=np.ones(len(lengths), np.bool_),
+        ),
         context_lengths=np.array(contexts),
         token_ids=np.full(sum(lengths), LAST_TOKEN, np.int32),
-        samples=np.array(samples or [True] * len(lengths)),
     )
 
 

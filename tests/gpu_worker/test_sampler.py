@@ -67,6 +67,21 @@ def test_greedy_rows_alone_need_no_draw_and_take_the_lowest_of_equal_best() -> N
     assert drawer.calls == []
 
 
+def test_where_all_take_the_best_it_is_known_without_the_rest() -> None:
+    sampler, _ = sampler_with({}, {}, {"temperature": 0.5}, {"chosen_logprob": True})
+    logits = logits_of(rows=3)
+    logits[1] = torch.nan
+    slots = [np.array(each, np.int32) for each in ([0, 1, 0], [0, 2], [0, 3])]
+
+    best = sampler.sample_best(logits.numpy(), slots[0])
+
+    assert best is not None
+    assert best.token_ids.tolist() == [int(logits[0].argmax()), NOT_FINITE, int(logits[2].argmax())]
+    assert len(best.logprobs) == 0
+    assert sampler.sample_best(logits[:2].numpy(), slots[1]) is None
+    assert sampler.sample_best(logits[:2].numpy(), slots[2]) is None
+
+
 def test_only_allowed_tokens_keep_their_logits() -> None:
     mask = np.zeros(VOCABULARY, np.uint8)
     mask[[3, 4, 5, 49]] = 1
