@@ -35,9 +35,9 @@ constexpr int columns_at_once(int rows, int vectors_per_column, int most) {
   return columns;
 }
 
-// scores[row][key] = scale * (query . key) for `kPages` pages. Queries are kMaxHeadDim apart.
+// scores[row][key] = query . key for `kPages` pages. Queries are kMaxHeadDim apart.
 template <int kRows, int kPages>
-void score_pages(const Activation* queries, const bf16* const* pages, int head_dim, Vec scale, float* scores) {
+void score_pages(const Activation* queries, const bf16* const* pages, int head_dim, float* scores) {
   constexpr int kVectors = kPages * kVectorsPerPage;
   Vec sums[kRows][kVectors];
   clear(sums);
@@ -56,17 +56,17 @@ void score_pages(const Activation* queries, const bf16* const* pages, int head_d
   }
   for (int row = 0; row < kRows; ++row)
     for (int vector = 0; vector < kVectors; ++vector)
-      store(scores + row * kTileKeys + vector * kLanes, sums[row][vector] * scale);
+      store(scores + row * kTileKeys + vector * kLanes, sums[row][vector]);
 }
 
 template <int kRows>
-void score_tile(const Activation* queries, const Tile& tile, int head_dim, Vec scale, float* scores) {
+void score_tile(const Activation* queries, const Tile& tile, int head_dim, float* scores) {
   constexpr int kPages = columns_at_once(kRows, kVectorsPerPage, kTilePages);
   int page = 0;
   for (; page + kPages <= tile.num_pages; page += kPages)
-    score_pages<kRows, kPages>(queries, tile.keys + page, head_dim, scale, scores + page * kBlockTokens);
+    score_pages<kRows, kPages>(queries, tile.keys + page, head_dim, scores + page * kBlockTokens);
   for (; page < tile.num_pages; ++page)
-    score_pages<kRows, 1>(queries, tile.keys + page, head_dim, scale, scores + page * kBlockTokens);
+    score_pages<kRows, 1>(queries, tile.keys + page, head_dim, scores + page * kBlockTokens);
 }
 
 // The steps of softmax over a tile of `num_keys` scores. Each is done for all rows before the next one:
@@ -83,22 +83,22 @@ void hide_keys(float* scores, int begin, int end, int num_keys) {
 // What the weights' exponents count from: anything where the row has seen no key yet.
 float reference_of(const PartialRow& row) { return row.largest == kMinusInfinity ? 0.0f : row.largest; }
 
-// Update `row.largest`; returns by what all that was summed up before must be multiplied.
-float find_largest(PartialRow& row, const float* scores, int num_keys) {
+// Update `row.largest`; 2 to the power of what it returns is the factor for all that was summed up before.
+inline float find_largest(PartialRow& row, const float* scores, float scale, int num_keys) {
   Vec largest = load(scores);
   for (int i = kLanes; i < num_keys; i += kLanes) largest = maximum(largest, load(scores + i));
   const float old_largest = row.largest;
-  row.largest = std::max(old_largest, max_lanes(largest));
-  return exp2(broadcast(old_largest - reference_of(row)))[0];
+  row.largest = std::max(old_largest, max_lanes(largest) * scale);
+  return old_largest - reference_of(row);
 }
 
-// Turn scores into weights 2^(score - largest), and add them to `totals` [kLanes].
-void add_weights(const PartialRow& row, const float* scores, float factor, int num_keys, Activation* weights,
-                 float* totals) {
-  const Vec reference = broadcast(reference_of(row));
+// Turn scores into weights 2^(scale * score - largest), and add them to `totals` [kLanes].
+inline void add_weights(const PartialRow& row, const float* scores, Vec scale, float factor, int num_keys,
+                        Activation* weights, float* totals) {
+  const Vec offset = broadcast(-reference_of(row));
   Vec sum = {};
   for (int i = 0; i < num_keys; i += kLanes) {
-    const Vec weight = exp2(load(scores + i) - reference);
+    const Vec weight = short_exp2(multiply_add(load(scores + i), scale, offset));
     sum = sum + weight;
     store_activation(weights + i, weight);
   }
@@ -156,19 +156,27 @@ Tile load_tile(const KvHead& kv, int start, int end) {
   return tile;
 }
 
+// The queries of some rows, copied so that they lie at distances known to the compiler.
+template <int kRows>
+struct Queries {
+  alignas(64) Activation values[kRows * kMaxHeadDim];
+
+  Queries(const Row* rows, int head_dim) {
+    for (int row = 0; row < kRows; ++row) load_activations(rows[row].query, head_dim, values + row * kMaxHeadDim);
+  }
+};
+
 // What the rows see of piece number `piece`.
 template <int kRows>
-void attend_piece_rows(const OctavoOp& op, const KvHead& kv, const Row* rows, int piece, PartialRow* sums) {
+void attend_piece_rows(const OctavoOp& op, const KvHead& kv, const Row* rows, const Queries<kRows>& queries, int piece,
+                       PartialRow* sums) {
   constexpr int kVectors = columns_at_once(kRows, 1, 4);
-  // Copied so that they lie at distances known to the compiler.
-  alignas(64) Activation queries[kRows * kMaxHeadDim];
   alignas(64) float scores[kRows * kTileKeys];
   alignas(64) Activation weights[kRows * kTileKeys];
   alignas(64) float totals[kRows * kLanes] = {};
-  float factors[kRows];
+  alignas(64) float factors[round_up(kRows, kLanes)] = {};
   int begin = rows[0].begin, end = rows[0].end;
   for (int row = 0; row < kRows; ++row) {
-    load_activations(rows[row].query, op.head_dim, queries + row * kMaxHeadDim);
     sums[row].largest = kMinusInfinity;
     std::fill(sums[row].output, sums[row].output + op.head_dim, 0.0f);
     begin = std::min(begin, rows[row].begin);
@@ -176,20 +184,21 @@ void attend_piece_rows(const OctavoOp& op, const KvHead& kv, const Row* rows, in
   }
   begin = std::max(begin, piece * kKeysPerPiece);
   end = std::min(end, (piece + 1) * kKeysPerPiece);
-  const Vec scale = broadcast(op.scale * 1.44269504f);
+  const float scale = op.scale * 1.44269504f;
   for (int start = begin / kTileKeys * kTileKeys; start < end; start += kTileKeys) {
     const Tile tile = load_tile(kv, start, end);
     const int num_keys = tile.num_pages * kBlockTokens;
-    score_tile<kRows>(queries, tile, op.head_dim, scale, scores);
+    score_tile<kRows>(queries.values, tile, op.head_dim, scores);
     for (int row = 0; row < kRows; ++row)
       hide_keys(scores + row * kTileKeys, std::clamp(rows[row].begin - start, 0, num_keys),
                 std::clamp(rows[row].end - start, 0, num_keys), num_keys);
     with_constant(num_keys, [&](auto constant_or_not) {
       for (int row = 0; row < kRows; ++row)
-        factors[row] = find_largest(sums[row], scores + row * kTileKeys, constant_or_not);
+        factors[row] = find_largest(sums[row], scores + row * kTileKeys, scale, constant_or_not);
+      for (int row = 0; row < kRows; row += kLanes) store(factors + row, exp2(load(factors + row)));
       for (int row = 0; row < kRows; ++row)
-        add_weights(sums[row], scores + row * kTileKeys, factors[row], constant_or_not, weights + row * kTileKeys,
-                    totals + row * kLanes);
+        add_weights(sums[row], scores + row * kTileKeys, broadcast(scale), factors[row], constant_or_not,
+                    weights + row * kTileKeys, totals + row * kLanes);
     });
     int dim = 0;
     for (; dim + kVectors * kLanes <= op.head_dim; dim += kVectors * kLanes)
@@ -231,9 +240,10 @@ void attend_rows(const OctavoOp& op, const KvHead& kv, const Row* rows) {
     end = std::max(end, rows[row].end);
   }
   const PieceRange pieces = pieces_of(begin, end);
-  attend_piece_rows<kRows>(op, kv, rows, pieces.begin, sums);
+  const Queries<kRows> queries(rows, op.head_dim);
+  attend_piece_rows<kRows>(op, kv, rows, queries, pieces.begin, sums);
   for (int piece = pieces.begin + 1; piece < pieces.end; ++piece) {
-    attend_piece_rows<kRows>(op, kv, rows, piece, next);
+    attend_piece_rows<kRows>(op, kv, rows, queries, piece, next);
     for (int row = 0; row < kRows; ++row) merge(next[row], op.head_dim, sums[row]);
   }
   for (int row = 0; row < kRows; ++row) finish(sums[row], op.head_dim, rows[row].output);
@@ -272,7 +282,9 @@ void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, con
 }
 
 void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, int piece, PartialRow* sums) {
-  dispatch_rows(num_rows, [&](auto constant) { attend_piece_rows<constant()>(op, kv, rows, piece, sums); });
+  dispatch_rows(num_rows, [&](auto constant) {
+    attend_piece_rows<constant()>(op, kv, rows, Queries<constant()>(rows, op.head_dim), piece, sums);
+  });
 }
 
 void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
