@@ -107,6 +107,10 @@ class Sampler:
         best_ids = self._drawer.argmax(logits)
         finite = best_ids >= 0
         rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
+        is_plain = finite.all() and all(row.slot.is_plain for row in rows)
+        if is_plain and not all(row.greedy for row in rows):
+            draws = [row.slot.settings.draw_at(row.position) for row in rows]
+            return without_logprobs(self._drawer.draw(logits, draws).astype(np.uint32))
         refused = self._refused(rows, follows)
         refused = {i: code for i, code in refused.items() if finite[i]}
         drawn = finite.copy()
@@ -164,10 +168,11 @@ class Sampler:
 class _Slot:
     """One sequence's settings, and what its penalties and its grammar must remember.
 
-    automaton  where it is in its grammar; None without one
-    takes_best  the highest logit is all it wants, wherever it is
-    counts     [vocab_size] how often each token was produced; None without penalties
-    seen       [vocab_size] whether it is in the prompt or the output; None without penalties
+    automaton   where it is in its grammar; None without one
+    is_plain    a token is drawn from the logits as they are, wherever it is, and nothing is remembered of it
+    takes_best  that token is the one with the highest logit
+    counts      [vocab_size] how often each token was produced; None without penalties
+    seen        [vocab_size] whether it is in the prompt or the output; None without penalties
     """
 
     def __init__(self, settings: SamplingSettings, vocab_size: int, automaton: Automaton | None) -> None:
@@ -188,7 +193,8 @@ class _Slot:
             or automaton is not None
         )
         may_change = self._always_changes or len(settings.banned_token_ids) > 0
-        self.takes_best = settings.temperature == 0 and not settings.wants_logprobs and not may_change
+        self.is_plain = not settings.wants_logprobs and not may_change
+        self.takes_best = self.is_plain and settings.temperature == 0
 
     def changes_logits(self, position: int) -> bool:
         """Tell whether anything is to do before the draw."""

@@ -82,6 +82,21 @@ def test_where_all_take_the_best_it_is_known_without_the_rest() -> None:
     assert sampler.sample_best(logits[:2].numpy(), slots[2]) is None
 
 
+def test_rows_that_are_drawn_from_their_logits_as_they_are_share_one_draw() -> None:
+    sampler, drawer = sampler_with({"temperature": 0.8, "seed": 1}, {}, {"temperature": 0.8, "seed": 2, "top_k": 5})
+    logits = logits_of(rows=3)
+
+    result = sample(sampler, logits, [10, 11, 12])
+
+    ((drawn, draws),) = drawer.calls
+    assert torch.equal(torch.from_numpy(drawn), logits)
+    assert [(each.temperature, each.seed, each.position) for each in draws] == [
+        (pytest.approx(0.8), 1, 10), (0.0, 0, 11), (pytest.approx(0.8), 2, 12),
+    ]  # fmt: skip
+    assert result.token_ids.tolist() == draw_tokens(drawn, draws).tolist()
+    assert len(result.logprobs) == 0
+
+
 def test_only_allowed_tokens_keep_their_logits() -> None:
     mask = np.zeros(VOCABULARY, np.uint8)
     mask[[3, 4, 5, 49]] = 1
