@@ -209,20 +209,34 @@ void attend_piece_rows(const OctavoOp& op, const KvHead& kv, const Row* rows, co
   for (int row = 0; row < kRows; ++row) sums[row].total = sum_lanes(load(totals + row * kLanes));
 }
 
-// sum = sum and what was seen of a later piece.
-void merge(const PartialRow& piece, int head_dim, PartialRow& sum) {
-  if (piece.total == 0.0f) return;  // the row sees nothing of it, though one that it shares a tile with may
-  if (sum.total == 0.0f) {
-    sum = piece;
-    return;
+// Add what rows have seen of a later piece to their sums. As in a tile, all rows' factors are computed at once.
+template <int kRows>
+void merge_rows(const PartialRow* pieces, int head_dim, PartialRow* sums) {
+  constexpr int kPadded = round_up(kRows, kLanes);
+  alignas(64) float old_factors[kPadded] = {}, factors[kPadded] = {};
+  for (int row = 0; row < kRows; ++row) {
+    const float largest = std::max(sums[row].largest, pieces[row].largest);
+    old_factors[row] = sums[row].largest - largest;
+    factors[row] = pieces[row].largest - largest;
   }
-  const float largest = std::max(sum.largest, piece.largest);
-  const Vec old_factor = exp2(broadcast(sum.largest - largest));
-  const Vec factor = exp2(broadcast(piece.largest - largest));
-  sum.largest = largest;
-  sum.total = sum.total * old_factor[0] + piece.total * factor[0];
-  for (int dim = 0; dim < head_dim; dim += kLanes)
-    store(sum.output + dim, load(sum.output + dim) * old_factor + load(piece.output + dim) * factor);
+  for (int i = 0; i < kPadded; i += kLanes) {
+    store(old_factors + i, exp2(load(old_factors + i)));
+    store(factors + i, exp2(load(factors + i)));
+  }
+  for (int row = 0; row < kRows; ++row) {
+    const PartialRow& piece = pieces[row];
+    PartialRow& sum = sums[row];
+    if (piece.total == 0.0f) continue;  // the row sees nothing of it, though one that it shares a tile with may
+    if (sum.total == 0.0f) {
+      sum = piece;
+      continue;
+    }
+    const Vec old_factor = broadcast(old_factors[row]), factor = broadcast(factors[row]);
+    sum.largest = std::max(sum.largest, piece.largest);
+    sum.total = sum.total * old_factors[row] + piece.total * factors[row];
+    for (int dim = 0; dim < head_dim; dim += kLanes)
+      store(sum.output + dim, load(sum.output + dim) * old_factor + load(piece.output + dim) * factor);
+  }
 }
 
 void finish(const PartialRow& sum, int head_dim, bf16* output) {
@@ -244,7 +258,7 @@ void attend_rows(const OctavoOp& op, const KvHead& kv, const Row* rows) {
   attend_piece_rows<kRows>(op, kv, rows, queries, pieces.begin, sums);
   for (int piece = pieces.begin + 1; piece < pieces.end; ++piece) {
     attend_piece_rows<kRows>(op, kv, rows, queries, piece, next);
-    for (int row = 0; row < kRows; ++row) merge(next[row], op.head_dim, sums[row]);
+    merge_rows<kRows>(next, op.head_dim, sums);
   }
   for (int row = 0; row < kRows; ++row) finish(sums[row], op.head_dim, rows[row].output);
 }
@@ -292,7 +306,7 @@ void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sum
   const int num_rows = num_rows_of(op, item);
   for (int i = 0; i < num_rows; ++i) {
     PartialRow& sum = sums[first_sums[0] + i];
-    for (int piece = 1; piece < num_pieces; ++piece) merge(sums[first_sums[piece] + i], op.head_dim, sum);
+    for (int piece = 1; piece < num_pieces; ++piece) merge_rows<1>(&sums[first_sums[piece] + i], op.head_dim, &sum);
     finish(sum, op.head_dim, row_of(op, item, output, output, stride, i).output);
   }
 }

@@ -33,7 +33,7 @@ constexpr int kTokensPerAttentionItem = 16;
 
 // Keys are summed up in pieces at fixed positions, and the pieces put together in their order,
 // whether one thread computes them all or each another one.
-constexpr int kKeysPerPiece = 512;
+constexpr int kKeysPerPiece = 256;
 
 // Numbers of pieces.
 struct PieceRange {

@@ -26,7 +26,7 @@ from .test_cpu_device import (
 )
 
 NUM_BLOCKS = 1600
-PIECE = 512  # keys that are summed up, or shared, at once
+PIECE = 256  # keys that are summed up, or shared, at once
 SHAPES = {
     "groups of 3, head_dim 64": Shape(heads=Heads(9, 3, 64), rotary_dim=64),
     "groups of 4, head_dim 128": Shape(heads=Heads(8, 2, 128), rotary_dim=128),
@@ -99,7 +99,7 @@ def make_batch(pool: Pool) -> Batch:
     users.append(pool.sequence(one[:-1], 2 * PIECE - 1))
     users.append(pool.sequence(one[:-1], 2 * PIECE + 9))  # of the second piece all blocks but the last
     others = [pool.sequence(two, PIECE + own) for own in (3, 520, 90)]
-    others.append(pool.sequence(one[:32], PIECE + 600))  # the first half of the first prefix
+    others.append(pool.sequence(one[: len(one) // 2], PIECE + 600))  # the first half of the first prefix
     others.append(pool.sequence([], 20))
     others.append(pool.sequence([], 700))
     sequences = [s for pair in zip(users, others, strict=False) for s in pair] + users[len(others) :]
