@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import platform
 import shutil
 import stat
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from octavo.kernels.cpu import build, library
+
+ARM_COMPILER = "aarch64-linux-gnu-g++"
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +116,15 @@ def test_a_variant_that_the_cpu_cannot_run_is_refused(monkeypatch: pytest.Monkey
 
 def test_cores_are_those_that_this_process_may_use() -> None:
     assert 1 <= library.available_cores() <= 4096
+
+
+@pytest.mark.skipif(shutil.which(ARM_COMPILER) is None, reason=f"needs {ARM_COMPILER}")
+def test_the_variants_for_arm_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CXX", ARM_COMPILER)
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(build, "COMMON_FLAGS", (*build.COMMON_FLAGS, "-Wall", "-Wextra", "-Werror"))
+
+    ready = build.build_into(tmp_path)
+
+    assert len(ready) == len(build.ARM_VARIANTS)
+    assert all(path.read_bytes().startswith(b"\x7fELF") for path in ready)
