@@ -29,7 +29,6 @@ LAST_TOKEN: Final = -1
 """In `Step.token_ids`: the token that was sampled last for the row's slot."""
 
 _SAMPLES, _LAST_TOKEN_IN_SLOT = 1, 2
-_UINT32: Final = np.dtype("<u4")
 
 # Most steps change nothing but their rows. These are never written.
 _NONE: Final[UInt32Array] = np.empty(0, np.uint32)
@@ -268,10 +267,8 @@ class Slots:
 
 
 def _integers(data: bytes, name: str) -> Int64Array:
-    """Return a column of uint32."""
-    if len(data) % 4:
-        raise PlanError(f"{name}: {len(data)} bytes are no whole number of elements")
-    return np.frombuffer(data, _UINT32).astype(np.int64)
+    """Return a column of uint32 in numbers that may be subtracted."""
+    return column(data, np.uint32, name).astype(np.int64)
 
 
 def _check_count(values: npt.NDArray[np.integer], num_rows: int, name: str) -> None:

@@ -102,9 +102,7 @@ class HostRunner(HostMemory):
         logits, of_prompts = self._forward(step, prompts)
         computed = time.perf_counter()
         sampled_slots = step.rows.sampled_slots
-        sampled = self._sampler.sample_best(logits, sampled_slots)
-        if sampled is None:
-            sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions, step.rows.sampled_follow)
+        sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions, step.rows.sampled_follow)
         if prompts is not None:
             sampled = with_prompts(sampled, prompts, of_prompts)
         self._tables.record(sampled_slots, sampled.token_ids)

@@ -81,15 +81,6 @@ class Sampler:
         """Forget a slot."""
         self._slots[slot] = None
 
-    def sample_best(self, logits: Float32Array, slots: Int32Array) -> Sampled | None:
-        """Do what `sample` does where all slots want the highest logit and nothing else; None if one wants more."""
-        for slot in slots.tolist():
-            state = self._slots[slot]
-            if state is None or not state.takes_best:
-                return None
-        # Where a row's logits are not finite, -1 is NOT_FINITE_TOKEN.
-        return without_logprobs(self._drawer.argmax(logits).view(np.uint32))
-
     def sample(
         self,
         logits: Float32Array,
@@ -105,10 +96,11 @@ class Sampler:
         follows    [R] whether the row's last token was taken to be what was drawn last for its slot; None: nowhere
         """
         best_ids = self._drawer.argmax(logits)
-        finite = best_ids >= 0
         rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
-        is_plain = finite.all() and all(row.slot.is_plain for row in rows)
-        if is_plain and not all(row.greedy for row in rows):
+        if all(row.slot.takes_best for row in rows):
+            return without_logprobs(best_ids.view(np.uint32))  # where a row is not finite, -1 is NOT_FINITE_TOKEN
+        finite = best_ids >= 0
+        if finite.all() and all(row.slot.is_plain for row in rows):
             draws = [row.slot.settings.draw_at(row.position) for row in rows]
             return without_logprobs(self._drawer.draw(logits, draws).astype(np.uint32))
         refused = self._refused(rows, follows)

@@ -10,18 +10,11 @@ namespace octavo {
 inline Vec gelu(Vec x) {
   const Vec y = minimum(maximum(x * broadcast(0.70710678f), broadcast(-4.0f)), broadcast(4.0f));
   const Vec square = y * y;
-  Vec above = broadcast(-2.72614225801306e-10f);
-  above = multiply_add(above, square, broadcast(2.77068142495902e-08f));
-  above = multiply_add(above, square, broadcast(-2.10102402082508e-06f));
-  above = multiply_add(above, square, broadcast(-5.69250639462346e-05f));
-  above = multiply_add(above, square, broadcast(-7.34990630326855e-04f));
-  above = multiply_add(above, square, broadcast(-2.95459980854025e-03f));
-  above = multiply_add(above, square, broadcast(-1.60960333262415e-02f));
-  Vec below = broadcast(-1.45660718464996e-05f);
-  below = multiply_add(below, square, broadcast(-2.13374055278905e-04f));
-  below = multiply_add(below, square, broadcast(-1.68282697438203e-03f));
-  below = multiply_add(below, square, broadcast(-7.37332916720468e-03f));
-  below = multiply_add(below, square, broadcast(-1.42647390514189e-02f));
+  const Vec above = polynomial(square, -2.72614225801306e-10f, 2.77068142495902e-08f, -2.10102402082508e-06f,
+                               -5.69250639462346e-05f, -7.34990630326855e-04f, -2.95459980854025e-03f,
+                               -1.60960333262415e-02f);
+  const Vec below = polynomial(square, -1.45660718464996e-05f, -2.13374055278905e-04f, -1.68282697438203e-03f,
+                               -7.37332916720468e-03f, -1.42647390514189e-02f);
   const Vec half = broadcast(0.5f) * x;
   return multiply_add(half, y * above / below, half);
 }

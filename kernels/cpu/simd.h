@@ -119,9 +119,17 @@ inline float max_lanes(Vec value) {
 #endif
 }
 
-// 2^x for x up to 127, by a polynomial that approximates 2^fraction for fractions in [-0.5, 0.5]. Exactly 0 below -126.
-template <class Polynomial>
-inline Vec exp2_by(Vec x, const Polynomial& polynomial) {
+// A polynomial of x, by its coefficients from that of the highest power on.
+template <class... Floats>
+inline Vec polynomial(Vec x, float highest, Floats... lower) {
+  Vec sum = broadcast(highest);
+  ((sum = multiply_add(sum, x, broadcast(lower))), ...);
+  return sum;
+}
+
+// 2^x for x up to 127, by the polynomial that approximates 2^fraction for fractions in [-0.5, 0.5]. Exactly 0 below -126.
+template <class... Floats>
+inline Vec exp2_by(Vec x, Floats... coefficients) {
 #if defined(OCTAVO_AVX512)
   const Vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec fraction = x - whole;
@@ -131,7 +139,7 @@ inline Vec exp2_by(Vec x, const Polynomial& polynomial) {
   const Vec shifted = clamped + magic;
   const Vec fraction = clamped - (shifted - magic);
 #endif
-  const Vec power = polynomial(fraction);
+  const Vec power = polynomial(fraction, coefficients...);
 #if defined(OCTAVO_AVX512)
   const __mmask16 is_normal = _mm512_cmp_ps_mask(x, broadcast(-126.0f), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(is_normal, power, whole);
@@ -144,27 +152,13 @@ inline Vec exp2_by(Vec x, const Polynomial& polynomial) {
 
 // 2^x, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -126. x must not exceed 127.
 inline Vec exp2(Vec x) {
-  return exp2_by(x, [](Vec fraction) {
-    Vec power = broadcast(1.5403530393e-4f);
-    power = multiply_add(power, fraction, broadcast(1.3333558146e-3f));
-    power = multiply_add(power, fraction, broadcast(9.6181291076e-3f));
-    power = multiply_add(power, fraction, broadcast(5.5504108665e-2f));
-    power = multiply_add(power, fraction, broadcast(2.4022650696e-1f));
-    power = multiply_add(power, fraction, broadcast(6.9314718056e-1f));
-    power = multiply_add(power, fraction, broadcast(1.0f));
-    return power;
-  });
+  return exp2_by(x, 1.5403530393e-4f, 1.3333558146e-3f, 9.6181291076e-3f, 5.5504108665e-2f, 2.4022650696e-1f,
+                 6.9314718056e-1f, 1.0f);
 }
 
 // The same with a relative error below 3e-6, for what is rounded to bf16.
 inline Vec short_exp2(Vec x) {
-  return exp2_by(x, [](Vec fraction) {
-    Vec power = broadcast(9.5828532355e-3f);
-    power = multiply_add(power, fraction, broadcast(5.5906425942e-2f));
-    power = multiply_add(power, fraction, broadcast(2.4024098616e-1f));
-    power = multiply_add(power, fraction, broadcast(6.9312419326e-1f));
-    return multiply_add(power, fraction, broadcast(1.0f));
-  });
+  return exp2_by(x, 9.5828532355e-3f, 5.5906425942e-2f, 2.4024098616e-1f, 6.9312419326e-1f, 1.0f);
 }
 
 // Upper and lower halves of the 64-bit products a * b.

@@ -68,18 +68,20 @@ def test_greedy_rows_alone_need_no_draw_and_take_the_lowest_of_equal_best() -> N
 
 
 def test_where_all_take_the_best_it_is_known_without_the_rest() -> None:
-    sampler, _ = sampler_with({}, {}, {"temperature": 0.5}, {"chosen_logprob": True})
+    sampler, drawer = sampler_with({}, {}, {"temperature": 0.5}, {"chosen_logprob": True})
     logits = logits_of(rows=3)
     logits[1] = torch.nan
     slots = [np.array(each, np.int32) for each in ([0, 1, 0], [0, 2], [0, 3])]
+    at = np.full(3, 10, np.int32)
 
-    best = sampler.sample_best(logits.numpy(), slots[0])
+    best = sampler.sample(logits.numpy(), slots[0], at)
 
-    assert best is not None
+    assert drawer.calls == []
     assert best.token_ids.tolist() == [int(logits[0].argmax()), NOT_FINITE, int(logits[2].argmax())]
     assert len(best.logprobs) == 0
-    assert sampler.sample_best(logits[:2].numpy(), slots[1]) is None
-    assert sampler.sample_best(logits[:2].numpy(), slots[2]) is None
+    assert sampler.sample(logits[::2].numpy(), slots[1], at[:2]).token_ids[0] == best.token_ids[0]
+    assert len(drawer.calls) == 1
+    assert len(sampler.sample(logits[:2].numpy(), slots[2], at[:2]).logprobs) == 1
 
 
 def test_rows_that_are_drawn_from_their_logits_as_they_are_share_one_draw() -> None:
