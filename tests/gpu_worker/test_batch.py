@@ -81,6 +81,7 @@ def test_rows_lie_one_after_the_other_on_their_blocks() -> None:
     assert batch.block_tables.tolist() == [[3, 0, 0, 0], [7, 8, 0, 0]]
     assert batch.logits_rows.tolist() == [2]
     assert step.rows.sampled_slots.tolist() == [2]
+    assert step.rows.sampled_follow.tolist() == [False]
     assert step.sampled_positions.tolist() == [3]
     assert [slot for slot, _ in step.opened] == [0, 2]
     assert batch.segments is None
@@ -249,6 +250,7 @@ def test_steps_with_the_same_rows_share_them_and_have_their_own_places() -> None
     batch = host.tables.step_input(second)
 
     assert second.rows is first.rows
+    assert second.rows.sampled_follow.tolist() == [True]
     assert (batch.token_ids.tolist(), batch.positions.tolist(), batch.seq_lens.tolist()) == ([43], [4], [5])
     assert (batch.slot_mapping.tolist(), second.sampled_positions.tolist()) == ([52], [5])
 

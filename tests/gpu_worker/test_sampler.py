@@ -99,6 +99,18 @@ def test_rows_that_are_drawn_from_their_logits_as_they_are_share_one_draw() -> N
     assert len(result.logprobs) == 0
 
 
+def test_a_row_that_is_not_finite_is_not_drawn_beside_one_that_is() -> None:
+    sampler, drawer = sampler_with({"temperature": 0.8, "seed": 1}, {"temperature": 0.8, "seed": 2})
+    logits = logits_of(rows=2)
+    alone = sample(sampler_with({}, {"temperature": 0.8, "seed": 2})[0], logits)
+    logits[0, 7] = torch.inf
+
+    result = sample(sampler, logits)
+
+    assert result.token_ids.tolist() == [NOT_FINITE, alone.token_ids[1]]
+    assert [len(draws) for _, draws in drawer.calls] == [1]
+
+
 def test_only_allowed_tokens_keep_their_logits() -> None:
     mask = np.zeros(VOCABULARY, np.uint8)
     mask[[3, 4, 5, 49]] = 1
