@@ -12,15 +12,10 @@ from octavo.kernels.cpu.runtime import BLOCK_COLUMNS, Arena, Program, Runtime, p
 
 @dataclass(frozen=True)
 class PackedValue:
-    """What an operation returns: rows of `columns` elements, one for each token; float32, else bf16."""
+    """What an operation returns: rows of `columns` elements, one for each token; float32, else activations."""
 
     columns: int
     is_float: bool
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row with its padding."""
-        return padded(self.columns, BLOCK_COLUMNS) * (4 if self.is_float else 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +44,11 @@ class PackedModel:
     def program(self, memory: Arena, max_batch_tokens: int, max_running: int, max_blocks_per_sequence: int) -> Program:
         """Return the program with buffers of its own in `memory`, for steps within these limits."""
         ops = (library.Op * len(self.ops))(*self.ops)
-        buffers = [
-            library.Buffer(memory.allocate(max_batch_tokens * shape.row_bytes), padded(shape.columns, BLOCK_COLUMNS))
-            for shape in share_buffers(ops, self.values)
-        ]
+        buffers = []
+        for shape in share_buffers(ops, self.values):
+            stride = padded(shape.columns, BLOCK_COLUMNS)
+            element_bytes = 4 if shape.is_float else self.runtime.activation_bytes
+            buffers.append(library.Buffer(memory.allocate(max_batch_tokens * stride * element_bytes), stride))
         info = library.ProgramInfo(
             ops=ops,
             buffers=(library.Buffer * len(buffers))(*buffers),

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 7 };
+enum { OCTAVO_ABI_REVISION = 8 };
 
 // Numbers, or what a GGUF file calls Q8_0 and so on: rows of groups of 32 (Q4_K: of 256) that have codes.
 enum OctavoType : int32_t {
@@ -108,7 +108,8 @@ struct OctavoOp {
   OctavoExperts experts;
 };
 
-// A buffer between operations: [max_batch_tokens, stride], float32 or bf16 as its users expect.
+// A buffer between operations: [max_batch_tokens, stride], float32 or activations as its users expect.
+// An activation is a bf16 number, held as octavo_activation_bytes() say: in float32 where products are of that.
 struct OctavoBuffer {
   void* data;
   int32_t stride;
@@ -169,6 +170,7 @@ typedef struct OctavoArena OctavoArena;
 typedef struct OctavoProgram OctavoProgram;
 
 OCTAVO_EXPORT int32_t octavo_abi_revision(void);
+OCTAVO_EXPORT int32_t octavo_activation_bytes(void);
 
 // Threads. The calling thread is one of `num_threads`; the others sleep between calls.
 OCTAVO_EXPORT OctavoPool* octavo_pool_create(int32_t num_threads);

@@ -162,7 +162,7 @@ struct Queries {
   alignas(64) Activation values[kRows * kMaxHeadDim];
 
   Queries(const Row* rows, int head_dim) {
-    for (int row = 0; row < kRows; ++row) load_activations(rows[row].query, head_dim, values + row * kMaxHeadDim);
+    for (int row = 0; row < kRows; ++row) std::copy_n(rows[row].query, head_dim, values + row * kMaxHeadDim);
   }
 };
 
@@ -239,10 +239,10 @@ void merge_rows(const PartialRow* pieces, int head_dim, PartialRow* sums) {
   }
 }
 
-void finish(const PartialRow& sum, int head_dim, bf16* output) {
+void finish(const PartialRow& sum, int head_dim, Activation* output) {
   const Vec factor = broadcast(1.0f / sum.total);
   // Adding zero turns -0 into 0: a sum of zeros may have either sign.
-  for (int dim = 0; dim < head_dim; dim += kLanes) store_bf16(output + dim, load(sum.output + dim) * factor + Vec{});
+  for (int dim = 0; dim < head_dim; dim += kLanes) store_activation(output + dim, load(sum.output + dim) * factor + Vec{});
 }
 
 template <int kRows>
@@ -273,7 +273,7 @@ PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item) {
   return pieces_of(first_key(op, item.first_position), item.first_position + item.num_tokens);
 }
 
-Row row_of(const OctavoOp& op, const AttentionItem& item, const bf16* queries, bf16* output, int64_t stride,
+Row row_of(const OctavoOp& op, const AttentionItem& item, const Activation* queries, Activation* output, int64_t stride,
            int index) {
   const int group = op.num_heads / op.num_kv_heads;
   const int token = index / group;
@@ -282,7 +282,7 @@ Row row_of(const OctavoOp& op, const AttentionItem& item, const bf16* queries, b
   return {queries + offset, output + offset, first_key(op, end - 1), end};
 }
 
-void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, bf16* output,
+void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const Activation* queries, Activation* output,
             int64_t stride) {
   const int num_rows = num_rows_of(op, item);
   const int num_tiles = static_cast<int>(divide_up(num_rows, kMaxTileRows));
@@ -302,7 +302,7 @@ void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num
 }
 
 void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
-                  int num_pieces, bf16* output, int64_t stride) {
+                  int num_pieces, Activation* output, int64_t stride) {
   const int num_rows = num_rows_of(op, item);
   for (int i = 0; i < num_rows; ++i) {
     PartialRow& sum = sums[first_sums[0] + i];

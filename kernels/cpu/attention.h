@@ -51,8 +51,8 @@ struct alignas(64) PartialRow {
 
 // One query head of one token.
 struct Row {
-  const bf16* query;
-  bf16* output;
+  const Activation* query;
+  Activation* output;
   int begin;  // it sees keys [begin, end)
   int end;
 };
@@ -74,17 +74,17 @@ PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item);
 // Keys are read in tiles of 128 at fixed positions from 0. What a query must not see gets weight
 // zero, and a zero changes no bit of a sum, so a query's result depends on its own position and
 // cache only: not on the queries that it shares a tile with, nor on which block ids hold its cache.
-void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const bf16* queries, bf16* output,
+void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const Activation* queries, Activation* output,
             int64_t stride);
 
 // Row number `index` of an item: token after token, each with all heads of the group.
-Row row_of(const OctavoOp& op, const AttentionItem& item, const bf16* queries, bf16* output, int64_t stride, int index);
+Row row_of(const OctavoOp& op, const AttentionItem& item, const Activation* queries, Activation* output, int64_t stride, int index);
 
 // The same in pieces: first each piece into its own `sums` [rows], for at most kMaxTileRows rows at once,
 // which may be of several items if these have the piece in the same blocks; then all pieces of an item
 // into its output. The sums of piece number i begin at `sums` + first_sums[i], and are changed in place.
 void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, int piece, PartialRow* sums);
 void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
-                  int num_pieces, bf16* output, int64_t stride);
+                  int num_pieces, Activation* output, int64_t stride);
 
 }  // namespace octavo

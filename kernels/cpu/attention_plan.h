@@ -18,8 +18,8 @@ namespace octavo {
 struct AttentionData {
   const bf16* pages;  // K page of block 0 and kv head 0
   int64_t block_stride;
-  const bf16* queries;  // [num_tokens, stride]
-  bf16* output;         // [num_tokens, stride]
+  const Activation* queries;  // [num_tokens, stride]
+  Activation* output;         // [num_tokens, stride]
   int64_t stride;
 };
 

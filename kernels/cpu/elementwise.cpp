@@ -89,11 +89,11 @@ void embed_token(const OctavoOp& op, int32_t token_id, float* output) {
   for (int i = 0; i < op.table_stride; i += kLanes) store(output + i, load_bf16(row + i));
 }
 
-void norm_row(const OctavoNorm& norm, const float* x, bf16* output) {
+void norm_row(const OctavoNorm& norm, const float* x, Activation* output) {
   const int64_t padded_size = round_up(norm.size, kRowMultiple);
   const Vec factor = broadcast(inverse_rms(norm, x, padded_size));
   for (int64_t i = 0; i < padded_size; i += kLanes)
-    store_bf16(output + i, load(x + i) * factor * load(norm.weight + i));
+    store_activation(output + i, load(x + i) * factor * load(norm.weight + i));
 }
 
 void norm_row_exact(const OctavoNorm& norm, const float* x, float* output) {
@@ -104,7 +104,7 @@ void norm_row_exact(const OctavoNorm& norm, const float* x, float* output) {
 }
 
 void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int first_kv_head, int num_kv_heads,
-                     bf16* pages, int offset, bf16* queries) {
+                     bf16* pages, int offset, Activation* queries) {
   const int head_dim = op.head_dim;
   const int group = op.num_heads / op.num_kv_heads;
   const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
@@ -119,7 +119,7 @@ void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int
   };
   for (int h = first_kv_head * group; h < (first_kv_head + num_kv_heads) * group; ++h) {
     rotated(h, op.q_norm);
-    for (int i = 0; i < head_dim; i += kLanes) store_bf16(queries + h * head_dim + i, load(head.values + i));
+    for (int i = 0; i < head_dim; i += kLanes) store_activation(queries + h * head_dim + i, load(head.values + i));
   }
   for (int h = first_kv_head; h < first_kv_head + num_kv_heads; ++h) {
     bf16* head_pages = pages + h * 2 * page_size;

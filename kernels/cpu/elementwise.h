@@ -16,7 +16,7 @@ constexpr int kRowMultiple = 32;   // buffer rows are padded to this many elemen
 void embed_token(const OctavoOp& op, int32_t token_id, float* output);
 
 // output = bf16(x / sqrt(mean(x^2) + eps) * weight), padding included (zeros stay zeros).
-void norm_row(const OctavoNorm& norm, const float* x, bf16* output);
+void norm_row(const OctavoNorm& norm, const float* x, Activation* output);
 
 // The same without rounding, and without the padding.
 void norm_row_exact(const OctavoNorm& norm, const float* x, float* output);
@@ -32,6 +32,6 @@ void rotate_halves(float* first, const float* cos, const float* sin, int half);
 // pages    K and V page of each kv head: [op.num_kv_heads, 2, head_dim * 16]
 // queries  [op.num_heads, head_dim]
 void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int first_kv_head, int num_kv_heads,
-                     bf16* pages, int offset, bf16* queries);
+                     bf16* pages, int offset, Activation* queries);
 
 }  // namespace octavo

@@ -124,7 +124,7 @@ int ExpertsWork::num_gather_items(const OctavoOp& op, int num_rows) {
   return static_cast<int>(divide_up(int64_t{num_rows} * taken_by_row(op.experts), kPerGather));
 }
 
-void ExpertsWork::gather(const bf16* rows, int64_t stride, int item) {
+void ExpertsWork::gather(const Activation* rows, int64_t stride, int item) {
   const int num_assignments = groups_.back().end;
   const int end = std::min((item + 1) * kPerGather, num_assignments);
   for (int i = item * kPerGather; i < end; ++i) {
@@ -151,7 +151,7 @@ ExpertsWork::Place ExpertsWork::place_of_cost(int64_t cost, int64_t num_blocks) 
   return {index, (cost - cost_before(index)) / cost_of_block};
 }
 
-void ExpertsWork::run_gated(const OctavoOp& op, const bf16* rows, int64_t stride, int item, int num_items) {
+void ExpertsWork::run_gated(const OctavoOp& op, const Activation* rows, int64_t stride, int item, int num_items) {
   const int64_t num_blocks = gated_blocks(op.experts), cost = groups_.back().cost;
   Place place = place_of_cost(cost * item / num_items, num_blocks);
   const Place end = place_of_cost(cost * (item + 1) / num_items, num_blocks);

@@ -32,10 +32,10 @@ class ExpertsWork {
 
   // Copy the rows [num_rows, stride] of some assignments next to each other; items of kPerGather.
   static int num_gather_items(const OctavoOp& op, int num_rows);
-  void gather(const bf16* rows, int64_t stride, int item);
+  void gather(const Activation* rows, int64_t stride, int item);
 
   static int num_gated_items(const OctavoOp& op, int num_rows, int num_threads);
-  void run_gated(const OctavoOp& op, const bf16* rows, int64_t stride, int item, int num_items);
+  void run_gated(const OctavoOp& op, const Activation* rows, int64_t stride, int item, int num_items);
 
   // Adds to `output` [num_rows, stride].
   static int num_down_items(const OctavoOp& op, int num_threads);
@@ -68,8 +68,8 @@ class ExpertsWork {
   std::vector<int> expert_of_;          // of each assignment
   std::vector<int32_t> row_of_;
   std::vector<float> weight_of_;
-  std::vector<bf16> gathered_;          // [assignments, gathered_stride]
-  std::vector<bf16> gated_;             // [assignments, gated_stride]
+  std::vector<Activation> gathered_;    // [assignments, gathered_stride]
+  std::vector<Activation> gated_;       // [assignments, gated_stride]
   int64_t gathered_stride_ = 0;
 };
 

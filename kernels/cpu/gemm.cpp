@@ -12,15 +12,9 @@ namespace {
 constexpr int kVectorsPerBlock = kBlockColumns / kLanes;
 constexpr int64_t kActivationBytesInCache = 384 << 10;  // of the rows that an item reads again for every block
 constexpr int kMostItemsPerThread = 64;                 // of a row of items; more would only cost time
-// An item of so many blocks is worth widening its activations for.
-#if defined(OCTAVO_DOTS_BF16)
-constexpr int kLeastBlocksPerItem = 1;
-#else
-constexpr int kLeastBlocksPerItem = 4;
-#endif
-// So few rows take less time than their weights take to arrive: the processor's own fetching keeps
-// up best when nothing else asks for memory. More rows would let it fall behind.
-constexpr int kRowsWithoutPrefetch = 4;
+// So few rows take less time than their weights take to arrive: the processor's own fetching keeps up best when nothing
+// else asks for memory. More rows would let it fall behind. That of Intel's cores does for one row: it ends with a page.
+const int kRowsWithoutPrefetch = is_intel() ? 0 : 4;
 constexpr int64_t kMostAheadPerGroup = 256;  // bytes; of quantised weights
 constexpr int kTilesThatFetchWeights = 2;  // where there are so many: a half of the next block each
 
@@ -97,16 +91,16 @@ void add_bias(float* sums, const float* bias) {
 }
 
 template <Vec (*kActivation)(Vec)>
-void store_gated(bf16* output, const float* sums) {
+void store_gated(Activation* output, const float* sums) {
   for (int i = 0; i < kGatedColumns; i += kLanes)
-    store_bf16(output + i, kActivation(load(sums + i)) * load(sums + kGatedColumns + i));
+    store_activation(output + i, kActivation(load(sums + i)) * load(sums + kGatedColumns + i));
 }
 
 // Hand over the sums of one row and one block.
 void finish_block(const Gemm& gemm, int64_t row, int64_t block, float* sums) {
   if (gemm.linear->bias != nullptr) add_bias(sums, gemm.linear->bias + block * kBlockColumns);
   float* output = static_cast<float*>(gemm.output) + row * gemm.output_stride + block * kBlockColumns;
-  bf16* gated_output = static_cast<bf16*>(gemm.output) + row * gemm.output_stride + block * kGatedColumns;
+  Activation* gated_output = static_cast<Activation*>(gemm.output) + row * gemm.output_stride + block * kGatedColumns;
   switch (gemm.epilogue) {
     case Epilogue::kStore: {
       const int64_t num_columns = gemm.num_columns - block * kBlockColumns;
@@ -167,27 +161,10 @@ void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, P
   for (int r = 0; r < kRows; ++r) finish_block(gemm, row + r, block, sums + r * kBlockColumns);
 }
 
-// The rows [begin, end) of a Gemm's input.
-Rows rows_of(const Gemm& gemm, int64_t begin, int64_t end) {
-  const bf16* input = gemm.input + begin * gemm.input_stride;
-#if defined(OCTAVO_DOTS_BF16)
-  (void)end;
-  return {input, gemm.input_stride};
-#else
-  thread_local std::vector<float> widened;
-  const int64_t columns = round_up(gemm.linear->in_features, kBlockColumns);  // rows are padded
-  widened.resize((end - begin) * columns);
-  for (int64_t row = 0; row < end - begin; ++row)
-    load_activations(input + row * gemm.input_stride, columns, widened.data() + row * columns);
-  return {widened.data(), columns};
-#endif
-}
-
 // Rows [begin, end) of some blocks: every block stays in cache for all rows, and the next one is
 // fetched meanwhile, by the first two tiles of rows; the others read ahead.
 void run_bf16_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks, ReadAhead* ahead) {
   const int64_t num_tiles = divide_up(end - begin, kMaxTileRows);
-  const Rows rows = rows_of(gemm, begin, end);
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
     Prefetch soon{reinterpret_cast<const char*>(block_weights(*gemm.linear, block + 1)), 0};
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
@@ -195,7 +172,7 @@ void run_bf16_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRang
         soon.bytes_per_pair = num_tiles == 1 ? 128 : tile < kTilesThatFetchWeights ? 64 : 0;
       const int64_t first = (end - begin) * tile / num_tiles;
       const int64_t count = (end - begin) * (tile + 1) / num_tiles - first;
-      const Rows tile_rows{rows.data + first * rows.stride, rows.stride};
+      const Rows tile_rows{gemm.input + (begin + first) * gemm.input_stride, gemm.input_stride};
       ReadAhead* const ahead_here = tile >= kTilesThatFetchWeights ? ahead : nullptr;
       dispatch_rows(static_cast<int>(count), [&](auto constant) {
         run_tile<constant()>(gemm, tile_rows, begin + first, block, soon, ahead_here);
@@ -269,8 +246,7 @@ GemmItems::GemmItems(int rows, const OctavoLinear& linear, bool gated, int num_t
   num_blocks = static_cast<int>(divide_up(linear.out_features, gated ? kGatedColumns : kBlockColumns));
   rows_per_item = static_cast<int>(rows_at_once(linear));
   num_row_items = static_cast<int>(divide_up(rows, rows_per_item));
-  const int blocks_per_item =
-      std::max(kLeastBlocksPerItem, static_cast<int>(divide_up(num_blocks, kMostItemsPerThread * num_threads)));
+  const int blocks_per_item = static_cast<int>(divide_up(num_blocks, kMostItemsPerThread * num_threads));
   num_block_items = static_cast<int>(divide_up(num_blocks, blocks_per_item));
 }
 

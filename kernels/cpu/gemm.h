@@ -22,12 +22,12 @@ enum class Epilogue {
   kStore,        // float32 output = sum
   kAddResidual,  // float32 output += sum
   kAddWeighted,  // float32 output of output_rows[row] += row_weights[row] * sum
-  kSilu,         // bf16 output = silu(gate) * up
-  kGeluTanh,     // bf16 output = gelu_tanh(gate) * up
+  kSilu,         // activations output = silu(gate) * up
+  kGeluTanh,     // activations output = gelu_tanh(gate) * up
 };
 
 struct Gemm {
-  const bf16* input;  // [num_rows, input_stride]
+  const Activation* input;  // [num_rows, input_stride]
   int64_t input_stride;
   QuantizedRows quantized_input;  // the same where the weights are quantised; without it, items quantise for themselves
   int num_rows;

@@ -1,15 +1,17 @@
 // The parts of the C interface that need no kernel.
 #include "abi.h"
 #include "handles.h"
+#include "simd.h"
 
 int32_t octavo_abi_revision(void) { return OCTAVO_ABI_REVISION; }
+
+int32_t octavo_activation_bytes(void) { return sizeof(octavo::Activation); }
 
 OctavoPool* octavo_pool_create(int32_t num_threads) { return new OctavoPool(num_threads); }
 
 void octavo_pool_destroy(OctavoPool* pool) {
   if (!pool->threads.is_forked()) delete pool;
 }
-
 
 OctavoArena* octavo_arena_create(void) { return new OctavoArena; }
 void octavo_arena_destroy(OctavoArena* arena) { delete arena; }

@@ -83,8 +83,8 @@ struct Profile {
 
 // Rows as Gemms read them.
 struct PreparedRows {
-  std::vector<bf16> normed;     // [rows, normed_stride]
-  std::vector<char> quantized;  // [rows, quantized_stride]
+  std::vector<Activation> normed;  // [rows, normed_stride]
+  std::vector<char> quantized;     // [rows, quantized_stride]
 };
 
 class Program {
@@ -338,7 +338,7 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
   gemm.linear = &op.linear;
   gemm.epilogue = epilogue_of(op);
   if (op.kind == OCTAVO_LINEAR_RESIDUAL) {
-    gemm.input = row<bf16>(op.input, 0);
+    gemm.input = row<Activation>(op.input, 0);
     gemm.input_stride = program_.buffers_[op.input].stride;
   } else {
     gemm.input = program_.prepared_.normed.data();
@@ -444,11 +444,11 @@ void StepJob::prepare_rows(const Phase& phase, int begin, int end, PreparedRows&
   const OctavoOp& op = *phase.op;
   for (int r = begin; r < end; ++r) {
     const int token = op.kind == OCTAVO_LOGITS ? step_.logits_rows[r] : r;
-    bf16* normed = output.normed.data() + r * program_.normed_stride_;
+    Activation* normed = output.normed.data() + r * program_.normed_stride_;
     const bool has_norm = op.norm.weight != nullptr;
     if (has_norm) norm_row(op.norm, row<float>(op.input, token), normed);
     if (is_quantized(op.linear))
-      quantize_row(has_norm ? normed : row<bf16>(op.input, token), op.linear.in_features,
+      quantize_row(has_norm ? normed : row<Activation>(op.input, token), op.linear.in_features,
                    output.quantized.data() + r * program_.quantized_stride_);
   }
 }
@@ -488,7 +488,7 @@ void StepJob::run_rotary(const OctavoOp& op, int begin, int end, int first_kv_he
   for (int t = begin; t < end; ++t) {
     const int32_t slot = step_.slot_mapping[t];
     rotary_write_kv(op, row<float>(op.input, t), step_.positions[t], first_kv_head, num_kv_heads,
-                    layer_pages(op, slot / kBlockTokens), slot % kBlockTokens, row<bf16>(op.output, t));
+                    layer_pages(op, slot / kBlockTokens), slot % kBlockTokens, row<Activation>(op.output, t));
   }
 }
 
@@ -520,7 +520,7 @@ void StepJob::run_attention(int phase, int unit) {
 }
 
 AttentionData StepJob::attention_data(const OctavoOp& op) const {
-  return {layer_pages(op, 0), layer_pages(op, 1) - layer_pages(op, 0), row<bf16>(op.input, 0), row<bf16>(op.output, 0),
+  return {layer_pages(op, 0), layer_pages(op, 1) - layer_pages(op, 0), row<Activation>(op.input, 0), row<Activation>(op.output, 0),
           program_.buffers_[op.input].stride};
 }
 

@@ -129,7 +129,7 @@ int64_t quantized_row_bytes(int64_t in_features) {
   return round_up(groups * (kGroup * static_cast<int64_t>(sizeof(ByteActivation)) + 3 * 4), 64);
 }
 
-void quantize_row(const bf16* input, int64_t in_features, char* output) {
+void quantize_row(const Activation* input, int64_t in_features, char* output) {
   constexpr int kVectors = kGroup / kLanes;
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const int64_t groups = num_groups(in_features);
@@ -141,7 +141,7 @@ void quantize_row(const bf16* input, int64_t in_features, char* output) {
     Vec x[kVectors];
     IntVec largest = {};  // as bits: what is not a number is larger than any number
     for (int i = 0; i < kVectors; ++i) {
-      x[i] = load_bf16(input + group * kGroup + i * kLanes);
+      x[i] = load_activation(input + group * kGroup + i * kLanes);
       const IntVec magnitude = bits(x[i]) & 0x7fffffff;
       largest = magnitude > largest ? magnitude : largest;
     }

@@ -43,8 +43,8 @@ struct QuantizedRows {
 
 int64_t quantized_row_bytes(int64_t in_features);
 
-// Quantise a row of bf16 numbers, zero-padded to whole groups.
-void quantize_row(const bf16* input, int64_t in_features, char* output);
+// Quantise a row of activations, zero-padded to whole groups.
+void quantize_row(const Activation* input, int64_t in_features, char* output);
 
 // Rows that a kernel multiplies at once: their sums, of integers and of floats, stay in registers.
 constexpr int kMaxQuantizedRows = kMaxTileRows < 6 ? kMaxTileRows : 6;

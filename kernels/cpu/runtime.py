@@ -33,6 +33,11 @@ class Runtime:
         """A name that changes with the kernels' sources, their variant and their compiler."""
         return Path(self.library._name).name
 
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of an activation between operations."""
+        return int(self.library.octavo_activation_bytes())
+
     def measure_read(self, address: int, num_bytes: int) -> int:
         """Read memory as fast as it goes, with all threads; return how many bytes were read."""
         return int(self.library.octavo_measure_read(self.pool, address, num_bytes))

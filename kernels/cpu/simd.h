@@ -256,14 +256,16 @@ inline void store_bf16(bf16* target, Vec value) {
 // set multiplies bf16, these are bf16 as well; elsewhere the same numbers in float32, so that
 // the inner loop need not widen them.
 //
+// store_activation rounded to the nearest bf16 number
+// load_activation  as float32
 // load_pairs       one pair of weights a lane
 // broadcast_pair   the same pair of activations in every lane
 // dot_pairs        sum + a.even * b.even + a.odd * b.odd in each lane
 #if defined(OCTAVO_AVX512_BF16) || defined(OCTAVO_NEON_BF16)
-#define OCTAVO_DOTS_BF16 1
 using Activation = bf16;
 
 inline void store_activation(Activation* target, Vec value) { store_bf16(target, value); }
+inline Vec load_activation(const Activation* source) { return load_bf16(source); }
 #else
 using Activation = float;
 
@@ -273,6 +275,7 @@ struct Pairs {
 };
 
 inline void store_activation(Activation* target, Vec value) { store(target, round_to_bf16(value)); }
+inline Vec load_activation(const Activation* source) { return load(source); }
 
 inline Pairs load_pairs(const bf16* source) {
   IntVec words;
@@ -312,15 +315,6 @@ inline Pairs broadcast_pair(const Activation* source) {
 
 inline Vec dot_pairs(Vec sum, Pairs a, Pairs b) { return vbfdotq_f32(sum, a, b); }
 #endif
-
-// `count` numbers, a multiple of kLanes.
-inline void load_activations(const bf16* source, int64_t count, Activation* target) {
-#if defined(OCTAVO_DOTS_BF16)
-  std::memcpy(target, source, count * sizeof(bf16));
-#else
-  for (int64_t i = 0; i < count; i += kLanes) store(target + i, load_bf16(source + i));
-#endif
-}
 
 // ---------------------------------------------------------------- dot products of quads of bytes
 
@@ -530,7 +524,17 @@ inline Vec load_half(const uint16_t* source) {
 #endif
 }
 
-// ---------------------------------------------------------------- processor state
+// ---------------------------------------------------------------- the processor and its state
+
+// For choices that change times and no result.
+inline bool is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return false;
+#endif
+}
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 inline void prefetch_to_write(const void* address) { __builtin_prefetch(address, 1, 3); }

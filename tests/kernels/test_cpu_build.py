@@ -107,11 +107,23 @@ def test_compiling_is_logged_and_prints_nothing(
 
 
 def test_a_variant_that_the_cpu_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_cpu_flags", lambda: {"sse2"})
+    monkeypatch.setattr(library, "_cpu", lambda: library.Cpu("", {"sse2"}))
 
     assert library.runnable_variants() == ["portable"]
     with pytest.raises(ValueError, match="this machine can run portable"):
         library.load.__wrapped__("avx2")
+
+
+ALL_FLAGS = set[str]().union(*library.NEEDED_FLAGS.values())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86 processor")
+@pytest.mark.parametrize(("vendor", "best"), [("AuthenticAMD", "avx512_bf16"), ("GenuineIntel", "avx512_vnni")])
+def test_products_are_of_bf16_where_that_is_faster(vendor: str, best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_cpu", lambda: library.Cpu(vendor, ALL_FLAGS))
+
+    assert library.runnable_variants()[0] == best
+    assert sorted(library.runnable_variants()) == sorted(build.X86_VARIANTS | {"portable": ()})
 
 
 def test_cores_are_those_that_this_process_may_use() -> None:
