@@ -251,6 +251,8 @@ def available_cores() -> int:
 
 
 class Cpu(NamedTuple):
+    """What a processor says of itself."""
+
     vendor: str  # empty where it is not said: on Arm
     flags: set[str]
 
