@@ -14,7 +14,10 @@ constexpr int64_t kActivationBytesInCache = 384 << 10;  // of the rows that an i
 constexpr int kMostItemsPerThread = 64;                 // of a row of items; more would only cost time
 // So few rows take less time than their weights take to arrive: the processor's own fetching keeps up best when nothing
 // else asks for memory. More rows would let it fall behind. That of Intel's cores does for one row: it ends with a page.
-const int kRowsWithoutPrefetch = is_intel() ? 0 : 4;
+constexpr int kRowsNearlyFree = 4;
+const int kRowsWithoutPrefetch = is_intel() ? 0 : kRowsNearlyFree;
+// Where so few rows have their weights fetched, they are also brought from the second cache to the first, so far ahead.
+constexpr int kPairsAhead = 16;
 constexpr int64_t kMostAheadPerGroup = 256;  // bytes; of quantised weights
 constexpr int kTilesThatFetchWeights = 2;  // where there are so many: a half of the next block each
 
@@ -57,6 +60,10 @@ void multiply_rows(const Rows& input, const bf16* weight, int64_t num_pairs, Pre
       prefetch_l2(next);
       prefetch_l2(next + 64);
       next += soon.bytes_per_pair;
+      if constexpr (kRows <= kRowsNearlyFree) {
+        prefetch(weight + (pair + kPairsAhead) * kBlockColumns * 2);
+        prefetch(weight + (pair + kPairsAhead) * kBlockColumns * 2 + kBlockColumns);
+      }
     }
     if constexpr (kFetch == Fetch::kAhead) {
       prefetch_l2(line);
