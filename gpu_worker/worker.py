@@ -37,6 +37,7 @@ log = logging.getLogger("octavo.worker")
 _REPORT_S = 0.2  # a hello or a heartbeat at least so often
 _JOINING_S = 0.01  # how often to look, while joining: start-up waits for it
 _POLL_S = 50e-6  # how often to look for a step's result and for the next plan, while steps run
+_QUIET_S = 0.02  # after a step: the next plan may be on its way, and a piece of idle work takes some milliseconds
 _SILENCE_S = 1.0  # a scheduler sends a heartbeat forty times a second
 # Of google.rpc.Code.
 _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INVALID_ARGUMENT, _INTERNAL = 8, 9, 10, 3, 13
@@ -82,7 +83,8 @@ class Worker:
         self._preparation: _Preparation | None = None
         self._epoch = 0  # 0: in no membership
         self._last_step_id = 0  # started
-        self._last_done_id = 0  # answered
+        self._last_done_id = 0  # answered, at `_answered_at`
+        self._answered_at = float("-inf")
         self._idle_work = False  # whether the engine may have something to prepare when there are no plans
         self._heard_at = 0.0
         self._reported_at = float("-inf")
@@ -119,8 +121,10 @@ class Worker:
 
     def _patience_s(self) -> float:
         """How long to wait for a frame before looking at other things."""
-        if self._idle_work or (self._engine is not None and self._engine.num_in_flight):
+        if self._engine is not None and self._engine.num_in_flight:
             return 0.0
+        if self._idle_work:
+            return max(0.0, self._answered_at + _QUIET_S - time.monotonic())
         return _REPORT_S / 2 if self._epoch and not self._preparation else _JOINING_S
 
     def _handle(self, frame: worker_pb2.WorkerFrame) -> None:
@@ -278,6 +282,7 @@ class Worker:
                 self._fail(self._last_done_id + 1, error)
                 return
             self._last_done_id = result.step_id
+            self._answered_at = time.monotonic()
             self._telemetry.computed(result)
             if self._ranks is not None:
                 self._ranks.heard_all()

@@ -8,6 +8,7 @@ import logging
 import mmap
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,6 +164,25 @@ def test_steps_and_signs_of_life_do_not_wait_until_idle_work_ends(
         assert len(generate(scheduler, 1)) == 4
 
         assert scheduler.expect("heartbeat", lambda frame: frame.heartbeat.last_step_id == 4)
+
+
+def test_idle_work_begins_when_no_plan_has_followed_a_step_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+
+    def use_idle_time(worker: Worker) -> bool:
+        if worker._last_done_id:
+            waited.append(time.monotonic() - worker._answered_at)
+        return True
+
+    monkeypatch.setattr(Worker, "_use_idle_time", use_idle_time)
+    with serving(tmp_path, 4 << 20) as scheduler:
+        scheduler.join(kv_blocks=0)
+        generate(scheduler, 1)
+        scheduler.expect("heartbeat", lambda _: len(waited) > 2)
+
+    assert min(waited) > 0.015, "the next plan of a stream may be on its way"
 
 
 def test_the_free_memory_of_a_container_is_what_its_limit_leaves(tmp_path: Path) -> None:
