@@ -9,6 +9,7 @@ from octavo.gpu_worker import quantization
 from octavo.services.telemetry.config import TelemetryConfig
 
 MAX_RANKS = 64
+MAX_SPECULATIVE_TOKENS = 15
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,13 @@ class WorkerConfig(TelemetryConfig):
         default=8 << 30,
         metadata={"help": "most space that they may take; the oldest go first", "kind": "bytes", "metavar": "BYTES"},
     )
+    speculative_tokens: int = field(
+        default=7,
+        metadata={
+            "help": "most tokens of a sequence that are guessed from what it repeats and computed in one step, on CPUs "
+            "and while one or two sequences run; 0: none. What is generated stays the same"
+        },
+    )
     num_threads: int = field(default=0, metadata={"help": "threads that compute; 0: one for each core"})
     log_level: str = field(
         default="info", metadata={"help": "how much to log", "choices": ("debug", "info", "warning", "error")}
@@ -135,6 +143,10 @@ class WorkerConfig(TelemetryConfig):
         for name in ("kv_cache_memory", "max_model_len", "num_threads", "packed_cache_limit"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ValueError(
+                f"speculative_tokens must be from 0 to {MAX_SPECULATIVE_TOKENS}, not {self.speculative_tokens}"
+            )
 
     def _check_ranks(self) -> None:
         if self.device == "cpu":

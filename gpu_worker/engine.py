@@ -164,6 +164,7 @@ def make_engine(
         collectives=collectives,
         pooling=loaded.pooling,
         grammars=grammars,
+        speculative_tokens=config.speculative_tokens,
     )
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
     if collectives is not None:
@@ -209,6 +210,7 @@ def _result(step_id: int, sampled_slots: Int32Array, outcome: Outcome) -> worker
         token_ids=sampled.token_ids.astype(_UINT32).tobytes(),
         forward_us=outcome.forward_us,
         sample_us=outcome.sample_us,
+        accepted=outcome.is_accepted,
     )
     if len(sampled.logprobs):
         result.logprobs = sampled.logprobs.astype("<f4").tobytes()

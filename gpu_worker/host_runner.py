@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,8 @@ from octavo.gpu_worker.prompt_scores import PromptRows, PromptScores, merged_row
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
 from octavo.gpu_worker.rows import Rows
 from octavo.gpu_worker.runner import Outcome
-from octavo.gpu_worker.sampler import Sampler
+from octavo.gpu_worker.sampler import Sampler, without_logprobs
+from octavo.gpu_worker.speculation import Speculation
 
 log = logging.getLogger("octavo.worker")
 
@@ -72,10 +74,13 @@ class HostRunner(HostMemory):
         max_blocks_per_sequence: int,
         vocab_size: int,
         grammars: Grammars | None = None,
+        speculation: Callable[[], Speculation] | None = None,
     ) -> None:
+        """speculation: makes what steps of few rows are computed ahead by; None: each is computed as planned."""
         super().__init__(device)
         self._grammars = grammars
         self._sizes = (max_running, max_blocks_per_sequence, vocab_size)
+        self._make_speculation = speculation
         self.reset()
 
     def reset(self) -> None:
@@ -84,6 +89,7 @@ class HostRunner(HostMemory):
         self._sampler = Sampler(self._device, vocab_size, max_running, self._grammars)
         self._prompts = PromptScores()
         self._tables = Tables(max_running, max_blocks)
+        self._speculation = self._make_speculation() if self._make_speculation is not None else None
         self._no_logits = np.empty((0, vocab_size), np.float32)
 
     def start(self, step: Step) -> Done:
@@ -94,11 +100,15 @@ class HostRunner(HostMemory):
         for slot, settings in step.opened:
             self._sampler.open_slot(slot, settings)
             self._prompts.open_slot(slot, settings)
+        if self._speculation is not None and step.opened:
+            self._speculation.open_slots(step.opened_slots)
         self._tables.append(step)
         if len(step.copy_pairs):
             self._device.copy_blocks(step.copy_pairs)
-        started = time.perf_counter()
         prompts = self._prompts.rows_of(step)
+        if prompts is None and self._speculation is not None and self._can_be_ahead(step, self._speculation):
+            return self._start_ahead(step, self._speculation)
+        started = time.perf_counter()
         logits, of_prompts = self._forward(step, prompts)
         computed = time.perf_counter()
         sampled_slots = step.rows.sampled_slots
@@ -109,11 +119,31 @@ class HostRunner(HostMemory):
         ended = time.perf_counter()
         return Done(Outcome(sampled, round((computed - started) * 1e6), round((ended - computed) * 1e6)))
 
+    def _can_be_ahead(self, step: Step, speculation: Speculation) -> bool:
+        return speculation.takes(step) and self._sampler.are_plain(step.rows.sampled_slots.tolist())
+
+    def _start_ahead(self, step: Step, speculation: Speculation) -> Done:
+        """Compute what is not known yet of the step's tokens, and what may come after them."""
+        started = computed = time.perf_counter()
+        rows = speculation.plan(step, self._tables.last_token_ids, self._tables.block_tables)
+        if rows:
+            batch = speculation.batch(rows, self._tables.block_tables)
+            logits = self._device.forward(batch)
+            computed = time.perf_counter()
+            slots = np.repeat([row.slot for row in rows], np.diff(batch.query_start_loc)).astype(np.int32)
+            speculation.drawn(rows, self._sampler.sample(logits, slots, batch.positions + 1).token_ids.tolist())
+        token_ids, is_accepted = speculation.take(step)
+        self._tables.record(step.rows.sampled_slots, token_ids)
+        times = round((computed - started) * 1e6), round((time.perf_counter() - computed) * 1e6)
+        return Done(Outcome(without_logprobs(token_ids), *times, is_accepted=is_accepted))
+
     def _forward(self, step: Step, prompts: PromptRows | None) -> tuple[Float32Array, Float32Array]:
         """Compute a step; return the logits that tokens are drawn from, and those of the rows of prompts."""
         if not len(step.rows.slots):
             return self._no_logits, self._no_logits
         batch = self._tables.step_input(step)
+        if self._speculation is not None:
+            self._speculation.computed(step.rows, batch)
         if prompts is None:
             return self._device.forward(batch), self._no_logits
         rows, is_prompt = merged_rows(prompts, batch.logits_rows)
@@ -137,11 +167,11 @@ class Done:
 
 
 class Tables:
-    """Each slot's block table and last token."""
+    """Each slot's block table, 0 where there is no block, and last token."""
 
     def __init__(self, max_running: int, max_blocks_per_sequence: int) -> None:
-        self._block_tables = np.zeros((max_running, max_blocks_per_sequence), np.int32)
-        self._last_token_ids = np.zeros(max_running, np.int32)
+        self.block_tables = np.zeros((max_running, max_blocks_per_sequence), np.int32)
+        self.last_token_ids = np.zeros(max_running, np.int32)
         self._rows: Rows | None = None
         self._batch: StepInput | None = None  # of those rows
         self._has_changed = False  # since its block tables were copied
@@ -149,15 +179,15 @@ class Tables:
     def append(self, step: Step) -> None:
         """Empty the tables of freed and opened slots, then append the step's blocks."""
         if len(step.freed_slots) or step.opened_slots:
-            self._block_tables[step.freed_slots] = 0
-            self._block_tables[step.opened_slots] = 0
+            self.block_tables[step.freed_slots] = 0
+            self.block_tables[step.opened_slots] = 0
             self._has_changed = True
         if not len(step.block_slots):
             return
         counts = step.block_counts
         starts = np.cumsum(counts) - counts
         columns = np.arange(len(step.block_ids)) + np.repeat(step.first_blocks - starts, counts)
-        self._block_tables[np.repeat(step.block_slots, counts), columns] = step.block_ids
+        self.block_tables[np.repeat(step.block_slots, counts), columns] = step.block_ids
         self._has_changed = True
 
     def record(self, slots: Int32Array, token_ids: UInt32Array) -> None:
@@ -166,7 +196,7 @@ class Tables:
         A sequence that got no token ends or is computed again, but the next plan may already hold it:
         it goes on with token 0 until the scheduler knows.
         """
-        self._last_token_ids[slots] = np.where(token_ids >= FIRST_NO_TOKEN, 0, token_ids)
+        self.last_token_ids[slots] = np.where(token_ids >= FIRST_NO_TOKEN, 0, token_ids)
 
     def step_input(self, step: Step) -> StepInput:
         """Return the batch of a step that has rows.
@@ -177,7 +207,7 @@ class Tables:
         if self._batch is None or rows is not self._rows:
             self._rows, self._batch = rows, self._new_batch(rows)
         elif self._has_changed:
-            self._batch.block_tables[:] = self._block_tables[rows.slots]
+            self._batch.block_tables[:] = self.block_tables[rows.slots]
         self._has_changed = False
         batch, row_of_token = self._batch, rows.row_of_token
         positions = step.context_lengths[row_of_token] + rows.offset_of_token
@@ -185,7 +215,7 @@ class Tables:
         batch.positions[:] = positions
         batch.slot_mapping[:] = batch.block_tables[row_of_token, columns] * BLOCK_SIZE + offsets
         batch.seq_lens[:] = step.context_lengths + rows.query_lengths
-        last = self._last_token_ids[rows.slots[row_of_token]]
+        last = self.last_token_ids[rows.slots[row_of_token]]
         batch.token_ids[:] = np.where(step.token_ids == LAST_TOKEN, last, step.token_ids) if rows.num_sent else last
         return batch
 
@@ -200,6 +230,6 @@ class Tables:
             slot_mapping=np.empty(num_tokens, np.int32),
             query_start_loc=query_start_loc,
             seq_lens=np.empty(len(rows.slots), np.int32),
-            block_tables=self._block_tables[rows.slots],
+            block_tables=self.block_tables[rows.slots],
             logits_rows=(rows.query_ends[rows.samples] - 1).astype(np.int32),
         )

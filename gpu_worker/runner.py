@@ -18,12 +18,16 @@ MAX_STEPS_IN_FLIGHT = 2
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step made, and what it took. Of a model that makes vectors nothing is sampled."""
+    """What a step made, and what it took. Of a model that makes vectors nothing is sampled.
+
+    is_accepted  as `StepResult.accepted`
+    """
 
     sampled: Sampled
     forward_us: int
     sample_us: int
     vectors: Vectors | None = None
+    is_accepted: bytes = b""
 
 
 class Running(Protocol):

@@ -81,6 +81,10 @@ class Sampler:
         """Forget a slot."""
         self._slots[slot] = None
 
+    def are_plain(self, slots: list[int]) -> bool:
+        """Tell whether tokens of `slots` are drawn from the logits as they are, whatever was drawn before."""
+        return all(state is not None and state.is_plain for state in map(self._slots.__getitem__, slots))
+
     def sample(
         self,
         logits: Float32Array,

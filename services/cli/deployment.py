@@ -115,6 +115,7 @@ class _Deployment:
             "quantization": config.quantization,
             "max_model_len": config.max_model_len,
             "packed_cache": config.packed_cache,
+            "speculative_tokens": config.speculative_tokens,
             # Whoever stops all processes at once, as systemd does, stops no worker before its scheduler has drained.
             "drain_s": config.grace_s,
             # By default a worker takes every core: several of them would only wait for each other.

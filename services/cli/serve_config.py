@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octavo.gpu_worker import quantization
+from octavo.gpu_worker.config import MAX_SPECULATIVE_TOKENS
 from octavo.services.gateway.output_formats import NONE, REASONING_FORMATS, TOOL_CALL_FORMATS
 
 _LISTENING = "listening"
@@ -62,6 +63,13 @@ class ServeConfig:
     packed_cache: bool = field(
         default=True,
         metadata={"help": "keep weights on disk as the CPU kernels read them, which makes the next start faster"},
+    )
+    speculative_tokens: int = field(
+        default=7,
+        metadata={
+            "help": "on a CPU, while one or two streams run: guess at most so many tokens from what a text repeats, "
+            "and compute them at once; 0: do not. The text stays the same"
+        },
     )
 
     grpc_address: str = field(
@@ -227,6 +235,10 @@ class ServeConfig:
             raise ValueError("--tensor-parallel is not for device cpu, which uses all cores in one process")
         if problem := quantization.problem(self.quantization, self.device):
             raise ValueError(problem)
+        if not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ValueError(
+                f"--speculative-tokens must be from 0 to {MAX_SPECULATIVE_TOKENS}, not {self.speculative_tokens}"
+            )
         for name in ("max_model_len", "max_running", "max_waiting", "max_batch_tokens", "max_prefill_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -139,6 +139,7 @@ def usage(seq: Sequence) -> common_pb2.Usage:
         prompt_tokens=seq.num_prompt,
         cached_prompt_tokens=seq.num_cached_tokens,
         output_tokens=seq.num_output,
+        speculative_accepted_tokens=seq.num_accepted,
     )
 
 

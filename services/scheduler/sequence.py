@@ -74,9 +74,9 @@ class Sequence:
     __slots__ = (
         "admitted_at", "block_hashes", "blocks", "candidate_index", "ending", "expected_tokens",
         "first_scheduled_at", "first_token_at", "group", "handle", "kept_logprobs", "last_token_at", "max_tokens",
-        "min_stop_tokens", "num_cached_tokens", "num_computed", "num_hashed_blocks", "num_logprobs", "num_pending",
-        "num_preemptions", "num_prompt", "num_recoveries", "num_scored", "outbox", "request", "slot", "slot_scores",
-        "state", "stop_ids", "tokens",
+        "min_stop_tokens", "num_accepted", "num_cached_tokens", "num_computed", "num_hashed_blocks", "num_logprobs",
+        "num_pending", "num_preemptions", "num_prompt", "num_recoveries", "num_scored", "outbox", "request", "slot",
+        "slot_scores", "state", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -114,6 +114,7 @@ class Sequence:
         self.num_hashed_blocks = 0
         self.num_computed = 0
         self.num_pending = 0
+        self.num_accepted = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_recoveries = 0

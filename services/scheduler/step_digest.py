@@ -52,6 +52,8 @@ class StepDigest:
                 f"step {step.step_id} samples {len(step.sampled)} rows, answered were {len(token_ids)}"
             )
         logprobs = LogprobReader(result)
+        if result.accepted:
+            self._count_accepted(step, result.accepted)
         group.in_flight.popleft()
         gap_s = now - group.last_result_at
         num_first = self._tally.answered(step, result, group.measure(step, now), now)
@@ -90,6 +92,17 @@ class StepDigest:
         if self._suspects:
             self._suspects.survived(step.sampled)
         return True
+
+    def _count_accepted(self, step: StepInFlight, accepted: bytes) -> None:
+        """Count the tokens that took no step of their own. Raises WorkerMisbehavedError."""
+        if len(accepted) != len(step.sampled):
+            raise WorkerMisbehavedError(
+                f"step {step.step_id} samples {len(step.sampled)} rows, and {len(accepted)} have `accepted`"
+            )
+        for seq, is_accepted in zip(step.sampled, accepted, strict=True):
+            if is_accepted and seq.state is not SequenceState.FINISHED:
+                seq.num_accepted += 1
+                self._tally.accepted_tokens += 1
 
     def _digest_prompts(self, step: StepInFlight, logprobs: LogprobReader) -> None:
         """Take the log probabilities of prompt tokens. What was computed again is known already."""

@@ -36,6 +36,7 @@ class Tally:
 
     prompt_tokens  computed of prompts; cached_tokens of looked_up_tokens were in the cache instead
     output_tokens  known; what a step in flight sampled for a sequence that had ended is none
+    accepted_tokens  of these, accepted from speculation
     spans          of traced requests, for `take_spans`; only if `traces`
     """
 
@@ -45,6 +46,7 @@ class Tally:
         self.output_tokens = 0
         self.looked_up_tokens = 0
         self.cached_tokens = 0
+        self.accepted_tokens = 0
         self.preemptions = 0
         self._traces = traces
         self._reason = BoundedNames(_MAX_REASONS)
@@ -70,6 +72,7 @@ class Tally:
         store.value(catalog.COMPUTED_TOKENS, "decode").set(self.output_tokens)
         store.value(catalog.CACHE_QUERIES).set(self.looked_up_tokens)
         store.value(catalog.CACHE_HITS).set(self.cached_tokens)
+        store.value(catalog.ACCEPTED_TOKENS).set(self.accepted_tokens)
         store.value(catalog.PREEMPTIONS).set(self.preemptions)
 
     def take_spans(self) -> list[SpanRecord]:

@@ -182,6 +182,12 @@ CACHE_HITS = Metric(
     "of these, tokens that were there",
     alias="vllm:prefix_cache_hits_total",
 )
+ACCEPTED_TOKENS = Metric(
+    "octavo_speculative_accepted_tokens_total",
+    "counter",
+    "output tokens that took no step of their own: they were guessed, and the guess was right",
+    alias="vllm:spec_decode_num_accepted_tokens_total",
+)
 PREEMPTIONS = Metric(
     "octavo_preemptions_total",
     "counter",
@@ -240,7 +246,7 @@ GATEWAY = (
 SCHEDULER = (
     RUNNING, WAITING, WAITING_TOKENS, QUEUE_ESTIMATE, KV_USAGE, KV_BLOCKS, CACHE_CONFIG, WORKERS_READY, STEP_AGE,
     DRAINING, ADMISSIONS, REFUSALS, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, ITL, COMPUTED_TOKENS, CACHE_QUERIES,
-    CACHE_HITS, PREEMPTIONS, WORKER_LOSSES, RECOVERIES, STEPS, STEP_TIME, STEP_TOKENS,
+    CACHE_HITS, ACCEPTED_TOKENS, PREEMPTIONS, WORKER_LOSSES, RECOVERIES, STEPS, STEP_TIME, STEP_TOKENS,
 )  # fmt: skip
 WORKER = (
     WORKER_JOINED, WORKER_JOINS, WORKER_STEPS, WORKER_TOKENS, WORKER_BUSY, WORKER_FAULTS, WORKER_MEMORY,

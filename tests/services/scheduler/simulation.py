@@ -76,6 +76,7 @@ class FakeWorker:
         self.steps = 0
         self.largest_step = 0
         self.not_finite_after: int | None = None
+        self.accepts: Callable[[int], bool] = lambda _: False  # whether a step's tokens come from speculation
         self.is_row_late: Callable[[], bool] = lambda: False  # asked for each row that could get a token
 
     def execute(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepResult:
@@ -138,6 +139,7 @@ class FakeWorker:
                     values.extend(-float(n) for n in range(slot.width))
         assert next(known, None) is None
         result.slot_indexes, result.token_ids = sampled_slots.tobytes(), tokens.tobytes()
+        result.accepted = bytes(len(tokens) * [1] if self.accepts(plan.step_id) else [])
         result.logprobs, result.ranks = logprobs.tobytes(), ranks.tobytes()
         result.candidate_token_ids, result.candidate_logprobs = ids.tobytes(), values.tobytes()
         return result

@@ -435,9 +435,23 @@ def test_a_worker_that_answers_the_wrong_step_or_too_few_rows_is_found_out() -> 
     result = world.workers["group-0"].execute(world.queues["group-0"][0])
     with pytest.raises(WorkerMisbehavedError):
         world.core.step_done("group-0", worker_pb2.StepResult(step_id=9), world.now)
+    result.accepted = bytes(2)
+    with pytest.raises(WorkerMisbehavedError, match="2 have `accepted`"):
+        world.core.step_done("group-0", result, world.now)
     result.token_ids = b""
     with pytest.raises(WorkerMisbehavedError):
         world.core.step_done("group-0", result, world.now)
+
+
+def test_tokens_that_took_no_step_of_their_own_are_counted() -> None:
+    world = World()
+    world.workers["group-0"].accepts = lambda step_id: step_id % 3 == 0
+    streams = [world.submit(PROMPT, max_new_tokens=10), world.submit([5] * 20, max_new_tokens=4)]
+    world.run()
+
+    counts = [stream.finished[0].usage.speculative_accepted_tokens for stream in streams]
+    assert counts == [3, 2]
+    assert world.core._tally.accepted_tokens == 5
 
 
 def test_logprobs_reach_the_requests_that_asked_for_them() -> None:
