@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from octavo.gpu_worker.loading import LoadedModel, vocabulary_reader
 from octavo.gpu_worker.ops import Int32Array
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Outcome, Runner, Running
+from octavo.gpu_worker.speculation import Speculation
 from octavo.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:  # it needs torch
@@ -151,6 +153,10 @@ def make_engine(
     grammars = None
     if loaded.pooling is None:
         grammars = make_grammars(vocabulary_reader(Path(config.model), vocab_size), vocab_size, patience_s)
+    speculation = None
+    if config.speculative_tokens:
+        most = config.speculative_tokens
+        speculation = functools.partial(Speculation, max_running, loaded.max_model_len, most, max_batch_tokens)
     runner = make_runner(
         config.device,
         loaded.model,
@@ -164,7 +170,7 @@ def make_engine(
         collectives=collectives,
         pooling=loaded.pooling,
         grammars=grammars,
-        speculative_tokens=config.speculative_tokens,
+        speculation=speculation,
     )
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
     if collectives is not None:

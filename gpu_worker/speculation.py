@@ -63,15 +63,22 @@ class _Slot:
     draft_length: int = _FIRST_DRAFT
     ahead: _Ahead = field(default_factory=lambda: _Ahead(0))
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last thing known is that there is no token."""
+        return bool(self.ahead.token_ids) and self.ahead.token_ids[-1] >= FIRST_NO_TOKEN
+
 
 class Speculation:
     """What is known of each slot's tokens, and how far it is ahead of the plans."""
 
     def __init__(self, max_running: int, max_model_len: int, most_draft_tokens: int, max_batch_tokens: int) -> None:
-        """most_draft_tokens: of one sequence in one step; at least 1."""
+        """most_draft_tokens: of one sequence in one step; at least 1. No position from max_model_len on is computed."""
         self._most_draft_tokens = most_draft_tokens
         self._most_tokens = min(MOST_TOKENS, max_batch_tokens)
-        self._histories = np.empty((max_running, max_model_len), np.int32)  # of a slot from when it is opened
+        self._max_model_len = max_model_len
+        # Of a slot from when it is opened; the token drawn after the last position has a place, too.
+        self._histories = np.empty((max_running, max_model_len + 1), np.int32)
         self._slots: dict[int, _Slot] = {}
 
     def open_slots(self, slots: Sequence[int]) -> None:
@@ -113,7 +120,7 @@ class Speculation:
         for slot, state in zip(slots, states, strict=True):
             position = state.ahead.position - 1 + len(state.ahead.token_ids)
             room = self._room(block_tables[slot], position)
-            if room == 0:  # its blocks end here: it waits for the plans
+            if room == 0 or state.has_ended:  # its blocks end here, or its tokens: it waits for the plans
                 continue
             history = self._histories[slot, : position + 1]
             drafts = draft(history, min(state.draft_length, most, room - 1))
@@ -174,7 +181,7 @@ class Speculation:
 
     def _room(self, block_table: Int32Array, position: int) -> int:
         """Return for how many tokens from `position` on a sequence has blocks, up to the most that are computed."""
-        columns = np.arange(position, min(position + self._most_tokens, self._histories.shape[1])) // BLOCK_SIZE
+        columns = np.arange(position, min(position + self._most_tokens, self._max_model_len)) // BLOCK_SIZE
         return int(np.count_nonzero(block_table[columns]))  # they are without gaps: 0 stands for none
 
 

@@ -45,6 +45,8 @@ MEASURES = {
     "prefix": ("seconds for 32 requests with a shared prefix", "seconds", False),
     "ready": ("seconds from launch until it serves", "ready_s", False),
 }
+# Speculation is on by default in Octavo, where one or two streams run, and off in the peers.
+WITHOUT_SPECULATION = "octavo-without-speculation"
 # Peers need other settings for these: one that looks prefixes up, one whose slots hold so long prompts.
 APART = {"vllm": {"prefix"}, "llama": {"prefill", "prefix"}}
 
@@ -102,6 +104,7 @@ def ratios(results: dict[str, Result]) -> list[str]:
     rows = ["| measure | octavo | best server | which | ratio | OpenVINO, no server | ratio |", "| --- " * 7 + "|"]
     for key, (title, field, more_is_better) in MEASURES.items():
         figures = {name: figure for name, result in results.items() if (figure := _median(result, key, field))}
+        figures.pop(WITHOUT_SPECULATION, None)
         ours = figures.pop("octavo", math.nan)
         if not figures or math.isnan(ours):
             continue
@@ -142,7 +145,7 @@ async def main() -> int:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--case", nargs="+", default=list(CASES))
-    parser.add_argument("--only", nargs="+", default=["octavo", "vllm", "llama", "openvino"])
+    parser.add_argument("--only", nargs="+", default=["octavo", WITHOUT_SPECULATION, "vllm", "llama", "openvino"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--output", type=Path, help="write everything there, as JSON")
     options = parser.parse_args()
@@ -157,8 +160,8 @@ async def main() -> int:
     for round_ in range(options.rounds):
         print(f"round {round_ + 1}, load {psutil.getloadavg()[0]:.1f}", flush=True)
         for kind in options.only:
-            for threads in options.threads if kind != "octavo" else [0]:
-                name = kind if kind == "octavo" else f"{kind}, {threads} thread(s)"
+            for threads in [0] if kind.startswith("octavo") else options.threads:
+                name = f"{kind}, {threads} thread(s)" if threads else kind
                 result = results.setdefault(name, Result())
                 try:
                     await measure(kind, threads, round_, options.case, result, home, model, gguf)
@@ -183,6 +186,10 @@ async def measure(
     log = home / f"{kind}.log"
     if kind == "octavo":
         await measure_server(peers.octavo(model, PORT), round_, chosen, result, log)
+        return
+    if kind == WITHOUT_SPECULATION:
+        contender = peers.octavo(model, PORT, speculative_tokens=0)
+        await measure_server(contender, round_, [case for case in chosen if case == "c1"], result, log)
         return
     for is_apart in (False, True):
         part = [case for case in chosen if (case in APART[kind]) == is_apart]

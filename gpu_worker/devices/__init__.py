@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -14,7 +14,6 @@ from octavo.gpu_worker.host_runner import HostRunner
 from octavo.gpu_worker.ops import Device, EncoderModel, Model
 from octavo.gpu_worker.pooler import Pooling
 from octavo.gpu_worker.pooling_runner import PoolingRunner
-from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.runner import Runner
 from octavo.gpu_worker.speculation import Speculation
 
@@ -70,7 +69,7 @@ def make_runner(
     collectives: Collectives | None = None,
     pooling: Pooling | None = None,
     grammars: Grammars | None = None,
-    speculative_tokens: int = 0,
+    speculation: Callable[[], Speculation] | None = None,
 ) -> Runner:
     """Build what runs steps on a device of DEVICES, see `choose_device`. Raises DeviceError if it is missing.
 
@@ -78,8 +77,8 @@ def make_runner(
     quantization is what the device is to do itself: a packed model is quantised already.
     With `collectives` the model is one rank's part of a model; with `pooling` vectors are made of what it gives,
     on the cpu device in float32 unless a decoder is wanted in `dtype` bfloat16.
-    Without `grammars` no slot may have one. speculative_tokens is for the cpu device, whose rows do not depend on
-    each other to the last bit.
+    Without `grammars` no slot may have one. `speculation` is for the cpu device, whose rows do not depend on each
+    other to the last bit; others do without.
     """
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     device = choose_device(name)
@@ -100,10 +99,8 @@ def make_runner(
     host_device = make_device(device, model, *limits, num_threads=num_threads, is_exact=is_exact)
     if pooling is not None:
         return PoolingRunner(host_device, max_running, max_blocks_per_sequence, pooling)
-    speculation = None
-    if device == "cpu" and speculative_tokens:
-        sizes = (max_running, max_blocks_per_sequence * BLOCK_SIZE, speculative_tokens, max_batch_tokens)
-        speculation = functools.partial(Speculation, *sizes)
+    if device != "cpu":
+        speculation = None
     return HostRunner(host_device, max_running, max_blocks_per_sequence, model.vocab_size, grammars, speculation)
 
 

@@ -68,11 +68,13 @@ class CountingDevice(CpuDevice):
 
     num_forwards = 0
     most_tokens = 0
+    last_position = 0
     spoiled_position = -1
 
     def forward(self, step: StepInput) -> Float32Array:
         self.num_forwards += 1
         self.most_tokens = max(self.most_tokens, len(step.token_ids))
+        self.last_position = max(self.last_position, int(step.positions.max()))
         logits = super().forward(step)
         logits[step.positions[step.logits_rows] == self.spoiled_position] = np.nan
         return logits
@@ -81,13 +83,12 @@ class CountingDevice(CpuDevice):
 class Planner:
     """Plans steps like a scheduler, of which the runner is told nothing but the plans."""
 
-    def __init__(self, speculative_tokens: int) -> None:
+    def __init__(self, speculative_tokens: int, max_len: int = LIMITS.max_blocks_per_sequence * BLOCK_SIZE) -> None:
         sizes = (LIMITS.max_running, LIMITS.max_blocks_per_sequence)
         self.device = CountingDevice(TinyModel(Shape(), seed=3), LIMITS.max_batch_tokens, *sizes, num_threads=2)
         self.device.allocate_kv(LIMITS.num_blocks)
         make: Callable[[], Speculation] | None = None
         if speculative_tokens:
-            max_len = LIMITS.max_blocks_per_sequence * BLOCK_SIZE
             make = functools.partial(
                 Speculation, LIMITS.max_running, max_len, speculative_tokens, LIMITS.max_batch_tokens
             )
@@ -262,6 +263,26 @@ def test_a_sequence_that_is_put_aside_is_ahead_no_more() -> None:
         run(planner, request, 120)
 
         assert request.output == expected.output
+
+
+def test_a_row_that_is_not_finite_waits_while_another_is_computed() -> None:
+    for position in range(70, 90):  # at some of them the first one is ahead
+        planner, first = one_stream(7, length=40)
+        second = Request(3, PLAIN[1], list(PROMPT))
+        run(planner, second, 3)
+        planner.device.spoiled_position = position
+        while first.tokens[-1] < FIRST_NO_TOKEN:
+            planner.step([(first, 1, False), (second, 1, False)])
+
+        assert len(first.tokens) - 1 == position + 1
+
+
+def test_nothing_is_computed_beyond_the_longest_context() -> None:
+    planner, request = Planner(7, max_len=71), Request(0, GREEDY, [1])
+    run(planner, request, 70)
+
+    assert planner.device.most_tokens > 4, "it was ahead"
+    assert planner.device.last_position == 70
 
 
 def test_a_slot_knows_no_tokens_of_whom_it_was_before() -> None:
