@@ -19,7 +19,7 @@ from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
 from octavo.gpu_worker.rows import Rows
 from octavo.gpu_worker.runner import Outcome
 from octavo.gpu_worker.sampler import Sampler, without_logprobs
-from octavo.gpu_worker.speculation import Speculation
+from octavo.gpu_worker.speculation import Speculation, step_of
 
 log = logging.getLogger("octavo.worker")
 
@@ -127,10 +127,12 @@ class HostRunner(HostMemory):
         started = computed = time.perf_counter()
         rows = speculation.plan(step, self._tables.last_token_ids, self._tables.block_tables)
         if rows:
-            batch = speculation.batch(rows, self._tables.block_tables)
-            logits = self._device.forward(batch)
+            ahead = step_of(rows, step)
+            batch = self._tables.step_input(ahead)
+            every_token = np.arange(len(batch.token_ids), dtype=np.int32)
+            logits = self._device.forward(dataclasses.replace(batch, logits_rows=every_token))
             computed = time.perf_counter()
-            slots = np.repeat([row.slot for row in rows], np.diff(batch.query_start_loc)).astype(np.int32)
+            slots = ahead.rows.slots[ahead.rows.row_of_token].astype(np.int32)
             speculation.drawn(rows, self._sampler.sample(logits, slots, batch.positions + 1).token_ids.tolist())
         token_ids, is_accepted = speculation.take(step)
         self._tables.record(step.rows.sampled_slots, token_ids)

@@ -12,6 +12,7 @@ knows nothing of all this: each step still makes one token of each row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -127,25 +128,6 @@ class Speculation:
             planned.append(Row(slot, position, [int(history[-1]), *drafts]))
         return planned
 
-    def batch(self, rows: list[Row], block_tables: Int32Array) -> StepInput:
-        """Return the batch that computes what was planned, with logits for every token."""
-        lengths = np.array([len(row.token_ids) for row in rows])
-        starts = np.array([row.position for row in rows], np.int32)
-        ends = np.cumsum(lengths)
-        positions = np.concatenate([np.arange(row.position, row.position + len(row.token_ids)) for row in rows])
-        tables = block_tables[[row.slot for row in rows]]
-        row_of_token = np.repeat(np.arange(len(rows)), lengths)
-        columns, offsets = np.divmod(positions, BLOCK_SIZE)
-        return StepInput(
-            token_ids=np.array([token for row in rows for token in row.token_ids], np.int32),
-            positions=positions.astype(np.int32),
-            slot_mapping=(tables[row_of_token, columns] * BLOCK_SIZE + offsets).astype(np.int32),
-            query_start_loc=np.concatenate([[0], ends]).astype(np.int32),
-            seq_lens=(starts + lengths).astype(np.int32),
-            block_tables=tables,
-            logits_rows=np.arange(ends[-1], dtype=np.int32),
-        )
-
     def drawn(self, rows: list[Row], token_ids: list[int]) -> None:
         """Keep what was drawn after each token of `rows`, as far as the drafts were right."""
         begin = 0
@@ -183,6 +165,18 @@ class Speculation:
         """Return for how many tokens from `position` on a sequence has blocks, up to the most that are computed."""
         columns = np.arange(position, min(position + self._most_tokens, self._max_model_len)) // BLOCK_SIZE
         return int(np.count_nonzero(block_table[columns]))  # they are without gaps: 0 stands for none
+
+
+def step_of(rows: list[Row], planned: Step) -> Step:
+    """Return the step that computes `rows` in place of those that were planned, and draws after each."""
+    every = np.ones(len(rows), np.bool_)
+    lengths = np.array([len(row.token_ids) for row in rows], np.int64)
+    return dataclasses.replace(
+        planned,
+        rows=Rows(np.array([row.slot for row in rows], np.int64), lengths, samples=every, follows=~every),
+        context_lengths=np.array([row.position for row in rows], np.int64),
+        token_ids=np.array([token_id for row in rows for token_id in row.token_ids], np.int32),
+    )
 
 
 def draft(history: Int32Array, length: int) -> list[int]:

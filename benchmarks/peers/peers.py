@@ -41,11 +41,11 @@ INSTALL = {
 }
 
 
-def octavo(model: Path, port: int, kv_cache: str = "1GiB", speculative_tokens: int = 7) -> Contender:
+def octavo(model: Path, port: int, kv_cache: str = "1GiB", speculates: bool = True) -> Contender:
     """Octavo, from the environment that runs the benchmark."""
     command = [sys.executable, "-P", "-m", "octavo.services.cli", "serve", str(model), "--device=cpu"]
     command += ["--grpc-address=127.0.0.1:0", f"--http-address=127.0.0.1:{port}", f"--kv-cache-memory={kv_cache}"]
-    command += [f"--speculative-tokens={speculative_tokens}"]
+    command += [] if speculates else ["--speculative-tokens=0"]
     return Contender("octavo", tuple(command), "/health", model.name)
 
 

@@ -188,7 +188,7 @@ async def measure(
         await measure_server(peers.octavo(model, PORT), round_, chosen, result, log)
         return
     if kind == WITHOUT_SPECULATION:
-        contender = peers.octavo(model, PORT, speculative_tokens=0)
+        contender = peers.octavo(model, PORT, speculates=False)
         await measure_server(contender, round_, [case for case in chosen if case == "c1"], result, log)
         return
     for is_apart in (False, True):

@@ -66,6 +66,7 @@ class Sequence:
     blocks          its blocks, in order; block_hashes names the full ones, as far as hashed
     expected_tokens prompt and output together are expected to get about so long
     slot_scores     its slot was opened with the wish for log probabilities of the prompt
+    num_accepted    output tokens that took no step of their own: they were guessed, and the guess was right
     num_scored      prompt tokens whose log probabilities are known or not wanted: all, unless they are wanted
     kept_logprobs   of its newest tokens, if its request can be resumed and wants them
     ending          how it ended, if its client was told
