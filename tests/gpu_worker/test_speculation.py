@@ -69,12 +69,14 @@ class CountingDevice(CpuDevice):
     num_forwards = 0
     most_tokens = 0
     last_position = 0
+    last_start = 0  # of a row
     spoiled_position = -1
 
     def forward(self, step: StepInput) -> Float32Array:
         self.num_forwards += 1
         self.most_tokens = max(self.most_tokens, len(step.token_ids))
         self.last_position = max(self.last_position, int(step.positions.max()))
+        self.last_start = max(self.last_start, int(step.positions[step.query_start_loc[:-1]].max()))
         logits = super().forward(step)
         logits[step.positions[step.logits_rows] == self.spoiled_position] = np.nan
         return logits
@@ -275,6 +277,7 @@ def test_a_row_that_is_not_finite_waits_while_another_is_computed() -> None:
             planner.step([(first, 1, False), (second, 1, False)])
 
         assert len(first.tokens) - 1 == position + 1
+        assert planner.device.last_start <= position, "there is no token to go on from"
 
 
 def test_nothing_is_computed_beyond_the_longest_context() -> None:
