@@ -90,7 +90,11 @@ class Step:
     @cached_property
     def sampled_positions(self) -> Int32Array:
         """The absolute position of each token that is drawn, [R]."""
-        return (self.context_lengths + self.rows.query_lengths)[self.rows.samples].astype(np.int32)
+        rows = self.rows
+        if rows.num_drafts is None:
+            return (self.context_lengths + rows.query_lengths)[rows.samples].astype(np.int32)
+        positions = self.context_lengths[rows.row_of_token] + rows.offset_of_token
+        return (positions[rows.drawn_tokens] + 1).astype(np.int32)
 
 
 class Slots:

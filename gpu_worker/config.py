@@ -95,10 +95,10 @@ class WorkerConfig(TelemetryConfig):
         metadata={"help": "most space that they may take; the oldest go first", "kind": "bytes", "metavar": "BYTES"},
     )
     speculative_tokens: int = field(
-        default=7,
+        default=15,
         metadata={
             "help": "most tokens of a sequence that are guessed from what it repeats and computed in one step, on CPUs "
-            "and while one or two sequences run; 0: none. What is generated stays the same"
+            "and where that pays; 0: none. What is generated stays the same"
         },
     )
     num_threads: int = field(default=0, metadata={"help": "threads that compute; 0: one for each core"})

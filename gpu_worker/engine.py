@@ -154,7 +154,7 @@ def make_engine(
     if loaded.pooling is None:
         grammars = make_grammars(vocabulary_reader(Path(config.model), vocab_size), vocab_size, patience_s)
     speculation = None
-    if config.speculative_tokens:
+    if config.speculative_tokens and wanted.token_counts:
         most = config.speculative_tokens
         speculation = functools.partial(Speculation, max_running, loaded.max_model_len, most, max_batch_tokens)
     runner = make_runner(
@@ -216,8 +216,9 @@ def _result(step_id: int, sampled_slots: Int32Array, outcome: Outcome) -> worker
         token_ids=sampled.token_ids.astype(_UINT32).tobytes(),
         forward_us=outcome.forward_us,
         sample_us=outcome.sample_us,
-        accepted=outcome.is_accepted,
     )
+    if outcome.token_counts is not None:
+        result.token_counts = outcome.token_counts.astype(_UINT32).tobytes()
     if len(sampled.logprobs):
         result.logprobs = sampled.logprobs.astype("<f4").tobytes()
         result.ranks = sampled.ranks.astype(_UINT32).tobytes()

@@ -18,8 +18,8 @@ from octavo.gpu_worker.prompt_scores import PromptRows, PromptScores, merged_row
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
 from octavo.gpu_worker.rows import Rows
 from octavo.gpu_worker.runner import Outcome
-from octavo.gpu_worker.sampler import Sampler, without_logprobs
-from octavo.gpu_worker.speculation import Speculation, step_of
+from octavo.gpu_worker.sampler import Sampled, Sampler
+from octavo.gpu_worker.speculation import Speculation
 
 log = logging.getLogger("octavo.worker")
 
@@ -31,6 +31,7 @@ class HostMemory:
     """What all runners over a `Device` share: its cache and its memory are the host's."""
 
     scores_prompts = False
+    max_row_tokens = 1
 
     def __init__(self, device: Device) -> None:
         self.name = device.name
@@ -74,13 +75,20 @@ class HostRunner(HostMemory):
         max_blocks_per_sequence: int,
         vocab_size: int,
         grammars: Grammars | None = None,
-        speculation: Callable[[], Speculation] | None = None,
+        speculation: Callable[[int], Speculation] | None = None,
     ) -> None:
-        """speculation: makes what steps of few rows are computed ahead by; None: each is computed as planned."""
+        """speculation: makes what guesses tokens, for so many KV blocks; None: a step makes one token of each row."""
         super().__init__(device)
+        self._num_blocks = 0
         self._grammars = grammars
         self._sizes = (max_running, max_blocks_per_sequence, vocab_size)
         self._make_speculation = speculation
+        self.reset()
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate the device's cache."""
+        super().allocate_kv(num_blocks)
+        self._num_blocks = num_blocks
         self.reset()
 
     def reset(self) -> None:
@@ -89,7 +97,10 @@ class HostRunner(HostMemory):
         self._sampler = Sampler(self._device, vocab_size, max_running, self._grammars)
         self._prompts = PromptScores()
         self._tables = Tables(max_running, max_blocks)
-        self._speculation = self._make_speculation() if self._make_speculation is not None else None
+        self._speculation: Speculation | None = None
+        if self._make_speculation is not None:
+            self._speculation = self._make_speculation(self._num_blocks)
+            self.max_row_tokens = self._speculation.max_row_tokens
         self._no_logits = np.empty((0, vocab_size), np.float32)
 
     def start(self, step: Step) -> Done:
@@ -100,44 +111,41 @@ class HostRunner(HostMemory):
         for slot, settings in step.opened:
             self._sampler.open_slot(slot, settings)
             self._prompts.open_slot(slot, settings)
-        if self._speculation is not None and step.opened:
-            self._speculation.open_slots(step.opened_slots)
         self._tables.append(step)
         if len(step.copy_pairs):
             self._device.copy_blocks(step.copy_pairs)
-        prompts = self._prompts.rows_of(step)
-        if prompts is None and self._speculation is not None and self._can_be_ahead(step, self._speculation):
-            return self._start_ahead(step, self._speculation)
+        if self._speculation is not None:
+            return self._speculate(step, self._speculation)
+        sampled, times = self._compute(step)
+        self._tables.record(step.rows.sampled_slots, sampled.token_ids)
+        return Done(Outcome(sampled, *times))
+
+    def _speculate(self, planned: Step, speculation: Speculation) -> Done:
+        """Compute a step, and of its rows what may come after them."""
+        tables = self._tables
+        speculation.forget(planned)
+        if len(planned.copy_pairs):
+            speculation.copy_blocks(planned.copy_pairs)
+        step = speculation.placed(planned, tables.block_tables)
+        step = speculation.with_drafts(step, tables.last_token_ids, tables.block_tables, self._sampler.is_plain)
+        sampled, times = self._compute(step)
+        speculation.took(step, sum(times) / 1e6)
+        token_ids, counts = speculation.accepted(planned.rows, step, sampled.token_ids)
+        slots = step.rows.slots[step.rows.samples].astype(np.int32)
+        tables.record(slots, token_ids if counts is None else token_ids[np.cumsum(counts[counts > 0]) - 1])
+        return Done(Outcome(dataclasses.replace(sampled, token_ids=token_ids), *times, token_counts=counts))
+
+    def _compute(self, step: Step) -> tuple[Sampled, tuple[int, int]]:
+        """Compute a step and draw its tokens; return them, and the microseconds that both took."""
         started = time.perf_counter()
+        prompts = self._prompts.rows_of(step)
         logits, of_prompts = self._forward(step, prompts)
         computed = time.perf_counter()
-        sampled_slots = step.rows.sampled_slots
-        sampled = self._sampler.sample(logits, sampled_slots, step.sampled_positions, step.rows.sampled_follow)
+        rows = step.rows
+        sampled = self._sampler.sample(logits, rows.sampled_slots, step.sampled_positions, rows.sampled_follow)
         if prompts is not None:
             sampled = with_prompts(sampled, prompts, of_prompts)
-        self._tables.record(sampled_slots, sampled.token_ids)
-        ended = time.perf_counter()
-        return Done(Outcome(sampled, round((computed - started) * 1e6), round((ended - computed) * 1e6)))
-
-    def _can_be_ahead(self, step: Step, speculation: Speculation) -> bool:
-        return speculation.takes(step) and self._sampler.are_plain(step.rows.sampled_slots.tolist())
-
-    def _start_ahead(self, step: Step, speculation: Speculation) -> Done:
-        """Compute what is not known yet of the step's tokens, and what may come after them."""
-        started = computed = time.perf_counter()
-        rows = speculation.plan(step, self._tables.last_token_ids, self._tables.block_tables)
-        if rows:
-            ahead = step_of(rows, step)
-            batch = self._tables.step_input(ahead)
-            every_token = np.arange(len(batch.token_ids), dtype=np.int32)
-            logits = self._device.forward(dataclasses.replace(batch, logits_rows=every_token))
-            computed = time.perf_counter()
-            slots = ahead.rows.slots[ahead.rows.row_of_token].astype(np.int32)
-            speculation.drawn(rows, self._sampler.sample(logits, slots, batch.positions + 1).token_ids.tolist())
-        token_ids, is_accepted = speculation.take(step)
-        self._tables.record(step.rows.sampled_slots, token_ids)
-        times = round((computed - started) * 1e6), round((time.perf_counter() - computed) * 1e6)
-        return Done(Outcome(without_logprobs(token_ids), *times, is_accepted=is_accepted))
+        return sampled, (round((computed - started) * 1e6), round((time.perf_counter() - computed) * 1e6))
 
     def _forward(self, step: Step, prompts: PromptRows | None) -> tuple[Float32Array, Float32Array]:
         """Compute a step; return the logits that tokens are drawn from, and those of the rows of prompts."""
@@ -145,7 +153,7 @@ class HostRunner(HostMemory):
             return self._no_logits, self._no_logits
         batch = self._tables.step_input(step)
         if self._speculation is not None:
-            self._speculation.computed(step.rows, batch)
+            self._speculation.computed(batch)
         if prompts is None:
             return self._device.forward(batch), self._no_logits
         rows, is_prompt = merged_rows(prompts, batch.logits_rows)
@@ -233,5 +241,5 @@ class Tables:
             query_start_loc=query_start_loc,
             seq_lens=np.empty(len(rows.slots), np.int32),
             block_tables=self.block_tables[rows.slots],
-            logits_rows=(rows.query_ends[rows.samples] - 1).astype(np.int32),
+            logits_rows=rows.drawn_tokens.astype(np.int32),
         )

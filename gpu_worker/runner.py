@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from octavo.gpu_worker.batch import Step
+from octavo.gpu_worker.ops import UInt32Array
 from octavo.gpu_worker.pooler import Vectors
 from octavo.gpu_worker.sampler import Sampled
 
@@ -20,14 +21,14 @@ MAX_STEPS_IN_FLIGHT = 2
 class Outcome:
     """What a step made, and what it took. Of a model that makes vectors nothing is sampled.
 
-    is_accepted  as `StepResult.accepted`
+    token_counts  as `StepResult.token_counts`; None if it is empty
     """
 
     sampled: Sampled
     forward_us: int
     sample_us: int
     vectors: Vectors | None = None
-    is_accepted: bytes = b""
+    token_counts: UInt32Array | None = None
 
 
 class Running(Protocol):
@@ -44,10 +45,12 @@ class Runner(Protocol):
     """A device with all that plans refer to: block tables, sampling settings, last tokens.
 
     scores_prompts  slots may ask for log probabilities of their prompts
+    max_row_tokens  most tokens that a step makes of a row
     """
 
     name: str
     scores_prompts: bool
+    max_row_tokens: int
 
     def kv_block_bytes(self) -> int:
         """Bytes that one block of 16 tokens takes, over all layers, keys and values; 0 if there is no cache."""

@@ -81,9 +81,10 @@ class Sampler:
         """Forget a slot."""
         self._slots[slot] = None
 
-    def are_plain(self, slots: list[int]) -> bool:
-        """Tell whether tokens of `slots` are drawn from the logits as they are, whatever was drawn before."""
-        return all(state is not None and state.is_plain for state in map(self._slots.__getitem__, slots))
+    def is_plain(self, slot: int) -> bool:
+        """Tell whether tokens of a slot are drawn from the logits as they are, whatever was drawn before."""
+        state = self._slots[slot]
+        return state is not None and state.is_plain
 
     def sample(
         self,
@@ -100,9 +101,9 @@ class Sampler:
         follows    [R] whether the row's last token was taken to be what was drawn last for its slot; None: nowhere
         """
         best_ids = self._drawer.argmax(logits)
-        rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
-        if all(row.slot.takes_best for row in rows):
+        if all(state is not None and state.takes_best for state in map(self._slots.__getitem__, slots.tolist())):
             return without_logprobs(best_ids.view(np.uint32))  # where a row is not finite, -1 is NOT_FINITE_TOKEN
+        rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
         finite = best_ids >= 0
         if finite.all() and all(row.slot.is_plain for row in rows):
             draws = [row.slot.settings.draw_at(row.position) for row in rows]

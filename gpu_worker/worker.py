@@ -236,6 +236,7 @@ class Worker:
             whole_sequences=not limits.has_cache,
             structured_output=engine.takes_grammars,
             prompt_logprobs=engine.scores_prompts,
+            max_row_tokens=engine.runner.max_row_tokens,
         )
         log.info(
             "joined with epoch %d: device %s, %d KV blocks, context %d",

@@ -38,6 +38,7 @@ class CudaRunner:
     """
 
     scores_prompts = False
+    max_row_tokens = 1
 
     def __init__(
         self,

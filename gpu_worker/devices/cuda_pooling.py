@@ -57,6 +57,7 @@ class CudaPoolingRunner:
     """
 
     scores_prompts = False
+    max_row_tokens = 1
 
     def __init__(
         self,

@@ -117,13 +117,16 @@ class BlockAllocator:
         exclusive = sum(block.ref_count == 1 for block in seq.blocks)
         return min(seq.num_computed, exclusive * BLOCK_SIZE)
 
-    def check_invariants(self, sequences: Iterable[Sequence]) -> None:
-        """Assert that blocks and sequences agree. `sequences` are all that run on this group."""
+    def check_invariants(self, sequences: Iterable[Sequence], num_uncertain: int = 0) -> None:
+        """Assert that blocks and sequences agree. `sequences` are all that run on this group.
+
+        num_uncertain  so many tokens may not be computed by plans in flight, for want of a block
+        """
         running = list(sequences)
         held = Counter(block.id for seq in running for block in seq.blocks)
         self.pool.check_invariants(held)
         for seq in running:
-            assert len(seq.blocks) * BLOCK_SIZE >= seq.num_computed, seq
+            assert len(seq.blocks) * BLOCK_SIZE >= seq.num_computed - min(num_uncertain, seq.num_pending), seq
             assert len({block.id for block in seq.blocks}) == len(seq.blocks), f"{seq} holds a block twice"
             assert seq.num_hashed_blocks <= len(seq.block_hashes) <= len(seq.tokens) // BLOCK_SIZE, seq
         for owner in self._computing.values():

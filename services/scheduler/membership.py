@@ -168,6 +168,7 @@ class Membership:
             kv_block_size=BLOCK_SIZE,
             max_batch_tokens=self._config.max_batch_tokens,
             max_running=self._config.max_running,
+            token_counts=True,
         )
         self._send(member, worker_pb2.WorkerFrame(worker_config=worker_config), now)
 

@@ -100,7 +100,7 @@ class Node:
 
     def _on_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
         limits = (ready.kv_blocks, ready.max_model_len, now, ready.max_batch_tokens)
-        features = ready.structured_output, ready.prompt_logprobs
+        features = ready.structured_output, ready.prompt_logprobs, ready.max_row_tokens or 1
         self.core.worker_joined(group_id, epoch, *limits, ModelFacts.of(ready), *features)
         self._changed()
 

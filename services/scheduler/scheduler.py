@@ -221,12 +221,14 @@ class Scheduler:
         model: ModelFacts = GENERATOR,
         takes_grammars: bool = False,
         scores_prompts: bool = False,
+        max_row_tokens: int = 1,
     ) -> None:
         """Take a worker group into service. Its cache is empty, its slots are free.
 
         max_batch_tokens  most tokens in a step that its memory has room for; 0 if it is the configured number
         takes_grammars    its workers can keep to a request's constraint
         scores_prompts    they give log probabilities of prompts
+        max_row_tokens    most tokens that one of their steps makes of a sequence
         """
         assert group_id not in self._groups, f"group {group_id} joined twice"
         config, clock = self._config, StepClock(self._config.step_timeout_s)
@@ -238,6 +240,7 @@ class Scheduler:
         self._model = model
         group.takes_grammars = takes_grammars
         group.scores_prompts = scores_prompts
+        group.max_row_tokens = max_row_tokens
         self._groups[group_id] = group
         self._max_model_len = min(other.max_model_len for other in self._groups.values())
         self._last_worker_at = now

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from array import array
+
 from google.rpc import code_pb2
 
+from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.endings import Endings
 from octavo.services.scheduler.outputs import (
     LogprobReader,
@@ -47,20 +51,26 @@ class StepDigest:
             self._digest_vectors(group, step, result, now)
             return True
         token_ids = read_column("I", result.token_ids)
-        if len(token_ids) != len(step.sampled):
+        sampled = step.sampled
+        counts = read_column("I", result.token_counts) if result.token_counts else None
+        if counts is not None:
+            self._check_counts(group, step, counts)
+            sampled = [seq for seq, count in zip(sampled, counts, strict=True) for _ in range(count)]
+        if len(token_ids) != len(sampled):
             raise WorkerMisbehavedError(
-                f"step {step.step_id} samples {len(step.sampled)} rows, answered were {len(token_ids)}"
+                f"step {step.step_id} samples {len(sampled)} tokens, answered were {len(token_ids)}"
             )
         logprobs = LogprobReader(result)
-        if result.accepted:
-            self._count_accepted(step, result.accepted)
         group.in_flight.popleft()
         gap_s = now - group.last_result_at
         num_first = self._tally.answered(step, result, group.measure(step, now), now)
         if step.scored:
             self._digest_prompts(step, logprobs)
-        num_unwanted = 0
-        for seq, token in zip(step.sampled, token_ids, strict=True):
+        if counts is not None:
+            self._advance(step, counts)
+        num_unwanted = num_accepted = 0
+        before: Sequence | None = None
+        for seq, token in zip(sampled, token_ids, strict=True):
             seq.num_pending -= 1
             is_wanted = seq.state is not SequenceState.FINISHED and token < TOO_COMPLEX
             row = logprobs.read(seq.num_logprobs) if seq.num_logprobs >= 0 else None
@@ -79,6 +89,10 @@ class StepDigest:
             outbox.handles.append(seq.handle)
             outbox.candidate_indexes.append(seq.candidate_index)
             outbox.token_ids.append(token)
+            if seq is before:
+                seq.num_accepted += 1
+                num_accepted += 1
+            before = seq
             if not seq.first_token_at:
                 seq.first_token_at = now
             seq.last_token_at = now
@@ -88,21 +102,34 @@ class StepDigest:
                 self._endings.finish(seq, length_reason(seq), now)
             elif seq.num_pending == 0 and seq.state is SequenceState.WAITING:
                 self._states.settle(seq)
-        self._tally.digested(len(token_ids) - num_unwanted, num_first, gap_s)
+        self._tally.digested(len(token_ids) - num_unwanted, num_first, num_accepted, gap_s)
         if self._suspects:
             self._suspects.survived(step.sampled)
         return True
 
-    def _count_accepted(self, step: StepInFlight, accepted: bytes) -> None:
-        """Count the tokens that took no step of their own. Raises WorkerMisbehavedError."""
-        if len(accepted) != len(step.sampled):
+    def _check_counts(self, group: WorkerGroup, step: StepInFlight, counts: array[int]) -> None:
+        """Raise WorkerMisbehavedError if rows cannot have so many tokens."""
+        if len(counts) != len(step.sampled):
             raise WorkerMisbehavedError(
-                f"step {step.step_id} samples {len(step.sampled)} rows, and {len(accepted)} have `accepted`"
+                f"step {step.step_id} samples {len(step.sampled)} rows, `token_counts` has {len(counts)}"
             )
-        for seq, is_accepted in zip(step.sampled, accepted, strict=True):
-            if is_accepted and seq.state is not SequenceState.FINISHED:
-                seq.num_accepted += 1
-                self._tally.accepted_tokens += 1
+        least, most = (1, 1) if group.max_row_tokens == 1 else (0, group.max_row_tokens)
+        for seq, count in zip(step.sampled, counts, strict=True):
+            # Tokens that its blocks hold, and one that is drawn after them.
+            room = len(seq.blocks) * BLOCK_SIZE + 1 if seq.state is SequenceState.RUNNING else math.inf
+            if not least <= count <= most or (count > 1 and len(seq.tokens) + count > room):
+                raise WorkerMisbehavedError(f"step {step.step_id} cannot have made {count} tokens of {seq}")
+
+    def _advance(self, step: StepInFlight, counts: array[int]) -> None:
+        """Correct what was thought when the plan was made, that each row makes one token."""
+        for seq, count in zip(step.sampled, counts, strict=True):
+            if count == 1:
+                continue
+            seq.num_pending += count - 1
+            if seq.state is SequenceState.RUNNING:
+                seq.num_computed += count - 1
+            elif seq.state is SequenceState.WAITING and seq.num_pending == 0:
+                self._states.settle(seq)
 
     def _digest_prompts(self, step: StepInFlight, logprobs: LogprobReader) -> None:
         """Take the log probabilities of prompt tokens. What was computed again is known already."""

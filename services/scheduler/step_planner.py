@@ -11,7 +11,7 @@ from octavo.services.scheduler.sequence import Sequence, SequenceState
 from octavo.services.scheduler.sequence_states import SequenceStates
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.tally import Tally
-from octavo.services.scheduler.worker_group import StepInFlight, WorkerGroup
+from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, StepInFlight, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
 MAX_SCORED_TOKENS = 128  # in a step: each makes a row of logits, and is ranked among the vocabulary
@@ -64,7 +64,7 @@ class StepPlanner:
         """Preempt until every decoding sequence that starts a new block can have one."""
         while group.pool.num_free < len(group.decoding):  # else each could have one
             needed = sum(
-                seq.num_computed == len(seq.blocks) * BLOCK_SIZE and seq.num_computed + 1 < seq.max_tokens
+                seq.num_computed >= len(seq.blocks) * BLOCK_SIZE and seq.num_computed + 1 < seq.max_tokens
                 for seq in group.decoding
             )
             if group.pool.num_free >= needed:
@@ -77,11 +77,12 @@ class StepPlanner:
         """Add one token of every decoding sequence. This loop runs for every token: it is kept flat."""
         slots, context_lengths, row_flags = plan.slots, plan.context_lengths, plan.row_flags
         token_ids, sampled = plan.token_ids, plan.sampled
+        lookahead = self._lookahead(group)
         for seq in group.decoding:
             position = seq.num_computed
             if position + 1 >= seq.max_tokens:
                 continue  # the steps in flight make its last token
-            if position == len(seq.blocks) * BLOCK_SIZE:
+            if min(position + lookahead, seq.max_tokens - 2) >= len(seq.blocks) * BLOCK_SIZE:
                 plan.add_blocks(seq.slot, [group.allocator.grow(seq)])
                 # Output is charged a block at a time: here, and not for every token.
                 self._fair_share.charge(seq.request.submit.tenant, BLOCK_SIZE)
@@ -98,6 +99,16 @@ class StepPlanner:
             sampled.append(seq)
         plan.num_tokens = len(slots)
         plan.query_lengths.extend([1] * len(slots))
+
+    @staticmethod
+    def _lookahead(group: WorkerGroup) -> int:
+        """Return how far beyond the next token a sequence should have blocks.
+
+        Where steps make several tokens of it, as far as this one and the one in flight may get, if there are plenty.
+        """
+        if group.pool.num_free < 2 * len(group.decoding):
+            return 0
+        return min(MAX_STEPS_IN_FLIGHT * (group.max_row_tokens - 1), BLOCK_SIZE)
 
     def _plan_prefills(self, group: WorkerGroup, plan: PlanBuilder, now: float) -> list[Sequence]:
         """Share what is left of the step among prompts: shortest remaining first, with ageing.

@@ -141,11 +141,18 @@ class Tally:
                 self._prefill_s.observe(now - seq.first_scheduled_at)
         return num_first
 
-    def digested(self, num_tokens: int, num_first: int, gap_s: float) -> None:
-        """A step brought tokens. All but the first ones come `gap_s` after those of the step before."""
+    def digested(self, num_tokens: int, num_first: int, num_accepted: int, gap_s: float) -> None:
+        """A step brought tokens.
+
+        Those accepted from speculation come with one before them; all others but the first ones of a sequence
+        come `gap_s` after those of the step before.
+        """
         self.output_tokens += num_tokens
-        if num_tokens > num_first:
-            self._gaps.observe(gap_s, num_tokens - num_first)
+        self.accepted_tokens += num_accepted
+        if num_accepted:
+            self._gaps.observe(0.0, num_accepted)
+        if num_tokens > num_first + num_accepted:
+            self._gaps.observe(gap_s, num_tokens - num_first - num_accepted)
 
     def _span(self, name: str, seq: Sequence, start: float, end: float) -> None:
         if len(self._spans) < _MAX_SPANS:

@@ -72,8 +72,9 @@ class WorkerGroup:
         self.cost = StepCost()
         self._clock = clock
         self.last_result_at = 0.0
-        self.takes_grammars = False  # set when it joins; so is this:
+        self.takes_grammars = False  # set when it joins; so are these:
         self.scores_prompts = False
+        self.max_row_tokens = 1
 
     @property
     def num_running(self) -> int:
@@ -148,4 +149,4 @@ class WorkerGroup:
         slots = [seq.slot for seq in running] + self.free_slots
         assert len(set(slots)) == len(slots), "a slot is used twice"
         assert len(self.in_flight) <= MAX_STEPS_IN_FLIGHT
-        self.allocator.check_invariants([] if self.model.whole_sequences else running)
+        self.allocator.check_invariants([] if self.model.whole_sequences else running, int(self.max_row_tokens > 1))

@@ -35,6 +35,7 @@ class Swarm:
     duplication: float = 0.0
     reordering: float = 0.0
     lateness: float = 0.0  # of rows that get no token yet
+    max_row_tokens: int = 1  # of a step
     max_delay_s: float = 0.0
     step_s: float = 0.0
     poison: bool = False  # one prompt kills whoever computes it
@@ -73,6 +74,7 @@ def draw(seed: int) -> Swarm:
         swarm.duplication = rng.choice([0.02, 0.1])
     if rng.random() < 0.25:
         swarm.reordering = 0.02 if seed % 2 else 0.1
+    swarm.max_row_tokens = random.Random(f"tokens {seed}").choice([1, 1, 4, 16])
     swarm.lateness = random.Random(f"late {seed}").choice([0.0, 0.0, 0.1, 0.6])
     kinds = rng.sample(FAULTS, rng.choice([0, 1, 2, 3, 5]))
     swarm.faults_end = rng.choice([0.2, 0.6, 1.5])

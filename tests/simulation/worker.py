@@ -38,6 +38,8 @@ class SimWorker:
         self.epoch = self.last_step_id = 0
         self.model = FakeWorker(self.world.swarm.num_blocks)
         self.model.is_row_late = self._is_row_late
+        self.model.max_row_tokens = most = self.world.swarm.max_row_tokens
+        self.model.num_guessed = lambda: self.rng.randrange(most)
         self.heard_at = self.world.now
 
     def _is_row_late(self) -> bool:
@@ -87,8 +89,11 @@ class SimWorker:
             if frame.epoch >= self.epoch:
                 self._reset()
                 self.epoch = frame.epoch
-                blocks, context = self.world.swarm.num_blocks, self.world.swarm.max_model_len
-                self._send(worker_pb2.WorkerFrame(worker_ready={"kv_blocks": blocks, "max_model_len": context}))
+                swarm = self.world.swarm
+                ready = worker_pb2.WorkerReady(
+                    kv_blocks=swarm.num_blocks, max_model_len=swarm.max_model_len, max_row_tokens=swarm.max_row_tokens
+                )
+                self._send(worker_pb2.WorkerFrame(worker_ready=ready))
         elif frame.epoch == self.epoch and self.epoch:
             self.heard_at = self.world.now
             if kind == "step_plan":

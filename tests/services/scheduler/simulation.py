@@ -62,6 +62,7 @@ class Slot:
     prompt_width: int
     block_table: list[int] = field(default_factory=list)
     last_sampled: int | None = None
+    position: int = 0  # of that token
     is_late: bool = False
 
 
@@ -76,7 +77,8 @@ class FakeWorker:
         self.steps = 0
         self.largest_step = 0
         self.not_finite_after: int | None = None
-        self.accepts: Callable[[int], bool] = lambda _: False  # whether a step's tokens come from speculation
+        self.max_row_tokens = 1
+        self.num_guessed: Callable[[], int] = lambda: 0  # asked for each row of one token: how many more it gets
         self.is_row_late: Callable[[], bool] = lambda: False  # asked for each row that could get a token
 
     def execute(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepResult:
@@ -105,8 +107,8 @@ class FakeWorker:
         assert sum(lengths) == plan.num_tokens
         self.largest_step = max(self.largest_step, plan.num_tokens)
         result = worker_pb2.StepResult(step_id=plan.step_id)
-        sampled_slots, tokens, logprobs, ranks, ids, values = (
-            array("I"), array("I"), array("f"), array("I"), array("I"), array("f"),
+        sampled_slots, tokens, counts, logprobs, ranks, ids, values = (
+            array("I"), array("I"), array("I"), array("f"), array("I"), array("I"), array("f"),
         )  # fmt: skip
         for row, index in enumerate(slots):
             slot = self.slots[index]
@@ -118,28 +120,46 @@ class FakeWorker:
         for row, index in enumerate(slots):
             slot, flags = self.slots[index], plan.row_flags[row]
             query = [next(known) for _ in range(lengths[row] - bool(flags & 2))]
+            context = contexts[row]
             if flags & 2:
                 assert slot.last_sampled is not None
                 query.append(slot.last_sampled)
-            state = self._write(slot, contexts[row], query)
-            if flags & 1:
+                assert self.max_row_tokens > 1 or context == slot.position - len(query) + 1
+                context = slot.position - len(query) + 1
+            if not flags & 1:
+                self._write(slot, context, query)
+                continue
+            sampled_slots.append(index)
+            counts.append(0)
+            room = len(slot.block_table) * self.block_size - context
+            assert room >= len(query) or self.max_row_tokens > 1
+            num_rounds = 1 + (self.num_guessed() if len(query) == 1 else 0)
+            assert num_rounds <= self.max_row_tokens
+            is_late = slot.is_late and bool(flags & 2)
+            for _ in range(num_rounds if is_late else min(num_rounds, room - len(query) + 1)):
+                state = 0 if is_late else self._write(slot, context, query)
                 slot.last_sampled = next_token(state, slot.seed, slot.candidate)
-                slot.is_late = self.is_row_late() or (slot.is_late and bool(flags & 2))
+                slot.position = context + len(query)
+                slot.is_late = is_late or self.is_row_late()
                 answer = slot.last_sampled
                 if slot.is_late:  # a row that goes on from here computes nonsense
                     answer, slot.last_sampled = NOT_READY, 1
                 if query[-1] == self.not_finite_after:
                     answer = NOT_FINITE
-                sampled_slots.append(index)
                 tokens.append(answer)
+                counts[-1] += 1
                 if slot.width >= 0:
                     logprobs.append(-float(slot.last_sampled % 7))
                     ranks.append(1)
                     ids.extend(range(slot.width))
                     values.extend(-float(n) for n in range(slot.width))
+                if answer in (NOT_READY, NOT_FINITE):
+                    break
+                context, query = slot.position, [slot.last_sampled]
         assert next(known, None) is None
         result.slot_indexes, result.token_ids = sampled_slots.tobytes(), tokens.tobytes()
-        result.accepted = bytes(len(tokens) * [1] if self.accepts(plan.step_id) else [])
+        if any(count != 1 for count in counts):
+            result.token_counts = counts.tobytes()
         result.logprobs, result.ranks = logprobs.tobytes(), ranks.tobytes()
         result.candidate_token_ids, result.candidate_logprobs = ids.tobytes(), values.tobytes()
         return result
@@ -185,9 +205,12 @@ class World:
         tally: Tally | None = None,
         check: bool = True,
         scores_prompts: bool = True,
+        max_row_tokens: int = 1,
         **settings: object,
     ) -> None:
+        """max_row_tokens: steps make so many tokens of a row, at random but always in the same way."""
         self.scores_prompts = scores_prompts
+        self.max_row_tokens = max_row_tokens
         self.config = SchedulerConfig(**settings)  # type: ignore[arg-type]
         self.check = check
         self.now = 1000.0
@@ -207,11 +230,15 @@ class World:
 
     def join(self, group_id: str, max_batch_tokens: int = 0) -> None:
         self.epochs[group_id] = self.epochs.get(group_id, 0) + 1
-        self.workers[group_id] = FakeWorker(self.num_blocks)
+        worker = self.workers[group_id] = FakeWorker(self.num_blocks)
+        worker.max_row_tokens = self.max_row_tokens
+        rng = random.Random(f"{group_id} {self.epochs[group_id]}")
+        worker.num_guessed = lambda: rng.randrange(self.max_row_tokens)
         self.queues[group_id] = []
         epoch = self.epochs[group_id]
         limits = self.num_blocks, self.max_model_len, self.now, max_batch_tokens
-        self.core.worker_joined(group_id, epoch, *limits, scores_prompts=self.scores_prompts)
+        features = {"scores_prompts": self.scores_prompts, "max_row_tokens": self.max_row_tokens}
+        self.core.worker_joined(group_id, epoch, *limits, **features)  # type: ignore[arg-type]
         self.settle()
 
     def lose(self, group_id: str, crashed: bool = False) -> None:

@@ -435,23 +435,98 @@ def test_a_worker_that_answers_the_wrong_step_or_too_few_rows_is_found_out() -> 
     result = world.workers["group-0"].execute(world.queues["group-0"][0])
     with pytest.raises(WorkerMisbehavedError):
         world.core.step_done("group-0", worker_pb2.StepResult(step_id=9), world.now)
-    result.accepted = bytes(2)
-    with pytest.raises(WorkerMisbehavedError, match="2 have `accepted`"):
-        world.core.step_done("group-0", result, world.now)
     result.token_ids = b""
     with pytest.raises(WorkerMisbehavedError):
         world.core.step_done("group-0", result, world.now)
 
 
+@pytest.mark.parametrize(
+    ("max_row_tokens", "counts", "problem"),
+    [
+        (4, [1, 1], "`token_counts` has 2"),
+        (4, [5], "cannot have made 5 tokens"),
+        (4, [2**32 - 1], "cannot have made"),
+        (1, [0], "cannot have made 0 tokens"),
+        (64, [30], "cannot have made 30 tokens"),  # it has no blocks for so many
+        (4, [2], "samples 2 tokens, answered were 1"),
+        (4, [0], "samples 0 tokens, answered were 1"),
+    ],
+)
+def test_a_worker_that_answers_too_many_or_too_few_tokens_is_found_out(
+    max_row_tokens: int, counts: list[int], problem: str
+) -> None:
+    world = World(max_row_tokens=max_row_tokens)
+    world.submit(PROMPT)
+    result = world.workers["group-0"].execute(world.queues["group-0"][0])
+    result.token_ids = array("I", [5] * (counts[0] if counts == [30] else 1)).tobytes()
+    result.token_counts = array("I", counts).tobytes()
+    with pytest.raises(WorkerMisbehavedError, match=problem):
+        world.core.step_done("group-0", result, world.now)
+
+
 def test_tokens_that_took_no_step_of_their_own_are_counted() -> None:
-    world = World()
-    world.workers["group-0"].accepts = lambda step_id: step_id % 3 == 0
-    streams = [world.submit(PROMPT, max_new_tokens=10), world.submit([5] * 20, max_new_tokens=4)]
+    world = World(max_row_tokens=4)
+    world.workers["group-0"].num_guessed = lambda: 2
+    streams = [world.submit(PROMPT, max_new_tokens=10), world.submit([5] * 20, max_new_tokens=6)]
     world.run()
 
+    # One token comes with the prompt; then each step has three, but the last one of the second no more than fit.
+    assert [stream.tokens[0] for stream in streams] == [expected_output(PROMPT, 10), expected_output([5] * 20, 6)]
+    assert world.workers["group-0"].steps <= 1 + 3 + 2  # with those that were planned when the end was not known
     counts = [stream.finished[0].usage.speculative_accepted_tokens for stream in streams]
-    assert counts == [3, 2]
-    assert world.core._tally.accepted_tokens == 5
+    assert counts == [6, 3]
+    assert world.core._tally.accepted_tokens == 9
+    assert world.core._tally.output_tokens == 16
+
+
+def test_what_comes_after_a_stop_token_in_the_same_step_is_dropped() -> None:
+    world = World(max_row_tokens=8)
+    world.workers["group-0"].num_guessed = lambda: 7
+    expected = expected_output(PROMPT, 4)
+    stream = world.submit(PROMPT, max_new_tokens=20, end_of_sequence_ids=[expected[-1]])
+    world.run()
+
+    assert stream.tokens[0] == expected
+    usage = stream.finished[0].usage
+    assert (usage.output_tokens, usage.speculative_accepted_tokens) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "max_row_tokens", "max_new_tokens", "expected"),
+    [
+        (64, 1, 30, 1),
+        (64, 9, 30, 2),
+        (3, 9, 10, 1),  # they are scarce
+        (64, 9, 2, 1),  # it ends before
+    ],
+)
+def test_sequences_have_blocks_for_guesses_where_there_are_plenty(
+    num_blocks: int, max_row_tokens: int, max_new_tokens: int, expected: int
+) -> None:
+    world = World(num_blocks=num_blocks, max_row_tokens=max_row_tokens)
+    world.workers["group-0"].num_guessed = lambda: 0
+    world.submit([5] * 15, max_new_tokens=max_new_tokens)
+    world.step()
+    world.step()  # computes the sixteenth token
+
+    (slot,) = world.workers["group-0"].slots.values()
+    assert len(slot.block_table) == expected
+
+
+def test_a_sequence_that_outruns_its_blocks_goes_on() -> None:
+    world = World(num_blocks=4, max_row_tokens=16)
+    worker = world.workers["group-0"]
+    worker.num_guessed = lambda: 15
+    stream = world.submit([5] * 10, max_new_tokens=30)
+    counts: list[int] = []
+    while world.queues["group-0"]:
+        result = worker.execute(world.queues["group-0"].pop(0))
+        counts += array("I", result.token_counts) or [1]
+        world.core.step_done("group-0", result, world.now)
+        world.settle()
+
+    assert 0 in counts, "a step had no block for the next token"
+    assert stream.tokens[0] == expected_output([5] * 10, 30)
 
 
 def test_logprobs_reach_the_requests_that_asked_for_them() -> None:

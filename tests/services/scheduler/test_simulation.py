@@ -30,6 +30,7 @@ def make_world(rng: random.Random) -> World:
         max_waiting=rng.choice([3, 30]),
         max_recoveries=1000,
         ageing_tokens_per_s=rng.choice([0.0, 100.0, 1e6]),
+        max_row_tokens=rng.choice([1, 1, 4, 16]),
     )
 
 

@@ -68,7 +68,7 @@ class IdleTime(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerConfig(_message.Message):
-    __slots__ = ("model_path", "weights_sha256", "kv_block_size", "kv_blocks", "max_batch_tokens", "dtype", "max_running")
+    __slots__ = ("model_path", "weights_sha256", "kv_block_size", "kv_blocks", "max_batch_tokens", "dtype", "max_running", "token_counts")
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class WorkerConfig(_message.Message):
     MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
     model_path: str
     weights_sha256: str
     kv_block_size: int
@@ -83,10 +84,11 @@ class WorkerConfig(_message.Message):
     max_batch_tokens: int
     dtype: str
     max_running: int
-    def __init__(self, model_path: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., max_running: _Optional[int] = ...) -> None: ...
+    token_counts: bool
+    def __init__(self, model_path: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., max_running: _Optional[int] = ..., token_counts: _Optional[bool] = ...) -> None: ...
 
 class WorkerReady(_message.Message):
-    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens", "task", "vector_size", "whole_sequences", "structured_output", "prompt_logprobs")
+    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens", "task", "vector_size", "whole_sequences", "structured_output", "prompt_logprobs", "max_row_tokens")
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WARMUP_US_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +99,7 @@ class WorkerReady(_message.Message):
     WHOLE_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     STRUCTURED_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MAX_ROW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     kv_blocks: int
     warmup_us: int
     max_model_len: int
@@ -107,7 +110,8 @@ class WorkerReady(_message.Message):
     whole_sequences: bool
     structured_output: bool
     prompt_logprobs: bool
-    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., whole_sequences: _Optional[bool] = ..., structured_output: _Optional[bool] = ..., prompt_logprobs: _Optional[bool] = ...) -> None: ...
+    max_row_tokens: int
+    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., whole_sequences: _Optional[bool] = ..., structured_output: _Optional[bool] = ..., prompt_logprobs: _Optional[bool] = ..., max_row_tokens: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step_id", "num_sequences", "num_tokens", "slot_indexes", "query_lengths", "context_lengths", "token_ids", "block_table_rows", "block_table_counts", "block_ids", "copy_pairs", "freed_slots", "sampling_updates", "row_flags", "pooling_updates")
@@ -208,7 +212,7 @@ class SamplingUpdate(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., grammar: _Optional[str] = ..., end_of_sequence_ids: _Optional[bytes] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks", "vectors", "vector_sizes", "accepted")
+    __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks", "vectors", "vector_sizes", "token_counts")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     SLOT_INDEXES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -220,7 +224,7 @@ class StepResult(_message.Message):
     RANKS_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
     VECTOR_SIZES_FIELD_NUMBER: _ClassVar[int]
-    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     slot_indexes: bytes
     token_ids: bytes
@@ -232,8 +236,8 @@ class StepResult(_message.Message):
     ranks: bytes
     vectors: bytes
     vector_sizes: bytes
-    accepted: bytes
-    def __init__(self, step_id: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., candidate_token_ids: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., forward_us: _Optional[int] = ..., sample_us: _Optional[int] = ..., ranks: _Optional[bytes] = ..., vectors: _Optional[bytes] = ..., vector_sizes: _Optional[bytes] = ..., accepted: _Optional[bytes] = ...) -> None: ...
+    token_counts: bytes
+    def __init__(self, step_id: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., candidate_token_ids: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., forward_us: _Optional[int] = ..., sample_us: _Optional[int] = ..., ranks: _Optional[bytes] = ..., vectors: _Optional[bytes] = ..., vector_sizes: _Optional[bytes] = ..., token_counts: _Optional[bytes] = ...) -> None: ...
 
 class WorkerFault(_message.Message):
     __slots__ = ("step_id", "code", "reason", "message", "fatal")
