@@ -27,7 +27,8 @@ from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
 from octavo.gpu_worker.rows import Int64Array, Rows
 
 MOST_MATCHED: Final = 16  # equal tokens before a draft that are told apart
-_GAIN: Final = 2.0  # a draft token must bring so many times what its time is worth: all rows wait for it, one gains
+_LEAST_CHANCE: Final = 0.05  # of a draft token that is computed
+_OTHERS_TIME: Final = 3.0  # of a draft token, which they wait for and gain nothing by, counts so many times
 MOST_TOKENS: Final = 64  # in a step, drafts included: with more, a step takes as long as its tokens
 
 
@@ -98,7 +99,7 @@ class Speculation:
         spare = self._most_tokens - num_tokens
         if spare <= 0 or not num_tokens:
             return step
-        least = _GAIN * self._cost.worth(len(rows.slots))
+        least = max(_LEAST_CHANCE, (1 + _OTHERS_TIME * (len(rows.slots) - 1)) * self._cost.of_draft(len(rows.slots)))
         drafts: list[_Draft] = []
         last_ids = step.token_ids[rows.query_ends - 1]
         columns = rows.slots, rows.query_lengths, rows.samples, step.context_lengths, last_ids
@@ -316,9 +317,9 @@ class StepCost:
         """Learn what a step took."""
         self._lines[num_rows].add(num_drafts, seconds)
 
-    def worth(self, num_rows: int) -> float:
-        """Return how many tokens a step of `num_rows` rows makes in the time that a draft token takes in it."""
-        return num_rows * self._lines[num_rows].relative_slope(1 / (self._PRIOR_TOKENS + num_rows))
+    def of_draft(self, num_rows: int) -> float:
+        """Return what part of the time of a step of `num_rows` rows a draft token takes in addition."""
+        return self._lines[num_rows].relative_slope(1 / (self._PRIOR_TOKENS + num_rows))
 
 
 class _Line:

@@ -436,15 +436,15 @@ def test_drafts_are_as_long_as_they_are_likely_to_be_right() -> None:
 
 def test_what_a_draft_token_costs_is_learned() -> None:
     cost, rng = StepCost(8), np.random.default_rng(1)
-    before = cost.worth(8)
+    before = cost.of_draft(8)
     for per_token in (0.1, 1.0):
         for _ in range(400):
             num_drafts = int(rng.integers(0, 12))
-            interrupted = 30.0 if rng.random() < 0.01 else 0.0
-            cost.learn(8, num_drafts, 8.0 + per_token * num_drafts + rng.normal(0, 0.3) + interrupted)
-        # A step of eight rows makes a token each in 8 units of time.
-        assert cost.worth(8) == pytest.approx(per_token, rel=0.5)
-    assert cost.worth(1) == pytest.approx(StepCost(8).worth(1)), "of another number of rows nothing is known"
+            cost.learn(8, num_drafts, 8.0 + per_token * num_drafts + rng.normal(0, 0.3))
+        assert cost.of_draft(8) == pytest.approx(per_token / 8, rel=0.3)
+    assert cost.of_draft(1) == StepCost(8).of_draft(1), "of another number of rows nothing is known"
+    cost.learn(8, 6, 1e6)  # it was interrupted
+    assert cost.of_draft(8) < 2 / 8
     for _ in range(400):
         cost.learn(8, 0, 8.0)
-    assert cost.worth(8) == pytest.approx(before, rel=0.3), "all alike: they tell nothing"
+    assert cost.of_draft(8) == pytest.approx(before, rel=0.3), "all alike: they tell nothing"
