@@ -67,8 +67,8 @@ class ServeConfig:
     speculative_tokens: int = field(
         default=15,
         metadata={
-            "help": "on a CPU: guess at most so many tokens from what a text repeats, where that pays, and compute them "
-            "at once; 0: do not. The text stays the same"
+            "help": "on a CPU: guess at most so many tokens from what a text repeats, where that pays, and compute "
+            "them at once; 0: do not. The text stays the same"
         },
     )
 

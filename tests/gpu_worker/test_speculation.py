@@ -441,7 +441,7 @@ def test_what_a_draft_token_costs_is_learned() -> None:
         for _ in range(400):
             num_drafts = int(rng.integers(0, 12))
             cost.learn(8, num_drafts, 8.0 + per_token * num_drafts + rng.normal(0, 0.3))
-        assert cost.of_draft(8) == pytest.approx(per_token / 8, rel=0.3)
+        assert cost.of_draft(8) == pytest.approx(per_token / 8, rel=0.4)
     assert cost.of_draft(1) == StepCost(8).of_draft(1), "of another number of rows nothing is known"
     cost.learn(8, 6, 1e6)  # it was interrupted
     assert cost.of_draft(8) < 2 / 8
