@@ -45,7 +45,7 @@ MEASURES = {
     "prefix": ("seconds for 32 requests with a shared prefix", "seconds", False),
     "ready": ("seconds from launch until it serves", "ready_s", False),
 }
-# Speculation is on by default in Octavo, where one or two streams run, and off in the peers.
+# Speculation is on by default in Octavo, where it pays, and off in the peers.
 WITHOUT_SPECULATION = "octavo-without-speculation"
 # Peers need other settings for these: one that looks prefixes up, one whose slots hold so long prompts.
 APART = {"vllm": {"prefix"}, "llama": {"prefill", "prefix"}}
@@ -189,7 +189,7 @@ async def measure(
         return
     if kind == WITHOUT_SPECULATION:
         contender = peers.octavo(model, PORT, speculates=False)
-        await measure_server(contender, round_, [case for case in chosen if case == "c1"], result, log)
+        await measure_server(contender, round_, [case for case in chosen if case in ("c1", "c8")], result, log)
         return
     for is_apart in (False, True):
         part = [case for case in chosen if (case in APART[kind]) == is_apart]

@@ -536,9 +536,19 @@ inline bool is_intel() {
 #endif
 }
 
+inline bool is_amd() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") != 0;
+#else
+  return false;
+#endif
+}
+
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }
 inline void prefetch_to_write(const void* address) { __builtin_prefetch(address, 1, 3); }
 inline void prefetch_l2(const void* address) { __builtin_prefetch(address, 0, 2); }
+inline void prefetch_past_caches(const void* address) { __builtin_prefetch(address, 0, 0); }  // into the first one alone
 
 // Rounds to nearest and keeps subnormal numbers while it lives, whatever the calling thread was
 // set to, so that all threads compute the same bits.

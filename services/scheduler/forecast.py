@@ -130,8 +130,10 @@ class Forecast:
             return 0.0
         whole, rest = divmod(work.prompt, max_prefill_tokens)
         prefill_s = min(whole * group.cost.seconds(max_prefill_tokens) + group.cost.seconds(rest) for group in groups)
-        step_s = max(max(group.cost.mean_s, group.cost.seconds(group.num_running)) for group in groups)
-        return prefill_s + work.output * step_s
+        token_s = max(
+            max(group.cost.mean_s, group.cost.seconds(group.num_running)) / group.row_tokens for group in groups
+        )
+        return prefill_s + work.output * token_s
 
     def _running(self) -> tuple[defaultdict[str, Work], float]:
         """Return what each tenant's running sequences have left, and after how long the first one may be through."""
@@ -144,7 +146,7 @@ class Forecast:
                 work.prompt += max(seq.num_behind - 1, 0)
                 work.output += left
                 shortest = min(shortest, left)
-            next_slot_s = min(next_slot_s, shortest * group.cost.mean_s)
+            next_slot_s = min(next_slot_s, shortest * group.cost.mean_s / group.row_tokens)
         return running, next_slot_s
 
     def _until_done_s(self, tenant: str, own: Work, running: Mapping[str, Work], within_s: float, now: float) -> float:

@@ -103,6 +103,7 @@ class StepDigest:
             elif seq.num_pending == 0 and seq.state is SequenceState.WAITING:
                 self._states.settle(seq)
         self._tally.digested(len(token_ids) - num_unwanted, num_first, num_accepted, gap_s)
+        group.made(len(token_ids), len(step.sampled))
         if self._suspects:
             self._suspects.survived(step.sampled)
         return True

@@ -75,6 +75,7 @@ class WorkerGroup:
         self.takes_grammars = False  # set when it joins; so are these:
         self.scores_prompts = False
         self.max_row_tokens = 1
+        self.row_tokens = 1.0  # that a step makes of a sequence: moving average
 
     @property
     def num_running(self) -> int:
@@ -112,6 +113,11 @@ class WorkerGroup:
             rate = step.num_tokens / elapsed
             self.tokens_per_s += 0.1 * (rate - self.tokens_per_s) if self.tokens_per_s else rate
         return elapsed
+
+    def made(self, num_tokens: int, num_rows: int) -> None:
+        """Learn how many tokens a step made of so many sequences."""
+        if num_rows and self.max_row_tokens > 1:
+            self.row_tokens += 0.02 * (max(num_tokens / num_rows, 1.0) - self.row_tokens)
 
     def load(self) -> scheduler_pb2.WorkerLoad:
         """Describe the state of the group."""

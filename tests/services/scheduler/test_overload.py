@@ -90,6 +90,21 @@ def test_a_request_is_judged_by_what_is_served_before_it() -> None:
     assert world.submit([8] * 10, **hurried).admitted
 
 
+def test_steps_that_make_several_tokens_of_a_sequence_are_counted_on() -> None:
+    world = Overload(max_running=1, max_row_tokens=4)
+    world.workers["group-0"].num_guessed = lambda: 3
+    world.submit([5] * 10, max_new_tokens=800)  # makes it known
+    while world.core.num_requests:
+        world.advance()
+    world.submit([6] * 10, max_new_tokens=200)
+    calls = [world.submit([7] * 10, max_new_tokens=200, remaining_ms=ms) for ms in (4000, 2000)]
+    while world.core.num_requests:
+        world.advance()
+
+    assert [call.rejected is None for call in calls] == [True, False], "each takes about a second"
+    assert calls[0].finished
+
+
 def test_what_can_run_at_once_is_let_try() -> None:
     world = Overload(max_running=2)
     world.submit([5] * 10, max_new_tokens=30)
