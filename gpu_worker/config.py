@@ -95,7 +95,7 @@ class WorkerConfig(TelemetryConfig):
         metadata={"help": "most space that they may take; the oldest go first", "kind": "bytes", "metavar": "BYTES"},
     )
     speculative_tokens: int = field(
-        default=15,
+        default=11,
         metadata={
             "help": "most tokens of a sequence that are guessed from what it repeats and computed in one step, on CPUs "
             "and where that pays; 0: none. What is generated stays the same"

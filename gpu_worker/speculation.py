@@ -29,7 +29,7 @@ from octavo.gpu_worker.rows import Int64Array, Rows
 MOST_MATCHED: Final = 16  # equal tokens before a draft that are told apart
 _LEAST_CHANCE: Final = 0.05  # of a draft token that is computed
 _OTHERS_TIME: Final = 3.0  # of a draft token, which they wait for and gain nothing by, counts so many times
-MOST_TOKENS: Final = 64  # in a step, drafts included: with more, a step takes as long as its tokens
+MOST_TOKENS: Final = 12  # in a step with drafts: rows that the kernels multiply at once (AVX512), so weights pass once
 
 
 class _Draft(NamedTuple):

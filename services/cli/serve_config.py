@@ -65,7 +65,7 @@ class ServeConfig:
         metadata={"help": "keep weights on disk as the CPU kernels read them, which makes the next start faster"},
     )
     speculative_tokens: int = field(
-        default=15,
+        default=11,
         metadata={
             "help": "on a CPU: guess at most so many tokens from what a text repeats, where that pays, and compute "
             "them at once; 0: do not. The text stays the same"

@@ -17,7 +17,7 @@ from octavo.gpu_worker.host_runner import HostRunner
 from octavo.gpu_worker.ops import Float32Array, StepInput
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN, NOT_FINITE_TOKEN
 from octavo.gpu_worker.runner import Outcome
-from octavo.gpu_worker.speculation import MOST_MATCHED, Accuracy, Speculation, StepCost, Text
+from octavo.gpu_worker.speculation import MOST_MATCHED, MOST_TOKENS, Accuracy, Speculation, StepCost, Text
 from octavo.worker.v1 import worker_pb2
 
 from .test_cpu_device import Shape, TinyModel
@@ -37,6 +37,15 @@ OTHERS = [
     {"top_p": 1.0, "banned_until_min_token_ids": np.arange(20, dtype="<u4").tobytes(), "min_new_tokens": 9},
     {"top_p": 1.0, "prompt_logprobs": 2, "needs_history": True},
 ]
+
+
+OF_DRAFT = StepCost.of_draft
+
+
+@pytest.fixture(autouse=True)
+def drafts_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drafted must not depend on how fast this machine is."""
+    monkeypatch.setattr(StepCost, "of_draft", lambda *_: 0.0)
 
 
 def column(values: list[int]) -> bytes:
@@ -307,6 +316,26 @@ def test_log_probabilities_of_a_row_beside_guesses_are_its_own() -> None:
     assert outputs[0] == outputs[1]
 
 
+def six_streams() -> Planner:
+    planner = Planner(15, lookahead=30)
+    requests = [Request(slot, GREEDY, [1, 2, 3, 1, 2]) for slot in range(LIMITS.max_running)]
+    planner.step([(request, 5) for request in requests])
+    planner.device.most_tokens = 0
+    for _ in range(40):
+        planner.step([(request, 1) for request in requests])
+    return planner
+
+
+def test_a_step_with_drafts_has_no_more_tokens_than_the_kernels_take_at_once() -> None:
+    assert six_streams().device.most_tokens == MOST_TOKENS
+
+
+def test_drafts_that_cost_more_than_they_bring_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # All chances are below 1, and five others wait for a draft token.
+    monkeypatch.setattr(StepCost, "of_draft", lambda *_: 1 / 16)
+    assert six_streams().device.most_tokens == LIMITS.max_running
+
+
 def test_a_row_that_is_not_finite_is_found_at_its_place() -> None:
     for position in range(70, 90):  # some of them are guessed
         planner, request = one_stream(7, length=40)
@@ -434,7 +463,8 @@ def test_drafts_are_as_long_as_they_are_likely_to_be_right() -> None:
     assert chances == sorted(chances, reverse=True)
 
 
-def test_what_a_draft_token_costs_is_learned() -> None:
+def test_what_a_draft_token_costs_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepCost, "of_draft", OF_DRAFT)
     cost, rng = StepCost(8), np.random.default_rng(1)
     before = cost.of_draft(8)
     for per_token in (0.1, 1.0):
