@@ -15,12 +15,12 @@ constexpr int kMostItemsPerThread = 64;                 // of a row of items; mo
 // So few rows take less time than their weights take to arrive: the processor's own fetching keeps up best when nothing
 // else asks for memory. More rows would let it fall behind. That of Intel's cores does for one row: it ends with a page.
 constexpr int kRowsNearlyFree = 4;
-const int kRowsWithoutPrefetch = is_intel() ? 0 : kRowsNearlyFree;
+const int kRowsWithoutPrefetch = vendor() == Vendor::kIntel ? 0 : kRowsNearlyFree;
 // Where so few rows have their weights fetched, they are also brought from the second cache to the first, so far ahead.
 constexpr int kPairsAhead = 16;
 // Weights that one tile reads, and no other, need no place in the caches behind the first one. AMD's cores then read
 // them faster; Intel's were not tried.
-const bool kFetchesPastCaches = is_amd();
+const bool kFetchesPastCaches = vendor() == Vendor::kAmd;
 constexpr int kPairsAheadPastCaches = 96;  // 12 KiB
 constexpr int64_t kMostAheadPerGroup = 256;  // bytes; of quantised weights
 constexpr int kTilesThatFetchWeights = 2;  // where there are so many: a half of the next block each

@@ -527,22 +527,15 @@ inline Vec load_half(const uint16_t* source) {
 // ---------------------------------------------------------------- the processor and its state
 
 // For choices that change times and no result.
-inline bool is_intel() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_is("intel") != 0;
-#else
-  return false;
-#endif
-}
+enum class Vendor { kIntel, kAmd, kOther };
 
-inline bool is_amd() {
+inline Vendor vendor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_is("amd") != 0;
-#else
-  return false;
+  if (__builtin_cpu_is("intel")) return Vendor::kIntel;
+  if (__builtin_cpu_is("amd")) return Vendor::kAmd;
 #endif
+  return Vendor::kOther;
 }
 
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 3); }

@@ -82,7 +82,8 @@ class StepPlanner:
             position = seq.num_computed
             if position + 1 >= seq.max_tokens:
                 continue  # the steps in flight make its last token
-            if min(position + lookahead, seq.max_tokens - 2) >= len(seq.blocks) * BLOCK_SIZE:
+            num_held = len(seq.blocks) * BLOCK_SIZE
+            if position + lookahead >= num_held and num_held + 1 < seq.max_tokens:
                 plan.add_blocks(seq.slot, [group.allocator.grow(seq)])
                 # Output is charged a block at a time: here, and not for every token.
                 self._fair_share.charge(seq.request.submit.tenant, BLOCK_SIZE)
