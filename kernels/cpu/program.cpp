@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "abi.h"
@@ -12,6 +13,7 @@
 #include "experts.h"
 #include "gemm.h"
 #include "handles.h"
+#include "needed_rows.h"
 
 namespace octavo {
 namespace {
@@ -31,6 +33,7 @@ enum class PhaseKind {
   kRotary,
   kAttention,
   kRotaryAttention,
+  kKeepNeededRows,
   kChoose,
   kGather,
   kExpertsGated,
@@ -102,9 +105,13 @@ class Program {
   bool check_tokens(const OctavoStep& step, const OctavoCache& cache, const IndexError& error) const;
   bool check_sequence(const OctavoStep& step, const OctavoCache& cache, int s, const IndexError& error) const;
 
+  // Whether `op` reads keys and values, or what came of them, and nothing writes any after it.
+  bool is_after_last_kv(const OctavoOp& op) const { return &op - ops_.data() >= last_attention_; }
+
   ThreadPool& threads_;
   OctavoProgramInfo info_;
   std::vector<OctavoOp> ops_;
+  ptrdiff_t last_attention_;  // into ops_
   std::vector<OctavoBuffer> buffers_;
   int32_t max_positions_;
   int64_t normed_stride_ = 0;
@@ -131,7 +138,7 @@ class StepJob : public Job {
   void add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items);
   void add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows);
   void add_prepared_gemm(const OctavoOp& op, int num_rows);
-  void add_experts(const OctavoOp& op);
+  void add_experts(const OctavoOp& op, int num_rows);
   void prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const;
   void run_private_gemm(int phase, int item, int thread);
   void run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const;
@@ -140,8 +147,16 @@ class StepJob : public Job {
   void run_attention(int phase, int unit);
   void plan_ahead();
   ReadAhead* ahead_of(int phase, int thread);
+  void keep_needed_rows(const OctavoOp& attention, int item) const;
   AttentionData attention_data(const OctavoOp& op) const;
   bf16* layer_pages(const OctavoOp& op, int64_t block) const;
+
+  // What `op` computes: after the last keys and values are written, only rows that logits come from.
+  const OctavoStep& step_of(const OctavoOp& op) const {
+    return program_.is_after_last_kv(op) ? needed_rows_.step() : step_;
+  }
+  bool drops_rows(const OctavoOp& op) const { return needed_rows_.are_fewer() && program_.is_after_last_kv(op); }
+  AttentionPlan& plan_of(const OctavoOp& op) { return drops_rows(op) ? *last_attention_ : attention_; }
 
   template <class T>
   T* row(int buffer, int64_t index) const {
@@ -155,7 +170,9 @@ class StepJob : public Job {
   float* const logits_;
   std::vector<Phase> phases_;
   std::vector<int> items_per_phase_;
+  const NeededRows needed_rows_;
   AttentionPlan attention_;
+  std::optional<AttentionPlan> last_attention_;  // of the last layer, where it drops rows
   int measured_phase_ = -1;  // began at phase_start_
   std::chrono::steady_clock::time_point phase_start_;
   std::vector<int> private_phase_;  // by thread: the phase whose rows its own memory holds
@@ -173,8 +190,10 @@ Program::Program(ThreadPool& threads, const OctavoProgramInfo& info)
       info_(info),
       ops_(info.ops, info.ops + info.num_ops),
       buffers_(info.buffers, info.buffers + info.num_buffers),
+      last_attention_(info.num_ops),
       max_positions_(std::numeric_limits<int32_t>::max()) {
   for (const OctavoOp& op : ops_) {
+    if (op.kind == OCTAVO_PAGED_ATTENTION) last_attention_ = &op - ops_.data();
     if (op.kind == OCTAVO_ROTARY_WRITE_KV) max_positions_ = std::min(max_positions_, op.max_positions);
     normed_stride_ = std::max(normed_stride_, round_up(op.norm.size, kRowMultiple));
     if (is_quantized(op.linear))
@@ -256,9 +275,12 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
       step_(step),
       cache_(cache),
       logits_(logits),
+      needed_rows_(step),
       attention_(step, program.threads_.num_threads(), program.piece_sums_),
       private_phase_(program.threads_.num_threads(), -1),
       ahead_(program.threads_.num_threads()) {
+  if (needed_rows_.are_fewer())
+    last_attention_.emplace(needed_rows_.step(), program.threads_.num_threads(), program.piece_sums_);
   const OctavoOp* end = program.ops_.data() + program.ops_.size();
   for (const OctavoOp& op : program.ops_) add_phases(op, &op + 1 == end ? nullptr : &op + 1);
   plan_ahead();
@@ -269,7 +291,7 @@ void StepJob::plan_ahead() {
   const OctavoOp* attention = nullptr;
   for (size_t i = phases_.size(); i-- > 0;) {
     const bool is_attention = phases_[i].kind == PhaseKind::kRotaryAttention || phases_[i].kind == PhaseKind::kAttention;
-    if (is_attention && attention_.can_read_ahead(*phases_[i].op)) attention = phases_[i].op;
+    if (is_attention && plan_of(*phases_[i].op).can_read_ahead(*phases_[i].op)) attention = phases_[i].op;
     phases_[i].ahead = attention;
   }
 }
@@ -278,11 +300,11 @@ void StepJob::plan_ahead() {
 // own heads first, and waits for nobody.
 bool StepJob::attends_at_once(const OctavoOp& op, const OctavoOp* next) {
   return op.kind == OCTAVO_ROTARY_WRITE_KV && next != nullptr && next->kind == OCTAVO_PAGED_ATTENTION &&
-         next->input == op.output && next->layer == op.layer && attention_.is_self_contained(*next);
+         next->input == op.output && next->layer == op.layer && !drops_rows(*next) && attention_.is_self_contained(*next);
 }
 
 void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
-  const int num_tokens = step_.num_tokens;
+  const int num_tokens = step_of(op).num_tokens, num_logits_rows = step_of(op).num_logits_rows;
   switch (op.kind) {
     case OCTAVO_EMBED:
       add_phase(PhaseKind::kEmbed, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
@@ -293,7 +315,8 @@ void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
       break;
     case OCTAVO_PAGED_ATTENTION: {
       const bool at_once = &op != program_.ops_.data() && attends_at_once(*(&op - 1), &op);
-      add_phase(at_once ? PhaseKind::kRotaryAttention : PhaseKind::kAttention, op, num_tokens, attention_.prepare(op));
+      if (drops_rows(op)) add_phase(PhaseKind::kKeepNeededRows, op, num_tokens, 2);
+      add_phase(at_once ? PhaseKind::kRotaryAttention : PhaseKind::kAttention, op, num_tokens, plan_of(op).prepare(op));
       break;
     }
     case OCTAVO_LINEAR_RESIDUAL:
@@ -304,16 +327,15 @@ void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
       }
       break;
     case OCTAVO_NORM_EXPERTS_RESIDUAL:
-      add_experts(op);
+      add_experts(op, num_tokens);
       break;
     case OCTAVO_HIDDEN:
-      add_phase(PhaseKind::kHidden, op, step_.num_logits_rows,
-                static_cast<int>(divide_up(step_.num_logits_rows, kRowsPerItem)));
+      add_phase(PhaseKind::kHidden, op, num_logits_rows, static_cast<int>(divide_up(num_logits_rows, kRowsPerItem)));
       break;
     case OCTAVO_NORM_LINEAR:
     case OCTAVO_NORM_GATED_LINEAR:
     case OCTAVO_LOGITS:
-      add_prepared_gemm(op, op.kind == OCTAVO_LOGITS ? step_.num_logits_rows : num_tokens);
+      add_prepared_gemm(op, op.kind == OCTAVO_LOGITS ? num_logits_rows : num_tokens);
       break;
   }
 }
@@ -361,8 +383,8 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
   items_per_phase_.push_back(items.count());
 }
 
-void StepJob::add_experts(const OctavoOp& op) {
-  const int num_rows = step_.num_tokens, num_threads = program_.threads_.num_threads();
+void StepJob::add_experts(const OctavoOp& op, int num_rows) {
+  const int num_threads = program_.threads_.num_threads();
   if (num_rows == 0) return;
   add_phase(PhaseKind::kPrepare, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
   add_gemm(PhaseKind::kGemm, op, num_rows);
@@ -399,6 +421,9 @@ void StepJob::run_item(int index, int item, int thread) {
     case PhaseKind::kRotaryAttention:
       run_rotary_attention(index, item);
       break;
+    case PhaseKind::kKeepNeededRows:
+      keep_needed_rows(op, item);
+      break;
     case PhaseKind::kChoose:
       program_.experts_.choose(op, phase.num_rows);
       break;
@@ -414,7 +439,7 @@ void StepJob::run_item(int index, int item, int thread) {
       break;
     case PhaseKind::kHidden:
       for (int r = begin; r < end; ++r)
-        norm_row_exact(op.norm, row<float>(op.input, step_.logits_rows[r]), logits_ + int64_t{r} * op.norm.size);
+        norm_row_exact(op.norm, row<float>(op.input, step_of(op).logits_rows[r]), logits_ + int64_t{r} * op.norm.size);
       break;
   }
 }
@@ -443,7 +468,7 @@ MemoryRange StepJob::first_read(int index, int item) const {
 void StepJob::prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const {
   const OctavoOp& op = *phase.op;
   for (int r = begin; r < end; ++r) {
-    const int token = op.kind == OCTAVO_LOGITS ? step_.logits_rows[r] : r;
+    const int token = op.kind == OCTAVO_LOGITS ? step_of(op).logits_rows[r] : r;
     Activation* normed = output.normed.data() + r * program_.normed_stride_;
     const bool has_norm = op.norm.weight != nullptr;
     if (has_norm) norm_row(op.norm, row<float>(op.input, token), normed);
@@ -475,7 +500,7 @@ ReadAhead* StepJob::ahead_of(int index, int thread) {
   if (op == nullptr) return nullptr;
   ThreadAhead& ahead = ahead_[thread];
   if (ahead.op != op)
-    ahead = {op, PagesAhead(attention_, *op, attention_data(*op), thread, program_.threads_.num_threads())};
+    ahead = {op, PagesAhead(plan_of(*op), *op, attention_data(*op), thread, program_.threads_.num_threads())};
   return &ahead.pages;
 }
 
@@ -516,7 +541,17 @@ void StepJob::run_rotary_attention(int phase, int unit) {
 
 void StepJob::run_attention(int phase, int unit) {
   const OctavoOp& op = *phases_[phase].op;
-  attention_.run_unit(op, unit, items_per_phase_[phase], attention_data(op));
+  plan_of(op).run_unit(op, unit, items_per_phase_[phase], attention_data(op));
+}
+
+// The queries, and the residual: the operations from here on read nothing else of before.
+void StepJob::keep_needed_rows(const OctavoOp& attention, int item) const {
+  const int residual = program_.ops_.back().input;
+  if (item == 0) {
+    needed_rows_.move(row<Activation>(attention.input, 0), program_.buffers_[attention.input].stride);
+  } else {
+    needed_rows_.move(row<float>(residual, 0), program_.buffers_[residual].stride);
+  }
 }
 
 AttentionData StepJob::attention_data(const OctavoOp& op) const {
