@@ -205,9 +205,11 @@ def make_row(
         device.forward(make_step(writers, start, min(BLOCK_TOKENS, context - num_new - start), num_shared))
     step = make_step(batch, context - num_new, num_new, num_shared)
     tokens = batch * num_new
-    keys_seen = batch * sum(range(context - num_new + 1, context + 1))
-    attention = 4 * LAYERS * keys_seen * HEADS.num_heads * HEADS.head_dim
-    linear = 2 * (LAYERS * LAYER_WEIGHTS * tokens + HEAD_WEIGHTS * batch)
+    # The last layer takes queries, keys and values of all tokens, and computes one row of each sequence.
+    keys_seen = batch * ((LAYERS - 1) * sum(range(context - num_new + 1, context + 1)) + context)
+    attention = 4 * keys_seen * HEADS.num_heads * HEADS.head_dim
+    linear = 2 * (LAYERS * QKV * HIDDEN * tokens + HEAD_WEIGHTS * batch)
+    linear += 2 * (LAYER_WEIGHTS - QKV * HIDDEN) * ((LAYERS - 1) * tokens + batch)
     layer_bytes, head_bytes = WEIGHT_BYTES[scheme]
     num_bytes = int(LAYERS * LAYER_WEIGHTS * layer_bytes + HEAD_WEIGHTS * head_bytes)
     num_bytes += (num_shared + batch * (context - num_shared)) * device.kv_block_bytes() // BLOCK_TOKENS
