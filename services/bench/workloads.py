@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _FOLDER = Path(__file__).resolve().parent / "workloads"
-_CHARACTERS_PER_TOKEN = 4.2  # of these texts, for SmolLM2's tokenizer; only aims at a length
+_CHARACTERS_PER_TOKEN = 4.1  # of these texts, for SmolLM2's tokenizer; only aims at a length
 
 PREFILL_TOKENS = 2048
 PREFIX_TOKENS = 1024
@@ -58,11 +58,16 @@ def shared_prefix(seed: str, questions: int = PREFIX_QUESTIONS) -> list[Prompt]:
 
 
 def _long_text(texts: Sequence[str], rng: random.Random, tokens: int) -> str:
-    """Join documents in a random order up to a length; a first line makes each text new to a prefix cache."""
+    """Join paragraphs in a random order up to a length; a first line makes each text new to a prefix cache.
+
+    Paragraphs of all documents: a single document has between 3 and 6 characters a token.
+    """
+    paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
+    length = int(tokens * _CHARACTERS_PER_TOKEN)
     text = f"Document {rng.getrandbits(64):016x}.\n"
-    while len(text) < tokens * _CHARACTERS_PER_TOKEN:
-        text += rng.choice(texts) + "\n"
-    return text[: int(tokens * _CHARACTERS_PER_TOKEN)]
+    while len(text) < length:
+        text += rng.choice(paragraphs) + "\n\n"
+    return text[:length]
 
 
 def _rows(path: Path) -> list[dict[str, object]]:

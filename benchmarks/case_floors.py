@@ -1,0 +1,110 @@
+"""Say how far Octavo's figures beside its peers are from what the machine allows at all.
+
+    python benchmarks/peers/run.py --home FOLDER --output results.json
+    python benchmarks/case_floors.py results.json [--seconds 2]
+
+The floor of a run is max(bytes / read rate, operations / dot rate) of SmolLM2-135M in bf16, for the prompts and
+outputs that the run had. Every token is computed once, a prefix that prompts share once for all of them. Steps are
+as few as the streams allow: each makes a token of every stream, and prompts take a step for 2,048 tokens. A step
+reads the weights, and the keys and values of every sequence that gets a token, those of a shared prefix once.
+Reading and computing overlap fully; server, client and wire take nothing; nothing is guessed.
+
+Both rates are measured when this runs, as in `cpu_step.py`: on the same machine, which does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpu_step import HEAD_WEIGHTS, HEADS, HIDDEN, LAYER_WEIGHTS, LAYERS, QKV, Roofline
+
+from octavo.services.bench import cases
+
+WIDTHS = {"c1": 1, "c8": 8, "c32": 32, "offline": 64, "prefill": 1, "prefix": 32}  # sequences that run at once
+STEP_TOKENS = 2048
+KV_BYTES = 2 * 2 * LAYERS * HEADS.num_kv_heads * HEADS.head_dim  # of a token
+WEIGHT_BYTES = 2 * (LAYERS * LAYER_WEIGHTS + HEAD_WEIGHTS)
+KEY_OPERATIONS = 4 * HEADS.num_heads * HEADS.head_dim  # of a query and a key, in one layer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run asks for: requests that each have `prompt` tokens, the first `shared` in common, and make `output`."""
+
+    requests: int
+    width: int
+    prompt: float
+    shared: float
+    output: float
+
+    def operations(self) -> float:
+        """Multiplications and additions, twice a product."""
+        # The last layer takes keys and values of all tokens, and computes the rows that logits are wanted of.
+        a_token = 2 * ((LAYERS - 1) * LAYER_WEIGHTS + HIDDEN * QKV)
+        a_row = 2 * (LAYER_WEIGHTS - HIDDEN * QKV + HEAD_WEIGHTS)
+        prompt_tokens = self.shared + self.requests * (self.prompt - self.shared)
+        prompt_keys = self.shared**2 / 2 + self.requests * (self.prompt**2 - self.shared**2) / 2
+        decoded = self.requests * (self.output - 1)
+        keys = (LAYERS - 1) * prompt_keys + self.requests * self.prompt
+        keys += LAYERS * decoded * (self.prompt + self.output / 2)
+        return prompt_tokens * a_token + self.requests * a_row + decoded * (a_token + a_row) + keys * KEY_OPERATIONS
+
+    def bytes_read(self) -> float:
+        """Weights in every step, keys and values in those that decode."""
+        decode_steps = self.requests * (self.output - 1) / self.width
+        prompt_steps = (self.shared + self.requests * (self.prompt - self.shared)) / STEP_TOKENS
+        kept = self.shared + self.width * (self.prompt - self.shared + self.output / 2)
+        return (decode_steps + prompt_steps) * WEIGHT_BYTES + decode_steps * kept * KV_BYTES
+
+
+def work_of(case: str, repeat: int, run: dict[str, Any]) -> Work:
+    """Return what a run of a case asked for; how much prompts share follows from their texts."""
+    texts = [prompt.text for prompt in cases.work(case, repeat, cases.Plan())[0]]
+    common = os.path.commonprefix(texts) if case == "prefix" else ""
+    prompt = run["prompt_tokens"] / run["requests"]
+    shared = prompt * len(common) / statistics.mean(map(len, texts))
+    return Work(run["requests"], WIDTHS[case], prompt, shared, run["output_tokens"] / run["requests"])
+
+
+def main() -> None:
+    """Print a Markdown row for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="what run.py wrote with --output")
+    parser.add_argument("--contender", default="octavo")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for measuring each rate")
+    options = parser.parse_args()
+    runs = json.loads(options.results.read_text())[options.contender]["runs"]
+    roofline = Roofline(num_threads=0, variant="")
+    reads, dots = roofline.read_rates(options.seconds), roofline.dot_rates(options.seconds)
+    read_rate, dot_rate = max(reads), max(dots)
+    print(
+        f"reading {read_rate / 1e6:.1f} GB/s (median {statistics.median(reads) / 1e6:.1f}), "
+        f"bf16 pairs {dot_rate / 1e6:,.0f} GFLOP/s (median {statistics.median(dots) / 1e6:,.0f})\n"
+    )
+    print("| case | s | bytes, GB: s | operations, GFLOP: s | floor s | share of it |")
+    print("| --- " * 6 + "|")
+    for case, repeats in runs.items():
+        measured = [(work_of(case, repeat, run), run["seconds"]) for repeat, run in enumerate(repeats)]
+        floors = [(work.bytes_read() / read_rate / 1e3, work.operations() / dot_rate / 1e3) for work, _ in measured]
+        shares = [max(floor) / seconds for floor, (_, seconds) in zip(floors, measured, strict=True)]
+        work, seconds = measured[-1]
+        by_bytes, by_operations = floors[-1]
+        cells = [
+            case,
+            f"{seconds:.2f}",
+            f"{work.bytes_read() / 1e9:,.0f}: {by_bytes:.2f}",
+            f"{work.operations() / 1e9:,.0f}: {by_operations:.2f}",
+            f"{max(floors[-1]):.2f}",
+            ", ".join(f"{share:.0%}" for share in shares),
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
