@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +65,10 @@ class Work:
 def work_of(case: str, repeat: int, run: dict[str, Any]) -> Work:
     """Return what a run of a case asked for; how much prompts share follows from their texts."""
     texts = [prompt.text for prompt in cases.work(case, repeat, cases.Plan())[0]]
-    common = os.path.commonprefix(texts) if case == "prefix" else ""
+    pairs = zip(min(texts), max(texts), strict=False)  # what these two begin with alike, all do
+    num_common = next((at for at, (one, other) in enumerate(pairs) if one != other), 0) if case == "prefix" else 0
     prompt = run["prompt_tokens"] / run["requests"]
-    shared = prompt * len(common) / statistics.mean(map(len, texts))
+    shared = prompt * num_common / statistics.mean(map(len, texts))
     return Work(run["requests"], WIDTHS[case], prompt, shared, run["output_tokens"] / run["requests"])
 
 
