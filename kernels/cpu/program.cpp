@@ -189,8 +189,8 @@ Program::Program(ThreadPool& threads, const OctavoProgramInfo& info)
     : threads_(threads),
       info_(info),
       ops_(info.ops, info.ops + info.num_ops),
-      buffers_(info.buffers, info.buffers + info.num_buffers),
       last_attention_(info.num_ops),
+      buffers_(info.buffers, info.buffers + info.num_buffers),
       max_positions_(std::numeric_limits<int32_t>::max()) {
   for (const OctavoOp& op : ops_) {
     if (op.kind == OCTAVO_PAGED_ATTENTION) last_attention_ = &op - ops_.data();
