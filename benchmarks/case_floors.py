@@ -21,20 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpu_step import HEAD_WEIGHTS, HEADS, HIDDEN, LAYER_WEIGHTS, LAYERS, QKV, Roofline
+from cpu_step import HEADS, KEY_OPERATIONS, LAYERS, ROW_OPERATIONS, TOKEN_OPERATIONS, Roofline, bytes_of_weights
 
+from octavo.gpu_worker.quantization import Quantization
 from octavo.services.bench import cases
 
-WIDTHS = {"c1": 1, "c8": 8, "c32": 32, "offline": 64, "prefill": 1, "prefix": 32}  # sequences that run at once
 STEP_TOKENS = 2048
 KV_BYTES = 2 * 2 * LAYERS * HEADS.num_kv_heads * HEADS.head_dim  # of a token
-WEIGHT_BYTES = 2 * (LAYERS * LAYER_WEIGHTS + HEAD_WEIGHTS)
-KEY_OPERATIONS = 4 * HEADS.num_heads * HEADS.head_dim  # of a query and a key, in one layer
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run asks for: requests that each have `prompt` tokens, the first `shared` in common, and make `output`."""
+    """What a run asks for: requests that each have `prompt` tokens, the first `shared` in common, and make `output`.
+
+    width  sequences that run at once
+    """
 
     requests: int
     width: int
@@ -42,34 +43,37 @@ class Work:
     shared: float
     output: float
 
+    def prompt_tokens(self) -> float:
+        """Tokens of prompts that are computed."""
+        return self.shared + self.requests * (self.prompt - self.shared)
+
     def operations(self) -> float:
         """Multiplications and additions, twice a product."""
-        # The last layer takes keys and values of all tokens, and computes the rows that logits are wanted of.
-        a_token = 2 * ((LAYERS - 1) * LAYER_WEIGHTS + HIDDEN * QKV)
-        a_row = 2 * (LAYER_WEIGHTS - HIDDEN * QKV + HEAD_WEIGHTS)
-        prompt_tokens = self.shared + self.requests * (self.prompt - self.shared)
         prompt_keys = self.shared**2 / 2 + self.requests * (self.prompt**2 - self.shared**2) / 2
         decoded = self.requests * (self.output - 1)
         keys = (LAYERS - 1) * prompt_keys + self.requests * self.prompt
         keys += LAYERS * decoded * (self.prompt + self.output / 2)
-        return prompt_tokens * a_token + self.requests * a_row + decoded * (a_token + a_row) + keys * KEY_OPERATIONS
+        linear = (self.prompt_tokens() + decoded) * TOKEN_OPERATIONS + (self.requests + decoded) * ROW_OPERATIONS
+        return linear + keys * KEY_OPERATIONS
 
     def bytes_read(self) -> float:
         """Weights in every step, keys and values in those that decode."""
         decode_steps = self.requests * (self.output - 1) / self.width
-        prompt_steps = (self.shared + self.requests * (self.prompt - self.shared)) / STEP_TOKENS
+        steps = decode_steps + self.prompt_tokens() / STEP_TOKENS
         kept = self.shared + self.width * (self.prompt - self.shared + self.output / 2)
-        return (decode_steps + prompt_steps) * WEIGHT_BYTES + decode_steps * kept * KV_BYTES
+        return steps * bytes_of_weights(Quantization.NONE) + decode_steps * kept * KV_BYTES
 
 
 def work_of(case: str, repeat: int, run: dict[str, Any]) -> Work:
     """Return what a run of a case asked for; how much prompts share follows from their texts."""
-    texts = [prompt.text for prompt in cases.work(case, repeat, cases.Plan())[0]]
+    prompts, _, streams = cases.work(case, repeat, cases.Plan())
+    texts = [prompt.text for prompt in prompts]
     pairs = zip(min(texts), max(texts), strict=False)  # what these two begin with alike, all do
     num_common = next((at for at, (one, other) in enumerate(pairs) if one != other), 0) if case == "prefix" else 0
     prompt = run["prompt_tokens"] / run["requests"]
     shared = prompt * num_common / statistics.mean(map(len, texts))
-    return Work(run["requests"], WIDTHS[case], prompt, shared, run["output_tokens"] / run["requests"])
+    width = streams if cases.is_closed_loop(case) else len(prompts)
+    return Work(run["requests"], width, prompt, shared, run["output_tokens"] / run["requests"])
 
 
 def main() -> None:

@@ -51,6 +51,10 @@ WEIGHT_BYTES = {
     Quantization.INT8: (1 + 2 / 32, 1 + 2 / 32),
     Quantization.INT4: (0.5 + 4 / 32, 1 + 2 / 32),
 }
+# The last layer takes queries, keys and values of all tokens, and computes only the rows that logits come from.
+TOKEN_OPERATIONS = 2 * ((LAYERS - 1) * LAYER_WEIGHTS + QKV * HIDDEN)
+ROW_OPERATIONS = 2 * (LAYER_WEIGHTS - QKV * HIDDEN + HEAD_WEIGHTS)
+KEY_OPERATIONS = 4 * HEADS.num_heads * HEADS.head_dim  # of a query and a key, in one layer
 READ_BYTES = 256 << 20  # far more than any cache holds
 DOT_ITEMS = 64
 ROUNDS = 8
@@ -176,6 +180,12 @@ class Row:
         return "  ".join(parts)
 
 
+def bytes_of_weights(scheme: Quantization) -> int:
+    """Return the bytes of all weights that a step reads."""
+    layer_bytes, head_bytes = WEIGHT_BYTES[scheme]
+    return int(LAYERS * LAYER_WEIGHTS * layer_bytes + HEAD_WEIGHTS * head_bytes)
+
+
 def times_of(run: Callable[[], object], seconds: float) -> list[float]:
     """Return the times of many calls, in ms."""
     run()
@@ -205,14 +215,13 @@ def make_row(
         device.forward(make_step(writers, start, min(BLOCK_TOKENS, context - num_new - start), num_shared))
     step = make_step(batch, context - num_new, num_new, num_shared)
     tokens = batch * num_new
-    # The last layer takes queries, keys and values of all tokens, and computes one row of each sequence.
     keys_seen = batch * ((LAYERS - 1) * sum(range(context - num_new + 1, context + 1)) + context)
-    attention = 4 * keys_seen * HEADS.num_heads * HEADS.head_dim
-    linear = 2 * (LAYERS * QKV * HIDDEN * tokens + HEAD_WEIGHTS * batch)
-    linear += 2 * (LAYER_WEIGHTS - QKV * HIDDEN) * ((LAYERS - 1) * tokens + batch)
-    layer_bytes, head_bytes = WEIGHT_BYTES[scheme]
-    num_bytes = int(LAYERS * LAYER_WEIGHTS * layer_bytes + HEAD_WEIGHTS * head_bytes)
-    num_bytes += (num_shared + batch * (context - num_shared)) * device.kv_block_bytes() // BLOCK_TOKENS
+    attention = KEY_OPERATIONS * keys_seen
+    linear = TOKEN_OPERATIONS * tokens + ROW_OPERATIONS * batch
+    num_bytes = (
+        bytes_of_weights(scheme)
+        + (num_shared + batch * (context - num_shared)) * device.kv_block_bytes() // BLOCK_TOKENS
+    )
     is_quantized = scheme is not Quantization.NONE
     flops, integer_ops = (attention, linear) if is_quantized else (attention + linear, 0)
     row = Row(name, tokens, num_bytes, flops, integer_ops)

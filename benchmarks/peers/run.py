@@ -80,9 +80,8 @@ def measure_openvino(home: Path, folder: Path, threads: int, round_: int, chosen
     work = {}
     for case in chosen:
         prompts, warm_up, width = cases.work(case, round_, cases.Plan())
-        closed = case == "prefill" or case.startswith("c")
         work[case] = {
-            "streams": width if closed else 0,
+            "streams": width if cases.is_closed_loop(case) else 0,
             "prefix_cache": case == "prefix",
             "warm_up": [dataclasses.asdict(prompt) for prompt in warm_up],
             "prompts": [dataclasses.asdict(prompt) for prompt in prompts],

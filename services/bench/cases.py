@@ -46,10 +46,8 @@ async def run_case(case: str, repeat: int, transport: Transport, plan: Plan, cpu
     cpu_before, started = cpu(), time.monotonic()
     if case.startswith("r"):
         outcomes = await _poisson(transport, prompts, float(case[1:]), random.Random(f"{plan.seed}/{repeat}"))
-    elif case.startswith("c"):
+    elif is_closed_loop(case):
         outcomes = await _closed_loop(transport, prompts, width)
-    elif case == "prefill":
-        outcomes = await _closed_loop(transport, prompts, 1)
     else:
         outcomes = await _together(transport, prompts)
     seconds = time.monotonic() - started
@@ -64,6 +62,11 @@ def work(case: str, repeat: int, plan: Plan) -> tuple[list[Prompt], list[Prompt]
     seed = f"{plan.seed}/{case}/{repeat}"
     prompts, width = _prompts(case, seed, plan), _width(case)
     return prompts, _warm_up(prompts[: min(width, 32)], seed), width
+
+
+def is_closed_loop(case: str) -> bool:
+    """Whether a case keeps streams busy, each of which sends its next prompt when it has its answer."""
+    return case == "prefill" or case.startswith("c")
 
 
 def check_case(case: str) -> None:

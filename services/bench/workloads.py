@@ -44,9 +44,10 @@ def chat(count: int, seed: str, max_tokens: int = 0, path: Path = _FOLDER / "cha
 
 def prefill(count: int, seed: str, tokens: int = PREFILL_TOKENS) -> list[Prompt]:
     """Return `count` different documents of about `tokens` tokens, with one token of output each."""
-    texts = [_text(row, _FOLDER / "summarise.jsonl") for row in _rows(_FOLDER / "summarise.jsonl")]
+    path = _FOLDER / "summarise.jsonl"
+    paragraphs = [paragraph for row in _rows(path) for paragraph in _text(row, path).split("\n\n")]
     rng = random.Random(seed)
-    return [Prompt(_long_text(texts, rng, tokens), 1) for _ in range(count)]
+    return [Prompt(_long_text(paragraphs, rng, tokens), 1) for _ in range(count)]
 
 
 def shared_prefix(seed: str, questions: int = PREFIX_QUESTIONS) -> list[Prompt]:
@@ -57,12 +58,11 @@ def shared_prefix(seed: str, questions: int = PREFIX_QUESTIONS) -> list[Prompt]:
     return [Prompt(f"{document.text}\n\nQuestion: {prompt.text[:own]}", PREFIX_OUTPUT_TOKENS) for prompt in asked]
 
 
-def _long_text(texts: Sequence[str], rng: random.Random, tokens: int) -> str:
+def _long_text(paragraphs: Sequence[str], rng: random.Random, tokens: int) -> str:
     """Join paragraphs in a random order up to a length; a first line makes each text new to a prefix cache.
 
     Paragraphs of all documents: a single document has between 3 and 6 characters a token.
     """
-    paragraphs = [paragraph for text in texts for paragraph in text.split("\n\n")]
     length = int(tokens * _CHARACTERS_PER_TOKEN)
     text = f"Document {rng.getrandbits(64):016x}.\n"
     while len(text) < length:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from octavo.gpu_worker.devices.cpu import CpuDevice
-from octavo.gpu_worker.ops import Ops, Value
 from octavo.gpu_worker.quantization import Quantization
 
 from .test_cpu_device import (
@@ -29,13 +28,10 @@ from .test_cpu_device import (
 from .test_cpu_experts import ExpertsModel, Mixture
 
 
-class HiddenModel(TinyModel):
-    """A model without a head."""
-
-    def forward(self, ops: Ops) -> Value:
-        recorded_logits = ops.logits
-        ops.logits = lambda x, norm, head: recorded_logits(x, norm, None)  # type: ignore[method-assign]
-        return super().forward(ops)
+def make_headless_model() -> TinyModel:
+    model = TinyModel(Shape())
+    model.head = None  # type: ignore[assignment]
+    return model
 
 
 MODELS = {
@@ -43,7 +39,7 @@ MODELS = {
     "window": lambda: TinyModel(Shape(window=37)),
     "one layer": lambda: TinyModel(Shape(layers=1)),
     "experts": lambda: ExpertsModel(Mixture(num_shared=1), layers=2),
-    "hidden states": lambda: HiddenModel(Shape()),
+    "hidden states": make_headless_model,
 }
 
 
