@@ -151,14 +151,15 @@ class _Process:
         command = (sys.executable, "-m", "octavo.services.gateway.constraint_process")
         own, its = socket.socketpair()
         with its:  # not the event loop's way, which forks: gRPC's threads do not go with that
-            process = await asyncio.to_thread(_popen, command, its.fileno())
-        self = cls(process, await asyncio.open_connection(sock=own))
+            streams = await asyncio.open_connection(sock=own)
+            process = subprocess.Popen(command, stdin=its.fileno(), stdout=its.fileno())  # noqa: ASYNC220 - a ms
+        self = cls(process, streams)
         try:
             async with asyncio.timeout(_START_S):
                 self._write(vocabulary)
                 await self._read_frame()
         except BaseException:
-            self._kill()
+            await self.close()
             raise
         self._reader = asyncio.create_task(self._read())
         return self
@@ -209,10 +210,6 @@ class _Process:
         for future in self._owed.values():
             if not future.done():
                 future.set_result({})
-
-
-def _popen(command: Sequence[str], socket_fd: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, stdin=socket_fd, stdout=socket_fd)
 
 
 def _vocabulary_frame(vocabulary: Callable[[], Vocabulary]) -> bytes:

@@ -20,6 +20,8 @@ from octavo.services.common.errors import ServingError
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.constraints import Constraints
 
+from .conftest import until
+
 VOCABULARY = ([*(bytes([byte]) for byte in range(256)), b"he", b'{"', b"<|end|>"], [258])
 
 
@@ -36,6 +38,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 def schema(**fields: Any) -> common_pb2.OutputConstraint:
     return common_pb2.OutputConstraint(json_schema=json.dumps(fields))
+
+
+def is_constraint_process(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):  # a zombie: what other tests left
+        return "octavo.services.gateway.constraint_process" in process.cmdline()
+    return False
 
 
 async def refusal(constraints: Constraints, constraint: common_pb2.OutputConstraint) -> str:
@@ -121,17 +129,24 @@ async def test_output_that_is_continued_must_match(constraints: Constraints) -> 
 
 async def test_the_process_is_started_again_when_it_was_killed(constraints: Constraints) -> None:
     await constraints.grammar_of(schema(title="before"))
-    (process,) = [
-        child
-        for child in psutil.Process().children()
-        if "octavo.services.gateway.constraint_process" in child.cmdline()
-    ]
+    (process,) = filter(is_constraint_process, psutil.Process().children())
     os.kill(process.pid, signal.SIGKILL)
     psutil.wait_procs([process])
 
     with contextlib.suppress(ServingError):  # it may not have been noticed yet: then the client is told to try again
         await constraints.grammar_of(schema(title="meanwhile"))
     assert "after" in await constraints.grammar_of(schema(title="after"))
+
+
+async def test_nothing_is_left_of_a_process_that_was_not_ready_when_it_was_no_longer_wanted() -> None:
+    before = set(psutil.Process().children())
+    made = Constraints(lambda: VOCABULARY, num_processes=1)
+    made.start()
+    await until(lambda: bool(set(psutil.Process().children()) - before))
+
+    await made.close()
+
+    assert set(psutil.Process().children()) <= before
 
 
 async def test_equal_constraints_are_tried_out_once(constraints: Constraints, monkeypatch: pytest.MonkeyPatch) -> None:
