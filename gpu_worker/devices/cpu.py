@@ -7,7 +7,6 @@ The program and the packed weights come from `recorder.py`, or from the cache of
 from __future__ import annotations
 
 import ctypes
-import mmap
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import Arena, Runtime
 
 _BLOCK_TOKENS = 16
-_TOUCHED_NUMBERS = 1 << 20  # of 2 bytes, at once: a huge page, which is given whole
 
 
 class CpuDevice:
@@ -55,7 +53,6 @@ class CpuDevice:
         self._block_shape = (packed.num_layers, heads.num_kv_heads, 2, heads.head_dim * _BLOCK_TOKENS)
         self._cache = library.Cache(None, 0)
         self._blocks = np.empty((0, *self._block_shape), np.uint16)
-        self._untouched = self._blocks.reshape(-1)
         self._logits = np.empty((max_running, packed.output_size), np.float32)
         self._step: tuple[StepInput, library.Step] | None = None  # the last one, and as the library takes it
         self._program = packed.program(self._memory, max_batch_tokens, max_running, max_blocks_per_sequence)
@@ -71,14 +68,10 @@ class CpuDevice:
         self._cache = library.Cache(address, num_blocks)
         pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint16))
         self._blocks = np.ctypeslib.as_array(pointer, shape=(num_blocks, *self._block_shape))
-        self._untouched = self._blocks.reshape(-1)
 
     def touch_kv(self) -> bool:
-        """Take the memory of the next piece of the cache; see `ops.Device.touch_kv`."""
-        piece, self._untouched = self._untouched[:_TOUCHED_NUMBERS], self._untouched[_TOUCHED_NUMBERS:]
-        one_of_each_page = piece[:: mmap.PAGESIZE // 2]
-        one_of_each_page |= 0  # a write: a page that was only read would be the one of zeros that all share
-        return len(self._untouched) > 0
+        """Take the memory of the next piece of the cache, and of activations first; see `ops.Device.touch_kv`."""
+        return self._memory.touch()
 
     def forward(self, step: StepInput) -> Float32Array:
         """Run one step; return logits or hidden states [R, output_size] float32, valid until the next call.

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 8 };
+enum { OCTAVO_ABI_REVISION = 9 };
 
 // Numbers, or what a GGUF file calls Q8_0 and so on: rows of groups of 32 (Q4_K: of 256) that have codes.
 enum OctavoType : int32_t {
@@ -182,6 +182,9 @@ OCTAVO_EXPORT void octavo_pool_destroy(OctavoPool* pool);
 OCTAVO_EXPORT OctavoArena* octavo_arena_create(void);
 OCTAVO_EXPORT void octavo_arena_destroy(OctavoArena* arena);
 OCTAVO_EXPORT void* octavo_arena_allocate(OctavoArena* arena, size_t num_bytes);
+// Have the system give the memory of one more huge page for each thread, of what was handed out first.
+// Nobody may write there meanwhile. Returns whether more is left.
+OCTAVO_EXPORT int32_t octavo_arena_touch(OctavoArena* arena, OctavoPool* pool);
 
 // Packing in an OctavoWeightFormat: codes of as many bits are taken as they are, the scales of Q4_K
 // rounded to half precision; all else is quantised. Sizes are in bytes of the destination, which must

@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+
 #include "simd.h"
 
 namespace octavo {
@@ -9,6 +11,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kMappingSize = size_t{64} << 20;
+constexpr size_t kSmallPage = 4096;  // larger ones are touched more than once
 constexpr size_t kAlignment = 64;
 
 }  // namespace
@@ -28,6 +31,22 @@ void* Arena::allocate(size_t num_bytes) {
   return result;
 }
 
+bool Arena::touch(ThreadPool& threads) {
+  std::vector<char*> pages;
+  const size_t num_pages = threads.num_threads();
+  for (Mapping& mapping : mappings_) {
+    for (; mapping.touched < mapping.used && pages.size() < num_pages; mapping.touched += kHugePage)
+      pages.push_back(mapping.data + mapping.touched);
+  }
+  // A write, as a page that was only read would be the one of zeros that all share; and to each small page,
+  // in case there was no huge one.
+  threads.for_each(static_cast<int>(pages.size()), [&](int item, int) {
+    volatile char* page = pages[item];
+    for (size_t i = 0; i < kHugePage; i += kSmallPage) page[i] = page[i];
+  });
+  return std::any_of(mappings_.begin(), mappings_.end(), [](const Mapping& m) { return m.touched < m.used; });
+}
+
 bool Arena::add_mapping(size_t num_bytes) {
   // Map a huge page too much, and give back what lies before the first whole one.
   const size_t size = round_up(num_bytes > kMappingSize ? num_bytes : kMappingSize, kHugePage);
@@ -40,7 +59,7 @@ bool Arena::add_mapping(size_t num_bytes) {
 #if defined(MADV_HUGEPAGE)
   madvise(start + skipped, size, MADV_HUGEPAGE);
 #endif
-  mappings_.push_back({start + skipped, size, 0});
+  mappings_.push_back({start + skipped, size, 0, 0});
   return true;
 }
 

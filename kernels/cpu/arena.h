@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <vector>
 
+#include "thread_pool.h"
+
 namespace octavo {
 
 // Hands out zeroed memory from large mappings that ask for huge pages: a decode step streams all
@@ -18,11 +20,16 @@ class Arena {
   // Null when the system gives no memory.
   void* allocate(size_t num_bytes);
 
+  // Have the system give the memory of one more huge page for each thread, which the first write to it
+  // would wait for. Changes nothing in it; nobody may write there meanwhile. Returns whether more is left.
+  bool touch(ThreadPool& threads);
+
  private:
   struct Mapping {
     char* data;
     size_t size;
     size_t used;
+    size_t touched;  // in whole huge pages, so maybe more than is used
   };
   bool add_mapping(size_t num_bytes);
   std::vector<Mapping> mappings_;

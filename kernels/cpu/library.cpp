@@ -16,3 +16,4 @@ void octavo_pool_destroy(OctavoPool* pool) {
 OctavoArena* octavo_arena_create(void) { return new OctavoArena; }
 void octavo_arena_destroy(OctavoArena* arena) { delete arena; }
 void* octavo_arena_allocate(OctavoArena* arena, size_t num_bytes) { return arena->memory.allocate(num_bytes); }
+int32_t octavo_arena_touch(OctavoArena* arena, OctavoPool* pool) { return arena->memory.touch(pool->threads); }

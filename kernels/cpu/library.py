@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 8
+ABI_REVISION = 9
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
 BF16, F16, F32, Q8_0, Q4_0, Q4_1, Q4_K = range(7)
@@ -182,6 +182,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_arena_create": (c.c_void_p, ()),
     "octavo_arena_destroy": (None, (c.c_void_p,)),
     "octavo_arena_allocate": (c.c_void_p, (c.c_void_p, c.c_size_t)),
+    "octavo_arena_touch": (c.c_int32, (c.c_void_p, c.c_void_p)),
     "octavo_packed_weight_size": (c.c_size_t, (c.c_int32, c.c_int32, c.c_int32)),
     "octavo_pack_linear": (None, (c.c_void_p, c.c_int32, _MatrixPointer, c.c_int32, c.c_void_p)),
     "octavo_pack_gated": (None, (c.c_void_p, c.c_int32, _MatrixPointer, _MatrixPointer, c.c_void_p)),

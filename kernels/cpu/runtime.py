@@ -82,20 +82,27 @@ class Arena:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._library = runtime.library
-        self._handle = self._library.octavo_arena_create()
-        self._release = weakref.finalize(self, self._library.octavo_arena_destroy, self._handle)
+        self._runtime = runtime
+        self._handle = runtime.library.octavo_arena_create()
+        self._release = weakref.finalize(self, runtime.library.octavo_arena_destroy, self._handle)
         # A thread that stores packed weights may read them until the process is gone, which frees them anyway.
         self._release.atexit = False
         self.pieces: list[tuple[int, int]] = []
 
     def allocate(self, num_bytes: int) -> int:
         """Return the address of zeroed memory, 64-byte aligned. Raises MemoryError."""
-        address: int | None = self._library.octavo_arena_allocate(self._handle, num_bytes)
+        address: int | None = self._runtime.library.octavo_arena_allocate(self._handle, num_bytes)
         if address is None:
             raise MemoryError(f"no {num_bytes / 2**30:.2f} GiB of memory for weights, activations or KV cache")
         self.pieces.append((address, num_bytes))
         return address
+
+    def touch(self) -> bool:
+        """Have the system give the memory of one more huge page for each thread, what was handed out first first.
+
+        Changes nothing in it; nobody may write there meanwhile. False if no page is left.
+        """
+        return bool(self._runtime.library.octavo_arena_touch(self._handle, self._runtime.pool))
 
 
 def read_file(runtime: Runtime, file: int, offset: int, address: int, num_bytes: int) -> list[int]:

@@ -74,7 +74,7 @@ def test_idle_time_gives_the_whole_cache_its_memory_piece_by_piece() -> None:
     assert memory.use_idle_time()
 
     first = resident_pages(device)
-    assert 0 < (first & ~before).sum() * mmap.PAGESIZE <= 2 * HUGE_PAGE, "a piece may lie on two huge pages"
+    assert 0 < (first & ~before).sum() * mmap.PAGESIZE <= 2 * HUGE_PAGE, "one for each thread"
     use_all_idle_time(memory.use_idle_time)
     assert resident_pages(device)[:-1].all(), "the last one may be shared with what follows"
 
