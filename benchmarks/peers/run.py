@@ -2,10 +2,11 @@
 
     python benchmarks/peers/run.py --home FOLDER [--rounds 2] [--case c1 ...] [--only octavo llama ...]
 
-FOLDER gets an environment for each peer and the models (about 15 GB); what is there is used again. In each round
-every contender starts, runs every case and stops, one after the other, so that all of them meet the same
-machine: A B C A B C. A ratio compares the medians of the rounds; a peer counts with the better of one and two
-threads. Run it on a machine that does nothing else.
+FOLDER gets an environment for each peer and the models (about 15 GB); what is there is used again. A turn is a
+contender that starts, runs every case and stops; Octavo has one before and after each of the others: A B A C A. A
+machine that changes in the course of minutes is the same for neighbours, so a peer's figure is compared with the mean
+of the two turns of Octavo beside it, and a ratio is the median over the rounds. A peer counts with the better of one
+and two threads. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -48,6 +48,7 @@ MEASURES = {
 # Speculation is on by default in Octavo, where it pays, and off in the peers.
 WITHOUT_SPECULATION = "octavo-without-speculation"
 # Peers need other settings for these: one that looks prefixes up, one whose slots hold so long prompts.
+SETTLE_S = 3.0  # after a server is ready: what it still does in the background then is not measured
 APART = {"vllm": {"prefix"}, "llama": {"prefill", "prefix"}}
 
 
@@ -58,6 +59,19 @@ class Result:
     runs: dict[str, list[Run]] = dataclasses.field(default_factory=dict)
     ready_s: list[float] = dataclasses.field(default_factory=list)
     peak_memory: int = 0
+    turn: int = 0  # the present one, of all contenders
+    turns: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # of each of `runs`, and of "ready"
+
+    def add(self, case: str, run: Run) -> None:
+        """Take the run of a case in the present turn."""
+        self.runs.setdefault(case, []).append(run)
+        self.turns.setdefault(case, []).append(self.turn)
+
+    def figures(self, measure: str) -> list[tuple[int, float]]:
+        """Return a measure's figures with their turns."""
+        case, (_, field, _) = measure.split()[0], MEASURES[measure]
+        values = self.ready_s if measure == "ready" else [getattr(run, field) for run in self.runs.get(case, [])]
+        return list(zip(self.turns.get(case, []), values, strict=True))
 
 
 async def measure_server(contender: peers.Contender, round_: int, chosen: list[str], result: Result, log: Path) -> None:
@@ -68,9 +82,11 @@ async def measure_server(contender: peers.Contender, round_: int, chosen: list[s
         OpenAITransport(url, contender.model, contender.extra) as transport,
     ):
         result.ready_s.append(server.ready_s)
+        result.turns.setdefault("ready", []).append(result.turn)
+        await asyncio.sleep(SETTLE_S)
         for case in chosen:
             run = await cases.run_case(case, round_, transport, cases.Plan(), server.cpu_seconds)
-            result.runs.setdefault(case, []).append(run)
+            result.add(case, run)
             print(f"  {contender.name}: {case} {run.output_rate:.0f} out tok/s, {run.failed} failed", flush=True)
         result.peak_memory = max(result.peak_memory, server.peak_memory)
 
@@ -94,37 +110,47 @@ def measure_openvino(home: Path, folder: Path, threads: int, round_: int, chosen
     for case, measured in json.loads(done.stdout).items():
         outcomes = [Outcome(**outcome) for outcome in measured["outcomes"]]
         run = summarise(case, outcomes, measured["seconds"])
-        result.runs.setdefault(case, []).append(run)
+        result.add(case, run)
         print(f"  openvino, {threads} thread(s): {case} {run.output_rate:.0f} out tok/s", flush=True)
 
 
 def ratios(results: dict[str, Result]) -> list[str]:
     """Return Markdown rows: Octavo's figure, and how many times better it is than the best server and than OpenVINO."""
     rows = ["| measure | octavo | best server | which | ratio | OpenVINO, no server | ratio |", "| --- " * 7 + "|"]
-    for key, (title, field, more_is_better) in MEASURES.items():
-        figures = {name: figure for name, result in results.items() if (figure := _median(result, key, field))}
-        figures.pop(WITHOUT_SPECULATION, None)
-        ours = figures.pop("octavo", math.nan)
-        if not figures or math.isnan(ours):
+    ours = results.get("octavo", Result())
+    for measure, (title, field, more_is_better) in MEASURES.items():
+        compared = {name: ratio for name, result in results.items() if (ratio := _ratio(ours, result, measure))}
+        compared.pop("octavo", None)
+        compared.pop(WITHOUT_SPECULATION, None)
+        if not compared:
             continue
         scale, form = 1000 if field == "itl_p50" else 1, ",.0f" if more_is_better else ",.1f"
-        servers = {name: figure for name, figure in figures.items() if not name.startswith("openvino")}
-        in_process = {name: figure for name, figure in figures.items() if name not in servers}
-        cells = [title, f"{scale * ours:{form}}"]
+        servers = {name: ratio for name, ratio in compared.items() if not name.startswith("openvino")}
+        in_process = {name: ratio for name, ratio in compared.items() if name not in servers}
+        cells = [title, f"{scale * _median(ours, measure):{form}}"]
         for peers_there in (servers, in_process):
-            best = (max if more_is_better else min)(peers_there, key=peers_there.__getitem__, default="-")
-            theirs = peers_there.get(best)
-            ratio = "-" if theirs is None else f"**{ours / theirs if more_is_better else theirs / ours:.2f}**"
-            cells.append("-" if theirs is None else f"{scale * theirs:{form}}")
+            best = min(peers_there, key=peers_there.__getitem__, default="-")
+            cells.append(f"{scale * _median(results[best], measure):{form}}" if peers_there else "-")
+            ratio = f"**{peers_there[best]:.2f}**" if peers_there else "-"
             cells += [best, ratio] if peers_there is servers else [ratio]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
-def _median(result: Result, key: str, field: str) -> float:
-    """Return the median of a figure over the rounds; 0 if there is none."""
-    values = result.ready_s if key == "ready" else [getattr(run, field) for run in result.runs.get(key.split()[0], [])]
-    return statistics.median(values) if values else 0.0
+def _ratio(ours: Result, theirs: Result, measure: str) -> float:
+    """Return how many times better Octavo was in the turns beside theirs, as the median; 0 where none was measured."""
+    our_figures, more_is_better = dict(ours.figures(measure)), MEASURES[measure][2]
+    ratios = []
+    for turn, figure in theirs.figures(measure):
+        beside = [our_figures[each] for each in (turn - 1, turn + 1) if each in our_figures]
+        if beside:
+            mean = statistics.mean(beside)
+            ratios.append(mean / figure if more_is_better else figure / mean)
+    return statistics.median(ratios) if ratios else 0.0
+
+
+def _median(result: Result, measure: str) -> float:
+    return statistics.median(figure for _, figure in result.figures(measure))
 
 
 def details(results: dict[str, Result]) -> list[str]:
@@ -155,23 +181,34 @@ async def main() -> int:
     model = models.folder_from_gguf(home / "vllm" / "bin" / "python", source, home / "model")
     gguf = models.bfloat16_gguf(source, home / "model-bf16.gguf")
     results: dict[str, Result] = {}
+    turns = _turns(options.only, options.threads)
     print("machine:", json.dumps(report.machine_facts()), flush=True)
     for round_ in range(options.rounds):
         print(f"round {round_ + 1}, load {psutil.getloadavg()[0]:.1f}", flush=True)
-        for kind in options.only:
-            for threads in [0] if kind.startswith("octavo") else options.threads:
-                name = f"{kind}, {threads} thread(s)" if threads else kind
-                result = results.setdefault(name, Result())
-                try:
-                    await measure(kind, threads, round_, options.case, result, home, model, gguf)
-                except (ServerError, subprocess.SubprocessError) as error:
-                    print(f"  {name} was not measured: {error}", flush=True)
+        for number, (kind, threads) in enumerate(turns):
+            name = f"{kind}, {threads} thread(s)" if threads else kind
+            result = results.setdefault(name, Result())
+            result.turn = round_ * (len(turns) + 1) + number  # the last of a round is nobody's neighbour
+            try:
+                await measure(kind, threads, round_, options.case, result, home, model, gguf)
+            except (ServerError, subprocess.SubprocessError) as error:
+                print(f"  {name} was not measured: {error}", flush=True)
     for line in [*ratios(results), *details(results)]:
         print(line)
     if options.output:
         document = {name: report.document(result.runs, ready_s=result.ready_s) for name, result in results.items()}
         options.output.write_text(json.dumps(document, indent=1) + "\n")
     return 0
+
+
+def _turns(kinds: list[str], threads: list[int]) -> list[tuple[str, int]]:
+    """Return kinds of contenders with their threads (0: their own choice) in the order of a round."""
+    others = [
+        (kind, each) for kind in kinds if kind != "octavo" for each in ([0] if kind == WITHOUT_SPECULATION else threads)
+    ]
+    if "octavo" not in kinds:
+        return others
+    return [("octavo", 0), *(turn for other in others for turn in (other, ("octavo", 0)))]
 
 
 async def measure(
