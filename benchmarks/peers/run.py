@@ -45,10 +45,10 @@ MEASURES = {
     "prefix": ("seconds for 32 requests with a shared prefix", "seconds", False),
     "ready": ("seconds from launch until it serves", "ready_s", False),
 }
+SETTLE_S = 3.0  # after a server is ready: what it still does in the background then is not measured
 # Speculation is on by default in Octavo, where it pays, and off in the peers.
 WITHOUT_SPECULATION = "octavo-without-speculation"
 # Peers need other settings for these: one that looks prefixes up, one whose slots hold so long prompts.
-SETTLE_S = 3.0  # after a server is ready: what it still does in the background then is not measured
 APART = {"vllm": {"prefix"}, "llama": {"prefill", "prefix"}}
 
 
