@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--contender", default="octavo")
     parser.add_argument("--seconds", type=float, default=2.0, help="for measuring each rate")
     options = parser.parse_args()
-    runs = json.loads(options.results.read_text())[options.contender]["runs"]
+    results = json.loads(options.results.read_text())[options.contender]
     roofline = Roofline(num_threads=0, variant="")
     reads, dots = roofline.read_rates(options.seconds), roofline.dot_rates(options.seconds)
     read_rate, dot_rate = max(reads), max(dots)
@@ -93,8 +93,9 @@ def main() -> None:
     )
     print("| case | s | bytes, GB: s | operations, GFLOP: s | floor s | share of it |")
     print("| --- " * 6 + "|")
-    for case, repeats in runs.items():
-        measured = [(work_of(case, repeat, run), run["seconds"]) for repeat, run in enumerate(repeats)]
+    for case, runs in results["runs"].items():
+        rounds = results["rounds"][case]
+        measured = [(work_of(case, each, run), run["seconds"]) for each, run in zip(rounds, runs, strict=True)]
         floors = [(work.bytes_read() / read_rate / 1e3, work.operations() / dot_rate / 1e3) for work, _ in measured]
         shares = [max(floor) / seconds for floor, (_, seconds) in zip(floors, measured, strict=True)]
         work, seconds = measured[-1]

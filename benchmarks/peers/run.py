@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -46,56 +47,51 @@ MEASURES = {
     "ready": ("seconds from launch until it serves", "ready_s", False),
 }
 SETTLE_S = 3.0  # after a server is ready: what it still does in the background then is not measured
+OCTAVO = "octavo"
 # Speculation is on by default in Octavo, where it pays, and off in the peers.
-WITHOUT_SPECULATION = "octavo-without-speculation"
+WITHOUT_SPECULATION = f"{OCTAVO}-without-speculation"
 # Peers need other settings for these: one that looks prefixes up, one whose slots hold so long prompts.
 APART = {"vllm": {"prefix"}, "llama": {"prefill", "prefix"}}
 
 
 @dataclasses.dataclass
-class Result:
-    """What one contender came to, over all rounds."""
+class Turn:
+    """What a contender came to in one turn."""
 
-    runs: dict[str, list[Run]] = dataclasses.field(default_factory=dict)
-    ready_s: list[float] = dataclasses.field(default_factory=list)
+    name: str
+    round_: int
+    runs: dict[str, Run] = dataclasses.field(default_factory=dict)  # by case
+    ready_s: list[float] = dataclasses.field(default_factory=list)  # of each server that it took
     peak_memory: int = 0
-    turn: int = 0  # the present one, of all contenders
-    turns: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # of each of `runs`, and of "ready"
 
-    def add(self, case: str, run: Run) -> None:
-        """Take the run of a case in the present turn."""
-        self.runs.setdefault(case, []).append(run)
-        self.turns.setdefault(case, []).append(self.turn)
-
-    def figures(self, measure: str) -> list[tuple[int, float]]:
-        """Return a measure's figures with their turns."""
-        case, (_, field, _) = measure.split()[0], MEASURES[measure]
-        values = self.ready_s if measure == "ready" else [getattr(run, field) for run in self.runs.get(case, [])]
-        return list(zip(self.turns.get(case, []), values, strict=True))
+    def figure(self, measure: str) -> float | None:
+        """Return the figure of a measure, or None if it was not taken."""
+        if measure == "ready":
+            return statistics.median(self.ready_s) if self.ready_s else None
+        run = self.runs.get(measure.split()[0])
+        return None if run is None else float(getattr(run, MEASURES[measure][1]))
 
 
-async def measure_server(contender: peers.Contender, round_: int, chosen: list[str], result: Result, log: Path) -> None:
+async def measure_server(contender: peers.Contender, chosen: list[str], turn: Turn, log: Path) -> None:
     """Start a contender, run the cases, stop it."""
     url = f"http://127.0.0.1:{PORT}"
     async with (
         Server(contender.command, url + contender.ready_path, log, contender.environment) as server,
         OpenAITransport(url, contender.model, contender.extra) as transport,
     ):
-        result.ready_s.append(server.ready_s)
-        result.turns.setdefault("ready", []).append(result.turn)
+        turn.ready_s.append(server.ready_s)
         await asyncio.sleep(SETTLE_S)
         for case in chosen:
-            run = await cases.run_case(case, round_, transport, cases.Plan(), server.cpu_seconds)
-            result.add(case, run)
+            turn.runs[case] = run = await cases.run_case(case, turn.round_, transport, cases.Plan(), server.cpu_seconds)
             print(f"  {contender.name}: {case} {run.output_rate:.0f} out tok/s, {run.failed} failed", flush=True)
-        result.peak_memory = max(result.peak_memory, server.peak_memory)
+        turn.peak_memory = max(turn.peak_memory, server.peak_memory)
 
 
-def measure_openvino(home: Path, folder: Path, threads: int, round_: int, chosen: list[str], result: Result) -> None:
+def measure_openvino(home: Path, folder: Path, threads: int, chosen: list[str], turn: Turn) -> None:
     """Run the cases in a process of OpenVINO's environment."""
     work = {}
     for case in chosen:
-        prompts, warm_up, width = cases.work(case, round_, cases.Plan())
+        prompts, warm_up, width = cases.work(case, turn.round_, cases.Plan())
         work[case] = {
             "streams": width if cases.is_closed_loop(case) else 0,
             "prefix_cache": case == "prefix",
@@ -109,59 +105,69 @@ def measure_openvino(home: Path, folder: Path, threads: int, round_: int, chosen
     )  # fmt: skip
     for case, measured in json.loads(done.stdout).items():
         outcomes = [Outcome(**outcome) for outcome in measured["outcomes"]]
-        run = summarise(case, outcomes, measured["seconds"])
-        result.add(case, run)
+        turn.runs[case] = run = summarise(case, outcomes, measured["seconds"])
         print(f"  openvino, {threads} thread(s): {case} {run.output_rate:.0f} out tok/s", flush=True)
 
 
-def ratios(results: dict[str, Result]) -> list[str]:
+def ratios(turns: list[Turn]) -> list[str]:
     """Return Markdown rows: Octavo's figure, and how many times better it is than the best server and than OpenVINO."""
     rows = ["| measure | octavo | best server | which | ratio | OpenVINO, no server | ratio |", "| --- " * 7 + "|"]
-    ours = results.get("octavo", Result())
     for measure, (title, field, more_is_better) in MEASURES.items():
-        compared = {name: ratio for name, result in results.items() if (ratio := _ratio(ours, result, measure))}
-        compared.pop("octavo", None)
-        compared.pop(WITHOUT_SPECULATION, None)
+        compared = _compare(turns, measure)
         if not compared:
             continue
         scale, form = 1000 if field == "itl_p50" else 1, ",.0f" if more_is_better else ",.1f"
         servers = {name: ratio for name, ratio in compared.items() if not name.startswith("openvino")}
         in_process = {name: ratio for name, ratio in compared.items() if name not in servers}
-        cells = [title, f"{scale * _median(ours, measure):{form}}"]
+        cells = [title, f"{scale * _median(turns, OCTAVO, measure):{form}}"]
         for peers_there in (servers, in_process):
             best = min(peers_there, key=peers_there.__getitem__, default="-")
-            cells.append(f"{scale * _median(results[best], measure):{form}}" if peers_there else "-")
+            cells.append(f"{scale * _median(turns, best, measure):{form}}" if peers_there else "-")
             ratio = f"**{peers_there[best]:.2f}**" if peers_there else "-"
             cells += [best, ratio] if peers_there is servers else [ratio]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
-def _ratio(ours: Result, theirs: Result, measure: str) -> float:
-    """Return how many times better Octavo was in the turns beside theirs, as the median; 0 where none was measured."""
-    our_figures, more_is_better = dict(ours.figures(measure)), MEASURES[measure][2]
-    ratios = []
-    for turn, figure in theirs.figures(measure):
-        beside = [our_figures[each] for each in (turn - 1, turn + 1) if each in our_figures]
-        if beside:
-            mean = statistics.mean(beside)
-            ratios.append(mean / figure if more_is_better else figure / mean)
-    return statistics.median(ratios) if ratios else 0.0
+def _compare(turns: list[Turn], measure: str) -> dict[str, float]:
+    """Return by peer how many times better Octavo was in the turns beside theirs, as the median over the rounds."""
+    found: dict[str, list[float]] = {}
+    for before, turn, after in zip(turns, turns[1:], turns[2:], strict=False):
+        beside = [each for each in (before, after) if each.name == OCTAVO and each.round_ == turn.round_]
+        ours = [figure for each in beside if (figure := each.figure(measure)) is not None]
+        theirs = turn.figure(measure)
+        if turn.name.startswith(OCTAVO) or theirs is None or not ours:
+            continue
+        mean = statistics.mean(ours)
+        found.setdefault(turn.name, []).append(mean / theirs if MEASURES[measure][2] else theirs / mean)
+    return {name: statistics.median(each) for name, each in found.items()}
 
 
-def _median(result: Result, measure: str) -> float:
-    return statistics.median(figure for _, figure in result.figures(measure))
+def _median(turns: list[Turn], name: str, measure: str) -> float:
+    figures = (turn.figure(measure) for turn in turns if turn.name == name)
+    return statistics.median(figure for figure in figures if figure is not None)
 
 
-def details(results: dict[str, Result]) -> list[str]:
+def by_contender(turns: list[Turn]) -> dict[str, list[Turn]]:
+    """Return each contender's turns."""
+    return {name: [turn for turn in turns if turn.name == name] for name in dict.fromkeys(turn.name for turn in turns)}
+
+
+def runs_of(turns: list[Turn]) -> dict[str, list[Run]]:
+    """Return the runs of some turns by case."""
+    measured = dict.fromkeys(case for turn in turns for case in turn.runs)
+    return {case: [turn.runs[case] for turn in turns if case in turn.runs] for case in measured}
+
+
+def details(turns: list[Turn]) -> list[str]:
     """Return the table of every contender."""
     lines = []
-    for name, result in results.items():
+    for name, its in by_contender(turns).items():
         lines += [f"\n### {name}\n"]
-        if result.ready_s:
-            ready, peak = statistics.median(result.ready_s), result.peak_memory / 2**20
-            lines += [f"Ready after {ready:.1f} s; at most {peak:,.0f} MiB.\n"]
-        lines += [report.table(result.runs)]
+        if ready_s := [each for turn in its for each in turn.ready_s]:
+            peak = max(turn.peak_memory for turn in its) / 2**20
+            lines += [f"Ready after {statistics.median(ready_s):.1f} s; at most {peak:,.0f} MiB.\n"]
+        lines += [report.table(runs_of(its))]
     return lines
 
 
@@ -170,7 +176,7 @@ async def main() -> int:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--case", nargs="+", default=list(CASES))
-    parser.add_argument("--only", nargs="+", default=["octavo", WITHOUT_SPECULATION, "vllm", "llama", "openvino"])
+    parser.add_argument("--only", nargs="+", default=[OCTAVO, WITHOUT_SPECULATION, "vllm", "llama", "openvino"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--output", type=Path, help="write everything there, as JSON")
     options = parser.parse_args()
@@ -180,52 +186,55 @@ async def main() -> int:
     source = demo_model.fetch(demo_model.cache_dir(), lambda *_: None)
     model = models.folder_from_gguf(home / "vllm" / "bin" / "python", source, home / "model")
     gguf = models.bfloat16_gguf(source, home / "model-bf16.gguf")
-    results: dict[str, Result] = {}
-    turns = _turns(options.only, options.threads)
+    turns: list[Turn] = []
     print("machine:", json.dumps(report.machine_facts()), flush=True)
     for round_ in range(options.rounds):
         print(f"round {round_ + 1}, load {psutil.getloadavg()[0]:.1f}", flush=True)
-        for number, (kind, threads) in enumerate(turns):
-            name = f"{kind}, {threads} thread(s)" if threads else kind
-            result = results.setdefault(name, Result())
-            result.turn = round_ * (len(turns) + 1) + number  # the last of a round is nobody's neighbour
+        for kind, threads in _order(options.only, options.threads):
+            turn = Turn(f"{kind}, {threads} thread(s)" if threads else kind, round_)
+            turns.append(turn)
             try:
-                await measure(kind, threads, round_, options.case, result, home, model, gguf)
+                await measure(kind, threads, options.case, turn, home, model, gguf)
             except (ServerError, subprocess.SubprocessError) as error:
-                print(f"  {name} was not measured: {error}", flush=True)
-    for line in [*ratios(results), *details(results)]:
+                print(f"  {turn.name} was not measured: {error}", flush=True)
+    for line in [*ratios(turns), *details(turns)]:
         print(line)
     if options.output:
-        document = {name: report.document(result.runs, ready_s=result.ready_s) for name, result in results.items()}
+        document = {name: document_of(its) for name, its in by_contender(turns).items()}
         options.output.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 
-def _turns(kinds: list[str], threads: list[int]) -> list[tuple[str, int]]:
+def document_of(turns: list[Turn]) -> dict[str, Any]:
+    """Return what a contender came to, for JSON; `rounds` says which prompts each of its runs had."""
+    runs = runs_of(turns)
+    rounds = {case: [turn.round_ for turn in turns if case in turn.runs] for case in runs}
+    return report.document(runs, ready_s=[each for turn in turns for each in turn.ready_s], rounds=rounds)
+
+
+def _order(kinds: list[str], threads: list[int]) -> list[tuple[str, int]]:
     """Return kinds of contenders with their threads (0: their own choice) in the order of a round."""
     others = [
-        (kind, each) for kind in kinds if kind != "octavo" for each in ([0] if kind == WITHOUT_SPECULATION else threads)
+        (kind, each) for kind in kinds if kind != OCTAVO for each in ([0] if kind.startswith(OCTAVO) else threads)
     ]
-    if "octavo" not in kinds:
+    if OCTAVO not in kinds:
         return others
-    return [("octavo", 0), *(turn for other in others for turn in (other, ("octavo", 0)))]
+    return [(OCTAVO, 0), *(turn for other in others for turn in (other, (OCTAVO, 0)))]
 
 
-async def measure(
-    kind: str, threads: int, round_: int, chosen: list[str], result: Result, home: Path, model: Path, gguf: Path
-) -> None:
+async def measure(kind: str, threads: int, chosen: list[str], turn: Turn, home: Path, model: Path, gguf: Path) -> None:
     """Run one contender's turn."""
     if kind == "openvino":
         folder = models.openvino_ir(home, model, home / "openvino-model")
-        await asyncio.to_thread(measure_openvino, home, folder, threads, round_, chosen, result)
+        await asyncio.to_thread(measure_openvino, home, folder, threads, chosen, turn)
         return
     log = home / f"{kind}.log"
-    if kind == "octavo":
-        await measure_server(peers.octavo(model, PORT), round_, chosen, result, log)
+    if kind == OCTAVO:
+        await measure_server(peers.octavo(model, PORT), chosen, turn, log)
         return
     if kind == WITHOUT_SPECULATION:
         contender = peers.octavo(model, PORT, speculates=False)
-        await measure_server(contender, round_, [case for case in chosen if case in ("c1", "c8")], result, log)
+        await measure_server(contender, [case for case in chosen if case in ("c1", "c8")], turn, log)
         return
     for is_apart in (False, True):
         part = [case for case in chosen if (case in APART[kind]) == is_apart]
@@ -235,7 +244,7 @@ async def measure(
                 if kind == "vllm"
                 else peers.llama(home, gguf, PORT, threads, long_prompts=is_apart)
             )
-            await measure_server(contender, round_, part, result, log)
+            await measure_server(contender, part, turn, log)
 
 
 if __name__ == "__main__":
