@@ -92,7 +92,7 @@ def main() -> None:
     """Print a line for each number of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
-    parser.add_argument("--variant", default="", help="avx512_bf16, avx2 or portable; default: the best")
+    parser.add_argument("--variant", default="", help="amx, avx512_bf16, avx2 or portable; default: the best")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line")
     options = parser.parse_args()
     experts, dense = make_device(options, dense=False), make_device(options, dense=True)

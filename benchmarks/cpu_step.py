@@ -288,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quantization", default="none", choices=[scheme.value for scheme in WEIGHT_BYTES])
     parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
-    parser.add_argument("--variant", default="", help="avx512_bf16, avx2 or portable; default: the best")
+    parser.add_argument("--variant", default="", help="amx, avx512_bf16, avx2 or portable; default: the best")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each line")
     parser.add_argument("--long", action="store_true", help="contexts of 512 and 2048 as well")
     parser.add_argument("--shared-prefix", type=int, default=0, help="decode after so many shared tokens as well")

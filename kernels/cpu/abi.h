@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 9 };
+enum { OCTAVO_ABI_REVISION = 10 };
 
 // Numbers, or what a GGUF file calls Q8_0 and so on: rows of groups of 32 (Q4_K: of 256) that have codes.
 enum OctavoType : int32_t {
@@ -171,6 +171,9 @@ typedef struct OctavoProgram OctavoProgram;
 
 OCTAVO_EXPORT int32_t octavo_abi_revision(void);
 OCTAVO_EXPORT int32_t octavo_activation_bytes(void);
+
+// How many rows a linear layer multiplies while it reads its weights, of this format, once.
+OCTAVO_EXPORT int32_t octavo_rows_at_once(int32_t format);
 
 // Threads. The calling thread is one of `num_threads`; the others sleep between calls.
 OCTAVO_EXPORT OctavoPool* octavo_pool_create(int32_t num_threads);

@@ -5,68 +5,22 @@
 #include <limits>
 #include <type_traits>
 
+#if defined(OCTAVO_AMX)
+#include "attention_amx.h"
+#else
+#include "attention_vectors.h"
+#endif
 #include "dispatch.h"
 #include "elementwise.h"
 
 namespace octavo {
 namespace {
 
-constexpr int kTileKeys = kTilePages * kBlockTokens;
-constexpr int kVectorsPerPage = kBlockTokens / kLanes;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr int kPartialStride = sizeof(PartialRow) / sizeof(float);
 static_assert(kKeysPerPiece % kTileKeys == 0);
-
-// The pages of a tile, and of what is read after it, to be fetched meanwhile.
-struct Tile {
-  const bf16* keys[kTilePages];
-  const bf16* next_keys[kTilePages];
-  int num_pages;
-};
 
 PieceRange pieces_of(int begin, int end) {
   return {begin / kKeysPerPiece, static_cast<int>(divide_up(end, kKeysPerPiece))};
-}
-
-// The largest power of two of columns (vectors) that `rows` leave registers for.
-constexpr int columns_at_once(int rows, int vectors_per_column, int most) {
-  int columns = most;
-  while (columns > 1 && rows * columns * vectors_per_column > kAccumulators) columns /= 2;
-  return columns;
-}
-
-// scores[row][key] = query . key for `kPages` pages. Queries are kMaxHeadDim apart.
-template <int kRows, int kPages>
-void score_pages(const Activation* queries, const bf16* const* pages, int head_dim, float* scores) {
-  constexpr int kVectors = kPages * kVectorsPerPage;
-  Vec sums[kRows][kVectors];
-  clear(sums);
-  for (int i = 0; i < head_dim; i += 2) {
-    Pairs key[kVectors];
-    for (int vector = 0; vector < kVectors; ++vector) {
-      const bf16* page = pages[vector / kVectorsPerPage] + i * kBlockTokens;
-      key[vector] = load_pairs(page + vector % kVectorsPerPage * kLanes * 2);
-    }
-    for (int page = 0; page < kPages; ++page) prefetch_l2(pages[page] + (head_dim + i) * kBlockTokens);  // its values
-    for (int row = 0; row < kRows; ++row) {
-      const Pairs query = broadcast_pair(queries + row * kMaxHeadDim + i);
-      for (int vector = 0; vector < kVectors; ++vector)
-        sums[row][vector] = dot_pairs(sums[row][vector], query, key[vector]);
-    }
-  }
-  for (int row = 0; row < kRows; ++row)
-    for (int vector = 0; vector < kVectors; ++vector)
-      store(scores + row * kTileKeys + vector * kLanes, sums[row][vector]);
-}
-
-template <int kRows>
-void score_tile(const Activation* queries, const Tile& tile, int head_dim, float* scores) {
-  constexpr int kPages = columns_at_once(kRows, kVectorsPerPage, kTilePages);
-  int page = 0;
-  for (; page + kPages <= tile.num_pages; page += kPages)
-    score_pages<kRows, kPages>(queries, tile.keys + page, head_dim, scores + page * kBlockTokens);
-  for (; page < tile.num_pages; ++page)
-    score_pages<kRows, 1>(queries, tile.keys + page, head_dim, scores + page * kBlockTokens);
 }
 
 // The steps of softmax over a tile of `num_keys` scores. Each is done for all rows before the next one:
@@ -97,42 +51,19 @@ inline void add_weights(const PartialRow& row, const float* scores, Vec scale, f
                         Activation* weights, float* totals) {
   const Vec offset = broadcast(-reference_of(row));
   Vec sum = {};
-  for (int i = 0; i < num_keys; i += kLanes) {
+  int i = 0;
+  for (; i + 2 * kLanes <= num_keys; i += 2 * kLanes) {
+    const Vec first = short_exp2(multiply_add(load(scores + i), scale, offset));
+    const Vec second = short_exp2(multiply_add(load(scores + i + kLanes), scale, offset));
+    sum = sum + first + second;
+    store_activations(weights + i, first, second);
+  }
+  for (; i < num_keys; i += kLanes) {
     const Vec weight = short_exp2(multiply_add(load(scores + i), scale, offset));
     sum = sum + weight;
     store_activation(weights + i, weight);
   }
   store(totals, load(totals) * broadcast(factor) + sum);
-}
-
-// output[row][d] = output[row][d] * factor[row] + sum over keys of weight * value, for `kVectors`
-// vectors of the head's dimensions. The rows of `output` are those of neighbouring PartialRows.
-template <int kRows, int kVectors>
-void add_values(const Tile& tile, const Activation* weights, int head_dim, int dim, const float* factors, float* output) {
-  const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
-  Vec sums[kRows][kVectors];
-  for (int row = 0; row < kRows; ++row)
-    for (int vector = 0; vector < kVectors; ++vector)
-      sums[row][vector] = load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
-  for (int page = 0; page < tile.num_pages; ++page) {
-    const bf16* values = tile.keys[page] + page_size + dim * 2;
-    const bf16* next_keys = tile.next_keys[page] + dim * 2;
-    for (int pair = 0; pair < kBlockTokens / 2; ++pair) {
-      Pairs value[kVectors];
-      for (int vector = 0; vector < kVectors; ++vector) {
-        value[vector] = load_pairs(values + (pair * head_dim + vector * kLanes) * 2);
-        prefetch_l2(next_keys + (pair * head_dim + vector * kLanes) * 2);
-      }
-      for (int row = 0; row < kRows; ++row) {
-        const Pairs weight = broadcast_pair(weights + row * kTileKeys + page * kBlockTokens + pair * 2);
-        for (int vector = 0; vector < kVectors; ++vector)
-          sums[row][vector] = dot_pairs(sums[row][vector], weight, value[vector]);
-      }
-    }
-  }
-  for (int row = 0; row < kRows; ++row)
-    for (int vector = 0; vector < kVectors; ++vector)
-      store(output + row * kPartialStride + dim + vector * kLanes, sums[row][vector]);
 }
 
 // Call `body` with the number of keys in a tile: that of a whole one as a constant, for which loops are unrolled.
@@ -165,49 +96,6 @@ struct Queries {
     for (int row = 0; row < kRows; ++row) std::copy_n(rows[row].query, head_dim, values + row * kMaxHeadDim);
   }
 };
-
-// What the rows see of piece number `piece`.
-template <int kRows>
-void attend_piece_rows(const OctavoOp& op, const KvHead& kv, const Row* rows, const Queries<kRows>& queries, int piece,
-                       PartialRow* sums) {
-  constexpr int kVectors = columns_at_once(kRows, 1, 4);
-  alignas(64) float scores[kRows * kTileKeys];
-  alignas(64) Activation weights[kRows * kTileKeys];
-  alignas(64) float totals[kRows * kLanes] = {};
-  alignas(64) float factors[round_up(kRows, kLanes)] = {};
-  int begin = rows[0].begin, end = rows[0].end;
-  for (int row = 0; row < kRows; ++row) {
-    sums[row].largest = kMinusInfinity;
-    std::fill(sums[row].output, sums[row].output + op.head_dim, 0.0f);
-    begin = std::min(begin, rows[row].begin);
-    end = std::max(end, rows[row].end);
-  }
-  begin = std::max(begin, piece * kKeysPerPiece);
-  end = std::min(end, (piece + 1) * kKeysPerPiece);
-  const float scale = op.scale * 1.44269504f;
-  for (int start = begin / kTileKeys * kTileKeys; start < end; start += kTileKeys) {
-    const Tile tile = load_tile(kv, start, end);
-    const int num_keys = tile.num_pages * kBlockTokens;
-    score_tile<kRows>(queries.values, tile, op.head_dim, scores);
-    for (int row = 0; row < kRows; ++row)
-      hide_keys(scores + row * kTileKeys, std::clamp(rows[row].begin - start, 0, num_keys),
-                std::clamp(rows[row].end - start, 0, num_keys), num_keys);
-    with_constant(num_keys, [&](auto constant_or_not) {
-      for (int row = 0; row < kRows; ++row)
-        factors[row] = find_largest(sums[row], scores + row * kTileKeys, scale, constant_or_not);
-      for (int row = 0; row < kRows; row += kLanes) store(factors + row, exp2(load(factors + row)));
-      for (int row = 0; row < kRows; ++row)
-        add_weights(sums[row], scores + row * kTileKeys, broadcast(scale), factors[row], constant_or_not,
-                    weights + row * kTileKeys, totals + row * kLanes);
-    });
-    int dim = 0;
-    for (; dim + kVectors * kLanes <= op.head_dim; dim += kVectors * kLanes)
-      add_values<kRows, kVectors>(tile, weights, op.head_dim, dim, factors, sums[0].output);
-    for (; dim < op.head_dim; dim += kLanes)
-      add_values<kRows, 1>(tile, weights, op.head_dim, dim, factors, sums[0].output);
-  }
-  for (int row = 0; row < kRows; ++row) sums[row].total = sum_lanes(load(totals + row * kLanes));
-}
 
 // Add what rows have seen of a later piece to their sums. As in a tile, all rows' factors are computed at once.
 template <int kRows>
@@ -245,21 +133,146 @@ void finish(const PartialRow& sum, int head_dim, Activation* output) {
   for (int dim = 0; dim < head_dim; dim += kLanes) store_activation(output + dim, load(sum.output + dim) * factor + Vec{});
 }
 
+// Some rows of one kv head that attend together, tile by tile of their keys.
+//
+// Where products overlap with the softmax, three tiles are in work at once: while one's scores become weights, the scores of the
+// next one are computed, and the values of the one before are added.
+template <int kRows>
+class RowsAttention {
+ public:
+  RowsAttention(const OctavoOp& op, const KvHead& kv, const Row* rows)
+      : op_(op), kv_(kv), rows_(rows), queries_(rows, op.head_dim), products_(queries_.values, op.head_dim, !kv.is_in_cache) {}
+
+  // What the rows see of some pieces, together, into `sums`.
+  void attend(const PieceRange& pieces, PartialRow* sums) {
+    find_tiles(pieces, sums);
+    if (num_tiles_ == 0) return start_piece(0);
+    if constexpr (!kProductsOverlap) {
+      for (int n = 0; n < num_tiles_; ++n) {
+        compute(n, kNoTile);
+        weigh(n);
+        compute(kNoTile, n);
+        end_tile(n);
+      }
+    } else {
+      compute(0, kNoTile);
+      products_.run(1, 1);
+      for (int n = 0; n <= num_tiles_; ++n) {
+        compute(n + 1 < num_tiles_ ? n + 1 : kNoTile, n - 1);
+        if (n < num_tiles_) weigh(n);
+        products_.run(1, 1);
+        if (n > 0) end_tile(n - 1);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kNoTile = -1;
+  static constexpr int kInWork = kProductsOverlap ? 2 : 1;  // tiles with scores, or with weights
+
+  struct Piece {
+    PartialRow* sums;
+    alignas(64) float totals[kRows * kLanes];
+  };
+
+  void find_tiles(const PieceRange& pieces, PartialRow* sums) {
+    int begin = rows_[0].begin, end = rows_[0].end;
+    for (int row = 1; row < kRows; ++row) {
+      begin = std::min(begin, rows_[row].begin);
+      end = std::max(end, rows_[row].end);
+    }
+    first_key_ = std::max(begin, pieces.begin * kKeysPerPiece) / kTileKeys * kTileKeys;
+    end_key_ = std::min(end, pieces.end * kKeysPerPiece);
+    num_tiles_ = static_cast<int>(divide_up(std::max(end_key_ - first_key_, 0), kTileKeys));
+    sums_ = sums;
+  }
+
+  int start_of(int tile) const { return first_key_ + tile * kTileKeys; }
+  int piece_of(int tile) const { return start_of(tile) / kKeysPerPiece - first_key_ / kKeysPerPiece; }
+
+  void start_piece(int number) {
+    Piece& piece = pieces_[number % kInWork];
+    piece.sums = number == 0 ? sums_ : later_sums_[number % kInWork];
+    std::fill_n(piece.totals, kRows * kLanes, 0.0f);
+    for (int row = 0; row < kRows; ++row) {
+      piece.sums[row].largest = kMinusInfinity;
+      piece.sums[row].total = 0.0f;
+      std::fill_n(piece.sums[row].output, op_.head_dim, 0.0f);
+    }
+  }
+
+  // Ask for the products of one tile's scores and another one's values.
+  void compute(int scored, int valued) {
+    if (scored != kNoTile) tiles_[scored % kTilesKnown] = load_tile(kv_, start_of(scored), end_key_);
+    const int weights = std::max(valued, 0) % kInWork;
+    products_.start(scored == kNoTile ? nullptr : &tiles_[scored % kTilesKnown], scores_[std::max(scored, 0) % kInWork],
+                    valued == kNoTile ? nullptr : &tiles_[valued % kTilesKnown], weights_[weights], factors_[weights],
+                    pieces_[piece_of(std::max(valued, 0)) % kInWork].sums[0].output);
+  }
+
+  // Turn scores into weights, while products are computed.
+  void weigh(int tile) {
+    const int number = piece_of(tile);
+    if (tile == 0 || piece_of(tile - 1) != number) start_piece(number);
+    Piece& piece = pieces_[number % kInWork];
+    float* const scores = scores_[tile % kInWork];
+    Activation* const weights = weights_[tile % kInWork];
+    float* const factors = factors_[tile % kInWork];
+    const int start = start_of(tile), num_keys = tiles_[tile % kTilesKnown].num_pages * kBlockTokens;
+    const float scale = op_.scale * 1.44269504f;
+    for (int row = 0; row < kRows; ++row)
+      hide_keys(scores + row * kTileKeys, std::clamp(rows_[row].begin - start, 0, num_keys),
+                std::clamp(rows_[row].end - start, 0, num_keys), num_keys);
+    with_constant(num_keys, [&](auto constant_or_not) {
+      for (int row = 0; row < kRows; ++row) {
+        factors[row] = find_largest(piece.sums[row], scores + row * kTileKeys, scale, constant_or_not);
+        products_.run(row + 1, 4 * kRows);
+      }
+      for (int row = 0; row < kRows; row += kLanes) store(factors + row, exp2(load(factors + row)));
+      for (int row = 0; row < kRows; ++row) {
+        add_weights(piece.sums[row], scores + row * kTileKeys, broadcast(scale), factors[row], constant_or_not,
+                    weights + row * kTileKeys, piece.totals + row * kLanes);
+        products_.run(kRows + 3 * (row + 1), 4 * kRows);
+      }
+    });
+  }
+
+  // After a tile's values: if it is the last one of a piece, add this to those before.
+  void end_tile(int tile) {
+    const int number = piece_of(tile);
+    if (tile + 1 < num_tiles_ && piece_of(tile + 1) == number) return;
+    const Piece& piece = pieces_[number % kInWork];
+    for (int row = 0; row < kRows; ++row) piece.sums[row].total = sum_lanes(load(piece.totals + row * kLanes));
+    if (number > 0) merge_rows<kRows>(piece.sums, op_.head_dim, sums_);
+  }
+
+  const OctavoOp& op_;
+  const KvHead& kv_;
+  const Row* const rows_;
+  const Queries<kRows> queries_;
+  Products<kRows> products_;
+  PartialRow* sums_ = nullptr;
+  int first_key_ = 0;
+  int end_key_ = 0;
+  int num_tiles_ = 0;
+  static constexpr int kTilesKnown = kProductsOverlap ? 3 : 1;
+  Tile tiles_[kTilesKnown];
+  alignas(64) float scores_[kInWork][kRows * kTileKeys];
+  alignas(64) Activation weights_[kInWork][kRows * kTileKeys];
+  alignas(64) float factors_[kInWork][round_up(kRows, kLanes)] = {};
+  Piece pieces_[kInWork];
+  PartialRow later_sums_[kInWork][kRows];
+};
+
 template <int kRows>
 void attend_rows(const OctavoOp& op, const KvHead& kv, const Row* rows) {
-  PartialRow sums[kRows], next[kRows];
   int begin = rows[0].begin, end = rows[0].end;
   for (int row = 1; row < kRows; ++row) {
     begin = std::min(begin, rows[row].begin);
     end = std::max(end, rows[row].end);
   }
-  const PieceRange pieces = pieces_of(begin, end);
-  const Queries<kRows> queries(rows, op.head_dim);
-  attend_piece_rows<kRows>(op, kv, rows, queries, pieces.begin, sums);
-  for (int piece = pieces.begin + 1; piece < pieces.end; ++piece) {
-    attend_piece_rows<kRows>(op, kv, rows, queries, piece, next);
-    merge_rows<kRows>(next, op.head_dim, sums);
-  }
+  PartialRow sums[kRows];
+  RowsAttention<kRows>(op, kv, rows).attend(pieces_of(begin, end), sums);
   for (int row = 0; row < kRows; ++row) finish(sums[row], op.head_dim, rows[row].output);
 }
 
@@ -282,22 +295,23 @@ Row row_of(const OctavoOp& op, const AttentionItem& item, const Activation* quer
   return {queries + offset, output + offset, first_key(op, end - 1), end};
 }
 
-void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const Activation* queries, Activation* output,
+void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Activation* queries, Activation* output,
             int64_t stride) {
   const int num_rows = num_rows_of(op, item);
-  const int num_tiles = static_cast<int>(divide_up(num_rows, kMaxTileRows));
+  const int num_tiles = static_cast<int>(divide_up(num_rows, kMaxAttentionRows));
   for (int tile = 0; tile < num_tiles; ++tile) {
     const int first = num_rows * tile / num_tiles;
     const int count = num_rows * (tile + 1) / num_tiles - first;
-    Row rows[kMaxTileRows];
+    Row rows[kMaxAttentionRows];
     for (int i = 0; i < count; ++i) rows[i] = row_of(op, item, queries, output, stride, first + i);
-    dispatch_rows(count, [&](auto constant) { attend_rows<constant()>(op, kv, rows); });
+    dispatch_rows<kMaxAttentionRows>(count, [&](auto constant) { attend_rows<constant()>(op, kv, rows); });
+    kv.is_in_cache = true;
   }
 }
 
 void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, int piece, PartialRow* sums) {
-  dispatch_rows(num_rows, [&](auto constant) {
-    attend_piece_rows<constant()>(op, kv, rows, Queries<constant()>(rows, op.head_dim), piece, sums);
+  dispatch_rows<kMaxAttentionRows>(num_rows, [&](auto constant) {
+    RowsAttention<constant()>(op, kv, rows).attend({piece, piece + 1}, sums);
   });
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "abi.h"
+#include "amx.h"
 #include "elementwise.h"
 #include "simd.h"
 
@@ -11,12 +12,20 @@ namespace octavo {
 
 constexpr int kTilePages = 8;  // read together
 
+// Rows that attend together.
+#if defined(OCTAVO_AMX)
+constexpr int kMaxAttentionRows = kAmxRows;
+#else
+constexpr int kMaxAttentionRows = kMaxTileRows;
+#endif
+
 // Where one layer and kv head of a sequence's keys and values lie.
 struct KvHead {
   const bf16* pages;            // K page of block 0; its V page follows
   int64_t block_stride;         // from a block to the next
   const int32_t* block_table;
   const bf16* read_next[kTilePages];  // the pages that this thread will likely read afterwards
+  bool is_in_cache = false;           // whether the same pages were read just before
 
   const bf16* page(int64_t index) const { return pages + block_table[index] * block_stride; }
 };
@@ -74,13 +83,13 @@ PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item);
 // Keys are read in tiles of 128 at fixed positions from 0. What a query must not see gets weight
 // zero, and a zero changes no bit of a sum, so a query's result depends on its own position and
 // cache only: not on the queries that it shares a tile with, nor on which block ids hold its cache.
-void attend(const OctavoOp& op, const KvHead& kv, const AttentionItem& item, const Activation* queries, Activation* output,
+void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Activation* queries, Activation* output,
             int64_t stride);
 
 // Row number `index` of an item: token after token, each with all heads of the group.
 Row row_of(const OctavoOp& op, const AttentionItem& item, const Activation* queries, Activation* output, int64_t stride, int index);
 
-// The same in pieces: first each piece into its own `sums` [rows], for at most kMaxTileRows rows at once,
+// The same in pieces: first each piece into its own `sums` [rows], for at most kMaxAttentionRows rows at once,
 // which may be of several items if these have the piece in the same blocks; then all pieces of an item
 // into its output. The sums of piece number i begin at `sums` + first_sums[i], and are changed in place.
 void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, int piece, PartialRow* sums);

@@ -17,7 +17,7 @@ constexpr int kPieceBlocks = kKeysPerPiece / kBlockTokens;
 
 // Whether an item's rows leave room in a tile for those of others, or are of one token.
 bool is_short(const OctavoOp& op, const AttentionItem& item) {
-  return item.num_tokens == 1 || num_rows_of(op, item) <= kMaxTileRows;
+  return item.num_tokens == 1 || num_rows_of(op, item) <= kMaxAttentionRows;
 }
 
 // Those that all rows of an item see all keys of.
@@ -37,7 +37,7 @@ bool is_worth_sharing(const OctavoOp& op, const std::vector<AttentionItem>& item
     int num_rows = 0;
     for (const int item : piece.items) num_rows += num_rows_of(op, items[item]);
     num_saved += (static_cast<int64_t>(piece.items.size()) - 1) * kKeysPerPiece;
-    num_parts += divide_up(num_rows, kMaxTileRows);
+    num_parts += divide_up(num_rows, kMaxAttentionRows);
   }
   return num_saved * kLeastShareSaved >= num_keys && num_parts * op.num_kv_heads >= num_threads;
 }
@@ -46,7 +46,7 @@ bool is_worth_sharing(const OctavoOp& op, const std::vector<AttentionItem>& item
 bool has_few_units(const OctavoOp& op, const std::vector<AttentionItem>& items, int num_threads) {
   const int64_t num_units = static_cast<int64_t>(items.size()) * op.num_kv_heads;
   if (num_threads == 1 || num_units >= kUnitsPerThread * num_threads) return false;
-  const auto is_one_tile = [&](const AttentionItem& item) { return num_rows_of(op, item) <= kMaxTileRows; };
+  const auto is_one_tile = [&](const AttentionItem& item) { return num_rows_of(op, item) <= kMaxAttentionRows; };
   const auto is_long = [&](const AttentionItem& item) { return pieces_of(op, item).count() > 1; };
   return std::all_of(items.begin(), items.end(), is_one_tile) && std::any_of(items.begin(), items.end(), is_long);
 }
@@ -72,7 +72,7 @@ class Cutter {
       for (int row = 0; row < num_rows_of(op_, items_[index]); ++row) cut_.rows.push_back({index, row});
     }
     const int count = num_rows() - first_row;
-    const int num_tiles = static_cast<int>(divide_up(count, kMaxTileRows));
+    const int num_tiles = static_cast<int>(divide_up(count, kMaxAttentionRows));
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int begin = count * tile / num_tiles, end = count * (tile + 1) / num_tiles;
       cut_.parts.push_back({piece, first_row + begin, end - begin, cut_.num_sums + begin, tile > 0});

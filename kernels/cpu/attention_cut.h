@@ -15,7 +15,7 @@ constexpr int kAllPieces = -1;
 struct AttentionPart {
   int piece;      // or kAllPieces
   int first_row;  // into AttentionCut::rows; of kAllPieces the item's first one
-  int num_rows;   // at most kMaxTileRows; of kAllPieces 1
+  int num_rows;   // at most kMaxAttentionRows; of kAllPieces 1
   int64_t first_sum;
   bool reads_same_pages;  // as the part before
 };

@@ -71,7 +71,7 @@ void AttentionPlan::run_part(const OctavoOp& op, Cut& cut, const Unit& unit, con
                              const AttentionData& data) {
   const AttentionPart& part = *unit.part;
   const AttentionCut::RowOfItem* row = cut.rows.data() + part.first_row;
-  Row rows[kMaxTileRows];
+  Row rows[kMaxAttentionRows];
   for (int i = 0; i < part.num_rows; ++i) {
     const AttentionItem& item = items_[row[i].item];
     const int64_t offset = offset_of(op, item, unit.kv_head, data.stride);

@@ -33,8 +33,10 @@ LOCK_TIMEOUT_S = 360
 # -ffp-contract=off keeps the sampler's noise equal in all of them.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq")
+_AVX512_BF16 = (*_AVX512, "-mavx512vnni", "-mavx512bf16")
 X86_VARIANTS: dict[str, tuple[str, ...]] = {
-    "avx512_bf16": (*_AVX512, "-mavx512vnni", "-mavx512bf16"),
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    "avx512_bf16": _AVX512_BF16,
     "avx512_vnni": (*_AVX512, "-mavx512vnni"),
     "avx512": _AVX512,
     "avx2_vnni": (*_AVX2, "-mavxvnni"),

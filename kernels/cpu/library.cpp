@@ -1,11 +1,16 @@
 // The parts of the C interface that need no kernel.
 #include "abi.h"
+#include "gemm_part.h"
 #include "handles.h"
 #include "simd.h"
 
 int32_t octavo_abi_revision(void) { return OCTAVO_ABI_REVISION; }
 
 int32_t octavo_activation_bytes(void) { return sizeof(octavo::Activation); }
+
+int32_t octavo_rows_at_once(int32_t format) {
+  return format == OCTAVO_WEIGHT_BF16 ? octavo::kRowsPerTile : octavo::kMaxQuantizedRows;
+}
 
 OctavoPool* octavo_pool_create(int32_t num_threads) { return new OctavoPool(num_threads); }
 

@@ -6,12 +6,13 @@ import ctypes as c
 import functools
 import math
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 9
+ABI_REVISION = 10
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
 BF16, F16, F32, Q8_0, Q4_0, Q4_1, Q4_K = range(7)
@@ -36,8 +37,10 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 # What a CPU must have for a variant, as /proc/cpuinfo names it.
 _AVX2 = {"avx2", "fma", "f16c"}
 _AVX512 = {*_AVX2, "avx512f", "avx512vl", "avx512bw", "avx512dq"}
+_AVX512_BF16 = {*_AVX512, "avx512_vnni", "avx512_bf16"}
 NEEDED_FLAGS = {
-    "avx512_bf16": {*_AVX512, "avx512_vnni", "avx512_bf16"},
+    "amx": {*_AVX512_BF16, "amx_tile", "amx_bf16"},
+    "avx512_bf16": _AVX512_BF16,
     "avx512_vnni": {*_AVX512, "avx512_vnni"},
     "avx512": _AVX512,
     "avx2_vnni": {*_AVX2, "avx_vnni"},
@@ -46,6 +49,10 @@ NEEDED_FLAGS = {
     "neon": set[str](),
     "portable": set[str](),
 }
+
+
+# Of Linux on x86-64: the system call, and what it is asked for.
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
 class Matrix(c.Structure):
@@ -177,6 +184,7 @@ _MatrixPointer = c.POINTER(Matrix)
 _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_abi_revision": (c.c_int32, ()),
     "octavo_activation_bytes": (c.c_int32, ()),
+    "octavo_rows_at_once": (c.c_int32, (c.c_int32,)),
     "octavo_pool_create": (c.c_void_p, (c.c_int32,)),
     "octavo_pool_destroy": (None, (c.c_void_p,)),
     "octavo_arena_create": (c.c_void_p, ()),
@@ -215,6 +223,8 @@ def runnable_variants() -> list[str]:
     """Return the variants that this CPU can run, best first."""
     cpu = _cpu()
     runnable = [variant for variant in build.variants() if NEEDED_FLAGS[variant] <= cpu.flags]
+    if "amx" in runnable and not _permits_amx():
+        runnable.remove("amx")
     if cpu.vendor == "GenuineIntel" and "avx512_bf16" in runnable:
         # Intel's cores take four times as long for a product of bf16 pairs as for one of float32: half the rate.
         runnable.remove("avx512_bf16")
@@ -249,6 +259,15 @@ def available_cores() -> int:
     except (OSError, ValueError):  # no cgroup v2
         return cores
     return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+
+
+@functools.cache
+def _permits_amx() -> bool:
+    """Ask Linux whether this process's threads may use the tile registers, which are 8 KiB more of their state."""
+    if sys.platform != "linux":
+        return False
+    answer: int = c.CDLL(None).syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA)
+    return answer == 0
 
 
 class Cpu(NamedTuple):

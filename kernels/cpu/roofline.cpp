@@ -3,6 +3,7 @@
 #include <atomic>
 #include <vector>
 
+#include "amx.h"
 #include "handles.h"
 #include "simd.h"
 
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int64_t kBytesPerItem = 256 << 10;
 constexpr int kStreams = 4;  // vectors read side by side
-constexpr int64_t kDotsPerItem = 1 << 16;
+constexpr int64_t kQuadsPerItem = 1 << 16;
 // At least the latency of the instruction times its rate, and few enough for registers.
 constexpr int kDotSums = kAccumulators >= 16 ? 16 : 8;
 
@@ -25,6 +26,29 @@ void read_bytes(const char* begin, int64_t size) {
       sums[s] = sums[s] + load(reinterpret_cast<const float*>(begin + i) + s * kLanes);
   result_nobody_wants.store(sum_lanes(sums[0] + sums[1] + sums[2] + sums[3]), std::memory_order_relaxed);
 }
+
+#if defined(OCTAVO_AMX)
+constexpr int64_t kDotsPerItem = 1 << 12;
+constexpr int64_t kOperationsPerDot = kAmxRows * kAmxColumns * kAmxInputs * 2;
+
+void multiply_pairs(int64_t num_dots) {
+  alignas(64) bf16 ones[kAmxRows * kAmxInputs];
+  std::fill_n(ones, kAmxRows * kAmxInputs, float_to_bf16(1.0f));
+  const AmxShapes shapes(kAmxRows, kAmxRows);
+  amx_load<4>(ones, kAmxInputs * sizeof(bf16));
+  amx_load<5>(ones, kAmxInputs * sizeof(bf16));
+  amx_load<6>(ones, kAmxInputs * sizeof(bf16));
+  amx_load<7>(ones, kAmxInputs * sizeof(bf16));
+  for (int64_t i = 0; i < num_dots; i += 4) {
+    amx_multiply<0, 4, 6>();
+    amx_multiply<1, 4, 7>();
+    amx_multiply<2, 5, 6>();
+    amx_multiply<3, 5, 7>();
+  }
+}
+#else
+constexpr int64_t kDotsPerItem = 1 << 16;
+constexpr int64_t kOperationsPerDot = kLanes * 4;  // a pair takes two multiplications and two additions
 
 void multiply_pairs(int64_t num_dots) {
   bf16 ones[2 * kLanes];
@@ -43,6 +67,7 @@ void multiply_pairs(int64_t num_dots) {
   for (int s = 0; s < kDotSums; ++s) total = total + sums[s];  // unrolled, so that the sums stay in registers
   result_nobody_wants.store(sum_lanes(total), std::memory_order_relaxed);
 }
+#endif
 
 void multiply_quads(int64_t num_dots) {
   const std::vector<uint8_t> bytes(sizeof(IntVec), 1);
@@ -83,10 +108,10 @@ int64_t octavo_measure_read(OctavoPool* pool, const void* data, int64_t num_byte
 
 int64_t octavo_measure_dot(OctavoPool* pool, int32_t num_items) {
   pool->threads.for_each(num_items, [&](int64_t, int) { multiply_pairs(kDotsPerItem); });
-  return num_items * kDotsPerItem * kLanes * 4;  // a pair takes two multiplications and two additions
+  return num_items * kDotsPerItem * kOperationsPerDot;
 }
 
 int64_t octavo_measure_integer_dot(OctavoPool* pool, int32_t num_items) {
-  pool->threads.for_each(num_items, [&](int64_t, int) { multiply_quads(kDotsPerItem); });
-  return num_items * kDotsPerItem * kLanes * 8;  // a quad takes four multiplications and four additions
+  pool->threads.for_each(num_items, [&](int64_t, int) { multiply_quads(kQuadsPerItem); });
+  return num_items * kQuadsPerItem * kLanes * 8;  // a quad takes four multiplications and four additions
 }

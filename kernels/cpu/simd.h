@@ -27,6 +27,9 @@ using bf16 = uint16_t;
 #if defined(__AVX512VNNI__)
 #define OCTAVO_AVX512_VNNI 1
 #endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define OCTAVO_AMX 1  // see amx.h
+#endif
 constexpr int kLanes = 16;         // float32 values in a vector
 constexpr int kAccumulators = 24;  // vector registers that a kernel may fill with sums
 constexpr int kMaxTileRows = 12;   // rows that a kernel multiplies at once
@@ -95,8 +98,20 @@ inline Vec multiply_add(Vec a, Vec b, Vec c) {
 }
 
 // The larger of the two; b where one is not a number.
-inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec maximum(Vec a, Vec b) {
+#if defined(OCTAVO_AVX512)
+  return _mm512_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec minimum(Vec a, Vec b) {
+#if defined(OCTAVO_AVX512)
+  return _mm512_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // Sum and maximum over the lanes, always in the same order.
 inline float sum_lanes(Vec value) {
@@ -127,22 +142,24 @@ inline Vec polynomial(Vec x, float highest, Floats... lower) {
   return sum;
 }
 
-// 2^x for x up to 127, by the polynomial that approximates 2^fraction for fractions in [-0.5, 0.5]. Exactly 0 below -126.
+// 2^x for x up to 127, by a polynomial that approximates 2^fraction for fractions in [0, 1]. Exactly 0 below -126: a product that
+// underflows takes a hundred times as long.
 template <class... Floats>
 inline Vec exp2_by(Vec x, Floats... coefficients) {
-#if defined(OCTAVO_AVX512)
-  const Vec whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const Vec fraction = x - whole;
+#if defined(OCTAVO_AMX)
+  const Vec fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(OCTAVO_AVX512)
+  const Vec fraction = x - _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
   const Vec clamped = maximum(x, broadcast(-126.0f));
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = clamped + magic;
+  const Vec shifted = clamped - broadcast(0.5f) + magic;
   const Vec fraction = clamped - (shifted - magic);
 #endif
   const Vec power = polynomial(fraction, coefficients...);
 #if defined(OCTAVO_AVX512)
   const __mmask16 is_normal = _mm512_cmp_ps_mask(x, broadcast(-126.0f), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(is_normal, power, whole);
+  return _mm512_maskz_scalef_ps(is_normal, power, x);  // by 2 to the power of the integer below x
 #else
   const IntVec exponent = (bits(shifted) - bits(magic)) << 23;
   const Vec result = from_bits(bits(power) + exponent);
@@ -150,15 +167,14 @@ inline Vec exp2_by(Vec x, Floats... coefficients) {
 #endif
 }
 
-// 2^x, relative error below 2e-7; exactly 1 at 0 and exactly 0 below -126. x must not exceed 127.
+// 2^x, relative error below 3e-7; exactly 1 at 0 and exactly 0 below -126. x must not exceed 127.
 inline Vec exp2(Vec x) {
-  return exp2_by(x, 1.5403530393e-4f, 1.3333558146e-3f, 9.6181291076e-3f, 5.5504108665e-2f, 2.4022650696e-1f,
-                 6.9314718056e-1f, 1.0f);
+  return exp2_by(x, 1.8671183e-3f, 9.0170549e-3f, 5.5799894e-2f, 2.4016446e-1f, 6.9315130e-1f, 1.0f);
 }
 
 // The same with a relative error below 3e-6, for what is rounded to bf16.
 inline Vec short_exp2(Vec x) {
-  return exp2_by(x, 9.5828532355e-3f, 5.5906425942e-2f, 2.4024098616e-1f, 6.9312419326e-1f, 1.0f);
+  return exp2_by(x, 1.3426519e-2f, 5.2242741e-2f, 2.4128008e-1f, 6.9304484e-1f, 1.0f);
 }
 
 // Upper and lower halves of the 64-bit products a * b.
@@ -289,6 +305,17 @@ inline Vec dot_pairs(Vec sum, Pairs a, Pairs b) {
   return multiply_add(a.odd, b.odd, multiply_add(a.even, b.even, sum));
 }
 #endif
+
+// Two vectors, one after the other.
+inline void store_activations(Activation* target, Vec first, Vec second) {
+#if defined(OCTAVO_AVX512_BF16)
+  const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
+  std::memcpy(target, &both, sizeof both);
+#else
+  store_activation(target, first);
+  store_activation(target + kLanes, second);
+#endif
+}
 
 #if defined(OCTAVO_AVX512_BF16)
 using Pairs = __m512bh;

@@ -120,10 +120,22 @@ ALL_FLAGS = set[str]().union(*library.NEEDED_FLAGS.values())
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86 processor")
 @pytest.mark.parametrize(("vendor", "best"), [("AuthenticAMD", "avx512_bf16"), ("GenuineIntel", "avx512_vnni")])
 def test_products_are_of_bf16_where_that_is_faster(vendor: str, best: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_cpu", lambda: library.Cpu(vendor, ALL_FLAGS))
+    monkeypatch.setattr(library, "_cpu", lambda: library.Cpu(vendor, ALL_FLAGS - {"amx_tile"}))
 
     assert library.runnable_variants()[0] == best
-    assert sorted(library.runnable_variants()) == sorted(build.X86_VARIANTS | {"portable": ()})
+    assert sorted(library.runnable_variants()) == sorted(build.X86_VARIANTS.keys() - {"amx"} | {"portable"})
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86 processor")
+@pytest.mark.parametrize("is_permitted", [True, False])
+def test_tile_registers_are_used_where_the_system_permits_it(
+    is_permitted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "_cpu", lambda: library.Cpu("GenuineIntel", ALL_FLAGS))
+    monkeypatch.setattr(library, "_permits_amx", lambda: is_permitted)
+
+    assert library.runnable_variants()[0] == ("amx" if is_permitted else "avx512_vnni")
+    assert ("amx" in library.runnable_variants()) == is_permitted
 
 
 def test_cores_are_those_that_this_process_may_use() -> None:

@@ -1,0 +1,164 @@
+// The products of attention in the tile registers of AMX.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "amx.h"
+#include "attention_tile.h"
+
+namespace octavo {
+
+// Tiles and vectors are multiplied by different units of a core, so products run beside the softmax of another tile of keys.
+constexpr bool kProductsOverlap = true;
+
+// The products of one tile of keys and queries, and of another one's weights and values, cut into slices of one page and at
+// most four tiles of dimensions. Whoever has work for the other units calls `run` again and again.
+//
+// queries   [kRows, kMaxHeadDim]
+// scores    [kRows, kTileKeys], scores[row][key] = query . key
+// weights   [kRows, kTileKeys]
+// output    of neighbouring PartialRows: output[row] = output[row] * factors[row] + sum over keys of weight * value
+template <int kRows>
+class Products {
+ public:
+  // Pages are fetched ahead where it `fetches`.
+  Products(const Activation* queries, int head_dim, bool fetches)
+      : queries_(queries), head_dim_(head_dim), fetches_(fetches) {}
+
+  // What to compute next; slices that are left over are forgotten. Of either tile there may be none.
+  void start(const Tile* scored, float* scores, const Tile* valued, const Activation* weights, const float* factors,
+             float* output) {
+    scored_ = scored;
+    scores_ = scores;
+    valued_ = valued;
+    weights_ = weights;
+    output_ = output;
+    num_score_slices_ = scored == nullptr ? 0 : scored->num_pages;
+    num_slices_ = num_score_slices_ + (valued == nullptr ? 0 : num_dim_groups() * valued->num_pages);
+    next_ = 0;
+    if (valued != nullptr) scale_output(factors);
+  }
+
+  // Compute until `part` of `whole` is done.
+  void run(int part, int whole) {
+    const int end = num_slices_ * part / whole;
+    for (; next_ < end; ++next_) {
+      if (next_ < num_score_slices_) {
+        score_page(next_);
+      } else {
+        add_page(next_ - num_score_slices_);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kDimsAtOnce = 4 * kAmxColumns;
+  static constexpr int64_t kQueryBytes = kMaxHeadDim * sizeof(Activation);
+  static constexpr int64_t kPageRowBytes = kBlockTokens * 2 * sizeof(bf16);
+
+  // Groups of four tiles of dimensions, and then single tiles.
+  int num_dim_groups() const { return head_dim_ / kDimsAtOnce + head_dim_ % kDimsAtOnce / kAmxColumns; }
+
+  void scale_output(const float* factors) {
+    for (int row = 0; row < kRows; ++row) {
+      if (factors[row] == 1.0f) continue;
+      float* sums = output_ + row * kPartialStride;
+      for (int dim = 0; dim < head_dim_; dim += kLanes) store(sums + dim, load(sums + dim) * broadcast(factors[row]));
+    }
+  }
+
+  void score_page(int page) {
+    constexpr int kStep = kAmxInputs;
+    const bf16* keys = scored_->keys[page];
+    const bool is_first = page == 0;
+    amx_clear<0>();
+    // The first queries stay in registers for all pages.
+    if (kStep <= head_dim_) score_step<1>(keys, 0, is_first);
+    if (2 * kStep <= head_dim_) score_step<2>(keys, kStep, is_first);
+    if (3 * kStep <= head_dim_) score_step<3>(keys, 2 * kStep, is_first);
+    int dim = std::min(3 * kStep, head_dim_ / kStep * kStep);
+    for (; dim + kStep <= head_dim_; dim += kStep) score_step<4>(keys, dim, true);
+    if (dim < head_dim_) {
+      amx_load<5>(queries_ + dim, kQueryBytes);
+      amx_load<7, false>(keys + dim * kBlockTokens, kPageRowBytes);
+      amx_multiply<0, 5, 7>();
+    }
+    amx_store<0>(scores_ + page * kBlockTokens, kTileKeys * sizeof(float));
+    fetch(keys + head_dim_ * kBlockTokens);  // its values
+  }
+
+  template <int kTile>
+  void score_step(const bf16* keys, int dim, bool loads_queries) {
+    if (loads_queries) amx_load<kTile>(queries_ + dim, kQueryBytes);
+    amx_load<6, false>(keys + dim * kBlockTokens, kPageRowBytes);
+    amx_multiply<0, kTile, 6>();
+  }
+
+  void add_page(int slice) {
+    const int group = slice / valued_->num_pages, page = slice % valued_->num_pages;
+    const int num_whole = head_dim_ / kDimsAtOnce;
+    if (group < num_whole) {
+      add_page<true>(page, group * kDimsAtOnce);
+    } else {
+      add_page<false>(page, num_whole * kDimsAtOnce + (group - num_whole) * kAmxColumns);
+    }
+  }
+
+  template <bool kHasFour>
+  void add_page(int page, int dim) {
+    constexpr int64_t kOutputBytes = sizeof(PartialRow);
+    float* output = output_ + dim;
+    if (page == 0) {
+      amx_load<0>(output, kOutputBytes);
+      if constexpr (kHasFour) {
+        amx_load<1>(output + kAmxColumns, kOutputBytes);
+        amx_load<2>(output + 2 * kAmxColumns, kOutputBytes);
+        amx_load<3>(output + 3 * kAmxColumns, kOutputBytes);
+      }
+    }
+    amx_load<5>(weights_ + page * kBlockTokens, kTileKeys * sizeof(Activation));
+    const bf16* values = valued_->keys[page] + (head_dim_ * kBlockTokens + dim * 2);
+    multiply_values<0>(values);
+    if constexpr (kHasFour) {
+      multiply_values<1>(values);
+      multiply_values<2>(values);
+      multiply_values<3>(values);
+    }
+    if (dim == 0) fetch(valued_->next_keys[page]);
+    if (page + 1 < valued_->num_pages) return;
+    amx_store<0>(output, kOutputBytes);
+    if constexpr (kHasFour) {
+      amx_store<1>(output + kAmxColumns, kOutputBytes);
+      amx_store<2>(output + 2 * kAmxColumns, kOutputBytes);
+      amx_store<3>(output + 3 * kAmxColumns, kOutputBytes);
+    }
+  }
+
+  template <int kTile>
+  void multiply_values(const bf16* values) {
+    amx_load<7, false>(values + kTile * kAmxColumns * 2, head_dim_ * 2 * static_cast<int64_t>(sizeof(bf16)));
+    amx_multiply<kTile, 5, 7>();
+  }
+
+  // Keys or values of a page.
+  void fetch(const bf16* page) const {
+    if (!fetches_) return;
+    for (int i = 0; i < head_dim_ * kBlockTokens; i += 32) prefetch_l2(page + i);
+  }
+
+  const AmxShapes shapes_ = AmxShapes::halves(kRows);
+  const Activation* const queries_;
+  const int head_dim_;
+  const bool fetches_;
+  const Tile* scored_ = nullptr;
+  float* scores_ = nullptr;
+  const Tile* valued_ = nullptr;
+  const Activation* weights_ = nullptr;
+  float* output_ = nullptr;
+  int num_score_slices_ = 0;
+  int num_slices_ = 0;
+  int next_ = 0;
+};
+
+}  // namespace octavo
