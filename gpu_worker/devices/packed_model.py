@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from octavo.gpu_worker.devices.shared_buffers import share_buffers
 from octavo.gpu_worker.ops import Heads
 from octavo.kernels.cpu import library
-from octavo.kernels.cpu.runtime import BLOCK_COLUMNS, Arena, Program, Runtime, padded
+from octavo.kernels.cpu.runtime import BLOCK_COLUMNS, Arena, Program, Runtime, padded, row_stride
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,19 @@ class PackedModel:
         last = self.ops[-1]
         return int(last.norm.size) if last.kind == library.HIDDEN else self.vocab_size
 
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows all linear layers multiply while they read their weights once."""
+        formats = {op.linear.format for op in self.ops if op.linear.weight}
+        return min(map(self.runtime.rows_at_once, formats))
+
     def program(self, memory: Arena, max_batch_tokens: int, max_running: int, max_blocks_per_sequence: int) -> Program:
         """Return the program with buffers of its own in `memory`, for steps within these limits."""
         ops = (library.Op * len(self.ops))(*self.ops)
         buffers = []
         for shape in share_buffers(ops, self.values):
-            stride = padded(shape.columns, BLOCK_COLUMNS)
             element_bytes = 4 if shape.is_float else self.runtime.activation_bytes
+            stride = row_stride(padded(shape.columns, BLOCK_COLUMNS), element_bytes)
             buffers.append(library.Buffer(memory.allocate(max_batch_tokens * stride * element_bytes), stride))
         info = library.ProgramInfo(
             ops=ops,

@@ -22,7 +22,9 @@ int64_t gated_blocks(const OctavoExperts& experts) { return divide_up(experts.ga
 
 int64_t down_blocks(const OctavoExperts& experts) { return divide_up(experts.down.out_features, kBlockColumns); }
 
-int64_t gated_stride(const OctavoExperts& experts) { return round_up(experts.gated.out_features, kRowMultiple); }
+int64_t gated_stride(const OctavoExperts& experts) {
+  return row_stride<Activation>(round_up(experts.gated.out_features, kRowMultiple));
+}
 
 // One expert's layer: they lie one behind the other.
 OctavoLinear layer_of(const OctavoLinear& first, int64_t num_blocks, int expert) {
@@ -31,8 +33,8 @@ OctavoLinear layer_of(const OctavoLinear& first, int64_t num_blocks, int expert)
   return layer;
 }
 
-template <class T>
-void grow(std::vector<T>& memory, int64_t size) {
+template <class Vector>
+void grow(Vector& memory, int64_t size) {
   if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
 }
 
@@ -49,7 +51,7 @@ void ExpertsWork::reserve(const OctavoOp& op, int max_rows) {
   grow(expert_of_, num_assignments);
   grow(row_of_, num_assignments);
   grow(weight_of_, num_assignments);
-  gathered_stride_ = std::max(gathered_stride_, round_up(op.norm.size, kRowMultiple));
+  gathered_stride_ = std::max(gathered_stride_, row_stride<Activation>(round_up(op.norm.size, kRowMultiple)));
   grow(gathered_, num_assignments * gathered_stride_);
   grow(gated_, num_assignments * gated_stride(op.experts));
   groups_.reserve(op.experts.num_experts);

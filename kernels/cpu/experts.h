@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "aligned.h"
 #include "gemm.h"
 #include "simd.h"
 
@@ -68,8 +69,8 @@ class ExpertsWork {
   std::vector<int> expert_of_;          // of each assignment
   std::vector<int32_t> row_of_;
   std::vector<float> weight_of_;
-  std::vector<Activation> gathered_;    // [assignments, gathered_stride]
-  std::vector<Activation> gated_;       // [assignments, gated_stride]
+  LineVector<Activation> gathered_;    // [assignments, gathered_stride]
+  LineVector<Activation> gated_;       // [assignments, gated_stride]
   int64_t gathered_stride_ = 0;
 };
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "aligned.h"
 #include "attention_plan.h"
 #include "elementwise.h"
 #include "experts.h"
@@ -86,8 +87,8 @@ struct Profile {
 
 // Rows as Gemms read them.
 struct PreparedRows {
-  std::vector<Activation> normed;  // [rows, normed_stride]
-  std::vector<char> quantized;     // [rows, quantized_stride]
+  LineVector<Activation> normed;  // [rows, normed_stride]
+  std::vector<char> quantized;    // [rows, quantized_stride]
 };
 
 class Program {
@@ -195,7 +196,7 @@ Program::Program(ThreadPool& threads, const OctavoProgramInfo& info)
   for (const OctavoOp& op : ops_) {
     if (op.kind == OCTAVO_PAGED_ATTENTION) last_attention_ = &op - ops_.data();
     if (op.kind == OCTAVO_ROTARY_WRITE_KV) max_positions_ = std::min(max_positions_, op.max_positions);
-    normed_stride_ = std::max(normed_stride_, round_up(op.norm.size, kRowMultiple));
+    normed_stride_ = std::max(normed_stride_, row_stride<Activation>(round_up(op.norm.size, kRowMultiple)));
     if (is_quantized(op.linear))
       quantized_stride_ = std::max(quantized_stride_, quantized_row_bytes(op.linear.in_features));
     if (op.kind == OCTAVO_NORM_EXPERTS_RESIDUAL) experts_.reserve(op, info.max_batch_tokens);

@@ -38,6 +38,10 @@ class Runtime:
         """Bytes of an activation between operations."""
         return int(self.library.octavo_activation_bytes())
 
+    def rows_at_once(self, weight_format: int) -> int:
+        """How many rows a linear layer multiplies while it reads its weights, of library.WEIGHT_..., once."""
+        return int(self.library.octavo_rows_at_once(weight_format))
+
     def measure_read(self, address: int, num_bytes: int) -> int:
         """Read memory as fast as it goes, with all threads; return how many bytes were read."""
         return int(self.library.octavo_measure_read(self.pool, address, num_bytes))
@@ -153,6 +157,15 @@ class Program:
 def padded(size: int, multiple: int) -> int:
     """Round up to a multiple."""
     return math.ceil(size / multiple) * multiple
+
+
+def row_stride(size: int, element_bytes: int) -> int:
+    """Return the distance of rows of whole cache lines: an odd number of lines.
+
+    Then the same columns of neighbouring rows do not compete for the same places in a cache.
+    """
+    line = 64 // element_bytes
+    return size + (line if size // line % 2 == 0 else 0)
 
 
 def _address(array: npt.NDArray[Any]) -> int:
