@@ -29,7 +29,7 @@ from octavo.gpu_worker.rows import Int64Array, Rows
 MOST_MATCHED: Final = 16  # equal tokens before a draft that are told apart
 _LEAST_CHANCE: Final = 0.05  # of a draft token that is computed
 _OTHERS_TIME: Final = 3.0  # of a draft token, which they wait for and gain nothing by, counts so many times
-MOST_TOKENS: Final = 12  # in a step with drafts: rows that the kernels multiply at once (AVX512), so weights pass once
+MOST_TOKENS: Final = 12  # in a step with drafts, unless the kernels multiply more rows at once: so weights pass once
 
 
 class _Draft(NamedTuple):
@@ -44,11 +44,21 @@ class Speculation:
     """The texts of slots, where each stands, and what is guessed of them."""
 
     def __init__(
-        self, max_running: int, max_model_len: int, most_draft_tokens: int, max_batch_tokens: int, num_blocks: int
+        self,
+        max_running: int,
+        max_model_len: int,
+        most_draft_tokens: int,
+        max_batch_tokens: int,
+        rows_at_once: int,
+        num_blocks: int,
     ) -> None:
-        """most_draft_tokens: of one sequence in one step; at least 1. No position from max_model_len on is computed."""
+        """No position from max_model_len on is computed.
+
+        most_draft_tokens  of one sequence in one step; at least 1
+        rows_at_once       that the kernels multiply while they read weights once
+        """
         self.max_row_tokens = most_draft_tokens + 1
-        self._most_tokens = min(MOST_TOKENS, max_batch_tokens)
+        self._most_tokens = min(max(MOST_TOKENS, rows_at_once), max_batch_tokens)
         self._max_model_len = max_model_len
         self._positions = np.zeros(max_running, np.int64)  # of the token that was drawn last for a slot
         # The tokens whose keys and values are in the cache, where those are.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from octavo.gpu_worker.speculation import Speculation
 
 if TYPE_CHECKING:  # torch and native code, which not every device needs
     from octavo.gpu_worker.collectives import Collectives
+    from octavo.gpu_worker.devices.cpu import CpuDevice
     from octavo.gpu_worker.devices.packed_model import PackedModel
 
     _AnyModel = Model | EncoderModel | PackedModel
@@ -69,7 +71,7 @@ def make_runner(
     collectives: Collectives | None = None,
     pooling: Pooling | None = None,
     grammars: Grammars | None = None,
-    speculation: Callable[[int], Speculation] | None = None,
+    speculation: Callable[[int, int], Speculation] | None = None,
 ) -> Runner:
     """Build what runs steps on a device of DEVICES, see `choose_device`. Raises DeviceError if it is missing.
 
@@ -77,8 +79,9 @@ def make_runner(
     quantization is what the device is to do itself: a packed model is quantised already.
     With `collectives` the model is one rank's part of a model; with `pooling` vectors are made of what it gives,
     on the cpu device in float32 unless a decoder is wanted in `dtype` bfloat16.
-    Without `grammars` no slot may have one. `speculation` is for the cpu device, whose rows do not depend on each
-    other to the last bit; others do without.
+    Without `grammars` no slot may have one. `speculation` makes what guesses tokens, for so many rows that are
+    multiplied at once and KV blocks: for the cpu device, whose rows do not depend on each other to the last bit;
+    others do without.
     """
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     device = choose_device(name)
@@ -99,9 +102,10 @@ def make_runner(
     host_device = make_device(device, model, *limits, num_threads=num_threads, is_exact=is_exact)
     if pooling is not None:
         return PoolingRunner(host_device, max_running, max_blocks_per_sequence, pooling)
-    if device != "cpu":
-        speculation = None
-    return HostRunner(host_device, max_running, max_blocks_per_sequence, model.vocab_size, grammars, speculation)
+    make_speculation = None
+    if device == "cpu" and speculation is not None:
+        make_speculation = functools.partial(speculation, cast("CpuDevice", host_device).rows_at_once)
+    return HostRunner(host_device, max_running, max_blocks_per_sequence, model.vocab_size, grammars, make_speculation)
 
 
 def make_device(

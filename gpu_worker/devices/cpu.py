@@ -49,6 +49,7 @@ class CpuDevice:
         packed = model if isinstance(model, PackedModel) else _pack(model, Runtime(variant, num_threads), quantization)
         heads = packed.heads
         self._runtime = packed.runtime
+        self._rows_at_once = packed.rows_at_once
         self._memory = Arena(packed.runtime)
         self._block_shape = (packed.num_layers, heads.num_kv_heads, 2, heads.head_dim * _BLOCK_TOKENS)
         self._cache = library.Cache(None, 0)
@@ -56,6 +57,11 @@ class CpuDevice:
         self._logits = np.empty((max_running, packed.output_size), np.float32)
         self._step: tuple[StepInput, library.Step] | None = None  # the last one, and as the library takes it
         self._program = packed.program(self._memory, max_batch_tokens, max_running, max_blocks_per_sequence)
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows all linear layers multiply while they read their weights once."""
+        return self._rows_at_once
 
     def kv_block_bytes(self) -> int:
         """Bytes that one block of 16 tokens takes, over all layers, keys and values."""

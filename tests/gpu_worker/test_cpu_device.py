@@ -40,6 +40,8 @@ class Shape:
 
 SHAPES = {
     "plain": Shape(),
+    "wide": Shape(intermediate=1301),
+    "wide, bias": Shape(intermediate=1301, bias=True),
     "odd sizes": Shape(hidden=77, intermediate=101, vocab=131, bias=True),
     "group of 3, head_dim 64": Shape(hidden=96, heads=Heads(9, 3, 64), rotary_dim=64),
     "group of 14": Shape(heads=Heads(14, 1, 32), rotary_dim=32),
@@ -260,7 +262,7 @@ def shuffled_blocks(seed: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def invariance_model() -> TinyModel:
-    return TinyModel(Shape(hidden=112, intermediate=200, heads=Heads(6, 2, 32), rotary_dim=32, bias=True))
+    return TinyModel(Shape(hidden=112, intermediate=700, heads=Heads(6, 2, 32), rotary_dim=32, bias=True))
 
 
 @pytest.fixture(params=VARIANTS)
@@ -331,7 +333,7 @@ def test_bits_do_not_depend_on_how_a_prompt_is_chunked(invariance_model: TinyMod
 
 @pytest.mark.parametrize("window", [0, 21])
 def test_bits_do_not_depend_on_the_rest_of_the_batch(variant: str, window: int) -> None:
-    model = TinyModel(Shape(hidden=112, heads=Heads(6, 2, 32), rotary_dim=32, window=window))
+    model = TinyModel(Shape(hidden=112, intermediate=700, heads=Heads(6, 2, 32), rotary_dim=32, window=window))
     device = make_device(model, variant)
     sequences = [make_sequence(seed, 150, [1 + 10 * seed + i for i in range(10)]) for seed in range(32)]
     alone = []
@@ -407,6 +409,12 @@ def test_bits_do_not_depend_on_the_number_of_threads(invariance_model: TinyModel
 
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
+
+
+def test_the_kernels_say_how_many_rows_they_multiply_at_once(invariance_model: TinyModel, variant: str) -> None:
+    expected = {"amx": 32, "avx512_bf16": 12, "avx512": 12, "neon_bf16": 6, "neon": 6}
+
+    assert make_device(invariance_model, variant).rows_at_once == expected.get(variant, 4)
 
 
 def test_a_broken_sequence_leaves_nothing_in_its_blocks_that_spoils_the_next_owner(variant: str) -> None:

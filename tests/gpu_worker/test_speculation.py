@@ -117,13 +117,19 @@ class Planner:
         max_len: int = LIMITS.max_blocks_per_sequence * BLOCK_SIZE,
         ahead: bool = False,
         lookahead: int = 0,
+        rows_at_once: int = MOST_TOKENS,
     ) -> None:
         sizes = (LIMITS.max_running, LIMITS.max_blocks_per_sequence)
         self.device = CountingDevice(TinyModel(Shape(), seed=3), LIMITS.max_batch_tokens, *sizes, num_threads=2)
         make: Callable[[int], Speculation] | None = None
         if speculative_tokens:
             make = functools.partial(
-                Speculation, LIMITS.max_running, max_len, speculative_tokens, LIMITS.max_batch_tokens
+                Speculation,
+                LIMITS.max_running,
+                max_len,
+                speculative_tokens,
+                LIMITS.max_batch_tokens,
+                rows_at_once,
             )
         self.runner = HostRunner(self.device, *sizes, LIMITS.vocab_size, speculation=make)
         self.runner.allocate_kv(LIMITS.num_blocks)
@@ -316,8 +322,8 @@ def test_log_probabilities_of_a_row_beside_guesses_are_its_own() -> None:
     assert outputs[0] == outputs[1]
 
 
-def six_streams() -> Planner:
-    planner = Planner(15, lookahead=30)
+def six_streams(rows_at_once: int = MOST_TOKENS) -> Planner:
+    planner = Planner(15, lookahead=30, rows_at_once=rows_at_once)
     requests = [Request(slot, GREEDY, [1, 2, 3, 1, 2]) for slot in range(LIMITS.max_running)]
     planner.step([(request, 5) for request in requests])
     planner.device.most_tokens = 0
@@ -326,8 +332,11 @@ def six_streams() -> Planner:
     return planner
 
 
-def test_a_step_with_drafts_has_no_more_tokens_than_the_kernels_take_at_once() -> None:
-    assert six_streams().device.most_tokens == MOST_TOKENS
+@pytest.mark.parametrize(("rows_at_once", "most_tokens"), [(4, MOST_TOKENS), (MOST_TOKENS, MOST_TOKENS), (16, 16)])
+def test_a_step_with_drafts_has_no_more_tokens_than_the_kernels_take_at_once(
+    rows_at_once: int, most_tokens: int
+) -> None:
+    assert six_streams(rows_at_once).device.most_tokens == most_tokens
 
 
 def test_drafts_that_cost_more_than_they_bring_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
