@@ -203,11 +203,18 @@ class RowsAttention {
 
   // Ask for the products of one tile's scores and another one's values.
   void compute(int scored, int valued) {
-    if (scored != kNoTile) tiles_[scored % kTilesKnown] = load_tile(kv_, start_of(scored), end_key_);
-    const int weights = std::max(valued, 0) % kInWork;
-    products_.start(scored == kNoTile ? nullptr : &tiles_[scored % kTilesKnown], scores_[std::max(scored, 0) % kInWork],
-                    valued == kNoTile ? nullptr : &tiles_[valued % kTilesKnown], weights_[weights], factors_[weights],
-                    pieces_[piece_of(std::max(valued, 0)) % kInWork].sums[0].output);
+    const Tile *scored_tile = nullptr, *valued_tile = nullptr;
+    float* output = nullptr;
+    if (scored != kNoTile) {
+      tiles_[scored % kTilesKnown] = load_tile(kv_, start_of(scored), end_key_);
+      scored_tile = &tiles_[scored % kTilesKnown];
+    }
+    if (valued != kNoTile) {
+      valued_tile = &tiles_[valued % kTilesKnown];
+      output = pieces_[piece_of(valued) % kInWork].sums[0].output;
+    }
+    const int of_scored = std::max(scored, 0) % kInWork, of_valued = std::max(valued, 0) % kInWork;
+    products_.start(scored_tile, scores_[of_scored], valued_tile, weights_[of_valued], factors_[of_valued], output);
   }
 
   // Turn scores into weights, while products are computed.
