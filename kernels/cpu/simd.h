@@ -1,5 +1,6 @@
-// Vector primitives. The library is compiled once per instruction set; this header is the only
-// file that knows which. To add one, give it a block below and a row in build.py.
+// Vector primitives. The library is compiled once per instruction set; this header knows which. To add one, give it a block
+// below and a row in build.py. Tile registers are no vectors: amx.h has them, and gemm_amx.cpp and attention_amx.h are written
+// for them in place of gemm_vectors.cpp and attention_vectors.h.
 //
 // Vectors are the compiler's own vector types, so + - * / work on them in every variant.
 #pragma once
