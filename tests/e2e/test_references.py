@@ -42,13 +42,17 @@ async def test_alone_together_and_from_the_prefix_cache(smollm2: Path, device: s
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("device", DEVICES)
-async def test_with_a_pool_so_small_that_sequences_are_preempted(smollm2: Path, device: str) -> None:
-    with serving(smollm2, device, "--kv-cache-memory", TINY_POOL[device]) as stack:
+@pytest.mark.parametrize("guesses", [False, True])
+async def test_with_a_pool_so_small_that_sequences_are_preempted(smollm2: Path, device: str, guesses: bool) -> None:
+    # A text that is guessed well may end before others need its blocks: the steps that it takes depend on the machine.
+    flags = () if guesses else ("--speculative-tokens", "0")
+    with serving(smollm2, device, "--kv-cache-memory", TINY_POOL[device], *flags) as stack:
         async with stack.client() as client:
             answers = await asyncio.gather(*[greedy(client, reference) for reference in references()])
             for reference, answer in zip(references(), answers, strict=True):
                 reference.check(answer.ids)
-            assert sum(answer.preemptions for answer in answers) > 0
+            if not guesses:
+                assert sum(answer.preemptions for answer in answers) > 0
             await until_idle(client)
 
 
