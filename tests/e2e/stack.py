@@ -174,8 +174,9 @@ async def answer(client: Client, *args: Any, **options: Any) -> Answer:
     return Answer(ids, "".join(text), stream)
 
 
-async def greedy(client: Client, reference: Reference) -> Answer:
-    return await answer(client, token_ids=reference.prompt_ids, max_new_tokens=64, temperature=0)
+async def greedy(client: Client, reference: Reference, max_new_tokens: int = 64, **options: Any) -> Answer:
+    prompt = reference.prompt_ids
+    return await answer(client, token_ids=prompt, max_new_tokens=max_new_tokens, temperature=0, **options)
 
 
 async def until_running(client: Client) -> None:
