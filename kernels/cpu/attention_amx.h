@@ -56,6 +56,9 @@ class Products {
   static constexpr int kDimsAtOnce = 4 * kAmxColumns;
   static constexpr int64_t kQueryBytes = kMaxHeadDim * sizeof(Activation);
   static constexpr int64_t kPageRowBytes = kBlockTokens * 2 * sizeof(bf16);
+  static constexpr int kPagesAhead = 4;
+  static constexpr int kLineElements = 64 / sizeof(bf16);
+  static constexpr int kFetchedElements = 4 * kLineElements;
 
   // Groups of four tiles of dimensions, and then single tiles.
   int num_dim_groups() const { return head_dim_ / kDimsAtOnce + head_dim_ % kDimsAtOnce / kAmxColumns; }
@@ -72,6 +75,7 @@ class Products {
     constexpr int kStep = kAmxInputs;
     const bf16* keys = scored_->keys[page];
     const bool is_first = page == 0;
+    if (fetches_) fetch_ahead(page);
     amx_clear<0>();
     // The first queries stay in registers for all pages.
     if (kStep <= head_dim_) score_step<1>(keys, 0, is_first);
@@ -85,7 +89,6 @@ class Products {
       amx_multiply<0, 5, 7>();
     }
     amx_store<0>(scores_ + page * kBlockTokens, kTileKeys * sizeof(float));
-    fetch(keys + head_dim_ * kBlockTokens);  // its values
   }
 
   template <int kTile>
@@ -125,7 +128,6 @@ class Products {
       multiply_values<2>(values);
       multiply_values<3>(values);
     }
-    if (dim == 0) fetch(valued_->next_keys[page]);
     if (page + 1 < valued_->num_pages) return;
     amx_store<0>(output, kOutputBytes);
     if constexpr (kHasFour) {
@@ -141,10 +143,22 @@ class Products {
     amx_multiply<kTile, 5, 7>();
   }
 
-  // Keys or values of a page.
-  void fetch(const bf16* page) const {
-    if (!fetches_) return;
-    for (int i = 0; i < head_dim_ * kBlockTokens; i += 32) prefetch_l2(page + i);
+  // Keys and values lie side by side. Of a page that is read a while later some lines are asked for, and the processor fetches those
+  // between; what is read next comes into the first cache: the next page's keys, and this one's values.
+  void fetch_ahead(int page) const {
+    const int size = head_dim_ * kBlockTokens;
+    const bf16* const later = page_after(page + kPagesAhead);
+    for (int i = 0; i < 2 * size; i += kFetchedElements) prefetch_l2(later + i);
+    const bf16* const next = page_after(page + 1);
+    const bf16* const values = scored_->keys[page] + size;
+    for (int i = 0; i < size; i += kLineElements) prefetch(next + i);
+    for (int i = 0; i < size; i += kLineElements) prefetch(values + i);
+  }
+
+  // Page number `index` from the start of the tile of scores on.
+  const bf16* page_after(int index) const {
+    const int num_pages = scored_->num_pages;
+    return index < num_pages ? scored_->keys[index] : scored_->next_keys[std::min(index - num_pages, kTilePages - 1)];
   }
 
   const AmxShapes shapes_ = AmxShapes::halves(kRows);
