@@ -28,8 +28,8 @@ from octavo.gpu_worker.rows import Int64Array, Rows
 
 MOST_MATCHED: Final = 16  # equal tokens before a draft that are told apart
 _LEAST_CHANCE: Final = 0.05  # of a draft token that is computed
-_OTHERS_TIME: Final = 3.0  # of a draft token, which they wait for and gain nothing by, counts so many times
-MOST_TOKENS: Final = 12  # in a step with drafts, unless the kernels multiply more rows at once: so weights pass once
+_OTHERS_TIME: Final = 2.0  # of a draft token, which they wait for and gain nothing by, counts so many times
+MOST_TOKENS: Final = 12  # in a step with drafts, unless the kernels multiply more rows in little more time than one
 
 
 class _Draft(NamedTuple):
@@ -55,7 +55,7 @@ class Speculation:
         """No position from max_model_len on is computed.
 
         most_draft_tokens  of one sequence in one step; at least 1
-        rows_at_once       that the kernels multiply while they read weights once
+        rows_at_once       that the kernels multiply in little more time than one row
         """
         self.max_row_tokens = most_draft_tokens + 1
         self._most_tokens = min(max(MOST_TOKENS, rows_at_once), max_batch_tokens)

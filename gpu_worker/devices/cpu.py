@@ -60,7 +60,7 @@ class CpuDevice:
 
     @property
     def rows_at_once(self) -> int:
-        """How many rows all linear layers multiply while they read their weights once."""
+        """How many rows all linear layers multiply in little more time than one row."""
         return self._rows_at_once
 
     def kv_block_bytes(self) -> int:

@@ -43,7 +43,7 @@ class PackedModel:
 
     @property
     def rows_at_once(self) -> int:
-        """How many rows all linear layers multiply while they read their weights once."""
+        """How many rows all linear layers multiply in little more time than one row."""
         formats = {op.linear.format for op in self.ops if op.linear.weight}
         return min(map(self.runtime.rows_at_once, formats))
 

@@ -172,7 +172,7 @@ typedef struct OctavoProgram OctavoProgram;
 OCTAVO_EXPORT int32_t octavo_abi_revision(void);
 OCTAVO_EXPORT int32_t octavo_activation_bytes(void);
 
-// How many rows a linear layer multiplies while it reads its weights, of this format, once.
+// How many rows a linear layer multiplies in little more time than one row, because it reads its weights, of this format, once.
 OCTAVO_EXPORT int32_t octavo_rows_at_once(int32_t format);
 
 // Threads. The calling thread is one of `num_threads`; the others sleep between calls.
