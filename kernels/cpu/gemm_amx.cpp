@@ -11,8 +11,8 @@ struct AmxFetch {
   int64_t bytes_per_step;  // of kAmxInputs inputs
 };
 
-// Every such line is asked for: the processor fetches those between by itself, once it sees that they are read in order. Each one
-// that is asked for has one of few places in which a core waits for memory, and tiles that are loaded from the second cache need these, too.
+// One line in so many bytes is asked for, and the processor fetches those between by itself. Each one that is asked for has one of
+// few places in which a core waits for memory, and tiles that are loaded from the second cache need these, too.
 constexpr int64_t kFetchedBytes = 3 * 64;
 
 constexpr int64_t kMostInputsPerPiece = 20 * kAmxInputs;  // of a block: 40 KiB
@@ -118,8 +118,8 @@ void multiply_amx(const Rows& input, int num_rows, const bf16* weight, int64_t b
   const int64_t num_steps = divide_up(end - begin, kAmxInputs);
   const int rows_per_step = static_cast<int>(divide_up(num_rows, num_steps));
   for (int64_t i = begin; i < end; i += kAmxInputs) {
-    constexpr int64_t kBytes = kReused == Reused::kInput ? kFetchedBytes : 64;
-    for (int64_t line = 0; line < soon.bytes_per_step; line += kBytes) prefetch_l2(soon.next + line);
+    constexpr int64_t kDistance = kReused == Reused::kInput ? kFetchedBytes : 64;
+    for (int64_t line = 0; line < soon.bytes_per_step; line += kDistance) prefetch_l2(soon.next + line);
     soon.next += soon.bytes_per_step;
     if constexpr (kReused == Reused::kInput) {  // a tile alone waits for the next weights if these are not in the first cache
       const char* next = reinterpret_cast<const char*>(weight + (i + kAmxInputs) * kBlockColumns);
