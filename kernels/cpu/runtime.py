@@ -39,7 +39,7 @@ class Runtime:
         return int(self.library.octavo_activation_bytes())
 
     def rows_at_once(self, weight_format: int) -> int:
-        """How many rows a linear layer with weights of library.WEIGHT_... multiplies in little more time than one row."""
+        """How many rows a linear layer multiplies in little more time than one row; of library.WEIGHT_...."""
         return int(self.library.octavo_rows_at_once(weight_format))
 
     def measure_read(self, address: int, num_bytes: int) -> int:
