@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "aligned.h"
 #include "amx.h"
 #include "attention_tile.h"
 
@@ -57,7 +58,7 @@ class Products {
   static constexpr int64_t kQueryBytes = kMaxHeadDim * sizeof(Activation);
   static constexpr int64_t kPageRowBytes = kBlockTokens * 2 * sizeof(bf16);
   static constexpr int kPagesAhead = 4;
-  static constexpr int kLineElements = 64 / sizeof(bf16);
+  static constexpr int kLineElements = kLineBytes / sizeof(bf16);
   static constexpr int kFetchedElements = 4 * kLineElements;
 
   // Groups of four tiles of dimensions, and then single tiles.
@@ -155,10 +156,11 @@ class Products {
     for (int i = 0; i < size; i += kLineElements) prefetch(values + i);
   }
 
-  // Page number `index` from the start of the tile of scores on.
+  // Page number `index` from the start of the tile of scores on, at most kPagesAhead beyond its last one.
   const bf16* page_after(int index) const {
+    static_assert(kPagesAhead <= kTilePages);
     const int num_pages = scored_->num_pages;
-    return index < num_pages ? scored_->keys[index] : scored_->next_keys[std::min(index - num_pages, kTilePages - 1)];
+    return index < num_pages ? scored_->keys[index] : scored_->next_keys[index - num_pages];
   }
 
   const AmxShapes shapes_ = AmxShapes::halves(kRows);

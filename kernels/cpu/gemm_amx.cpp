@@ -1,4 +1,5 @@
 // Linear layers over bf16 weights, in the tile registers of AMX.
+#include "aligned.h"
 #include "gemm_part.h"
 
 #if defined(OCTAVO_AMX)
@@ -13,7 +14,7 @@ struct AmxFetch {
 
 // One line in so many bytes is asked for, and the processor fetches those between by itself. Each one that is asked for has one of
 // few places in which a core waits for memory, and tiles that are loaded from the second cache need these, too.
-constexpr int64_t kFetchedBytes = 3 * 64;
+constexpr int64_t kFetchedBytes = 3 * kLineBytes;
 
 constexpr int64_t kMostInputsPerPiece = 20 * kAmxInputs;  // of a block: 40 KiB
 constexpr int64_t kAmxStepBytes = kAmxInputs * kBlockColumns * sizeof(bf16);  // of a block
@@ -118,7 +119,7 @@ void multiply_amx(const Rows& input, int num_rows, const bf16* weight, int64_t b
   const int64_t num_steps = divide_up(end - begin, kAmxInputs);
   const int rows_per_step = static_cast<int>(divide_up(num_rows, num_steps));
   for (int64_t i = begin; i < end; i += kAmxInputs) {
-    constexpr int64_t kDistance = kReused == Reused::kInput ? kFetchedBytes : 64;
+    constexpr int64_t kDistance = kReused == Reused::kInput ? kFetchedBytes : kLineBytes;
     for (int64_t line = 0; line < soon.bytes_per_step; line += kDistance) prefetch_l2(soon.next + line);
     soon.next += soon.bytes_per_step;
     if constexpr (kReused == Reused::kInput) {  // a tile alone waits for the next weights if these are not in the first cache
