@@ -163,9 +163,16 @@ class Answer:
         return self.stream.completed.usage.cached_prompt_tokens
 
 
+def open_stream(client: Client, *args: Any, **options: Any) -> Stream:
+    return client.stream(*args, return_token_ids=True, **options)
+
+
 async def answer(client: Client, *args: Any, **options: Any) -> Answer:
     """Stream one answer to its end, with token ids; the client checks offsets and endings."""
-    stream = client.stream(*args, return_token_ids=True, **options)
+    return await read(open_stream(client, *args, **options))
+
+
+async def read(stream: Stream) -> Answer:
     ids: list[int] = []
     text: list[str] = []
     async for delta in stream:

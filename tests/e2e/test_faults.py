@@ -9,20 +9,28 @@ from typing import Any
 
 import pytest
 
-from octavo.services.client import Client, OctavoError
+from octavo.services.client import Client, OctavoError, Stream
 
-from .stack import Answer, Stack, answer, references, until_idle
+from .stack import Answer, Stack, answer, open_stream, read, references, until_idle
 
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "repetition_penalty": 1.1, "ignore_end_of_sequence": True}
 
 
-async def run_all(client: Client, max_new_tokens: int = 48) -> list[Answer]:
-    prompts = [reference.prompt_ids for reference in references()[:12]]
-    calls = [
-        answer(client, token_ids=prompt, max_new_tokens=max_new_tokens, seed=n, **SAMPLED)
-        for n, prompt in enumerate(prompts)
+def open_all(client: Client) -> list[Stream]:
+    return [
+        open_stream(client, token_ids=reference.prompt_ids, max_new_tokens=48, seed=n, **SAMPLED)
+        for n, reference in enumerate(references()[:12])
     ]
-    return await asyncio.gather(*calls)
+
+
+async def run_all(client: Client) -> list[Answer]:
+    return await asyncio.gather(*map(read, open_all(client)))
+
+
+async def until_admitted(client: Client, streams: list[Stream]) -> None:
+    """Wait until the client itself has been told so: what it was not told is for its caller to send again."""
+    while not all(stream.started for stream in streams):
+        await client.load()
 
 
 async def until_running(client: Client, count: int) -> None:
@@ -37,8 +45,9 @@ async def until_running(client: Client, count: int) -> None:
 async def test_a_killed_process_costs_no_token(stack: Stack, name: str) -> None:
     async with stack.client() as client:
         undisturbed = await run_all(client)
-        disturbed = asyncio.create_task(run_all(client))
-        await until_running(client, 12)  # all: what was not admitted is for its caller to send again
+        streams = open_all(client)
+        disturbed = asyncio.gather(*map(read, streams))
+        await until_admitted(client, streams)
         (pid,) = stack.children(name)
         os.kill(pid, signal.SIGKILL)
         after = await disturbed
