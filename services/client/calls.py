@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -20,7 +21,8 @@ from octavo.services.client.errors import OctavoError, from_rpc_error
 
 T = TypeVar("T")
 
-_ATTEMPTS = 7  # over two and a half seconds: a gateway that is restarted is back by then
+_ATTEMPTS = 7  # over two and a half seconds
+_ATTEMPTS_TO_COME_BACK = 14  # over nine seconds: on a busy machine a gateway that died takes four to be back
 _BACKOFF_S = (0.05, 1.0)
 _AVOID_S = 1.0
 _MAX_MESSAGE_BYTES = 64 << 20
@@ -57,6 +59,7 @@ class Endpoint:
         self.embedding: Any = embedding_pb2_grpc.EmbeddingServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.load: Any = load_pb2_grpc.LoadServiceStub(self.channel)  # type: ignore[no-untyped-call]
         self.failed_at = float("-inf")
+        self.has_answered = False
 
 
 class Endpoints:
@@ -86,15 +89,19 @@ class Endpoints:
         """Run `make` until it succeeds, fails for good, or has failed often. Raises OctavoError.
 
         It is tried again if no server took it, and the request was not admitted: at once where another address is left,
-        else after the time that the server named, or a growing one. `deadline` is a time of the event loop.
+        else after the time that the server named, or a growing one. An address that has answered before is given
+        longer to answer at all. `deadline` is a time of the event loop.
         """
-        attempts = max(_ATTEMPTS, len(self._all) + 1)
-        for attempt in range(attempts):
+        for attempt in itertools.count():
             endpoint = self.pick()
             try:
-                return await make(endpoint)
+                answer = await make(endpoint)
+                endpoint.has_answered = True
+                return answer
             except OctavoError as error:
-                if not error.was_not_taken or error.admitted or attempt == attempts - 1:
+                is_away = endpoint.has_answered and not error.reason
+                attempts = max(_ATTEMPTS_TO_COME_BACK if is_away else _ATTEMPTS, len(self._all) + 1)
+                if not error.was_not_taken or error.admitted or attempt + 1 >= attempts:
                     raise
                 endpoint.failed_at = asyncio.get_running_loop().time()
                 if attempt + 1 >= len(self._all):
