@@ -26,9 +26,9 @@ class ServerError(Exception):
 
 
 class Server:
-    """A server's process and its children, as a context.
+    """A server's process and its children, as a context. Entering it raises ServerError.
 
-    ready_url  answers with status 200 once requests can be sent
+    ready_url  answers with status 200 once requests can be sent, and nothing answers there before
     log        gets what the processes print
     """
 
@@ -60,6 +60,8 @@ class Server:
         return self._usage.cpu_seconds()
 
     async def __aenter__(self) -> Self:
+        if await self._status() is not None:
+            raise ServerError(f"something answers at {self._ready_url} already: stop it, or it is what is measured")
         started = time.monotonic()
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
@@ -81,16 +83,24 @@ class Server:
         await self._stop()
 
     async def _wait_ready(self, deadline: float) -> None:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
-            while time.monotonic() < deadline:
-                if self._process.poll() is not None:
-                    raise ServerError(f"{self._command[0]} ended with {self._process.returncode}; see {self._log}")
-                with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                    async with session.get(self._ready_url) as response:
-                        if response.status == 200:
-                            return
-                await asyncio.sleep(_POLL_S)
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise ServerError(f"{self._command[0]} ended with {self._process.returncode}; see {self._log}")
+            if await self._status() == 200:
+                return
+            await asyncio.sleep(_POLL_S)
         raise ServerError(f"{self._command[0]} was not ready in {self._start_timeout_s:.0f} s; see {self._log}")
+
+    async def _status(self) -> int | None:
+        """Return the status of an answer of `ready_url`, None if there is none."""
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session,
+                session.get(self._ready_url) as response,
+            ):
+                return response.status
+        except (aiohttp.ClientError, TimeoutError):
+            return None
 
     async def _stop(self) -> None:
         self._watching.cancel()
