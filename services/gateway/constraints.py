@@ -152,7 +152,11 @@ class _Process:
         own, its = socket.socketpair()
         with its:  # not the event loop's way, which forks: gRPC's threads do not go with that
             streams = await asyncio.open_connection(sock=own)
-            process = subprocess.Popen(command, stdin=its.fileno(), stdout=its.fileno())  # noqa: ASYNC220 - a ms
+            try:
+                process = subprocess.Popen(command, stdin=its.fileno(), stdout=its.fileno())  # noqa: ASYNC220 - a ms
+            except OSError:
+                streams[1].close()
+                raise
         self = cls(process, streams)
         try:
             async with asyncio.timeout(_START_S):
