@@ -190,6 +190,8 @@ class RowsAttention {
   int start_of(int tile) const { return first_key_ + tile * kTileKeys; }
   int piece_of(int tile) const { return start_of(tile) / kKeysPerPiece - first_key_ / kKeysPerPiece; }
 
+  bool starts_piece(int tile) const { return tile == 0 || piece_of(tile - 1) != piece_of(tile); }
+
   void start_piece(int number) {
     Piece& piece = pieces_[number % kInWork];
     piece.sums = number == 0 ? sums_ : later_sums_[number % kInWork];
@@ -197,13 +199,13 @@ class RowsAttention {
     for (int row = 0; row < kRows; ++row) {
       piece.sums[row].largest = kMinusInfinity;
       piece.sums[row].total = 0.0f;
-      std::fill_n(piece.sums[row].output, op_.head_dim, 0.0f);
     }
   }
 
   // Ask for the products of one tile's scores and another one's values.
   void compute(int scored, int valued) {
     const Tile *scored_tile = nullptr, *valued_tile = nullptr;
+    const float* factors = nullptr;
     float* output = nullptr;
     if (scored != kNoTile) {
       tiles_[scored % kTilesKnown] = load_tile(kv_, start_of(scored), end_key_);
@@ -211,16 +213,17 @@ class RowsAttention {
     }
     if (valued != kNoTile) {
       valued_tile = &tiles_[valued % kTilesKnown];
+      if (!starts_piece(valued)) factors = factors_[valued % kInWork];
       output = pieces_[piece_of(valued) % kInWork].sums[0].output;
     }
     const int of_scored = std::max(scored, 0) % kInWork, of_valued = std::max(valued, 0) % kInWork;
-    products_.start(scored_tile, scores_[of_scored], valued_tile, weights_[of_valued], factors_[of_valued], output);
+    products_.start(scored_tile, scores_[of_scored], valued_tile, weights_[of_valued], factors, output);
   }
 
   // Turn scores into weights, while products are computed.
   void weigh(int tile) {
     const int number = piece_of(tile);
-    if (tile == 0 || piece_of(tile - 1) != number) start_piece(number);
+    if (starts_piece(tile)) start_piece(number);
     Piece& piece = pieces_[number % kInWork];
     float* const scores = scores_[tile % kInWork];
     Activation* const weights = weights_[tile % kInWork];

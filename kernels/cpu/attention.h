@@ -53,7 +53,7 @@ struct PieceRange {
 
 // The softmax of one row over a part of its keys: weights are 2^(score - largest).
 struct alignas(64) PartialRow {
-  float output[kMaxHeadDim];  // sum of weight * value
+  float output[kMaxHeadDim];  // sum of weight * value; anything where `total` is zero
   float largest;
   float total;  // of the weights; zero where the row sees none of the keys
 };

@@ -19,7 +19,8 @@ constexpr bool kProductsOverlap = true;
 // queries   [kRows, kMaxHeadDim]
 // scores    [kRows, kTileKeys], scores[row][key] = query . key
 // weights   [kRows, kTileKeys]
-// output    of neighbouring PartialRows: output[row] = output[row] * factors[row] + sum over keys of weight * value
+// output    of neighbouring PartialRows: output[row] = output[row] * factors[row] + sum over keys of weight * value; where
+//           `factors` is null there is nothing in it yet
 template <int kRows>
 class Products {
  public:
@@ -35,10 +36,11 @@ class Products {
     valued_ = valued;
     weights_ = weights;
     output_ = output;
+    is_first_ = factors == nullptr;
     num_score_slices_ = scored == nullptr ? 0 : scored->num_pages;
     num_slices_ = num_score_slices_ + (valued == nullptr ? 0 : num_dim_groups() * valued->num_pages);
     next_ = 0;
-    if (valued != nullptr) scale_output(factors);
+    if (valued != nullptr && !is_first_) scale_output(factors);
   }
 
   // Compute until `part` of `whole` is done.
@@ -113,7 +115,14 @@ class Products {
   void add_page(int page, int dim) {
     constexpr int64_t kOutputBytes = sizeof(PartialRow);
     float* output = output_ + dim;
-    if (page == 0) {
+    if (page == 0 && is_first_) {
+      amx_clear<0>();
+      if constexpr (kHasFour) {
+        amx_clear<1>();
+        amx_clear<2>();
+        amx_clear<3>();
+      }
+    } else if (page == 0) {
       amx_load<0>(output, kOutputBytes);
       if constexpr (kHasFour) {
         amx_load<1>(output + kAmxColumns, kOutputBytes);
@@ -172,6 +181,7 @@ class Products {
   const Tile* valued_ = nullptr;
   const Activation* weights_ = nullptr;
   float* output_ = nullptr;
+  bool is_first_ = false;
   int num_score_slices_ = 0;
   int num_slices_ = 0;
   int next_ = 0;

@@ -43,7 +43,7 @@ void score_pages(const Activation* queries, const bf16* const* pages, int head_d
       store(scores + row * kTileKeys + vector * kLanes, sums[row][vector]);
 }
 
-// The products of weights and values for `kVectors` vectors of the head's dimensions.
+// The products of weights and values for `kVectors` vectors of the head's dimensions. Without `factors` there is nothing in `output` yet.
 template <int kRows, int kVectors>
 void add_some_values(const Tile& tile, const Activation* weights, int head_dim, int dim, const float* factors,
                      float* output) {
@@ -51,7 +51,7 @@ void add_some_values(const Tile& tile, const Activation* weights, int head_dim, 
   Vec sums[kRows][kVectors];
   for (int row = 0; row < kRows; ++row)
     for (int vector = 0; vector < kVectors; ++vector)
-      sums[row][vector] = load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
+      sums[row][vector] = factors == nullptr ? Vec{} : load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
   for (int page = 0; page < tile.num_pages; ++page) {
     const bf16* values = tile.keys[page] + page_size + dim * 2;
     const bf16* next_keys = tile.next_keys[page] + dim * 2;
