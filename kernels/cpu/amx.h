@@ -89,8 +89,8 @@ inline void amx_store(void* target, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(target), "r"(stride), "i"(kTile) : "memory");
 }
 
-// sums += activations * weights. In each element of a product the even inputs are summed up in their order, then the odd
-// ones, and both sums added to the element; subnormal numbers are zero.
+// sums += activations * weights. In each element the products of even inputs are summed up in their order, each rounded once
+// with the sum, and those of odd inputs, and the sum of both is added to the element; subnormal numbers are zero.
 template <int kSums, int kActivations, int kWeights>
 inline void amx_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kActivations), "i"(kWeights));

@@ -147,7 +147,7 @@ class RowsAttention {
   void attend(const PieceRange& pieces, PartialRow* sums) {
     find_tiles(pieces, sums);
     if (num_tiles_ == 0) return start_piece(0);
-    if constexpr (!kProductsOverlap) {
+    if constexpr (!Products<kRows>::kOverlap) {
       for (int n = 0; n < num_tiles_; ++n) {
         compute(n, kNoTile);
         weigh(n);
@@ -168,7 +168,7 @@ class RowsAttention {
 
  private:
   static constexpr int kNoTile = -1;
-  static constexpr int kInWork = kProductsOverlap ? 2 : 1;  // tiles with scores, or with weights
+  static constexpr int kInWork = Products<kRows>::kOverlap ? 2 : 1;  // tiles with scores, or with weights
 
   struct Piece {
     PartialRow* sums;
@@ -265,7 +265,7 @@ class RowsAttention {
   int first_key_ = 0;
   int end_key_ = 0;
   int num_tiles_ = 0;
-  static constexpr int kTilesKnown = kProductsOverlap ? 3 : 1;
+  static constexpr int kTilesKnown = Products<kRows>::kOverlap ? 3 : 1;
   Tile tiles_[kTilesKnown];
   alignas(64) float scores_[kInWork][kRows * kTileKeys];
   alignas(64) Activation weights_[kInWork][kRows * kTileKeys];

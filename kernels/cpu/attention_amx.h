@@ -3,15 +3,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "aligned.h"
 #include "amx.h"
+#include "attention_few_rows.h"
 #include "attention_tile.h"
 
 namespace octavo {
-
-// Tiles and vectors are multiplied by different units of a core, so products run beside the softmax of another tile of keys.
-constexpr bool kProductsOverlap = true;
 
 // The products of one tile of keys and queries, and of another one's weights and values, cut into slices of one page and at
 // most four tiles of dimensions. Whoever has work for the other units calls `run` again and again.
@@ -22,10 +21,13 @@ constexpr bool kProductsOverlap = true;
 // output    of neighbouring PartialRows: output[row] = output[row] * factors[row] + sum over keys of weight * value; where
 //           `factors` is null there is nothing in it yet
 template <int kRows>
-class Products {
+class TileProducts {
  public:
+  // Tiles and vectors are multiplied by different units of a core, so products run beside the softmax of another tile of keys.
+  static constexpr bool kOverlap = true;
+
   // Pages are fetched ahead where it `fetches`.
-  Products(const Activation* queries, int head_dim, bool fetches)
+  TileProducts(const Activation* queries, int head_dim, bool fetches)
       : queries_(queries), head_dim_(head_dim), fetches_(fetches) {}
 
   // What to compute next; slices that are left over are forgotten. Of either tile there may be none.
@@ -186,5 +188,9 @@ class Products {
   int num_slices_ = 0;
   int next_ = 0;
 };
+
+// Either makes the same bits.
+template <int kRows>
+using Products = std::conditional_t<kRows <= kFewRows, FewRowsProducts<kRows>, TileProducts<kRows>>;
 
 }  // namespace octavo

@@ -8,8 +8,6 @@
 
 namespace octavo {
 
-constexpr bool kProductsOverlap = false;
-
 constexpr int kVectorsPerPage = kBlockTokens / kLanes;
 
 // The largest power of two of columns (vectors) that `rows` leave registers for.
@@ -77,6 +75,8 @@ void add_some_values(const Tile& tile, const Activation* weights, int head_dim, 
 template <int kRows>
 class Products {
  public:
+  static constexpr bool kOverlap = false;
+
   Products(const Activation* queries, int head_dim, bool /*fetches*/) : queries_(queries), head_dim_(head_dim) {}
 
   void start(const Tile* scored, float* scores, const Tile* valued, const Activation* weights, const float* factors,

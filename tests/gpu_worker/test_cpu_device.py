@@ -331,6 +331,19 @@ def test_bits_do_not_depend_on_how_a_prompt_is_chunked(invariance_model: TinyMod
     assert torch.equal(chunked, whole)
 
 
+def test_nor_do_they_where_products_of_attention_underflow(variant: str) -> None:
+    model = TinyModel(Shape(hidden=112, intermediate=700, heads=Heads(6, 2, 32), rotary_dim=32))
+    for layer in model.layers:
+        layer["qkv"].weight[-2 * 32 :] *= 2.0**-122  # the values'
+        layer["output"].weight.mul_(2.0**122)
+    device = make_device(model, variant)
+    whole = run_in_chunks(device, make_sequence(1, 100, shuffled_blocks(1)), 100)
+
+    one_by_one = run_in_chunks(device, make_sequence(1, 100, shuffled_blocks(2)), 1)
+
+    assert torch.equal(one_by_one, whole)
+
+
 @pytest.mark.parametrize("window", [0, 21])
 def test_bits_do_not_depend_on_the_rest_of_the_batch(variant: str, window: int) -> None:
     model = TinyModel(Shape(hidden=112, intermediate=700, heads=Heads(6, 2, 32), rotary_dim=32, window=window))
