@@ -331,6 +331,17 @@ def test_bits_do_not_depend_on_how_a_prompt_is_chunked(invariance_model: TinyMod
     assert torch.equal(chunked, whole)
 
 
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 128, 256])
+def test_nor_do_they_with_heads_of_any_size(variant: str, head_dim: int) -> None:
+    model = TinyModel(Shape(hidden=64, intermediate=96, heads=Heads(4, 2, head_dim), rotary_dim=16))
+    device = make_device(model, variant)
+    whole = run_in_chunks(device, make_sequence(1, 150, shuffled_blocks(1)), 150)
+
+    one_by_one = run_in_chunks(device, make_sequence(1, 150, shuffled_blocks(2)), 1)
+
+    assert torch.equal(one_by_one, whole)
+
+
 def test_nor_do_they_where_products_of_attention_underflow(variant: str) -> None:
     model = TinyModel(Shape(hidden=112, intermediate=700, heads=Heads(6, 2, 32), rotary_dim=32))
     for layer in model.layers:
