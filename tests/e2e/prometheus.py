@@ -38,9 +38,12 @@ class Prometheus:
     def query(self, query: str) -> list[dict[str, Any]]:
         """Return the samples of a query that are numbers; none while Prometheus starts."""
         try:
-            answer = httpx.get(f"{self.url}/api/v1/query", params={"query": query}, timeout=10).json()
+            response = httpx.get(f"{self.url}/api/v1/query", params={"query": query}, timeout=10)
         except httpx.TransportError:
             return []
+        if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:  # it listens before it is ready
+            return []
+        answer = response.json()
         assert answer["status"] == "success", (query, answer)
         return [sample for sample in answer["data"]["result"] if not math.isnan(float(sample["value"][1]))]
 
