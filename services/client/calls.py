@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -92,7 +91,8 @@ class Endpoints:
         else after the time that the server named, or a growing one. An address that has answered before is given
         longer to answer at all. `deadline` is a time of the event loop.
         """
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             endpoint = self.pick()
             try:
                 answer = await make(endpoint)
@@ -106,7 +106,7 @@ class Endpoints:
                 endpoint.failed_at = asyncio.get_running_loop().time()
                 if attempt + 1 >= len(self._all):
                     await pause(attempt, error, deadline)
-        raise AssertionError("the last attempt returns or raises")
+                attempt += 1
 
 
 async def pause(attempt: int, error: OctavoError, deadline: float | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -29,12 +30,14 @@ class Script:
 
 
 @pytest.fixture
-async def endpoints(monkeypatch: pytest.MonkeyPatch) -> calls.Endpoints:
+async def endpoints(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[calls.Endpoints]:
     async def no_pause(attempt: int, error: OctavoError, deadline: float | None) -> None:
         pass
 
     monkeypatch.setattr(calls, "pause", no_pause)
-    return calls.Endpoints(["unix:/nonexistent/socket"], None)
+    endpoints = calls.Endpoints(["unix:/nonexistent/socket"], None)
+    yield endpoints
+    await endpoints.close()
 
 
 async def test_an_address_that_has_answered_gets_the_time_that_a_gateway_takes_to_be_back(
