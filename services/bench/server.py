@@ -60,21 +60,22 @@ class Server:
         return self._usage.cpu_seconds()
 
     async def __aenter__(self) -> Self:
-        if await self._status() is not None:
-            raise ServerError(f"something answers at {self._ready_url} already: stop it, or it is what is measured")
-        started = time.monotonic()
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
-                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
-            )
-        self._usage = ProcessTree(self._process.pid)
-        self._watching = asyncio.create_task(self._usage.watch())
-        try:
-            await self._wait_ready(started + self._start_timeout_s)
-        except BaseException:
-            await self._stop()
-            raise
-        self.ready_s = time.monotonic() - started
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            if await self._status(session) is not None:
+                raise ServerError(f"something answers at {self._ready_url} already: stop it, or it is what is measured")
+            started = time.monotonic()
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(  # noqa: ASYNC220 - it returns at once
+                    self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+                )
+            self._usage = ProcessTree(self._process.pid)
+            self._watching = asyncio.create_task(self._usage.watch())
+            try:
+                await self._wait_ready(session, started + self._start_timeout_s)
+            except BaseException:
+                await self._stop()
+                raise
+            self.ready_s = time.monotonic() - started
         return self
 
     async def __aexit__(
@@ -82,22 +83,19 @@ class Server:
     ) -> None:
         await self._stop()
 
-    async def _wait_ready(self, deadline: float) -> None:
+    async def _wait_ready(self, session: aiohttp.ClientSession, deadline: float) -> None:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise ServerError(f"{self._command[0]} ended with {self._process.returncode}; see {self._log}")
-            if await self._status() == 200:
+            if await self._status(session) == 200:
                 return
             await asyncio.sleep(_POLL_S)
         raise ServerError(f"{self._command[0]} was not ready in {self._start_timeout_s:.0f} s; see {self._log}")
 
-    async def _status(self) -> int | None:
+    async def _status(self, session: aiohttp.ClientSession) -> int | None:
         """Return the status of an answer of `ready_url`, None if there is none."""
         try:
-            async with (
-                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session,
-                session.get(self._ready_url) as response,
-            ):
+            async with session.get(self._ready_url) as response:
                 return response.status
         except (aiohttp.ClientError, TimeoutError):
             return None
