@@ -211,12 +211,12 @@ class RowsAttention {
       tiles_[scored % kTilesKnown] = load_tile(kv_, start_of(scored), end_key_);
       scored_tile = &tiles_[scored % kTilesKnown];
     }
+    const int of_scored = std::max(scored, 0) % kInWork, of_valued = std::max(valued, 0) % kInWork;
     if (valued != kNoTile) {
       valued_tile = &tiles_[valued % kTilesKnown];
-      if (!starts_piece(valued)) factors = factors_[valued % kInWork];
+      if (!starts_piece(valued)) factors = factors_[of_valued];
       output = pieces_[piece_of(valued) % kInWork].sums[0].output;
     }
-    const int of_scored = std::max(scored, 0) % kInWork, of_valued = std::max(valued, 0) % kInWork;
     products_.start(scored_tile, scores_[of_scored], valued_tile, weights_[of_valued], factors, output);
   }
 

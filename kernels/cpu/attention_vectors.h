@@ -41,15 +41,17 @@ void score_pages(const Activation* queries, const bf16* const* pages, int head_d
       store(scores + row * kTileKeys + vector * kLanes, sums[row][vector]);
 }
 
-// The products of weights and values for `kVectors` vectors of the head's dimensions. Without `factors` there is nothing in `output` yet.
+// The products of weights and values for `kVectors` vectors of the head's dimensions. Where `factors` is null there is nothing in
+// `output` yet.
 template <int kRows, int kVectors>
 void add_some_values(const Tile& tile, const Activation* weights, int head_dim, int dim, const float* factors,
                      float* output) {
   const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
-  Vec sums[kRows][kVectors];
-  for (int row = 0; row < kRows; ++row)
-    for (int vector = 0; vector < kVectors; ++vector)
-      sums[row][vector] = factors == nullptr ? Vec{} : load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
+  Vec sums[kRows][kVectors] = {};
+  if (factors != nullptr)
+    for (int row = 0; row < kRows; ++row)
+      for (int vector = 0; vector < kVectors; ++vector)
+        sums[row][vector] = load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
   for (int page = 0; page < tile.num_pages; ++page) {
     const bf16* values = tile.keys[page] + page_size + dim * 2;
     const bf16* next_keys = tile.next_keys[page] + dim * 2;
