@@ -54,10 +54,11 @@ class EncoderJob : public Job {
   EncoderJob(Encoder& encoder, const OctavoEncoderStep& step, float* hidden);
 
   const std::vector<int>& items_per_phase() const { return items_per_phase_; }
-  void run_item(int phase, int item, int thread) override;
+  void run_items(int phase, int begin, int end, int thread) override;
 
  private:
   int num_items(const OctavoEncoderOp& op);
+  void run_item(int phase, int item, int thread);
   void run_rows(const OctavoEncoderOp& op, int begin, int end);
   void attend(const OctavoEncoderOp& op, int item, int thread);
 
@@ -135,6 +136,10 @@ int EncoderJob::num_items(const OctavoEncoderOp& op) {
     default:
       return static_cast<int>(divide_up(step_.num_tokens, kRowsPerItem));
   }
+}
+
+void EncoderJob::run_items(int phase, int begin, int end, int thread) {
+  for (int item = begin; item < end; ++item) run_item(phase, item, thread);
 }
 
 void EncoderJob::run_item(int phase, int item, int thread) {

@@ -108,10 +108,15 @@ MemoryRange weights_of_gemm_item(const Gemm& gemm, const GemmItems& items, int i
   return {reinterpret_cast<const char*>(begin), static_cast<size_t>(block_weights(*gemm.linear, blocks.end) - begin)};
 }
 
-void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item, ReadAhead* ahead) {
-  const BlockRange blocks = blocks_of_item(items, item);
-  const int64_t begin = static_cast<int64_t>(item / items.num_block_items) * items.rows_per_item;
-  run_part(gemm, begin, std::min<int64_t>(begin + items.rows_per_item, items.num_rows), blocks, ahead);
+void run_gemm_items(const Gemm& gemm, const GemmItems& items, int begin, int end, ReadAhead* ahead) {
+  while (begin < end) {
+    const int row_item = begin / items.num_block_items;
+    const int last = std::min(end, (row_item + 1) * items.num_block_items) - 1;  // of the same rows
+    const BlockRange blocks{blocks_of_item(items, begin).begin, blocks_of_item(items, last).end};
+    const int64_t row = static_cast<int64_t>(row_item) * items.rows_per_item;
+    run_part(gemm, row, std::min<int64_t>(row + items.rows_per_item, items.num_rows), blocks, ahead);
+    begin = last + 1;
+  }
 }
 
 void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end) {

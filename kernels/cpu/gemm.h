@@ -83,7 +83,7 @@ void unpack_column(const OctavoLinear& linear, int64_t column, float* output);
 // The weights that an item reads.
 MemoryRange weights_of_gemm_item(const Gemm& gemm, const GemmItems& items, int item);
 
-// Run an item; `ahead` may be null.
-void run_gemm_item(const Gemm& gemm, const GemmItems& items, int item, ReadAhead* ahead = nullptr);
+// Run items [begin, end); `ahead` may be null.
+void run_gemm_items(const Gemm& gemm, const GemmItems& items, int begin, int end, ReadAhead* ahead = nullptr);
 
 }  // namespace octavo

@@ -129,7 +129,8 @@ class StepJob : public Job {
   StepJob(Program& program, const OctavoStep& step, const OctavoCache& cache, float* logits);
 
   const std::vector<int>& items_per_phase() const { return items_per_phase_; }
-  void run_item(int phase, int item, int thread) override;
+  void run_items(int phase, int begin, int end, int thread) override;
+  bool has_runs(int phase) const override;
   MemoryRange first_read(int phase, int item) const override;
   void phase_begins(int phase) override;
 
@@ -141,7 +142,8 @@ class StepJob : public Job {
   void add_prepared_gemm(const OctavoOp& op, int num_rows);
   void add_experts(const OctavoOp& op, int num_rows);
   void prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const;
-  void run_private_gemm(int phase, int item, int thread);
+  void run_private_gemm(int phase, int begin, int end, int thread);
+  void run_item(int phase, int item);
   void run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const;
   void fetch_to_write_kv(const OctavoOp& op, int unit) const;
   void run_rotary_attention(int phase, int unit);
@@ -395,7 +397,26 @@ void StepJob::add_experts(const OctavoOp& op, int num_rows) {
   add_phase(PhaseKind::kExpertsDown, op, num_rows, ExpertsWork::num_down_items(op, num_threads));
 }
 
-void StepJob::run_item(int index, int item, int thread) {
+// A thread that goes on to the neighbouring weights has set out to fetch them already.
+bool StepJob::has_runs(int index) const {
+  return phases_[index].kind == PhaseKind::kGemm || phases_[index].kind == PhaseKind::kPrepareGemm;
+}
+
+void StepJob::run_items(int index, int begin, int end, int thread) {
+  const Phase& phase = phases_[index];
+  switch (phase.kind) {
+    case PhaseKind::kGemm:
+      run_gemm_items(phase.gemm, phase.gemm_items, begin, end, ahead_of(index, thread));
+      break;
+    case PhaseKind::kPrepareGemm:
+      run_private_gemm(index, begin, end, thread);
+      break;
+    default:
+      for (int item = begin; item < end; ++item) run_item(index, item);
+  }
+}
+
+void StepJob::run_item(int index, int item) {
   const Phase& phase = phases_[index];
   const OctavoOp& op = *phase.op;
   const int begin = item * kRowsPerItem;
@@ -408,10 +429,7 @@ void StepJob::run_item(int index, int item, int thread) {
       prepare_rows(phase, begin, end, program_.prepared_);
       break;
     case PhaseKind::kGemm:
-      run_gemm_item(phase.gemm, phase.gemm_items, item, ahead_of(index, thread));
-      break;
-    case PhaseKind::kPrepareGemm:
-      run_private_gemm(index, item, thread);
+    case PhaseKind::kPrepareGemm:  // see run_items
       break;
     case PhaseKind::kRotary:
       run_rotary(op, begin, end, 0, op.num_kv_heads);
@@ -479,12 +497,12 @@ void StepJob::prepare_rows(const Phase& phase, int begin, int end, PreparedRows&
   }
 }
 
-void StepJob::run_private_gemm(int index, int item, int thread) {
+void StepJob::run_private_gemm(int index, int begin, int end, int thread) {
   const Phase& phase = phases_[index];
   PreparedRows& rows = program_.private_prepared_[thread];
   if (private_phase_[thread] != index) {
     // This waits for rows that another thread has just written; the weights set out meanwhile.
-    const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, item);
+    const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, begin);
     for (size_t i = 0; i < std::min(weights.size, kBytesFetchedBeforeRows); i += 64) prefetch_l2(weights.begin + i);
     prepare_rows(phase, 0, phase.num_rows, rows);
     private_phase_[thread] = index;
@@ -492,7 +510,7 @@ void StepJob::run_private_gemm(int index, int item, int thread) {
   Gemm gemm = phase.gemm;
   gemm.input = rows.normed.data();
   if (is_quantized(*gemm.linear)) gemm.quantized_input.data = rows.quantized.data();
-  run_gemm_item(gemm, phase.gemm_items, item, ahead_of(index, thread));
+  run_gemm_items(gemm, phase.gemm_items, begin, end, ahead_of(index, thread));
 }
 
 // What a thread has still to fetch for the attention after a phase.

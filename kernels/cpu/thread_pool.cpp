@@ -15,6 +15,8 @@ namespace {
 constexpr auto kSpinTime = std::chrono::microseconds(50);
 constexpr int kSpinsPerClockRead = 32;
 
+constexpr uint32_t kPartOfShare = 3;  // of what is left of a share, for a thread that takes runs of items
+
 constexpr size_t kCacheLine = 64;
 constexpr size_t kPrefetchPiece = 16 * kCacheLine;  // fetched between two looks at the tickets
 
@@ -65,7 +67,7 @@ void ThreadPool::run(Job& job, const std::vector<int>& items_per_phase) {
   if (num_threads_ == 1 || is_forked()) {
     for (int phase = 0; phase < num_phases; ++phase) {
       job.phase_begins(phase);
-      for (int item = 0; item < items_per_phase[phase]; ++item) job.run_item(phase, item, 0);
+      if (items_per_phase[phase] > 0) job.run_items(phase, 0, items_per_phase[phase], 0);
     }
     job.phase_begins(num_phases);
     return;
@@ -97,11 +99,12 @@ bool ThreadPool::run_items(int thread) {
   for (int i = 0; i < num_threads_; ++i) {
     const int owner = (thread + i) % num_threads_;
     uint32_t items_left;
-    while (take_item(shares_[owner], items_left)) {
+    while (const int num_taken = take_items(shares_[owner], items_left)) {
       // Until the items taken are counted, the phase and with it the fields below do not change.
       num_items = (*items_per_phase_)[phase_];
-      job_->run_item(phase_, first_item(num_items, owner + 1) - static_cast<int>(items_left), thread);
-      ++num_run;
+      const int begin = first_item(num_items, owner + 1) - static_cast<int>(items_left);
+      job_->run_items(phase_, begin, begin + num_taken, thread);
+      num_run += num_taken;
     }
   }
   if (num_run == 0) return false;
@@ -109,15 +112,17 @@ bool ThreadPool::run_items(int thread) {
   return true;
 }
 
-// Take one item; `items_left` counts it still.
-bool ThreadPool::take_item(Share& share, uint32_t& items_left) {
+// Take items from the front of a share, and return how many; `items_left` counts them still.
+int ThreadPool::take_items(Share& share, uint32_t& items_left) {
   uint64_t ticket = share.ticket.load(std::memory_order_acquire);
+  uint32_t num_taken;
   do {
     items_left = static_cast<uint32_t>(ticket);
-    if (items_left == 0) return false;
-  } while (
-      !share.ticket.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel, std::memory_order_acquire));
-  return true;
+    if (items_left == 0) return 0;
+    num_taken = share.has_runs.load(std::memory_order_relaxed) ? divide_up(items_left, kPartOfShare) : 1;
+  } while (!share.ticket.compare_exchange_weak(ticket, ticket - num_taken, std::memory_order_acq_rel,
+                                               std::memory_order_acquire));
+  return static_cast<int>(num_taken);
 }
 
 // Called by whoever counted the last item of a phase.
@@ -132,11 +137,13 @@ void ThreadPool::start_next_phase() {
   if (num_items == 0) {
     running_.store(false);
   } else {
+    const bool has_runs = job_->has_runs(phase_);
     const int phase_after = phase_ + 1;
     const int num_items_after = phase_after == num_phases ? 0 : (*items_per_phase_)[phase_after];
     for (int thread = 0; thread < num_threads_; ++thread) {
       const int item = first_item(num_items_after, thread);
       const MemoryRange soon = item < num_items_after ? job_->first_read(phase_after, item) : MemoryRange{};
+      shares_[thread].has_runs.store(has_runs, std::memory_order_relaxed);
       shares_[thread].soon.store(soon.begin, std::memory_order_relaxed);
       shares_[thread].soon_size.store(soon.size, std::memory_order_relaxed);
     }

@@ -22,8 +22,11 @@ class Job {
  public:
   virtual ~Job() = default;
 
-  // Run one item. `thread` is below the pool's number of threads and tells scratch memory apart.
-  virtual void run_item(int phase, int item, int thread) = 0;
+  // Run items [begin, end). `thread` is below the pool's number of threads and tells scratch memory apart.
+  virtual void run_items(int phase, int begin, int end, int thread) = 0;
+
+  // Whether neighbouring items of a phase cost less together than one by one.
+  virtual bool has_runs(int /*phase*/) const { return false; }
 
   // What an item reads first, if that is known; whoever waits for its phase fetches it meanwhile.
   virtual MemoryRange first_read(int /*phase*/, int /*item*/) const { return {}; }
@@ -35,10 +38,11 @@ class Job {
 
 // The items of a phase are dealt out to the threads in equal neighbouring shares, so that each
 // thread reads its part of the weights in order; a thread that is through with its own share helps
-// with the others'.
+// with the others'. It takes one item at a time, or a part of what is left of a share where items
+// cost less together: so the last runs are short (guided self-scheduling, Polychronopoulos and Kuck 1987).
 //
 // A barrier here waits for the items of a phase, not for the threads: a thread that the system
-// put aside between two items holds nobody up, and joins whatever phase is running when it comes
+// put aside between two runs of items holds nobody up, and joins whatever phase is running when it comes
 // back. So beside a busy process the pool loses that core's share and no more.
 //
 // A thread without an item spins for tens of microseconds, which covers the gap between phases,
@@ -65,7 +69,9 @@ class ThreadPool {
   void for_each(int num_items, const Body& body) {
     struct ForEach : Job {
       explicit ForEach(const Body& b) : body(b) {}
-      void run_item(int, int item, int thread) override { body(item, thread); }
+      void run_items(int, int begin, int end, int thread) override {
+        for (int item = begin; item < end; ++item) body(item, thread);
+      }
       const Body& body;
     } job(body);
     run(job, {num_items});
@@ -78,6 +84,7 @@ class ThreadPool {
     // share that nobody has taken. One word, so that a late thread can never take an item of
     // another phase than the one it looked at.
     std::atomic<uint64_t> ticket{0};
+    std::atomic<bool> has_runs{false};
     // What the thread will read first in the phase after. Maybe out of date, which is harmless.
     std::atomic<const char*> soon{nullptr};
     std::atomic<size_t> soon_size{0};
@@ -85,7 +92,7 @@ class ThreadPool {
 
   void work(int thread);
   bool run_items(int thread);
-  bool take_item(Share& share, uint32_t& items_left);
+  static int take_items(Share& share, uint32_t& items_left);
   void start_next_phase();
   bool has_items() const;
   template <class Condition>
