@@ -10,7 +10,8 @@ The floor of a step is max(bytes / read rate, operations / dot rate): bytes of p
 the KV cache read (blocks that sequences share once), multiplications and additions of the model, and
 the two rates at which this machine reads memory and multiplies bf16 pairs in registers, measured with
 as many threads in turn with the steps: on a shared machine the rates change from one second to the
-next. Shares are best against best and median against median.
+next. Shares are best against best and median against median. Where weights are compressed, the floor of
+two bytes a weight is given as well: the least that a step takes that reads them as they are.
 
 Where weights are quantised, the operations of linear layers count at the rate at which this machine
 multiplies quads of bytes in registers, and those of attention at that of bf16 pairs. Scaling a group's
@@ -51,6 +52,7 @@ WEIGHT_BYTES = {
     Quantization.INT8: (1 + 2 / 32, 1 + 2 / 32),
     Quantization.INT4: (0.5 + 4 / 32, 1 + 2 / 32),
 }
+COMPRESSED_BYTES = (1.5, 1.5)  # but for 320 bytes in 27,968; see kernels/cpu/compressed.h
 # The last layer takes queries, keys and values of all tokens, and computes only the rows that logits come from.
 TOKEN_OPERATIONS = 2 * ((LAYERS - 1) * LAYER_WEIGHTS + QKV * HIDDEN)
 ROW_OPERATIONS = 2 * (LAYER_WEIGHTS - QKV * HIDDEN + HEAD_WEIGHTS)
@@ -132,6 +134,7 @@ class Roofline:
         ctypes.memset(self._address, 1, READ_BYTES)
         self._flops = self._runtime.measure_dot(DOT_ITEMS)
         self._integer_ops = self._runtime.measure_integer_dot(DOT_ITEMS)
+        self.reads_compressed = self._runtime.reads_compressed
 
     def read_rates(self, seconds: float) -> list[float]:
         """Return rates of reading, bytes per ms."""
@@ -155,6 +158,7 @@ class Row:
     name: str
     tokens: int
     num_bytes: int
+    plain_bytes: int  # with weights that are not compressed
     flops: int  # of attention, and of linear layers that are not quantised
     integer_ops: int
     times: list[float] = field(default_factory=list)
@@ -176,13 +180,16 @@ class Row:
                 f"{word} {time_ms:7.2f} ms = {floor / time_ms:4.0%} of floor {floor:6.2f}"
                 f" (bytes {by_bytes:5.2f} at {read / 1e6:4.1f} GB/s, operations {by_ops:6.2f} at {dots})"
             )
+            if self.plain_bytes > self.num_bytes:
+                plain_floor = max(self.plain_bytes / read, by_ops)
+                parts[-1] += f", {plain_floor / time_ms:4.0%} of {plain_floor:5.2f} with two bytes a weight"
         parts.append(f"{self.tokens / statistics.median(self.times) * 1e3:5.0f} tok/s")
         return "  ".join(parts)
 
 
-def bytes_of_weights(scheme: Quantization) -> int:
+def bytes_of_weights(scheme: Quantization, is_compressed: bool = False) -> int:
     """Return the bytes of all weights that a step reads."""
-    layer_bytes, head_bytes = WEIGHT_BYTES[scheme]
+    layer_bytes, head_bytes = COMPRESSED_BYTES if is_compressed else WEIGHT_BYTES[scheme]
     return int(LAYERS * LAYER_WEIGHTS * layer_bytes + HEAD_WEIGHTS * head_bytes)
 
 
@@ -218,13 +225,12 @@ def make_row(
     keys_seen = batch * ((LAYERS - 1) * sum(range(context - num_new + 1, context + 1)) + context)
     attention = KEY_OPERATIONS * keys_seen
     linear = TOKEN_OPERATIONS * tokens + ROW_OPERATIONS * batch
-    num_bytes = (
-        bytes_of_weights(scheme)
-        + (num_shared + batch * (context - num_shared)) * device.kv_block_bytes() // BLOCK_TOKENS
-    )
+    cache_bytes = (num_shared + batch * (context - num_shared)) * device.kv_block_bytes() // BLOCK_TOKENS
+    plain_bytes = bytes_of_weights(scheme) + cache_bytes
+    num_bytes = bytes_of_weights(scheme, roofline.reads_compressed and scheme is Quantization.NONE) + cache_bytes
     is_quantized = scheme is not Quantization.NONE
     flops, integer_ops = (attention, linear) if is_quantized else (attention + linear, 0)
-    row = Row(name, tokens, num_bytes, flops, integer_ops)
+    row = Row(name, tokens, num_bytes, plain_bytes, flops, integer_ops)
     for _ in range(ROUNDS):
         row.read_rates += roofline.read_rates(seconds / ROUNDS / 8)
         row.dot_rates += roofline.dot_rates(seconds / ROUNDS / 8)

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 10 };
+enum { OCTAVO_ABI_REVISION = 11 };
 
 // Numbers, or what a GGUF file calls Q8_0 and so on: rows of groups of 32 (Q4_K: of 256) that have codes.
 enum OctavoType : int32_t {
@@ -26,8 +26,13 @@ enum OctavoType : int32_t {
   OCTAVO_Q4_K = 6,
 };
 
-// How packed weights are kept; see gemm.h.
-enum OctavoWeightFormat : int32_t { OCTAVO_WEIGHT_BF16 = 0, OCTAVO_WEIGHT_INT8 = 1, OCTAVO_WEIGHT_INT4 = 2 };
+// How packed weights are kept; see gemm.h. Compressed ones are those of bf16 in fewer bits.
+enum OctavoWeightFormat : int32_t {
+  OCTAVO_WEIGHT_BF16 = 0,
+  OCTAVO_WEIGHT_INT8 = 1,
+  OCTAVO_WEIGHT_INT4 = 2,
+  OCTAVO_WEIGHT_COMPRESSED = 3,
+};
 
 enum OctavoOpKind : int32_t {
   OCTAVO_EMBED = 0,
@@ -199,6 +204,13 @@ OCTAVO_EXPORT void octavo_pack_linear(OctavoPool* pool, int32_t format, const Oc
 // the intermediate size rounded up to 16.
 OCTAVO_EXPORT void octavo_pack_gated(OctavoPool* pool, int32_t format, const OctavoMatrix* gate,
                                      const OctavoMatrix* up, uint8_t* packed);
+// Compressing blocks that were packed as bf16, [num_blocks] of so many inputs; `compressed` has the size of that format. A layer can
+// be compressed where each of its blocks is like one of a trained model; see compressed.h. Not all variants read such layers.
+OCTAVO_EXPORT int32_t octavo_reads_compressed(void);
+OCTAVO_EXPORT int32_t octavo_can_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks,
+                                          int32_t in_features);
+OCTAVO_EXPORT void octavo_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks, int32_t in_features,
+                                   uint8_t* compressed);
 OCTAVO_EXPORT void octavo_to_bf16(OctavoPool* pool, const OctavoMatrix* matrix, uint16_t* rows, int32_t stride);
 
 // Packed weights in a file. A checksum is of OCTAVO_CHUNK_BYTES, the last one of what is left.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "compressed.h"
 #include "gemm_part.h"
 
 namespace octavo {
@@ -86,10 +87,12 @@ GemmItems::GemmItems(int rows, const OctavoLinear& linear, bool gated, int num_t
   num_block_items = static_cast<int>(divide_up(num_blocks, blocks_per_item));
 }
 
-bool is_quantized(const OctavoLinear& linear) { return linear.format != OCTAVO_WEIGHT_BF16; }
+bool is_quantized(int32_t format) { return format == OCTAVO_WEIGHT_INT8 || format == OCTAVO_WEIGHT_INT4; }
+bool is_quantized(const OctavoLinear& linear) { return is_quantized(linear.format); }
 
 int64_t block_bytes(int32_t format, int64_t in_features) {
   if (format == OCTAVO_WEIGHT_BF16) return divide_up(in_features, 2) * kBlockColumns * 2 * sizeof(bf16);
+  if (format == OCTAVO_WEIGHT_COMPRESSED) return compressed_block_bytes(in_features);
   return divide_up(in_features, kGroup) * group_bytes(format);
 }
 
@@ -97,6 +100,8 @@ void unpack_column(const OctavoLinear& linear, int64_t column, float* output) {
   const uint8_t* block = block_weights(linear, column / kBlockColumns);
   if (is_quantized(linear))
     return unpack_quantized(block, column % kBlockColumns, linear.format, linear.in_features, output);
+  if (linear.format == OCTAVO_WEIGHT_COMPRESSED)
+    return unpack_compressed_column(block, column % kBlockColumns, linear.in_features, output);
   const bf16* pairs = reinterpret_cast<const bf16*>(block) + column % kBlockColumns * 2;
   for (int64_t i = 0; i < linear.in_features; ++i)
     output[i] = bf16_to_float(pairs[i / 2 * kBlockColumns * 2 + i % 2]);

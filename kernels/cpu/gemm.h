@@ -13,7 +13,8 @@ namespace octavo {
 // Weights [out, in] are packed into blocks of 32 outputs. Those of bf16: [out / 32][in / 2][32][2], so
 // that a vector load gives one pair of inputs for `kLanes` outputs. Outputs are padded to whole blocks,
 // inputs to whole pairs, with zeros. A gated pair of layers is packed as one, 16 columns of the
-// gate and then the same 16 of up in each block. Those of 8 and 4 bits: see quantized.h.
+// gate and then the same 16 of up in each block. Those of 8 and 4 bits: see quantized.h. Compressed ones
+// hold the same in fewer bytes: see compressed.h.
 constexpr int kBlockColumns = 32;
 constexpr int kGatedColumns = kBlockColumns / 2;
 
@@ -72,6 +73,7 @@ class ReadAhead {
 // Compute all rows of blocks [begin, end).
 void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end);
 
+bool is_quantized(int32_t format);
 bool is_quantized(const OctavoLinear& linear);
 
 // Bytes of a block of a layer's weights.

@@ -1,5 +1,6 @@
 // Linear layers over bf16 weights, in the tile registers of AMX.
 #include "aligned.h"
+#include "amx_steps.h"
 #include "gemm_part.h"
 
 #if defined(OCTAVO_AMX)
@@ -7,42 +8,52 @@ namespace octavo {
 namespace {
 
 // The next block's weights, fetched while this one is multiplied: a part by each tile of rows.
-struct AmxFetch {
-  const char* next;
-  int64_t bytes_per_step;  // of kAmxInputs inputs
+class AmxFetch {
+ public:
+  // One line in `distance` bytes is asked for.
+  AmxFetch(const uint8_t* next, int64_t bytes_per_step, int64_t distance)
+      : next_(reinterpret_cast<const char*>(next)), bytes_per_step_(bytes_per_step), distance_(distance) {}
+
+  void fetch_step() {
+    for (int64_t line = 0; line < bytes_per_step_; line += distance_) prefetch_l2(next_ + line);
+    next_ += bytes_per_step_;
+  }
+
+ private:
+  const char* next_;
+  const int64_t bytes_per_step_;
+  const int64_t distance_;
 };
 
-// One line in so many bytes is asked for, and the processor fetches those between by itself. Each one that is asked for has one of
-// few places in which a core waits for memory, and tiles that are loaded from the second cache need these, too.
+// Where one tile reads a block, one line in so many bytes is asked for, and the processor fetches those between by itself. Each one
+// that is asked for has one of few places in which a core waits for memory, and tiles that are loaded from the second cache need
+// these, too.
 constexpr int64_t kFetchedBytes = 3 * kLineBytes;
 
-constexpr int64_t kMostInputsPerPiece = 20 * kAmxInputs;  // of a block: 40 KiB
-constexpr int64_t kAmxStepBytes = kAmxInputs * kBlockColumns * sizeof(bf16);  // of a block
+// Weights that whole tiles of rows read, and then the rest of the rows once more: from the second cache, not from memory.
+constexpr int64_t kBytesReadTwice = 512 << 10;
 
-// What is left of a row of activations and of a block behind the last whole tile, with zeros to fill one.
-struct AmxRest {
-  alignas(64) Activation input[kRowsPerTile * kAmxInputs] = {};
-  alignas(64) bf16 weight[kAmxInputs * kBlockColumns] = {};
-};
-
-// Which operand of a product is read again soon; the other one leaves it its place in the first cache.
-enum class Reused { kInput, kWeight };
-
-// Add the products of kAmxInputs inputs, of one group of rows or two. Rows are `stride` activations apart.
-template <bool kHasSecond, Reused kReused>
-inline void multiply_amx_step(const Activation* input, int64_t stride, const bf16* weight) {
+// Add the products of a step, of one group of rows or two. Rows are `stride` activations apart.
+template <bool kHasSecond, class Steps>
+inline void multiply_amx_step(const Activation* input, int64_t stride, Steps& steps) {
   constexpr int64_t kPairBytes = kBlockColumns * 2 * sizeof(bf16);
   const int64_t row_bytes = stride * sizeof(Activation);
-  amx_load<4, kReused == Reused::kInput>(input, row_bytes);
-  amx_load<6, kReused == Reused::kWeight>(weight, kPairBytes);
+  const bf16* const weight = steps.now();
+  amx_load<4, Steps::kKeepsInput>(input, row_bytes);
+  steps.template work<0>();
+  amx_load<6, Steps::kKeepsWeight>(weight, kPairBytes);
   amx_multiply<0, 4, 6>();
-  amx_load<7, kReused == Reused::kWeight>(weight + kAmxColumns * 2, kPairBytes);
+  steps.template work<1>();
+  amx_load<7, Steps::kKeepsWeight>(weight + kAmxColumns * 2, kPairBytes);
   amx_multiply<1, 4, 7>();
+  steps.template work<2>();
   if constexpr (kHasSecond) {
-    amx_load<5, kReused == Reused::kInput>(input + kAmxRows * stride, row_bytes);
+    amx_load<5, Steps::kKeepsInput>(input + kAmxRows * stride, row_bytes);
     amx_multiply<2, 5, 6>();
     amx_multiply<3, 5, 7>();
   }
+  steps.template work<3>();
+  steps.advance();
 }
 
 // Hands over sums while the next ones are computed: other units of the processor do that.
@@ -111,90 +122,141 @@ bool sums_grow_in_place(const Gemm& gemm, int64_t end_block) {
          (gemm.epilogue == Epilogue::kStore && end_block * kBlockColumns <= gemm.num_columns);
 }
 
-// Add the products of inputs [begin, end) of up to kRowsPerTile rows and a block: more than kAmxRows with a second group.
-// Meanwhile the sums before are handed over.
-template <bool kHasSecond, Reused kReused>
-void multiply_amx(const Rows& input, int num_rows, const bf16* weight, int64_t begin, int64_t end, AmxFetch& soon,
-                  AmxSums& sums) {
-  const int64_t num_steps = divide_up(end - begin, kAmxInputs);
-  const int rows_per_step = static_cast<int>(divide_up(num_rows, num_steps));
-  for (int64_t i = begin; i < end; i += kAmxInputs) {
-    constexpr int64_t kDistance = kReused == Reused::kInput ? kFetchedBytes : kLineBytes;
-    for (int64_t line = 0; line < soon.bytes_per_step; line += kDistance) prefetch_l2(soon.next + line);
-    soon.next += soon.bytes_per_step;
-    if constexpr (kReused == Reused::kInput) {  // a tile alone waits for the next weights if these are not in the first cache
-      const char* next = reinterpret_cast<const char*>(weight + (i + kAmxInputs) * kBlockColumns);
-      for (int64_t line = 0; line < kAmxStepBytes; line += 64) prefetch(next + line);
-    }
-    if (i + kAmxInputs <= end) {
-      multiply_amx_step<kHasSecond, kReused>(input.data + i, input.stride, weight + i * kBlockColumns);
-    } else {
-      AmxRest rest;
+// Add the products of some inputs of up to kRowsPerTile rows and a block: more than kAmxRows with a second group. Meanwhile the
+// sums before are handed over.
+template <bool kHasSecond, class Steps>
+void multiply_amx(const Rows& input, int num_rows, int64_t num_inputs, Steps& steps, AmxFetch& soon, AmxSums& sums) {
+  const int rows_per_step = static_cast<int>(divide_up(num_rows, divide_up(num_inputs, kAmxInputs)));
+  for (int64_t i = 0; i < num_inputs; i += kAmxInputs) {
+    soon.fetch_step();
+    if (i + kAmxInputs <= num_inputs) {
+      multiply_amx_step<kHasSecond>(input.data + i, input.stride, steps);
+    } else {  // with zeros behind the last input
+      alignas(64) Activation rest[kRowsPerTile * kAmxInputs] = {};
       for (int row = 0; row < num_rows; ++row)
-        std::copy_n(input.data + row * input.stride + i, end - i, rest.input + row * kAmxInputs);
-      std::copy_n(weight + i * kBlockColumns, round_up(end - i, 2) * kBlockColumns, rest.weight);
-      multiply_amx_step<kHasSecond, kReused>(rest.input, kAmxInputs, rest.weight);
+        std::copy_n(input.data + row * input.stride + i, num_inputs - i, rest + row * kAmxInputs);
+      multiply_amx_step<kHasSecond>(rest, kAmxInputs, steps);
     }
     sums.finish(rows_per_step);
   }
 }
 
-// Rows [begin, end), in tiles of `rows_per_tile` each, of some blocks. Where there are several tiles, they pass by a piece of
-// a block that the first cache has room for, and their sums are put aside before the next one.
-template <bool kHasSecond, Reused kReused>
-void run_amx_tiles(const Gemm& gemm, int64_t begin, int64_t end, int rows_per_tile, const BlockRange& blocks,
-                   int64_t bytes_per_step) {
-  const AmxShapes shapes(std::min(rows_per_tile, kAmxRows), std::max(rows_per_tile - kAmxRows, 0));
-  AmxSums sums(gemm, rows_per_tile);
-  alignas(64) float put_aside[kReused == Reused::kWeight ? kMostTilesPerItem * kRowsPerTile * kBlockColumns : 1];
-  const int64_t in_features = gemm.linear->in_features;
-  const int64_t num_pieces = kReused == Reused::kWeight ? divide_up(in_features, kMostInputsPerPiece) : 1;
-  const int64_t piece_inputs = round_up(divide_up(in_features, num_pieces), kAmxInputs);
-  const bool in_place = sums_grow_in_place(gemm, blocks.end);
-  const bool starts_from_output = in_place && gemm.epilogue == Epilogue::kAddResidual;
-  const int64_t stride = in_place ? gemm.output_stride : kBlockColumns;
+// Where the sums of a tile of rows and a block are.
+struct SumsPlace {
+  SumsPlace(const Gemm& gemm, const BlockRange& blocks)
+      : grow_in_place(sums_grow_in_place(gemm, blocks.end)),
+        start_from_output(grow_in_place && gemm.epilogue == Epilogue::kAddResidual) {}
+  const bool grow_in_place;
+  const bool start_from_output;
+};
+
+// Up to kRowsPerTile rows from `row` on, of some blocks.
+template <bool kHasSecond, class Weights>
+void run_amx_tile(const Gemm& gemm, int64_t row, int num_rows, const BlockRange& blocks, int64_t bytes_per_step) {
+  const AmxShapes shapes(std::min(num_rows, kAmxRows), std::max(num_rows - kAmxRows, 0));
+  AmxSums sums(gemm, num_rows);
+  const SumsPlace place(gemm, blocks);
+  const Rows rows{gemm.input + row * gemm.input_stride, gemm.input_stride};
+  Weights weights(*gemm.linear, blocks);
+  auto steps = weights.steps();
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-    const bf16* weight = reinterpret_cast<const bf16*>(block_weights(*gemm.linear, block));
-    AmxFetch soon{reinterpret_cast<const char*>(block_weights(*gemm.linear, block + 1)), bytes_per_step};
+    AmxFetch soon(block_weights(*gemm.linear, block + 1), bytes_per_step, kFetchedBytes);
+    float* const output = reinterpret_cast<float*>(output_of(gemm, row, block));
+    if (place.start_from_output) {
+      load_amx_sums<kHasSecond>(output, gemm.output_stride);
+    } else {
+      clear_amx_sums<kHasSecond>();
+    }
+    multiply_amx<kHasSecond>(rows, num_rows, gemm.linear->in_features, steps, soon, sums);
+    if (place.grow_in_place) {
+      store_amx_sums<kHasSecond>(output, gemm.output_stride);
+    } else {
+      store_amx_sums<kHasSecond>(sums.start(row, block), kBlockColumns);
+    }
+  }
+  sums.finish(num_rows);
+}
+
+// Rows [begin, end), whole tiles, of some blocks. They pass by a piece of a block that the first cache has room for, and their
+// sums are put aside before the next one.
+template <class Weights>
+void run_amx_tiles(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks, int64_t bytes_per_step) {
+  const AmxShapes shapes(kAmxRows, kAmxRows);
+  AmxSums sums(gemm, kRowsPerTile);
+  const SumsPlace place(gemm, blocks);
+  alignas(64) float put_aside[kMostTilesPerItem * kRowsPerTile * kBlockColumns];
+  const int64_t in_features = gemm.linear->in_features;
+  const int64_t piece_inputs =
+      round_up(divide_up(in_features, divide_up(in_features, kMostInputsPerPiece)), kAmxInputs);
+  const int64_t stride = place.grow_in_place ? gemm.output_stride : kBlockColumns;
+  Weights weights(*gemm.linear, blocks);
+  for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    AmxFetch soon(block_weights(*gemm.linear, block + 1), bytes_per_step, kLineBytes);
     for (int64_t input = 0; input < in_features; input += piece_inputs) {
-      const int64_t input_end = std::min(input + piece_inputs, in_features);
-      for (int64_t row = begin; row < end; row += rows_per_tile) {
-        const Rows rows{gemm.input + row * gemm.input_stride, gemm.input_stride};
-        float* const place = in_place ? reinterpret_cast<float*>(output_of(gemm, row, block))
-                                      : put_aside + (row - begin) * kBlockColumns;
-        if (input > 0 || starts_from_output) {
-          load_amx_sums<kHasSecond>(place, stride);
+      const int64_t num_inputs = std::min(piece_inputs, in_features - input);
+      auto first_steps = weights.first_steps(num_inputs);
+      for (int64_t row = begin; row < end; row += kRowsPerTile) {
+        const Rows rows{gemm.input + row * gemm.input_stride + input, gemm.input_stride};
+        float* const sums_so_far = place.grow_in_place ? reinterpret_cast<float*>(output_of(gemm, row, block))
+                                                       : put_aside + (row - begin) * kBlockColumns;
+        if (input > 0 || place.start_from_output) {
+          load_amx_sums<true>(sums_so_far, stride);
         } else {
-          clear_amx_sums<kHasSecond>();
+          clear_amx_sums<true>();
         }
-        multiply_amx<kHasSecond, kReused>(rows, rows_per_tile, weight, input, input_end, soon, sums);
-        const bool is_ready = input_end == in_features && !in_place;
-        store_amx_sums<kHasSecond>(is_ready ? sums.start(row, block) : place, stride);
+        if (row == begin) {
+          multiply_amx<true>(rows, kRowsPerTile, num_inputs, first_steps, soon, sums);
+        } else {
+          PlainSteps<Reader::kTiles> steps(weights.piece(), num_inputs);
+          multiply_amx<true>(rows, kRowsPerTile, num_inputs, steps, soon, sums);
+        }
+        const bool is_ready = input + num_inputs == in_features && !place.grow_in_place;
+        store_amx_sums<true>(is_ready ? sums.start(row, block) : sums_so_far, stride);
       }
     }
   }
-  sums.finish(rows_per_tile);
+  sums.finish(kRowsPerTile);
 }
 
-}  // namespace
-
 // First the rows of whole tiles, which also fetch the next block, a part of it each; then the others.
-void run_bf16_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks, ReadAhead* /*ahead*/) {
+template <class Weights>
+void run_amx_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks) {
+  const OctavoLinear& linear = *gemm.linear;
   const int64_t num_whole = (end - begin) / kRowsPerTile;
   const int rest = static_cast<int>((end - begin) % kRowsPerTile);
   const int64_t middle = end - rest;
-  const int64_t bytes_per_step = round_up(divide_up(kAmxStepBytes, std::max<int64_t>(num_whole, 1)), 64);
+  const int64_t num_steps = divide_up(linear.in_features, kAmxInputs);
+  const int64_t bytes_per_step = round_up(
+      divide_up(block_bytes(linear.format, linear.in_features), num_steps * std::max<int64_t>(num_whole, 1)), kLineBytes);
   if (num_whole > 1) {
-    run_amx_tiles<true, Reused::kWeight>(gemm, begin, middle, kRowsPerTile, blocks, bytes_per_step);
+    run_amx_tiles<Weights>(gemm, begin, middle, blocks, bytes_per_step);
   } else if (num_whole == 1) {
-    run_amx_tiles<true, Reused::kInput>(gemm, begin, middle, kRowsPerTile, blocks, bytes_per_step);
+    run_amx_tile<true, Weights>(gemm, begin, kRowsPerTile, blocks, bytes_per_step);
   }
   if (rest == 0) return;
   const int64_t rest_bytes = num_whole > 0 ? 0 : bytes_per_step;
   if (rest > kAmxRows) {
-    run_amx_tiles<true, Reused::kInput>(gemm, middle, end, rest, blocks, rest_bytes);
+    run_amx_tile<true, Weights>(gemm, middle, rest, blocks, rest_bytes);
   } else {
-    run_amx_tiles<false, Reused::kInput>(gemm, middle, end, rest, blocks, rest_bytes);
+    run_amx_tile<false, Weights>(gemm, middle, rest, blocks, rest_bytes);
+  }
+}
+
+}  // namespace
+
+void run_bf16_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks, ReadAhead* /*ahead*/) {
+  const OctavoLinear& linear = *gemm.linear;
+  const bool reads_twice = end - begin > kRowsPerTile && (end - begin) % kRowsPerTile > 0;
+  const int64_t blocks_at_once =
+      reads_twice ? std::max<int64_t>(kBytesReadTwice / block_bytes(linear.format, linear.in_features), 1)
+                  : blocks.end - blocks.begin;
+  for (int64_t block = blocks.begin; block < blocks.end; block += blocks_at_once) {
+    const BlockRange some{block, std::min(block + blocks_at_once, blocks.end)};
+    if (linear.format == OCTAVO_WEIGHT_COMPRESSED) {
+      run_amx_part<CompressedWeights>(gemm, begin, end, some);
+    } else {
+      run_amx_part<PlainWeights>(gemm, begin, end, some);
+    }
   }
 }
 

@@ -9,7 +9,15 @@ int32_t octavo_abi_revision(void) { return OCTAVO_ABI_REVISION; }
 int32_t octavo_activation_bytes(void) { return sizeof(octavo::Activation); }
 
 int32_t octavo_rows_at_once(int32_t format) {
-  return format == OCTAVO_WEIGHT_BF16 ? octavo::kRowsAtOnce : octavo::kMaxQuantizedRows;
+  return octavo::is_quantized(format) ? octavo::kMaxQuantizedRows : octavo::kRowsAtOnce;
+}
+
+int32_t octavo_reads_compressed(void) {
+#if defined(OCTAVO_AMX)
+  return 1;
+#else
+  return 0;
+#endif
 }
 
 OctavoPool* octavo_pool_create(int32_t num_threads) { return new OctavoPool(num_threads); }

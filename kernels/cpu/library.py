@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 10
+ABI_REVISION = 11
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
 BF16, F16, F32, Q8_0, Q4_0, Q4_1, Q4_K = range(7)
-WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4 = range(3)
+WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4, WEIGHT_COMPRESSED = range(4)
 EMBED, NORM_LINEAR, ROTARY_WRITE_KV, PAGED_ATTENTION, LINEAR_RESIDUAL, NORM_GATED_LINEAR, LOGITS = range(7)
 NORM_EXPERTS_RESIDUAL, HIDDEN = 7, 8
 PROFILE_PREPARE, PROFILE_SIZE = 15, 16
@@ -194,6 +194,9 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_packed_weight_size": (c.c_size_t, (c.c_int32, c.c_int32, c.c_int32)),
     "octavo_pack_linear": (None, (c.c_void_p, c.c_int32, _MatrixPointer, c.c_int32, c.c_void_p)),
     "octavo_pack_gated": (None, (c.c_void_p, c.c_int32, _MatrixPointer, _MatrixPointer, c.c_void_p)),
+    "octavo_reads_compressed": (c.c_int32, ()),
+    "octavo_can_compress": (c.c_int32, (c.c_void_p, c.c_void_p, c.c_int32, c.c_int32)),
+    "octavo_compress": (None, (c.c_void_p, c.c_void_p, c.c_int32, c.c_int32, c.c_void_p)),
     "octavo_to_bf16": (None, (c.c_void_p, _MatrixPointer, c.c_void_p, c.c_int32)),
     "octavo_read_file": (
         c.c_int32,

@@ -6,8 +6,9 @@ All pointers handed out here point into the packer's arena: they live as long as
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from octavo.kernels.cpu import library
@@ -21,6 +22,7 @@ class Packer:
     def __init__(self, runtime: Runtime, arena: Arena) -> None:
         self._pool = runtime.pool
         self._library = runtime.library
+        self._reads_compressed = runtime.reads_compressed
         self._arena = arena
 
     def store_floats(self, values: torch.Tensor, multiple: int = 1) -> int:
@@ -45,9 +47,13 @@ class Packer:
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None, weight_format: int) -> library.Linear:
         """Pack weight [out_features, in_features], in a format of library.WEIGHT_..., and bias."""
         out_features, in_features = weight.shape
-        address = self._arena.allocate(self._packed_size(weight_format, out_features, in_features))
         with _MatrixView(weight) as view:
-            self._library.octavo_pack_linear(self._pool, weight_format, view, len(view), address)
+            address, weight_format = self._pack(
+                lambda place: self._library.octavo_pack_linear(self._pool, weight_format, view, len(view), place),
+                weight_format,
+                out_features,
+                in_features,
+            )
         packed_bias = None if bias is None else self.store_floats(bias, BLOCK_COLUMNS)
         return library.Linear(address, packed_bias, in_features, out_features, weight_format)
 
@@ -63,10 +69,13 @@ class Packer:
         assert gate.shape == up.shape, f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ"
         assert len(parts_of(gate)) == len(parts_of(up)) == 1, "layers of a gated pair are not joined ones"
         out_features, in_features = gate.shape
-        columns = 2 * padded(out_features, GATED_COLUMNS)
-        address = self._arena.allocate(self._packed_size(weight_format, columns, in_features))
         with _MatrixView(gate) as gate_view, _MatrixView(up) as up_view:
-            self._library.octavo_pack_gated(self._pool, weight_format, gate_view, up_view, address)
+            address, weight_format = self._pack(
+                lambda place: self._library.octavo_pack_gated(self._pool, weight_format, gate_view, up_view, place),
+                weight_format,
+                2 * padded(out_features, GATED_COLUMNS),
+                in_features,
+            )
         packed_bias = None
         if gate_bias is not None or up_bias is not None:
             pair = torch.zeros(2, padded(out_features, GATED_COLUMNS))
@@ -88,23 +97,54 @@ class Packer:
         gate, up  of each expert [intermediate_size, hidden_size];  down  [hidden_size, intermediate_size]
         """
         inner, hidden = gate[0].shape
-        gated_bytes = self._packed_size(weight_format, 2 * padded(inner, GATED_COLUMNS), hidden)
-        down_bytes = self._packed_size(weight_format, hidden, inner)
-        gated_address, down_address = (
-            self._arena.allocate(len(gate) * gated_bytes),
-            self._arena.allocate(len(down) * down_bytes),
-        )
         for expert, parts in enumerate(zip(gate, up, down, strict=True)):
             assert [tuple(part.shape) for part in parts] == [(inner, hidden), (inner, hidden), (hidden, inner)], expert
-            views = [_MatrixView(part) for part in parts]
-            with views[0] as gate_view, views[1] as up_view, views[2] as down_view:
-                gated_place, down_place = gated_address + expert * gated_bytes, down_address + expert * down_bytes
-                self._library.octavo_pack_gated(self._pool, weight_format, gate_view, up_view, gated_place)
-                self._library.octavo_pack_linear(self._pool, weight_format, down_view, 1, down_place)
+        gated_columns = 2 * padded(inner, GATED_COLUMNS)
+        gated_bytes = self._packed_size(weight_format, gated_columns, hidden)
+        down_bytes = self._packed_size(weight_format, hidden, inner)
+
+        def pack_gated(place: int) -> None:
+            for expert, pair in enumerate(zip(gate, up, strict=True)):
+                with _MatrixView(pair[0]) as gate_view, _MatrixView(pair[1]) as up_view:
+                    target = place + expert * gated_bytes
+                    self._library.octavo_pack_gated(self._pool, weight_format, gate_view, up_view, target)
+
+        def pack_down(place: int) -> None:
+            for expert, matrix in enumerate(down):
+                with _MatrixView(matrix) as view:
+                    target = place + expert * down_bytes
+                    self._library.octavo_pack_linear(self._pool, weight_format, view, 1, target)
+
+        gated = self._pack(pack_gated, weight_format, gated_columns, hidden, len(gate))
+        packed_down = self._pack(pack_down, weight_format, hidden, inner, len(down))
         return (
-            library.Linear(gated_address, None, hidden, inner, weight_format),
-            library.Linear(down_address, None, inner, hidden, weight_format),
+            library.Linear(gated[0], None, hidden, inner, gated[1]),
+            library.Linear(packed_down[0], None, inner, hidden, packed_down[1]),
         )
+
+    def _pack(
+        self, write: Callable[[int], None], weight_format: int, num_columns: int, in_features: int, num_layers: int = 1
+    ) -> tuple[int, int]:
+        """Have `write` pack layers of one shape behind each other, at an address; return the address and the format.
+
+        What is to be packed as bf16 is compressed where the kernels read that and the weights fit; see compressed.h.
+        """
+        num_bytes = num_layers * self._packed_size(weight_format, num_columns, in_features)
+        if weight_format != library.WEIGHT_BF16 or not self._reads_compressed:
+            address = self._arena.allocate(num_bytes)
+            write(address)
+            return address, weight_format
+        packed = np.zeros(num_bytes, np.uint8)
+        write(packed.ctypes.data)
+        blocks = (packed.ctypes.data, num_layers * padded(num_columns, BLOCK_COLUMNS) // BLOCK_COLUMNS, in_features)
+        if not self._library.octavo_can_compress(self._pool, *blocks):
+            address = self._arena.allocate(num_bytes)
+            ctypes.memmove(address, packed.ctypes.data, num_bytes)
+            return address, weight_format
+        size = self._packed_size(library.WEIGHT_COMPRESSED, num_columns, in_features)
+        address = self._arena.allocate(num_layers * size)
+        self._library.octavo_compress(self._pool, *blocks, address)
+        return address, library.WEIGHT_COMPRESSED
 
     def _packed_size(self, weight_format: int, out_features: int, in_features: int) -> int:
         return int(self._library.octavo_packed_weight_size(weight_format, out_features, in_features))

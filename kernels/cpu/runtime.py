@@ -42,6 +42,11 @@ class Runtime:
         """How many rows a linear layer multiplies in little more time than one row; of library.WEIGHT_...."""
         return int(self.library.octavo_rows_at_once(weight_format))
 
+    @property
+    def reads_compressed(self) -> bool:
+        """Whether linear layers may be of library.WEIGHT_COMPRESSED."""
+        return bool(self.library.octavo_reads_compressed())
+
     def measure_read(self, address: int, num_bytes: int) -> int:
         """Read memory as fast as it goes, with all threads; return how many bytes were read."""
         return int(self.library.octavo_measure_read(self.pool, address, num_bytes))

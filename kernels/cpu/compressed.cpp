@@ -1,0 +1,149 @@
+#include "compressed.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <numeric>
+
+#include "aligned.h"
+#include "gemm.h"
+#include "handles.h"
+
+namespace octavo {
+namespace {
+
+constexpr int kUppers = 16;
+constexpr int kWeightsPerStep = kCompressedInputs * kBlockColumns;
+static_assert(kWeightsPerStep == kGroupsPerStep * CompressedGroup::kWeights);
+constexpr int64_t kMostInputs = (int64_t{1} << 23) / kBlockColumns;  // places have 24 bits, and kNoException is behind all of them
+
+int64_t steps_of(int64_t in_features) { return divide_up(in_features, kCompressedInputs); }
+
+int64_t exceptions_room(int64_t in_features) { return steps_of(in_features) * kWeightsPerStep / kWeightsPerException; }
+
+int64_t groups_offset(int64_t in_features) {
+  return round_up(kUppers + (exceptions_room(in_features) + 1) * int64_t{sizeof(uint32_t)}, kLineBytes);
+}
+
+// Of a packed block, whose inputs are padded to pairs; zero behind these.
+class Weights {
+ public:
+  Weights(const bf16* block, int64_t in_features) : block_(block), size_(round_up(in_features, 2) * kBlockColumns) {}
+  bf16 operator[](int64_t place) const { return place < size_ ? block_[place] : bf16{0}; }
+
+ private:
+  const bf16* block_;
+  int64_t size_;
+};
+
+struct UpperBytes {
+  std::array<uint8_t, kUppers> frequent;
+  int64_t num_exceptions;
+};
+
+UpperBytes upper_bytes_of(const Weights& weights, int64_t in_features) {
+  std::array<int64_t, 256> counts{};
+  const int64_t num_weights = steps_of(in_features) * kWeightsPerStep;
+  for (int64_t i = 0; i < num_weights; ++i) ++counts[weights[i] >> 8];
+  std::array<uint8_t, 256> bytes;
+  std::iota(bytes.begin(), bytes.end(), uint8_t{0});
+  std::stable_sort(bytes.begin(), bytes.end(), [&](uint8_t a, uint8_t b) { return counts[a] > counts[b]; });
+  UpperBytes result{{}, num_weights};
+  for (int i = 0; i < kUppers; ++i) {
+    result.frequent[i] = bytes[i];
+    result.num_exceptions -= counts[bytes[i]];
+  }
+  return result;
+}
+
+// Where weight `place` of a block is in its groups.
+struct Place {
+  explicit Place(int64_t place)
+      : group(place / CompressedGroup::kWeights),
+        half(static_cast<int>(place % CompressedGroup::kWeights / 64)),
+        byte(static_cast<int>(place % 32 * 2 + place / 32 % 2)) {}
+  int64_t group;
+  int half;
+  int byte;
+};
+
+}  // namespace
+
+int64_t compressed_block_bytes(int64_t in_features) {
+  return groups_offset(in_features) + steps_of(in_features) * kGroupsPerStep * int64_t{sizeof(CompressedGroup)};
+}
+
+const uint32_t* exceptions_of(const uint8_t* compressed) {
+  return reinterpret_cast<const uint32_t*>(compressed + kUppers);
+}
+
+const CompressedGroup* groups_of(const uint8_t* compressed, int64_t in_features) {
+  return reinterpret_cast<const CompressedGroup*>(compressed + groups_offset(in_features));
+}
+
+bool can_compress(const bf16* block, int64_t in_features) {
+  return in_features <= kMostInputs &&
+         upper_bytes_of(Weights(block, in_features), in_features).num_exceptions <= exceptions_room(in_features);
+}
+
+void compress_block(const bf16* block, int64_t in_features, uint8_t* compressed) {
+  const Weights weights(block, in_features);
+  const auto frequent = upper_bytes_of(weights, in_features).frequent;
+  std::array<int, 256> code_of;
+  code_of.fill(-1);
+  for (int code = 0; code < kUppers; ++code) code_of[frequent[code]] = code;
+  std::copy(frequent.begin(), frequent.end(), compressed);
+  uint32_t* exception = reinterpret_cast<uint32_t*>(compressed + kUppers);
+  CompressedGroup* const groups = reinterpret_cast<CompressedGroup*>(compressed + groups_offset(in_features));
+  std::memset(groups, 0, steps_of(in_features) * kGroupsPerStep * sizeof(CompressedGroup));
+  for (int64_t i = 0; i < steps_of(in_features) * kWeightsPerStep; ++i) {
+    const Place place(i);
+    const uint8_t upper = static_cast<uint8_t>(weights[i] >> 8);
+    groups[place.group].lower[place.half][place.byte] = static_cast<uint8_t>(weights[i]);
+    if (code_of[upper] >= 0) {
+      groups[place.group].codes[place.byte] |= static_cast<uint8_t>(code_of[upper] << (4 * place.half));
+    } else {
+      *exception++ = static_cast<uint32_t>(i) << 8 | upper;
+    }
+  }
+  *exception = kNoException;
+}
+
+void unpack_compressed_column(const uint8_t* compressed, int64_t column, int64_t in_features, float* output) {
+  const CompressedGroup* const groups = groups_of(compressed, in_features);
+  const auto weight = [&](const Place& place, uint32_t upper) {
+    return bf16_to_float(static_cast<bf16>(upper << 8 | groups[place.group].lower[place.half][place.byte]));
+  };
+  for (int64_t i = 0; i < in_features; ++i) {
+    const Place place((i / 2 * kBlockColumns + column) * 2 + i % 2);
+    output[i] = weight(place, compressed[groups[place.group].codes[place.byte] >> (4 * place.half) & 15]);
+  }
+  for (const uint32_t* exception = exceptions_of(compressed); *exception != kNoException; ++exception) {
+    const int64_t place = *exception >> 8, pair = place / 2;
+    const int64_t input = pair / kBlockColumns * 2 + place % 2;
+    if (pair % kBlockColumns == column && input < in_features) output[input] = weight(Place(place), *exception & 255);
+  }
+}
+
+}  // namespace octavo
+
+using namespace octavo;
+
+int32_t octavo_can_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks, int32_t in_features) {
+  std::atomic<bool> fits{true};
+  pool->threads.for_each(num_blocks, [&](int64_t block, int) {
+    const uint8_t* weights = packed + block * block_bytes(OCTAVO_WEIGHT_BF16, in_features);
+    if (fits && !can_compress(reinterpret_cast<const bf16*>(weights), in_features)) fits = false;
+  });
+  return fits;
+}
+
+void octavo_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks, int32_t in_features,
+                     uint8_t* compressed) {
+  pool->threads.for_each(num_blocks, [&](int64_t block, int) {
+    const uint8_t* weights = packed + block * block_bytes(OCTAVO_WEIGHT_BF16, in_features);
+    compress_block(reinterpret_cast<const bf16*>(weights), in_features,
+                   compressed + block * compressed_block_bytes(in_features));
+  });
+}
