@@ -12,12 +12,10 @@ namespace octavo {
 
 #if defined(OCTAVO_AMX)
 constexpr int kRowsPerTile = 2 * kAmxRows;
-constexpr int kRowsAtOnce = 2 * kRowsPerTile;  // both tiles pass by each piece of the weights
 constexpr int kMostTilesPerItem = 16;
 constexpr int64_t kActivationBytesInCache = 1 << 20;  // of the rows that an item reads again for every block
 #else
 constexpr int kRowsPerTile = kMaxTileRows;
-constexpr int kRowsAtOnce = kRowsPerTile;
 constexpr int kMostTilesPerItem = 8;
 constexpr int64_t kActivationBytesInCache = 384 << 10;
 #endif

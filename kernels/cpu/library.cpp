@@ -9,7 +9,7 @@ int32_t octavo_abi_revision(void) { return OCTAVO_ABI_REVISION; }
 int32_t octavo_activation_bytes(void) { return sizeof(octavo::Activation); }
 
 int32_t octavo_rows_at_once(int32_t format) {
-  return octavo::is_quantized(format) ? octavo::kMaxQuantizedRows : octavo::kRowsAtOnce;
+  return octavo::is_quantized(format) ? octavo::kMaxQuantizedRows : octavo::kRowsPerTile;
 }
 
 int32_t octavo_reads_compressed(void) {

@@ -436,7 +436,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(invariance_model: TinyModel
 
 
 def test_the_kernels_say_how_many_rows_they_multiply_at_once(invariance_model: TinyModel, variant: str) -> None:
-    expected = {"amx": 64, "avx512_bf16": 12, "avx512": 12, "neon_bf16": 6, "neon": 6}
+    expected = {"amx": 32, "avx512_bf16": 12, "avx512": 12, "neon_bf16": 6, "neon": 6}
 
     assert make_device(invariance_model, variant).rows_at_once == expected.get(variant, 4)
 
