@@ -35,10 +35,7 @@ class PlainSteps {
  public:
   static constexpr bool kKeepsInput = kReader == Reader::kTile, kKeepsWeight = !kKeepsInput;
 
-  PlainSteps(const OctavoLinear& linear, const BlockRange& blocks)
-      : PlainSteps(block_weights(linear, blocks.begin), linear.in_features) {}
-
-  // Of a piece of a block.
+  // Of blocks, or of a piece of one, that have so many inputs.
   PlainSteps(const uint8_t* weights, int64_t num_inputs)
       : now_(reinterpret_cast<const bf16*>(weights)), num_inputs_(num_inputs), left_(num_inputs) {}
 
