@@ -204,13 +204,11 @@ OCTAVO_EXPORT void octavo_pack_linear(OctavoPool* pool, int32_t format, const Oc
 // the intermediate size rounded up to 16.
 OCTAVO_EXPORT void octavo_pack_gated(OctavoPool* pool, int32_t format, const OctavoMatrix* gate,
                                      const OctavoMatrix* up, uint8_t* packed);
-// Compressing blocks that were packed as bf16, [num_blocks] of so many inputs; `compressed` has the size of that format. A layer can
-// be compressed where each of its blocks is like one of a trained model; see compressed.h. Not all variants read such layers.
+// Compress blocks that were packed as bf16, [num_blocks] of so many inputs; `compressed` has the size of that format. Returns 0, with
+// anything in there, if one of the blocks is not like those of a trained model; see compressed.h. Not all variants read such layers.
 OCTAVO_EXPORT int32_t octavo_reads_compressed(void);
-OCTAVO_EXPORT int32_t octavo_can_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks,
-                                          int32_t in_features);
-OCTAVO_EXPORT void octavo_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks, int32_t in_features,
-                                   uint8_t* compressed);
+OCTAVO_EXPORT int32_t octavo_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks, int32_t in_features,
+                                      uint8_t* compressed);
 OCTAVO_EXPORT void octavo_to_bf16(OctavoPool* pool, const OctavoMatrix* matrix, uint16_t* rows, int32_t stride);
 
 // Packed weights in a file. A checksum is of OCTAVO_CHUNK_BYTES, the last one of what is left.

@@ -82,14 +82,10 @@ const CompressedGroup* groups_of(const uint8_t* compressed, int64_t in_features)
   return reinterpret_cast<const CompressedGroup*>(compressed + groups_offset(in_features));
 }
 
-bool can_compress(const bf16* block, int64_t in_features) {
-  return in_features <= kMostInputs &&
-         upper_bytes_of(Weights(block, in_features), in_features).num_exceptions <= exceptions_room(in_features);
-}
-
-void compress_block(const bf16* block, int64_t in_features, uint8_t* compressed) {
+bool compress_block(const bf16* block, int64_t in_features, uint8_t* compressed) {
   const Weights weights(block, in_features);
-  const auto frequent = upper_bytes_of(weights, in_features).frequent;
+  const auto [frequent, num_exceptions] = upper_bytes_of(weights, in_features);
+  if (in_features > kMostInputs || num_exceptions > exceptions_room(in_features)) return false;
   std::array<int, 256> code_of;
   code_of.fill(-1);
   for (int code = 0; code < kUppers; ++code) code_of[frequent[code]] = code;
@@ -108,6 +104,7 @@ void compress_block(const bf16* block, int64_t in_features, uint8_t* compressed)
     }
   }
   *exception = kNoException;
+  return true;
 }
 
 void unpack_compressed_column(const uint8_t* compressed, int64_t column, int64_t in_features, float* output) {
@@ -130,20 +127,14 @@ void unpack_compressed_column(const uint8_t* compressed, int64_t column, int64_t
 
 using namespace octavo;
 
-int32_t octavo_can_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks, int32_t in_features) {
+int32_t octavo_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks, int32_t in_features,
+                        uint8_t* compressed) {
   std::atomic<bool> fits{true};
   pool->threads.for_each(num_blocks, [&](int64_t block, int) {
     const uint8_t* weights = packed + block * block_bytes(OCTAVO_WEIGHT_BF16, in_features);
-    if (fits && !can_compress(reinterpret_cast<const bf16*>(weights), in_features)) fits = false;
+    if (fits && !compress_block(reinterpret_cast<const bf16*>(weights), in_features,
+                                compressed + block * compressed_block_bytes(in_features)))
+      fits = false;
   });
   return fits;
-}
-
-void octavo_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks, int32_t in_features,
-                     uint8_t* compressed) {
-  pool->threads.for_each(num_blocks, [&](int64_t block, int) {
-    const uint8_t* weights = packed + block * block_bytes(OCTAVO_WEIGHT_BF16, in_features);
-    compress_block(reinterpret_cast<const bf16*>(weights), in_features,
-                   compressed + block * compressed_block_bytes(in_features));
-  });
 }

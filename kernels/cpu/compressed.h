@@ -37,9 +37,8 @@ int64_t compressed_block_bytes(int64_t in_features);
 const uint32_t* exceptions_of(const uint8_t* compressed);
 const CompressedGroup* groups_of(const uint8_t* compressed, int64_t in_features);
 
-// Whether there is room for the exceptions of a packed block.
-bool can_compress(const bf16* block, int64_t in_features);
-void compress_block(const bf16* block, int64_t in_features, uint8_t* compressed);
+// Compress a packed block; false if there is no room for its exceptions.
+bool compress_block(const bf16* block, int64_t in_features, uint8_t* compressed);
 
 // One output of a block, as float32 [in_features].
 void unpack_compressed_column(const uint8_t* compressed, int64_t column, int64_t in_features, float* output);

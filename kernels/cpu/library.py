@@ -195,8 +195,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_pack_linear": (None, (c.c_void_p, c.c_int32, _MatrixPointer, c.c_int32, c.c_void_p)),
     "octavo_pack_gated": (None, (c.c_void_p, c.c_int32, _MatrixPointer, _MatrixPointer, c.c_void_p)),
     "octavo_reads_compressed": (c.c_int32, ()),
-    "octavo_can_compress": (c.c_int32, (c.c_void_p, c.c_void_p, c.c_int32, c.c_int32)),
-    "octavo_compress": (None, (c.c_void_p, c.c_void_p, c.c_int32, c.c_int32, c.c_void_p)),
+    "octavo_compress": (c.c_int32, (c.c_void_p, c.c_void_p, c.c_int32, c.c_int32, c.c_void_p)),
     "octavo_to_bf16": (None, (c.c_void_p, _MatrixPointer, c.c_void_p, c.c_int32)),
     "octavo_read_file": (
         c.c_int32,

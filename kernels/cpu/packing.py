@@ -134,17 +134,18 @@ class Packer:
             address = self._arena.allocate(num_bytes)
             write(address)
             return address, weight_format
-        packed = np.zeros(num_bytes, np.uint8)
-        write(packed.ctypes.data)
-        blocks = (packed.ctypes.data, num_layers * padded(num_columns, BLOCK_COLUMNS) // BLOCK_COLUMNS, in_features)
-        if not self._library.octavo_can_compress(self._pool, *blocks):
-            address = self._arena.allocate(num_bytes)
-            ctypes.memmove(address, packed.ctypes.data, num_bytes)
-            return address, weight_format
-        size = self._packed_size(library.WEIGHT_COMPRESSED, num_columns, in_features)
-        address = self._arena.allocate(num_layers * size)
-        self._library.octavo_compress(self._pool, *blocks, address)
-        return address, library.WEIGHT_COMPRESSED
+        layer = np.zeros(num_bytes, np.uint8)
+        write(layer.ctypes.data)
+        num_blocks = num_layers * padded(num_columns, BLOCK_COLUMNS) // BLOCK_COLUMNS
+        size = num_layers * self._packed_size(library.WEIGHT_COMPRESSED, num_columns, in_features)
+        compressed = np.empty(size, np.uint8)
+        if self._library.octavo_compress(
+            self._pool, layer.ctypes.data, num_blocks, in_features, compressed.ctypes.data
+        ):
+            layer, weight_format = compressed, library.WEIGHT_COMPRESSED
+        address = self._arena.allocate(len(layer))
+        ctypes.memmove(address, layer.ctypes.data, len(layer))
+        return address, weight_format
 
     def _packed_size(self, weight_format: int, out_features: int, in_features: int) -> int:
         return int(self._library.octavo_packed_weight_size(weight_format, out_features, in_features))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -41,18 +43,16 @@ def packed_blocks(rows: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
     return np.ascontiguousarray(blocks).reshape(len(blocks), -1)
 
 
-def can_compress(runtime: Runtime, blocks: npt.NDArray[np.uint16], in_features: int) -> bool:
-    return bool(runtime.library.octavo_can_compress(runtime.pool, blocks.ctypes.data, len(blocks), in_features))
-
-
-def compressed(runtime: Runtime, blocks: npt.NDArray[np.uint16], in_features: int) -> npt.NDArray[np.uint8]:
-    """Return the compressed blocks [N, bytes]."""
+def compressed(runtime: Runtime, blocks: npt.NDArray[np.uint16], in_features: int) -> npt.NDArray[np.uint8] | None:
+    """Return the compressed blocks [N, bytes]; None if they cannot be compressed."""
     size = runtime.library.octavo_packed_weight_size(
         library.WEIGHT_COMPRESSED, len(blocks) * BLOCK_COLUMNS, in_features
     )
     output = np.full((len(blocks), size // len(blocks)), 0xAA, np.uint8)
-    runtime.library.octavo_compress(runtime.pool, blocks.ctypes.data, len(blocks), in_features, output.ctypes.data)
-    return output
+    fits = runtime.library.octavo_compress(
+        runtime.pool, blocks.ctypes.data, len(blocks), in_features, output.ctypes.data
+    )
+    return output if fits else None
 
 
 def decompressed(block: npt.NDArray[np.uint8], in_features: int) -> npt.NDArray[np.uint16]:
@@ -65,7 +65,7 @@ def decompressed(block: npt.NDArray[np.uint8], in_features: int) -> npt.NDArray[
         for odd in range(2):
             weights[:, half, odd] = block[:16][codes[:, odd::2]].astype(np.uint16) << 8 | lower[:, odd::2]
     flat = weights.reshape(-1)
-    for exception in block[16:].view(np.uint8)[: len(block[16:]) // 4 * 4].view(np.uint32):
+    for exception in block[16:].view(np.uint32):
         if exception == NO_EXCEPTION:
             break
         place = exception >> 8
@@ -91,6 +91,7 @@ def test_every_weight_comes_back(runtime: Runtime, in_features: int, exceptions:
 
     output = compressed(runtime, blocks, in_features)
 
+    assert output is not None
     for block, result in zip(blocks, output, strict=True):
         weights = decompressed(result, in_features)
         assert np.array_equal(weights[: len(block)], block)
@@ -103,40 +104,49 @@ def test_there_is_room_for_one_exception_in_256_weights(runtime: Runtime) -> Non
     room = 3 * WEIGHTS_PER_STEP // WEIGHTS_PER_EXCEPTION
     rows.reshape(-1)[:room] = 0xFF00
 
-    assert can_compress(runtime, packed_blocks(rows), 96)
-    assert np.array_equal(decompressed(compressed(runtime, packed_blocks(rows), 96)[0], 96), packed_blocks(rows)[0])
+    output = compressed(runtime, packed_blocks(rows), 96)
+    assert output is not None
+    assert np.array_equal(decompressed(output[0], 96), packed_blocks(rows)[0])
 
     rows.reshape(-1)[room] = 0xFF00
-    assert not can_compress(runtime, packed_blocks(rows), 96)
+    assert compressed(runtime, packed_blocks(rows), 96) is None
 
 
 def test_one_block_of_a_layer_that_cannot_be_compressed_is_found(runtime: Runtime) -> None:
     rows = like_trained(320, 64)
-    assert can_compress(runtime, packed_blocks(rows), 64)
+    assert compressed(runtime, packed_blocks(rows), 64) is not None
 
     rows[77] = np.arange(64) << 9
 
-    assert not can_compress(runtime, packed_blocks(rows), 64)
+    assert compressed(runtime, packed_blocks(rows), 64) is None
+
+
+@pytest.fixture
+def formats(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The formats of all layers that are packed."""
+    noted: list[int] = []
+    pack = Packer._pack
+
+    def pack_and_note(self: Packer, *arguments: Any) -> tuple[int, int]:
+        packed = pack(self, *arguments)
+        noted.append(packed[1])
+        return packed
+
+    monkeypatch.setattr(Packer, "_pack", pack_and_note)
+    return noted
 
 
 @reads_compressed
-def test_layers_like_trained_ones_are_compressed_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    formats: list[int] = []
-    pack_linear = Packer.pack_linear
-
-    def noted(self: Packer, weight: torch.Tensor, bias: torch.Tensor | None, weight_format: int) -> library.Linear:
-        linear = pack_linear(self, weight, bias, weight_format)
-        formats.append(linear.format)
-        return linear
-
-    monkeypatch.setattr(Packer, "pack_linear", noted)
+def test_layers_like_trained_ones_are_compressed_and_others_are_not(
+    formats: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = TinyModel(Shape(layers=1))
     model.head.weight[5] *= 2.0 ** torch.arange(-32, 32)
     sequence = make_sequence(1, 40, shuffled_blocks(1))
 
     logits = run_in_chunks(make_device(model), sequence, 40)
 
-    assert formats == [library.WEIGHT_COMPRESSED] * 3 + [library.WEIGHT_BF16]
+    assert formats == [library.WEIGHT_COMPRESSED] * 4 + [library.WEIGHT_BF16]
     monkeypatch.setattr(Runtime, "reads_compressed", False)
     sequence.computed = 0
     assert torch.equal(run_in_chunks(make_device(model), sequence, 40), logits)
@@ -144,11 +154,12 @@ def test_layers_like_trained_ones_are_compressed_and_others_are_not(monkeypatch:
 
 @reads_compressed
 @pytest.mark.parametrize("name", [*SHAPES, "one layer of many inputs"])
-def test_compressed_layers_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_layers_give_the_same_bits(name: str, formats: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = TinyModel(SHAPES.get(name, Shape(intermediate=2600)))
-    model.embedding[::7] *= 2.0**-60  # exceptions
-    model.layers[0]["down"].weight[3, ::11] *= 2.0**40
+    model.head.weight[::7, 3] *= 2.0**-60  # exceptions
+    model.layers[0]["down"].weight[3, ::11] *= 2.0**-40
     devices = [make_device(model)]
+    assert set(formats) == {library.WEIGHT_COMPRESSED}
     monkeypatch.setattr(Runtime, "reads_compressed", False)
     devices.append(make_device(model))
 
@@ -163,20 +174,22 @@ def test_compressed_layers_give_the_same_bits(name: str, monkeypatch: pytest.Mon
 
 @reads_compressed
 @pytest.mark.parametrize("name", MIXTURES)
-def test_compressed_experts_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_experts_give_the_same_bits(name: str, formats: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = ExpertsModel(MIXTURES[name])
     one = run_in_chunks(make_device(model), make_sequence(1, 90, shuffled_blocks(1)), 90)
+    assert set(formats) == {library.WEIGHT_COMPRESSED}
     monkeypatch.setattr(Runtime, "reads_compressed", False)
 
     assert torch.equal(run_in_chunks(make_device(model), make_sequence(1, 90, shuffled_blocks(1)), 90), one)
 
 
 @reads_compressed
-def test_a_tied_embedding_is_read_from_a_compressed_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tied_embedding_is_read_from_a_compressed_head(formats: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model = TinyModel(SHAPES["odd sizes"])
-    model.embedding[:, 5] *= 2.0**-70  # exceptions, in every block
+    model.embedding[::5, 5] *= 2.0**-70  # exceptions, in every block
     model.head = type(model.head)(model.embedding)
     one = run_in_chunks(make_device(model), make_sequence(1, 40, [3, 1, 2]), 40)
+    assert set(formats) == {library.WEIGHT_COMPRESSED}
     monkeypatch.setattr(Runtime, "reads_compressed", False)
 
     assert torch.equal(run_in_chunks(make_device(model), make_sequence(1, 40, [3, 1, 2]), 40), one)
