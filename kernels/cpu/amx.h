@@ -96,5 +96,26 @@ inline void amx_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kActivations), "i"(kWeights));
 }
 
+// While it lives, subnormal numbers are zero, as they are in tile registers.
+class SubnormalsAreZero {
+ public:
+  SubnormalsAreZero() { set(before_ | kFlushToZero | kInputsAreZero); }
+  ~SubnormalsAreZero() { set(before_); }
+  SubnormalsAreZero(const SubnormalsAreZero&) = delete;
+  SubnormalsAreZero& operator=(const SubnormalsAreZero&) = delete;
+
+ private:
+  static constexpr unsigned kFlushToZero = 0x8000, kInputsAreZero = 0x40;
+
+  // What is computed from memory, and stored there, stays on its side of this.
+  static void set(unsigned control) {
+    asm volatile("" ::: "memory");
+    _mm_setcsr(control);
+    asm volatile("" ::: "memory");
+  }
+
+  const unsigned before_ = _mm_getcsr();
+};
+
 }  // namespace octavo
 #endif

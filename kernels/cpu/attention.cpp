@@ -35,18 +35,22 @@ void hide_keys(float* scores, int begin, int end, int num_keys) {
 }
 
 // What the weights' exponents count from: anything where the row has seen no key yet.
-float reference_of(const PartialRow& row) { return row.largest == kMinusInfinity ? 0.0f : row.largest; }
+float reference_of(const PartialRow& row) { return row.reference == kMinusInfinity ? 0.0f : row.reference; }
 
-// Update `row.largest`; 2 to the power of what it returns is the factor for all that was summed up before.
-inline float find_largest(PartialRow& row, const float* scores, float scale, int num_keys) {
+// The largest exponent of a weight: so far the reference may stay behind the largest score, because to raise it takes a product
+// for all that was summed up before.
+constexpr float kMostExponent = 8.0f;
+
+// Raise `row.reference` if need be; 2 to the power of what it returns is the factor for all that was summed up before.
+inline float raise_reference(PartialRow& row, const float* scores, float scale, int num_keys) {
   Vec largest = load(scores);
   for (int i = kLanes; i < num_keys; i += kLanes) largest = maximum(largest, load(scores + i));
-  const float old_largest = row.largest;
-  row.largest = std::max(old_largest, max_lanes(largest) * scale);
-  return old_largest - reference_of(row);
+  const float old_reference = row.reference, score = max_lanes(largest) * scale;
+  if (score > old_reference + kMostExponent) row.reference = score;
+  return old_reference - reference_of(row);
 }
 
-// Turn scores into weights 2^(scale * score - largest), and add them to `totals` [kLanes].
+// Turn scores into weights 2^(scale * score - reference), and add them to `totals` [kLanes].
 inline void add_weights(const PartialRow& row, const float* scores, Vec scale, float factor, int num_keys,
                         Activation* weights, float* totals) {
   const Vec offset = broadcast(-reference_of(row));
@@ -103,9 +107,9 @@ void merge_rows(const PartialRow* pieces, int head_dim, PartialRow* sums) {
   constexpr int kPadded = round_up(kRows, kLanes);
   alignas(64) float old_factors[kPadded] = {}, factors[kPadded] = {};
   for (int row = 0; row < kRows; ++row) {
-    const float largest = std::max(sums[row].largest, pieces[row].largest);
-    old_factors[row] = sums[row].largest - largest;
-    factors[row] = pieces[row].largest - largest;
+    const float reference = std::max(sums[row].reference, pieces[row].reference);
+    old_factors[row] = sums[row].reference - reference;
+    factors[row] = pieces[row].reference - reference;
   }
   for (int i = 0; i < kPadded; i += kLanes) {
     store(old_factors + i, exp2(load(old_factors + i)));
@@ -120,7 +124,7 @@ void merge_rows(const PartialRow* pieces, int head_dim, PartialRow* sums) {
       continue;
     }
     const Vec old_factor = broadcast(old_factors[row]), factor = broadcast(factors[row]);
-    sum.largest = std::max(sum.largest, piece.largest);
+    sum.reference = std::max(sum.reference, piece.reference);
     sum.total = sum.total * old_factors[row] + piece.total * factors[row];
     for (int dim = 0; dim < head_dim; dim += kLanes)
       store(sum.output + dim, load(sum.output + dim) * old_factor + load(piece.output + dim) * factor);
@@ -197,7 +201,7 @@ class RowsAttention {
     piece.sums = number == 0 ? sums_ : later_sums_[number % kInWork];
     std::fill_n(piece.totals, kRows * kLanes, 0.0f);
     for (int row = 0; row < kRows; ++row) {
-      piece.sums[row].largest = kMinusInfinity;
+      piece.sums[row].reference = kMinusInfinity;
       piece.sums[row].total = 0.0f;
     }
   }
@@ -235,7 +239,7 @@ class RowsAttention {
                 std::clamp(rows_[row].end - start, 0, num_keys), num_keys);
     with_constant(num_keys, [&](auto constant_or_not) {
       for (int row = 0; row < kRows; ++row) {
-        factors[row] = find_largest(piece.sums[row], scores + row * kTileKeys, scale, constant_or_not);
+        factors[row] = raise_reference(piece.sums[row], scores + row * kTileKeys, scale, constant_or_not);
         products_.run(row + 1, 4 * kRows);
       }
       for (int row = 0; row < kRows; row += kLanes) store(factors + row, exp2(load(factors + row)));
@@ -307,6 +311,7 @@ Row row_of(const OctavoOp& op, const AttentionItem& item, const Activation* quer
 
 void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Activation* queries, Activation* output,
             int64_t stride) {
+  const AttentionFloatMode float_mode;
   const int num_rows = num_rows_of(op, item);
   const int num_tiles = static_cast<int>(divide_up(num_rows, kMaxAttentionRows));
   for (int tile = 0; tile < num_tiles; ++tile) {
@@ -320,6 +325,7 @@ void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Acti
 }
 
 void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, int piece, PartialRow* sums) {
+  const AttentionFloatMode float_mode;
   dispatch_rows<kMaxAttentionRows>(num_rows, [&](auto constant) {
     RowsAttention<constant()>(op, kv, rows).attend({piece, piece + 1}, sums);
   });
@@ -327,6 +333,7 @@ void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num
 
 void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
                   int num_pieces, Activation* output, int64_t stride) {
+  const AttentionFloatMode float_mode;
   const int num_rows = num_rows_of(op, item);
   for (int i = 0; i < num_rows; ++i) {
     PartialRow& sum = sums[first_sums[0] + i];

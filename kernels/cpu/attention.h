@@ -51,10 +51,10 @@ struct PieceRange {
   int count() const { return end - begin; }
 };
 
-// The softmax of one row over a part of its keys: weights are 2^(score - largest).
+// The softmax of one row over a part of its keys: weights are 2^(score - reference).
 struct alignas(64) PartialRow {
   float output[kMaxHeadDim];  // sum of weight * value; anything where `total` is zero
-  float largest;
+  float reference;  // at most the largest score
   float total;  // of the weights; zero where the row sees none of the keys
 };
 

@@ -12,6 +12,8 @@
 
 namespace octavo {
 
+using AttentionFloatMode = SubnormalsAreZero;
+
 // The products of one tile of keys and queries, and of another one's weights and values, cut into slices of one page and at
 // most four tiles of dimensions. Whoever has work for the other units calls `run` again and again.
 //

@@ -2,7 +2,7 @@
 //
 // For one token most of a tile register is empty, which takes as long to load and to multiply as a full one. So few rows are
 // multiplied in vectors. But a row's bits must not depend on how many rows attend with it: its sums are formed as tile
-// registers form them (see amx_multiply), of the same groups of inputs.
+// registers form them (see amx_multiply), of the same groups of inputs, while SubnormalsAreZero lives.
 #pragma once
 
 #include <algorithm>
@@ -43,27 +43,6 @@ struct SplitSums {
   Vec total(int row, int vector) const { return even[row][vector] + odd[row][vector]; }
 };
 
-// While it lives, subnormal numbers are zero, as they are in tile registers.
-class SubnormalsAreZero {
- public:
-  SubnormalsAreZero() { set(before_ | kFlushToZero | kInputsAreZero); }
-  ~SubnormalsAreZero() { set(before_); }
-  SubnormalsAreZero(const SubnormalsAreZero&) = delete;
-  SubnormalsAreZero& operator=(const SubnormalsAreZero&) = delete;
-
- private:
-  static constexpr unsigned kFlushToZero = 0x8000, kInputsAreZero = 0x40;
-
-  // What is computed from memory, and stored there, stays on its side of this.
-  static void set(unsigned control) {
-    asm volatile("" ::: "memory");
-    _mm_setcsr(control);
-    asm volatile("" ::: "memory");
-  }
-
-  const unsigned before_ = _mm_getcsr();
-};
-
 inline void widen(const Activation* source, int count, float* target) {
   for (int i = 0; i < count; i += kLanes) store(target + i, load_bf16(source + i));
 }
@@ -80,7 +59,6 @@ class FewRowsProducts {
 
   void start(const Tile* scored, float* scores, const Tile* valued, const Activation* weights, const float* factors,
              float* output) {
-    const SubnormalsAreZero subnormals_are_zero;
     if (scored != nullptr) score(*scored, scores);
     if (valued != nullptr) add_values(*valued, weights, factors, output);
   }

@@ -8,6 +8,11 @@
 
 namespace octavo {
 
+// What floating-point numbers are like while rows attend: as everywhere else.
+struct AttentionFloatMode {
+  AttentionFloatMode() {}
+};
+
 constexpr int kVectorsPerPage = kBlockTokens / kLanes;
 
 // The largest power of two of columns (vectors) that `rows` leave registers for.
