@@ -324,10 +324,11 @@ void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Acti
   }
 }
 
-void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, int piece, PartialRow* sums) {
+void attend_pieces(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, const PieceRange& pieces,
+                   PartialRow* sums) {
   const AttentionFloatMode float_mode;
   dispatch_rows<kMaxAttentionRows>(num_rows, [&](auto constant) {
-    RowsAttention<constant()>(op, kv, rows).attend({piece, piece + 1}, sums);
+    RowsAttention<constant()>(op, kv, rows).attend(pieces, sums);
   });
 }
 
@@ -337,7 +338,8 @@ void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sum
   const int num_rows = num_rows_of(op, item);
   for (int i = 0; i < num_rows; ++i) {
     PartialRow& sum = sums[first_sums[0] + i];
-    for (int piece = 1; piece < num_pieces; ++piece) merge_rows<1>(&sums[first_sums[piece] + i], op.head_dim, &sum);
+    for (int piece = 1; piece < num_pieces; ++piece)
+      if (first_sums[piece] != kWithPieceBefore) merge_rows<1>(&sums[first_sums[piece] + i], op.head_dim, &sum);
     finish(sum, op.head_dim, row_of(op, item, output, output, stride, i).output);
   }
 }

@@ -49,6 +49,7 @@ struct PieceRange {
   int begin;
   int end;
   int count() const { return end - begin; }
+  bool contains(int piece) const { return begin <= piece && piece < end; }
 };
 
 // The softmax of one row over a part of its keys: weights are 2^(score - reference).
@@ -89,10 +90,13 @@ void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Acti
 // Row number `index` of an item: token after token, each with all heads of the group.
 Row row_of(const OctavoOp& op, const AttentionItem& item, const Activation* queries, Activation* output, int64_t stride, int index);
 
-// The same in pieces: first each piece into its own `sums` [rows], for at most kMaxAttentionRows rows at once,
-// which may be of several items if these have the piece in the same blocks; then all pieces of an item
-// into its output. The sums of piece number i begin at `sums` + first_sums[i], and are changed in place.
-void attend_piece(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, int piece, PartialRow* sums);
+// The same in pieces: first each piece, or the first few of the rows together, into its own `sums` [rows], for at most
+// kMaxAttentionRows rows at once, which may be of several items if these have the pieces in the same blocks; then all
+// pieces of an item into its output. The sums of piece number i begin at `sums` + first_sums[i], and are changed in place;
+// with kWithPieceBefore they are in those of the piece before.
+constexpr int64_t kWithPieceBefore = -1;
+void attend_pieces(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, const PieceRange& pieces,
+                   PartialRow* sums);
 void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
                   int num_pieces, Activation* output, int64_t stride);
 

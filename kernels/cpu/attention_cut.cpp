@@ -10,6 +10,9 @@ namespace {
 // With more units than that for each thread there is nothing to win by cutting for their number.
 constexpr int kUnitsPerThread = 8;
 
+// Pieces are joined only where as many tiles of rows are left for each thread: a few of them take long, and threads wait for the last.
+constexpr int kJoinedTilesPerThread = 4;
+
 // Pieces are shared if at least one in so many keys is not read for that.
 constexpr int kLeastShareSaved = 4;
 
@@ -26,18 +29,23 @@ PieceRange whole_pieces_of(const OctavoOp& op, const AttentionItem& item) {
   return {static_cast<int>(divide_up(begin, kKeysPerPiece)), (item.first_position + 1) / kKeysPerPiece};
 }
 
+// How many tiles the rows of some items fill.
+int num_tiles_of(const OctavoOp& op, const std::vector<AttentionItem>& items, const std::vector<int>& some) {
+  int num_rows = 0;
+  for (const int item : some) num_rows += num_rows_of(op, items[item]);
+  return static_cast<int>(divide_up(num_rows, kMaxAttentionRows));
+}
+
 // Whether enough is saved to pay for what sharing takes: keys of all sequences must be written before any is
 // read, and sums of pieces kept. Measured: with an eighth of the keys saved, nothing is won.
 bool is_worth_sharing(const OctavoOp& op, const std::vector<AttentionItem>& items,
-                      const std::vector<SharedPiece>& shared, int num_threads) {
+                      const std::vector<SharedPieces>& shared, int num_threads) {
   int64_t num_keys = 0, num_saved = 0, num_parts = 0;
   for (const AttentionItem& item : items)
     if (is_short(op, item)) num_keys += item.first_position + item.num_tokens - first_key(op, item.first_position);
-  for (const SharedPiece& piece : shared) {
-    int num_rows = 0;
-    for (const int item : piece.items) num_rows += num_rows_of(op, items[item]);
+  for (const SharedPieces& piece : shared) {
     num_saved += (static_cast<int64_t>(piece.items.size()) - 1) * kKeysPerPiece;
-    num_parts += divide_up(num_rows, kMaxAttentionRows);
+    num_parts += num_tiles_of(op, items, piece.items);
   }
   return num_saved * kLeastShareSaved >= num_keys && num_parts * op.num_kv_heads >= num_threads;
 }
@@ -63,19 +71,21 @@ class Cutter {
     cut_.first_sums.assign(num_pieces, kNoSum);
   }
 
-  // Let the rows of all items attend to `piece` in full tiles.
-  void add_piece(int piece, const std::vector<int>& items) {
+  // Let the rows of all items attend to some pieces in full tiles.
+  void add_pieces(const PieceRange& pieces, const std::vector<int>& items) {
     const int first_row = static_cast<int>(cut_.rows.size());
     for (const int index : items) {
       AttentionCut::Item& item = cut_.items[index];
-      cut_.first_sums[item.first_piece + piece - item.pieces.begin] = cut_.num_sums + num_rows() - first_row;
+      int64_t* const first_sums = cut_.first_sums.data() + item.first_piece + pieces.begin - item.pieces.begin;
+      std::fill_n(first_sums, pieces.count(), kWithPieceBefore);
+      first_sums[0] = cut_.num_sums + num_rows() - first_row;
       for (int row = 0; row < num_rows_of(op_, items_[index]); ++row) cut_.rows.push_back({index, row});
     }
     const int count = num_rows() - first_row;
     const int num_tiles = static_cast<int>(divide_up(count, kMaxAttentionRows));
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int begin = count * tile / num_tiles, end = count * (tile + 1) / num_tiles;
-      cut_.parts.push_back({piece, first_row + begin, end - begin, cut_.num_sums + begin, tile > 0});
+      cut_.parts.push_back({pieces, first_row + begin, end - begin, cut_.num_sums + begin, tile > 0});
       for (int i = first_row + begin; i < first_row + end; ++i) {
         const int item = cut_.rows[i].item;
         if (i == first_row + begin || item != cut_.rows[i - 1].item) ++cut_.items[item].num_parts;
@@ -88,18 +98,18 @@ class Cutter {
   void add_rest(int index, bool is_cut) {
     const AttentionCut::Item& item = cut_.items[index];
     if (!is_cut && item.num_parts == 0) {
-      cut_.parts.push_back({kAllPieces, num_rows(), 1, 0, false});
+      cut_.parts.push_back({PieceRange{}, num_rows(), 1, 0, false});
       cut_.rows.push_back({index, 0});
       return;
     }
     for (int piece = item.pieces.begin; piece < item.pieces.end; ++piece)
-      if (cut_.first_sums[item.first_piece + piece - item.pieces.begin] == kNoSum) add_piece(piece, {index});
+      if (cut_.first_sums[item.first_piece + piece - item.pieces.begin] == kNoSum) add_pieces({piece, piece + 1}, {index});
   }
 
   AttentionCut& cut() { return cut_; }
 
  private:
-  static constexpr int64_t kNoSum = -1;
+  static constexpr int64_t kNoSum = -2;
 
   int num_rows() const { return static_cast<int>(cut_.rows.size()); }
 
@@ -108,10 +118,33 @@ class Cutter {
   AttentionCut cut_;
 };
 
+// Let pieces that the same items begin with be one part, if that leaves each thread enough of them: it takes less time to
+// attend to all of them at once, and there is less to put together.
+std::vector<SharedPieces> joined(const OctavoOp& op, const std::vector<AttentionItem>& items,
+                                 const std::vector<SharedPieces>& shared, int num_threads) {
+  std::vector<SharedPieces> joined;
+  const auto is_followed_by = [&](const SharedPieces& run, const SharedPieces& piece) {
+    const auto begins_there = [&](int item) { return pieces_of(op, items[item]).begin == run.pieces.begin; };
+    return run.pieces.end == piece.pieces.begin && run.items == piece.items &&
+           std::all_of(run.items.begin(), run.items.end(), begins_there) &&
+           num_tiles_of(op, items, run.items) * op.num_kv_heads >= kJoinedTilesPerThread * num_threads;
+  };
+  for (const SharedPieces& piece : shared) {
+    const auto run = std::find_if(joined.begin(), joined.end(),
+                                  [&](const SharedPieces& before) { return is_followed_by(before, piece); });
+    if (run == joined.end()) {
+      joined.push_back(piece);
+    } else {
+      run->pieces.end = piece.pieces.end;
+    }
+  }
+  return joined;
+}
+
 }  // namespace
 
-std::vector<SharedPiece> find_shared_pieces(const OctavoOp& op, const OctavoStep& step,
-                                            const std::vector<AttentionItem>& items) {
+std::vector<SharedPieces> find_shared_pieces(const OctavoOp& op, const OctavoStep& step,
+                                             const std::vector<AttentionItem>& items) {
   std::vector<int> candidates;
   int num_pieces = 0;
   for (size_t i = 0; i < items.size(); ++i) {
@@ -119,7 +152,7 @@ std::vector<SharedPiece> find_shared_pieces(const OctavoOp& op, const OctavoStep
     candidates.push_back(static_cast<int>(i));
     num_pieces = std::max(num_pieces, whole_pieces_of(op, items[i]).end);
   }
-  std::vector<SharedPiece> shared;
+  std::vector<SharedPieces> shared;
   if (candidates.size() < 2) return shared;
   std::vector<int> present;
   for (int piece = 0; piece < num_pieces; ++piece) {
@@ -132,7 +165,7 @@ std::vector<SharedPiece> find_shared_pieces(const OctavoOp& op, const OctavoStep
     present.clear();
     for (const int item : candidates) {
       const PieceRange whole = whole_pieces_of(op, items[item]);
-      if (whole.begin <= piece && piece < whole.end) present.push_back(item);
+      if (whole.contains(piece)) present.push_back(item);
     }
     std::sort(present.begin(), present.end(), [&](int a, int b) {
       const int order = compare(a, b);
@@ -140,7 +173,7 @@ std::vector<SharedPiece> find_shared_pieces(const OctavoOp& op, const OctavoStep
     });
     for (size_t begin = 0, end; begin < present.size(); begin = end) {
       for (end = begin + 1; end < present.size() && compare(present[begin], present[end]) == 0;) ++end;
-      if (end - begin > 1) shared.push_back({piece, {present.begin() + begin, present.begin() + end}});
+      if (end - begin > 1) shared.push_back({{piece, piece + 1}, {present.begin() + begin, present.begin() + end}});
     }
   }
   return shared;
@@ -149,12 +182,12 @@ std::vector<SharedPiece> find_shared_pieces(const OctavoOp& op, const OctavoStep
 AttentionCut cut_attention(const OctavoOp& op, const OctavoStep& step, const std::vector<AttentionItem>& items,
                            int num_threads) {
   const bool cuts_all = has_few_units(op, items, num_threads);
-  std::vector<SharedPiece> shared = find_shared_pieces(op, step, items);
+  std::vector<SharedPieces> shared = find_shared_pieces(op, step, items);
   if (!is_worth_sharing(op, items, shared, num_threads)) shared.clear();
   if (!cuts_all && shared.empty()) return {};
   Cutter cutter(op, items);
   cutter.cut().is_shared = !shared.empty();
-  for (const SharedPiece& piece : shared) cutter.add_piece(piece.piece, piece.items);
+  for (const SharedPieces& some : joined(op, items, shared, num_threads)) cutter.add_pieces(some.pieces, some.items);
   for (size_t i = 0; i < items.size(); ++i) cutter.add_rest(static_cast<int>(i), cuts_all);
   return std::move(cutter.cut());
 }

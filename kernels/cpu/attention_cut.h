@@ -9,13 +9,11 @@
 
 namespace octavo {
 
-constexpr int kAllPieces = -1;
-
-// What all kv heads do alike: some rows attend to one piece of their keys, or an item to all of its keys.
+// What all kv heads do alike: some rows attend to some pieces of their keys, or an item to all of its keys.
 struct AttentionPart {
-  int piece;      // or kAllPieces
-  int first_row;  // into AttentionCut::rows; of kAllPieces the item's first one
-  int num_rows;   // at most kMaxAttentionRows; of kAllPieces 1
+  PieceRange pieces;  // more than one only from the first one on that the rows see; empty: all
+  int first_row;      // into AttentionCut::rows; of all pieces the item's first one
+  int num_rows;       // at most kMaxAttentionRows; of all pieces 1
   int64_t first_sum;
   bool reads_same_pages;  // as the part before
 };
@@ -37,19 +35,19 @@ struct AttentionCut {
   std::vector<AttentionPart> parts;
   std::vector<RowOfItem> rows;
   std::vector<Item> items;          // as those of the step
-  std::vector<int64_t> first_sums;  // of each item's pieces
+  std::vector<int64_t> first_sums;  // of each item's pieces; see merge_pieces
   int64_t num_sums = 0;             // of one kv head
 };
 
-// Items that have one piece of their keys in the same blocks.
-struct SharedPiece {
-  int piece;
+// Items that have some pieces of their keys in the same blocks.
+struct SharedPieces {
+  PieceRange pieces;
   std::vector<int> items;
 };
 
-// The pieces that two items or more share; each of those sees all keys of the piece.
-std::vector<SharedPiece> find_shared_pieces(const OctavoOp& op, const OctavoStep& step,
-                                            const std::vector<AttentionItem>& items);
+// The pieces that two items or more share, one by one and in their order; each of those sees all keys of the piece.
+std::vector<SharedPieces> find_shared_pieces(const OctavoOp& op, const OctavoStep& step,
+                                             const std::vector<AttentionItem>& items);
 
 // Not cut where nothing is won by it.
 AttentionCut cut_attention(const OctavoOp& op, const OctavoStep& step, const std::vector<AttentionItem>& items,

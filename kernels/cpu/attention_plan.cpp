@@ -49,11 +49,11 @@ AttentionPlan::Cut& AttentionPlan::cut_of(const OctavoOp& op) {
 }
 
 AttentionPlan::Unit AttentionPlan::unit_of(const OctavoOp& op, const Cut& cut, int unit) const {
-  if (!cut.is_cut()) return {unit / op.num_kv_heads, unit % op.num_kv_heads, kAllPieces, nullptr};
+  if (!cut.is_cut()) return {unit / op.num_kv_heads, unit % op.num_kv_heads, nullptr};
   // Head by head, so that the parts that read the same pages follow each other.
   const int num_parts = static_cast<int>(cut.parts.size());
   const AttentionPart& part = cut.parts[unit % num_parts];
-  return {cut.rows[part.first_row].item, unit / num_parts, part.piece, &part};
+  return {cut.rows[part.first_row].item, unit / num_parts, &part};
 }
 
 void AttentionPlan::run_unit(const OctavoOp& op, int index, int num_units, const AttentionData& data) {
@@ -62,7 +62,7 @@ void AttentionPlan::run_unit(const OctavoOp& op, int index, int num_units, const
   const AttentionItem& item = items_[unit.item];
   KvHead kv = kv_head_of(op, item, unit.kv_head, data);
   find_next_pages(op, unit_of(op, cut, std::min(index + 1, num_units - 1)), data, kv);
-  if (unit.piece != kAllPieces) return run_part(op, cut, unit, kv, data);
+  if (unit.is_of_pieces()) return run_part(op, cut, unit, kv, data);
   const int64_t offset = offset_of(op, item, unit.kv_head, data.stride);
   attend(op, kv, item, data.queries + offset, data.output + offset, data.stride);
 }
@@ -77,7 +77,7 @@ void AttentionPlan::run_part(const OctavoOp& op, Cut& cut, const Unit& unit, con
     const int64_t offset = offset_of(op, item, unit.kv_head, data.stride);
     rows[i] = row_of(op, item, data.queries + offset, data.output + offset, data.stride, row[i].row);
   }
-  attend_piece(op, kv, rows, part.num_rows, part.piece, sums_.data() + unit.kv_head * cut.num_sums + part.first_sum);
+  attend_pieces(op, kv, rows, part.num_rows, part.pieces, sums_.data() + unit.kv_head * cut.num_sums + part.first_sum);
   for (int i = 0; i < part.num_rows; ++i)
     if (i == 0 || row[i].item != row[i - 1].item) end_part(op, cut, row[i].item, unit.kv_head, data);
 }
@@ -106,7 +106,7 @@ KvHead AttentionPlan::kv_head_of(const OctavoOp& op, const AttentionItem& item, 
 void AttentionPlan::find_next_pages(const OctavoOp& op, const Unit& unit, const AttentionData& data, KvHead& kv) const {
   const AttentionItem& item = items_[unit.item];
   const KvHead next = kv_head_of(op, item, unit.kv_head, data);
-  const int first_piece = unit.piece == kAllPieces ? pieces_of(op, item).begin : unit.piece;
+  const int first_piece = (unit.is_of_pieces() ? unit.part->pieces : pieces_of(op, item)).begin;
   const int first_page = first_piece * (kKeysPerPiece / kBlockTokens);
   const int last_page = (item.first_position + item.num_tokens - 1) / kBlockTokens;
   for (int i = 0; i < kTilePages; ++i) kv.read_next[i] = next.page(std::min(first_page + i, last_page));
@@ -120,12 +120,12 @@ int AttentionPlan::num_reads(const OctavoOp& op) const {
 // Empty where the pages are those of the read before, unless this is the first.
 AttentionPlan::Read AttentionPlan::read_of(const OctavoOp& op, int index, bool is_first) const {
   const Cut& cut = cuts_.find(op.window)->second;
-  const Unit unit = cut.is_cut() ? unit_of(op, cut, index) : Unit{index, 0, kAllPieces, nullptr};
+  const Unit unit = cut.is_cut() ? unit_of(op, cut, index) : Unit{index, 0, nullptr};
   const AttentionItem& item = items_[unit.item];
   int begin = first_key(op, item.first_position), end = item.first_position + item.num_tokens;
-  if (unit.piece != kAllPieces) {
-    begin = std::max(begin, unit.piece * kKeysPerPiece);
-    end = std::min(end, (unit.piece + 1) * kKeysPerPiece);
+  if (unit.is_of_pieces()) {
+    begin = std::max(begin, unit.part->pieces.begin * kKeysPerPiece);
+    end = std::min(end, unit.part->pieces.end * kKeysPerPiece);
     if (unit.part->reads_same_pages && !is_first) end = begin;
   }
   return {step_.block_tables + int64_t{item.sequence} * step_.max_blocks, begin / kBlockTokens,

@@ -37,8 +37,8 @@ class PieceSums {
 
 // The unit of work is an item (neighbouring tokens of a sequence) and kv head. Where a step has
 // few of them and a long context, the unit is a piece of one, and whoever ends the last piece
-// puts them together. So it is where sequences have a piece in the same blocks (a prefix that was
-// computed once): then the unit is this piece of several items.
+// puts them together. So it is where sequences have pieces in the same blocks (a prefix that was
+// computed once): then the unit is these pieces of several items.
 class AttentionPlan {
  public:
   // `sums` are of this step only while it runs.
@@ -79,8 +79,8 @@ class AttentionPlan {
   struct Unit {
     int item;  // the first one
     int kv_head;
-    int piece;  // or kAllPieces
     const AttentionPart* part;  // null where nothing is cut
+    bool is_of_pieces() const { return part != nullptr && part->pieces.count() > 0; }
   };
 
   Cut& cut_of(const OctavoOp& op);

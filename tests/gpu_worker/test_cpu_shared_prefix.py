@@ -140,6 +140,24 @@ def test_bits_are_the_same_for_any_number_of_sequences(num_sequences: int) -> No
     assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(name, "") for name in SHAPES] + [("groups of 3, head_dim 64", variant) for variant in VARIANTS],
+)
+def test_bits_are_the_same_where_the_same_sequences_share_several_pieces(name: str, variant: str) -> None:
+    pool = Pool(SHAPES[name], variant)
+    longer, shorter = pool.blocks(3 * PIECE), pool.blocks(2 * PIECE)
+    sequences = [pool.sequence(longer, 3 * PIECE + 1 + 5 * index) for index in range(24)]
+    sequences += [pool.sequence(shorter, 2 * PIECE + 3 + 20 * index) for index in range(15)]
+    sequences.append(pool.sequence(longer, 3 * PIECE + 20, num_new=2))
+    num_new = [1] * 39 + [2]
+    alone = [decode(pool.device, [s], [count])[0] for s, count in zip(sequences, num_new, strict=True)]
+
+    shared = decode(pool.device, sequences, num_new)
+
+    assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
+
+
 def test_bits_are_the_same_beside_a_prompt() -> None:
     pool = Pool(SHAPES["groups of 3, head_dim 64"])
     prefix = pool.blocks(PIECE)
