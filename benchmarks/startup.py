@@ -47,7 +47,8 @@ class Start:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OCTAVO_PACKED_CACHE_DIR": str(folder)},
+            # Later starts of a source tree find its bytecode, as those of an installed package do.
+            env={**os.environ, "OCTAVO_PACKED_CACHE_DIR": str(folder), "PYTHONDONTWRITEBYTECODE": ""},
         )
         self.phases: list[tuple[str, float]] = []
         assert self.process.stdout is not None

@@ -46,7 +46,8 @@ def octavo(model: Path, port: int, kv_cache: str = "1GiB", speculates: bool = Tr
     command = [sys.executable, "-P", "-m", "octavo.services.cli", "serve", str(model), "--device=cpu"]
     command += ["--grpc-address=127.0.0.1:0", f"--http-address=127.0.0.1:{port}", f"--kv-cache-memory={kv_cache}"]
     command += [] if speculates else ["--speculative-tokens=0"]
-    return Contender("octavo", tuple(command), "/health", model.name)
+    # pip compiles what it installs, and so the peers; a source tree is compiled by its first start, unless told not to.
+    return Contender("octavo", tuple(command), "/health", model.name, {"PYTHONDONTWRITEBYTECODE": ""})
 
 
 def vllm(home: Path, model: Path, port: int, threads: int, prefix_cache: bool) -> Contender:

@@ -28,8 +28,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
-
 T = TypeVar("T")
 
 _BYTE_UNITS = {
@@ -318,6 +316,8 @@ _READERS: dict[type, Callable[[str], object]] = {str: str, int: _integer, float:
 
 def _read_file(path: Path, settings: list[Setting]) -> dict[str, object]:
     """Return the values in a YAML file, by field name."""
+    import yaml  # every process starts sooner without
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

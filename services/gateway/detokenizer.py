@@ -36,7 +36,8 @@ class DetokenizerFactory:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        to_bytes = _token_bytes(json.loads(tokenizer.to_str())["decoder"])
+        decoder = tokenizer.decoder
+        to_bytes = None if decoder is None else _token_bytes(json.loads(decoder.__getstate__()))  # as in tokenizer.json
         self._table = None if to_bytes is None else _TokenTable(tokenizer, to_bytes)
 
     def new(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
@@ -140,10 +141,8 @@ class _WindowDetokenizer:
         return decode(self._ids[: self._read], skip_special_tokens=True), decode(self._ids, skip_special_tokens=True)
 
 
-def _token_bytes(decoder: dict[str, Any] | None) -> Callable[[str], bytes] | None:
+def _token_bytes(decoder: dict[str, Any]) -> Callable[[str], bytes] | None:
     """Return how the bytes of a token follow from its name, or None if they depend on its neighbours."""
-    if decoder is None:
-        return None
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:

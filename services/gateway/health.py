@@ -18,6 +18,7 @@ SERVICE_NAMES = (
 # The whole server, and generating, need a scheduler with workers; the rest needs the gateway only.
 _NEED_SCHEDULER = ("", *SERVICE_NAMES[:2])
 _CHECK_S = 0.25
+_CHECK_UNREADY_S = 0.02  # whoever waits for this gateway waits for that
 
 
 class HealthMonitor:
@@ -53,7 +54,7 @@ class HealthMonitor:
                 for name in _NEED_SCHEDULER:
                     await self._set(name, now)
                 before = now
-            await asyncio.sleep(_CHECK_S)
+            await asyncio.sleep(_CHECK_S if now else _CHECK_UNREADY_S)
 
     async def _set(self, name: str, serving: bool) -> None:
         statuses = health_pb2.HealthCheckResponse
