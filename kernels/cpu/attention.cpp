@@ -37,16 +37,18 @@ void hide_keys(float* scores, int begin, int end, int num_keys) {
 // What the weights' exponents count from: anything where the row has seen no key yet.
 float reference_of(const PartialRow& row) { return row.reference == kMinusInfinity ? 0.0f : row.reference; }
 
-// The largest exponent of a weight: so far the reference may stay behind the largest score, because to raise it takes a product
-// for all that was summed up before.
+// The largest exponent of a weight: so far the reference stays behind the largest score, because to raise it takes a product for
+// all that was summed up before.
 constexpr float kMostExponent = 8.0f;
 
 // Raise `row.reference` if need be; 2 to the power of what it returns is the factor for all that was summed up before.
 inline float raise_reference(PartialRow& row, const float* scores, float scale, int num_keys) {
   Vec largest = load(scores);
   for (int i = kLanes; i < num_keys; i += kLanes) largest = maximum(largest, load(scores + i));
-  const float old_reference = row.reference, score = max_lanes(largest) * scale;
-  if (score > old_reference + kMostExponent) row.reference = score;
+  const float old_reference = row.reference;
+  // No branch may wait for scores: what is fetched ahead would wait as well.
+  const float most_exponent = old_reference == kMinusInfinity ? 0.0f : kMostExponent;
+  row.reference = std::max(old_reference, max_lanes(largest) * scale - most_exponent);
   return old_reference - reference_of(row);
 }
 
