@@ -10,7 +10,7 @@ namespace {
 // With more units than that for each thread there is nothing to win by cutting for their number.
 constexpr int kUnitsPerThread = 8;
 
-// Pieces are joined only where as many tiles of rows are left for each thread: a few of them take long, and threads wait for the last.
+// Pieces are joined only where so many tiles of rows are left for each thread: each takes long then, and all wait for the last.
 constexpr int kJoinedTilesPerThread = 4;
 
 // Pieces are shared if at least one in so many keys is not read for that.
@@ -122,7 +122,7 @@ class Cutter {
 // attend to all of them at once, and there is less to put together.
 std::vector<SharedPieces> joined(const OctavoOp& op, const std::vector<AttentionItem>& items,
                                  const std::vector<SharedPieces>& shared, int num_threads) {
-  std::vector<SharedPieces> joined;
+  std::vector<SharedPieces> runs;
   const auto is_followed_by = [&](const SharedPieces& run, const SharedPieces& piece) {
     const auto begins_there = [&](int item) { return pieces_of(op, items[item]).begin == run.pieces.begin; };
     return run.pieces.end == piece.pieces.begin && run.items == piece.items &&
@@ -130,15 +130,15 @@ std::vector<SharedPieces> joined(const OctavoOp& op, const std::vector<Attention
            num_tiles_of(op, items, run.items) * op.num_kv_heads >= kJoinedTilesPerThread * num_threads;
   };
   for (const SharedPieces& piece : shared) {
-    const auto run = std::find_if(joined.begin(), joined.end(),
+    const auto run = std::find_if(runs.begin(), runs.end(),
                                   [&](const SharedPieces& before) { return is_followed_by(before, piece); });
-    if (run == joined.end()) {
-      joined.push_back(piece);
+    if (run == runs.end()) {
+      runs.push_back(piece);
     } else {
       run->pieces.end = piece.pieces.end;
     }
   }
-  return joined;
+  return runs;
 }
 
 }  // namespace
