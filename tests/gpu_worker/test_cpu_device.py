@@ -284,6 +284,20 @@ def test_logits_are_those_of_plain_torch(name: str, variant: str) -> None:
     assert (logits - expected).square().mean().sqrt() < 0.01 * expected.std()
 
 
+def test_scores_may_exceed_those_of_earlier_keys_by_far(variant: str) -> None:
+    model = TinyModel(replace(SHAPES["group of 3, head_dim 64"], layers=1))
+    model.layers[0]["qkv"].weight[: (9 + 3) * 64] *= 16  # queries and keys
+    device = make_device(model, variant)
+    sequence = make_sequence(1, 400, shuffled_blocks(1))
+
+    logits = run_in_chunks(device, sequence, 400)
+
+    expected = model.forward(WholeSequenceOps(sequence.token_ids))
+    assert (logits - expected).square().mean().sqrt() < 0.002 * expected.std()
+    sequence.computed = 0
+    assert torch.equal(run_in_chunks(device, sequence, 1), logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_of_any_float_type_are_packed(dtype: torch.dtype) -> None:
     model = TinyModel(SHAPES["odd sizes"])
