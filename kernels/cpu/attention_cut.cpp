@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <utility>
 
 namespace octavo {
@@ -123,19 +124,19 @@ class Cutter {
 std::vector<SharedPieces> joined(const OctavoOp& op, const std::vector<AttentionItem>& items,
                                  const std::vector<SharedPieces>& shared, int num_threads) {
   std::vector<SharedPieces> runs;
+  std::map<std::vector<int>, size_t> last_run;  // of the same items
   const auto is_followed_by = [&](const SharedPieces& run, const SharedPieces& piece) {
     const auto begins_there = [&](int item) { return pieces_of(op, items[item]).begin == run.pieces.begin; };
-    return run.pieces.end == piece.pieces.begin && run.items == piece.items &&
-           std::all_of(run.items.begin(), run.items.end(), begins_there) &&
+    return run.pieces.end == piece.pieces.begin && std::all_of(run.items.begin(), run.items.end(), begins_there) &&
            num_tiles_of(op, items, run.items) * op.num_kv_heads >= kJoinedTilesPerThread * num_threads;
   };
   for (const SharedPieces& piece : shared) {
-    const auto run = std::find_if(runs.begin(), runs.end(),
-                                  [&](const SharedPieces& before) { return is_followed_by(before, piece); });
-    if (run == runs.end()) {
-      runs.push_back(piece);
+    const auto [last, is_first] = last_run.try_emplace(piece.items, runs.size());
+    if (!is_first && is_followed_by(runs[last->second], piece)) {
+      runs[last->second].pieces.end = piece.pieces.end;
     } else {
-      run->pieces.end = piece.pieces.end;
+      last->second = runs.size();
+      runs.push_back(piece);
     }
   }
   return runs;
