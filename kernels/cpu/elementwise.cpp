@@ -1,5 +1,6 @@
 #include "elementwise.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -11,6 +12,12 @@ namespace {
 // The cache never holds infinity or not-a-number: a later owner of the block multiplies what it
 // finds beyond its last token by zero, and must get zero.
 constexpr float kLargest = 3.38e38f;
+
+struct Rotated {
+  Rotated(Vec a, Vec b, Vec cos, Vec sin) : first(a * cos - b * sin), second(b * cos + a * sin) {}
+  Vec first;
+  Vec second;
+};
 
 Vec make_finite(Vec value) { return minimum(maximum(value, broadcast(-kLargest)), broadcast(kLargest)); }
 
@@ -33,10 +40,9 @@ float inverse_rms(const OctavoNorm& norm, const float* x, int64_t padded_size) {
   return 1.0f / std::sqrt(sum_of_squares(x, padded_size) / static_cast<float>(norm.size) + norm.eps);
 }
 
-// A head between its float32 sums and its bf16 form; zero beyond head_dim up to kRowMultiple.
+// A head of float32; zero beyond head_dim up to kRowMultiple.
 struct Head {
   alignas(64) float values[kMaxHeadDim];
-  alignas(64) bf16 rounded[kMaxHeadDim];
 };
 
 void norm_head(const OctavoNorm& norm, Head& head) {
@@ -45,25 +51,27 @@ void norm_head(const OctavoNorm& norm, Head& head) {
     store(head.values + i, load(head.values + i) * factor * load(norm.weight + i));
 }
 
-void rotate_head(const OctavoOp& op, int32_t position, Head& head) {
+// Norm and rotate a head, and hand it over: `take`(i, dimensions from i on).
+template <class Take>
+void rotate_head(const OctavoOp& op, const float* source, const OctavoNorm& norm, int32_t position, const Take& take) {
   const int half = op.rotary_dim / 2;
-  const int64_t offset = static_cast<int64_t>(position) * half;
-  rotate_halves(head.values, op.cos + offset, op.sin + offset, half);
-}
-
-void load_head(const float* source, int head_dim, Head& head) {
-  std::memcpy(head.values, source, sizeof(float) * head_dim);
-  std::memset(head.values + head_dim, 0, sizeof(float) * (round_up(head_dim, kRowMultiple) - head_dim));
-}
-
-void write_key(const Head& head, int head_dim, int offset, bf16* page) {
-  for (int i = 0; i < head_dim; i += 2)
-    std::memcpy(page + i * kBlockTokens + offset * 2, head.rounded + i, 2 * sizeof(bf16));
-}
-
-void write_value(const Head& head, int head_dim, int offset, bf16* page) {
-  bf16* target = page + offset / 2 * head_dim * 2 + offset % 2;
-  for (int i = 0; i < head_dim; ++i) target[2 * i] = head.rounded[i];
+  const float* const cos = op.cos + static_cast<int64_t>(position) * half;
+  const float* const sin = op.sin + static_cast<int64_t>(position) * half;
+  if (norm.weight == nullptr && half % kLanes == 0) {
+    for (int i = 0; i < half; i += kLanes) {
+      const Rotated rotated(load(source + i), load(source + half + i), load(cos + i), load(sin + i));
+      take(i, rotated.first);
+      take(half + i, rotated.second);
+    }
+    for (int i = op.rotary_dim; i < op.head_dim; i += kLanes) take(i, load(source + i));
+    return;
+  }
+  Head head;
+  std::copy_n(source, op.head_dim, head.values);
+  std::fill(head.values + op.head_dim, head.values + round_up(op.head_dim, kRowMultiple), 0.0f);
+  if (norm.weight != nullptr) norm_head(norm, head);
+  rotate_halves(head.values, cos, sin, half);
+  for (int i = 0; i < op.head_dim; i += kLanes) take(i, load(head.values + i));
 }
 
 }  // namespace
@@ -72,9 +80,9 @@ void rotate_halves(float* first, const float* cos, const float* sin, int half) {
   float* second = first + half;
   int i = 0;
   for (; i + kLanes <= half; i += kLanes) {
-    const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
-    store(first + i, a * c - b * s);
-    store(second + i, b * c + a * s);
+    const Rotated rotated(load(first + i), load(second + i), load(cos + i), load(sin + i));
+    store(first + i, rotated.first);
+    store(second + i, rotated.second);
   }
   for (; i < half; ++i) {
     const float a = first[i], b = second[i];
@@ -108,27 +116,20 @@ void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int
   const int head_dim = op.head_dim;
   const int group = op.num_heads / op.num_kv_heads;
   const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
-  Head head;
-  const auto rotated = [&](int h, const OctavoNorm& norm) {
-    load_head(qkv + h * head_dim, head_dim, head);
-    if (norm.weight != nullptr) norm_head(norm, head);
-    rotate_head(op, position, head);
-  };
-  const auto round_finite = [&] {
-    for (int i = 0; i < head_dim; i += kLanes) store_bf16(head.rounded + i, make_finite(load(head.values + i)));
-  };
-  for (int h = first_kv_head * group; h < (first_kv_head + num_kv_heads) * group; ++h) {
-    rotated(h, op.q_norm);
-    for (int i = 0; i < head_dim; i += kLanes) store_activation(queries + h * head_dim + i, load(head.values + i));
-  }
+  for (int h = first_kv_head * group; h < (first_kv_head + num_kv_heads) * group; ++h)
+    rotate_head(op, qkv + h * head_dim, op.q_norm, position,
+                [&](int i, Vec some) { store_activation(queries + h * head_dim + i, some); });
   for (int h = first_kv_head; h < first_kv_head + num_kv_heads; ++h) {
-    bf16* head_pages = pages + h * 2 * page_size;
-    rotated(op.num_heads + h, op.k_norm);
-    round_finite();
-    write_key(head, head_dim, offset, head_pages);
-    load_head(qkv + (op.num_heads + op.num_kv_heads + h) * head_dim, head_dim, head);
-    round_finite();
-    write_value(head, head_dim, offset, head_pages + page_size);
+    bf16* const key_page = pages + h * 2 * page_size;
+    alignas(64) bf16 key[kMaxHeadDim];
+    rotate_head(op, qkv + (op.num_heads + h) * head_dim, op.k_norm, position,
+                [&](int i, Vec some) { store_bf16(key + i, make_finite(some)); });
+    for (int i = 0; i < head_dim; i += 2)
+      std::memcpy(key_page + i * kBlockTokens + offset * 2, key + i, 2 * sizeof(bf16));
+    const float* const value = qkv + (op.num_heads + op.num_kv_heads + h) * head_dim;
+    bf16* const value_row = key_page + page_size + offset / 2 * head_dim * 2;
+    for (int i = 0; i < head_dim; i += kLanes)
+      store_every_second(value_row + 2 * i, offset % 2, make_finite(load(value + i)));
   }
 }
 

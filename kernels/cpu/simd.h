@@ -283,6 +283,18 @@ inline void store_bf16(bf16* target, Vec value) {
   std::memcpy(target, &half, sizeof half);
 }
 
+// Store them rounded in every second place, from `target` + `odd` on. What lies between stays, and another thread may write it.
+inline void store_every_second(bf16* target, int odd, Vec value) {
+  alignas(64) bf16 rounded[kLanes];
+  store_bf16(rounded, value);
+#if defined(OCTAVO_AVX512)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+  _mm512_mask_storeu_epi16(target, 0x55555555u << odd, odd ? _mm512_slli_epi32(wide, 16) : wide);
+#else
+  for (int i = 0; i < kLanes; ++i) target[2 * i + odd] = rounded[i];
+#endif
+}
+
 // ---------------------------------------------------------------- dot products of pairs
 
 // A kernel multiplies weights, pairs of bf16 in memory, with activations. Where the instruction
