@@ -37,6 +37,8 @@ _REGEX_NAMES = {
     "tekken": _TEKKEN,
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
 }
+WORD_PATTERNS = frozenset(_REGEX_NAMES.values())
+"""How texts are cut into words and what is between. A space before a letter is a part of the word behind it."""
 _NFC_NAMES = ("qwen2", "command-r")
 _WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3", "llama-v3", "tekken")
 _LEADING_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # what an absent add_bos_token means, besides "llama"

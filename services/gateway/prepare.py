@@ -64,7 +64,8 @@ async def prepare(
     _check_features(generation, model)
     stop = _effective_stop(generation.stop)
     sampling = _effective_sampling(generation.sampling, model)
-    prompt = await _prompt_token_ids(generation, model)
+    cache_salt = _cache_salt(tenant, generation.scheduling.cache_salt)
+    prompt = await _prompt_token_ids(generation, model, cache_salt)
     generation = force_tool_call(generation)
     limit = model.context_limit(workers_limit)
     _set_max_new_tokens(stop, generation, len(prompt), limit)
@@ -87,7 +88,7 @@ async def prepare(
         chosen_logprob=_wants_logprobs(generation.output),
         priority=generation.scheduling.priority,
         tenant=tenant,
-        cache_salt=_cache_salt(tenant, generation.scheduling.cache_salt),
+        cache_salt=cache_salt,
         bypass_prefix_cache=generation.scheduling.bypass_prefix_cache,
         progress_interval_ms=generation.output.progress_interval_ms,
         resume_window_ms=generation.scheduling.resume_window_ms,
@@ -191,17 +192,19 @@ def _effective_stop(given: common_pb2.StopCriteria) -> common_pb2.StopCriteria:
     return stop
 
 
-async def _prompt_token_ids(generation: generation_pb2.Generation, model: ServedModel) -> Sequence[int]:
+async def _prompt_token_ids(
+    generation: generation_pb2.Generation, model: ServedModel, cache_salt: str
+) -> Sequence[int]:
     kind = generation.WhichOneof("prompt")
     if kind == "token_ids":
         return generation.token_ids.ids
     if kind == "text":
-        return await model.tokenizer.encode(generation.text)
+        return await model.tokenizer.encode(generation.text, cache_salt)
     template = model.tokenizer.chat_template
     if template is None:
         message = f"the model {model.name!r} has no chat template; send generation.text, or serve a chat model"
         raise feature_disabled("chat", message)
-    return await model.tokenizer.encode_chat(read_chat(generation.chat, template, "generation.chat"))
+    return await model.tokenizer.encode_chat(read_chat(generation.chat, template, "generation.chat"), cache_salt)
 
 
 def _set_max_new_tokens(

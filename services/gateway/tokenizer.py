@@ -14,6 +14,7 @@ from octavo.common.v1 import common_pb2
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.gateway.chat import ChatInput
 from octavo.services.gateway.chat_template import ChatTemplate, TemplateError
+from octavo.services.gateway.chunk_encoder import ChunkEncoder
 from octavo.services.gateway.detokenizer import Detokenizer, DetokenizerFactory
 from octavo.services.gateway.input_encoder import EncodedInput, InputEncoder
 from octavo.services.gateway.model_files import ModelError, ModelFiles, read_model
@@ -34,6 +35,7 @@ class ModelTokenizer:
         self._tokenizer = files.tokenizer
         added = files.tokenizer.get_added_tokens_decoder()
         self._special = {token.content: index for index, token in added.items() if token.special}
+        self._encoder = ChunkEncoder(files.tokenizer)
         self._detokenizers = DetokenizerFactory(files.tokenizer)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self.sha256 = hashlib.sha256(files.definition).hexdigest()
@@ -60,20 +62,21 @@ class ModelTokenizer:
         """End the threads; what runs in them is not waited for."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of a text."""
+    async def encode(self, text: str, scope: str) -> list[int]:
+        """Return the token ids of a text. How long it takes tells nothing about texts of another `scope`."""
         if len(text) <= _INLINE_CHARS:
-            return self._encode(text, add_special_tokens)
-        return await self._in_pool(lambda: self._encode(text, add_special_tokens))
+            return self._encoder.encode(text, True, scope)
+        return await self._in_pool(lambda: self._encoder.encode(text, True, scope))
 
-    async def encode_chat(self, chat: ChatInput) -> list[int]:
+    async def encode_chat(self, chat: ChatInput, scope: str) -> list[int]:
         """Return the token ids of a conversation; the template has all special tokens in it already.
 
+        scope  see `encode`
         Raises INVALID_FIELD if the template refuses the conversation.
         """
         template = self.chat_template
         assert template is not None, "the conversation was read with this template"
-        return await self._in_pool(lambda: self._encode(chat.render(template), False))
+        return await self._in_pool(lambda: self._encoder.encode(chat.render(template), False, scope))
 
     async def render_chat(self, chat: ChatInput) -> str:
         """Return the text that `encode_chat` encodes."""
@@ -131,9 +134,6 @@ class ModelTokenizer:
         """Return the bytes of every token id, and which ids are no text. Takes a while."""
         tokens = [self.token_bytes(token_id) for token_id in range(self.vocab_size)]
         return tokens, [token_id for token_id in self._detokenizers.special_token_ids() if token_id < self.vocab_size]
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _encode_with_offsets(self, text: str, add_special_tokens: bool) -> Encoded:
         encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)

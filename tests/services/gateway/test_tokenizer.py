@@ -21,9 +21,9 @@ async def test_a_long_text_encodes_like_a_short_one_and_decodes_back(model_path:
     tokenizer = ModelTokenizer.load(model_path)
     text = "hello wörld " * 2000
 
-    ids = await tokenizer.encode(text)
+    ids = await tokenizer.encode(text, "")
 
-    assert ids == (await tokenizer.encode("hello wörld ")) * 2000
+    assert ids == (await tokenizer.encode("hello wörld ", "")) * 2000
     assert await tokenizer.decode_all([ids], True) == [text]
     tokenizer.close()
 

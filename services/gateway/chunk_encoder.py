@@ -1,0 +1,120 @@
+"""Encodes a text chunk by chunk, and remembers what became of recent chunks: prompts often begin alike.
+
+A text is cut only between a letter and the space before the next word, and only for tokenizers that let no token
+reach across such a place and look at nothing behind it. Then the tokens of the chunks, one after the other, are those
+of the text. Such are the byte-level ones whose rules for cutting words are known here: GPT-2's and its successors'.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, Final
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
+
+from octavo.services.gateway.gguf_tokenizer import WORD_PATTERNS
+
+CHUNK_CHARS: Final = 512  # of a chunk, at least
+_MAX_CHUNK_CHARS: Final = 4 * CHUNK_CHARS  # that is remembered
+_MAX_CHUNKS: Final = 4096  # about 5 MB
+_CUT: Final = re.compile("[A-Za-z](?= [A-Za-z])")
+
+
+class ChunkEncoder:
+    """Encodes texts with a tokenizer; any thread may."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        around = _added_around(tokenizer) if cuts_at_words(tokenizer) else None
+        self._cuts = around is not None
+        self._before, self._after = around or ([], [])
+        self._remembered = lru_cache(_MAX_CHUNKS)(self._encode_in_scope)
+
+    def encode(self, text: str, add_special_tokens: bool, scope: str) -> list[int]:
+        """Return the token ids of a text. What is remembered serves texts of the same `scope` only."""
+        if not self._cuts or len(text) <= CHUNK_CHARS:
+            return self._encode(text, add_special_tokens)
+        token_ids = list(self._before) if add_special_tokens else []
+        *chunks, last = chunks_of(text)
+        for chunk in chunks:
+            is_short = len(chunk) <= _MAX_CHUNK_CHARS
+            token_ids.extend(self._remembered(scope, chunk) if is_short else self._encode(chunk, False))
+        token_ids.extend(self._encode(last, False))
+        if add_special_tokens:
+            token_ids.extend(self._after)
+        return token_ids
+
+    def _encode_in_scope(self, scope: str, chunk: str) -> array[int]:  # noqa: ARG002
+        return array("I", self._encode(chunk, False))
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # A batch need not know where its tokens stand in the text, which saves a fifth of the time.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
+
+
+def chunks_of(text: str) -> Iterator[str]:
+    """Cut a text. Texts that begin alike have the chunks in common that end before they differ."""
+    start = 0
+    while cut := _CUT.search(text, start + CHUNK_CHARS - 1):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def cuts_at_words(tokenizer: Tokenizer) -> bool:
+    """Return whether a text's tokens are those of its chunks."""
+    model, normalizer = tokenizer.model, _state(tokenizer.normalizer)
+    return (
+        isinstance(model, BPE)
+        and not model.dropout
+        and (normalizer is None or normalizer["type"] == "NFC")
+        and _pre_tokenizer_cuts(_state(tokenizer.pre_tokenizer))
+        and not any(map(_reaches_across, tokenizer.get_added_tokens_decoder().values()))
+    )
+
+
+def _state(part: Any) -> dict[str, Any] | None:
+    """Return a part of a tokenizer as tokenizer.json describes it."""
+    state: dict[str, Any] | None = None if part is None else json.loads(part.__getstate__())
+    return state
+
+
+def _pre_tokenizer_cuts(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Return whether one step of a pre-tokenizer cuts at words, and all others look at what lies between cuts only."""
+    if pre_tokenizer is None:
+        return False
+    is_sequence = pre_tokenizer["type"] == "Sequence"
+    steps = pre_tokenizer["pretokenizers"] if is_sequence else [pre_tokenizer]
+    kinds = {_kind(step) for step in steps}
+    return "words" in kinds and None not in kinds
+
+
+def _kind(step: dict[str, Any]) -> str | None:
+    if step["type"] == "ByteLevel":
+        return "words" if step.get("use_regex", True) else "bytes"
+    if step["type"] == "Digits":
+        return "digits"
+    is_known = step["type"] == "Split" and step["pattern"].get("Regex") in WORD_PATTERNS
+    return "words" if is_known and step["behavior"] == "Isolated" and not step["invert"] else None
+
+
+def _reaches_across(added: AddedToken) -> bool:
+    """Return whether an added token may begin before a cut and end behind it."""
+    takes_next_space = added.rstrip and re.search("[A-Za-z]$", added.content)
+    return bool(takes_next_space or re.search("[A-Za-z] ", added.content))
+
+
+def _added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """Return the special tokens that are put before a text and after it; None if that is not what is done."""
+    alone = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    for start in range(len(whole) - len(alone) + 1):
+        if alone and whole[start : start + len(alone)] == alone:
+            return whole[:start], whole[start + len(alone) :]
+    return None
