@@ -10,6 +10,27 @@ int64_t offset_of(const OctavoOp& op, const AttentionItem& item, int kv_head, in
   return item.first_token * stride + int64_t{op.num_heads / op.num_kv_heads} * kv_head * op.head_dim;
 }
 
+// Whether a sequence reads a block that another one fills in this step.
+bool reads_blocks_of_others(const OctavoStep& step) {
+  struct Filled {
+    int32_t block;
+    int sequence;
+  };
+  std::vector<Filled> filled;
+  for (int s = 0; s < step.num_sequences; ++s)
+    for (int t = step.query_start_loc[s]; t < step.query_start_loc[s + 1]; ++t)
+      if (step.slot_mapping[t] % kBlockTokens == kBlockTokens - 1) filled.push_back({step.slot_mapping[t] / kBlockTokens, s});
+  for (const auto& [block, sequence] : filled) {
+    for (int s = 0; s < step.num_sequences; ++s) {
+      const int num_new = step.query_start_loc[s + 1] - step.query_start_loc[s];
+      const int32_t* const blocks = step.block_tables + int64_t{s} * step.max_blocks;
+      const int32_t* const end = blocks + (step.seq_lens[s] - num_new) / kBlockTokens;
+      if (s != sequence && std::find(blocks, end, block) != end) return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 void PieceSums::reserve(int64_t size) {
@@ -30,6 +51,12 @@ AttentionPlan::AttentionPlan(const OctavoStep& step, int num_threads, PieceSums&
       items_.push_back({s, first, last - first, step.seq_lens[s] - (end - first)});
     }
   }
+}
+
+bool AttentionPlan::is_self_contained(const OctavoOp& op) {
+  if (!one_item_a_sequence_ || cut_of(op).is_cut()) return false;
+  if (!reads_blocks_of_others_) reads_blocks_of_others_ = reads_blocks_of_others(step_);
+  return !*reads_blocks_of_others_;
 }
 
 int AttentionPlan::prepare(const OctavoOp& op) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "abi.h"
@@ -51,7 +52,7 @@ class AttentionPlan {
   int prepare(const OctavoOp& op);
 
   // Whether a unit of `op` reads no key of this step but those of its own tokens and head.
-  bool is_self_contained(const OctavoOp& op) { return one_item_a_sequence_ && !cut_of(op).is_cut(); }
+  bool is_self_contained(const OctavoOp& op);
 
   void run_unit(const OctavoOp& op, int unit, int num_units, const AttentionData& data);
 
@@ -95,6 +96,7 @@ class AttentionPlan {
   PieceSums& sums_;
   std::vector<AttentionItem> items_;
   bool one_item_a_sequence_ = true;
+  std::optional<bool> reads_blocks_of_others_;  // that these fill in this step; once it was asked for
   std::map<int32_t, Cut> cuts_;  // by window
 };
 

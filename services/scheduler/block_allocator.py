@@ -44,7 +44,7 @@ class BlockAllocator:
         return hits
 
     def is_being_computed(self, seq: Sequence, num_hits: int) -> bool:
-        """Return whether another sequence is computing the block that follows `num_hits` cached ones."""
+        """Return whether another sequence is going to compute the block that follows `num_hits` cached ones."""
         if seq.request.submit.bypass_prefix_cache or num_hits >= (len(seq.tokens) - 1) // BLOCK_SIZE:
             return False
         return seq.block_hashes[num_hits] in self._computing
@@ -80,7 +80,8 @@ class BlockAllocator:
     def commit(self, seq: Sequence) -> None:
         """Put the blocks of `seq` that are full, computed and known into the prefix cache.
 
-        "Computed" means planned: a plan that uses the block is executed after the one that fills it.
+        "Computed" means planned: a plan that uses the block is the one that fills it, or executed after that. A step
+        writes the keys and values of all its tokens before it reads any, in each layer.
         """
         num_full = min(seq.num_computed, len(seq.tokens)) // BLOCK_SIZE
         request = seq.request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.plan_builder import LAST_SAMPLED, SAMPLE, PlanBuilder
@@ -15,6 +16,14 @@ from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, StepInFl
 from octavo.worker.v1 import worker_pb2
 
 MAX_SCORED_TOKENS = 128  # in a step: each makes a row of logits, and is ranked among the vocabulary
+
+
+@dataclass
+class _Budget:
+    """What is left of a step for prompts."""
+
+    tokens: int
+    scored_tokens: int = MAX_SCORED_TOKENS
 
 
 class StepPlanner:
@@ -116,49 +125,59 @@ class StepPlanner:
 
         Return those whose prompt is through: their first token is in this plan.
         """
-        budget = max(group.max_batch_tokens - plan.num_tokens, 0)
+        budget = _Budget(max(group.max_batch_tokens - plan.num_tokens, 0))
         if plan.num_tokens:
-            budget = min(budget, self._config.max_prefill_tokens)
+            budget.tokens = min(budget.tokens, self._config.max_prefill_tokens)
+        through: list[Sequence] = []
         if not group.prefilling and not len(self._waiting):
-            return []
-        # Opening takes the waiting ones in the queue's order; then all prompts compete for tokens.
-        self._open_waiting(group, plan, budget, now)
-        scoring_budget = MAX_SCORED_TOKENS
+            return through
+        goes_on = True
+        while goes_on:
+            # Opening takes the waiting ones in the queue's order; then all prompts compete for tokens.
+            were_passed_over = self._open_waiting(group, plan, budget.tokens, now)
+            num_planned = self._plan_prompts(group, plan, budget, now)
+            through += [seq for seq in group.prefilling if seq.num_pending]
+            group.prefilling = [seq for seq in group.prefilling if not seq.num_pending]
+            goes_on = were_passed_over and num_planned > 0 and budget.tokens > 0  # some may find their blocks now
+        group.decoding.extend(through)
+        return through
+
+    def _plan_prompts(self, group: WorkerGroup, plan: PlanBuilder, budget: _Budget, now: float) -> int:
+        """Add tokens of open prompts, as far as the budget reaches; return how many."""
+        num_before = plan.num_tokens
         for seq in sorted(group.prefilling, key=lambda seq: self._waiting.rank(seq, now)[2:]):
-            count = min(seq.num_behind, budget)
+            count = min(seq.num_behind, budget.tokens)
             if seq.slot_scores and count:
-                if not scoring_budget:
+                if not budget.scored_tokens:
                     continue
-                count = min(count, scoring_budget)
-                scoring_budget -= count
+                count = min(count, budget.scored_tokens)
+                budget.scored_tokens -= count
             if count == 0:
                 break
             if count < seq.num_behind and group.model.whole_sequences:
                 continue  # a shorter one may fit into what is left; ageing lets this one be the first of a step
             plan.add_tokens(seq, count)
-            budget -= count
+            budget.tokens -= count
             group.allocator.commit(seq)
             self._fair_share.charge(seq.request.submit.tenant, count)
             seq.first_scheduled_at = seq.first_scheduled_at or now
-        through = [seq for seq in group.prefilling if seq.num_pending]
-        if through:
-            group.decoding.extend(through)
-            group.prefilling = [seq for seq in group.prefilling if not seq.num_pending]
-        return through
+        return plan.num_tokens - num_before
 
-    def _open_waiting(self, group: WorkerGroup, plan: PlanBuilder, budget: int, now: float) -> None:
+    def _open_waiting(self, group: WorkerGroup, plan: PlanBuilder, budget: int, now: float) -> bool:
         """Give slots and blocks to waiting sequences, until their prompts fill the budget.
 
-        A sequence whose next block another one is computing right now is passed over: it will find
-        that block in the cache. One that does not fit ends the search, so that it is not starved.
+        A sequence whose next block another one is going to compute is passed over: it will find that
+        block in the cache. One that does not fit ends the search, so that it is not starved. Return
+        whether any was passed over.
         """
+        were_passed_over = False
         # Of those that decode, one in sixteen starts a block in the next step: leave room for it.
         reserve = len(group.decoding) // BLOCK_SIZE + 1 if group.num_running else 0
         for seq in self._waiting.in_order(now, limit=len(group.free_slots)):
             rank = self._waiting.rank(seq, now)[2:]
             ahead = sum(p.num_behind for p in group.prefilling if self._waiting.rank(p, now)[2:] < rank)
             if ahead >= budget or not group.free_slots:
-                return
+                break
             if self._suspects and not self._suspects.may_run(seq, group.running()):
                 continue
             is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
@@ -167,9 +186,10 @@ class StepPlanner:
                 continue
             hits = group.allocator.cached_blocks(seq)
             if group.allocator.is_being_computed(seq, len(hits)):
+                were_passed_over = True
                 continue
             if not group.model.whole_sequences and not group.allocator.open(seq, hits, reserve):
-                return
+                break
             self._waiting.remove(seq)
             self._tally.opened(seq, len(hits), now)
             seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
@@ -178,3 +198,4 @@ class StepPlanner:
             group.prefilling.append(seq)
             plan.open_slot(seq)
             plan.add_blocks(seq.slot, seq.blocks)
+        return were_passed_over

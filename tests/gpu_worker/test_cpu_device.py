@@ -397,6 +397,26 @@ def test_bits_do_not_depend_on_the_rest_of_the_batch(variant: str, window: int) 
         assert torch.equal(torch.cat(pieces), one)
 
 
+@pytest.mark.parametrize("reader_goes_first", [False, True])
+@pytest.mark.parametrize(("num_filled", "num_own"), [(1, 1), (3, 9), (16, 14), (47, 60)])
+def test_a_sequence_may_read_blocks_that_another_one_fills_in_the_same_step(
+    variant: str, num_filled: int, num_own: int, reader_goes_first: bool
+) -> None:
+    device = make_device(TinyModel(Shape(hidden=112, intermediate=700, heads=Heads(6, 2, 32), rotary_dim=32)), variant)
+    writer, reader = make_sequence(1, 48, [7, 3, 9]), make_sequence(2, 48 + num_own, [7, 3, 9, *range(20, 26)])
+    reader.token_ids[:48] = writer.token_ids
+    alone = run_in_chunks(device, replace(reader, blocks=list(range(30, 40))), 48)[48:]
+    parts = [(writer, num_filled), (reader, num_own)]
+
+    for _ in range(20):  # a reader that does not wait may be lucky
+        device._blocks[writer.blocks] = 0
+        writer.computed, reader.computed = 0, 48
+        run(device, [(writer, 48 - num_filled)])
+        logits = run(device, parts[::-1] if reader_goes_first else parts)
+
+        assert torch.equal(logits[0 if reader_goes_first else 1], alone)
+
+
 @pytest.mark.parametrize("window", [0, 700])
 def test_a_long_context_cut_into_pieces_gives_the_same_bits(variant: str, window: int) -> None:
     model = TinyModel(Shape(hidden=96, heads=Heads(9, 3, 64), rotary_dim=64, window=window))

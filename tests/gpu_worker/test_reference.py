@@ -91,6 +91,22 @@ def test_which_blocks_a_sequence_has_and_what_they_held_changes_no_bit(folder: P
     assert torch.equal(results[0], results[1])
 
 
+@pytest.mark.parametrize("reader_goes_first", [False, True])
+def test_a_sequence_may_read_blocks_that_another_one_fills_in_the_same_step(
+    folder: Path, reader_goes_first: bool
+) -> None:
+    paged = Paged(make_device(folder))
+    token_ids = random_tokens(60)
+    alone = paged.compute(paged.new(token_ids), chunk=60)
+    writer, reader = paged.new(token_ids[:40]), paged.new(token_ids)
+    paged.step([(writer, 20)])
+    reader.blocks[:2], reader.num_computed = writer.blocks[:2], 32
+
+    paged.step([(reader, 28), (writer, 20)] if reader_goes_first else [(writer, 20), (reader, 28)])
+
+    assert torch.equal(torch.stack(reader.logits), alone[32:])
+
+
 def test_copied_blocks_hold_the_same_context(folder: Path) -> None:
     paged = Paged(make_device(folder))
     token_ids = random_tokens(64)

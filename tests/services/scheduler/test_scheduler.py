@@ -122,6 +122,22 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert again.tokens[0] == expected_output([*PROMPT, 1, 2, 3], 4)
 
 
+def test_prompts_that_begin_alike_need_not_wait_for_another_step() -> None:
+    prefix = list(range(5000, 5064))
+    world = World(num_blocks=400, max_batch_tokens=256, max_running=40)
+    world.submit(PROMPT, max_new_tokens=9)  # keeps the worker busy, while the others come
+    streams = [world.submit([*prefix, n], max_new_tokens=3) for n in range(20)]
+    streams.append(world.submit([*prefix[:32], 7, 8], max_new_tokens=3))
+    num_plans = len(world.plans)
+
+    world.step()
+
+    assert world.plans[num_plans].num_tokens == 1 + 64 + 20 + 2
+    world.run()
+    assert streams[-2].tokens[0] == expected_output([*prefix, 19], 3)
+    assert streams[-1].tokens[0] == expected_output([*prefix[:32], 7, 8], 3)
+
+
 def test_a_burst_of_requests_with_one_prefix_computes_it_once() -> None:
     prefix = list(range(5000, 5128))
     world = World(num_blocks=400, max_batch_tokens=64, max_running=40)

@@ -98,6 +98,15 @@ class Driver:
             update["history_token_ids"] = column(*sequence.tokens)
         self._plan.sampling_updates.append(worker_pb2.SamplingUpdate(slot=sequence.slot, **update))
 
+    def share_block(self, writer: Sequence, reader: Sequence) -> None:
+        """Give both two blocks, one of which `writer` will fill for both of them."""
+        shared, *own = (self._free_blocks.pop(0) for _ in range(3))
+        writer.blocks, reader.blocks = ([shared, block] for block in own)
+        reader.num_computed = 16
+        self._plan.block_table_rows += column(writer.slot, reader.slot)
+        self._plan.block_table_counts += column(2, 2)
+        self._plan.block_ids += column(*writer.blocks, *reader.blocks)
+
     def close(self, sequence: Sequence) -> None:
         """Take everything back from a sequence; what is in flight must have been collected."""
         assert not sequence.num_pending

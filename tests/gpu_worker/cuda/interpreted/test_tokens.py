@@ -82,6 +82,30 @@ def test_padding_touches_no_slot(tmp_path: Path) -> None:
     check_equal(*results)
 
 
+@pytest.mark.parametrize("num_own", [1, 9])
+def test_a_sequence_may_read_a_block_that_another_one_fills_in_the_same_step(num_own: int, tmp_path: Path) -> None:
+    model = load(tmp_path, "llama")
+    outputs = []
+    for shares in (True, False):
+        driver = Driver(cuda_engine(model), seed=0)
+        writer = Sequence(list(range(5, 23)), {"logprobs": 4}, 18)
+        reader = Sequence([*writer.tokens[:16], *range(40, 40 + num_own)], {"logprobs": 4}, 16 + num_own)
+        driver.open(writer)
+        driver.open(reader)
+        if shares:
+            driver.share_block(writer, reader)
+            driver.step([(reader, num_own), (writer, 18)])
+        else:
+            driver.step([(writer, 18)])
+            driver.step([(reader, 16 + num_own)])
+        for _ in range(3):
+            driver.step([(reader, 1), (writer, 1)])
+        driver.collect_all()
+        outputs.append((writer.tokens, reader.tokens, [result.logprobs for result in driver.results[-3:]]))
+
+    assert outputs[0] == outputs[1]
+
+
 def test_a_slot_that_is_used_again_remembers_nothing(tmp_path: Path) -> None:
     model = load(tmp_path, "llama", num_hidden_layers=1)
     driver = Driver(cuda_engine(model), seed=0)
