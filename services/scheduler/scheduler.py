@@ -305,9 +305,9 @@ class Scheduler:
             self._effects.send(gateway_id, scheduler_pb2.AttachResponse(progress=progress))
 
     def schedule(self, now: float) -> None:
-        """Plan steps for every group that can take one more."""
+        """Plan steps for every group that can take one more, and not before it has to."""
         for group in self._groups.values():
-            while len(group.in_flight) < MAX_STEPS_IN_FLIGHT:
+            while len(group.in_flight) < MAX_STEPS_IN_FLIGHT and not group.can_wait(now):
                 plan = self._planner.plan(group, now)
                 if plan is None:
                     break

@@ -17,6 +17,7 @@ from octavo.services.scheduler.step_clock import StepClock
 from octavo.services.scheduler.step_cost import StepCost
 
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one waits beside the worker
+PLAN_AHEAD_S = 0.06  # before a step is expected to end, the next is planned: time is looked at every 25 ms
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +137,13 @@ class WorkerGroup:
         step = self.in_flight[0]
         age_s = now - self._started_at(step)
         return age_s if age_s > self._clock.patience_s(step.num_tokens) else 0.0
+
+    def can_wait(self, now: float) -> bool:
+        """Whether the next step need not be planned yet, for the one that runs takes long: others may come meanwhile."""
+        if not self.in_flight:
+            return False
+        step = self.in_flight[0]
+        return self._started_at(step) + self.cost.seconds(step.num_tokens) - now > PLAN_AHEAD_S
 
     def _started_at(self, step: StepInFlight) -> float:
         """With two steps in flight a step starts when the one before is answered."""

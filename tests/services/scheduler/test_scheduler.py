@@ -122,6 +122,26 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert again.tokens[0] == expected_output([*PROMPT, 1, 2, 3], 4)
 
 
+def test_behind_a_step_that_takes_long_the_next_is_planned_late() -> None:
+    world = World(num_blocks=400, max_batch_tokens=512)
+    world.submit(list(range(1000, 1300)), max_new_tokens=5)
+    world.now += 1.0  # what 300 tokens take
+    world.answer("group-0")
+    world.run()  # and others 10 ms
+    num_plans = len(world.plans)
+
+    world.submit(list(range(2000, 2300)), max_new_tokens=5)
+    world.now += 0.4
+    world.submit(list(range(3000, 3020)), max_new_tokens=5)
+
+    assert [plan.num_tokens for plan in world.plans[num_plans:]] == [300]
+    world.now += 0.56
+    world.settle()
+    assert [plan.num_tokens for plan in world.plans[num_plans:]] == [300, 1 + 20]
+    world.run()
+    assert [plan.num_tokens for plan in world.plans[num_plans + 2 :]] == [2, 2, 2, 1]
+
+
 def test_prompts_that_begin_alike_need_not_wait_for_another_step() -> None:
     prefix = list(range(5000, 5064))
     world = World(num_blocks=400, max_batch_tokens=256, max_running=40)
