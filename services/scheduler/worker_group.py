@@ -139,7 +139,7 @@ class WorkerGroup:
         return age_s if age_s > self._clock.patience_s(step.num_tokens) else 0.0
 
     def can_wait(self, now: float) -> bool:
-        """Whether the next step need not be planned yet, for the one that runs takes long: others may come meanwhile."""
+        """Whether the next step need not be planned yet: the one that runs takes long, and others may come."""
         if not self.in_flight:
             return False
         step = self.in_flight[0]
