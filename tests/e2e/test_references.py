@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .stack import Stack, greedy, references, until_idle
+from .stack import Stack, answer, greedy, references, until_idle, until_running
 
 DEVICES = ["cpu", pytest.param("reference", marks=pytest.mark.slow)]
 TINY_POOL = {"cpu": "45MiB", "reference": "90MiB"}  # 128 blocks each: one long prompt nearly fills it
@@ -37,6 +37,24 @@ async def test_alone_together_and_from_the_prefix_cache(smollm2: Path, device: s
             # Bit for bit: neither the others in the batch nor the cache hits change a token.
             assert [answer.ids for answer in together] == [answer.ids for answer in alone]
             assert sum(answer.cached_tokens for answer in together) > 3000
+            await until_idle(client)
+
+
+@pytest.mark.timeout(900)
+async def test_prompts_that_begin_alike_beside_each_other(smollm2: Path) -> None:
+    longest = max((reference.prompt_ids for reference in references()), key=len)
+    prompts = [[*longest[:200], *reference.prompt_ids[:20]] for reference in references()[:8]]
+    options = {"max_new_tokens": 16, "temperature": 0, "ignore_end_of_sequence": True}
+    with serving(smollm2, "cpu", "--kv-cache-memory", "256MiB", "--max-prefill-tokens", "2048") as stack:
+        async with stack.client() as client:
+            alone = [await answer(client, token_ids=ids, bypass_prefix_cache=True, **options) for ids in prompts]
+            # While the worker computes this the others come. What they begin with is computed once.
+            first = asyncio.create_task(answer(client, token_ids=longest[::-1], **options))
+            await until_running(client)
+            together = await asyncio.gather(*[answer(client, token_ids=ids, **options) for ids in prompts])
+            assert [one.ids for one in together] == [one.ids for one in alone]
+            assert sorted(one.cached_tokens for one in together)[1:] == [192] * 7
+            await first
             await until_idle(client)
 
 
