@@ -20,8 +20,8 @@ from tokenizers.models import BPE
 from octavo.services.gateway.gguf_tokenizer import WORD_PATTERNS
 
 CHUNK_CHARS: Final = 512  # of a chunk, at least
-_MAX_CHUNK_CHARS: Final = 4 * CHUNK_CHARS  # that is remembered
-_MAX_CHUNKS: Final = 4096  # about 5 MB
+MAX_REMEMBERED_CHARS: Final = CHUNK_CHARS + 128  # of a chunk; most English ones are shorter
+_MAX_CHUNKS: Final = 4096  # 5 MiB of English, at most 50 of what takes four tokens a character
 _CUT: Final = re.compile("[A-Za-z](?= [A-Za-z])")
 
 
@@ -42,8 +42,8 @@ class ChunkEncoder:
         token_ids = list(self._before) if add_special_tokens else []
         *chunks, last = chunks_of(text)
         for chunk in chunks:
-            is_short = len(chunk) <= _MAX_CHUNK_CHARS
-            token_ids.extend(self._remembered(scope, chunk) if is_short else self._encode(chunk, False))
+            is_long = len(chunk) > MAX_REMEMBERED_CHARS
+            token_ids.extend(self._encode(chunk, False) if is_long else self._remembered(scope, chunk))
         token_ids.extend(self._encode(last, False))
         if add_special_tokens:
             token_ids.extend(self._after)

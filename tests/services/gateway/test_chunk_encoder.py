@@ -10,7 +10,13 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
-from octavo.services.gateway.chunk_encoder import CHUNK_CHARS, ChunkEncoder, chunks_of, cuts_at_words
+from octavo.services.gateway.chunk_encoder import (
+    CHUNK_CHARS,
+    MAX_REMEMBERED_CHARS,
+    ChunkEncoder,
+    chunks_of,
+    cuts_at_words,
+)
 from octavo.services.gateway.gguf_tokenizer import WORD_PATTERNS
 
 _WORDS = """
@@ -121,6 +127,11 @@ def test_what_texts_begin_with_alike_is_encoded_once_for_each_scope() -> None:
     assert num_encoded(prefix + "one", "a") == len(prefix + "one")
     assert num_encoded(prefix + "another", "a") < 2 * CHUNK_CHARS
     assert num_encoded(prefix + "one", "b") == len(prefix + "one")
+
+    for length, is_remembered in ((MAX_REMEMBERED_CHARS - 1, True), (MAX_REMEMBERED_CHARS, False)):
+        chunk = "語" * length + "a"
+        num_encoded(f"{chunk} question", "a")
+        assert num_encoded(f"{chunk} question", "a") == len(" question") + (0 if is_remembered else len(chunk))
 
 
 def test_a_text_without_words_is_one_chunk() -> None:
