@@ -297,6 +297,9 @@ class Device(Protocol):
         A row's bits depend only on its sequence's tokens: not on what else is in the step, not on
         how its prompt was chunked, not on which blocks it has. The caller may change the logits
         in place.
+
+        In each layer the keys and values of all tokens are written before any are read: a sequence may have blocks
+        that another one fills in this step.
         """
 
     def copy_blocks(self, pairs: Int32Array) -> None:

@@ -158,6 +158,22 @@ def test_prompts_that_begin_alike_need_not_wait_for_another_step() -> None:
     assert streams[-1].tokens[0] == expected_output([*prefix[:32], 7, 8], 3)
 
 
+def test_those_that_were_passed_over_add_nothing_to_prompts_that_have_their_share_of_a_step() -> None:
+    prefix = list(range(5000, 5064))
+    world = World(num_blocks=400, max_batch_tokens=512, max_running=8)
+    world.submit(PROMPT, max_new_tokens=9)  # keeps the worker busy, while the others come
+    scored = world.submit(list(range(1000, 1300)), max_new_tokens=3, prompt_logprobs=1)
+    streams = [world.submit([*prefix, n], max_new_tokens=3) for n in range(2)]
+    num_plans = len(world.plans)
+
+    world.step()
+
+    assert world.plans[num_plans].num_tokens == 1 + MAX_SCORED_TOKENS + 64 + 2
+    world.run()
+    assert scored.prompt_logprobs == [-float(token) for token in range(1001, 1300)]
+    assert [stream.tokens[0] for stream in streams] == [expected_output([*prefix, n], 3) for n in range(2)]
+
+
 def test_a_burst_of_requests_with_one_prefix_computes_it_once() -> None:
     prefix = list(range(5000, 5128))
     world = World(num_blocks=400, max_batch_tokens=64, max_running=40)
