@@ -100,14 +100,16 @@ def _random(rows: int, columns: int) -> Linear:
     return Linear((torch.randn(rows, columns) / columns**0.5).to(torch.bfloat16))
 
 
-def make_step(batch: int, start: int, num_new: int, num_shared: int = 0) -> StepInput:
+def make_step(batch: int, start: int, num_new: int, num_shared: int = 0, first: int = 0) -> StepInput:
     """Return a step of `batch` sequences with `num_new` tokens each, from position `start` on.
 
     num_shared  tokens, in whole blocks, that all sequences have in the same blocks
+    first       number of the first sequence: sequences of one number have the same blocks in every step
     """
     blocks_each = MAX_POSITIONS // BLOCK_TOKENS
-    block_tables = 1 + np.arange(batch * blocks_each, dtype=np.int32).reshape(batch, blocks_each)
+    block_tables = 1 + np.arange((first + batch) * blocks_each, dtype=np.int32).reshape(first + batch, blocks_each)
     block_tables[:, : num_shared // BLOCK_TOKENS] = block_tables[0, : num_shared // BLOCK_TOKENS]
+    block_tables = block_tables[first:]
     positions = np.tile(np.arange(start, start + num_new), batch)
     rows = np.repeat(np.arange(batch), num_new)
     slots = block_tables[rows, positions // BLOCK_TOKENS] * BLOCK_TOKENS + positions % BLOCK_TOKENS
