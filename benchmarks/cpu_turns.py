@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,6 @@ WORKING_TREE = "."
 KERNELS = "kernels/cpu"
 MAX_SEQUENCES = 32
 STEPS = ("1x128x1", "8x128x1", "32x128x1", "32x1056x1x1024", "1x512x512")
-FILLED_TOKENS = 128  # computed at once where a sequence's cache is filled
 
 
 def sources_of(revision: str, folder: Path) -> Path:
@@ -58,13 +58,11 @@ def make_device(sources: Path, model: RandomModel) -> CpuDevice:
     return device
 
 
-def steps_before(sequences: int, context: int, num_new: int, num_shared: int = 0) -> list[StepInput]:
-    """Return the steps that fill the cache up to a step."""
-    end = context - num_new
-    return [
-        make_step(sequences, start, min(FILLED_TOKENS // sequences + 1, end - start), num_shared)
-        for start in range(0, end, FILLED_TOKENS // sequences + 1)
-    ]
+def steps_before(sequences: int, context: int, num_new: int, num_shared: int = 0) -> Iterator[StepInput]:
+    """Yield the steps that fill the cache up to a step."""
+    for start in range(0, context - num_new, BLOCK_TOKENS):
+        writers = sequences if start >= num_shared else 1
+        yield make_step(writers, start, min(BLOCK_TOKENS, context - num_new - start), num_shared)
 
 
 def measure(devices: dict[str, CpuDevice], step: StepInput, rounds: int) -> tuple[dict[str, list[float]], set[str]]:
