@@ -9,7 +9,8 @@
 namespace octavo {
 namespace {
 
-constexpr int kMostItemsPerThread = 64;                 // of a row of items; more would only cost time
+constexpr int kMostItemsPerThread = 64;   // of a row of items; more would only cost time
+constexpr int kFewestRowsOfThread = 256;  // where threads share out rows: each of them reads all weights then
 constexpr int64_t kMostAheadPerGroup = 256;  // bytes; of quantised weights
 
 BlockRange blocks_of_item(const GemmItems& items, int item) {
@@ -77,11 +78,20 @@ int64_t rows_in_cache(const OctavoLinear& linear) {
   return std::clamp<int64_t>(num_rows, kRowsPerTile, kMostTilesPerItem * kRowsPerTile);
 }
 
+// Threads take equal shares of the items, which are in the order of their rows. Where rows are many, they are cut so that no piece
+// is of two shares: what a thread wrote in one layer it finds in its own cache in the next.
+int64_t rows_of_item(const OctavoLinear& linear, int rows, int num_threads) {
+  const int64_t most = rows_in_cache(linear);
+  if (rows < kFewestRowsOfThread * num_threads) return most;
+  const int64_t num_pieces = round_up(divide_up(rows, most), num_threads);
+  return round_up(divide_up(rows, num_pieces), kRowsPerTile);
+}
+
 }  // namespace
 
 GemmItems::GemmItems(int rows, const OctavoLinear& linear, bool gated, int num_threads) : num_rows(rows) {
   num_blocks = static_cast<int>(divide_up(linear.out_features, gated ? kGatedColumns : kBlockColumns));
-  rows_per_item = static_cast<int>(rows_in_cache(linear));
+  rows_per_item = static_cast<int>(rows_of_item(linear, rows, num_threads));
   num_row_items = static_cast<int>(divide_up(rows, rows_per_item));
   const int blocks_per_item = static_cast<int>(divide_up(num_blocks, kMostItemsPerThread * num_threads));
   num_block_items = static_cast<int>(divide_up(num_blocks, blocks_per_item));

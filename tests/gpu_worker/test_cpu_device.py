@@ -469,6 +469,18 @@ def test_bits_do_not_depend_on_the_number_of_threads(invariance_model: TinyModel
     assert torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize(("num_threads", "chunk"), [(1, 300), (2, 512)])
+def test_nor_do_they_where_each_thread_has_rows_of_its_own(
+    invariance_model: TinyModel, variant: str, num_threads: int, chunk: int
+) -> None:
+    few_rows = run_in_chunks(make_device(invariance_model, variant), make_sequence(1, 520, shuffled_blocks(1)), 130)
+
+    device = make_device(invariance_model, variant, num_threads)
+    many_rows = run_in_chunks(device, make_sequence(1, 520, shuffled_blocks(1)), chunk)
+
+    assert torch.equal(many_rows, few_rows)
+
+
 def test_the_kernels_say_how_many_rows_they_multiply_at_once(invariance_model: TinyModel, variant: str) -> None:
     expected = {"amx": 32, "avx512_bf16": 12, "avx512": 12, "neon_bf16": 6, "neon": 6}
 
