@@ -115,7 +115,7 @@ def cpu_by_process() -> Counter[str]:
     for process in client.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            name = words[1] if words[0] == "octavo" else process.name()
+            name = words[1] if words[:1] == ["octavo"] else process.name()  # a zombie has no command line
             found[name] += sum(process.cpu_times()[:2])
     return found
 
