@@ -126,6 +126,13 @@ def make_step(batch: int, start: int, num_new: int, num_shared: int = 0, first: 
     return StepInput(*(np.ascontiguousarray(column, dtype=np.int32) for column in columns))
 
 
+def fill_cache(device: CpuDevice, batch: int, end: int, num_shared: int = 0) -> None:
+    """Compute the first `end` tokens of `batch` sequences, those that are shared once."""
+    for start in range(0, end, BLOCK_TOKENS):
+        writers = batch if start >= num_shared else 1
+        device.forward(make_step(writers, start, min(BLOCK_TOKENS, end - start), num_shared))
+
+
 class Roofline:
     """The machine's two limits, measured by the threads that a device of so many threads would have."""
 
@@ -219,9 +226,7 @@ def make_row(
     seconds: float,
 ) -> Row:
     """Fill the cache up to the step, then time the step and the machine's limits in turn."""
-    for start in range(0, context - num_new, BLOCK_TOKENS):
-        writers = batch if start >= num_shared else 1
-        device.forward(make_step(writers, start, min(BLOCK_TOKENS, context - num_new - start), num_shared))
+    fill_cache(device, batch, context - num_new, num_shared)
     step = make_step(batch, context - num_new, num_new, num_shared)
     tokens = batch * num_new
     keys_seen = batch * ((LAYERS - 1) * sum(range(context - num_new + 1, context + 1)) + context)

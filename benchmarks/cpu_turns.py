@@ -21,11 +21,10 @@ import tarfile
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from cpu_step import BLOCK_TOKENS, MAX_POSITIONS, RandomModel, make_step
+from cpu_step import BLOCK_TOKENS, MAX_POSITIONS, RandomModel, fill_cache, make_step
 
 from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.ops import StepInput
@@ -56,13 +55,6 @@ def make_device(sources: Path, model: RandomModel) -> CpuDevice:
     device = CpuDevice(model, 2048, MAX_SEQUENCES, MAX_POSITIONS // BLOCK_TOKENS)
     device.allocate_kv(MAX_SEQUENCES * MAX_POSITIONS // BLOCK_TOKENS + 1)
     return device
-
-
-def steps_before(sequences: int, context: int, num_new: int, num_shared: int = 0) -> Iterator[StepInput]:
-    """Yield the steps that fill the cache up to a step."""
-    for start in range(0, context - num_new, BLOCK_TOKENS):
-        writers = sequences if start >= num_shared else 1
-        yield make_step(writers, start, min(BLOCK_TOKENS, context - num_new - start), num_shared)
 
 
 def measure(devices: dict[str, CpuDevice], step: StepInput, rounds: int) -> tuple[dict[str, list[float]], set[str]]:
@@ -105,11 +97,9 @@ def main() -> None:
         folders = {name: sources_of(name, Path(work, str(at))) for at, name in enumerate(options.revisions)}
         devices = {name: make_device(folder, model) for name, folder in folders.items()}
     for text in options.step:
-        sizes = [int(part) for part in text.split("x")]
+        sequences, context, num_new, *num_shared = (int(part) for part in text.split("x"))
         for device in devices.values():
-            for step in steps_before(*sizes):
-                device.forward(step)
-        sequences, context, num_new, *num_shared = sizes
+            fill_cache(device, sequences, context - num_new, *num_shared)
         step = make_step(sequences, context - num_new, num_new, *num_shared)
         times, others = measure(devices, step, options.rounds)
         kinds = profiles(devices, step, options.rounds) if options.profile else {}

@@ -29,26 +29,21 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import models
 import peers
 from case_floors import STEP_TOKENS, Work
 from cpu_step import BLOCK_TOKENS, MAX_POSITIONS, RandomModel, Roofline, make_step
+from run import PORT, prepare, serving
 
 from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.ops import StepInput
 from octavo.services.bench import cases
-from octavo.services.bench.server import Server
-from octavo.services.bench.transports import OpenAITransport
-from octavo.services.cli import demo_model
 
-PORT = 18200
 # Prompts of the workloads have these many tokens on average.
 CASES = {
     "prefix": Work(requests=32, width=32, prompt=1060, shared=1024, output=32),
     "prefill": Work(requests=4, width=1, prompt=2060, shared=0, output=1),
 }
 BESIDE_DECODES = 512  # tokens of prompts in a step that others wait for
-SETTLE_S = 3.0
 THREADS = 2  # of vLLM
 STEPS, OCTAVO, VLLM, CLIENT = "steps alone", "Octavo", "vLLM", "client"
 
@@ -85,7 +80,6 @@ async def measure(contender: peers.Contender, case: str, log: Path, repeats: ran
 
     cpu  gets the processor seconds of the server's processes and of this one, by name
     """
-    url = f"http://127.0.0.1:{PORT}"
     readings: list[Counter[str]] = []
 
     def read() -> float:
@@ -93,11 +87,7 @@ async def measure(contender: peers.Contender, case: str, log: Path, repeats: ran
         return 0.0
 
     found = []
-    async with (
-        Server(contender.command, url + contender.ready_path, log, contender.environment),
-        OpenAITransport(url, contender.model, contender.extra) as transport,
-    ):
-        await asyncio.sleep(SETTLE_S)
+    async with serving(contender, log) as (_, transport):
         for repeat in repeats:
             run = await cases.run_case(case, repeat, transport, cases.Plan(), read)  # reads before and after it
             if run.failed:
@@ -137,11 +127,7 @@ async def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="of the case in a round, with other prompts")
     options = parser.parse_args()
     home = options.home.resolve()
-    home.mkdir(parents=True, exist_ok=True)
-    peers.install(home)
-    source = demo_model.fetch(demo_model.cache_dir(), lambda *_: None)
-    model = models.folder_from_gguf(home / "vllm" / "bin" / "python", source, home / "model")
-
+    _, model = prepare(home)
     work = CASES[options.case]
     device = CpuDevice(RandomModel(), STEP_TOKENS, work.requests, MAX_POSITIONS // BLOCK_TOKENS)
     device.allocate_kv(work.requests * MAX_POSITIONS // BLOCK_TOKENS + 1)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import statistics
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +74,30 @@ class Turn:
         return None if run is None else float(getattr(run, MEASURES[measure][1]))
 
 
-async def measure_server(contender: peers.Contender, chosen: list[str], turn: Turn, log: Path) -> None:
-    """Start a contender, run the cases, stop it."""
+def prepare(home: Path) -> tuple[Path, Path]:
+    """Install the peers; return the model as a GGUF file and as a folder. What is there is used again."""
+    home.mkdir(parents=True, exist_ok=True)
+    peers.install(home)
+    source = demo_model.fetch(demo_model.cache_dir(), lambda *_: None)
+    return source, models.folder_from_gguf(home / "vllm" / "bin" / "python", source, home / "model")
+
+
+@contextlib.asynccontextmanager
+async def serving(contender: peers.Contender, log: Path) -> AsyncIterator[tuple[Server, OpenAITransport]]:
+    """Start a contender, and stop it at the end; meanwhile it is settled and can be asked."""
     url = f"http://127.0.0.1:{PORT}"
     async with (
         Server(contender.command, url + contender.ready_path, log, contender.environment) as server,
         OpenAITransport(url, contender.model, contender.extra) as transport,
     ):
-        turn.ready_s.append(server.ready_s)
         await asyncio.sleep(SETTLE_S)
+        yield server, transport
+
+
+async def measure_server(contender: peers.Contender, chosen: list[str], turn: Turn, log: Path) -> None:
+    """Start a contender, run the cases, stop it."""
+    async with serving(contender, log) as (server, transport):
+        turn.ready_s.append(server.ready_s)
         for case in chosen:
             turn.runs[case] = run = await cases.run_case(case, turn.round_, transport, cases.Plan(), server.cpu_seconds)
             print(f"  {contender.name}: {case} {run.output_rate:.0f} out tok/s, {run.failed} failed", flush=True)
@@ -181,10 +198,7 @@ async def main() -> int:
     parser.add_argument("--output", type=Path, help="write everything there, as JSON")
     options = parser.parse_args()
     home = options.home.resolve()
-    home.mkdir(parents=True, exist_ok=True)
-    peers.install(home)
-    source = demo_model.fetch(demo_model.cache_dir(), lambda *_: None)
-    model = models.folder_from_gguf(home / "vllm" / "bin" / "python", source, home / "model")
+    source, model = prepare(home)
     gguf = models.bfloat16_gguf(source, home / "model-bf16.gguf")
     turns: list[Turn] = []
     print("machine:", json.dumps(report.machine_facts()), flush=True)
