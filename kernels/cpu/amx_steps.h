@@ -7,15 +7,14 @@
 
 #include "aligned.h"
 #include "amx.h"
-#include "compressed.h"
+#include "decompressor.h"
 #include "gemm_part.h"
 
 #if defined(OCTAVO_AMX)
 namespace octavo {
 
-// A step holds the weights of kAmxInputs inputs and a block: [kAmxPairs][kBlockColumns][2].
-constexpr int kStepWeights = kAmxInputs * kBlockColumns;
 constexpr int64_t kStepBytes = kStepWeights * sizeof(bf16);
+static_assert(kStepWeights == kAmxInputs * kBlockColumns);
 constexpr int64_t kMostInputsPerPiece = 20 * kAmxInputs;  // 40 KiB of weights
 
 // What goes through steps from block to block has
@@ -68,84 +67,6 @@ class PlainSteps {
   alignas(64) bf16 rest_[kStepWeights];
 };
 
-// Decompresses the steps of blocks one after the other. Behind the last one it stays with that.
-class Decompressor {
- public:
-  Decompressor(const uint8_t* blocks, int64_t num_blocks, int64_t in_features)
-      : block_(blocks), blocks_left_(num_blocks), in_features_(in_features) {
-    enter_block();
-  }
-
-  // A quarter of the present step; all four, then `finish`.
-  template <int kQuarter>
-  void write(bf16* step) const {
-    constexpr int kGroups = kGroupsPerStep / 4;
-    const __m512i code_bits = _mm512_set1_epi8(15), lower_bits = _mm512_set1_epi16(255);
-    for (int i = kQuarter * kGroups; i < (kQuarter + 1) * kGroups; ++i) {
-      const CompressedGroup& group = groups_[i];
-      const __m512i codes = _mm512_load_si512(group.codes);
-      for (int half = 0; half < 2; ++half) {
-        const __m512i code = _mm512_and_si512(half == 0 ? codes : _mm512_srli_epi16(codes, 4), code_bits);
-        const __m512i upper = _mm512_shuffle_epi8(frequent_, code);
-        const __m512i lower = _mm512_load_si512(group.lower[half]);
-        bf16* const weights = step + i * CompressedGroup::kWeights + half * 64;
-        _mm512_store_si512(weights, blend(lower_bits, lower, _mm512_slli_epi16(upper, 8)));
-        _mm512_store_si512(weights + 32, blend(lower_bits, _mm512_srli_epi16(lower, 8), upper));
-      }
-    }
-  }
-
-  // Put the step's exceptions in their places, and go on.
-  void finish(bf16* step) {
-    for (; place_of(*exception_) < end_of_step_; ++exception_) {
-      bf16& weight = step[place_of(*exception_) % kStepWeights];
-      weight = static_cast<bf16>((*exception_ & 255) << 8 | (weight & 255));
-    }
-    groups_ += kGroupsPerStep;
-    end_of_step_ += kStepWeights;
-    if (end_of_step_ <= end_of_block_) return;
-    if (--blocks_left_ > 0) {
-      block_ += compressed_block_bytes(in_features_);
-      enter_block();
-    } else {
-      groups_ -= kGroupsPerStep;
-    }
-  }
-
-  // Fetch into the first cache a quarter of the step that comes so many steps later.
-  template <int kQuarter>
-  void fetch(int num_steps) const {
-    constexpr int64_t kBytes = kGroupsPerStep / 4 * sizeof(CompressedGroup);
-    const char* const later = reinterpret_cast<const char*>(groups_ + num_steps * kGroupsPerStep) + kQuarter * kBytes;
-    for (int64_t line = 0; line < kBytes; line += kLineBytes) prefetch(later + line);
-  }
-
- private:
-  static uint32_t place_of(uint32_t exception) { return exception >> 8; }
-
-  // For each bit: of `first` where `bits` has a one, else of `second`.
-  static __m512i blend(__m512i bits, __m512i first, __m512i second) {
-    return _mm512_ternarylogic_epi32(bits, first, second, 0xca);
-  }
-
-  void enter_block() {
-    frequent_ = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(block_)));
-    exception_ = exceptions_of(block_);
-    groups_ = groups_of(block_, in_features_);
-    end_of_step_ = kStepWeights;
-    end_of_block_ = static_cast<uint32_t>(divide_up(in_features_, kAmxInputs)) * kStepWeights;
-  }
-
-  const uint8_t* block_;
-  int64_t blocks_left_;
-  const int64_t in_features_;
-  __m512i frequent_;
-  const uint32_t* exception_;
-  const CompressedGroup* groups_;
-  uint32_t end_of_step_;  // the place behind its last weight
-  uint32_t end_of_block_;
-};
-
 // Steps that are decompressed while the one before is multiplied: into the places of a buffer, round and round.
 class CompressedSteps {
  public:
@@ -165,7 +86,7 @@ class CompressedSteps {
 
   void advance() {
     now_ = next();
-    source_.finish(now_);
+    source_.finish_step(now_);
   }
 
  private:
@@ -212,11 +133,7 @@ class CompressedWeights {
 
   CompressedWeights(const OctavoLinear& linear, const BlockRange& blocks)
       : source_(block_weights(linear, blocks.begin), blocks.end - blocks.begin, linear.in_features) {
-    source_.write<0>(buffer_);
-    source_.write<1>(buffer_);
-    source_.write<2>(buffer_);
-    source_.write<3>(buffer_);
-    source_.finish(buffer_);
+    source_.write_next<kGroupsPerStep>(buffer_);
   }
 
   Steps steps() { return Steps(source_, buffer_, 2); }

@@ -62,7 +62,7 @@ struct Place {
   explicit Place(int64_t place)
       : group(place / CompressedGroup::kWeights),
         half(static_cast<int>(place % CompressedGroup::kWeights / 64)),
-        byte(static_cast<int>(place % 32 * 2 + place / 32 % 2)) {}
+        byte(static_cast<int>(place % 32 / 8 * 16 + place / 32 % 2 * 8 + place % 8)) {}
   int64_t group;
   int half;
   int byte;

@@ -19,8 +19,8 @@ namespace octavo {
 //   uint32_t exceptions[]    weights with another one: their place in the block << 8 | their upper byte, ascending; the last
 //                            is kNoException. There is room for one weight in kWeightsPerException.
 //   groups of 128 weights, in the order of the packed block, its inputs padded to whole steps with zeros:
-//     uint8_t codes[64]      of weight 32 v + i the half v / 2 (0: the lower one) of byte 2 i + v % 2
-//     uint8_t lower[2][64]   of weight 32 v + i byte 2 i + v % 2 of row v / 2
+//     uint8_t codes[64]      of weight 32 v + 8 j + i the half v / 2 (0: the lower one) of byte 16 j + 8 (v % 2) + i
+//     uint8_t lower[2][64]   of weight 32 v + 8 j + i byte 16 j + 8 (v % 2) + i of row v / 2
 struct CompressedGroup {
   static constexpr int kWeights = 128;
   uint8_t codes[64];

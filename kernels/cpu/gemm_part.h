@@ -16,7 +16,7 @@ constexpr int kMostTilesPerItem = 16;
 constexpr int64_t kActivationBytesInCache = 1 << 20;  // of the rows that an item reads again for every block
 #else
 constexpr int kRowsPerTile = kMaxTileRows;
-constexpr int kMostTilesPerItem = 8;
+constexpr int kMostTilesPerItem = 96 / kRowsPerTile;
 constexpr int64_t kActivationBytesInCache = 384 << 10;
 #endif
 

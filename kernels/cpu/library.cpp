@@ -12,13 +12,7 @@ int32_t octavo_rows_at_once(int32_t format) {
   return octavo::is_quantized(format) ? octavo::kMaxQuantizedRows : octavo::kRowsPerTile;
 }
 
-int32_t octavo_reads_compressed(void) {
-#if defined(OCTAVO_AMX)
-  return 1;
-#else
-  return 0;
-#endif
-}
+int32_t octavo_reads_compressed(void) { return octavo::kHasLookUp; }
 
 OctavoPool* octavo_pool_create(int32_t num_threads) { return new OctavoPool(num_threads); }
 

@@ -64,6 +64,7 @@ typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes * 4)));  // a whole vector of them
 
 // ---------------------------------------------------------------- loads, stores, lanes
 
@@ -241,6 +242,64 @@ template <int kRows, int kColumns>
 inline void clear(Vec (&values)[kRows][kColumns]) {
   for (auto& row : values)
     for (Vec& value : row) value = Vec{};
+}
+
+// ---------------------------------------------------------------- bytes
+
+constexpr int kTableBytes = 16;
+#if defined(OCTAVO_AVX512) || defined(OCTAVO_AVX2) || defined(OCTAVO_NEON)
+constexpr bool kHasLookUp = true;  // as an instruction
+#else
+constexpr bool kHasLookUp = false;
+#endif
+
+// A table of so many bytes, in the form that `look_up` takes.
+inline Bytes load_table(const uint8_t* source) {
+  Bytes table;
+  for (size_t i = 0; i < sizeof table; i += kTableBytes) std::memcpy(reinterpret_cast<char*>(&table) + i, source, kTableBytes);
+  return table;
+}
+
+// The table's byte number `index`, which is below kTableBytes, for each byte.
+inline Bytes look_up(Bytes table, Bytes index) {
+#if defined(OCTAVO_AVX512)
+  return reinterpret_cast<Bytes>(_mm512_shuffle_epi8(reinterpret_cast<__m512i>(table), reinterpret_cast<__m512i>(index)));
+#elif defined(OCTAVO_AVX2)
+  return reinterpret_cast<Bytes>(_mm256_shuffle_epi8(reinterpret_cast<__m256i>(table), reinterpret_cast<__m256i>(index)));
+#elif defined(OCTAVO_NEON)
+  return vqtbl1q_u8(table, index);
+#else
+  for (size_t i = 0; i < sizeof index; ++i) index[i] = table[index[i]];
+  return index;
+#endif
+}
+
+// Of each 16 bytes the first eight, or the others, each with its `upper` behind its `lower`.
+inline Bytes interleave_first(Bytes lower, Bytes upper) {
+#if defined(OCTAVO_AVX512)
+  return reinterpret_cast<Bytes>(_mm512_unpacklo_epi8(reinterpret_cast<__m512i>(lower), reinterpret_cast<__m512i>(upper)));
+#elif defined(OCTAVO_AVX2)
+  return reinterpret_cast<Bytes>(_mm256_unpacklo_epi8(reinterpret_cast<__m256i>(lower), reinterpret_cast<__m256i>(upper)));
+#elif defined(OCTAVO_NEON)
+  return vzip1q_u8(lower, upper);
+#else
+  Bytes result;
+  for (size_t i = 0; i < sizeof result; ++i) result[i] = (i % 2 == 0 ? lower : upper)[i / 2];
+  return result;
+#endif
+}
+inline Bytes interleave_last(Bytes lower, Bytes upper) {
+#if defined(OCTAVO_AVX512)
+  return reinterpret_cast<Bytes>(_mm512_unpackhi_epi8(reinterpret_cast<__m512i>(lower), reinterpret_cast<__m512i>(upper)));
+#elif defined(OCTAVO_AVX2)
+  return reinterpret_cast<Bytes>(_mm256_unpackhi_epi8(reinterpret_cast<__m256i>(lower), reinterpret_cast<__m256i>(upper)));
+#elif defined(OCTAVO_NEON)
+  return vzip2q_u8(lower, upper);
+#else
+  Bytes result;
+  for (size_t i = 0; i < sizeof result; ++i) result[i] = (i % 2 == 0 ? lower : upper)[8 + i / 2];
+  return result;
+#endif
 }
 
 // ---------------------------------------------------------------- bf16
