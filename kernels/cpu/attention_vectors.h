@@ -28,6 +28,7 @@ void score_pages(const Activation* queries, const bf16* const* pages, int head_d
   constexpr int kVectors = kPages * kVectorsPerPage;
   Vec sums[kRows][kVectors];
   clear(sums);
+  assume(head_dim > 0);
   for (int i = 0; i < head_dim; i += 2) {
     Pairs key[kVectors];
     for (int vector = 0; vector < kVectors; ++vector) {
@@ -52,11 +53,15 @@ template <int kRows, int kVectors>
 void add_some_values(const Tile& tile, const Activation* weights, int head_dim, int dim, const float* factors,
                      float* output) {
   const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
-  Vec sums[kRows][kVectors] = {};
-  if (factors != nullptr)
+  Vec sums[kRows][kVectors];
+  if (factors == nullptr) {
+    clear(sums);
+  } else {
     for (int row = 0; row < kRows; ++row)
       for (int vector = 0; vector < kVectors; ++vector)
         sums[row][vector] = load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
+  }
+  assume(tile.num_pages > 0);
   for (int page = 0; page < tile.num_pages; ++page) {
     const bf16* values = tile.keys[page] + page_size + dim * 2;
     const bf16* next_keys = tile.next_keys[page] + dim * 2;

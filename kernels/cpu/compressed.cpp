@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstring>
 #include <numeric>
+#include <vector>
 
 #include "aligned.h"
 #include "gemm.h"
@@ -26,30 +27,25 @@ int64_t groups_offset(int64_t in_features) {
   return round_up(kUppers + (exceptions_room(in_features) + 1) * int64_t{sizeof(uint32_t)}, kLineBytes);
 }
 
-// Of a packed block, whose inputs are padded to pairs; zero behind these.
-class Weights {
- public:
-  Weights(const bf16* block, int64_t in_features) : block_(block), size_(round_up(in_features, 2) * kBlockColumns) {}
-  bf16 operator[](int64_t place) const { return place < size_ ? block_[place] : bf16{0}; }
-
- private:
-  const bf16* block_;
-  int64_t size_;
-};
+// A packed block, whose inputs are padded to pairs, with zeros behind these up to a whole step.
+std::vector<bf16> whole_steps(const bf16* block, int64_t in_features) {
+  std::vector<bf16> weights(steps_of(in_features) * kWeightsPerStep);
+  std::copy_n(block, round_up(in_features, 2) * kBlockColumns, weights.begin());
+  return weights;
+}
 
 struct UpperBytes {
   std::array<uint8_t, kUppers> frequent;
   int64_t num_exceptions;
 };
 
-UpperBytes upper_bytes_of(const Weights& weights, int64_t in_features) {
+UpperBytes upper_bytes_of(const std::vector<bf16>& weights) {
   std::array<int64_t, 256> counts{};
-  const int64_t num_weights = steps_of(in_features) * kWeightsPerStep;
-  for (int64_t i = 0; i < num_weights; ++i) ++counts[weights[i] >> 8];
+  for (const bf16 weight : weights) ++counts[weight >> 8];
   std::array<uint8_t, 256> bytes;
   std::iota(bytes.begin(), bytes.end(), uint8_t{0});
   std::stable_sort(bytes.begin(), bytes.end(), [&](uint8_t a, uint8_t b) { return counts[a] > counts[b]; });
-  UpperBytes result{{}, num_weights};
+  UpperBytes result{{}, static_cast<int64_t>(weights.size())};
   for (int i = 0; i < kUppers; ++i) {
     result.frequent[i] = bytes[i];
     result.num_exceptions -= counts[bytes[i]];
@@ -59,7 +55,7 @@ UpperBytes upper_bytes_of(const Weights& weights, int64_t in_features) {
 
 // Where weight `place` of a block is in its groups.
 struct Place {
-  explicit Place(int64_t place)
+  explicit Place(uint64_t place)
       : group(place / CompressedGroup::kWeights),
         half(static_cast<int>(place % CompressedGroup::kWeights / 64)),
         byte(static_cast<int>(place % 32 / 8 * 16 + place / 32 % 2 * 8 + place % 8)) {}
@@ -83,8 +79,8 @@ const CompressedGroup* groups_of(const uint8_t* compressed, int64_t in_features)
 }
 
 bool compress_block(const bf16* block, int64_t in_features, uint8_t* compressed) {
-  const Weights weights(block, in_features);
-  const auto [frequent, num_exceptions] = upper_bytes_of(weights, in_features);
+  const std::vector<bf16> weights = whole_steps(block, in_features);
+  const auto [frequent, num_exceptions] = upper_bytes_of(weights);
   if (in_features > kMostInputs || num_exceptions > exceptions_room(in_features)) return false;
   std::array<int, 256> code_of;
   code_of.fill(-1);
@@ -93,14 +89,15 @@ bool compress_block(const bf16* block, int64_t in_features, uint8_t* compressed)
   uint32_t* exception = reinterpret_cast<uint32_t*>(compressed + kUppers);
   CompressedGroup* const groups = reinterpret_cast<CompressedGroup*>(compressed + groups_offset(in_features));
   std::memset(groups, 0, steps_of(in_features) * kGroupsPerStep * sizeof(CompressedGroup));
-  for (int64_t i = 0; i < steps_of(in_features) * kWeightsPerStep; ++i) {
+  for (int64_t i = 0; i < static_cast<int64_t>(weights.size()); ++i) {
     const Place place(i);
-    const uint8_t upper = static_cast<uint8_t>(weights[i] >> 8);
-    groups[place.group].lower[place.half][place.byte] = static_cast<uint8_t>(weights[i]);
-    if (code_of[upper] >= 0) {
-      groups[place.group].codes[place.byte] |= static_cast<uint8_t>(code_of[upper] << (4 * place.half));
+    CompressedGroup& group = groups[place.group];
+    const int upper = weights[i] >> 8, code = code_of[upper];
+    group.lower[place.half][place.byte] = static_cast<uint8_t>(weights[i]);
+    if (code >= 0) {
+      group.codes[place.byte] |= static_cast<uint8_t>(code << (4 * place.half));
     } else {
-      *exception++ = static_cast<uint32_t>(i) << 8 | upper;
+      *exception++ = static_cast<uint32_t>(i << 8 | upper);
     }
   }
   *exception = kNoException;

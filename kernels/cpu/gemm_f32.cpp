@@ -47,6 +47,7 @@ void multiply_rows(const GemmF32& gemm, int64_t row, const float* weight, int64_
   const int64_t stride_of_3 = 3 * stride;
   const float* input = gemm.input + row * stride;
   const int64_t in_features = gemm.op->in_features;
+  assume(in_features > 0);
   for (int64_t k = 0; k < in_features; ++k) {
     Vec w[kVectors];
     for (int vector = 0; vector < kVectors; ++vector) w[vector] = load(weight + k * kF32BlockColumns + vector * kLanes);

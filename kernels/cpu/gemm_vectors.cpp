@@ -200,6 +200,12 @@ void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, W
   alignas(64) float sums[kRows * kBlockColumns];
   const int64_t num_pairs = divide_up(gemm.linear->in_features, 2);
   constexpr int kColumnsAtOnce = vectors_at_once(kRows) * kLanes;
+  if (kRows > kRowsNearlyFree && gemm.epilogue == Epilogue::kAddResidual) {  // what is added to is read meanwhile
+    for (int r = 0; r < kRows; ++r) {
+      const char* const output = output_of(gemm, row + r, block);
+      for (int64_t byte = 0; byte < kBlockColumns * int64_t{sizeof(float)}; byte += kLineBytes) prefetch_to_write(output + byte);
+    }
+  }
   if (tile == 0) {
     const bool are_read_once = num_tiles == 1 && kColumnsAtOnce == kBlockColumns;
     multiply_rows<kRows>(input, weights.template first<kRows>(are_read_once), 0, num_pairs, fetch, soon, ahead, sums);

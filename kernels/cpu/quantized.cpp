@@ -81,6 +81,7 @@ void multiply_rows(const QuantizedRows& rows, const uint8_t* weights, int column
   const RowFactors factors(rows.data, groups);
   Vec total[kRows][kVectors];
   clear(total);
+  assume(groups > 0);
   for (int64_t group = 0; group < groups; ++group) {
     const uint8_t* piece = weights + group * group_bytes(kIsInt4 ? OCTAVO_WEIGHT_INT4 : OCTAVO_WEIGHT_INT8);
     for (int64_t i = 0; i < soon.bytes_per_group; i += 64) prefetch_l2(soon.next + i);

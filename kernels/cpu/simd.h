@@ -692,6 +692,12 @@ inline void keep(AnyVec& value) {
 #endif
 }
 
+// What is always true. Where a loop over sums is known to run at least once, the compiler keeps them in registers from the
+// start; else it prepares a copy of them in memory, and moves them there and back.
+inline void assume(bool condition) {
+  if (!condition) __builtin_unreachable();
+}
+
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 constexpr int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 
