@@ -14,7 +14,7 @@ constexpr int kPairsAhead = 16;
 // Weights that one tile reads, and no other, need no place in the caches behind the first one. AMD's cores then read
 // them faster; Intel's were not tried.
 const bool kFetchesPastCaches = vendor() == Vendor::kAmd;
-// Up to so many rows a whole step is decompressed at once: few have little to do meanwhile, and with short vectors loops cost more.
+// Up to so many rows a whole step is decompressed at once: few have little to do meanwhile, and short vectors have loops enough.
 constexpr int kRowsOfStep = kLanes == 16 ? 2 : kMaxTileRows;
 constexpr int64_t kBytesAhead = 12 << 10;  // where a tile fetches what it reads itself
 
@@ -153,7 +153,9 @@ class PlainWeights {
 class CompressedWeights {
  public:
   CompressedWeights(const OctavoLinear& linear, const BlockRange& blocks)
-      : linear_(linear), num_pairs_(divide_up(linear.in_features, 2)), source_(block_weights(linear, blocks.begin), 1, linear.in_features) {
+      : linear_(linear),
+        num_pairs_(divide_up(linear.in_features, 2)),
+        source_(block_weights(linear, blocks.begin), 1, linear.in_features) {
     const size_t size = divide_up(linear.in_features, kCompressedInputs) * kStepWeights;
     thread_local LineVector<bf16> buffer;
     if (buffer.size() < size) buffer.resize(size);
@@ -193,6 +195,15 @@ void multiply_rows(const Rows& input, Pairs weights, int column, int64_t num_pai
   }
 }
 
+// What sums will be added to is fetched while they are formed.
+void fetch_output(const Gemm& gemm, int64_t row, int num_rows, int64_t block) {
+  constexpr int64_t kBytes = kBlockColumns * sizeof(float);
+  for (int r = 0; r < num_rows; ++r) {
+    const char* const output = output_of(gemm, row + r, block);
+    for (int64_t line = 0; line < kBytes; line += kLineBytes) prefetch_to_write(output + line);
+  }
+}
+
 // The first or a later tile of rows of a block.
 template <int kRows, class Weights>
 void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, Weights& weights, int64_t tile,
@@ -200,12 +211,7 @@ void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, W
   alignas(64) float sums[kRows * kBlockColumns];
   const int64_t num_pairs = divide_up(gemm.linear->in_features, 2);
   constexpr int kColumnsAtOnce = vectors_at_once(kRows) * kLanes;
-  if (kRows > kRowsNearlyFree && gemm.epilogue == Epilogue::kAddResidual) {  // what is added to is read meanwhile
-    for (int r = 0; r < kRows; ++r) {
-      const char* const output = output_of(gemm, row + r, block);
-      for (int64_t byte = 0; byte < kBlockColumns * int64_t{sizeof(float)}; byte += kLineBytes) prefetch_to_write(output + byte);
-    }
-  }
+  if (kRows > kRowsNearlyFree && gemm.epilogue == Epilogue::kAddResidual) fetch_output(gemm, row, kRows, block);
   if (tile == 0) {
     const bool are_read_once = num_tiles == 1 && kColumnsAtOnce == kBlockColumns;
     multiply_rows<kRows>(input, weights.template first<kRows>(are_read_once), 0, num_pairs, fetch, soon, ahead, sums);
