@@ -15,13 +15,12 @@ namespace octavo {
 namespace {
 
 constexpr int kUppers = 16;
-constexpr int kWeightsPerStep = kCompressedInputs * kBlockColumns;
-static_assert(kWeightsPerStep == kGroupsPerStep * CompressedGroup::kWeights);
+static_assert(kStepWeights == kCompressedInputs * kBlockColumns);
 constexpr int64_t kMostInputs = (int64_t{1} << 23) / kBlockColumns;  // places have 24 bits, and kNoException is behind all of them
 
 int64_t steps_of(int64_t in_features) { return divide_up(in_features, kCompressedInputs); }
 
-int64_t exceptions_room(int64_t in_features) { return steps_of(in_features) * kWeightsPerStep / kWeightsPerException; }
+int64_t exceptions_room(int64_t in_features) { return steps_of(in_features) * kStepWeights / kWeightsPerException; }
 
 int64_t groups_offset(int64_t in_features) {
   return round_up(kUppers + (exceptions_room(in_features) + 1) * int64_t{sizeof(uint32_t)}, kLineBytes);
@@ -29,7 +28,7 @@ int64_t groups_offset(int64_t in_features) {
 
 // A packed block, whose inputs are padded to pairs, with zeros behind these up to a whole step.
 std::vector<bf16> whole_steps(const bf16* block, int64_t in_features) {
-  std::vector<bf16> weights(steps_of(in_features) * kWeightsPerStep);
+  std::vector<bf16> weights(steps_of(in_features) * kStepWeights);
   std::copy_n(block, round_up(in_features, 2) * kBlockColumns, weights.begin());
   return weights;
 }

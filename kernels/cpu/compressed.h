@@ -28,8 +28,10 @@ struct CompressedGroup {
 };
 static_assert(sizeof(CompressedGroup) == 192);
 
-constexpr int kCompressedInputs = 32;  // of a step, which is decompressed at once
+// A step holds the weights of so many inputs and a block, as they are packed: [kCompressedInputs / 2][kBlockColumns][2].
+constexpr int kCompressedInputs = 32;
 constexpr int kGroupsPerStep = 8;
+constexpr int kStepWeights = kGroupsPerStep * CompressedGroup::kWeights;
 constexpr int kWeightsPerException = 256;
 constexpr uint32_t kNoException = ~uint32_t{0};
 

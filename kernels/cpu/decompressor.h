@@ -6,13 +6,10 @@
 
 #include "aligned.h"
 #include "compressed.h"
-#include "gemm.h"
 #include "simd.h"
 
 namespace octavo {
 
-// A step holds the weights of kCompressedInputs inputs and a block, as they are packed: [kCompressedInputs / 2][kBlockColumns][2].
-constexpr int kStepWeights = kCompressedInputs * kBlockColumns;
 constexpr int kGroupBytes = sizeof(CompressedGroup::codes);
 
 // Decompresses the groups of blocks one after the other. Behind the last step it stays with that.
@@ -65,8 +62,9 @@ class Decompressor {
       const Bytes upper = look_up(frequent, half == 0 ? codes & 15 : codes >> 4);
       const Bytes lower = load_bytes(group.lower[half] + byte);
       bf16* const target = weights + half * kGroupBytes + byte / 2;
-      store_bytes(target, interleave_first(lower, upper));
-      store_bytes(target + kGroupBytes / 2, interleave_last(lower, upper));
+      const BytePairs pairs = interleave(lower, upper);
+      store_bytes(target, pairs.first);
+      store_bytes(target + kGroupBytes / 2, pairs.last);
     }
   }
 

@@ -58,7 +58,7 @@ struct DecompressedPairs {
     return groups;
   }
 
-  Decompressor& source;
+  Decompressor source;
   bf16* place;
   bool are_read_once;
 };
@@ -126,11 +126,12 @@ void multiply_rows(const Rows& input, Weights& weights, int column, int64_t num_
       store(sums + row * kBlockColumns + column + vector * kLanes, sum[row][vector]);
 }
 
-// Plain weights of a part, block by block.
+// The two kinds of weights, plain and compressed. The first tile of rows reads a block's by `first`, and what reads them again
+// then, later tiles or another part of its columns, by `again`.
+
 class PlainWeights {
  public:
-  PlainWeights(const OctavoLinear& linear, const BlockRange& /*blocks*/)
-      : linear_(linear), num_pairs_(divide_up(linear.in_features, 2)) {}
+  explicit PlainWeights(const OctavoLinear& linear) : linear_(linear), num_pairs_(divide_up(linear.in_features, 2)) {}
 
   // What a tile that has the weights for itself fetches.
   static Fetch fetch_of_only_tile(int64_t num_rows) {
@@ -138,45 +139,42 @@ class PlainWeights {
     return kFetchesPastCaches ? Fetch::kSoonPastCaches : Fetch::kNextBlock;
   }
 
-  void start(int64_t block) { block_ = reinterpret_cast<const bf16*>(block_weights(linear_, block)); }
   template <int kRows>
-  PlainPairs first(bool /*are_read_once*/) const { return again(); }
-  PlainPairs again() const { return {block_, num_pairs_}; }
+  PlainPairs first(int64_t block, bool /*are_read_once*/) const {
+    return again(block);
+  }
+  PlainPairs again(int64_t block) const {
+    return {reinterpret_cast<const bf16*>(block_weights(linear_, block)), num_pairs_};
+  }
 
  private:
   const OctavoLinear& linear_;
   const int64_t num_pairs_;
-  const bf16* block_ = nullptr;
 };
 
-// Compressed ones, which the first to read them decompresses.
+// The first reader decompresses a block into a buffer.
 class CompressedWeights {
  public:
-  CompressedWeights(const OctavoLinear& linear, const BlockRange& blocks)
-      : linear_(linear),
-        num_pairs_(divide_up(linear.in_features, 2)),
-        source_(block_weights(linear, blocks.begin), 1, linear.in_features) {
+  explicit CompressedWeights(const OctavoLinear& linear) : linear_(linear), num_pairs_(divide_up(linear.in_features, 2)) {
     const size_t size = divide_up(linear.in_features, kCompressedInputs) * kStepWeights;
     thread_local LineVector<bf16> buffer;
     if (buffer.size() < size) buffer.resize(size);
-    block_ = buffer.data();
+    buffer_ = buffer.data();
   }
 
   // Past the second cache they would come too late: a core waits for fewer lines there.
   static Fetch fetch_of_only_tile(int64_t /*num_rows*/) { return Fetch::kSoon; }
 
-  void start(int64_t block) { source_ = Decompressor(block_weights(linear_, block), 1, linear_.in_features); }
   template <int kRows>
-  DecompressedPairs<kRows <= kRowsOfStep ? kGroupsPerStep : 1> first(bool are_read_once) {
-    return {source_, block_, are_read_once};
+  DecompressedPairs<kRows <= kRowsOfStep ? kGroupsPerStep : 1> first(int64_t block, bool are_read_once) const {
+    return {Decompressor(block_weights(linear_, block), 1, linear_.in_features), buffer_, are_read_once};
   }
-  PlainPairs again() const { return {block_, num_pairs_}; }
+  PlainPairs again(int64_t /*block*/) const { return {buffer_, num_pairs_}; }
 
  private:
   const OctavoLinear& linear_;
   const int64_t num_pairs_;
-  Decompressor source_;
-  bf16* block_;
+  bf16* buffer_;
 };
 
 template <int kRows, class Pairs>
@@ -206,7 +204,7 @@ void fetch_output(const Gemm& gemm, int64_t row, int num_rows, int64_t block) {
 
 // The first or a later tile of rows of a block.
 template <int kRows, class Weights>
-void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, Weights& weights, int64_t tile,
+void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, const Weights& weights, int64_t tile,
               int64_t num_tiles, Fetch fetch, Prefetch& soon, ReadAhead* ahead) {
   alignas(64) float sums[kRows * kBlockColumns];
   const int64_t num_pairs = divide_up(gemm.linear->in_features, 2);
@@ -214,12 +212,12 @@ void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, W
   if (kRows > kRowsNearlyFree && gemm.epilogue == Epilogue::kAddResidual) fetch_output(gemm, row, kRows, block);
   if (tile == 0) {
     const bool are_read_once = num_tiles == 1 && kColumnsAtOnce == kBlockColumns;
-    multiply_rows<kRows>(input, weights.template first<kRows>(are_read_once), 0, num_pairs, fetch, soon, ahead, sums);
+    multiply_rows<kRows>(input, weights.template first<kRows>(block, are_read_once), 0, num_pairs, fetch, soon, ahead, sums);
   } else {
-    multiply_rows<kRows>(input, weights.again(), 0, num_pairs, fetch, soon, ahead, sums);
+    multiply_rows<kRows>(input, weights.again(block), 0, num_pairs, fetch, soon, ahead, sums);
   }
   for (int column = kColumnsAtOnce; column < kBlockColumns; column += kColumnsAtOnce) {
-    PlainPairs pairs = weights.again();
+    PlainPairs pairs = weights.again(block);
     multiply_rows<kRows, Fetch::kNothing>(input, pairs, column, num_pairs, soon, ahead, sums);
   }
   for (int r = 0; r < kRows; ++r) finish_block(gemm, row + r, block, sums + r * kBlockColumns);
@@ -242,9 +240,8 @@ void run_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& bl
                                            num_pairs * std::min<int64_t>(num_tiles, kTilesThatFetchWeights));
   const Fetch of_only_tile = Weights::fetch_of_only_tile(end - begin);
   const bool fetches_soon = num_tiles == 1 && (of_only_tile == Fetch::kSoon || of_only_tile == Fetch::kSoonPastCaches);
-  Weights weights(linear, blocks);
+  const Weights weights(linear);
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-    weights.start(block);
     const uint8_t* const fetched =
         fetches_soon ? block_weights(linear, block) + kBytesAhead : block_weights(linear, block + 1);
     Prefetch soon{reinterpret_cast<const char*>(fetched), bytes_per_pair};

@@ -255,9 +255,16 @@ constexpr bool kHasLookUp = false;
 
 // A table of so many bytes, in the form that `look_up` takes.
 inline Bytes load_table(const uint8_t* source) {
+#if defined(OCTAVO_AVX512)
+  return reinterpret_cast<Bytes>(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#elif defined(OCTAVO_AVX2)
+  return reinterpret_cast<Bytes>(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#else
   Bytes table;
-  for (size_t i = 0; i < sizeof table; i += kTableBytes) std::memcpy(reinterpret_cast<char*>(&table) + i, source, kTableBytes);
+  static_assert(sizeof table == kTableBytes);
+  std::memcpy(&table, source, sizeof table);
   return table;
+#endif
 }
 
 // The table's byte number `index`, which is below kTableBytes, for each byte.
@@ -274,31 +281,27 @@ inline Bytes look_up(Bytes table, Bytes index) {
 #endif
 }
 
-// Of each 16 bytes the first eight, or the others, each with its `upper` behind its `lower`.
-inline Bytes interleave_first(Bytes lower, Bytes upper) {
+// Two vectors of bytes as one of pairs, in two halves: of each 16 bytes the first eight, and the others. In a pair `upper` is
+// behind `lower`.
+struct BytePairs {
+  Bytes first;
+  Bytes last;
+};
+
+inline BytePairs interleave(Bytes lower, Bytes upper) {
 #if defined(OCTAVO_AVX512)
-  return reinterpret_cast<Bytes>(_mm512_unpacklo_epi8(reinterpret_cast<__m512i>(lower), reinterpret_cast<__m512i>(upper)));
+  const auto a = reinterpret_cast<__m512i>(lower), b = reinterpret_cast<__m512i>(upper);
+  return {reinterpret_cast<Bytes>(_mm512_unpacklo_epi8(a, b)), reinterpret_cast<Bytes>(_mm512_unpackhi_epi8(a, b))};
 #elif defined(OCTAVO_AVX2)
-  return reinterpret_cast<Bytes>(_mm256_unpacklo_epi8(reinterpret_cast<__m256i>(lower), reinterpret_cast<__m256i>(upper)));
+  const auto a = reinterpret_cast<__m256i>(lower), b = reinterpret_cast<__m256i>(upper);
+  return {reinterpret_cast<Bytes>(_mm256_unpacklo_epi8(a, b)), reinterpret_cast<Bytes>(_mm256_unpackhi_epi8(a, b))};
 #elif defined(OCTAVO_NEON)
-  return vzip1q_u8(lower, upper);
+  return {vzip1q_u8(lower, upper), vzip2q_u8(lower, upper)};
 #else
-  Bytes result;
-  for (size_t i = 0; i < sizeof result; ++i) result[i] = (i % 2 == 0 ? lower : upper)[i / 2];
-  return result;
-#endif
-}
-inline Bytes interleave_last(Bytes lower, Bytes upper) {
-#if defined(OCTAVO_AVX512)
-  return reinterpret_cast<Bytes>(_mm512_unpackhi_epi8(reinterpret_cast<__m512i>(lower), reinterpret_cast<__m512i>(upper)));
-#elif defined(OCTAVO_AVX2)
-  return reinterpret_cast<Bytes>(_mm256_unpackhi_epi8(reinterpret_cast<__m256i>(lower), reinterpret_cast<__m256i>(upper)));
-#elif defined(OCTAVO_NEON)
-  return vzip2q_u8(lower, upper);
-#else
-  Bytes result;
-  for (size_t i = 0; i < sizeof result; ++i) result[i] = (i % 2 == 0 ? lower : upper)[8 + i / 2];
-  return result;
+  BytePairs pairs;
+  for (size_t i = 0; i < sizeof lower; ++i) (i < 8 ? pairs.first : pairs.last)[i % 8 * 2] = lower[i];
+  for (size_t i = 0; i < sizeof upper; ++i) (i < 8 ? pairs.first : pairs.last)[i % 8 * 2 + 1] = upper[i];
+  return pairs;
 #endif
 }
 

@@ -13,15 +13,23 @@ from octavo.kernels.cpu import library
 from octavo.kernels.cpu.packing import Packer
 from octavo.kernels.cpu.runtime import BLOCK_COLUMNS, Runtime
 
-from .test_cpu_device import SHAPES, Shape, TinyModel, make_device, make_sequence, run_in_chunks, shuffled_blocks
+from .test_cpu_device import (
+    SHAPES,
+    VARIANTS,
+    Shape,
+    TinyModel,
+    make_device,
+    make_sequence,
+    run_in_chunks,
+    shuffled_blocks,
+)
 from .test_cpu_experts import MIXTURES, ExpertsModel
 
 NO_EXCEPTION = 2**32 - 1
 WEIGHTS_PER_STEP = 32 * BLOCK_COLUMNS
 WEIGHTS_PER_EXCEPTION = 256
 
-# All that read them; what has only other byte products reads them by the same code.
-VARIANTS = [v for v in library.runnable_variants() if v != "portable" and not v.endswith("_vnni")]
+READERS = [variant for variant in VARIANTS if variant != "portable"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +37,7 @@ def runtime() -> Runtime:
     return Runtime(num_threads=2)
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=READERS)
 def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
