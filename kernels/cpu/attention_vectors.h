@@ -47,19 +47,19 @@ void score_pages(const Activation* queries, const bf16* const* pages, int head_d
       store(scores + row * kTileKeys + vector * kLanes, sums[row][vector]);
 }
 
-// The products of weights and values for `kVectors` vectors of the head's dimensions. Where `factors` is null there is nothing in
-// `output` yet.
-template <int kRows, int kVectors>
+// The products of weights and values for `kVectors` vectors of the head's dimensions, added to `output` times `factors`, or without
+// any in place of what it holds.
+template <int kRows, int kVectors, bool kHasFactors>
 void add_some_values(const Tile& tile, const Activation* weights, int head_dim, int dim, const float* factors,
                      float* output) {
   const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
   Vec sums[kRows][kVectors];
-  if (factors == nullptr) {
-    clear(sums);
-  } else {
+  if constexpr (kHasFactors) {
     for (int row = 0; row < kRows; ++row)
       for (int vector = 0; vector < kVectors; ++vector)
         sums[row][vector] = load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
+  } else {
+    clear(sums);
   }
   assume(tile.num_pages > 0);
   for (int page = 0; page < tile.num_pages; ++page) {
@@ -112,8 +112,16 @@ class Products {
     constexpr int kVectors = columns_at_once(kRows, 1, 4);
     int dim = 0;
     for (; dim + kVectors * kLanes <= head_dim_; dim += kVectors * kLanes)
-      add_some_values<kRows, kVectors>(tile, weights, head_dim_, dim, factors, output);
-    for (; dim < head_dim_; dim += kLanes) add_some_values<kRows, 1>(tile, weights, head_dim_, dim, factors, output);
+      add_some_values<kVectors>(tile, weights, dim, factors, output);
+    for (; dim < head_dim_; dim += kLanes) add_some_values<1>(tile, weights, dim, factors, output);
+  }
+
+  // Two functions: in one, the compiler would move the sums through memory where its two ways meet.
+  template <int kVectors>
+  void add_some_values(const Tile& tile, const Activation* weights, int dim, const float* factors, float* output) const {
+    if (factors == nullptr)
+      return octavo::add_some_values<kRows, kVectors, false>(tile, weights, head_dim_, dim, nullptr, output);
+    octavo::add_some_values<kRows, kVectors, true>(tile, weights, head_dim_, dim, factors, output);
   }
 
   const Activation* const queries_;

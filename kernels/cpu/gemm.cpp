@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "activation.h"
 #include "compressed.h"
 #include "gemm_part.h"
 
@@ -59,8 +60,7 @@ void run_quantized_part(const Gemm& gemm, int64_t begin, int64_t end, const Bloc
       multiply_quantized({rows.data + first * rows.stride, rows.stride}, static_cast<int>(count),
                          block_weights(linear, block), linear.format, linear.in_features,
                          later.bytes_per_group > 0 ? later : soon, sums);
-      for (int64_t row = 0; row < count; ++row)
-        finish_block(gemm, begin + first + row, block, sums + row * kBlockColumns);
+      finish_rows(gemm, begin + first, static_cast<int>(count), block, sums);
     }
   }
 }
@@ -87,7 +87,57 @@ int64_t rows_of_item(const OctavoLinear& linear, int rows, int num_threads) {
   return round_up(divide_up(rows, num_pieces), kRowsPerTile);
 }
 
+void add_bias(float* sums, int num_rows, const float* bias) {
+  for (float* row = sums; row < sums + num_rows * kBlockColumns; row += kBlockColumns)
+    for (int i = 0; i < kBlockColumns; i += kLanes) store(row + i, load(row + i) + load(bias + i));
+}
+
+// Call `finish(output, sums)` for every row.
+template <class Output, class Finish>
+void for_each_row(Output* output, int64_t stride, const float* sums, int num_rows, const Finish& finish) {
+  for (int row = 0; row < num_rows; ++row) finish(output + row * stride, sums + row * kBlockColumns);
+}
+
+template <Vec (*kActivation)(Vec)>
+void store_gated(Activation* output, const float* sums) {
+  for (int i = 0; i < kGatedColumns; i += kLanes)
+    store_activation(output + i, kActivation(load(sums + i)) * load(sums + kGatedColumns + i));
+}
+
 }  // namespace
+
+void finish_rows(const Gemm& gemm, int64_t row, int num_rows, int64_t block, float* sums) {
+  if (gemm.linear->bias != nullptr) add_bias(sums, num_rows, gemm.linear->bias + block * kBlockColumns);
+  char* const place = output_of(gemm, row, block);
+  float* const output = reinterpret_cast<float*>(place);
+  Activation* const activations = reinterpret_cast<Activation*>(place);
+  const int64_t stride = gemm.output_stride, num_columns = gemm.num_columns - block * kBlockColumns;
+  switch (gemm.epilogue) {
+    case Epilogue::kStore:
+      if (num_columns >= kBlockColumns)
+        return for_each_row(output, stride, sums, num_rows, [](float* to, const float* sum) {
+          for (int i = 0; i < kBlockColumns; i += kLanes) store(to + i, load(sum + i));
+        });
+      return for_each_row(output, stride, sums, num_rows,
+                          [&](float* to, const float* sum) { std::copy_n(sum, num_columns, to); });
+    case Epilogue::kAddResidual:
+      return for_each_row(output, stride, sums, num_rows, [](float* to, const float* sum) {
+        for (int i = 0; i < kBlockColumns; i += kLanes) store(to + i, load(to + i) + load(sum + i));
+      });
+    case Epilogue::kAddWeighted:
+      for (int r = 0; r < num_rows; ++r) {
+        float* const to = reinterpret_cast<float*>(output_of(gemm, row + r, block));
+        const float* const sum = sums + r * kBlockColumns;
+        const Vec weight = broadcast(gemm.row_weights[row + r]);
+        for (int i = 0; i < kBlockColumns; i += kLanes) store(to + i, load(to + i) + weight * load(sum + i));
+      }
+      return;
+    case Epilogue::kSilu:
+      return for_each_row(activations, stride, sums, num_rows, store_gated<silu>);
+    case Epilogue::kGeluTanh:
+      return for_each_row(activations, stride, sums, num_rows, store_gated<gelu_tanh>);
+  }
+}
 
 GemmItems::GemmItems(int rows, const OctavoLinear& linear, bool gated, int num_threads) : num_rows(rows) {
   num_blocks = static_cast<int>(divide_up(linear.out_features, gated ? kGatedColumns : kBlockColumns));
@@ -134,10 +184,10 @@ void run_gemm_items(const Gemm& gemm, const GemmItems& items, int begin, int end
   }
 }
 
-void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end) {
+void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end, ReadAhead* ahead) {
   const int64_t step = rows_in_cache(*gemm.linear);
   for (int64_t row = 0; row < gemm.num_rows; row += step)
-    run_part(gemm, row, std::min<int64_t>(row + step, gemm.num_rows), {begin, end}, nullptr);
+    run_part(gemm, row, std::min<int64_t>(row + step, gemm.num_rows), {begin, end}, ahead);
 }
 
 }  // namespace octavo

@@ -70,8 +70,8 @@ class ReadAhead {
   virtual void advance() = 0;
 };
 
-// Compute all rows of blocks [begin, end).
-void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end);
+// Compute all rows of blocks [begin, end); `ahead` may be null.
+void run_gemm_blocks(const Gemm& gemm, int64_t begin, int64_t end, ReadAhead* ahead = nullptr);
 
 bool is_quantized(int32_t format);
 bool is_quantized(const OctavoLinear& linear);

@@ -73,8 +73,9 @@ class AmxSums {
 
   // Hand over at most `num_rows` rows more.
   void finish(int num_rows) {
-    const int end = std::min(next_ + num_rows, num_rows_);
-    for (; next_ < end; ++next_) finish_block(gemm_, first_row_ + next_, block_, sums_ + next_ * kBlockColumns);
+    num_rows = std::min(num_rows, num_rows_ - next_);
+    if (num_rows > 0) finish_rows(gemm_, first_row_ + next_, num_rows, block_, sums_ + next_ * kBlockColumns);
+    next_ += num_rows;
   }
 
  private:

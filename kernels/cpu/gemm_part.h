@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "activation.h"
 #include "amx.h"
 #include "gemm.h"
 
@@ -41,16 +40,6 @@ inline const uint8_t* block_weights(const OctavoLinear& linear, int64_t block) {
   return linear.weight + block * block_bytes(linear.format, linear.in_features);
 }
 
-inline void add_bias(float* sums, const float* bias) {
-  for (int i = 0; i < kBlockColumns; i += kLanes) store(sums + i, load(sums + i) + load(bias + i));
-}
-
-template <Vec (*kActivation)(Vec)>
-inline void store_gated(Activation* output, const float* sums) {
-  for (int i = 0; i < kGatedColumns; i += kLanes)
-    store_activation(output + i, kActivation(load(sums + i)) * load(sums + kGatedColumns + i));
-}
-
 inline bool is_gated(Epilogue epilogue) { return epilogue == Epilogue::kSilu || epilogue == Epilogue::kGeluTanh; }
 
 // Where the sums of one row and one block go: activations or float32.
@@ -64,37 +53,8 @@ inline char* output_of(const Gemm& gemm, int64_t row, int64_t block) {
   return reinterpret_cast<char*>(output);
 }
 
-// Hand over the sums of one row and one block.
-inline void finish_block(const Gemm& gemm, int64_t row, int64_t block, float* sums) {
-  if (gemm.linear->bias != nullptr) add_bias(sums, gemm.linear->bias + block * kBlockColumns);
-  char* const place = output_of(gemm, row, block);
-  float* const output = reinterpret_cast<float*>(place);
-  switch (gemm.epilogue) {
-    case Epilogue::kStore: {
-      const int64_t num_columns = gemm.num_columns - block * kBlockColumns;
-      if (num_columns >= kBlockColumns) {
-        for (int i = 0; i < kBlockColumns; i += kLanes) store(output + i, load(sums + i));
-      } else {
-        std::copy(sums, sums + num_columns, output);
-      }
-      break;
-    }
-    case Epilogue::kAddResidual:
-      for (int i = 0; i < kBlockColumns; i += kLanes) store(output + i, load(output + i) + load(sums + i));
-      break;
-    case Epilogue::kAddWeighted: {
-      const Vec weight = broadcast(gemm.row_weights[row]);
-      for (int i = 0; i < kBlockColumns; i += kLanes) store(output + i, load(output + i) + weight * load(sums + i));
-      break;
-    }
-    case Epilogue::kSilu:
-      store_gated<silu>(reinterpret_cast<Activation*>(place), sums);
-      break;
-    case Epilogue::kGeluTanh:
-      store_gated<gelu_tanh>(reinterpret_cast<Activation*>(place), sums);
-      break;
-  }
-}
+// Hand over the sums of some rows and one block, [num_rows, kBlockColumns], which are changed.
+void finish_rows(const Gemm& gemm, int64_t row, int num_rows, int64_t block, float* sums);
 
 // Rows [begin, end) of some blocks of bf16 weights. In gemm_amx.cpp or gemm_vectors.cpp.
 void run_bf16_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& blocks, ReadAhead* ahead);

@@ -220,7 +220,7 @@ void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, c
     PlainPairs pairs = weights.again(block);
     multiply_rows<kRows, Fetch::kNothing>(input, pairs, column, num_pairs, soon, ahead, sums);
   }
-  for (int r = 0; r < kRows; ++r) finish_block(gemm, row + r, block, sums + r * kBlockColumns);
+  finish_rows(gemm, row, kRows, block, sums);
 }
 
 // What one of several tiles fetches.
