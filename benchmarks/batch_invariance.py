@@ -26,7 +26,7 @@ from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.ops import Linear
 from octavo.kernels.cpu.library import available_cores
 
-LINEAR_PHASES = ("norm_linear", "linear_residual", "norm_gated_linear", "logits")
+LINEAR_PHASES = ("norm_linear", "linear_residual", "norm_gated_linear", "rowwise", "logits")
 STEPS = {1: (1, 128, 1), 8: (8, 128, 1), 32: (32, 128, 1), 512: (1, 512, 512)}  # rows: batch, context, new tokens each
 
 

@@ -228,9 +228,10 @@ OCTAVO_EXPORT int32_t octavo_program_run(OctavoProgram* program, const OctavoSte
                                          float* logits, char* error, size_t error_size);
 
 // Where the time of the steps since the last call went, in ns and number of phases (waits of all
-// threads for each other); both arrays are indexed by OctavoOpKind, and OCTAVO_PROFILE_PREPARE for rows
-// that are normed and quantised in a phase of their own. Measured only while switched on, which is off at first.
-enum { OCTAVO_PROFILE_PREPARE = 15, OCTAVO_PROFILE_SIZE = 16 };
+// threads for each other); both arrays are indexed by OctavoOpKind, OCTAVO_PROFILE_PREPARE for rows that are normed
+// and quantised in a phase of their own, and OCTAVO_PROFILE_ROWWISE for operations that together are one phase: the
+// linear layers of many rows, with what lies between them. Measured only while switched on, which is off at first.
+enum { OCTAVO_PROFILE_ROWWISE = 14, OCTAVO_PROFILE_PREPARE = 15, OCTAVO_PROFILE_SIZE = 16 };
 OCTAVO_EXPORT void octavo_program_profile(OctavoProgram* program, int32_t on, int64_t* ns, int64_t* num_phases);
 
 // The most that this machine can do, for benchmarks: read memory, and multiply pairs of bf16 or quads

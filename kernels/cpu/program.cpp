@@ -23,6 +23,19 @@ namespace {
 constexpr int kPrivateRows = 32;
 constexpr int kRowsPerItem = 4;  // of embedding, norm and rotary
 
+// Where each thread has so many rows, what is done row by row between two attentions is one phase: see kRowwise.
+constexpr int kFewestRowwiseRows = 256;
+// So many of them stay in a thread's cache the while. With fewer, all weights would be read too often.
+constexpr int64_t kRowwiseBytes = 384 << 10;
+constexpr int kFewestRowsAtOnce = 48, kMostRowsAtOnce = 96;
+static_assert(kFewestRowsAtOnce % kMaxTileRows == 0);
+// In tiles, rows are multiplied so fast that weights for so few cannot arrive in time.
+#if defined(OCTAVO_AMX)
+constexpr bool kJoinsRowwise = false;
+#else
+constexpr bool kJoinsRowwise = true;
+#endif
+
 constexpr size_t kBytesFetchedAhead = 256 << 10;  // by a thread that waits; a fraction of its cache
 constexpr size_t kBytesFetchedBeforeRows = 2 << 10;
 
@@ -40,16 +53,18 @@ enum class PhaseKind {
   kExpertsGated,
   kExpertsDown,
   kHidden,
+  kRowwise,  // some of these, one after the other over a few rows, whose values stay in a thread's cache
 };
 
 // What the threads do between two barriers. An operation becomes one phase or more.
 struct Phase {
   PhaseKind kind;
-  const OctavoOp* op;  // for kRotaryAttention the second of the two
+  const OctavoOp* op;  // for kRotaryAttention the second of the two, for kRowwise the first of all
   int num_rows;
   Gemm gemm;
   GemmItems gemm_items;
-  const OctavoOp* ahead;  // the attention whose pages a Gemm fetches; null: none
+  const OctavoOp* ahead = nullptr;  // the attention whose pages a Gemm fetches; null: none
+  std::vector<Phase> parts = {};    // of kRowwise
 };
 
 bool is_gated(const OctavoOp& op) { return op.kind == OCTAVO_NORM_GATED_LINEAR; }
@@ -58,6 +73,11 @@ Epilogue epilogue_of(const OctavoOp& op) {
   if (op.kind == OCTAVO_LINEAR_RESIDUAL) return Epilogue::kAddResidual;
   if (!is_gated(op)) return Epilogue::kStore;
   return op.activation == OCTAVO_SILU ? Epilogue::kSilu : Epilogue::kGeluTanh;
+}
+
+int profiled_kind(const Phase& phase) {
+  if (phase.kind == PhaseKind::kRowwise) return OCTAVO_PROFILE_ROWWISE;
+  return phase.kind == PhaseKind::kPrepare ? OCTAVO_PROFILE_PREPARE : phase.op->kind;
 }
 
 class IndexError {
@@ -89,6 +109,17 @@ struct Profile {
 struct PreparedRows {
   LineVector<Activation> normed;  // [rows, normed_stride]
   std::vector<char> quantized;    // [rows, quantized_stride]
+
+  void resize(int64_t num_rows, int64_t normed_stride, int64_t quantized_stride) {
+    normed.resize(num_rows * normed_stride);
+    quantized.resize(num_rows * quantized_stride);
+  }
+};
+
+// A thread's own.
+struct PrivateRows {
+  PreparedRows prepared;
+  LineVector<char> passed;  // what an operation passes to the next one: see Program::bytes_passed
 };
 
 class Program {
@@ -106,6 +137,9 @@ class Program {
   bool check_tokens(const OctavoStep& step, const OctavoCache& cache, const IndexError& error) const;
   bool check_sequence(const OctavoStep& step, const OctavoCache& cache, int s, const IndexError& error) const;
 
+  int64_t bytes_passed(const OctavoOp& op) const;
+  void reserve_private_rows();
+
   // Whether `op` reads keys and values, or what came of them, and nothing writes any after it.
   bool is_after_last_kv(const OctavoOp& op) const { return &op - ops_.data() >= last_attention_; }
 
@@ -117,8 +151,9 @@ class Program {
   int32_t max_positions_;
   int64_t normed_stride_ = 0;
   int64_t quantized_stride_ = 0;
-  PreparedRows prepared_;                       // of max_batch_tokens
-  std::vector<PreparedRows> private_prepared_;  // a thread's own, of kPrivateRows
+  PreparedRows prepared_;                  // of max_batch_tokens
+  std::vector<PrivateRows> private_rows_;  // by thread
+  int rows_at_once_ = 0;                   // of kRowwise
   ExpertsWork experts_;
   PieceSums piece_sums_;
 };
@@ -141,10 +176,15 @@ class StepJob : public Job {
   void add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows);
   void add_prepared_gemm(const OctavoOp& op, int num_rows);
   void add_experts(const OctavoOp& op, int num_rows);
+  void join_rowwise_phases();
   void prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const;
+  void prepare_row(const OctavoOp& op, const void* input, PreparedRows& output, int64_t index) const;
   void run_private_gemm(int phase, int begin, int end, int thread);
   void run_item(int phase, int item);
+  void run_rowwise_item(int phase, int item, int thread);
+  void run_rows(const Phase& part, int begin, int end, PrivateRows& rows, bool takes, bool passes, ReadAhead* ahead) const;
   void run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const;
+  void run_rotary(const OctavoOp& op, const float* qkv, int token, int first_kv_head, int num_kv_heads) const;
   void fetch_to_write_kv(const OctavoOp& op, int unit) const;
   void run_rotary_attention(int phase, int unit);
   void run_attention(int phase, int unit);
@@ -165,6 +205,17 @@ class StepJob : public Job {
   T* row(int buffer, int64_t index) const {
     const OctavoBuffer& b = program_.buffers_[buffer];
     return static_cast<T*>(b.data) + index * b.stride;
+  }
+
+  // What `op` reads and writes of a row: float32 or activations.
+  const char* input_row(const OctavoOp& op, int64_t index) const {
+    const bool is_float = op.norm.weight != nullptr || op.kind == OCTAVO_ROTARY_WRITE_KV;
+    return is_float ? reinterpret_cast<const char*>(row<float>(op.input, index))
+                    : reinterpret_cast<const char*>(row<Activation>(op.input, index));
+  }
+  char* output_row(const OctavoOp& op, int64_t index) const {
+    return is_gated(op) ? reinterpret_cast<char*>(row<Activation>(op.output, index))
+                        : reinterpret_cast<char*>(row<float>(op.output, index));
   }
 
   Program& program_;
@@ -203,13 +254,40 @@ Program::Program(ThreadPool& threads, const OctavoProgramInfo& info)
       quantized_stride_ = std::max(quantized_stride_, quantized_row_bytes(op.linear.in_features));
     if (op.kind == OCTAVO_NORM_EXPERTS_RESIDUAL) experts_.reserve(op, info.max_batch_tokens);
   }
-  const auto reserve = [&](PreparedRows& rows, int64_t count) {
-    rows.normed.resize(count * normed_stride_);
-    rows.quantized.resize(count * quantized_stride_);
-  };
-  reserve(prepared_, info.max_batch_tokens);
-  private_prepared_.resize(threads.num_threads());
-  for (PreparedRows& rows : private_prepared_) reserve(rows, kPrivateRows);
+  prepared_.resize(info.max_batch_tokens, normed_stride_, quantized_stride_);
+  reserve_private_rows();
+}
+
+void Program::reserve_private_rows() {
+  int64_t passed_bytes = 0, residual_bytes = 0;
+  for (const OctavoOp& op : ops_) {
+    passed_bytes = std::max(passed_bytes, bytes_passed(op));
+    if (op.kind == OCTAVO_LINEAR_RESIDUAL) residual_bytes = buffers_[op.output].stride * int64_t{sizeof(float)};
+  }
+  const int64_t prepared_bytes = normed_stride_ * int64_t{sizeof(Activation)} + quantized_stride_;
+  const int64_t rows_in_cache = kRowwiseBytes / (prepared_bytes + passed_bytes + residual_bytes);
+  rows_at_once_ = static_cast<int>(std::clamp<int64_t>(rows_in_cache, kFewestRowsAtOnce, kMostRowsAtOnce));
+  rows_at_once_ = rows_at_once_ / kMaxTileRows * kMaxTileRows;
+  private_rows_.resize(threads_.num_threads());
+  for (PrivateRows& rows : private_rows_) {
+    rows.prepared.resize(std::max(kPrivateRows, rows_at_once_), normed_stride_, quantized_stride_);
+    rows.passed.resize(rows_at_once_ * passed_bytes);
+  }
+}
+
+// The bytes of a row of what `op` computes for the next operation alone, where both can be parts of kRowwise; else 0.
+int64_t Program::bytes_passed(const OctavoOp& op) const {
+  const OctavoOp* const next = &op + 1;
+  const OctavoOp* const end = ops_.data() + ops_.size();
+  if (next == end || next->input != op.output) return 0;
+  if (next->kind != OCTAVO_ROTARY_WRITE_KV && next->kind != OCTAVO_LINEAR_RESIDUAL) return 0;
+  for (const OctavoOp* later = next + 1; later < end; ++later) {
+    if (later->input == op.output) return 0;
+    if (later->output == op.output) break;
+  }
+  const int64_t stride = buffers_[op.output].stride;
+  if (op.kind == OCTAVO_NORM_LINEAR) return stride * int64_t{sizeof(float)};
+  return op.kind == OCTAVO_NORM_GATED_LINEAR ? stride * int64_t{sizeof(Activation)} : 0;
 }
 
 bool Program::check(const OctavoStep& step, const OctavoCache& cache, const IndexError& error) const {
@@ -286,7 +364,39 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
     last_attention_.emplace(needed_rows_.step(), program.threads_.num_threads(), program.piece_sums_);
   const OctavoOp* end = program.ops_.data() + program.ops_.size();
   for (const OctavoOp& op : program.ops_) add_phases(op, &op + 1 == end ? nullptr : &op + 1);
+  if constexpr (kJoinsRowwise) join_rowwise_phases();
   plan_ahead();
+}
+
+// Join neighbours that do something with each row of the same rows.
+void StepJob::join_rowwise_phases() {
+  const int num_threads = program_.threads_.num_threads();
+  const auto can_join = [&](const Phase& phase) {
+    if (phase.op->kind == OCTAVO_LOGITS || phase.op->kind == OCTAVO_NORM_EXPERTS_RESIDUAL) return false;
+    return phase.kind == PhaseKind::kEmbed || phase.kind == PhaseKind::kPrepare || phase.kind == PhaseKind::kGemm ||
+           phase.kind == PhaseKind::kRotary;
+  };
+  std::vector<Phase> phases;
+  std::vector<int> items_per_phase;
+  for (size_t i = 0; i < phases_.size(); ++i) {
+    const int num_rows = phases_[i].num_rows;
+    size_t end = i;
+    if (num_rows >= kFewestRowwiseRows * num_threads)
+      while (end < phases_.size() && phases_[end].num_rows == num_rows && can_join(phases_[end])) ++end;
+    if (end < i + 2) {
+      phases.push_back(std::move(phases_[i]));
+      items_per_phase.push_back(items_per_phase_[i]);
+      continue;
+    }
+    Phase joined{PhaseKind::kRowwise, phases_[i].op, num_rows, Gemm{}, GemmItems{}};
+    joined.parts.assign(phases_.begin() + i, phases_.begin() + end);
+    phases.push_back(std::move(joined));
+    const int64_t num_tiles = divide_up(num_rows, kMaxTileRows), tiles_at_once = program_.rows_at_once_ / kMaxTileRows;
+    items_per_phase.push_back(static_cast<int>(round_up(divide_up(num_tiles, tiles_at_once), num_threads)));
+    i = end - 1;
+  }
+  phases_ = std::move(phases);
+  items_per_phase_ = std::move(items_per_phase);
 }
 
 // Every Gemm since the attention before fetches for the next one.
@@ -353,7 +463,7 @@ void StepJob::add_prepared_gemm(const OctavoOp& op, int num_rows) {
 }
 
 void StepJob::add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items) {
-  phases_.push_back({kind, &op, num_rows, Gemm{}, GemmItems{}, nullptr});
+  phases_.push_back({kind, &op, num_rows, Gemm{}, GemmItems{}});
   items_per_phase_.push_back(num_items);
 }
 
@@ -382,7 +492,7 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
     gemm.output_stride = gemm.num_columns = program_.buffers_[op.output].stride;
   }
   const GemmItems items(num_rows, op.linear, is_gated(op), program_.threads_.num_threads());
-  phases_.push_back({kind, &op, num_rows, gemm, items, nullptr});
+  phases_.push_back({kind, &op, num_rows, gemm, items});
   items_per_phase_.push_back(items.count());
 }
 
@@ -411,6 +521,9 @@ void StepJob::run_items(int index, int begin, int end, int thread) {
     case PhaseKind::kPrepareGemm:
       run_private_gemm(index, begin, end, thread);
       break;
+    case PhaseKind::kRowwise:
+      for (int item = begin; item < end; ++item) run_rowwise_item(index, item, thread);
+      break;
     default:
       for (int item = begin; item < end; ++item) run_item(index, item);
   }
@@ -429,7 +542,8 @@ void StepJob::run_item(int index, int item) {
       prepare_rows(phase, begin, end, program_.prepared_);
       break;
     case PhaseKind::kGemm:
-    case PhaseKind::kPrepareGemm:  // see run_items
+    case PhaseKind::kPrepareGemm:
+    case PhaseKind::kRowwise:  // see run_items
       break;
     case PhaseKind::kRotary:
       run_rotary(op, begin, end, 0, op.num_kv_heads);
@@ -469,7 +583,7 @@ void StepJob::phase_begins(int index) {
   const auto now = std::chrono::steady_clock::now();
   if (measured_phase_ >= 0) {
     const Phase& phase = phases_[measured_phase_];
-    const int kind = phase.kind == PhaseKind::kPrepare ? OCTAVO_PROFILE_PREPARE : phase.op->kind;
+    const int kind = profiled_kind(phase);
     profile.ns[kind] += std::chrono::nanoseconds(now - phase_start_).count();
     ++profile.num_phases[kind];
   }
@@ -484,22 +598,70 @@ MemoryRange StepJob::first_read(int index, int item) const {
   return {weights.begin, std::min<size_t>(weights.size, kBytesFetchedAhead)};
 }
 
+void StepJob::prepare_row(const OctavoOp& op, const void* input, PreparedRows& output, int64_t index) const {
+  Activation* const normed = output.normed.data() + index * program_.normed_stride_;
+  const bool has_norm = op.norm.weight != nullptr;
+  if (has_norm) norm_row(op.norm, static_cast<const float*>(input), normed);
+  if (is_quantized(op.linear))
+    quantize_row(has_norm ? normed : static_cast<const Activation*>(input), op.linear.in_features,
+                 output.quantized.data() + index * program_.quantized_stride_);
+}
+
 void StepJob::prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const {
   const OctavoOp& op = *phase.op;
   for (int r = begin; r < end; ++r) {
     const int token = op.kind == OCTAVO_LOGITS ? step_of(op).logits_rows[r] : r;
-    Activation* normed = output.normed.data() + r * program_.normed_stride_;
-    const bool has_norm = op.norm.weight != nullptr;
-    if (has_norm) norm_row(op.norm, row<float>(op.input, token), normed);
-    if (is_quantized(op.linear))
-      quantize_row(has_norm ? normed : row<Activation>(op.input, token), op.linear.in_features,
-                   output.quantized.data() + r * program_.quantized_stride_);
+    prepare_row(op, input_row(op, token), output, r);
+  }
+}
+
+// All parts over some rows, which begin and end where tiles do.
+void StepJob::run_rowwise_item(int index, int item, int thread) {
+  const Phase& phase = phases_[index];
+  const int64_t num_items = items_per_phase_[index], num_tiles = divide_up(phase.num_rows, kMaxTileRows);
+  const int begin = static_cast<int>(num_tiles * item / num_items * kMaxTileRows);
+  const int end = std::min(phase.num_rows, static_cast<int>(num_tiles * (item + 1) / num_items * kMaxTileRows));
+  const OctavoOp* const last_op = phase.parts.back().op;
+  const auto passes = [&](const OctavoOp& op) { return &op < last_op && program_.bytes_passed(op) > 0; };
+  for (const Phase& part : phase.parts) {
+    const OctavoOp& op = *part.op;
+    run_rows(part, begin, end, program_.private_rows_[thread], &op > phase.op && passes(*(&op - 1)), passes(op),
+             ahead_of(index, thread));
+  }
+}
+
+// One part. What it takes of the one before or passes to the one after lies in the thread's own memory.
+void StepJob::run_rows(const Phase& part, int begin, int end, PrivateRows& rows, bool takes, bool passes,
+                       ReadAhead* ahead) const {
+  const OctavoOp& op = *part.op;
+  const auto input = [&](int r) {
+    return takes ? rows.passed.data() + (r - begin) * program_.bytes_passed(*(&op - 1)) : input_row(op, r);
+  };
+  switch (part.kind) {
+    case PhaseKind::kEmbed:
+      for (int t = begin; t < end; ++t) embed_token(op, step_.token_ids[t], row<float>(op.output, t));
+      break;
+    case PhaseKind::kPrepare:
+      for (int r = begin; r < end; ++r) prepare_row(op, input(r), rows.prepared, r - begin);
+      break;
+    case PhaseKind::kRotary:
+      for (int t = begin; t < end; ++t)
+        run_rotary(op, reinterpret_cast<const float*>(input(t)), t, 0, op.num_kv_heads);
+      break;
+    default: {
+      Gemm gemm = part.gemm;
+      gemm.num_rows = end - begin;
+      gemm.input = op.kind == OCTAVO_LINEAR_RESIDUAL ? reinterpret_cast<const Activation*>(input(begin)) : rows.prepared.normed.data();
+      if (is_quantized(op.linear)) gemm.quantized_input.data = rows.prepared.quantized.data();
+      gemm.output = passes ? rows.passed.data() : output_row(op, begin);
+      run_gemm_blocks(gemm, 0, part.gemm_items.num_blocks, ahead);
+    }
   }
 }
 
 void StepJob::run_private_gemm(int index, int begin, int end, int thread) {
   const Phase& phase = phases_[index];
-  PreparedRows& rows = program_.private_prepared_[thread];
+  PreparedRows& rows = program_.private_rows_[thread].prepared;
   if (private_phase_[thread] != index) {
     // This waits for rows that another thread has just written; the weights set out meanwhile.
     const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, begin);
@@ -529,11 +691,13 @@ bf16* StepJob::layer_pages(const OctavoOp& op, int64_t block) const {
 }
 
 void StepJob::run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const {
-  for (int t = begin; t < end; ++t) {
-    const int32_t slot = step_.slot_mapping[t];
-    rotary_write_kv(op, row<float>(op.input, t), step_.positions[t], first_kv_head, num_kv_heads,
-                    layer_pages(op, slot / kBlockTokens), slot % kBlockTokens, row<Activation>(op.output, t));
-  }
+  for (int t = begin; t < end; ++t) run_rotary(op, row<float>(op.input, t), t, first_kv_head, num_kv_heads);
+}
+
+void StepJob::run_rotary(const OctavoOp& op, const float* qkv, int token, int first_kv_head, int num_kv_heads) const {
+  const int32_t slot = step_.slot_mapping[token];
+  rotary_write_kv(op, qkv, step_.positions[token], first_kv_head, num_kv_heads, layer_pages(op, slot / kBlockTokens),
+                  slot % kBlockTokens, row<Activation>(op.output, token));
 }
 
 // A key is spread over all lines of its page: without this, the writes would wait for one after the other.

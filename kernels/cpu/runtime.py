@@ -151,7 +151,7 @@ class Program:
     def profile(self, on: bool) -> dict[int, tuple[int, int]]:
         """Return (ns, phases) by kind of operation since the last call; measure on, or no longer.
 
-        Kinds are those of `library` and PROFILE_NORM. A phase is what lies between two waits of all
+        Kinds are those of `library`, PROFILE_ROWWISE and PROFILE_PREPARE. A phase is what lies between two waits of all
         threads for each other.
         """
         ns, phases = ((ctypes.c_int64 * library.PROFILE_SIZE)() for _ in range(2))
