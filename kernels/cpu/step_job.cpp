@@ -1,0 +1,429 @@
+#include "step_job.h"
+
+#include <algorithm>
+
+#include "elementwise.h"
+#include "experts.h"
+
+namespace octavo {
+namespace {
+
+constexpr int kRowsPerItem = 4;  // of embedding, norm and rotary
+
+// Where each thread has so many rows, what is done row by row between two attentions is one phase: see kRowwise.
+constexpr int kFewestRowwiseRows = 256;
+// In tiles, rows are multiplied so fast that weights for so few cannot arrive in time.
+#if defined(OCTAVO_AMX)
+constexpr bool kJoinsRowwise = false;
+#else
+constexpr bool kJoinsRowwise = true;
+#endif
+
+constexpr size_t kBytesFetchedAhead = 256 << 10;  // by a thread that waits; a fraction of its cache
+constexpr size_t kBytesFetchedBeforeRows = 2 << 10;
+
+Epilogue epilogue_of(const OctavoOp& op) {
+  if (op.kind == OCTAVO_LINEAR_RESIDUAL) return Epilogue::kAddResidual;
+  if (!is_gated(op)) return Epilogue::kStore;
+  return op.activation == OCTAVO_SILU ? Epilogue::kSilu : Epilogue::kGeluTanh;
+}
+
+int profiled_kind(const Phase& phase) {
+  if (phase.kind == PhaseKind::kRowwise) return OCTAVO_PROFILE_ROWWISE;
+  return phase.kind == PhaseKind::kPrepare ? OCTAVO_PROFILE_PREPARE : phase.op->kind;
+}
+
+}  // namespace
+
+StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& cache, float* logits)
+    : program_(program),
+      step_(step),
+      cache_(cache),
+      logits_(logits),
+      needed_rows_(step),
+      attention_(step, program.threads_.num_threads(), program.piece_sums_),
+      private_phase_(program.threads_.num_threads(), -1),
+      ahead_(program.threads_.num_threads()) {
+  if (needed_rows_.are_fewer())
+    last_attention_.emplace(needed_rows_.step(), program.threads_.num_threads(), program.piece_sums_);
+  const OctavoOp* end = program.ops_.data() + program.ops_.size();
+  for (const OctavoOp& op : program.ops_) add_phases(op, &op + 1 == end ? nullptr : &op + 1);
+  if constexpr (kJoinsRowwise) join_rowwise_phases();
+  plan_ahead();
+}
+
+// Join neighbours that do something with each row of the same rows.
+void StepJob::join_rowwise_phases() {
+  const int num_threads = program_.threads_.num_threads();
+  const auto can_join = [&](const Phase& phase) {
+    if (phase.op->kind == OCTAVO_LOGITS || phase.op->kind == OCTAVO_NORM_EXPERTS_RESIDUAL) return false;
+    return phase.kind == PhaseKind::kEmbed || phase.kind == PhaseKind::kPrepare || phase.kind == PhaseKind::kGemm ||
+           phase.kind == PhaseKind::kRotary;
+  };
+  std::vector<Phase> phases;
+  std::vector<int> items_per_phase;
+  for (size_t i = 0; i < phases_.size(); ++i) {
+    const int num_rows = phases_[i].num_rows;
+    size_t end = i;
+    if (num_rows >= kFewestRowwiseRows * num_threads)
+      while (end < phases_.size() && phases_[end].num_rows == num_rows && can_join(phases_[end])) ++end;
+    if (end < i + 2) {
+      phases.push_back(std::move(phases_[i]));
+      items_per_phase.push_back(items_per_phase_[i]);
+      continue;
+    }
+    Phase joined{PhaseKind::kRowwise, phases_[i].op, num_rows, Gemm{}, GemmItems{}};
+    joined.parts.assign(phases_.begin() + i, phases_.begin() + end);
+    phases.push_back(std::move(joined));
+    const int64_t num_tiles = divide_up(num_rows, kMaxTileRows), tiles_at_once = program_.rows_at_once_ / kMaxTileRows;
+    items_per_phase.push_back(static_cast<int>(round_up(divide_up(num_tiles, tiles_at_once), num_threads)));
+    i = end - 1;
+  }
+  phases_ = std::move(phases);
+  items_per_phase_ = std::move(items_per_phase);
+}
+
+// Every Gemm since the attention before fetches for the next one.
+void StepJob::plan_ahead() {
+  const OctavoOp* attention = nullptr;
+  for (size_t i = phases_.size(); i-- > 0;) {
+    const bool is_attention = phases_[i].kind == PhaseKind::kRotaryAttention || phases_[i].kind == PhaseKind::kAttention;
+    if (is_attention && plan_of(*phases_[i].op).can_read_ahead(*phases_[i].op)) attention = phases_[i].op;
+    phases_[i].ahead = attention;
+  }
+}
+
+// Whether rotary and the attention after it are one phase: each unit of attention then rotates its
+// own heads first, and waits for nobody.
+bool StepJob::attends_at_once(const OctavoOp& op, const OctavoOp* next) {
+  return op.kind == OCTAVO_ROTARY_WRITE_KV && next != nullptr && next->kind == OCTAVO_PAGED_ATTENTION &&
+         next->input == op.output && next->layer == op.layer && !drops_rows(*next) && attention_.is_self_contained(*next);
+}
+
+void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
+  const int num_tokens = step_of(op).num_tokens, num_logits_rows = step_of(op).num_logits_rows;
+  switch (op.kind) {
+    case OCTAVO_EMBED:
+      add_phase(PhaseKind::kEmbed, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
+      break;
+    case OCTAVO_ROTARY_WRITE_KV:
+      if (!attends_at_once(op, next))
+        add_phase(PhaseKind::kRotary, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
+      break;
+    case OCTAVO_PAGED_ATTENTION: {
+      const bool at_once = &op != program_.ops_.data() && attends_at_once(*(&op - 1), &op);
+      if (drops_rows(op)) add_phase(PhaseKind::kKeepNeededRows, op, num_tokens, 2);
+      add_phase(at_once ? PhaseKind::kRotaryAttention : PhaseKind::kAttention, op, num_tokens, plan_of(op).prepare(op));
+      break;
+    }
+    case OCTAVO_LINEAR_RESIDUAL:
+      if (is_quantized(op.linear)) {
+        add_prepared_gemm(op, num_tokens);
+      } else {
+        add_gemm(PhaseKind::kGemm, op, num_tokens);
+      }
+      break;
+    case OCTAVO_NORM_EXPERTS_RESIDUAL:
+      add_experts(op, num_tokens);
+      break;
+    case OCTAVO_HIDDEN:
+      add_phase(PhaseKind::kHidden, op, num_logits_rows, static_cast<int>(divide_up(num_logits_rows, kRowsPerItem)));
+      break;
+    case OCTAVO_NORM_LINEAR:
+    case OCTAVO_NORM_GATED_LINEAR:
+    case OCTAVO_LOGITS:
+      add_prepared_gemm(op, op.kind == OCTAVO_LOGITS ? num_logits_rows : num_tokens);
+      break;
+  }
+}
+
+void StepJob::add_prepared_gemm(const OctavoOp& op, int num_rows) {
+  if (num_rows <= kPrivateRows) {
+    add_gemm(PhaseKind::kPrepareGemm, op, num_rows);
+  } else {
+    add_phase(PhaseKind::kPrepare, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
+    add_gemm(PhaseKind::kGemm, op, num_rows);
+  }
+}
+
+void StepJob::add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items) {
+  phases_.push_back({kind, &op, num_rows, Gemm{}, GemmItems{}});
+  items_per_phase_.push_back(num_items);
+}
+
+void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
+  Gemm gemm{};
+  gemm.num_rows = num_rows;
+  gemm.linear = &op.linear;
+  gemm.epilogue = epilogue_of(op);
+  if (op.kind == OCTAVO_LINEAR_RESIDUAL) {
+    gemm.input = row<Activation>(op.input, 0);
+    gemm.input_stride = program_.buffers_[op.input].stride;
+  } else {
+    gemm.input = program_.prepared_.normed.data();
+    gemm.input_stride = program_.normed_stride_;
+  }
+  if (is_quantized(op.linear))
+    gemm.quantized_input = {program_.prepared_.quantized.data(), program_.quantized_stride_};
+  if (op.kind == OCTAVO_NORM_EXPERTS_RESIDUAL) {  // the router
+    gemm.output = program_.experts_.logits();
+    gemm.output_stride = gemm.num_columns = static_cast<int>(ExpertsWork::logits_stride(op));
+  } else if (op.kind == OCTAVO_LOGITS) {
+    gemm.output = logits_;
+    gemm.output_stride = gemm.num_columns = op.linear.out_features;
+  } else {
+    gemm.output = program_.buffers_[op.output].data;
+    gemm.output_stride = gemm.num_columns = program_.buffers_[op.output].stride;
+  }
+  const GemmItems items(num_rows, op.linear, is_gated(op), program_.threads_.num_threads());
+  phases_.push_back({kind, &op, num_rows, gemm, items});
+  items_per_phase_.push_back(items.count());
+}
+
+void StepJob::add_experts(const OctavoOp& op, int num_rows) {
+  const int num_threads = program_.threads_.num_threads();
+  if (num_rows == 0) return;
+  add_phase(PhaseKind::kPrepare, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
+  add_gemm(PhaseKind::kGemm, op, num_rows);
+  add_phase(PhaseKind::kChoose, op, num_rows, 1);
+  add_phase(PhaseKind::kGather, op, num_rows, ExpertsWork::num_gather_items(op, num_rows));
+  add_phase(PhaseKind::kExpertsGated, op, num_rows, ExpertsWork::num_gated_items(op, num_rows, num_threads));
+  add_phase(PhaseKind::kExpertsDown, op, num_rows, ExpertsWork::num_down_items(op, num_threads));
+}
+
+// A thread that goes on to the neighbouring weights has set out to fetch them already.
+bool StepJob::has_runs(int index) const {
+  return phases_[index].kind == PhaseKind::kGemm || phases_[index].kind == PhaseKind::kPrepareGemm;
+}
+
+void StepJob::run_items(int index, int begin, int end, int thread) {
+  const Phase& phase = phases_[index];
+  switch (phase.kind) {
+    case PhaseKind::kGemm:
+      run_gemm_items(phase.gemm, phase.gemm_items, begin, end, ahead_of(index, thread));
+      break;
+    case PhaseKind::kPrepareGemm:
+      run_private_gemm(index, begin, end, thread);
+      break;
+    case PhaseKind::kRowwise:
+      for (int item = begin; item < end; ++item) run_rowwise_item(index, item, thread);
+      break;
+    default:
+      for (int item = begin; item < end; ++item) run_item(index, item);
+  }
+}
+
+void StepJob::run_item(int index, int item) {
+  const Phase& phase = phases_[index];
+  const OctavoOp& op = *phase.op;
+  const int begin = item * kRowsPerItem;
+  const int end = std::min(begin + kRowsPerItem, phase.num_rows);
+  switch (phase.kind) {
+    case PhaseKind::kEmbed:
+      for (int t = begin; t < end; ++t) embed_token(op, step_.token_ids[t], row<float>(op.output, t));
+      break;
+    case PhaseKind::kPrepare:
+      prepare_rows(phase, begin, end, program_.prepared_);
+      break;
+    case PhaseKind::kGemm:
+    case PhaseKind::kPrepareGemm:
+    case PhaseKind::kRowwise:  // see run_items
+      break;
+    case PhaseKind::kRotary:
+      run_rotary(op, begin, end, 0, op.num_kv_heads);
+      break;
+    case PhaseKind::kAttention:
+      run_attention(index, item);
+      break;
+    case PhaseKind::kRotaryAttention:
+      run_rotary_attention(index, item);
+      break;
+    case PhaseKind::kKeepNeededRows:
+      keep_needed_rows(op, item);
+      break;
+    case PhaseKind::kChoose:
+      program_.experts_.choose(op, phase.num_rows);
+      break;
+    case PhaseKind::kGather:
+      program_.experts_.gather(program_.prepared_.normed.data(), program_.normed_stride_, item);
+      break;
+    case PhaseKind::kExpertsGated:
+      program_.experts_.run_gated(op, program_.prepared_.normed.data(), program_.normed_stride_, item, items_per_phase_[index]);
+      break;
+    case PhaseKind::kExpertsDown:
+      program_.experts_.run_down(op, row<float>(op.output, 0), program_.buffers_[op.output].stride, item,
+                                 items_per_phase_[index]);
+      break;
+    case PhaseKind::kHidden:
+      for (int r = begin; r < end; ++r)
+        norm_row_exact(op.norm, row<float>(op.input, step_of(op).logits_rows[r]), logits_ + int64_t{r} * op.norm.size);
+      break;
+  }
+}
+
+void StepJob::phase_begins(int index) {
+  Profile& profile = program_.profile;
+  if (!profile.on) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (measured_phase_ >= 0) {
+    const Phase& phase = phases_[measured_phase_];
+    const int kind = profiled_kind(phase);
+    profile.ns[kind] += std::chrono::nanoseconds(now - phase_start_).count();
+    ++profile.num_phases[kind];
+  }
+  measured_phase_ = index;
+  phase_start_ = now;
+}
+
+MemoryRange StepJob::first_read(int index, int item) const {
+  const Phase& phase = phases_[index];
+  if (phase.kind != PhaseKind::kGemm && phase.kind != PhaseKind::kPrepareGemm) return {};
+  const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, item);
+  return {weights.begin, std::min<size_t>(weights.size, kBytesFetchedAhead)};
+}
+
+void StepJob::prepare_row(const OctavoOp& op, const void* input, PreparedRows& output, int64_t index) const {
+  Activation* const normed = output.normed.data() + index * program_.normed_stride_;
+  const bool has_norm = op.norm.weight != nullptr;
+  if (has_norm) norm_row(op.norm, static_cast<const float*>(input), normed);
+  if (is_quantized(op.linear))
+    quantize_row(has_norm ? normed : static_cast<const Activation*>(input), op.linear.in_features,
+                 output.quantized.data() + index * program_.quantized_stride_);
+}
+
+void StepJob::prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const {
+  const OctavoOp& op = *phase.op;
+  for (int r = begin; r < end; ++r) {
+    const int token = op.kind == OCTAVO_LOGITS ? step_of(op).logits_rows[r] : r;
+    prepare_row(op, input_row(op, token), output, r);
+  }
+}
+
+// All parts over some rows, which begin and end where tiles do.
+void StepJob::run_rowwise_item(int index, int item, int thread) {
+  const Phase& phase = phases_[index];
+  const int64_t num_items = items_per_phase_[index], num_tiles = divide_up(phase.num_rows, kMaxTileRows);
+  const int begin = static_cast<int>(num_tiles * item / num_items * kMaxTileRows);
+  const int end = std::min(phase.num_rows, static_cast<int>(num_tiles * (item + 1) / num_items * kMaxTileRows));
+  const OctavoOp* const last_op = phase.parts.back().op;
+  const auto passes = [&](const OctavoOp& op) { return &op < last_op && program_.bytes_passed(op) > 0; };
+  for (const Phase& part : phase.parts) {
+    const OctavoOp& op = *part.op;
+    run_rows(part, begin, end, program_.private_rows_[thread], &op > phase.op && passes(*(&op - 1)), passes(op),
+             ahead_of(index, thread));
+  }
+}
+
+// One part. What it takes of the one before or passes to the one after lies in the thread's own memory.
+void StepJob::run_rows(const Phase& part, int begin, int end, PrivateRows& rows, bool takes, bool passes,
+                       ReadAhead* ahead) const {
+  const OctavoOp& op = *part.op;
+  const auto input = [&](int r) {
+    return takes ? rows.passed.data() + (r - begin) * program_.bytes_passed(*(&op - 1)) : input_row(op, r);
+  };
+  switch (part.kind) {
+    case PhaseKind::kEmbed:
+      for (int t = begin; t < end; ++t) embed_token(op, step_.token_ids[t], row<float>(op.output, t));
+      break;
+    case PhaseKind::kPrepare:
+      for (int r = begin; r < end; ++r) prepare_row(op, input(r), rows.prepared, r - begin);
+      break;
+    case PhaseKind::kRotary:
+      for (int t = begin; t < end; ++t)
+        run_rotary(op, reinterpret_cast<const float*>(input(t)), t, 0, op.num_kv_heads);
+      break;
+    default: {
+      Gemm gemm = part.gemm;
+      gemm.num_rows = end - begin;
+      gemm.input = op.kind == OCTAVO_LINEAR_RESIDUAL ? reinterpret_cast<const Activation*>(input(begin)) : rows.prepared.normed.data();
+      if (is_quantized(op.linear)) gemm.quantized_input.data = rows.prepared.quantized.data();
+      gemm.output = passes ? rows.passed.data() : output_row(op, begin);
+      run_gemm_blocks(gemm, 0, part.gemm_items.num_blocks, ahead);
+    }
+  }
+}
+
+void StepJob::run_private_gemm(int index, int begin, int end, int thread) {
+  const Phase& phase = phases_[index];
+  PreparedRows& rows = program_.private_rows_[thread].prepared;
+  if (private_phase_[thread] != index) {
+    // This waits for rows that another thread has just written; the weights set out meanwhile.
+    const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, begin);
+    for (size_t i = 0; i < std::min(weights.size, kBytesFetchedBeforeRows); i += 64) prefetch_l2(weights.begin + i);
+    prepare_rows(phase, 0, phase.num_rows, rows);
+    private_phase_[thread] = index;
+  }
+  Gemm gemm = phase.gemm;
+  gemm.input = rows.normed.data();
+  if (is_quantized(*gemm.linear)) gemm.quantized_input.data = rows.quantized.data();
+  run_gemm_items(gemm, phase.gemm_items, begin, end, ahead_of(index, thread));
+}
+
+// What a thread has still to fetch for the attention after a phase.
+ReadAhead* StepJob::ahead_of(int index, int thread) {
+  const OctavoOp* op = phases_[index].ahead;
+  if (op == nullptr) return nullptr;
+  ThreadAhead& ahead = ahead_[thread];
+  if (ahead.op != op)
+    ahead = {op, PagesAhead(plan_of(*op), *op, attention_data(*op), thread, program_.threads_.num_threads())};
+  return &ahead.pages;
+}
+
+bf16* StepJob::layer_pages(const OctavoOp& op, int64_t block) const {
+  const int64_t layer_size = int64_t{2} * op.num_kv_heads * op.head_dim * kBlockTokens;
+  return cache_.data + (block * program_.info_.num_layers + op.layer) * layer_size;
+}
+
+void StepJob::run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const {
+  for (int t = begin; t < end; ++t) run_rotary(op, row<float>(op.input, t), t, first_kv_head, num_kv_heads);
+}
+
+void StepJob::run_rotary(const OctavoOp& op, const float* qkv, int token, int first_kv_head, int num_kv_heads) const {
+  const int32_t slot = step_.slot_mapping[token];
+  rotary_write_kv(op, qkv, step_.positions[token], first_kv_head, num_kv_heads, layer_pages(op, slot / kBlockTokens),
+                  slot % kBlockTokens, row<Activation>(op.output, token));
+}
+
+// A key is spread over all lines of its page: without this, the writes would wait for one after the other.
+void StepJob::fetch_to_write_kv(const OctavoOp& op, int unit) const {
+  const AttentionItem& item = attention_.items()[unit / op.num_kv_heads];
+  const int64_t page_size = int64_t{op.head_dim} * kBlockTokens;
+  for (int t = item.first_token; t < item.first_token + item.num_tokens; ++t) {
+    const int32_t slot = step_.slot_mapping[t];
+    const bf16* keys = layer_pages(op, slot / kBlockTokens) + unit % op.num_kv_heads * 2 * page_size;
+    const bf16* values = keys + page_size + slot % kBlockTokens / 2 * op.head_dim * 2;
+    for (int64_t i = 0; i < page_size; i += 32) prefetch_to_write(keys + i);
+    for (int64_t i = 0; i < op.head_dim * 2; i += 32) prefetch_to_write(values + i);
+  }
+}
+
+void StepJob::run_rotary_attention(int phase, int unit) {
+  const OctavoOp& op = *phases_[phase].op;
+  const AttentionItem& item = attention_.items()[unit / op.num_kv_heads];
+  fetch_to_write_kv(op, unit);
+  if (unit + 1 < items_per_phase_[phase]) fetch_to_write_kv(op, unit + 1);
+  run_rotary(*(&op - 1), item.first_token, item.first_token + item.num_tokens, unit % op.num_kv_heads, 1);
+  run_attention(phase, unit);
+}
+
+void StepJob::run_attention(int phase, int unit) {
+  const OctavoOp& op = *phases_[phase].op;
+  plan_of(op).run_unit(op, unit, items_per_phase_[phase], attention_data(op));
+}
+
+// The queries, and the residual: the operations from here on read nothing else of before.
+void StepJob::keep_needed_rows(const OctavoOp& attention, int item) const {
+  const int residual = program_.ops_.back().input;
+  if (item == 0) {
+    needed_rows_.move(row<Activation>(attention.input, 0), program_.buffers_[attention.input].stride);
+  } else {
+    needed_rows_.move(row<float>(residual, 0), program_.buffers_[residual].stride);
+  }
+}
+
+AttentionData StepJob::attention_data(const OctavoOp& op) const {
+  return {layer_pages(op, 0), layer_pages(op, 1) - layer_pages(op, 0), row<Activation>(op.input, 0), row<Activation>(op.output, 0),
+          program_.buffers_[op.input].stride};
+}
+
+}  // namespace octavo
