@@ -230,7 +230,7 @@ void StepJob::run_item(int index, int item) {
     case PhaseKind::kRowwise:  // see run_items
       break;
     case PhaseKind::kRotary:
-      run_rotary(op, begin, end, 0, op.num_kv_heads);
+      run_rotary(op, input_row(op, begin), begin, end, 0, op.num_kv_heads);
       break;
     case PhaseKind::kAttention:
       run_attention(index, item);
@@ -318,24 +318,25 @@ void StepJob::run_rowwise_item(int index, int item, int thread) {
 void StepJob::run_rows(const Phase& part, int begin, int end, PrivateRows& rows, bool takes, bool passes,
                        ReadAhead* ahead) const {
   const OctavoOp& op = *part.op;
-  const auto input = [&](int r) {
-    return takes ? rows.passed.data() + (r - begin) * program_.bytes_passed(*(&op - 1)) : input_row(op, r);
-  };
+  if (part.kind == PhaseKind::kEmbed) {  // which reads no row
+    for (int t = begin; t < end; ++t) embed_token(op, step_.token_ids[t], row<float>(op.output, t));
+    return;
+  }
+  const char* const input = takes ? rows.passed.data() : input_row(op, begin);
   switch (part.kind) {
-    case PhaseKind::kEmbed:
-      for (int t = begin; t < end; ++t) embed_token(op, step_.token_ids[t], row<float>(op.output, t));
+    case PhaseKind::kPrepare: {
+      const int64_t row_bytes = input_row(op, begin + 1) - input_row(op, begin);
+      for (int64_t r = 0; r < end - begin; ++r) prepare_row(op, input + r * row_bytes, rows.prepared, r);
       break;
-    case PhaseKind::kPrepare:
-      for (int r = begin; r < end; ++r) prepare_row(op, input(r), rows.prepared, r - begin);
-      break;
+    }
     case PhaseKind::kRotary:
-      for (int t = begin; t < end; ++t)
-        run_rotary(op, reinterpret_cast<const float*>(input(t)), t, 0, op.num_kv_heads);
+      run_rotary(op, input, begin, end, 0, op.num_kv_heads);
       break;
     default: {
       Gemm gemm = part.gemm;
       gemm.num_rows = end - begin;
-      gemm.input = op.kind == OCTAVO_LINEAR_RESIDUAL ? reinterpret_cast<const Activation*>(input(begin)) : rows.prepared.normed.data();
+      gemm.input = rows.prepared.normed.data();
+      if (op.kind == OCTAVO_LINEAR_RESIDUAL) gemm.input = reinterpret_cast<const Activation*>(input);
       if (is_quantized(op.linear)) gemm.quantized_input.data = rows.prepared.quantized.data();
       gemm.output = passes ? rows.passed.data() : output_row(op, begin);
       run_gemm_blocks(gemm, 0, part.gemm_items.num_blocks, ahead);
@@ -374,14 +375,14 @@ bf16* StepJob::layer_pages(const OctavoOp& op, int64_t block) const {
   return cache_.data + (block * program_.info_.num_layers + op.layer) * layer_size;
 }
 
-void StepJob::run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const {
-  for (int t = begin; t < end; ++t) run_rotary(op, row<float>(op.input, t), t, first_kv_head, num_kv_heads);
-}
-
-void StepJob::run_rotary(const OctavoOp& op, const float* qkv, int token, int first_kv_head, int num_kv_heads) const {
-  const int32_t slot = step_.slot_mapping[token];
-  rotary_write_kv(op, qkv, step_.positions[token], first_kv_head, num_kv_heads, layer_pages(op, slot / kBlockTokens),
-                  slot % kBlockTokens, row<Activation>(op.output, token));
+// Tokens [begin, end), whose queries, keys and values begin at `qkv`.
+void StepJob::run_rotary(const OctavoOp& op, const char* qkv, int begin, int end, int first_kv_head, int num_kv_heads) const {
+  const float* input = reinterpret_cast<const float*>(qkv);
+  for (int t = begin; t < end; ++t, input += program_.buffers_[op.input].stride) {
+    const int32_t slot = step_.slot_mapping[t];
+    rotary_write_kv(op, input, step_.positions[t], first_kv_head, num_kv_heads, layer_pages(op, slot / kBlockTokens),
+                    slot % kBlockTokens, row<Activation>(op.output, t));
+  }
 }
 
 // A key is spread over all lines of its page: without this, the writes would wait for one after the other.
@@ -402,7 +403,9 @@ void StepJob::run_rotary_attention(int phase, int unit) {
   const AttentionItem& item = attention_.items()[unit / op.num_kv_heads];
   fetch_to_write_kv(op, unit);
   if (unit + 1 < items_per_phase_[phase]) fetch_to_write_kv(op, unit + 1);
-  run_rotary(*(&op - 1), item.first_token, item.first_token + item.num_tokens, unit % op.num_kv_heads, 1);
+  const OctavoOp& rotary = *(&op - 1);
+  run_rotary(rotary, input_row(rotary, item.first_token), item.first_token, item.first_token + item.num_tokens,
+             unit % op.num_kv_heads, 1);
   run_attention(phase, unit);
 }
 

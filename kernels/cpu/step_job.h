@@ -70,8 +70,7 @@ class StepJob : public Job {
   void run_item(int phase, int item);
   void run_rowwise_item(int phase, int item, int thread);
   void run_rows(const Phase& part, int begin, int end, PrivateRows& rows, bool takes, bool passes, ReadAhead* ahead) const;
-  void run_rotary(const OctavoOp& op, int begin, int end, int first_kv_head, int num_kv_heads) const;
-  void run_rotary(const OctavoOp& op, const float* qkv, int token, int first_kv_head, int num_kv_heads) const;
+  void run_rotary(const OctavoOp& op, const char* qkv, int begin, int end, int first_kv_head, int num_kv_heads) const;
   void fetch_to_write_kv(const OctavoOp& op, int unit) const;
   void run_rotary_attention(int phase, int unit);
   void run_attention(int phase, int unit);

@@ -9,10 +9,6 @@ from octavo.gpu_worker.devices.cpu import CpuDevice
 from octavo.gpu_worker.quantization import Quantization
 
 from .test_cpu_device import (
-    MAX_BLOCKS,
-    MAX_SEQUENCES,
-    MAX_TOKENS,
-    NUM_BLOCKS,
     SHAPES,
     VARIANTS,
     Sequence,
@@ -21,6 +17,7 @@ from .test_cpu_device import (
     run,
 )
 from .test_cpu_experts import ExpertsModel, Mixture
+from .test_cpu_quantization import make_device
 
 NAMES = (
     "plain",
@@ -34,6 +31,8 @@ NAMES = (
 MODELS = {name: lambda name=name: TinyModel(SHAPES[name]) for name in NAMES} | {
     "experts": lambda: ExpertsModel(Mixture(num_shared=1), layers=2)
 }
+CASES = [(name, Quantization.NONE) for name in MODELS]
+CASES += [(name, scheme) for name in ("wide, bias", "experts") for scheme in (Quantization.INT8, Quantization.INT4)]
 # New tokens of the sequences in steps one after the other. With 256 rows for each thread rows are many.
 MANY_ROWS = [(300, 0, 1, 211), (17, 492, 1, 2)]
 FEW_ROWS = [(100, 0, 1, 111), (100, 0, 0, 100), (100, 0, 0, 0), (17, 200, 1, 2), (0, 200, 0, 0), (0, 92, 0, 0)]
@@ -42,14 +41,6 @@ FEW_ROWS = [(100, 0, 1, 111), (100, 0, 0, 100), (100, 0, 0, 0), (17, 200, 1, 2),
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def make_device(model: TinyModel, variant: str, num_threads: int, scheme: Quantization) -> CpuDevice:
-    device = CpuDevice(
-        model, MAX_TOKENS, MAX_SEQUENCES, MAX_BLOCKS, num_threads=num_threads, variant=variant, quantization=scheme
-    )
-    device.allocate_kv(NUM_BLOCKS)
-    return device
 
 
 def start() -> list[Sequence]:
@@ -69,32 +60,20 @@ def run_steps(device: CpuDevice, steps: list[tuple[int, ...]]) -> list[torch.Ten
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("name", MODELS)
-def test_bits_are_those_of_few_rows(name: str, variant: str, num_threads: int) -> None:
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_bits_are_those_of_few_rows(name: str, scheme: Quantization, variant: str, num_threads: int) -> None:
     model = MODELS[name]()
 
-    many = run_steps(make_device(model, variant, num_threads, Quantization.NONE), MANY_ROWS)
+    many = run_steps(make_device(model, scheme, variant, num_threads), MANY_ROWS)
 
-    few = run_steps(make_device(model, variant, num_threads, Quantization.NONE), FEW_ROWS)
-    for logits, expected in zip(many, few, strict=True):
-        assert torch.equal(logits, expected)
-
-
-@pytest.mark.parametrize("scheme", [Quantization.INT8, Quantization.INT4])
-@pytest.mark.parametrize("name", ["wide, bias", "experts"])
-def test_and_where_weights_are_quantised(name: str, scheme: Quantization, variant: str) -> None:
-    model = MODELS[name]()
-
-    many = run_steps(make_device(model, variant, 2, scheme), MANY_ROWS)
-
-    few = run_steps(make_device(model, variant, 2, scheme), FEW_ROWS)
+    few = run_steps(make_device(model, scheme, variant, num_threads), FEW_ROWS)
     for logits, expected in zip(many, few, strict=True):
         assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize(("num_threads", "num_rows"), [(1, 255), (1, 256), (2, 511), (2, 512)])
 def test_it_takes_256_rows_for_each_thread(variant: str, num_threads: int, num_rows: int) -> None:
-    device = make_device(TinyModel(SHAPES["plain"]), variant, num_threads, Quantization.NONE)
+    device = make_device(TinyModel(SHAPES["plain"]), Quantization.NONE, variant, num_threads)
     device.profile(True)
 
     run(device, [(make_sequence(1, num_rows, list(range(1, 40))), num_rows)])
