@@ -133,7 +133,9 @@ async def first_of(call: Any) -> tuple[Any, Any]:
         return call, None if first is grpc.aio.EOF else first  # type: ignore[attr-defined]  # not in the stubs
     except grpc.aio.AioRpcError as error:
         failure = from_rpc_error(error)
-        # Headers of the server's own mean that the request was admitted.
+        # Headers of the server's own mean that the request was admitted. grpc.aio loses headers that come together with
+        # the status; no status that a gateway sends after them invites another attempt, so only a connection that
+        # breaks in that moment is mistaken for one that never took the request.
         failure.admitted = "x-request-id" in dict(await call.initial_metadata() or ())
         raise failure from None
     except BaseException:

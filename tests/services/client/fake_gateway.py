@@ -61,6 +61,7 @@ class FakeGateway(
         self.answer: list[Event] = events(["Hello", ", ", "world", "!"])
         self.hang = False  # after the answer's events, the stream stays open without another one
         self.errors: list[tuple[status_pb2.Status, bool]] = []  # one for each call: its status, and if headers go first
+        self.headers_arrived = asyncio.Event()  # set by tests; grpc.aio loses headers that come with a status
         self.requests: list[generation_pb2.Generation] = []
         self.metadata: list[dict[str, Any]] = []
         self.cancelled = asyncio.Event()
@@ -127,6 +128,7 @@ class FakeGateway(
             status, headers_first = self.errors.pop(0)
             if headers_first:
                 await context.send_initial_metadata((("x-request-id", "r-1"),))
+                await self.headers_arrived.wait()
             code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
             details = (("grpc-status-details-bin", status.SerializeToString()),)
             await context.abort(code, status.message, details)

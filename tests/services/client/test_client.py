@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,8 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from octavo.inference.v1 import generation_pb2, model_pb2
-from octavo.services.client import Client, OctavoError, ProtocolError, Stream
+from octavo.services.client import Client, OctavoError, ProtocolError, Stream, calls
+from octavo.services.client import client as client_module
 from octavo.services.client.request import build_generation
 
 
@@ -199,13 +201,19 @@ async def test_a_call_that_a_stopping_server_dropped_is_tried_again_and_one_that
             await read(client.stream("Hi", model="fake"))
 
 
-async def test_unavailable_is_retried_before_admission_only(gateway: Any) -> None:
+async def test_unavailable_is_retried_before_admission_only(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     status = make_status(grpc.StatusCode.UNAVAILABLE, "no workers")
     async with Client(gateway.address) as client:
         gateway.errors = [(status, False), (status, False)]
         assert await read(client.stream("Hi", model="fake")) == "Hello, world!"
         assert len(gateway.requests) == 3
 
+    async def first_of(call: Any) -> Any:
+        headers = asyncio.ensure_future(call.initial_metadata())
+        headers.add_done_callback(lambda _: gateway.headers_arrived.set())
+        return await calls.first_of(call)
+
+    monkeypatch.setattr(client_module, "first_of", first_of)
     async with Client(gateway.address, resume_for_s=0) as client:  # one that resumes would begin again: see test_resume
         gateway.errors = [(status, True)]
         with pytest.raises(OctavoError, match="no workers"):
