@@ -314,7 +314,8 @@ class Device(Protocol):
     def argmax(self, logits: Float32Array) -> Int32Array:
         """Return the lowest id of the highest logit of each row of `logits` [N, vocab_size]: [N].
 
-        A row with NaN or +inf in it, or with nothing but -inf, gives -1.
+        A row with NaN or +inf in it, or with nothing but -inf, gives -1. What `forward` returned is asked for as it
+        was: a device may have found the ids while it computed the logits.
         """
 
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:

@@ -54,7 +54,9 @@ class CpuDevice:
         self._block_shape = (packed.num_layers, heads.num_kv_heads, 2, heads.head_dim * _BLOCK_TOKENS)
         self._cache = library.Cache(None, 0)
         self._blocks = np.empty((0, *self._block_shape), np.uint16)
-        self._logits = np.empty((max_running, packed.output_size), np.float32)
+        self._logits = _whole_lines(max_running, packed.output_size)
+        self._best_token_ids = np.empty(max_running, np.int32)
+        self._result = self._logits  # of the last step
         self._step: tuple[StepInput, library.Step] | None = None  # the last one, and as the library takes it
         self._program = packed.program(self._memory, max_batch_tokens, max_running, max_blocks_per_sequence)
 
@@ -86,11 +88,13 @@ class CpuDevice:
         """
         num_rows = len(step.logits_rows)
         if num_rows > len(self._logits):
-            self._logits = np.empty((num_rows, self._logits.shape[1]), np.float32)
+            self._logits = _whole_lines(num_rows, self._logits.shape[1])
+            self._best_token_ids = np.empty(num_rows, np.int32)
         if self._step is None or step is not self._step[0]:  # else it is the same arrays, written anew
             self._step = step, _native_step(step)
-        self._program.run(self._step[1], self._cache, self._logits)
-        return self._logits[:num_rows]
+        self._program.run(self._step[1], self._cache, self._logits, self._best_token_ids)
+        self._result = self._logits[:num_rows]
+        return self._result
 
     def copy_blocks(self, pairs: Int32Array) -> None:
         """Copy blocks, pairs [N, 2] of (from, to), in order. Raises ValueError for a block that is not there."""
@@ -109,7 +113,7 @@ class CpuDevice:
 
     def argmax(self, logits: Float32Array) -> Int32Array:
         """Return the lowest id of each row's highest logit, or -1; see `ops.Device.argmax`."""
-        return self._runtime.argmax(logits)
+        return self._best_token_ids[: len(logits)].copy() if logits is self._result else self._runtime.argmax(logits)
 
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         """Draw a token for each row of processed `logits` [N, vocab_size] float32; return [N].
@@ -118,6 +122,17 @@ class CpuDevice:
         """
         rows = [(d.top_p, d.min_p, d.seed, d.temperature, d.top_k, d.candidate_index, d.position) for d in draws]
         return self._runtime.draw(logits, np.array(rows, dtype=library.DRAW_FIELDS))
+
+
+def _whole_lines(num_rows: int, size: int) -> Float32Array:
+    """Return memory for rows that begin with a cache line, where `size` is a multiple of one.
+
+    Then the kernels need not read a line to write it.
+    """
+    line = 64 // 4
+    memory = np.empty(num_rows * size + line, np.float32)
+    start = -(memory.ctypes.data // 4) % line
+    return memory[start : start + num_rows * size].reshape(num_rows, size)
 
 
 def _native_step(step: StepInput) -> library.Step:

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 11 };
+enum { OCTAVO_ABI_REVISION = 12 };
 
 // Numbers, or what a GGUF file calls Q8_0 and so on: rows of groups of 32 (Q4_K: of 256) that have codes.
 enum OctavoType : int32_t {
@@ -222,10 +222,10 @@ OCTAVO_EXPORT void octavo_checksums(const void* memory, size_t size, uint64_t* c
 OCTAVO_EXPORT OctavoProgram* octavo_program_create(OctavoPool* pool, const OctavoProgramInfo* info);
 OCTAVO_EXPORT void octavo_program_destroy(OctavoProgram* program);
 // Run one step and write logits [num_logits_rows, vocab_size], or hidden states [num_logits_rows, size of the
-// norm] where the last operation is OCTAVO_HIDDEN. Returns 0, or -1 with a sentence in `error` when an index of
-// the step is out of range; then nothing was written.
+// norm] where the last operation is OCTAVO_HIDDEN. Of logits, `best_tokens` [num_logits_rows] gets what octavo_argmax
+// would find. Returns 0, or -1 with a sentence in `error` when an index of the step is out of range; then nothing was written.
 OCTAVO_EXPORT int32_t octavo_program_run(OctavoProgram* program, const OctavoStep* step, const OctavoCache* cache,
-                                         float* logits, char* error, size_t error_size);
+                                         float* logits, int32_t* best_tokens, char* error, size_t error_size);
 
 // Where the time of the steps since the last call went, in ns and number of phases (waits of all
 // threads for each other); both arrays are indexed by OctavoOpKind, OCTAVO_PROFILE_PREPARE for rows that are normed

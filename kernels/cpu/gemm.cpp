@@ -92,6 +92,27 @@ void add_bias(float* sums, int num_rows, const float* bias) {
     for (int i = 0; i < kBlockColumns; i += kLanes) store(row + i, load(row + i) + load(bias + i));
 }
 
+// A block's first `num_columns` sums of logits.
+void store_logits(const Gemm& gemm, int64_t row, int num_rows, int64_t block, int64_t num_columns, const float* sums) {
+  const int32_t token = static_cast<int32_t>(block * kBlockColumns);
+  for (int r = 0; r < num_rows; ++r, sums += kBlockColumns) {
+    float* const output = static_cast<float*>(gemm.output) + (row + r) * gemm.output_stride + token;
+    if (num_columns < kBlockColumns) {
+      std::copy_n(sums, num_columns, output);
+      gemm.best[row + r].take_each(sums, static_cast<int>(num_columns), token);
+      continue;
+    }
+    for (int i = 0; i < kBlockColumns; i += kLanes) {
+      if (gemm.skips_caches) {
+        store_past_caches(output + i, load(sums + i));
+      } else {
+        store(output + i, load(sums + i));
+      }
+    }
+    gemm.best[row + r].take<kBlockColumns>(sums, token);
+  }
+}
+
 // Call `finish(output, sums)` for every row.
 template <class Output, class Finish>
 void for_each_row(Output* output, int64_t stride, const float* sums, int num_rows, const Finish& finish) {
@@ -113,6 +134,8 @@ void finish_rows(const Gemm& gemm, int64_t row, int num_rows, int64_t block, flo
   Activation* const activations = reinterpret_cast<Activation*>(place);
   const int64_t stride = gemm.output_stride, num_columns = gemm.num_columns - block * kBlockColumns;
   switch (gemm.epilogue) {
+    case Epilogue::kLogits:
+      return store_logits(gemm, row, num_rows, block, std::min<int64_t>(num_columns, kBlockColumns), sums);
     case Epilogue::kStore:
       if (num_columns >= kBlockColumns)
         return for_each_row(output, stride, sums, num_rows, [](float* to, const float* sum) {

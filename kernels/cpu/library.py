@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 11
+ABI_REVISION = 12
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
 BF16, F16, F32, Q8_0, Q4_0, Q4_1, Q4_K = range(7)
@@ -207,7 +207,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_program_destroy": (None, (c.c_void_p,)),
     "octavo_program_run": (
         c.c_int32,
-        (c.c_void_p, c.POINTER(Step), c.POINTER(Cache), c.c_void_p, c.c_char_p, c.c_size_t),
+        (c.c_void_p, c.POINTER(Step), c.POINTER(Cache), c.c_void_p, c.c_void_p, c.c_char_p, c.c_size_t),
     ),
     "octavo_program_profile": (None, (c.c_void_p, c.c_int32, c.c_void_p, c.c_void_p)),
     "octavo_measure_read": (c.c_int64, (c.c_void_p, c.c_void_p, c.c_int64)),

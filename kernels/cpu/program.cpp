@@ -67,9 +67,10 @@ int64_t Program::bytes_passed(const OctavoOp& op) const {
   return op.kind == OCTAVO_NORM_GATED_LINEAR ? stride * int64_t{sizeof(Activation)} : 0;
 }
 
-void Program::run(const OctavoStep& step, const OctavoCache& cache, float* logits) {
+void Program::run(const OctavoStep& step, const OctavoCache& cache, float* logits, int32_t* best_tokens) {
   StepJob job(*this, step, cache, logits);
   threads_.run(job, job.items_per_phase());
+  if (ops_.back().kind == OCTAVO_LOGITS) job.write_best_tokens(best_tokens);
 }
 
 }  // namespace octavo
@@ -87,9 +88,9 @@ OctavoProgram* octavo_program_create(OctavoPool* pool, const OctavoProgramInfo* 
 void octavo_program_destroy(OctavoProgram* program) { delete program; }
 
 int32_t octavo_program_run(OctavoProgram* program, const OctavoStep* step, const OctavoCache* cache, float* logits,
-                           char* error, size_t error_size) {
+                           int32_t* best_tokens, char* error, size_t error_size) {
   if (!program->program.check(*step, *cache, IndexError(error, error_size))) return -1;
-  program->program.run(*step, *cache, logits);
+  program->program.run(*step, *cache, logits, best_tokens);
   return 0;
 }
 

@@ -50,7 +50,7 @@ class Program {
   bool check(const OctavoStep& step, const OctavoCache& cache, const IndexError& error) const {
     return check_step(step, cache, info_, max_positions_, error);
   }
-  void run(const OctavoStep& step, const OctavoCache& cache, float* logits);
+  void run(const OctavoStep& step, const OctavoCache& cache, float* logits, int32_t* best_tokens);
 
   Profile profile;
 

@@ -142,10 +142,20 @@ class Program:
         self._error = ctypes.create_string_buffer(256)
         self._release = weakref.finalize(self, self._library.octavo_program_destroy, self._handle)
 
-    def run(self, step: library.Step, cache: library.Cache, logits: npt.NDArray[np.float32]) -> None:
-        """Run a step into `logits` [R, output_size]. Raises ValueError, before anything is written, on a bad index."""
+    def run(
+        self,
+        step: library.Step,
+        cache: library.Cache,
+        logits: npt.NDArray[np.float32],
+        best_token_ids: npt.NDArray[np.int32],
+    ) -> None:
+        """Run a step into `logits` [R, output_size]; what `Runtime.argmax` finds there into `best_token_ids` [R].
+
+        Hidden states have no best tokens. Raises ValueError, before anything is written, on a bad index.
+        """
         error = self._error
-        if self._library.octavo_program_run(self._handle, step, cache, _address(logits), error, len(error)) != 0:
+        outputs = _address(logits), _address(best_token_ids)
+        if self._library.octavo_program_run(self._handle, step, cache, *outputs, error, len(error)) != 0:
             raise ValueError(error.value.decode())
 
     def profile(self, on: bool) -> dict[int, tuple[int, int]]:

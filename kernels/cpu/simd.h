@@ -76,6 +76,23 @@ inline Vec load(const float* source) {
 
 inline void store(float* target, Vec value) { std::memcpy(target, &value, sizeof value); }
 
+// Store what is not read soon past the caches, where the instruction set can. `target` is a multiple of the vector's size.
+// `order_stores` comes between such stores and what tells other threads of them.
+inline void store_past_caches(float* target, Vec value) {
+#if defined(OCTAVO_AVX512)
+  _mm512_stream_ps(target, value);
+#elif defined(OCTAVO_AVX2)
+  _mm256_stream_ps(target, value);
+#else
+  store(target, value);
+#endif
+}
+inline void order_stores() {
+#if defined(OCTAVO_AVX512) || defined(OCTAVO_AVX2)
+  _mm_sfence();
+#endif
+}
+
 inline Vec broadcast(float value) { return value - Vec{}; }
 inline IntVec broadcast(int32_t value) { return value - IntVec{}; }
 
@@ -235,6 +252,21 @@ inline int32_t max_lanes(IntVec value) {
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) value[i] = value[i] > value[i + width] ? value[i] : value[i + width];
   return value[0];
+#endif
+}
+
+// Whether a comparison holds in any lane.
+inline bool any_lane(IntVec mask) {
+#if defined(OCTAVO_AVX512)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(OCTAVO_AVX2)
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) != 0;
+#elif defined(OCTAVO_NEON)
+  return vmaxvq_u32(reinterpret_cast<uint32x4_t>(mask)) != 0;
+#else
+  bool result = false;
+  for (int lane = 0; lane < kLanes; ++lane) result |= mask[lane] != 0;
+  return result;
 #endif
 }
 

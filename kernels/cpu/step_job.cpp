@@ -1,6 +1,7 @@
 #include "step_job.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "elementwise.h"
 #include "experts.h"
@@ -22,7 +23,12 @@ constexpr bool kJoinsRowwise = true;
 constexpr size_t kBytesFetchedAhead = 256 << 10;  // by a thread that waits; a fraction of its cache
 constexpr size_t kBytesFetchedBeforeRows = 2 << 10;
 
+// Logits of so many rows fill the caches that weights pass through, and no core reads them right after. AMD's cores then wait
+// less for their own weights; Intel's were not tried.
+const int kRowsOfLogitsInCache = vendor() == Vendor::kAmd ? kMaxTileRows : std::numeric_limits<int>::max();
+
 Epilogue epilogue_of(const OctavoOp& op) {
+  if (op.kind == OCTAVO_LOGITS) return Epilogue::kLogits;
   if (op.kind == OCTAVO_LINEAR_RESIDUAL) return Epilogue::kAddResidual;
   if (!is_gated(op)) return Epilogue::kStore;
   return op.activation == OCTAVO_SILU ? Epilogue::kSilu : Epilogue::kGeluTanh;
@@ -42,6 +48,7 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
       logits_(logits),
       needed_rows_(step),
       attention_(step, program.threads_.num_threads(), program.piece_sums_),
+      best_(program.threads_.num_threads(), LineVector<RowBest>(step.num_logits_rows)),
       private_phase_(program.threads_.num_threads(), -1),
       ahead_(program.threads_.num_threads()) {
   if (needed_rows_.are_fewer())
@@ -171,6 +178,8 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
   } else if (op.kind == OCTAVO_LOGITS) {
     gemm.output = logits_;
     gemm.output_stride = gemm.num_columns = op.linear.out_features;
+    const bool fill_lines = reinterpret_cast<uintptr_t>(logits_) % kLineBytes == 0 && gemm.output_stride % kLanes == 0;
+    gemm.skips_caches = num_rows > kRowsOfLogitsInCache && fill_lines;
   } else {
     gemm.output = program_.buffers_[op.output].data;
     gemm.output_stride = gemm.num_columns = program_.buffers_[op.output].stride;
@@ -200,7 +209,7 @@ void StepJob::run_items(int index, int begin, int end, int thread) {
   const Phase& phase = phases_[index];
   switch (phase.kind) {
     case PhaseKind::kGemm:
-      run_gemm_items(phase.gemm, phase.gemm_items, begin, end, ahead_of(index, thread));
+      run_gemm(index, phase.gemm, begin, end, thread);
       break;
     case PhaseKind::kPrepareGemm:
       run_private_gemm(index, begin, end, thread);
@@ -357,7 +366,21 @@ void StepJob::run_private_gemm(int index, int begin, int end, int thread) {
   Gemm gemm = phase.gemm;
   gemm.input = rows.normed.data();
   if (is_quantized(*gemm.linear)) gemm.quantized_input.data = rows.quantized.data();
-  run_gemm_items(gemm, phase.gemm_items, begin, end, ahead_of(index, thread));
+  run_gemm(index, gemm, begin, end, thread);
+}
+
+void StepJob::run_gemm(int index, Gemm gemm, int begin, int end, int thread) {
+  gemm.best = best_[thread].data();
+  run_gemm_items(gemm, phases_[index].gemm_items, begin, end, ahead_of(index, thread));
+  if (gemm.skips_caches) order_stores();
+}
+
+void StepJob::write_best_tokens(int32_t* tokens) const {
+  for (int r = 0; r < step_.num_logits_rows; ++r) {
+    RowBest best;
+    for (const LineVector<RowBest>& of_thread : best_) best.merge(of_thread[r]);
+    tokens[r] = best.token();
+  }
 }
 
 // What a thread has still to fetch for the attention after a phase.

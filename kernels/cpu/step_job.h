@@ -51,6 +51,8 @@ class StepJob : public Job {
   StepJob(Program& program, const OctavoStep& step, const OctavoCache& cache, float* logits);
 
   const std::vector<int>& items_per_phase() const { return items_per_phase_; }
+  // After the job, which computes logits.
+  void write_best_tokens(int32_t* tokens) const;
   void run_items(int phase, int begin, int end, int thread) override;
   bool has_runs(int phase) const override;
   MemoryRange first_read(int phase, int item) const override;
@@ -66,6 +68,7 @@ class StepJob : public Job {
   void join_rowwise_phases();
   void prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const;
   void prepare_row(const OctavoOp& op, const void* input, PreparedRows& output, int64_t index) const;
+  void run_gemm(int phase, Gemm gemm, int begin, int end, int thread);
   void run_private_gemm(int phase, int begin, int end, int thread);
   void run_item(int phase, int item);
   void run_rowwise_item(int phase, int item, int thread);
@@ -115,6 +118,7 @@ class StepJob : public Job {
   std::optional<AttentionPlan> last_attention_;  // of the last layer, where it drops rows
   int measured_phase_ = -1;  // began at phase_start_
   std::chrono::steady_clock::time_point phase_start_;
+  std::vector<LineVector<RowBest>> best_;  // by thread: of each row of logits
   std::vector<int> private_phase_;  // by thread: the phase whose rows its own memory holds
   struct alignas(64) ThreadAhead {
     const OctavoOp* op = nullptr;

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from octavo.gpu_worker.devices.cpu import CpuDevice
+from octavo.gpu_worker.draw import best_tokens
 from octavo.gpu_worker.ops import Activation, Draw, Experts, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.packing import Packer
@@ -614,6 +615,42 @@ def test_the_model_is_not_kept_alive() -> None:
 
     assert weight() is None
     assert run_in_chunks(device, make_sequence(1, 3, [1]), 3).isfinite().all()
+
+
+@pytest.mark.parametrize("vocab", [37, 131, 4096])
+def test_the_best_tokens_are_found_while_logits_are_computed(variant: str, vocab: int) -> None:
+    model = TinyModel(Shape(vocab=vocab))
+    weights = model.head.weight
+    weights[[vocab // 2, vocab - 1]] = 8 * weights[vocab // 3]  # one of three is the highest, or two equal ones
+    weights[vocab // 3] *= -8
+    weights[5, 0] = torch.inf  # of some rows one logit is inf, of others -inf
+    model.embedding[3] = torch.nan
+    device = make_device(model, variant, num_threads=3)
+    tokens = [token for token in make_sequence(1, 60, []).token_ids if token % vocab != 3]
+    sequence = Sequence([token % vocab for token in tokens[:50]] + [3] * 3, [1, 2, 3, 4])
+
+    found = []
+    for count in (1, 6, 13, 30, 3):
+        logits = device.forward(make_step([(sequence, count)]))
+        sequence.computed += count
+        found.append(device.argmax(logits).tolist())
+
+        assert found[-1] == best_tokens(logits).tolist()
+        assert device.argmax(logits[:1].copy()).tolist() == found[-1][:1]
+    assert {vocab // 2, vocab // 3, -1} <= {token for tokens in found for token in tokens}
+    assert found[-1] == [-1] * 3
+    assert vocab - 1 not in found[-2]
+
+
+def test_logits_that_were_changed_have_best_tokens_of_their_own(invariance_model: TinyModel) -> None:
+    device = make_device(invariance_model)
+    logits = device.forward(make_step([(make_sequence(1, 10, [1]), 10)]))
+    first = device.argmax(logits)
+    changed = logits.copy()
+    changed[np.arange(10), first] = -np.inf
+
+    assert (device.argmax(changed) == best_tokens(changed)).all()
+    assert (device.argmax(logits) == first).all()
 
 
 def test_a_token_is_drawn_for_each_row(invariance_model: TinyModel) -> None:

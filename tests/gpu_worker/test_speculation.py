@@ -92,7 +92,7 @@ class CountingDevice(CpuDevice):
         self.num_forwards += 1
         self.most_tokens = max(self.most_tokens, len(step.token_ids))
         self.last_position = max(self.last_position, int(step.positions.max()))
-        logits = super().forward(step)
+        logits = super().forward(step).copy()  # of what is returned as it was, the device knows the best tokens
         logits[step.positions[step.logits_rows] == self.spoiled_position] = np.nan
         return logits
 
