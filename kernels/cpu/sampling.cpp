@@ -14,6 +14,8 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kNoToken = -1;
+constexpr float kAnyWord = 0x1p32f;
+constexpr ptrdiff_t kFewCandidates = 64;  // are sorted
 constexpr int32_t kPieceSize = 1024;  // floats that stay in a core's first cache
 
 // ---------------------------------------------------------------- argmax
@@ -76,7 +78,7 @@ bool is_before(const Candidate& a, const Candidate& b) {
   return a.value != b.value ? a.value > b.value : a.token_id < b.token_id;
 }
 
-// e^x for x <= 0, to about one unit in the last place; plain arithmetic, so that loops over it
+// e^x for x <= 0, below -700 that of -700, to about one unit in the last place; plain arithmetic, so that loops over it
 // become vector code.
 double exp_of_negative(double x) {
   constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds to an integer
@@ -109,15 +111,18 @@ class RowSampler {
   float lower_bound_of_top_k(int32_t top_k);
   void keep_top_k(int32_t top_k);
   void keep_top_p(double top_p);
-  double sum_of_weights() const;
+  double sum_of_weights(const Candidate* begin, const Candidate* end) const;
+  double sum_of_all_weights() const;
   bool cut_at(double top_p, double total);
   void drop_all_but_candidates();
-  int32_t argmax_with_noise(const NoiseKey& key) const;
+  int32_t argmax_with_noise(const NoiseKey& key);
+  void limit_words(float bar);
 
   int32_t vocab_size_ = 0;
   float largest_ = kMinusInfinity;
   std::vector<float> scaled_;         // logits / temperature, padded with -inf to whole noise blocks
-  std::vector<float> block_largest_;  // the largest of each kNoiseTokens
+  std::vector<float> block_largest_;  // the largest of each kNoiseTokens, padded with -inf to whole vectors
+  std::vector<float> word_limit_;     // by block: no word above it brings enough noise
   std::vector<float> order_;
   std::vector<Candidate> candidates_;
 };
@@ -132,7 +137,7 @@ int32_t RowSampler::draw(const float* logits, int32_t vocab_size, const OctavoDr
 }
 
 void RowSampler::scale(const float* logits, float temperature) {
-  const int64_t num_blocks = divide_up(vocab_size_, kNoiseTokens);
+  const int64_t num_blocks = round_up(divide_up(vocab_size_, kNoiseTokens), kLanes);
   scaled_.resize(num_blocks * kNoiseTokens);
   block_largest_.resize(num_blocks);
   for (int32_t i = 0; i < vocab_size_; ++i) scaled_[i] = logits[i] / temperature;
@@ -156,8 +161,7 @@ void RowSampler::filter(const OctavoDraw& draw) {
   }
   if (has_top_p) {
     if (has_top_k) {
-      std::sort(candidates_.begin(), candidates_.end(), is_before);
-      cut_at(draw.top_p, sum_of_weights());
+      cut_at(draw.top_p, sum_of_weights(candidates_.data(), candidates_.data() + candidates_.size()));
     } else {
       keep_top_p(draw.top_p);
     }
@@ -195,45 +199,72 @@ void RowSampler::keep_top_k(int32_t top_k) {
 }
 
 // Top-p over the whole vocabulary. Most of the probability lies close to the largest logit, so
-// sort only that far, and further where it does not suffice.
+// look only that far, and further where it does not suffice.
 void RowSampler::keep_top_p(double top_p) {
-  collect(kMinusInfinity);
-  const double total = sum_of_weights();
+  const double total = sum_of_all_weights();
   for (const float depth : {4.0f, 8.0f, 16.0f}) {
     collect(largest_ - depth);
-    std::sort(candidates_.begin(), candidates_.end(), is_before);
     if (cut_at(top_p, total)) return;
   }
   collect(kMinusInfinity);
-  std::sort(candidates_.begin(), candidates_.end(), is_before);
   cut_at(top_p, total);
 }
 
-double RowSampler::sum_of_weights() const {
-  constexpr size_t kChunk = 256;
+// The sum of e^(value - largest) over some candidates.
+double RowSampler::sum_of_weights(const Candidate* begin, const Candidate* end) const {
+  constexpr ptrdiff_t kChunk = 256;
   double weights[kChunk];
   double total = 0.0;
-  for (size_t begin = 0; begin < candidates_.size(); begin += kChunk) {
-    const size_t count = std::min(kChunk, candidates_.size() - begin);
-    for (size_t i = 0; i < count; ++i)
-      weights[i] = exp_of_negative(static_cast<double>(candidates_[begin + i].value) - largest_);
-    for (size_t i = 0; i < count; ++i) total += weights[i];
+  for (; begin < end; begin += std::min(kChunk, end - begin)) {
+    const ptrdiff_t count = std::min(kChunk, end - begin);
+    for (ptrdiff_t i = 0; i < count; ++i) weights[i] = exp_of_negative(static_cast<double>(begin[i].value) - largest_);
+    for (ptrdiff_t i = 0; i < count; ++i) total += weights[i];
   }
   return total;
 }
 
-// Keep the shortest prefix of the sorted candidates whose weights reach top_p of the total. Returns
-// false, and keeps all, where they do not.
+// The same over all tokens, in an order of its own, which no instruction set changes.
+double RowSampler::sum_of_all_weights() const {
+  constexpr size_t kSums = 8, kChunk = 256;
+  double weights[kChunk], sums[kSums] = {};
+  for (size_t begin = 0; begin < scaled_.size(); begin += kChunk) {
+    const size_t count = std::min(kChunk, scaled_.size() - begin);
+    for (size_t i = 0; i < count; ++i) weights[i] = exp_of_negative(static_cast<double>(scaled_[begin + i]) - largest_);
+    for (size_t i = 0; i < count; i += kSums)
+      for (size_t j = 0; j < kSums; ++j) sums[j] += weights[i + j];
+  }
+  double total = 0.0;
+  for (double sum : sums) total += sum;
+  return total;
+}
+
+// Keep as few of the best candidates as reach top_p of the total with their weights. Returns false, and keeps all, where they
+// do not. Halves are told apart before anything is sorted: a flat distribution has tens of thousands of candidates.
 bool RowSampler::cut_at(double top_p, double total) {
-  double sum = 0.0;
-  for (size_t i = 0; i < candidates_.size(); ++i) {
-    sum += exp_of_negative(static_cast<double>(candidates_[i].value) - largest_);
-    if (sum >= top_p * total) {
-      candidates_.resize(i + 1);
-      return true;
+  const double wanted = top_p * total;
+  Candidate* begin = candidates_.data();
+  Candidate* end = begin + candidates_.size();
+  const Candidate* const end_of_all = end;
+  double sum = 0.0;  // of those before `begin`, which are kept
+  while (end - begin > kFewCandidates) {
+    Candidate* const middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, is_before);
+    const double sum_of_half = sum + sum_of_weights(begin, middle);
+    if (sum_of_half >= wanted) {
+      end = middle;
+    } else {
+      sum = sum_of_half;
+      begin = middle;
     }
   }
-  return false;
+  std::sort(begin, end, is_before);
+  do {
+    sum += sum_of_weights(begin, begin + 1);
+    ++begin;
+  } while (begin < end && sum < wanted);
+  if (begin == end_of_all && sum < wanted) return false;
+  candidates_.resize(begin - candidates_.data());
+  return true;
 }
 
 void RowSampler::drop_all_but_candidates() {
@@ -260,12 +291,20 @@ struct LaneBest {
   }
 };
 
-void offer_block(const NoiseKey& key, const float* scaled, int32_t block, LaneBest (&best)[4]) {
+UintVec lowest_of(const UintVec (&words)[4]) {
+  UintVec lowest = words[0];
+  for (const UintVec& some : words) lowest = some < lowest ? some : lowest;
+  return lowest;
+}
+
+// The tokens of a block, unless all of its words are above the limit.
+void offer_block(const NoiseKey& key, const float* scaled, int32_t block, float word_limit, LaneBest (&best)[4]) {
   IntVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   const IntVec counter = lane + block * kLanes;
   UintVec words[4];
   philox(key, reinterpret_cast<UintVec>(counter), words);
+  if (!any_lane(__builtin_convertvector(lowest_of(words), Vec) <= broadcast(word_limit))) return;
   float by_word[4][kLanes];
   for (int i = 0; i < kLanes; ++i)
     for (int word = 0; word < 4; ++word) by_word[word][i] = scaled[i * 4 + word];
@@ -285,18 +324,31 @@ Candidate best_of(const LaneBest (&best)[4]) {
   return result;
 }
 
-int32_t RowSampler::argmax_with_noise(const NoiseKey& key) const {
+// The noise -ln(-ln(1 - w)) of a word w 2^32 is at most -ln(w): to lift the largest of a block to the bar it takes a word of at
+// most 2^32 e^(largest - bar).
+void RowSampler::limit_words(float bar) {
+  constexpr float kLog2E = 1.44269504f;
+  const float margin = 0.01f + std::fabs(bar) * 0x1p-21f;  // more than the roundings of noise, sums and limit
+  word_limit_.resize(block_largest_.size());
+  for (size_t i = 0; i < block_largest_.size(); i += kLanes) {
+    const Vec above_bar = minimum(load(&block_largest_[i]) - broadcast(bar - margin), Vec{});
+    store(&word_limit_[i], exp2(above_bar * broadcast(kLog2E) + broadcast(32.0f)));
+  }
+}
+
+int32_t RowSampler::argmax_with_noise(const NoiseKey& key) {
   const int32_t num_blocks = static_cast<int32_t>(block_largest_.size());
-  // What the most likely block reaches is a bar: blocks that would miss it with the largest noise
-  // there is need none computed.
+  // What the most likely block reaches is a bar: of blocks that miss it with the largest noise there is no words are computed,
+  // and of those that miss it with the noise of their words no noise.
   const int32_t likeliest = argmax(block_largest_.data(), num_blocks);
-  LaneBest bar[4];
-  offer_block(key, scaled_.data() + int64_t{likeliest} * kNoiseTokens, likeliest, bar);
-  const float lowest = best_of(bar).value;
+  LaneBest of_likeliest[4];
+  offer_block(key, scaled_.data() + int64_t{likeliest} * kNoiseTokens, likeliest, kAnyWord, of_likeliest);
+  const float bar = best_of(of_likeliest).value;
+  limit_words(bar);
   LaneBest best[4];
   for (int32_t block = 0; block < num_blocks; ++block) {
-    if (block_largest_[block] + kLargestNoise >= lowest && block_largest_[block] > kMinusInfinity)
-      offer_block(key, scaled_.data() + int64_t{block} * kNoiseTokens, block, best);
+    if (block_largest_[block] + kLargestNoise >= bar && block_largest_[block] > kMinusInfinity)
+      offer_block(key, scaled_.data() + int64_t{block} * kNoiseTokens, block, word_limit_[block], best);
   }
   return best_of(best).token_id;
 }

@@ -19,6 +19,7 @@ OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.
 SETTINGS: dict[str, dict[str, Any]] = {
     "temperature": {},
     "cold": {"temperature": 0.1},
+    "freezing": {"temperature": 1e-5},
     "hot": {"temperature": 30.0},
     "top_k 1": {"top_k": 1},
     "top_k 50": {"top_k": 50},
@@ -26,6 +27,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top_k of all": {"top_k": VOCAB},
     "top_p": {"top_p": 0.9},
     "small top_p": {"top_p": 1e-6},
+    "no top_p": {"top_p": 0.0},
+    "top_p of a long top_k": {"top_k": 900, "top_p": 0.95, "temperature": 5.0},
     "top_p of nearly all": {"top_p": 0.999999},
     "hot top_p": {"top_p": 0.7, "temperature": 30.0},
     "min_p": {"min_p": 0.05},
@@ -156,6 +159,27 @@ def test_noise_in_both_tails_is_bit_exact(runtime: Runtime) -> None:
     above, below = logits.copy(), logits.copy()
     above[:, 1] = np.nextafter(logits[:, 1], F32(np.inf))
     below[:, 1] = np.nextafter(logits[:, 1], F32(-np.inf))
+
+    for rows in (below, logits, above):
+        tokens = runtime.draw(rows, draws)
+        assert tokens.tolist() == (rows + noise).argmax(1).tolist()
+
+
+@pytest.mark.parametrize("level", [0.0, -20.0, 3e5])
+def test_a_token_far_below_wins_by_the_least_difference(runtime: Runtime, level: float) -> None:
+    # Noise is computed only for tokens that might reach the likeliest one, here token 0.
+    low = 1500
+    draws = make_draws(1000, position=5)
+    draws["seed"] = np.arange(len(draws))
+    noise = np.stack([gumbel(low + 4, seed, 0, 5) for seed in range(len(draws))])
+    lifts = noise[:, low] - noise[:, 0]
+    assert lifts.max() > 8
+    logits = np.full(noise.shape, level - 200, F32)
+    logits[:, 0] = level
+    logits[:, low] = F32(level) - lifts
+    above, below = logits.copy(), logits.copy()
+    above[:, low] = np.nextafter(logits[:, low], F32(np.inf))
+    below[:, low] = np.nextafter(logits[:, low], F32(-np.inf))
 
     for rows in (below, logits, above):
         tokens = runtime.draw(rows, draws)
