@@ -22,7 +22,7 @@ constexpr int kGatedColumns = kBlockColumns / 2;
 // What happens to the sums of a row, 32 at a time.
 enum class Epilogue {
   kStore,        // float32 output = sum
-  kLogits,       // the same; `best` takes them
+  kLogits,       // the same, and `best` takes them
   kAddResidual,  // float32 output += sum
   kAddWeighted,  // float32 output of output_rows[row] += row_weights[row] * sum
   kSilu,         // activations output = silu(gate) * up
@@ -41,8 +41,8 @@ struct Gemm {
   int num_columns;  // columns that may be written; below the stride only where the caller owns the rows
   const int32_t* output_rows;  // for kAddWeighted
   const float* row_weights;
-  RowBest* best;               // for kLogits, [num_rows]
-  bool skips_caches;           // for kLogits: they are not read soon, and rows begin with a cache line
+  RowBest* best;      // for kLogits, [num_rows]
+  bool skips_caches;  // for kLogits: they are not read soon, and rows begin with a cache line
 };
 
 // A Gemm is cut into items that threads take one by one: a range of rows times a range of blocks.
