@@ -99,7 +99,7 @@ void store_logits(const Gemm& gemm, int64_t row, int num_rows, int64_t block, in
     float* const output = static_cast<float*>(gemm.output) + (row + r) * gemm.output_stride + token;
     if (num_columns < kBlockColumns) {
       std::copy_n(sums, num_columns, output);
-      gemm.best[row + r].take_each(sums, static_cast<int>(num_columns), token);
+      gemm.best[row + r].take(sums, static_cast<int>(num_columns), token);
       continue;
     }
     for (int i = 0; i < kBlockColumns; i += kLanes) {
@@ -109,7 +109,7 @@ void store_logits(const Gemm& gemm, int64_t row, int num_rows, int64_t block, in
         store(output + i, load(sums + i));
       }
     }
-    gemm.best[row + r].take<kBlockColumns>(sums, token);
+    gemm.best[row + r].take(sums, kBlockColumns, token);
   }
 }
 

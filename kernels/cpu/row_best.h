@@ -1,4 +1,4 @@
-// The token of the highest logit, found while logits are computed.
+// The token of a row's highest logit.
 #pragma once
 
 #include <cmath>
@@ -9,26 +9,23 @@
 
 namespace octavo {
 
-// The highest of the logits of a row that one thread has computed, in whatever order, and its lowest token.
+// The highest of the logits that were taken so far, in whatever order, and the lowest token that has it.
 class RowBest {
  public:
-  // Take `kCount` logits, of tokens from `first_token` on.
-  template <int kCount>
-  void take(const float* logits, int32_t first_token) {
-    static_assert(kCount % kLanes == 0);
-    Vec largest = load(logits);
-    IntVec is_nan = largest != largest;
-    for (int i = kLanes; i < kCount; i += kLanes) {
-      const Vec some = load(logits + i);
-      is_nan |= some != some;
-      largest = maximum(some, largest);
+  // Take logits of tokens from `first_token` on.
+  void take(const float* logits, int count, int32_t first_token) {
+    int i = 0;
+    for (; i + kAtOnce <= count; i += kAtOnce) {
+      Vec largest = load(logits + i);
+      IntVec is_nan = largest != largest;
+      for (int j = kLanes; j < kAtOnce; j += kLanes) {
+        const Vec some = load(logits + i + j);
+        is_nan |= some != some;
+        largest = maximum(some, largest);
+      }
+      if (any_lane(is_nan | (largest >= broadcast(logit_)))) offer_each(logits + i, kAtOnce, first_token + i);
     }
-    if (any_lane(is_nan | (largest >= broadcast(logit_)))) take_each(logits, kCount, first_token);
-  }
-
-  // The same of any number of logits.
-  void take_each(const float* logits, int count, int32_t first_token) {
-    for (int i = 0; i < count; ++i) offer(logits[i], first_token + i);
+    offer_each(logits + i, count - i, first_token + i);
   }
 
   void merge(const RowBest& other) {
@@ -40,6 +37,12 @@ class RowBest {
   int32_t token() const { return has_nan_ || !std::isfinite(logit_) ? -1 : token_; }
 
  private:
+  static constexpr int kAtOnce = 32;
+
+  void offer_each(const float* logits, int count, int32_t first_token) {
+    for (int i = 0; i < count; ++i) offer(logits[i], first_token + i);
+  }
+
   void offer(float logit, int32_t token) {
     has_nan_ |= logit != logit;
     if (logit > logit_ || (logit == logit_ && token < token_)) {

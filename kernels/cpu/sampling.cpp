@@ -3,11 +3,13 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "abi.h"
 #include "gumbel.h"
 #include "handles.h"
+#include "row_best.h"
 
 namespace octavo {
 namespace {
@@ -16,7 +18,6 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int kNoToken = -1;
 constexpr float kAnyWord = 0x1p32f;
 constexpr ptrdiff_t kFewCandidates = 64;  // are sorted
-constexpr int32_t kPieceSize = 1024;  // floats that stay in a core's first cache
 
 // ---------------------------------------------------------------- argmax
 
@@ -35,36 +36,6 @@ int32_t argmax(const float* values, int32_t size) {
   const float largest = largest_of(values, size);
   if (largest == kMinusInfinity) return kNoToken;
   return static_cast<int32_t>(std::find(values, values + size, largest) - values);
-}
-
-bool has_nan(const float* values, int64_t size) {
-  IntVec is_nan{};
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) {
-    const Vec some = load(values + i);
-    is_nan |= some != some;
-  }
-  bool result = false;
-  for (int lane = 0; lane < kLanes; ++lane) result |= is_nan[lane] != 0;
-  for (; i < size; ++i) result |= values[i] != values[i];
-  return result;
-}
-
-// The lowest index of the largest value, if all are numbers and that one is finite. Memory is read once.
-int32_t finite_argmax(const float* values, int32_t size) {
-  float largest = kMinusInfinity;
-  int32_t piece_of_largest = 0;
-  for (int32_t piece = 0; piece < size; piece += kPieceSize) {
-    const int32_t count = std::min(size - piece, kPieceSize);
-    if (has_nan(values + piece, count)) return kNoToken;
-    const float largest_here = largest_of(values + piece, count);
-    if (largest_here > largest) {
-      largest = largest_here;
-      piece_of_largest = piece;
-    }
-  }
-  if (!std::isfinite(largest)) return kNoToken;
-  return static_cast<int32_t>(std::find(values + piece_of_largest, values + size, largest) - values);
 }
 
 // ---------------------------------------------------------------- which tokens may be drawn
@@ -111,8 +82,9 @@ class RowSampler {
   float lower_bound_of_top_k(int32_t top_k);
   void keep_top_k(int32_t top_k);
   void keep_top_p(double top_p);
+  template <class ValueAt>
+  double sum_of_weights(size_t count, const ValueAt& value_at) const;
   double sum_of_weights(const Candidate* begin, const Candidate* end) const;
-  double sum_of_all_weights() const;
   bool cut_at(double top_p, double total);
   void drop_all_but_candidates();
   int32_t argmax_with_noise(const NoiseKey& key);
@@ -201,7 +173,7 @@ void RowSampler::keep_top_k(int32_t top_k) {
 // Top-p over the whole vocabulary. Most of the probability lies close to the largest logit, so
 // look only that far, and further where it does not suffice.
 void RowSampler::keep_top_p(double top_p) {
-  const double total = sum_of_all_weights();
+  const double total = sum_of_weights(scaled_.size(), [this](size_t i) { return scaled_[i]; });
   for (const float depth : {4.0f, 8.0f, 16.0f}) {
     collect(largest_ - depth);
     if (cut_at(top_p, total)) return;
@@ -210,32 +182,23 @@ void RowSampler::keep_top_p(double top_p) {
   cut_at(top_p, total);
 }
 
-// The sum of e^(value - largest) over some candidates.
-double RowSampler::sum_of_weights(const Candidate* begin, const Candidate* end) const {
-  constexpr ptrdiff_t kChunk = 256;
-  double weights[kChunk];
-  double total = 0.0;
-  for (; begin < end; begin += std::min(kChunk, end - begin)) {
-    const ptrdiff_t count = std::min(kChunk, end - begin);
-    for (ptrdiff_t i = 0; i < count; ++i) weights[i] = exp_of_negative(static_cast<double>(begin[i].value) - largest_);
-    for (ptrdiff_t i = 0; i < count; ++i) total += weights[i];
-  }
-  return total;
-}
-
-// The same over all tokens, in an order of its own, which no instruction set changes.
-double RowSampler::sum_of_all_weights() const {
+// The sum of e^(value - largest) over `count` values, in an order that no instruction set changes.
+template <class ValueAt>
+double RowSampler::sum_of_weights(size_t count, const ValueAt& value_at) const {
   constexpr size_t kSums = 8, kChunk = 256;
   double weights[kChunk], sums[kSums] = {};
-  for (size_t begin = 0; begin < scaled_.size(); begin += kChunk) {
-    const size_t count = std::min(kChunk, scaled_.size() - begin);
-    for (size_t i = 0; i < count; ++i) weights[i] = exp_of_negative(static_cast<double>(scaled_[begin + i]) - largest_);
-    for (size_t i = 0; i < count; i += kSums)
+  for (size_t begin = 0; begin < count; begin += kChunk) {
+    const size_t size = std::min(kChunk, count - begin), padded_size = round_up(size, kSums);
+    for (size_t i = 0; i < size; ++i) weights[i] = exp_of_negative(static_cast<double>(value_at(begin + i)) - largest_);
+    std::fill(weights + size, weights + padded_size, 0.0);
+    for (size_t i = 0; i < padded_size; i += kSums)
       for (size_t j = 0; j < kSums; ++j) sums[j] += weights[i + j];
   }
-  double total = 0.0;
-  for (double sum : sums) total += sum;
-  return total;
+  return std::accumulate(sums, sums + kSums, 0.0);
+}
+
+double RowSampler::sum_of_weights(const Candidate* begin, const Candidate* end) const {
+  return sum_of_weights(end - begin, [begin](size_t i) { return begin[i].value; });
 }
 
 // Keep as few of the best candidates as reach top_p of the total with their weights. Returns false, and keeps all, where they
@@ -379,6 +342,9 @@ void octavo_draw(OctavoPool* pool, const float* logits, int64_t stride, int32_t 
 
 void octavo_argmax(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows, int32_t vocab_size,
                    int32_t* token_ids) {
-  pool->threads.for_each(
-      num_rows, [&](int64_t row, int) { token_ids[row] = finite_argmax(logits + row * stride, vocab_size); });
+  pool->threads.for_each(num_rows, [&](int64_t row, int) {
+    RowBest best;
+    best.take(logits + row * stride, vocab_size, 0);
+    token_ids[row] = best.token();
+  });
 }
