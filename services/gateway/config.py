@@ -88,6 +88,10 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     batch_jobs: int = field(default=2, metadata={"help": "most batches of /v1/batches that run here at once"})
     batch_max_file_bytes: int = field(default=1 << 30, metadata={"help": "longest file for /v1/files"})
     batch_max_tenant_bytes: int = field(default=16 << 30, metadata={"help": "most bytes of files that a tenant keeps"})
+    batch_retention_s: float = field(
+        default=30 * 24 * 3600.0,
+        metadata={"help": "how long files are kept, and batches from their end on; 0: for ever"},
+    )
     batch_max_requests: int = field(default=1_000_000, metadata={"help": "most requests of one batch"})
     max_concurrent_streams: int = field(default=1024, metadata={"help": "most calls at once on one connection"})
     max_connection_age_s: int = field(
@@ -162,6 +166,7 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
             "grace_s",
             "max_connection_age_s",
             "batch_wait_s",
+            "batch_retention_s",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")

@@ -6,20 +6,24 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from octavo.services.batch.lines import Line, read_lines
 from octavo.services.batch.results import Answer, ResultFile
 from octavo.services.batch.runner import BatchRun, Sender
-from octavo.services.gateway.batches.store import BatchStore, StoredBatch
+from octavo.services.gateway.batches.objects import StoredBatch
+from octavo.services.gateway.batches.store import BatchStore
 
 _MAX_ERRORS = 20
 _POLL_S = 1.0
 _GIVE_UP_S = 3600.0
 
 
+class _InputGoneError(Exception):
+    """The bytes of the input file are not there."""
+
+
 class BatchJob:
-    """A batch whose lock is held. It can be stopped between any two steps, by a kill too, and be begun again.
+    """A batch that is claimed. It can be stopped between any two steps, by a kill too, and be begun again.
 
     make_sender  returns what sends the requests of a tenant
     window       most requests on their way at once
@@ -38,17 +42,30 @@ class BatchJob:
         self._sender = make_sender(batch)
         self._window = window
         self._max_requests = max_requests
-        self._input = store.data_path(batch.input_file_id)
+        self._input = store.files.data_path(batch.input_file_id)
 
     async def run(self) -> None:
         """Go on from the state that the batch is in, to its end. Raises what only a bug or a broken disk raises."""
         batch = self._batch
         if batch.status == "validating":
-            await asyncio.to_thread(self._validate)
+            if await asyncio.to_thread(self._store.is_to_be_cancelled, batch):
+                batch.enter("cancelling")
+            else:
+                await asyncio.to_thread(self._validate)
         if batch.status in ("in_progress", "cancelling"):
-            await self._answer_all()
+            try:
+                await self._answer_all()
+            except _InputGoneError:
+                self._add_error("file_deleted", None, "the input file is not there any more")
+                batch.enter("finalizing")
         if batch.status in ("finalizing", "cancelling"):
             await asyncio.to_thread(self._finish)
+
+    def give_up(self) -> None:
+        """End a batch that cannot be run. Raises OSError."""
+        self._add_error("run_failed", None, "it could not be run, often, until its time was over; see the server's log")
+        self._batch.enter("failed")
+        self._store.end(self._batch)
 
     def _validate(self) -> None:
         """Count the requests, and refuse the whole batch if a line is none: nothing was computed yet."""
@@ -57,19 +74,22 @@ class BatchJob:
             for line in self._lines():
                 batch.total += 1
                 if line.fault:
-                    batch.errors.append({"code": "invalid_line", "line": line.index + 1, "message": line.fault})
+                    self._add_error("invalid_line", line.index + 1, line.fault)
                 elif batch.total > self._max_requests:
                     message = f"there are more than {self._max_requests} requests: make several batches of them"
-                    batch.errors.append({"code": "too_many_requests", "line": line.index + 1, "message": message})
+                    self._add_error("too_many_requests", line.index + 1, message)
                     break
                 if len(batch.errors) == _MAX_ERRORS:
                     break
-        except FileNotFoundError:
-            batch.errors.append({"code": "file_deleted", "line": None, "message": "the input file was deleted"})
+        except _InputGoneError:
+            self._add_error("file_deleted", None, "the input file is not there any more")
         if not batch.total and not batch.errors:
-            batch.errors.append({"code": "empty_file", "line": None, "message": "the input file has no requests"})
+            self._add_error("empty_file", None, "the input file has no requests")
         batch.enter("failed" if batch.errors else "in_progress")
-        self._store.save(batch)
+        (self._store.save if batch.running else self._store.end)(batch)
+
+    def _add_error(self, code: str, line: int | None, message: str) -> None:
+        self._batch.errors.append({"code": code, "line": line, "message": message})
 
     async def _answer_all(self) -> None:
         batch = self._batch
@@ -96,8 +116,10 @@ class BatchJob:
             if time.time() >= batch.expires_at:
                 batch.expired_at = int(time.time())
                 break
+            before = (batch.completed, batch.failed)
             self._count(results)
-            await asyncio.to_thread(self._store.save, batch)
+            if (batch.completed, batch.failed) != before:
+                await asyncio.to_thread(self._store.save, batch)
         else:
             running.result()
         if batch.status == "in_progress":
@@ -113,39 +135,37 @@ class BatchJob:
         batch = self._batch
         if batch.expired_at is not None:
             self._expire_rest()
-        answers, errors = self._store.temporary_path(), self._store.temporary_path()
-        with contextlib.ExitStack() as stack:
-            stack.callback(answers.unlink, missing_ok=True)
-            stack.callback(errors.unlink, missing_ok=True)
-            with (
-                answers.open("xb") as good,
-                errors.open("xb") as bad,
-                self._store.results_path(batch).open("rb") as results,
-            ):
+        with (
+            self._store.begin_result(batch, "output") as answers,
+            self._store.begin_result(batch, "errors") as errors,
+        ):
+            with self._store.results_path(batch).open("rb") as results:
                 for result in results:
-                    (good if b'"response": {"status_code": 200,' in result else bad).write(result)
-            batch.output_file_id = self._keep(answers, "output")
-            batch.error_file_id = self._keep(errors, "errors")
-        batch.enter(
-            "cancelled" if batch.status == "cancelling" else "expired" if batch.expired_at is not None else "completed"
-        )
-        self._store.save(batch)
-        self._store.remove_working_files(batch)
+                    (answers if b'"response": {"status_code": 200,' in result else errors).write(result)
+            batch.output_file_id = answers.id if answers.size else None
+            batch.error_file_id = errors.id if errors.size else None
+            batch.enter(self._end_of(batch.status))
+            self._store.end(batch, [each for each in (answers, errors) if each.size])
+
+    def _end_of(self, status: str) -> str:
+        """Return the state that a batch ends in."""
+        if status == "cancelling":
+            return "cancelled"
+        if self._batch.errors:
+            return "failed"
+        return "expired" if self._batch.expired_at is not None else "completed"
 
     def _expire_rest(self) -> None:
         """Give each request without a result an error that says so."""
         expired = Answer(0, "", {"code": "batch_expired", "message": "the batch expired before this was answered"})
-        with ResultFile(self._store.results_path(self._batch)) as results:
+        with ResultFile(self._store.results_path(self._batch)) as results, contextlib.suppress(_InputGoneError):
             for line in self._lines():
                 if not results.has(line):
                     results.add(line, expired)
             self._count(results)
 
-    def _keep(self, path: Path, what: str) -> str | None:
-        batch = self._batch
-        if not path.stat().st_size:
-            return None
-        return self._store.add_result(batch, what, path).id
-
     def _lines(self) -> Iterator[Line]:
-        return read_lines(self._input, {}, self._batch.endpoint)
+        try:
+            yield from read_lines(self._input, {}, self._batch.endpoint)
+        except FileNotFoundError:
+            raise _InputGoneError from None

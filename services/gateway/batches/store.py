@@ -1,243 +1,224 @@
-"""The folder of files and batches. Each object is a small JSON file, replaced as a whole, beside its data.
+"""The folder of files and batches. A database says what there is; the contents are files beside it.
 
-    files/ID.json, files/ID.data
-    batches/ID.json, batches/ID.results, batches/ID.lock, batches/ID.cancel
+    index.db            see octavo.services.gateway.batches.index
+    files/ID.data       the bytes of a file
+    batches/ID.results  the journal of a batch that runs
+    batches/ID.lock     is locked by whoever runs a batch, and is the only one to write its object
 
-Whoever holds the lock of a batch runs it and is the only one to write its object. Every call blocks for as long as the
-disk takes: they are made from threads.
+No call costs more because there are many files and batches. Every call blocks for as long as the disk takes: they are
+made from threads.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
-import os
-import re
+import logging
 import secrets
+import sqlite3
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
-from octavo.services.common.errors import Reason, Resource, ServingError
+from octavo.services.common.errors import Reason, ServingError
+from octavo.services.gateway.batches.file_store import FileStore, FileWriter, check_room, not_found
+from octavo.services.gateway.batches.index import Index, encoded, insert_batch, usage_of
+from octavo.services.gateway.batches.objects import StoredBatch, StoreLimits
+from octavo.services.gateway.batches.old_format import OldFormat
 
-T = TypeVar("T", "StoredFile", "StoredBatch")
-
-_ID = re.compile(r"(file|batch)_[0-9a-f]{32}")
-RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
-"""States of a batch that somebody has to go on with."""
-
-
-@dataclass(frozen=True)
-class StoreLimits:
-    """What one tenant may keep."""
-
-    max_file_bytes: int
-    max_total_bytes: int
-    max_files: int = 1000
-    max_batches: int = 1000
+_log = logging.getLogger(__name__)
+_REMOVED_AT_ONCE = 500
+_VISIBLE = "(keep_until IS NULL OR keep_until > :now)"
 
 
-@dataclass
-class StoredFile:
-    """A file; OpenAI's File object, but for `tenant`."""
+class Claim:
+    """The right to run a batch. The system ends it with its process."""
 
-    id: str
-    tenant: str
-    filename: str
-    purpose: str
-    bytes: int
-    created_at: int
+    def __init__(self, tenant: str, batch_id: str, lock: BinaryIO) -> None:
+        self.tenant = tenant
+        self.batch_id = batch_id
+        self._lock = lock
 
-
-@dataclass
-class StoredBatch:
-    """A batch; OpenAI's Batch object, but for `tenant`. Times are seconds since 1970."""
-
-    id: str
-    tenant: str
-    endpoint: str
-    input_file_id: str
-    created_at: int
-    expires_at: int
-    completion_window: str = "24h"
-    status: str = "validating"
-    metadata: dict[str, str] | None = None
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    errors: list[dict[str, Any]] = field(default_factory=list)
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-    in_progress_at: int | None = None
-    finalizing_at: int | None = None
-    completed_at: int | None = None
-    failed_at: int | None = None
-    expired_at: int | None = None
-    cancelling_at: int | None = None
-    cancelled_at: int | None = None
-
-    def enter(self, status: str) -> None:
-        """Change the state, and note when."""
-        self.status = status
-        setattr(self, f"{status}_at", int(time.time()))
+    def release(self) -> None:
+        """Let another one run it."""
+        self._lock.close()
 
 
 class BatchStore:
-    """See the module."""
+    """See the module. `files`: the files."""
 
     def __init__(self, folder: Path, limits: StoreLimits) -> None:
-        """Make the folders. Raises OSError."""
-        self._files = folder / "files"
-        self._batches = folder / "batches"
+        """Make the folders, and take over what an earlier version kept there. Raises OSError."""
         self.limits = limits
-        for each in (self._files, self._batches):
-            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._batches = folder / "batches"
+        self._batches.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._index = Index(folder / "index.db")
+        self.files = FileStore(folder / "files", self._index, limits)
+        self._old_format = OldFormat(self._index, folder / "files", self._batches, limits)
+        self._old_format.adopt_files()
+        self._old_format.adopt_batches(self._lock)
 
-    # Files
-
-    def add_file(self, tenant: str, filename: str, purpose: str, data: Path) -> StoredFile:
-        """Take over the file at `data`, which is moved. Raises QUOTA_EXCEEDED."""
-        kept = self.files(tenant)
-        size = data.stat().st_size
-        total = sum(file.bytes for file in kept) + size
-        if len(kept) >= self.limits.max_files or total > self.limits.max_total_bytes:
-            raise ServingError(
-                Reason.QUOTA_EXCEEDED,
-                f"{len(kept)} files are kept, and with this one they have {total} bytes; at most "
-                f"{self.limits.max_files} and {self.limits.max_total_bytes} are allowed: delete some",
-                quota_subject="tenant",
-            )
-        return self._take(StoredFile(_new_id("file"), tenant, filename, purpose, size, int(time.time())), data)
-
-    def add_result(self, batch: StoredBatch, what: str, data: Path) -> StoredFile:
-        """Take over a file of results: of any size, since the work is done. Again the same file if it is done again."""
-        file_id = f"file_{hashlib.sha256(f'{batch.id} {what}'.encode()).hexdigest()[:32]}"
-        name = f"{batch.id}_{what}.jsonl"
-        size = data.stat().st_size
-        return self._take(StoredFile(file_id, batch.tenant, name, "batch_output", size, int(time.time())), data)
-
-    def _take(self, file: StoredFile, data: Path) -> StoredFile:
-        data.replace(self.data_path(file.id))
-        _write(self._files / f"{file.id}.json", file)
-        return file
-
-    def temporary_path(self) -> Path:
-        """Return where a file can be written that `add_file` then takes over."""
-        return self._files / f".{secrets.token_hex(16)}.tmp"
-
-    def file(self, tenant: str, file_id: str) -> StoredFile:
-        """Return a tenant's file. Raises REQUEST_NOT_FOUND."""
-        return _read(self._files, file_id, StoredFile, tenant)
-
-    def files(self, tenant: str) -> list[StoredFile]:
-        """Return a tenant's files, newest first."""
-        return _all(self._files, StoredFile, tenant)
-
-    def data_path(self, file_id: str) -> Path:
-        """Return where a file's bytes are."""
-        return self._files / f"{file_id}.data"
-
-    def delete_file(self, tenant: str, file_id: str) -> None:
-        """Delete a tenant's file. Raises REQUEST_NOT_FOUND."""
-        self.file(tenant, file_id)
-        (self._files / f"{file_id}.json").unlink(missing_ok=True)
-        self.data_path(file_id).unlink(missing_ok=True)
-
-    # Batches
+    def close(self) -> None:
+        """Close the database."""
+        self._index.close()
 
     def add_batch(
-        self, tenant: str, endpoint: str, input_file_id: str, window_s: int, metadata: dict[str, str] | None
+        self,
+        tenant: str,
+        endpoint: str,
+        input_file_id: str,
+        window_s: int,
+        metadata: dict[str, str] | None,
+        output_expires_after_s: int | None = None,
     ) -> StoredBatch:
-        """Make a batch that waits for somebody to run it. Raises REQUEST_NOT_FOUND, QUOTA_EXCEEDED."""
-        self.file(tenant, input_file_id)
-        running = [batch for batch in self.batches(tenant) if batch.status in RUNNING]
-        if len(running) >= self.limits.max_batches:
-            message = f"{len(running)} batches are waiting or running; wait for some, or cancel them"
-            raise ServingError(Reason.QUOTA_EXCEEDED, message, quota_subject="tenant", retry_after_ms=60_000)
+        """Make a batch that waits for somebody to run it. Raises REQUEST_NOT_FOUND, QUOTA_EXCEEDED, OSError."""
         now = int(time.time())
-        batch = StoredBatch(_new_id("batch"), tenant, endpoint, input_file_id, now, now + window_s, metadata=metadata)
-        self.save(batch)
+        batch = StoredBatch(
+            f"batch_{secrets.token_hex(16)}",
+            tenant,
+            endpoint,
+            input_file_id,
+            now,
+            now + window_s,
+            metadata=metadata,
+            output_expires_after_s=output_expires_after_s,
+        )
+        with self._index.change() as db:
+            self.files.check(db, tenant, input_file_id)
+            usage = usage_of(db, tenant)
+            if usage["running"] >= self.limits.max_batches:
+                message = f"{usage['running']} batches are waiting or running; wait for some, or cancel them"
+                raise ServingError(Reason.QUOTA_EXCEEDED, message, quota_subject="tenant", retry_after_ms=60_000)
+            check_room(db, self.limits, tenant)
+            excess = usage["ended"] - self.limits.max_ended_batches
+            if excess > 0:
+                oldest = "SELECT id FROM batches WHERE tenant = ? AND NOT running ORDER BY number LIMIT ?"
+                self._drop(db, [row["id"] for row in db.execute(oldest, (tenant, min(excess, _REMOVED_AT_ONCE)))])
+            insert_batch(db, batch, None)
         return batch
 
     def batch(self, tenant: str, batch_id: str) -> StoredBatch:
         """Return a tenant's batch. Raises REQUEST_NOT_FOUND."""
-        return _read(self._batches, batch_id, StoredBatch, tenant)
+        where = f"id = :id AND tenant = :tenant AND {_VISIBLE}"
+        for batch in _decoded(self._index.select("batches", where, id=batch_id, tenant=tenant)):
+            return batch
+        raise not_found("batch", batch_id)
 
-    def batches(self, tenant: str | None) -> list[StoredBatch]:
-        """Return a tenant's batches, those of all if None; newest first."""
-        return _all(self._batches, StoredBatch, tenant)
+    def batches(self, tenant: str, limit: int, after: str | None = None) -> list[StoredBatch]:
+        """Return a tenant's batches, newest first, those after the one that `after` names."""
+        return _decoded(self._index.page("batches", _VISIBLE, tenant, limit, after))
 
     def save(self, batch: StoredBatch) -> None:
-        """Write a batch's object: for its maker, and for whoever holds its lock."""
-        _write(self._batches / f"{batch.id}.json", batch)
+        """Write the object of a batch that goes on: for whoever has its claim. Raises OSError."""
+        assert batch.running, f"{batch.id} is {batch.status}"
+        with self._index.change() as db:
+            db.execute("UPDATE batches SET object = ? WHERE id = ?", (encoded(batch), batch.id))
+
+    def begin_result(self, batch: StoredBatch, what: str) -> FileWriter:
+        """Begin a batch's file of results; the same file if it is done again. Raises OSError."""
+        file_id = f"file_{hashlib.sha256(f'{batch.id} {what}'.encode()).hexdigest()[:32]}"
+        return self.files.begin_result(file_id, batch.tenant, f"{batch.id}_{what}.jsonl")
+
+    def end(self, batch: StoredBatch, results: Sequence[FileWriter] = ()) -> None:
+        """Write the object of a batch that ended, and have its tenant see its files of results. Raises OSError."""
+        assert not batch.running, f"{batch.id} is {batch.status}"
+        for writer in results:
+            writer.sync()  # the journal that could make them again is removed below
+        with self._index.change() as db:
+            for writer in results:
+                self.files.show(db, writer, batch.output_expires_after_s)
+            db.execute(
+                "UPDATE batches SET object = ?, running = 0, keep_until = ? WHERE id = ?",
+                (encoded(batch), self.limits.end_of(int(time.time())), batch.id),
+            )
+        for writer in results:
+            writer.leave()
+        self._remove_working_files(batch.id)
 
     def results_path(self, batch: StoredBatch) -> Path:
         """Return where the results of a running batch are."""
         return self._batches / f"{batch.id}.results"
 
     def ask_to_cancel(self, batch: StoredBatch) -> None:
-        """Tell whoever runs a batch to end it."""
-        (self._batches / f"{batch.id}.cancel").touch(mode=0o600)
+        """Tell whoever runs a batch to end it. Raises OSError."""
+        with self._index.change() as db:
+            db.execute("UPDATE batches SET cancel = 1 WHERE id = ?", (batch.id,))
 
     def is_to_be_cancelled(self, batch: StoredBatch) -> bool:
         """Return whether somebody asked for that."""
-        return (self._batches / f"{batch.id}.cancel").exists()
+        return any(row["cancel"] for row in self._index.select("batches", "id = :id", id=batch.id))
 
-    @contextlib.contextmanager
-    def lock(self, batch: StoredBatch) -> Iterator[bool]:
-        """Try to become the one who runs a batch; yields whether that worked. The system unlocks for the dead."""
-        with (self._batches / f"{batch.id}.lock").open("ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+    def waiting(self) -> list[tuple[str, str]]:
+        """Return tenant and id of all batches that somebody has to go on with: tenants in turn, the oldest first."""
+        rows = self._index.rows(
+            "SELECT tenant, id FROM batches WHERE running "
+            "ORDER BY row_number() OVER (PARTITION BY tenant ORDER BY number), number"
+        )
+        return [(row["tenant"], row["id"]) for row in rows]
 
-    def remove_working_files(self, batch: StoredBatch) -> None:
-        """Remove what only a running batch needs."""
-        for kind in ("results", "cancel"):
-            (self._batches / f"{batch.id}.{kind}").unlink(missing_ok=True)
+    def claim(self, tenant: str, batch_id: str) -> Claim | None:
+        """Become the one who runs a batch, unless somebody is, or it has ended. Raises OSError."""
+        lock = self._lock(batch_id)
+        if lock is None:
+            return None
+        claim = Claim(tenant, batch_id, lock)
+        try:
+            is_running = self._index.select("batches", "id = :id AND running", id=batch_id)
+        except BaseException:
+            claim.release()
+            raise
+        if not is_running:
+            self._remove_working_files(batch_id)
+            claim.release()
+            return None
+        return claim
+
+    def _lock(self, batch_id: str) -> BinaryIO | None:
+        lock = (self._batches / f"{batch_id}.lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        except BaseException:
+            lock.close()
+            raise
+        return lock
+
+    # Care
+
+    def remove_expired(self) -> bool:
+        """Remove some of what has expired; return whether there may be more. Raises OSError.
+
+        Also takes over what a gateway of an earlier version ran until now.
+        """
+        self._old_format.adopt_batches(self._lock)
+        num_files = self.files.remove_expired(_REMOVED_AT_ONCE)
+        where = "keep_until <= :now AND NOT running LIMIT :limit"
+        if batches := self._index.select("batches", where, limit=_REMOVED_AT_ONCE):
+            with self._index.change() as db:
+                self._drop(db, [row["id"] for row in batches])
+        return _REMOVED_AT_ONCE in (num_files, len(batches))
+
+    def _drop(self, db: sqlite3.Connection, batch_ids: Sequence[str]) -> None:
+        for batch_id in batch_ids:
+            self._remove_working_files(batch_id)
+        db.executemany("DELETE FROM batches WHERE id = ?", [(batch_id,) for batch_id in batch_ids])
+
+    def _remove_working_files(self, batch_id: str) -> None:
+        """Remove what only a running batch needs. Whoever waits for its lock finds that it has ended."""
+        for kind in ("results", "lock"):
+            (self._batches / f"{batch_id}.{kind}").unlink(missing_ok=True)
 
 
-def _new_id(kind: str) -> str:
-    return f"{kind}_{secrets.token_hex(16)}"
-
-
-def _write(path: Path, value: StoredFile | StoredBatch) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with temporary.open("xb") as file:
-        file.write(json.dumps(asdict(value)).encode())
-        _sync(file)
-    temporary.replace(path)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _read(folder: Path, object_id: str, kind: type[T], tenant: str) -> T:
-    """Return an object. An id is a name in a folder, so it is checked before it becomes part of a path."""
-    name = {"StoredFile": "file", "StoredBatch": "batch"}[kind.__name__]
-    if _ID.fullmatch(object_id) and object_id.startswith(name):
-        with contextlib.suppress(FileNotFoundError):
-            found = kind(**json.loads((folder / f"{object_id}.json").read_bytes()))
-            if found.tenant == tenant:
-                return found
-    message = f"there is no {name} {object_id[:64]!r}"
-    raise ServingError(Reason.REQUEST_NOT_FOUND, message, resource=Resource(name, object_id[:64]))
-
-
-def _all(folder: Path, kind: type[T], tenant: str | None) -> list[T]:
-    found: list[T] = []
-    for path in folder.glob("[!.]*.json"):
-        with contextlib.suppress(FileNotFoundError):
-            each = kind(**json.loads(path.read_bytes()))
-            if tenant is None or each.tenant == tenant:
-                found.append(each)
-    return sorted(found, key=lambda each: (each.created_at, each.id), reverse=True)
+def _decoded(rows: Iterable[sqlite3.Row]) -> list[StoredBatch]:
+    """Return the batches that rows are. One that cannot be read stops no other."""
+    batches = []
+    for row in rows:
+        try:
+            batches.append(StoredBatch.of(json.loads(row["object"])))
+        except (ValueError, TypeError):
+            _log.exception("batch %s cannot be read", row["id"])
+    return batches

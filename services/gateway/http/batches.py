@@ -12,10 +12,11 @@ from starlette.responses import JSONResponse, Response
 
 from octavo.services.gateway.authentication import Authenticator, caller
 from octavo.services.gateway.batches.jobs import BatchJobs, JobLimits
-from octavo.services.gateway.batches.store import RUNNING, BatchStore, StoredBatch, StoreLimits
+from octavo.services.gateway.batches.objects import StoredBatch, StoreLimits
+from octavo.services.gateway.batches.store import BatchStore
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.http.endpoint import Endpoint, Handler, HttpRequest
-from octavo.services.gateway.http.files import FileEndpoints, page
+from octavo.services.gateway.http.files import FileEndpoints, check_expiry, page
 from octavo.services.gateway.http.in_process import InProcessSender
 from octavo.services.gateway.http.params import Params
 
@@ -42,7 +43,10 @@ class BatchService:
         self, config: GatewayConfig, folder: Path, handlers: Mapping[str, Handler], authenticator: Authenticator
     ) -> None:
         """Make the folder. `handlers`: by path, what a batch may ask for. Raises OSError."""
-        store = BatchStore(folder, StoreLimits(config.batch_max_file_bytes, config.batch_max_tenant_bytes))
+        limits = StoreLimits(
+            config.batch_max_file_bytes, config.batch_max_tenant_bytes, retention_s=int(config.batch_retention_s)
+        )
+        store = self._store = BatchStore(folder, limits)
         endpoints = {path: Endpoint(handler, config.http_max_body_bytes, None) for path, handler in handlers.items()}
 
         def make_sender(batch: StoredBatch) -> InProcessSender:
@@ -72,6 +76,7 @@ class BatchService:
     async def stop(self) -> None:
         """Leave running batches to another gateway, or to the next start."""
         await self._jobs.stop()
+        await asyncio.to_thread(self._store.close)
 
 
 class BatchEndpoints:
@@ -93,16 +98,31 @@ class BatchEndpoints:
         if window is None:
             raise params.wrong("completion_window", "must be a number of hours, such as 24h")
         metadata = _metadata(params)
+        expiry = params.object("output_expires_after")
         params.finish()
-        seconds = int(window[1]) * 3600
-        batch = await asyncio.to_thread(self._store.add_batch, caller().tenant, endpoint, file_id, seconds, metadata)
+        output_expires_after_s = None
+        if expiry is not None:
+            output_expires_after_s = check_expiry("output_expires_after", expiry.get("anchor"), expiry.get("seconds"))
+        batch = await asyncio.to_thread(
+            self._store.add_batch,
+            caller().tenant,
+            endpoint,
+            file_id,
+            int(window[1]) * 3600,
+            metadata,
+            output_expires_after_s,
+        )
         self._jobs.wake()
         return JSONResponse(describe(batch))
 
     async def list(self, request: HttpRequest) -> Response:
         """List batches, newest first."""
-        batches = await asyncio.to_thread(self._store.batches, caller().tenant)
-        return JSONResponse(page(request, batches, describe, _DEFAULT_PAGE))
+        tenant = caller().tenant
+
+        async def fetch(limit: int, after: str | None) -> list[StoredBatch]:
+            return await asyncio.to_thread(self._store.batches, tenant, limit, after)
+
+        return JSONResponse(await page(request, fetch, describe, _DEFAULT_PAGE))
 
     async def get(self, request: HttpRequest) -> Response:
         """Describe a batch."""
@@ -111,7 +131,7 @@ class BatchEndpoints:
     async def cancel(self, request: HttpRequest) -> Response:
         """End a batch; what was answered is kept. Whoever runs it does that within a second."""
         batch = await self._find(request)
-        if batch.status in RUNNING:
+        if batch.running:
             await asyncio.to_thread(self._store.ask_to_cancel, batch)
             batch.status = "cancelling"
         return JSONResponse(describe(batch))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar, cast
 
 from starlette.datastructures import FormData, Headers, QueryParams
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -29,6 +29,30 @@ _MAX_FIELDS = 16
 _MAX_FIELD_BYTES = 64 * 1024
 
 
+class Sink(Protocol):
+    """Where the bytes of a form's file are written, by threads, one call at a time."""
+
+    def write(self, data: bytes, /) -> int:
+        """Take more bytes. What it raises ends the request."""
+
+    def seek(self, place: int, /) -> int:
+        """Go back to the beginning: all bytes are there."""
+
+    def close(self) -> None:
+        """Close it: the form is done with."""
+
+
+class _FormParser(MultiPartParser):
+    """Writes the file of a form where it is to be, not to memory and a temporary file first."""
+
+    file: Sink
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        if self._current_part.file is not None:
+            self._current_part.file.file = cast(BinaryIO, self.file)  # no more of it is used
+
+
 class HttpRequest:
     """One request. A handler returns a response, or sends one itself and returns None."""
 
@@ -42,6 +66,7 @@ class HttpRequest:
         self._receive = receive
         self._max_body_bytes = max_body_bytes
         self._arrived = asyncio.get_running_loop().time()
+        self._has_body = True  # which is not read to its end
 
     async def json(self) -> dict[str, Any]:
         """Return the body, a JSON object. Raises HttpError, ServingError, ClientDisconnect."""
@@ -55,18 +80,24 @@ class HttpRequest:
         except TimeoutError:
             raise HttpError(408, "the body did not arrive in time", "timeout", {"connection": "close"}) from None
 
-    async def form(self, max_bytes: int) -> FormData:
-        """Return the body, a form with at most one file, which may be on the disk; the caller closes it.
+    @property
+    def announced_bytes(self) -> int:
+        """The length of the body as the client gave it; 0 if it did not."""
+        return int(self.headers.get("content-length", "0"))
 
-        Raises HttpError, ClientDisconnect.
+    async def form(self, max_bytes: int, file: Sink) -> FormData:
+        """Return the body, a form with at most one file, whose bytes are written to `file` as they come.
+
+        Raises HttpError, ClientDisconnect, and what `file` raises.
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "multipart/form-data":
             message = f"the body must be multipart/form-data, not {kind or 'of no type'}; set the content-type header"
             raise HttpError(415, message, "unsupported_media_type")
-        parser = MultiPartParser(
+        parser = _FormParser(
             self.headers, self._pieces(max_bytes), max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
         )
+        parser.file = file
         try:
             async with asyncio.timeout(_UPLOAD_S):
                 return await parser.parse()
@@ -116,8 +147,7 @@ class HttpRequest:
         return b"".join([piece async for piece in self._pieces(self._max_body_bytes)])
 
     async def _pieces(self, max_bytes: int) -> AsyncGenerator[bytes, None]:
-        announced = self.headers.get("content-length", "0")
-        if int(announced) > max_bytes:
+        if self.announced_bytes > max_bytes:
             raise await self._too_large(max_bytes)
         size = 0
         while True:
@@ -128,21 +158,25 @@ class HttpRequest:
             size += len(piece)
             if size > max_bytes:
                 raise await self._too_large(max_bytes)
+            self._has_body = message.get("more_body", False)
             yield piece
-            if not message.get("more_body", False):
+            if not self._has_body:
                 return
 
     async def _too_large(self, max_bytes: int) -> HttpError:
-        """Return the error; first discard, for a while, what still comes: a client reads when it has written."""
+        await self.discard()
+        message = f"the body is longer than {max_bytes} bytes"
+        return HttpError(413, message, "request_too_large", {"connection": "close"})
+
+    async def discard(self) -> None:
+        """Discard, for a while, what still comes of a body that is refused: a client reads when it has written."""
         try:
             if "expect" not in self.headers:
                 async with asyncio.timeout(_DISCARD_S):
-                    while (await self._receive()).get("more_body", False):
-                        pass
+                    while self._has_body:
+                        self._has_body = (await self._receive()).get("more_body", False)
         except TimeoutError:
             pass  # it is told, even if it may not listen
-        message = f"the body is longer than {max_bytes} bytes"
-        return HttpError(413, message, "request_too_large", {"connection": "close"})
 
 
 Handler = Callable[[HttpRequest], Awaitable[Response | None]]
