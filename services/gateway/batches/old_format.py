@@ -83,10 +83,9 @@ class OldFormat:
                     if (self._batches / f"{batch.id}.cancel").exists():
                         db.execute("UPDATE batches SET cancel = 1 WHERE id = ?", (batch.id,))
         for batch in batches:
-            for kind in ("json", "cancel") if batch.running else ("json", "cancel", "results"):
+            # The lock of one that runs is left: somebody else may have it by now.
+            for kind in ("json", "cancel") if batch.running else ("json", "cancel", "results", "lock"):
                 (self._batches / f"{batch.id}.{kind}").unlink(missing_ok=True)
-        for path in paths:
-            path.with_suffix(".lock").unlink(missing_ok=True)  # while it is held; whoever runs it makes another
 
 
 def _read(path: Path, needed: Sequence[str]) -> dict[str, Any] | None:
