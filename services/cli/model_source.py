@@ -23,10 +23,11 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class Model:
-    """A model on this machine's disk, and the name to serve it by."""
+    """A model on this machine's disk, and the name to serve it by; the commit, if it is from the hub."""
 
     path: Path
     name: str
+    revision: str = ""
 
 
 def find(text: str, report: Report) -> Model:
@@ -39,7 +40,9 @@ def find(text: str, report: Report) -> Model:
     if path.is_file():
         return Model(_checked_gguf(path).resolve(), path.stem)
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
-        return Model(_checked_folder(_from_hub(text), text), text.split("@")[0])
+        folder = _from_hub(text)
+        revision = folder.name if folder.parent.name == "snapshots" else ""
+        return Model(_checked_folder(folder, text), text.split("@")[0], revision)
     raise CommandError(
         f"there is no {text}: MODEL is a folder, a .gguf file, a hub id such as org/name, demo or demo-embed"
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
+from octavo.services.cli import model
 from octavo.services.cli.__main__ import main
 from octavo.services.cli.model import EXIT_CORRUPT, MANIFEST
 
@@ -84,6 +87,110 @@ def test_verify_waits_for_a_folder_that_is_being_filled(sealed: Path) -> None:
         filling.join()
 
 
-def test_a_sealed_folder_is_not_fetched_again(sealed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["model", "fetch", str(sealed), "--source=/there/is/no/such/model"]) == 0
+def test_a_sealed_folder_is_not_fetched_again(sealed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(sealed)
+    (tmp_path / "source" / WEIGHTS).unlink()
+    assert main(["model", "fetch", str(sealed), f"--source={tmp_path / 'source'}"]) == 0
     assert "nothing to fetch" in capsys.readouterr().out
+    assert contents(sealed) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A hub of models of one organization: the commit of each name with its revision."""
+    commits = {"org/a": "c1", "org/a@v2": "c2", "org/b": "c1"}
+
+    def download(repo: str, revision: str | None, **_: object) -> str:
+        commit = commits[f"{repo}@{revision}" if revision else repo]
+        folder = tmp_path / "hub" / repo.replace("/", "--") / "snapshots" / commit
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "tokenizer.json", WEIGHTS):
+            (folder / name).write_text(f"{repo} {commit}")
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return commits
+
+
+@pytest.mark.parametrize("other", ["org/b", "org/a@v2", "org/b@c1"])
+def test_another_model_or_revision_is_not_taken_for_the_one_that_is_there(
+    hub: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    folder = tmp_path / "model"
+    assert main(["model", "fetch", str(folder), "--source=org/a"]) == 0
+    before = contents(folder)
+    for action in ("fetch", "verify"):
+        assert main(["model", action, str(folder), f"--source={other}"]) == EXIT_CORRUPT
+        assert f"is sealed with org/a (c1), not {other}: choose another folder" in capsys.readouterr().err
+    assert contents(folder) == before
+    assert hub
+
+
+@pytest.mark.parametrize("same", ["org/a", "org/a@c1"])
+def test_the_same_model_is(hub: dict[str, str], tmp_path: Path, same: str) -> None:
+    folder = tmp_path / "model"
+    assert main(["model", "fetch", str(folder), "--source=org/a"]) == 0
+    hub["org/a"] = "c3"
+    for action in ("fetch", "verify"):
+        assert main(["model", action, str(folder), f"--source={same}"]) == 0
+    assert (folder / WEIGHTS).read_text() == "org/a c1"
+
+
+def test_a_folder_of_unknown_source_is_told_what_it_is(
+    sealed: Path, hub: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hub
+    assert main(["model", "seal", str(sealed)]) == 0
+    assert main(["model", "fetch", str(sealed), "--source=org/a"]) == EXIT_CORRUPT
+    assert f"octavo model seal {sealed} --source=org/a" in capsys.readouterr().err
+    assert main(["model", "verify", str(sealed)]) == 0
+    assert main(["model", "seal", str(sealed), "--source=org/a"]) == 0
+    assert main(["model", "fetch", str(sealed), "--source=org/a"]) == 0
+
+
+def test_a_folder_with_files_of_another_model_is_not_filled(
+    hub: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert hub
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model-00001-of-00002.safetensors").touch()
+    assert main(["model", "fetch", str(folder), "--source=org/a"]) == EXIT_CORRUPT
+    assert "is no file of org/a" in capsys.readouterr().err
+    assert not (folder / MANIFEST).exists()
+
+
+def test_two_fetches_into_a_folder_take_turns(
+    hub: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one copies when the second one comes; the second one finds what the first one sealed."""
+    assert hub
+    folder, copies, second = tmp_path / "model", 0, threading.Event()
+    copyfile = shutil.copyfile
+
+    def fetch() -> None:
+        assert main(["model", "fetch", str(folder), "--source=org/a"]) == 0
+
+    def copy(source: Path, target: Path) -> None:
+        nonlocal copies
+        copies += 1
+        if copies == 1:
+            other.start()
+            assert second.wait(60)
+        copyfile(source, target)
+
+    def note(text: str, **_: object) -> None:
+        if "is being filled" in text:
+            second.set()
+
+    other = threading.Thread(target=fetch)
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    monkeypatch.setattr(model, "print", note, raising=False)
+    fetch()
+    other.join()
+    assert copies == 3
+    assert main(["model", "verify", str(folder)]) == 0
