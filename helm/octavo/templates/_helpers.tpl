@@ -188,11 +188,15 @@ readinessProbe:
     fieldRef: {fieldPath: metadata.name}
 {{- end }}
 
+{{/* The model's folder. What is fetched has a folder of its own, so another source or revision is another path: it rolls all pods. */}}
+{{- define "octavo.modelFolder" -}}
+{{- $folder := .Values.model.folder -}}
+{{- if and .Values.model.fetch.enabled (not $folder) }}{{ $folder = replace "/" "--" .Values.model.fetch.source }}{{ end -}}
+{{- .Values.model.mountPath }}{{ with $folder }}/{{ . }}{{ end -}}
+{{- end }}
+
 {{- define "octavo.modelPath" -}}
-{{- $path := .Values.model.mountPath -}}
-{{- with .Values.model.folder }}{{ $path = printf "%s/%s" $path . }}{{ end -}}
-{{- with .Values.model.file }}{{ $path = printf "%s/%s" $path . }}{{ end -}}
-{{- $path -}}
+{{- include "octavo.modelFolder" . }}{{ with .Values.model.file }}/{{ . }}{{ end -}}
 {{- end }}
 
 {{- define "octavo.claimName" -}}
@@ -231,7 +235,10 @@ readinessProbe:
   args:
     - model
     - verify
-    - {{ ternary (include "octavo.modelPath" $root | dir) (include "octavo.modelPath" $root) (ne $root.Values.model.file "") }}
+    - {{ include "octavo.modelFolder" $root }}
+    {{- if $root.Values.model.fetch.enabled }}
+    - --source={{ $root.Values.model.fetch.source }}
+    {{- end }}
     - --wait-s={{ int $root.Values.model.waitSeconds }}s
     {{- range index . 1 }}
     - --only={{ . }}
