@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from octavo import __version__
@@ -72,6 +73,8 @@ class GatewayTelemetry:
         store.value(catalog.FAILOVERS).set(schedulers.num_failovers)
         store.value(catalog.SCHEDULERS, "connected").set(len(peers))
         store.value(catalog.SCHEDULERS, "healthy").set(sum(peer.healthy for peer in peers))
+        versions = Counter(peer.load.model_version for peer in peers if peer.load.model_version)
+        store.replace_all(catalog.MODEL_SCHEDULERS, {(version,): num for version, num in versions.items()})
 
     def _read_load(self, schedulers: SchedulerPool) -> None:
         picker, loads = self._picker, [peer.load for peer in schedulers.peers]

@@ -102,6 +102,13 @@ SCHEDULERS = Metric(
     ("state",),
 )
 
+MODEL_SCHEDULERS = Metric(
+    "octavo_gateway_model_schedulers",
+    "gauge",
+    "connected schedulers of a gateway by the version of their weights; two rows: they serve different ones",
+    ("model_version",),
+)
+
 # -- scheduler: the queue, the cache, the steps ------------------------------------------------------
 
 RUNNING = Metric("octavo_sequences_running", "gauge", "sequences that are computed", alias="vllm:num_requests_running")
@@ -241,7 +248,7 @@ PICKER_CACHE_CONFIG = Metric(
 COMMON = (BUILD_INFO, STARTED)
 GATEWAY = (
     REQUESTS, REQUESTS_RUNNING, REJECTIONS, INTERRUPTIONS, FINISHES, PROMPT_TOKENS, CACHED_TOKENS, OUTPUT_TOKENS, TTFT,
-    DURATION, FAILOVERS, SCHEDULERS,
+    DURATION, FAILOVERS, SCHEDULERS, MODEL_SCHEDULERS,
 )  # fmt: skip
 SCHEDULER = (
     RUNNING, WAITING, WAITING_TOKENS, QUEUE_ESTIMATE, KV_USAGE, KV_BLOCKS, CACHE_CONFIG, WORKERS_READY, STEP_AGE,

@@ -7,7 +7,7 @@ one, may see a histogram in the middle of an observation, which the next scrape 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from octavo.services.telemetry.catalog import Metric
 
@@ -110,6 +110,14 @@ class Store:
             one = Value()
             one.set(1.0)
             self._values[metric] = {labels: one}
+
+    def replace_all(self, metric: Metric, rows: Mapping[tuple[str, ...], float]) -> None:
+        """Set a gauge for these labels, and no others are left."""
+        if self.enabled:
+            children = {labels: Value() for labels in rows}
+            for labels, number in rows.items():
+                children[labels].set(number)
+            self._values[metric] = children
 
     def values(self) -> Iterable[tuple[Metric, dict[tuple[str, ...], Value]]]:
         """Return counters and gauges, each with a copy of its children."""

@@ -89,6 +89,16 @@ async def test_a_call_is_counted_once_and_logged_in_one_line(measured: Any, capl
     assert 0 < line["ttft_ms"] <= line["duration_ms"]
 
 
+async def test_metrics_say_which_weights_are_served_now(measured: Any, tools: Any) -> None:
+    def versions(samples: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in samples.items() if name.startswith("octavo_gateway_model_schedulers")}
+
+    before = versions(await scrape(measured))
+    measured.scheduler.say_load(model_version="w2")
+    await tools.until(lambda: measured.gateway.schedulers.model_version == "w2")
+    assert before != versions(await scrape(measured)) == {"octavo_gateway_model_schedulers[w2]": 1}
+
+
 async def test_no_line_of_any_level_has_prompt_or_output(measured: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     await finished_call(measured, "sesame-in", "sesame-out")
