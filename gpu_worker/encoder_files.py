@@ -18,7 +18,14 @@ from octavo.gpu_worker.models.modernbert import ModernBertConfig
 from octavo.gpu_worker.pooler import ACTIVATIONS, Layer, Pooling
 from octavo.gpu_worker.pooling_files import dense, norm, read_pooling, score_pooling
 from octavo.gpu_worker.sharding import Part
-from octavo.gpu_worker.weights import fingerprint_of, name_list, read_json, read_tensors, tensor_files, weight_files
+from octavo.gpu_worker.weights import (
+    fingerprint_of_folder,
+    name_list,
+    read_json,
+    read_tensors,
+    tensor_files,
+    weight_files,
+)
 
 _CLASSIFIER = "ForSequenceClassification"
 
@@ -58,7 +65,7 @@ def load_encoder(folder: Path, architecture: str, dtype: str, max_model_len: int
         pooling = _score(config.classifier, config.hidden_size, tensors, values, path)
     else:
         pooling = read_pooling(folder, config.hidden_size)
-    fingerprint = fingerprint_of([path.read_bytes(), dtype.encode(), pooling_digest(pooling)], files)
+    fingerprint = fingerprint_of_folder([path.read_bytes(), dtype.encode(), pooling_digest(pooling)], files)
     return LoadedModel(model, architecture, context, fingerprint, pooling)
 
 

@@ -95,7 +95,8 @@ def load_gguf(path: Path, dtype: str, progress: Progress, quantization: Quantiza
                 tensors[name] = _rows_as_published(name, tensors[name], config, source).contiguous()
                 done += source.tensors[names[name]].num_bytes
                 progress(name, done, total)
-    fingerprint = fingerprint_of([source.header_bytes(), dtype.encode()], [path])
+    places = [tensor.offset for tensor in source.tensors.values()]
+    fingerprint = fingerprint_of([source.header_bytes(), dtype.encode()], [(path, places)])
     return Checkpoint(config, architecture, tensors, fingerprint)
 
 

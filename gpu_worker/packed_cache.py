@@ -25,6 +25,7 @@ from octavo.kernels.cpu.runtime import Runtime
 log = logging.getLogger("octavo.worker")
 
 _ENDS_HASHED_BYTES = 4096
+_VERSIONS = "both ends of each tensor"  # what model versions are made of; another way is another version
 _FACTS = ("architecture", "max_model_len", "model_version")
 _SUFFIX, _UNFINISHED_SUFFIX = ".packed", ".unfinished"
 
@@ -35,7 +36,7 @@ def cache_key(file: Path, settings: Iterable[str], runtime: Runtime) -> str:
     A weight file counts as the same while its path, size, time of change and both ends are. Raises OSError.
     """
     digest = hashlib.sha256()
-    for part in (packed_file.FORMAT.decode(), runtime.identity, str(file.resolve()), *settings):
+    for part in (packed_file.FORMAT.decode(), _VERSIONS, runtime.identity, str(file.resolve()), *settings):
         digest.update(f"{len(part)} {part}".encode())
     weight_files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
     for path in [*sorted(file.glob("*.json")), *weight_files]:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
-_ENDS_HASHED_BYTES = 4096
+_HASHED_BYTES = 4096  # of each end of a tensor
+_HASHING_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ def load_folder(
     _check_names(shapes, owners, config, folder)
     # Sums over ranks round in another order: results are the same only with as many ranks.
     ranks = [f"ranks {sharding.world_size}".encode()] if sharding.world_size > 1 else []
-    fingerprint = fingerprint_of([config_path.read_bytes(), dtype.encode(), *ranks], files)
+    fingerprint = fingerprint_of_folder([config_path.read_bytes(), dtype.encode(), *ranks], files)
     local = sharding.local_config(config)
     parts = {tensor: sharding.part(tensor, config, wanted) for tensor in architecture.tensor_shapes(local)}
     parts = {tensor: replace(part, source=stored[part.source]) for tensor, part in parts.items()}
@@ -76,24 +80,48 @@ def architecture_of(values: Mapping[str, Any]) -> str:
     return str((values.get("architectures") or ["(none named)"])[0])
 
 
-def fingerprint_of(settings: Iterable[bytes], files: Iterable[Path]) -> str:
-    """Return 16 hex digits that change with settings, tensor names, shapes, types and file sizes.
+def fingerprint_of(settings: Iterable[bytes], files: Iterable[tuple[Path, Iterable[int]]]) -> str:
+    """Return 16 hex digits that change with settings, tensor names, shapes, types, file sizes and weights.
 
-    Of each file the head (a safetensors file's own list of its tensors) and both ends of the data
-    are hashed, not all of it: gigabytes would take longer than loading them.
+    files  each with the place of each of its tensors
+
+    Both ends of each tensor are hashed, not all of it: gigabytes would take longer than loading them, and a fine-tune
+    changes a matrix everywhere.
     """
     digest = hashlib.sha256()
     for part in settings:
         digest.update(len(part).to_bytes(8, "little") + part)
-    for path in files:
+    for path, places in files:
         size = path.stat().st_size
-        with path.open("rb") as handle:
-            head = int.from_bytes(handle.read(8), "little") if path.suffix == ".safetensors" else 0
-            handle.seek(0)
-            first = handle.read(min(head + _ENDS_HASHED_BYTES, size))
-            handle.seek(max(size - _ENDS_HASHED_BYTES, 0))
-            digest.update(size.to_bytes(8, "little") + first + handle.read())
+        digest.update(size.to_bytes(8, "little"))
+        with path.open("rb") as handle, ThreadPoolExecutor(_HASHING_THREADS) as threads:  # a disk far away is slow
+            for piece in threads.map(partial(_digest_at, handle.fileno()), [*sorted(places), size]):
+                digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+def _digest_at(file: int, place: int) -> bytes:
+    """Hash what is around a place: the end of one tensor, the beginning of the next one."""
+    start = max(place - _HASHED_BYTES, 0)
+    return hashlib.sha256(os.pread(file, place - start + _HASHED_BYTES, start)).digest()
+
+
+def tensor_places(path: Path) -> tuple[bytes, list[int]]:
+    """Return the head of a safetensors file, its own list of its tensors, and where they begin. Raises ModelError."""
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(int.from_bytes(handle.read(8), "little"))
+        places = [each["data_offsets"][0] for name, each in json.loads(head).items() if name != "__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+    return head, [8 + len(head) + place for place in places]
+
+
+def fingerprint_of_folder(settings: Iterable[bytes], files: Iterable[Path]) -> str:
+    """Return the fingerprint of safetensors files. Raises ModelError."""
+    found = {path: tensor_places(path) for path in files}
+    heads = [head for head, _ in found.values()]
+    return fingerprint_of([*settings, *heads], [(path, places) for path, (_, places) in found.items()])
 
 
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], where: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.gguf_file import GgufFile
 from octavo.gpu_worker.gguf_model import load_gguf
 from octavo.gpu_worker.loading import load_model
 from octavo.gpu_worker.weights import Checkpoint, load_folder
@@ -165,6 +166,20 @@ def test_a_folder_with_one_gguf_file_is_a_model(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     write_gguf(tmp_path / "folder" / "model.gguf", source, "qwen3")
     assert load_model(tmp_path / "folder", "auto", 0, lambda *_: None).architecture == "Qwen3ForCausalLM"
+
+
+def test_the_version_changes_with_any_matrix(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "source", "llama")
+    path = tmp_path / "model.gguf"
+    write_gguf(path, load_folder(tmp_path / "source", "auto", lambda *_: None), "llama")
+    data = path.read_bytes()
+    tensors = GgufFile(path).tensors.values()
+    versions = {load_model(path, "auto", 0, lambda *_: None).model_version}
+    for tensor in tensors:
+        flipped = bytes(byte ^ 1 for byte in data[tensor.offset : tensor.offset + tensor.num_bytes])
+        path.write_bytes(data[: tensor.offset] + flipped + data[tensor.offset + tensor.num_bytes :])
+        versions.add(load_model(path, "auto", 0, lambda *_: None).model_version)
+    assert len(versions) == 1 + len(tensors)
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.001, 0.01, 0.5, 0.999])

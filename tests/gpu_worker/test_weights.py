@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.loading import LoadedModel, load_model
-from octavo.gpu_worker.weights import load_folder
+from octavo.gpu_worker.weights import fingerprint_of, load_folder
 
 from .tiny import make_checkpoint
 
@@ -80,6 +80,31 @@ def test_the_version_changes_with_weights_config_and_dtype(folder: Path) -> None
     changed = load(folder).model_version
     edit_config(folder, rms_norm_eps=1e-4)
     assert len({first, changed, load(folder).model_version}) == 3
+
+
+def test_the_version_changes_with_any_matrix(tmp_path: Path) -> None:
+    """A merged fine-tune leaves embeddings and the last norm, which are at both ends of a file, as they were."""
+    make_checkpoint(tmp_path, "llama_biased")
+    stored = load_file(tmp_path / "model.safetensors")
+    versions = {load(tmp_path).model_version}
+    for name in stored:
+        save_file({**stored, name: stored[name] * 2 + 1}, tmp_path / "model.safetensors")
+        versions.add(load(tmp_path).model_version)
+    assert len(versions) == 1 + len(stored)
+
+
+def test_both_ends_of_each_tensor_count(tmp_path: Path) -> None:
+    size = 3 * 4096 * 8
+    (tmp_path / "weights").write_bytes(bytes(size))
+    places = [0, size // 8, size // 2]
+    found = {fingerprint_of([], [(tmp_path / "weights", places)])}
+    for place in (*places, size):
+        for changed in {max(place - 1, 0), min(place, size - 1)}:
+            data = bytearray(size)
+            data[changed] = 1
+            (tmp_path / "weights").write_bytes(data)
+            found.add(fingerprint_of([], [(tmp_path / "weights", places)]))
+    assert len(found) == 1 + 6
 
 
 @pytest.mark.parametrize("kept", [4, 100, -1])
