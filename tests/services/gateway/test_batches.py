@@ -598,12 +598,13 @@ def test_no_call_costs_more_with_many_ended_batches(tmp_path: Path) -> None:
     few = max(cost() for _ in range(25))
     with store._index.change() as db:
         for number in range(20_000):
-            batch = StoredBatch(f"batch_{number:032x}", "t", "/v1/completions", file, 1, 1, status="failed")
+            tenant = "t" if number < 10_000 else "other"
+            batch = StoredBatch(f"batch_{number:032x}", tenant, "/v1/completions", file, 1, 1, status="failed")
             insert_batch(db, batch, 2**33)
             db.execute(
                 "INSERT INTO files (id, tenant, filename, purpose, bytes, created_at, expires_at, kept) "
-                "VALUES (?, 't', 'a', 'batch', 1, 1, 8589934592, 1)",
-                (f"file_{number:032x}",),
+                "VALUES (?, ?, 'a', 'batch', 1, 1, 8589934592, 1)",
+                (f"file_{number:032x}", tenant),
             )
     assert cost() < 1.2 * few
     store.close()
