@@ -361,8 +361,9 @@ async def test_a_batch_without_its_input_ends(store: BatchStore, status: str) ->
 
 
 async def ended(store: BatchStore, batch: StoredBatch) -> str:
-    while (kept := store.batch("t", batch.id)).running:  # noqa: ASYNC110 - it is in a database
-        await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        while (kept := store.batch("t", batch.id)).running:  # noqa: ASYNC110 - it is in a database
+            await asyncio.sleep(0)
     return kept.status
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ def data_files(config: GatewayConfig) -> list[Path]:
     return sorted(config.batch_dir.glob("files/*.data"))
 
 
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not is_so():  # noqa: ASYNC110 - it is on the disk
+            await asyncio.sleep(0)
+
+
 async def test_a_file_is_written_to_its_place_only(
     config: GatewayConfig, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -46,8 +52,7 @@ async def test_a_file_is_written_to_its_place_only(
         yield TAIL
 
     sending = asyncio.create_task(http.post("/v1/files", content=body(), headers=FORM))
-    while not (found := data_files(config)) or found[0].stat().st_size < MIB:  # noqa: ASYNC110 - it is on the disk
-        await asyncio.sleep(0)
+    await until(lambda: any(file.stat().st_size >= MIB for file in data_files(config)))
     assert (await http.get("/v1/files")).json()["data"] == []
     wrote.set()
     kept = (await sending).json()
@@ -58,14 +63,12 @@ async def test_a_file_is_written_to_its_place_only(
 async def test_a_client_that_hangs_up_leaves_nothing(config: GatewayConfig, http: httpx.AsyncClient) -> None:
     async def body() -> AsyncIterator[bytes]:
         yield HEAD + b"x" * 2 * MIB
-        while not data_files(config):  # noqa: ASYNC110
-            await asyncio.sleep(0)
+        await until(lambda: bool(data_files(config)))
         raise ConnectionError
 
     with contextlib.suppress(ConnectionError):
         await http.post("/v1/files", content=body(), headers=FORM)
-    while data_files(config):  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: not data_files(config))
     assert (await http.post("/v1/files", content=HEAD + b"x" * 4 * MIB + TAIL, headers=FORM)).status_code == 200
 
 
@@ -89,8 +92,7 @@ async def test_a_tenant_has_some_uploads_at_once(config: GatewayConfig, http: ht
         yield b"x" + TAIL
 
     sending = [asyncio.create_task(http.post("/v1/files", content=body(), headers=FORM)) for _ in range(8)]
-    while len(data_files(config)) < 8:  # noqa: ASYNC110
-        await asyncio.sleep(0)
+    await until(lambda: len(data_files(config)) == 8)
     refused = await http.post("/v1/files", content=HEAD + b"x" + TAIL, headers=FORM)
     assert refused.status_code == 429
     assert "8 files are being uploaded" in refused.json()["error"]["message"]
