@@ -217,11 +217,13 @@ class ChatTemplate:
 def _cut_after_final(prompt: str, messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the prompt up to the end of the last message's content, so that the model goes on with it."""
     content = str(messages[-1]["content"])
+    backwards = prompt[::-1]
     for text in (content, content.strip()):
-        at = prompt.rfind(text)
-        if text and at >= 0:
+        # The last place that it is at. Not by `rfind`, whose time grows with the product of the lengths.
+        after = backwards.find(text[::-1])
+        if text and after >= 0:
             # A template that trims the content leaves the blanks out: the model goes on without them.
-            return prompt[: at + len(text)]
+            return prompt[: len(prompt) - after]
     raise _cannot_continue()
 
 

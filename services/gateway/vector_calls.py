@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from google.protobuf.message import Message
 
@@ -19,8 +20,10 @@ from octavo.services.common.errors import (
 )
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.input_encoder import EncodedInput
+from octavo.services.gateway.long_work import LongWork
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.scheduler_pool import SchedulerPool
+from octavo.services.gateway.tokenizer import INLINE_CHARS
 from octavo.services.gateway.vector_files import VectorFiles
 from octavo.services.gateway.vectors import VectorCall, make_vectors
 
@@ -37,9 +40,14 @@ class VectorCalls:
         self._models = models
         self._schedulers = schedulers
 
-    def check(self, request: Message) -> None:
+    @property
+    def long_work(self) -> LongWork:
+        """The threads for long requests."""
+        return self._calls.long_work
+
+    async def check(self, request: Message, tenant: str) -> None:
         """Check a request against the rules of its fields. Raises INVALID_FIELD."""
-        self._calls.check(request)
+        await self._calls.check(request, tenant)
 
     async def embed(
         self,
@@ -59,7 +67,7 @@ class VectorCalls:
             dimensions = request.dimensions if request.HasField("dimensions") else 0
             _check_dimensions(dimensions, files, self._schedulers.vector_size)
             prompt = _prompt(request, files)
-            inputs = await self._read(request, model, files, prompt)
+            inputs = await self._read(request, model, files, prompt, record.tenant)
             call = VectorCall(
                 request_id=request_id,
                 tenant=record.tenant,
@@ -103,7 +111,7 @@ class VectorCalls:
                 query, document = (_named(files, names) for names in (_QUERY_PROMPTS, _DOCUMENT_PROMPTS))
                 texts = [query + request.query, *(document + text for text in request.documents)]
             limit = self._limit(model, files)
-            inputs = await model.tokenizer.encode_inputs(texts, limit)
+            inputs = await model.tokenizer.encode_inputs(texts, limit, record.tenant)
             if request.HasField("truncate") and not request.truncate:
                 first = 0 if files.task == _SCORE else -1
                 _refuse_truncated(inputs, limit, lambda at: "query" if at + first < 0 else f"documents[{at + first}]")
@@ -119,7 +127,10 @@ class VectorCalls:
             usage = _usage(inputs)
             record.prompt_tokens = usage.prompt_tokens
             scores = [array("f", vector) for vector in vectors]
-            values = [score[0] for score in scores] if files.task == _SCORE else _cosines(scores[0], scores[1:])
+            values = [score[0] for score in scores]
+            if files.task != _SCORE:
+                is_long = sum(map(len, scores)) > INLINE_CHARS
+                values = await self.long_work.run(record.tenant, partial(_cosines, scores[0], scores[1:]), is_long)
             ranked = sorted(enumerate(values), key=lambda pair: -pair[1])
             results = [
                 embedding_pb2.RankedDocument(index=index, relevance_score=value)
@@ -130,12 +141,12 @@ class VectorCalls:
             )
 
     async def _read(
-        self, request: embedding_pb2.EmbedRequest, model: ServedModel, files: VectorFiles, prompt: str
+        self, request: embedding_pb2.EmbedRequest, model: ServedModel, files: VectorFiles, prompt: str, tenant: str
     ) -> list[EncodedInput]:
         """Return the inputs as tokens. Raises INVALID_FIELD or CONTEXT_LENGTH_EXCEEDED."""
         limit = self._limit(model, files)
         texts = [prompt + each.text for each in request.inputs if each.HasField("text")]
-        encoded = iter(await model.tokenizer.encode_inputs(texts, limit) if texts else ())
+        encoded = iter(await model.tokenizer.encode_inputs(texts, limit, tenant) if texts else ())
         inputs = [
             next(encoded) if each.HasField("text") else _given(each.token_ids.ids, limit) for each in request.inputs
         ]

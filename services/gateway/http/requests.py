@@ -122,7 +122,7 @@ def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
     sampling.allowed_token_ids.extend(params.token_ids("allowed_token_ids") or ())
     bias = params.object("logit_bias") or {}
     for key, value in bias.items():
-        if not (key.isascii() and key.isdecimal() and int(key) < 2**32):
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < 2**32):
             raise params.wrong("logit_bias", "must have token ids as keys")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e30:
             raise params.wrong(f"logit_bias[{key}]", "must be a number from -100 up to 100")
