@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import FieldViolation, feature_disabled, invalid_fields
+from octavo.services.gateway import long_json
 from octavo.services.gateway.chat_template import ChatTemplate
 from octavo.services.gateway.output_formats import describe_tools, write_calls
 
@@ -111,7 +111,7 @@ def _read_tool_call(call: generation_pb2.ToolCall, path: str, violations: list[F
 
 def _read_json(text: str, kind: type, path: str, violations: list[FieldViolation]) -> Any:
     try:
-        value = json.loads(text)
+        value = long_json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         violations.append(FieldViolation(path, f"is not JSON: {reason}"))

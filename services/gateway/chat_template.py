@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ import jinja2.sandbox
 from jinja2.parser import Parser
 
 from octavo.services.common.errors import ServingError, invalid_field
+from octavo.services.gateway import long_json
 
 MAX_TEMPLATE_BYTES = 262_144
 MAX_OUTPUT_CHARS = 16_777_216
@@ -124,7 +124,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes for HTML, which is wrong in a prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return long_json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class ChatTemplate:

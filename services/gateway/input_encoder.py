@@ -50,11 +50,11 @@ class InputEncoder:
             texts = [_shortened(tokenizer, text, most) for text in ((each,) if isinstance(each, str) else each)]
             length = sum(map(len, texts))
             if batch and size + length > _BATCH_CHARS:
-                encoded += map(_encoded, tokenizer.encode_batch(batch))
+                encoded += map(_encoded, tokenizer.encode_batch_fast(batch))
                 batch, size = [], 0
             batch.append(texts[0] if isinstance(each, str) else (texts[0], texts[1]))
             size += length
-        return encoded + list(map(_encoded, tokenizer.encode_batch(batch)))
+        return encoded + list(map(_encoded, tokenizer.encode_batch_fast(batch)))
 
     def _tokenizer(self, limit: int) -> Tokenizer:
         tokenizer = self._by_limit.get(limit)
@@ -78,7 +78,7 @@ def _shortened(tokenizer: Tokenizer, text: str, most: int) -> str:
     """
     while most < len(text):
         start = text[:most]
-        if _encoded(*tokenizer.encode_batch([start])).is_truncated:
+        if _encoded(*tokenizer.encode_batch_fast([start])).is_truncated:
             return start
         most *= 4
     return text

@@ -262,7 +262,7 @@ def _prompt_token_ids(
         text = read_chat(generation.chat, template, "generation.chat").render(template)
         return model.tokenizer.encode(text, False, cache_salt, limit)
     except TooManyTokensError as error:
-        raise _too_long(generation, error.count, limit) from None
+        raise _too_long(generation, error.count, limit, "at least ") from None
 
 
 def _set_max_new_tokens(
@@ -277,10 +277,10 @@ def _set_max_new_tokens(
     raise _too_long(generation, num_prompt, limit)
 
 
-def _too_long(generation: generation_pb2.Generation, num_prompt: int, limit: int) -> ServingError:
+def _too_long(generation: generation_pb2.Generation, num_prompt: int, limit: int, least: str = "") -> ServingError:
     wanted, room = generation.stop.max_new_tokens, limit - num_prompt
     output = f" and {wanted} of output" if wanted else ""
-    message = f"{num_prompt} tokens of prompt{output} do not fit the model's context of {limit}"
+    message = f"{least}{num_prompt} tokens of prompt{output} do not fit the model's context of {limit}"
     message += f"; set max_new_tokens to at most {room}" if room > 0 else "; shorten the prompt"
     field = "generation.stop.max_new_tokens" if room > 0 else f"generation.{generation.WhichOneof('prompt')}"
     return ServingError(

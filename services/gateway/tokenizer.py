@@ -85,13 +85,16 @@ class ModelTokenizer:
             starts = [byte_at[start] for start in starts]
         return encoding.ids, starts
 
-    async def encode_inputs(
-        self, inputs: Sequence[str | tuple[str, str]], limit: int, tenant: str
-    ) -> list[EncodedInput]:
-        """Return the tokens, at most `limit` of each, that vectors of texts or pairs of texts are made of."""
-        size = sum(len(each) if isinstance(each, str) else len(each[0]) + len(each[1]) for each in inputs)
-        is_long = size > INLINE_CHARS or not self._inputs.knows(limit)
-        return await self.long_work.run(tenant, lambda: self._inputs.encode(inputs, limit), is_long)
+    def encode_inputs(self, inputs: Sequence[str | tuple[str, str]], limit: int) -> list[EncodedInput]:
+        """Return the tokens, at most `limit` of each, that vectors of texts or pairs of texts are made of.
+
+        The first time for a limit takes long.
+        """
+        return self._inputs.encode(inputs, limit)
+
+    def knows_limit(self, limit: int) -> bool:
+        """Return whether inputs have been cut to this length before."""
+        return self._inputs.knows(limit)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Return the text of tokens; ids that the tokenizer does not know have none."""

@@ -17,6 +17,8 @@ from octavo.services.gateway.validation import RequestValidator
 _CHUNK_BYTES = 262_144
 MAX_TEXT_BYTES = 2 << 20
 """Of all texts of a call together. The proto says so, and how long one may be."""
+MAX_BYTES_WITH_OFFSETS = 1 << 18
+"""Of one text whose offsets are wanted, which the library keeps for each token. In the proto, too."""
 MAX_TOKENS = 1 << 20
 """Of all sequences of a call together. The proto says so, too."""
 
@@ -83,10 +85,13 @@ def _tokenized(request: tokenizer_pb2.TokenizeRequest, model: ServedModel) -> to
             raise feature_disabled("chat", f"the model {model.name!r} has no chat template; send texts")
         # The template has all special tokens in it already.
         texts.append((read_chat(request.chat, template, "chat").render(template), False))
-    num_bytes = sum(len(text.encode()) for text, _ in texts)
-    if num_bytes > MAX_TEXT_BYTES:
-        field = "chat" if request.HasField("chat") else "texts"
-        raise invalid_field(field, f"{num_bytes} bytes of text in all; send at most {MAX_TEXT_BYTES} in a call")
+    sizes = [len(text.encode()) for text, _ in texts]
+    field = "chat" if request.HasField("chat") else "texts"
+    if sum(sizes) > MAX_TEXT_BYTES:
+        raise invalid_field(field, f"{sum(sizes)} bytes of text in all; send at most {MAX_TEXT_BYTES} in a call")
+    if request.byte_offsets and max(sizes) > MAX_BYTES_WITH_OFFSETS:
+        advice = f"send at most {MAX_BYTES_WITH_OFFSETS}, or leave byte_offsets unset"
+        raise invalid_field(field, f"a text of {max(sizes)} bytes is too long for offsets; {advice}")
     response = tokenizer_pb2.TokenizeResponse()
     for text, add_special_tokens in texts:
         if request.byte_offsets:

@@ -111,7 +111,11 @@ class VectorCalls:
                 query, document = (_named(files, names) for names in (_QUERY_PROMPTS, _DOCUMENT_PROMPTS))
                 texts = [query + request.query, *(document + text for text in request.documents)]
             limit = self._limit(model, files)
-            inputs = await model.tokenizer.encode_inputs(texts, limit, record.tenant)
+            size = len(texts) * len(request.query) + sum(map(len, request.documents))
+            is_long = size > INLINE_CHARS or not model.tokenizer.knows_limit(limit)
+            inputs = await self.long_work.run(
+                record.tenant, lambda: model.tokenizer.encode_inputs(texts, limit), is_long
+            )
             if request.HasField("truncate") and not request.truncate:
                 first = 0 if files.task == _SCORE else -1
                 _refuse_truncated(inputs, limit, lambda at: "query" if at + first < 0 else f"documents[{at + first}]")
@@ -145,25 +149,31 @@ class VectorCalls:
     ) -> list[EncodedInput]:
         """Return the inputs as tokens. Raises INVALID_FIELD or CONTEXT_LENGTH_EXCEEDED."""
         limit = self._limit(model, files)
-        texts = [prompt + each.text for each in request.inputs if each.HasField("text")]
-        encoded = iter(await model.tokenizer.encode_inputs(texts, limit, tenant) if texts else ())
-        inputs = [
-            next(encoded) if each.HasField("text") else _given(each.token_ids.ids, limit) for each in request.inputs
-        ]
-        vocab_size = model.tokenizer.vocab_size
-        for index, each in enumerate(request.inputs):
-            ids = each.token_ids.ids
-            if not each.HasField("text") and (not ids or max(ids) >= vocab_size):
-                advice = f"must be at least one id, each below {vocab_size}, the size of the vocabulary"
-                raise invalid_field(f"inputs[{index}].token_ids.ids", advice)
-        if request.HasField("truncate") and not request.truncate:
-            _refuse_truncated(inputs, limit, lambda at: f"inputs[{at}]")
-        return inputs
+        is_long = request.ByteSize() > INLINE_CHARS or not model.tokenizer.knows_limit(limit)
+        return await self.long_work.run(tenant, lambda: _read_inputs(request, model, prompt, limit), is_long)
 
     def _limit(self, model: ServedModel, files: VectorFiles) -> int:
         """Return the most tokens of an input that are read."""
         limit = model.context_limit(self._schedulers.max_model_len)
         return min(limit, files.max_input_tokens) if files.max_input_tokens else limit
+
+
+def _read_inputs(
+    request: embedding_pb2.EmbedRequest, model: ServedModel, prompt: str, limit: int
+) -> list[EncodedInput]:
+    """See VectorCalls._read."""
+    texts = [prompt + each.text for each in request.inputs if each.HasField("text")]
+    encoded = iter(model.tokenizer.encode_inputs(texts, limit) if texts else ())
+    inputs = [next(encoded) if each.HasField("text") else _given(each.token_ids.ids, limit) for each in request.inputs]
+    vocab_size = model.tokenizer.vocab_size
+    for index, each in enumerate(request.inputs):
+        ids = each.token_ids.ids
+        if not each.HasField("text") and (not ids or max(ids) >= vocab_size):
+            advice = f"must be at least one id, each below {vocab_size}, the size of the vocabulary"
+            raise invalid_field(f"inputs[{index}].token_ids.ids", advice)
+    if request.HasField("truncate") and not request.truncate:
+        _refuse_truncated(inputs, limit, lambda at: f"inputs[{at}]")
+    return inputs
 
 
 def _files(model: ServedModel, feature: str, tasks: Sequence[int]) -> VectorFiles:

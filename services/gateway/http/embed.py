@@ -12,11 +12,12 @@ from starlette.responses import Response
 from octavo.inference.v1 import embedding_pb2
 from octavo.services.common.errors import ServingError
 from octavo.services.gateway.authentication import caller
-from octavo.services.gateway.http.bodies import parse_object, to_json_in_pieces
+from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.endpoint import HttpRequest
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.fields import EMBEDDINGS, RERANK
 from octavo.services.gateway.http.params import Params, are_token_ids
+from octavo.services.gateway.long_json import to_json_in_pieces
 from octavo.services.gateway.tokenizer import INLINE_CHARS
 from octavo.services.gateway.vector_calls import VectorCalls
 

@@ -12,11 +12,11 @@ from typing import Any
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
-from octavo.services.gateway.http.bodies import to_json, to_json_in_pieces
 from octavo.services.gateway.http.echo import Echo, after_echo, echo_of
 from octavo.services.gateway.http.errors import error_body
 from octavo.services.gateway.http.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from octavo.services.gateway.http.requests import ApiCall
+from octavo.services.gateway.long_json import to_json, to_json_in_pieces
 
 _FINISH_REASONS: Mapping[int, str] = {
     common_pb2.FINISH_REASON_END_OF_SEQUENCE: "stop",

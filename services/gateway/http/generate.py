@@ -18,7 +18,7 @@ from octavo.services.gateway.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.generation import GenerationRun
-from octavo.services.gateway.http.bodies import parse_object, to_json_in_pieces
+from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.chat_request import read_chat_call
 from octavo.services.gateway.http.completion_request import read_completion_call
 from octavo.services.gateway.http.endpoint import HttpRequest, internal_error
@@ -28,6 +28,7 @@ from octavo.services.gateway.http.logprobs import TokenTexts
 from octavo.services.gateway.http.requests import ApiCall, GenerateRequest
 from octavo.services.gateway.http.responses_format import ResponsesFormat
 from octavo.services.gateway.http.responses_request import read_responses_call
+from octavo.services.gateway.long_json import to_json_in_pieces
 from octavo.services.gateway.model import Models
 from octavo.services.gateway.tokenizer import INLINE_CHARS, INLINE_TOKENS
 
@@ -210,7 +211,10 @@ class _Answering:
             if len(requests) == 1:
                 return [await run(0, requests[0])]
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(run(*numbered)) for numbered in enumerate(requests)]
+                tasks = []
+                for numbered in enumerate(requests):
+                    tasks.append(group.create_task(run(*numbered)))
+                    await asyncio.sleep(0)  # it is prepared now, and other calls come between
             return [task.result() for task in tasks]
 
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
+from octavo.services.gateway import long_json
 from octavo.services.gateway.http.fields import STREAM_OPTIONS
 from octavo.services.gateway.http.params import Params
 
@@ -194,7 +194,7 @@ def _set_constraint(
     if kind == "json":
         if not isinstance(value, (dict, str)):
             raise wrong("must be a JSON Schema, as an object or its text")
-        constraint.json_schema = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        constraint.json_schema = value if isinstance(value, str) else long_json.dumps(value, ensure_ascii=False)
     elif kind == "json_object":
         constraint.json_schema = '{"type": "object"}'  # OpenAI's JSON mode makes no other values
     elif kind == "choice":
