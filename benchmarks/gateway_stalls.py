@@ -56,7 +56,7 @@ Send = Callable[[], str]
 """Sends a request and returns how it was answered."""
 
 
-def write_model(folder: Path, **config: Any) -> Path:
+def write_model(folder: Path, context: int = CONTEXT, **config: Any) -> Path:
     """Write the files of a model with a byte-level BPE tokenizer of 4,000 tokens."""
     rng = random.Random(1)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(4000)]
@@ -74,7 +74,7 @@ def write_model(folder: Path, **config: Any) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<|end|>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "config.json").write_text(json.dumps({"vocab_size": 4000, "max_position_embeddings": CONTEXT, **config}))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 4000, "max_position_embeddings": context, **config}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0]}))
     return folder
 
@@ -155,7 +155,7 @@ def chat(model: str, num_messages: int, num_parts: int, text: str = "hi", **fiel
 def heavy(gateway: Gateway) -> Iterator[tuple[str, Send]]:
     """Yield the heaviest requests for a model that generates, at their limits and beyond."""
     name = gateway.name
-    words = "hello world and so on " * (16 * MIB // 22)
+    words = "hello world and so on " * (8 * MIB // 22)
     ids = [2 + index % 3000 for index in range(MIB)]
     call = gateway.grpc
 
@@ -165,20 +165,21 @@ def heavy(gateway: Gateway) -> Iterator[tuple[str, Send]]:
 
     yield "Tokenize 2 x 1 MiB of words, with offsets", tokenize(words[:MIB], words[:MIB], byte_offsets=True)
     yield "Tokenize 2 x 1 MiB of control characters", tokenize("\x01" * MIB, "\x01" * MIB)
-    yield "Tokenize 1 MiB of one word, with offsets", tokenize("ab" * (MIB // 2), byte_offsets=True)
+    yield "Tokenize 8 x 256 KiB, with offsets", tokenize(*[words[: MIB // 4]] * 8, byte_offsets=True)
+    yield "Tokenize 256 KiB of one word, with offsets", tokenize("ab" * (MIB // 8), byte_offsets=True)
     yield "Tokenize 3 x 4 MiB of words", tokenize(words[: 4 * MIB], words[: 4 * MIB], words[: 4 * MIB])
 
     def detokenize(*sequences: list[int]) -> Send:
         request = tokenizer_pb2.DetokenizeRequest(model=name, sequences=[{"ids": each} for each in sequences])
         return call("TokenizerService/Detokenize", request)
 
-    yield "Detokenize 1 x 1,048,576", detokenize(ids)
-    yield "Detokenize 1,024 x 1,024", detokenize(*(ids[:1024] for _ in range(1024)))
+    yield "Detokenize 1 x 524,288", detokenize(ids[: MIB // 2])
+    yield "Detokenize 1,024 x 512", detokenize(*(ids[:512] for _ in range(1024)))
     yield "Detokenize 4 x 1,048,576", detokenize(ids, ids, ids, ids)
     send = partial(call, "GenerationService/Generate")
-    yield "Generate, 16 MiB of words", send(generate(name, text=words))
-    yield "Generate, 16 MiB of one letter", send(generate(name, text="a" * (16 * MIB)))
-    yield "Generate, 16 MiB of control characters", send(generate(name, text="\x01" * (16 * MIB)))
+    yield "Generate, 8 MiB of words", send(generate(name, text=words))
+    yield "Generate, 8 MiB of one letter", send(generate(name, text="a" * (8 * MIB)))
+    yield "Generate, 8 MiB of control characters", send(generate(name, text="\x01" * (8 * MIB)))
     yield "Generate, prompt of 131,000 tokens", send(generate(name, token_ids={"ids": ids[:131_000]}))
     yield "Generate, 1,048,576 tokens", send(generate(name, token_ids={"ids": ids}))
     stops = [("a" * 200) + letter for letter in string.ascii_lowercase[:8]]
@@ -190,11 +191,13 @@ def heavy(gateway: Gateway) -> Iterator[tuple[str, Send]]:
     yield "chat, 4,096 messages of 64 parts", send(chat(name, 4096, 64))
     yield "chat, 4,096 messages of 1 part", send(chat(name, 4096, 1))
     yield "chat, 100,000 messages", send(chat(name, 100_000, 1))
-    tool = json.dumps({"type": "function", "function": {"name": "f", "parameters": {"enum": [[]] * 12_000}}})
-    yield "chat, 128 tools of 48 KB", send(chat(name, 1, 1, tools_json=[tool] * 128))
-    arguments = '{"a":[' + "[]," * 340_000 + "[]]}"
+    tool = json.dumps({"type": "function", "function": {"name": "f", "parameters": {"enum": [[]] * 1_900}}})
+    yield "chat, 128 tools of 7 KB of []", send(chat(name, 1, 1, tools_json=[tool] * 128))
+    arguments = '{"a":[' + "[]," * 174_000 + "[]]}"
     called = generation_pb2.Message(role="assistant", parts=[{"tool_call": {"name": "f", "arguments_json": arguments}}])
-    yield "chat, a tool call of 1 MB of []", send(generate(name, chat={"messages": [called]}))
+    yield "chat, a tool call of 520 KB of []", send(generate(name, chat={"messages": [called]}))
+    calls = [called] * 20
+    yield "chat, 20 such tool calls", send(generate(name, chat={"messages": calls}))
     messages = [{"role": "user", "parts": [{"text": text}]} for text in ("a " * 40_000, " b" + " a" * 20_000 + " ")]
     final = generation_pb2.Chat(messages=messages, continue_final_message=True)
     yield "chat, a last message that repeats itself", send(generate(name, chat=final))
@@ -221,7 +224,7 @@ def heavy_bodies(gateway: Gateway) -> Iterator[tuple[str, Send]]:
     post = gateway.post
     yield "HTTP 30 MB of []", post(chat_path, conversation + b"[]," * 10_000_000 + b"[]]}")
     yield "HTTP 15 MB of []", post(chat_path, conversation + b"[]," * 5_000_000 + b"[]]}")
-    yield "HTTP 2 MB of []", post(chat_path, conversation + b"[]," * 690_000 + b"[]]}")
+    yield "HTTP 1.5 MB of []", post(chat_path, conversation + b"[]," * 520_000 + b"[]]}")
     yield "HTTP 600 KB of []", post(chat_path, conversation + b"[]," * 200_000 + b"[]]}")
     yield "HTTP 1.3 MB of {}, as messages", post(chat_path, conversation + b'{"role":"user"},' * 80_000 + b"{}]}")
     yield "HTTP 15 MB of escapes", post(chat_path, head + b'"messages":"' + b"\\n" * 7_500_000 + b'"}')
@@ -242,7 +245,7 @@ def heavy_bodies(gateway: Gateway) -> Iterator[tuple[str, Send]]:
         "HTTP /tokenize 1 MiB of control characters",
         post("/tokenize", {"model": gateway.name, "prompt": "\x01" * MIB}),
     )
-    yield "HTTP /detokenize 1,000,000", post("/detokenize", {"model": gateway.name, "tokens": [1234] * 1_000_000})
+    yield "HTTP /detokenize 500,000", post("/detokenize", {"model": gateway.name, "tokens": [1234] * 500_000})
 
 
 def heavy_vectors(gateway: Gateway) -> Iterator[tuple[str, Send]]:
@@ -392,7 +395,7 @@ def main() -> int:
         text = Gateway(write_model(Path(folder) / "tiny"))
         stack.callback(text.close)
         worst = measure(text, heavy(text), args.repeats, args.only, 1.0)
-        vectors = Gateway(write_model(Path(folder) / "vectors", architectures=["BertModel"]))
+        vectors = Gateway(write_model(Path(folder) / "vectors", 32_768, architectures=["BertModel"]))
         stack.callback(vectors.close)
         worst = max(worst, measure(vectors, heavy_vectors(vectors), args.repeats, args.only, 1.0))
         growth = grow(text, args.refusals, args.only) if args.refusals else 1.0

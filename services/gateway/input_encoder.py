@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizers import Encoding, Tokenizer, normalizers
 
 MAX_LIMITS = 4  # lengths that tokenizers are kept for: that of the workers may change
-_CHARS_PER_TOKEN = 8  # of a text, so many are looked at first: mostly it has more than enough tokens by then
+_CHARS_PER_TOKEN = 4  # of a text, so many are looked at first: mostly it has more than enough tokens by then
 _MARGIN_CHARS = 1024  # far more than the end of a text can change of the tokens before it
 _BATCH_CHARS = 1 << 18  # that are encoded together
 
@@ -85,7 +86,7 @@ def _shortened(tokenizer: Tokenizer, text: str, most: int) -> str:
 
 
 def _encoded(encoding: Encoding) -> EncodedInput:
-    return EncodedInput(encoding.ids, _second_segment_start(encoding), bool(encoding.overflowing))
+    return EncodedInput(array("I", encoding.ids), _second_segment_start(encoding), bool(encoding.overflowing))
 
 
 def _second_segment_start(encoding: Encoding) -> int:

@@ -16,7 +16,7 @@ from typing import Any, Final
 # (its closing brace is not counted), a name in an object that is growing.
 _MARKS: Final = ((",", 70), ("[", 80), ("{", 100), (":", 400))
 _MAX_NS: Final = 20_000_000
-_MAX_QUICK_VALUES: Final = 50_000
+_MAX_QUICK_VALUES: Final = 30_000
 _ITEMS_AT_ONCE: Final = 8
 _SCALARS_AT_ONCE: Final = 4096
 
@@ -24,9 +24,9 @@ to_json = json.JSONEncoder(separators=(",", ":")).encode
 # ASCII, so that a client which ends lines of an event stream at U+2028 does not break an event in two.
 
 
-def count_marks(data: bytes) -> int:
+def count_marks(data: str | bytes) -> int:
     """Return how many structural characters there are, those in texts included: at least as many as values."""
-    return sum(data.count(mark.encode()) for mark, _ in _MARKS)
+    return sum(_count(data, mark) for mark, _ in _MARKS)
 
 
 def loads(data: str | bytes, **options: Any) -> Any:
@@ -73,11 +73,20 @@ def _is_quick(value: Any) -> bool:
     return True
 
 
+def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) < _MAX_QUICK_VALUES:
+        return dict(pairs)
+    made = {}
+    for name, value in pairs:  # `dict` would do it in one go
+        made[name] = value  # noqa: PERF403
+    return made
+
+
 class _PatientDecoder(json.JSONDecoder):
     """The decoder in Python, which lets other threads run between two values."""
 
     scan_once: Callable[[str, int], tuple[Any, int]]
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(object_pairs_hook=_to_dict, **options)
         self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ MAX_TEXT_BYTES = 2 << 20
 """Of all texts of a call together. The proto says so, and how long one may be."""
 MAX_BYTES_WITH_OFFSETS = 1 << 18
 """Of one text whose offsets are wanted, which the library keeps for each token. In the proto, too."""
-MAX_TOKENS = 1 << 20
+MAX_TOKENS = 1 << 19
 """Of all sequences of a call together. The proto says so, too."""
 
 TokenizeContext = aio.ServicerContext[tokenizer_pb2.TokenizeRequest, tokenizer_pb2.TokenizeResponse]

@@ -11,6 +11,10 @@ from octavo.services.gateway.long_json import count_marks, loads
 
 MAX_MARKS: Final = 1 << 21
 """Most structural characters of a body, those in its texts included: so many values take some 150 MB."""
+MAX_NESTED: Final = 1 << 19
+"""Most lists and objects, all of which the collector of cycles looks at, in one go."""
+MAX_NAMES: Final = 1 << 19
+"""Most fields of objects; colons in texts count."""
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -18,6 +22,10 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """Return the JSON object in a body. Raises MALFORMED_REQUEST. In a thread, if it is long."""
     if (num_marks := count_marks(data)) > MAX_MARKS:
         raise _malformed(f"it has {num_marks} brackets, braces, commas and colons; send at most {MAX_MARKS}")
+    if (num_nested := data.count(b"[") + data.count(b"{")) > MAX_NESTED:
+        raise _malformed(f"it has {num_nested} lists and objects; send at most {MAX_NESTED}")
+    if (num_names := data.count(b":")) > MAX_NAMES:
+        raise _malformed(f"it has {num_names} colons; send at most {MAX_NAMES}")
     try:
         body = loads(data, parse_constant=_refuse_constant)
     except RecursionError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -112,9 +113,10 @@ class Params:
 
     def _refuse(self, unknown: list[str]) -> None:
         if unknown:
-            names = ", ".join(self._path + name[:_MAX_NAME] for name in sorted(unknown)[:_MAX_NAMES])
+            shown = [self._path + name[:_MAX_NAME] for name in heapq.nsmallest(_MAX_NAMES, unknown)]
+            names = ", ".join(shown)
             message = f"Unrecognized request argument{'s' if len(unknown) > 1 else ''} supplied: {names}"
-            first = FieldViolation(self._path + min(unknown)[:_MAX_NAME], "is not known here; leave it out")
+            first = FieldViolation(shown[0], "is not known here; leave it out")
             raise ServingError(Reason.MALFORMED_REQUEST, message, violations=[first])
 
     def _typed(self, name: str, kind: type[T], wanted: str) -> T | None:

@@ -17,6 +17,7 @@ GenerateRequest = generation_pb2.GenerateRequest
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _SESSION_HEADER = "x-session-id"
+_MAX_BIASES = 65_536  # that are looked at; how many there may be is checked with the whole request
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,8 @@ def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
         sampling.seed = seed % 2**64
     sampling.allowed_token_ids.extend(params.token_ids("allowed_token_ids") or ())
     bias = params.object("logit_bias") or {}
+    if len(bias) > _MAX_BIASES:
+        raise params.wrong("logit_bias", f"has {len(bias)} items; send at most {_MAX_BIASES}")
     for key, value in bias.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < 2**32):
             raise params.wrong("logit_bias", "must have token ids as keys")
