@@ -224,8 +224,8 @@ def heavy_bodies(gateway: Gateway) -> Iterator[tuple[str, Send]]:
     post = gateway.post
     yield "HTTP 30 MB of []", post(chat_path, conversation + b"[]," * 10_000_000 + b"[]]}")
     yield "HTTP 15 MB of []", post(chat_path, conversation + b"[]," * 5_000_000 + b"[]]}")
-    yield "HTTP 1.5 MB of []", post(chat_path, conversation + b"[]," * 520_000 + b"[]]}")
-    yield "HTTP 600 KB of []", post(chat_path, conversation + b"[]," * 200_000 + b"[]]}")
+    yield "HTTP 780 KB of []", post(chat_path, conversation + b"[]," * 260_000 + b"[]]}")
+    yield "HTTP 400 KB of []", post(chat_path, conversation + b"[]," * 130_000 + b"[]]}")
     yield "HTTP 1.3 MB of {}, as messages", post(chat_path, conversation + b'{"role":"user"},' * 80_000 + b"{}]}")
     yield "HTTP 15 MB of escapes", post(chat_path, head + b'"messages":"' + b"\\n" * 7_500_000 + b'"}')
     names = b",".join(b'"%d":1' % index for index in range(300_000))
@@ -261,15 +261,15 @@ def heavy_vectors(gateway: Gateway) -> Iterator[tuple[str, Send]]:
         return gateway.grpc("EmbeddingService/Rerank", request)
 
     yield "Embed 2,048 x 8 KiB", embed(*(words[:8192] for _ in range(2048)))
-    yield "Embed 1 x 4 MiB", embed(words)
-    yield "Embed 8 x 4 MiB of control characters", embed(*("\x01" * (4 * MIB) for _ in range(8)))
+    yield "Embed 1 x 1 MiB", embed(words[:MIB])
+    yield "Embed 16 x 1 MiB of control characters", embed(*("\x01" * MIB for _ in range(16)))
     ids = [{"token_ids": {"ids": [5] * 512}}] * 2048
     yield (
         "Embed 2,048 x 512 tokens",
         gateway.grpc("EmbeddingService/Embed", embedding_pb2.EmbedRequest(model=gateway.name, inputs=ids)),
     )
     yield "Rerank 2,048 x 8 KiB", rerank("query", *(words[:8192] for _ in range(2048)))
-    yield "Rerank 1 x 4 MiB", rerank(words, words)
+    yield "Rerank 1 x 1 MiB", rerank(words[:MIB], words[:MIB])
     body = {"model": gateway.name, "input": [[5] * 512] * 2048}
     yield "HTTP embeddings of 2,048 x 512 tokens", gateway.post("/v1/embeddings", body)
 

@@ -28,6 +28,7 @@ from octavo.services.gateway.vector_files import VectorFiles
 from octavo.services.gateway.vectors import VectorCall, make_vectors
 
 _EMBED, _SCORE = common_pb2.MODEL_TASK_EMBED, common_pb2.MODEL_TASK_SCORE
+_INLINE_INPUTS = 16
 # What sentence-transformers puts before queries and documents, where a model has prompts of these names.
 _QUERY_PROMPTS, _DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")
 
@@ -149,7 +150,8 @@ class VectorCalls:
     ) -> list[EncodedInput]:
         """Return the inputs as tokens. Raises INVALID_FIELD or CONTEXT_LENGTH_EXCEEDED."""
         limit = self._limit(model, files)
-        is_long = request.ByteSize() > INLINE_CHARS or not model.tokenizer.knows_limit(limit)
+        is_few = len(request.inputs) <= _INLINE_INPUTS and model.tokenizer.knows_limit(limit)
+        is_long = not is_few or sum(len(each.text) + len(each.token_ids.ids) for each in request.inputs) > INLINE_CHARS
         return await self.long_work.run(tenant, lambda: _read_inputs(request, model, prompt, limit), is_long)
 
     def _limit(self, model: ServedModel, files: VectorFiles) -> int:

@@ -11,7 +11,7 @@ from octavo.services.gateway.long_json import count_marks, loads
 
 MAX_MARKS: Final = 1 << 21
 """Most structural characters of a body, those in its texts included: so many values take some 150 MB."""
-MAX_NESTED: Final = 1 << 19
+MAX_NESTED: Final = 1 << 18
 """Most lists and objects, all of which the collector of cycles looks at, in one go."""
 MAX_NAMES: Final = 1 << 19
 """Most fields of objects; colons in texts count."""
