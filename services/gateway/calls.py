@@ -22,7 +22,7 @@ from octavo.services.gateway.resume_token import ResumeToken, ResumeTokens
 from octavo.services.gateway.scheduler_pool import SchedulerPool
 from octavo.services.gateway.shares import Shares
 from octavo.services.gateway.tokenizer import INLINE_CHARS, INLINE_TOKENS
-from octavo.services.gateway.validation import RequestValidator
+from octavo.services.gateway.validation import RequestValidator, is_longer
 
 
 class GenerateCalls:
@@ -75,7 +75,7 @@ class GenerateCalls:
     async def check(self, request: Message, tenant: str) -> None:
         """Check a request against the rules of its fields. Raises INVALID_FIELD."""
         with self.refusals_counted():
-            is_long = request.ByteSize() > INLINE_CHARS
+            is_long = is_longer(request, INLINE_CHARS)
             await self.long_work.run(tenant, lambda: self.validator.check(request), is_long)
 
     @contextmanager

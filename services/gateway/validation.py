@@ -37,6 +37,29 @@ class _TooManyError(Exception):
     """Enough violations are known."""
 
 
+def is_longer(message: Message, size: int) -> bool:
+    """Return whether a message has more than `size` characters and items; no more of it is looked at than that."""
+    left = size
+    pending = [message]
+    while pending:
+        for field, value in pending.pop().ListFields():
+            is_message = field.message_type is not None and not field.message_type.GetOptions().map_entry
+            if field.is_repeated:
+                left -= len(value)
+                if left >= 0 and is_message:
+                    pending.extend(value)
+                elif left >= 0 and field.type in _TEXTS:
+                    left -= sum(map(len, value))
+            elif is_message:
+                left -= 1
+                pending.append(value)
+            elif field.type in _TEXTS:
+                left -= len(value)
+            if left < 0:
+                return True
+    return False
+
+
 class RequestValidator:
     """Validates messages of any type. Holds only compiled checks, so one serves all calls."""
 

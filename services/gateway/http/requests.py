@@ -17,7 +17,7 @@ GenerateRequest = generation_pb2.GenerateRequest
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _SESSION_HEADER = "x-session-id"
-_MAX_BIASES = 65_536  # that are looked at; how many there may be is checked with the whole request
+_MAX_ITEMS = 4096  # that are looked at; how many there may be is checked with the whole request
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +122,8 @@ def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
         sampling.seed = seed % 2**64
     sampling.allowed_token_ids.extend(params.token_ids("allowed_token_ids") or ())
     bias = params.object("logit_bias") or {}
-    if len(bias) > _MAX_BIASES:
-        raise params.wrong("logit_bias", f"has {len(bias)} items; send at most {_MAX_BIASES}")
+    if len(bias) > _MAX_ITEMS:
+        raise params.wrong("logit_bias", f"has {len(bias)} items; send at most {_MAX_ITEMS}")
     for key, value in bias.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < 2**32):
             raise params.wrong("logit_bias", "must have token ids as keys")
@@ -134,6 +134,8 @@ def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
 
 def _read_stop(params: Params, stop: common_pb2.StopCriteria) -> None:
     given = params.take("stop")
+    if isinstance(given, list) and len(given) > _MAX_ITEMS:
+        raise params.wrong("stop", f"has {len(given)} items; send at most {_MAX_ITEMS}")
     for text in given if isinstance(given, list) else () if given is None else (given,):
         # The same check for one string and for each of a list.
         stop.stop_sequences.append(Params({"stop": text}).text("stop") or "")

@@ -32,7 +32,7 @@ from octavo.services.gateway.http import bodies
 from octavo.services.gateway.input_encoder import InputEncoder
 from octavo.services.gateway.output import CandidateOutput
 from octavo.services.gateway.router import Router
-from octavo.services.gateway.validation import RequestValidator
+from octavo.services.gateway.validation import RequestValidator, is_longer
 
 from .conftest import make_tokenizer, rejection
 
@@ -334,6 +334,24 @@ def test_a_list_that_is_too_long_is_not_looked_at() -> None:
     found = validator.violations(generation_pb2.Chat(messages=[message] * 4097))
 
     assert [violation.field for violation in found] == ["messages"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_long"),
+    [
+        ({"text": "x" * 100}, False),
+        ({"text": "x" * 101}, True),
+        ({"token_ids": {"ids": [1] * 100}}, True),  # and the message that they are in
+        ({"token_ids": {"ids": [1] * 99}}, False),
+        ({"chat": {"messages": [{"parts": [{}] * 100}]}}, True),
+        ({"chat": {"messages": [{"parts": [{"text": "x" * 90}]}]}}, False),
+        ({"chat": {"tools_json": ["x" * 40] * 3}}, True),
+        ({"sampling": {"logit_bias": dict.fromkeys(range(101), 1.0)}}, True),
+        ({"sampling": {"logit_bias": {1: 1.0}}}, False),
+    ],
+)
+def test_a_message_is_long_by_what_is_in_it(fields: Any, is_long: bool) -> None:
+    assert is_longer(generation_pb2.Generation(**fields), 100) is is_long
 
 
 # -- memory, and shares ----------------------------------------------------------------------------
