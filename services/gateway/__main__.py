@@ -17,6 +17,8 @@ from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.model_files import ModelError
 from octavo.services.gateway.resume_token import KeyFileError
 
+# How long a thread with long work may compute before the event loop gets the GIL: a call asks for it a dozen times.
+_SWITCH_S = 0.0005
 _log = logging.getLogger(__name__)
 
 
@@ -36,6 +38,7 @@ async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = Non
         loop.add_signal_handler(number, stop.set)
     await gateway.start()
     gc.collect()
+    sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # what lives as long as the process need not be looked at by the collector again
     also = f" and http://{config.http_address}" if config.http_address else ""
     _log.info("gateway ready on %s%s, model %s", config.grpc_address, also, config.served_name)

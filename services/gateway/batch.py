@@ -87,7 +87,7 @@ class BatchCall:
         """Return what an item came to; None if the gateway stops and another one has to answer it."""
         response = generation_pb2.BatchGenerateResponse(item_id=request.item_id)
         try:
-            self._calls.check(request)
+            await self._calls.check(request, self._tenant)
             response.response.CopyFrom(await self._generate(request.generation, request_id))
         except ServingError as error:
             if self._calls.draining and error.reason in (Reason.DRAINING, Reason.STREAM_INTERRUPTED):

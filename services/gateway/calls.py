@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 from google.protobuf.message import Message
 
@@ -14,11 +15,14 @@ from octavo.services.gateway.accounting import Accounting, CallRecord
 from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.mesh import MeshHeaders
 from octavo.services.gateway.model import Models
+from octavo.services.gateway.prefix_index import prompt_block_hashes
 from octavo.services.gateway.prepare import Prepared, check_headers, prepare
 from octavo.services.gateway.request_stream import RequestStream
 from octavo.services.gateway.resume_token import ResumeToken, ResumeTokens
 from octavo.services.gateway.scheduler_pool import SchedulerPool
-from octavo.services.gateway.validation import RequestValidator
+from octavo.services.gateway.shares import Shares
+from octavo.services.gateway.tokenizer import INLINE_CHARS, INLINE_TOKENS
+from octavo.services.gateway.validation import RequestValidator, is_longer
 
 
 class GenerateCalls:
@@ -35,6 +39,8 @@ class GenerateCalls:
         max_requests: int,
     ) -> None:
         self._models = models
+        self.long_work = models.long_work
+        """The threads for long requests."""
         self.mesh = mesh
         """Of the headers that a mesh sets."""
         self.validator = validator
@@ -42,23 +48,35 @@ class GenerateCalls:
         self._accounting = accounting
         self._tokens = tokens
         self._schedulers = schedulers
-        self.max_requests = max_requests
-        """Most calls at once."""
+        self._shares = Shares(max_requests)
         self._idle = asyncio.Event()
         self._idle.set()
-        self.num_requests = 0
-        """Calls that run now."""
         self.draining = False
         """New calls are refused."""
+
+    @property
+    def max_requests(self) -> int:
+        """Most calls at once."""
+        return self._shares.num_places
+
+    @property
+    def num_requests(self) -> int:
+        """Calls that run now."""
+        return self._shares.num_taken
+
+    def num_requests_left(self, tenant: str) -> int:
+        """Return how many more calls of a tenant would be taken now."""
+        return self._shares.left(tenant)
 
     async def wait_idle(self) -> None:
         """Return when no call runs."""
         await self._idle.wait()
 
-    def check(self, request: Message) -> None:
+    async def check(self, request: Message, tenant: str) -> None:
         """Check a request against the rules of its fields. Raises INVALID_FIELD."""
         with self.refusals_counted():
-            self.validator.check(request)
+            is_long = is_longer(request, INLINE_CHARS)
+            await self.long_work.run(tenant, lambda: self.validator.check(request), is_long)
 
     @contextmanager
     def refusals_counted(self) -> Iterator[None]:
@@ -114,7 +132,7 @@ class GenerateCalls:
     ) -> AsyncIterator[GenerationRun]:
         """Submit the request of a recorded call, and wait for its admission; see `admitted`. Raises ServingError."""
         record.run = None
-        with self._counted():
+        with self._counted(record.tenant):
             check_headers(generation, headers)
             generation = self.mesh.apply(generation, headers)
             workers_limit = self._schedulers.max_model_len
@@ -125,7 +143,13 @@ class GenerateCalls:
                 prepared.submit.ClearField("gateway_state")
             remaining_s = None if deadline is None else deadline - asyncio.get_running_loop().time()
             session_id = generation.scheduling.session_id
-            stream = self._schedulers.submit(prepared.submit, remaining_s, session_id)
+            sizes = self._schedulers.block_sizes
+            is_long = len(prepared.submit.prompt_token_ids) > INLINE_TOKENS
+            name_blocks = partial(prompt_block_hashes, prepared.submit)
+            hashes = await self.long_work.run(
+                record.tenant, lambda: {size: name_blocks(size) for size in sizes}, is_long and bool(sizes)
+            )
+            stream = self._schedulers.submit(prepared.submit, remaining_s, session_id, hashes)
             async with _closing(stream):
                 while stream.admitted is None and stream.error is None:
                     await stream.wait()
@@ -141,7 +165,7 @@ class GenerateCalls:
     ) -> AsyncIterator[GenerationRun]:
         """Take over a request whose stream broke, and go on at the request's cursors. Raises ServingError."""
         tenant = self.mesh.tenant(tenant, headers)
-        with self._accounting.call(request_id, tenant, "", headers, None) as record, self._counted():
+        with self._accounting.call(request_id, tenant, "", headers, None) as record, self._counted(tenant):
             record.is_resumed = True
             token = self._tokens.read(request.resume_token, tenant)
             record.request_id = token.request_id
@@ -189,24 +213,25 @@ class GenerateCalls:
     ) -> Iterator[CallRecord]:
         """Count and record a call for vectors, which the body answers. Raises DRAINING, QUEUE_FULL."""
         tenant, model = self.mesh.tenant(tenant, headers), self.mesh.model(model, headers)
-        with self._accounting.call(request_id, tenant, model, headers, deadline) as record, self._counted():
+        with self._accounting.call(request_id, tenant, model, headers, deadline) as record, self._counted(tenant):
             yield record
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self, tenant: str) -> Iterator[None]:
         """Be one of the calls that run. Raises DRAINING, QUEUE_FULL."""
         if self.draining:
             raise ServingError(Reason.DRAINING, "the gateway is stopping; try again", retry_after_ms=500)
-        if self.num_requests >= self.max_requests:
-            message = f"{self.num_requests} calls are running, as many as this gateway takes; try again later"
+        if not self._shares.take(tenant):
+            own = self._shares.taken(tenant)
+            message = f"{self.num_requests} calls are running, {own} of them yours, and this gateway takes"
+            message += f" {self.max_requests}, shared among those that call; try again later"
             raise ServingError(Reason.QUEUE_FULL, message, retry_after_ms=1000)
-        self.num_requests += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self.num_requests -= 1
-            if self.num_requests == 0:
+            self._shares.give_back(tenant)
+            if not self.num_requests:
                 self._idle.set()
 
 

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.inference.v1 import generation_pb2
-from octavo.services.common.errors import FieldViolation, feature_disabled, invalid_fields
+from octavo.services.common.errors import (
+    MAX_VIOLATIONS,
+    FieldViolation,
+    feature_disabled,
+    invalid_field,
+    invalid_fields,
+)
+from octavo.services.gateway import long_json
 from octavo.services.gateway.chat_template import ChatTemplate
 from octavo.services.gateway.output_formats import describe_tools, write_calls
+
+MAX_MARKS = 1 << 19
+"""Most structural characters of all JSON in a conversation: so many values take some 40 MB."""
+
+
+class _Reader:
+    """Reads the JSON in a conversation, and gathers what is wrong."""
+
+    def __init__(self) -> None:
+        self.violations: list[FieldViolation] = []
+        self._num_marks = 0
+
+    def wrong(self, path: str, description: str) -> None:
+        """Note what is wrong with a field; as many as an error has room for."""
+        if len(self.violations) < MAX_VIOLATIONS:
+            self.violations.append(FieldViolation(path, description))
+
+    def read(self, text: str, kind: type, path: str) -> Any:
+        """Return the value, which must be of a kind; an empty one if it is not. Raises INVALID_FIELD for too many."""
+        self._num_marks += long_json.count_marks(text)
+        if self._num_marks > MAX_MARKS:
+            advice = f"send at most {MAX_MARKS} brackets, braces, commas and colons of JSON in a conversation"
+            raise invalid_field(path, f"has too many values, with those before it; {advice}")
+        try:
+            value = long_json.loads(text)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            self.wrong(path, f"is not JSON: {reason}")
+            return kind()
+        if not isinstance(value, kind):
+            self.wrong(path, "must be a JSON object")
+            return kind()
+        return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +70,22 @@ def read_chat(chat: generation_pb2.Chat, template: ChatTemplate, path: str) -> C
 
     Raises FEATURE_DISABLED for media, and INVALID_FIELD with every unknown role and broken JSON.
     """
-    violations: list[FieldViolation] = []
+    reader = _Reader()
     messages: list[dict[str, Any]] = []
     for index, message in enumerate(chat.messages):
         at = f"{path}.messages[{index}]"
         if not template.knows_role(message.role):
             description = f"the model's chat template knows no role {message.role!r}; use system, user or assistant"
-            violations.append(FieldViolation(f"{at}.role", description))
-        messages += _read_message(message, template.written_role(message.role), at, violations)
-    tools = [
-        _read_json(text, dict, f"{path}.tools_json[{index}]", violations) for index, text in enumerate(chat.tools_json)
-    ]
+            reader.wrong(f"{at}.role", description)
+        messages += _read_message(message, template.written_role(message.role), at, reader)
+    tools = [reader.read(text, dict, f"{path}.tools_json[{index}]") for index, text in enumerate(chat.tools_json)]
     if chat.tool_choice.mode == generation_pb2.ToolChoice.MODE_NONE:
         tools = []
     options: dict[str, Any] = {}
     if chat.template_options_json:
-        options = _read_json(chat.template_options_json, dict, f"{path}.template_options_json", violations)
-    if violations:
-        raise invalid_fields(violations)
+        options = reader.read(chat.template_options_json, dict, f"{path}.template_options_json")
+    if reader.violations:
+        raise invalid_fields(reader.violations)
     if not template.writes_tool_calls:
         _write_tool_calls(messages)
     if tools and not template.takes_tools:
@@ -73,9 +110,7 @@ def _tell_of_tools(messages: list[dict[str, Any]], tools: list[Any]) -> None:
     messages[0]["content"] = "\n\n".join(part for part in (system, describe_tools(tools)) if part)
 
 
-def _read_message(
-    message: generation_pb2.Message, role: str, path: str, violations: list[FieldViolation]
-) -> list[dict[str, Any]]:
+def _read_message(message: generation_pb2.Message, role: str, path: str, reader: _Reader) -> list[dict[str, Any]]:
     """Return the dicts of one message: one, and one for each tool result in it."""
     texts: list[str] = []
     reasoning: list[str] = []
@@ -88,7 +123,7 @@ def _read_message(
         elif kind == "reasoning":
             reasoning.append(part.reasoning)
         elif kind == "tool_call":
-            calls.append(_read_tool_call(part.tool_call, f"{path}.parts[{index}].tool_call", violations))
+            calls.append(_read_tool_call(part.tool_call, f"{path}.parts[{index}].tool_call", reader))
         elif kind == "tool_result":
             result = part.tool_result
             results.append({"role": role, "content": result.text, "tool_call_id": result.id})
@@ -104,19 +139,6 @@ def _read_message(
     return [whole, *results]
 
 
-def _read_tool_call(call: generation_pb2.ToolCall, path: str, violations: list[FieldViolation]) -> dict[str, Any]:
-    arguments = _read_json(call.arguments_json or "{}", dict, f"{path}.arguments_json", violations)
+def _read_tool_call(call: generation_pb2.ToolCall, path: str, reader: _Reader) -> dict[str, Any]:
+    arguments = reader.read(call.arguments_json or "{}", dict, f"{path}.arguments_json")
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
-
-
-def _read_json(text: str, kind: type, path: str, violations: list[FieldViolation]) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        violations.append(FieldViolation(path, f"is not JSON: {reason}"))
-        return kind()
-    if not isinstance(value, kind):
-        violations.append(FieldViolation(path, "must be a JSON object"))
-        return kind()
-    return value

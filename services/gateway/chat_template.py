@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ import jinja2.sandbox
 from jinja2.parser import Parser
 
 from octavo.services.common.errors import ServingError, invalid_field
+from octavo.services.gateway import long_json
 
 MAX_TEMPLATE_BYTES = 262_144
 MAX_OUTPUT_CHARS = 16_777_216
@@ -124,7 +124,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes for HTML, which is wrong in a prompt.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return long_json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class ChatTemplate:
@@ -217,11 +217,13 @@ class ChatTemplate:
 def _cut_after_final(prompt: str, messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the prompt up to the end of the last message's content, so that the model goes on with it."""
     content = str(messages[-1]["content"])
+    backwards = prompt[::-1]
     for text in (content, content.strip()):
-        at = prompt.rfind(text)
-        if text and at >= 0:
+        # The last place that it is at. Not by `rfind`, whose time grows with the product of the lengths.
+        after = backwards.find(text[::-1])
+        if text and after >= 0:
             # A template that trims the content leaves the blanks out: the model goes on without them.
-            return prompt[: at + len(text)]
+            return prompt[: len(prompt) - after]
     raise _cannot_continue()
 
 

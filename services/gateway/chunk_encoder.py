@@ -23,6 +23,17 @@ CHUNK_CHARS: Final = 512  # of a chunk, at least
 MAX_REMEMBERED_CHARS: Final = CHUNK_CHARS + 128  # of a chunk; most English ones are shorter
 _MAX_CHUNKS: Final = 4096  # 5 MiB of English, at most 50 of what takes four tokens a character
 _CUT: Final = re.compile("[A-Za-z](?= [A-Za-z])")
+_SEARCH_CHARS: Final = 1 << 18
+_SLICE_CHARS: Final = 1 << 18  # of what is only counted
+_BORDER_TOKENS: Final = 1024  # far more than a cut between two slices may add
+
+
+class TooManyTokensError(Exception):
+    """A text has more tokens than may be: at least `count`."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.count = count
 
 
 class ChunkEncoder:
@@ -35,16 +46,26 @@ class ChunkEncoder:
         self._before, self._after = around or ([], [])
         self._remembered = lru_cache(_MAX_CHUNKS)(self._encode_in_scope)
 
-    def encode(self, text: str, add_special_tokens: bool, scope: str) -> list[int]:
-        """Return the token ids of a text. What is remembered serves texts of the same `scope` only."""
+    def encode(self, text: str, add_special_tokens: bool, scope: str, limit: int | None = None) -> list[int]:
+        """Return the token ids of a text. What is remembered serves texts of the same `scope` only.
+
+        Raises TooManyTokensError if there are more than `limit`, as soon as that is known.
+        """
         if not self._cuts or len(text) <= CHUNK_CHARS:
-            return self._encode(text, add_special_tokens)
+            return self._encode(text, add_special_tokens, limit)
         token_ids = list(self._before) if add_special_tokens else []
+        count = len(token_ids) + (len(self._after) if add_special_tokens else 0)
         *chunks, last = chunks_of(text)
-        for chunk in chunks:
-            is_long = len(chunk) > MAX_REMEMBERED_CHARS
-            token_ids.extend(self._encode(chunk, False) if is_long else self._remembered(scope, chunk))
-        token_ids.extend(self._encode(last, False))
+        for chunk in [*chunks, last]:
+            is_long = chunk is last or len(chunk) > MAX_REMEMBERED_CHARS
+            try:
+                new = self._encode(chunk, False, limit) if is_long else self._remembered(scope, chunk)
+            except TooManyTokensError as error:
+                raise TooManyTokensError(count + error.count) from None
+            count += len(new)
+            token_ids.extend(new)
+            if limit is not None and count > limit:
+                raise TooManyTokensError(count)
         if add_special_tokens:
             token_ids.extend(self._after)
         return token_ids
@@ -52,19 +73,41 @@ class ChunkEncoder:
     def _encode_in_scope(self, scope: str, chunk: str) -> array[int]:  # noqa: ARG002
         return array("I", self._encode(chunk, False))
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # A batch need not know where its tokens stand in the text, which saves a fifth of the time.
+    def _encode(self, text: str, add_special_tokens: bool, limit: int | None = None) -> list[int]:
+        if limit is not None and len(text) > max(limit, _SLICE_CHARS):
+            self._refuse_long(text, limit)
+        # A batch lets go of the GIL, and need not know where its tokens stand in the text: a fifth of the time.
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if limit is not None and len(encoding) > limit:
+            raise TooManyTokensError(len(encoding))
         return encoding.ids
+
+    def _refuse_long(self, text: str, limit: int) -> None:
+        """Raise TooManyTokensError for a text far beyond a limit, the tokens of which there is no memory for."""
+        count = 0
+        for start in range(0, len(text), _SLICE_CHARS):
+            piece = text[start : start + _SLICE_CHARS]
+            (encoding,) = self._tokenizer.encode_batch_fast([piece], add_special_tokens=False)
+            count += len(encoding) - _BORDER_TOKENS
+            if count > limit:
+                raise TooManyTokensError(count)
 
 
 def chunks_of(text: str) -> Iterator[str]:
     """Cut a text. Texts that begin alike have the chunks in common that end before they differ."""
     start = 0
-    while cut := _CUT.search(text, start + CHUNK_CHARS - 1):
-        yield text[start : cut.end()]
-        start = cut.end()
+    while end := _next_cut(text, start + CHUNK_CHARS - 1):
+        yield text[start:end]
+        start = end
     yield text[start:]
+
+
+def _next_cut(text: str, start: int) -> int:
+    """Return where a text is cut first from a place on; 0 if nowhere. No search takes long: it holds the GIL."""
+    for at in range(start, len(text), _SEARCH_CHARS):
+        if cut := _CUT.search(text, at, at + _SEARCH_CHARS + 2):  # what follows a letter decides, and is two long
+            return cut.end()
+    return 0
 
 
 def cuts_at_words(tokenizer: Tokenizer) -> bool:

@@ -41,7 +41,7 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         default="",
         metadata={"help": "where to listen for the OpenAI-compatible HTTP API: host:port; empty: nowhere"},
     )
-    http_max_body_bytes: int = field(default=32 * 1024 * 1024, metadata={"help": "longest body of an HTTP request"})
+    http_max_body_bytes: int = field(default=16 * 1024 * 1024, metadata={"help": "longest body of an HTTP request"})
     http_max_connections: int = field(default=4096, metadata={"help": "most HTTP connections at once"})
     http_keep_alive_s: int = field(
         default=75, metadata={"help": "close an HTTP connection that is idle for so long; longer than a proxy keeps it"}

@@ -1,8 +1,8 @@
 """A process that tries constraints out, each in a fork of its own that may be killed.
 
 It reads frames from stdin and writes frames to stdout: a length in four bytes, big-endian, and JSON. The
-first one says what the vocabulary is. Then each `{"id", "kind", "value", "continued"}` is answered with
-`{"id", "grammar"}` or `{"id", "error", "place"}`, in any order. It ends when stdin does.
+first one says what the vocabulary is. Then each `{"id", "kind", "value", "continued"}`, the last one in base64 of
+uint32, is answered with `{"id", "grammar"}` or `{"id", "error", "place"}`, in any order. It ends when stdin does.
 
 A fork begins with the vocabulary in place, so it takes some milliseconds. It has limits of its own on
 processor time and memory, little priority, and is killed when it is late.
@@ -10,6 +10,7 @@ processor time and memory, little priority, and is killed when it is late.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
 import json
@@ -21,6 +22,7 @@ import signal
 import struct
 import sys
 import time
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,7 +214,8 @@ def _write(frame: dict[str, Any]) -> None:
 
 def _answer(request: dict[str, Any], tokenizer: LLTokenizer) -> dict[str, Any]:
     try:
-        return {"grammar": try_out(request["kind"], request["value"], request["continued"], tokenizer)}
+        continued = array("I", base64.b64decode(request["continued"])).tolist()
+        return {"grammar": try_out(request["kind"], request["value"], continued, tokenizer)}
     except ConstraintError as error:
         return {"error": error.message, "place": error.place}
     except (MemoryError, RecursionError):

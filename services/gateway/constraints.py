@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import importlib.util
 import json
 import logging
@@ -14,19 +16,22 @@ import socket
 import struct
 import subprocess
 import sys
-from collections import OrderedDict
+from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from octavo.common.v1 import common_pb2
 from octavo.services.common.errors import FieldViolation, Reason, ServingError
+from octavo.services.gateway.shares import Turns
 
 log = logging.getLogger(__name__)
 
 FIELD = "generation.constraint"
 _MAX_CACHED = 512
-_MAX_CACHED_BYTES = 1 << 18  # longer ones are tried out each time
+_MAX_CACHED_BYTES = 1 << 24  # of grammars and messages
 _MAX_WAITING = 256
+_MAX_WAIT_S = 60.0
 _START_S = 60.0
 _ANSWER_S = 15.0  # far longer than a fork may live
 Vocabulary = tuple[list[bytes], list[int]]
@@ -38,16 +43,73 @@ def available() -> bool:
     return importlib.util.find_spec("llguidance") is not None
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What came of a trial: a grammar, or what is wrong where. No exception: it would keep each call that it ended."""
+
+    grammar: str = ""
+    field: str = ""
+    message: str = ""
+    place: str = ""
+
+    def value(self) -> str:
+        """Return the grammar. Raises INVALID_CONSTRAINT."""
+        if self.message:
+            raise _invalid(self.field, self.message, self.place)
+        return self.grammar
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.grammar) + len(self.message)
+
+
+class _Outcomes:
+    """What came of the last trials, by tenant: how long a constraint takes tells nothing about other tenants.
+
+    Where all are too many, the tenant with the most forgets its oldest one.
+    """
+
+    def __init__(self) -> None:
+        self._by_tenant: dict[str, dict[bytes, _Outcome]] = {}  # oldest first
+        self._count = self._num_bytes = 0
+
+    def get(self, tenant: str, key: bytes) -> _Outcome | None:
+        """Return what is known, and count it as the newest."""
+        own = self._by_tenant.get(tenant, {})
+        outcome = own.pop(key, None)
+        if outcome is not None:
+            own[key] = outcome
+        return outcome
+
+    def add(self, tenant: str, key: bytes, outcome: _Outcome) -> None:
+        """Remember what was not known."""
+        own = self._by_tenant.setdefault(tenant, {})
+        if key in own:
+            return
+        own[key] = outcome
+        self._count += 1
+        self._num_bytes += outcome.num_bytes
+        while self._count > _MAX_CACHED or self._num_bytes > _MAX_CACHED_BYTES:
+            self._forget_one()
+
+    def _forget_one(self) -> None:
+        tenant = max(self._by_tenant, key=lambda each: len(self._by_tenant[each]))
+        own = self._by_tenant[tenant]
+        self._num_bytes -= own.pop(next(iter(own))).num_bytes
+        self._count -= 1
+        if not own:
+            del self._by_tenant[tenant]
+
+
 class Constraints:
     """Tries constraints out, `num_processes` at a time, and remembers what came of the last ones."""
 
     def __init__(self, vocabulary: Callable[[], Vocabulary], num_processes: int) -> None:
         """vocabulary: called in a thread, once for each process that is started."""
         self._vocabulary = vocabulary
-        self._slots = asyncio.Semaphore(num_processes)
-        self._num_waiting = 0
-        self._known: OrderedDict[bytes, str | ServingError] = OrderedDict()
-        self._trials: dict[bytes, asyncio.Task[str]] = {}
+        self._turns = Turns(num_processes, _MAX_WAITING, _MAX_WAIT_S, _busy)
+        self._known = _Outcomes()
+        self._trials: dict[tuple[str, bytes], asyncio.Task[_Outcome]] = {}
         self._process: _Process | None = None
         self._starting = asyncio.Lock()
         self._warm_up: asyncio.Task[_Process] | None = None
@@ -65,63 +127,50 @@ class Constraints:
         if self._process is not None:
             await self._process.close()
 
-    async def grammar_of(self, constraint: common_pb2.OutputConstraint, continued: Sequence[int] = ()) -> str:
+    async def grammar_of(
+        self, constraint: common_pb2.OutputConstraint, continued: Sequence[int] = (), tenant: str = ""
+    ) -> str:
         """Return a constraint as the grammar that the scheduler carries to the workers.
 
         continued: output that is there already, which must match. Raises INVALID_CONSTRAINT, or QUEUE_FULL.
         """
-        key = constraint.SerializeToString(deterministic=True)
         if continued:
-            return await self._try_out(constraint, continued)
-        known = self._known.get(key)
-        if known is None:
-            known = await self._try_once(key, constraint)
-        else:
-            self._known.move_to_end(key)
-        if isinstance(known, ServingError):
-            raise known
-        return known
+            return (await self._try_out(constraint, continued, tenant)).value()
+        key = hashlib.sha256(constraint.SerializeToString(deterministic=True)).digest()
+        outcome = self._known.get(tenant, key)
+        if outcome is None:
+            outcome = await self._try_once(tenant, key, constraint)
+        return outcome.value()
 
-    async def _try_once(self, key: bytes, constraint: common_pb2.OutputConstraint) -> str | ServingError:
-        """Try a constraint out that is not known; equal ones at the same time share one trial."""
-        trial = self._trials.get(key)
+    async def _try_once(self, tenant: str, key: bytes, constraint: common_pb2.OutputConstraint) -> _Outcome:
+        """Try a constraint out that is not known; a tenant's equal ones at the same time share one trial."""
+        trial = self._trials.get((tenant, key))
         if trial is None:
-            trial = self._trials[key] = asyncio.create_task(self._try_out(constraint, ()))
-            trial.add_done_callback(lambda _: self._trials.pop(key, None))
-        result: str | ServingError
-        try:
-            result = await asyncio.shield(trial)
-        except ServingError as error:
-            if error.reason != Reason.INVALID_CONSTRAINT:
-                raise
-            result = error
-        if len(key) <= _MAX_CACHED_BYTES:
-            self._known[key] = result
-            if len(self._known) > _MAX_CACHED:
-                self._known.popitem(last=False)
-        return result
+            trial = asyncio.create_task(self._try_out(constraint, (), tenant))
+            self._trials[tenant, key] = trial
+            trial.add_done_callback(lambda _: self._trials.pop((tenant, key), None))
+        outcome = await asyncio.shield(trial)
+        self._known.add(tenant, key, outcome)
+        return outcome
 
-    async def _try_out(self, constraint: common_pb2.OutputConstraint, continued: Sequence[int]) -> str:
+    async def _try_out(
+        self, constraint: common_pb2.OutputConstraint, continued: Sequence[int], tenant: str
+    ) -> _Outcome:
+        """Return what came of a trial. Raises QUEUE_FULL."""
         kind = constraint.WhichOneof("kind")
         assert kind is not None, "the rules of the field ask for one"
         value = list(constraint.choices.values) if kind == "choices" else getattr(constraint, kind)
         if kind == "any_json":
             value = ""
-        if self._num_waiting >= _MAX_WAITING:
-            raise _busy()
-        self._num_waiting += 1
-        try:
-            async with self._slots:
-                process = await self._running()
-                answer = await process.ask({"kind": kind, "value": value, "continued": list(continued)})
-        finally:
-            self._num_waiting -= 1
+        async with self._turns.turn(tenant):
+            process = await self._running()
+            tokens = await asyncio.to_thread(_in_base64, continued) if continued else ""
+            answer = await process.ask({"kind": kind, "value": value, "continued": tokens})
         if "grammar" in answer:
-            grammar: str = answer["grammar"]
-            return grammar
+            return _Outcome(grammar=answer["grammar"])
         if "error" not in answer:
             raise _busy()
-        raise _invalid(f"{FIELD}.{kind}", answer["error"], answer["place"])
+        return _Outcome(field=f"{FIELD}.{kind}", message=answer["error"], place=answer["place"])
 
     async def _running(self) -> _Process:
         """Return the process; a new one if the last one has ended."""
@@ -219,6 +268,11 @@ class _Process:
 def _vocabulary_frame(vocabulary: Callable[[], Vocabulary]) -> bytes:
     tokens, special = vocabulary()
     return json.dumps({"tokens": [token.decode("latin-1") for token in tokens], "special": special}).encode()
+
+
+def _in_base64(token_ids: Sequence[int]) -> str:
+    """Return token ids as little-endian uint32: a list of numbers in JSON would stop the event loop."""
+    return base64.b64encode(array("I", token_ids).tobytes()).decode()
 
 
 def _invalid(field: str, message: str, place: str) -> ServingError:

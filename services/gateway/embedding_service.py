@@ -25,7 +25,7 @@ class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
         self, request: embedding_pb2.EmbedRequest, context: EmbedContext
     ) -> embedding_pb2.EmbedResponse:
         """Embed texts."""
-        self._calls.check(request)
+        await self._calls.check(request, caller().tenant)
         response = await self._calls.embed(
             request, request_id(), caller().tenant, headers_of(context), deadline_of(context)
         )
@@ -36,7 +36,7 @@ class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
         self, request: embedding_pb2.RerankRequest, context: RerankContext
     ) -> embedding_pb2.RerankResponse:
         """Rank documents."""
-        self._calls.check(request)
+        await self._calls.check(request, caller().tenant)
         response = await self._calls.rerank(
             request, request_id(), caller().tenant, headers_of(context), deadline_of(context)
         )

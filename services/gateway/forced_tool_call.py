@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import invalid_field
+from octavo.services.gateway import long_json
 from octavo.services.gateway.output_formats import NONE
 from octavo.services.gateway.parsing import read_tools
 
@@ -35,7 +35,7 @@ def force_tool_call(generation: generation_pb2.Generation) -> generation_pb2.Gen
         raise invalid_field("generation.constraint", "cannot be given together with a tool_choice that demands a call")
     forced = generation_pb2.Generation()
     forced.CopyFrom(generation)
-    forced.constraint.json_schema = json.dumps(_schema(tools), ensure_ascii=False)
+    forced.constraint.json_schema = long_json.dumps(_schema(tools), ensure_ascii=False)
     forced.output.parsing.tool_call_format = _FORMAT
     forced.output.parsing.reasoning_format = NONE
     return forced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
@@ -14,6 +15,8 @@ from octavo.services.gateway.prepare import Prepared
 from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
 
 Response = generation_pb2.GenerateStreamResponse
+_MAX_NEW = 2048  # tokens that are looked at in one go: about a millisecond
+_MAX_NEW_LOGPROBS = 64
 
 
 class _Candidate:
@@ -52,11 +55,12 @@ class GenerationRun:
         self.max_coalesce_ms = prepared.output.max_coalesce_ms
         self._is_parsed = prepared.settings.parser is not None
         self._wants_logprobs = stream.wants_logprobs
+        self._max_new = _MAX_NEW_LOGPROBS if stream.wants_logprobs else _MAX_NEW
         self._base = len(prepared.submit.continue_token_ids)
         offsets = next_token_offsets or {}
         self._candidates = [
-            _Candidate(inbox, prepared.new_candidate(inbox.index), offsets.get(inbox.index, self._base) - self._base)
-            for inbox in stream.candidates
+            _Candidate(inbox, output, offsets.get(inbox.index, self._base) - self._base)
+            for inbox, output in zip(stream.candidates, prepared.candidates, strict=True)
         ]
         self._sequence_number = 0
         self._delta_response = Response()  # filled again for each delta
@@ -95,9 +99,18 @@ class GenerationRun:
                 if candidate.done:
                     continue
                 ended = candidate.inbox.finished is not None
-                delta = self._delta(candidate, ended)
-                if delta is not None:
-                    yield delta
+                end = len(candidate.inbox.token_ids)
+                while candidate.inbox.num_read < end - self._max_new and not candidate.output.is_complete:
+                    delta = self._delta(candidate, False)  # much at once: of a stream that goes on, or a slow reader's
+                    if delta is not None:
+                        yield delta
+                    if before_wait is not None:
+                        await before_wait()
+                    await asyncio.sleep(0)  # others come between
+                if not candidate.output.is_complete:
+                    delta = self._delta(candidate, ended)
+                    if delta is not None:
+                        yield delta
                 if ended or candidate.output.is_complete:
                     yield self._finish(candidate)
             if all(candidate.done for candidate in self._candidates):
@@ -135,7 +148,7 @@ class GenerationRun:
         return Response(event=event)
 
     def _delta(self, candidate: _Candidate, ended: bool) -> Response | None:
-        """Return everything new of a candidate in one delta, or None if there is nothing.
+        """Return what is new of a candidate, `_max_new` tokens at most, in one delta, or None if there is nothing.
 
         ended: no further tokens follow, so nothing is held back.
         """
@@ -143,7 +156,7 @@ class GenerationRun:
         if inbox.num_read < candidate.skip and not self._skip(candidate):
             return None
         start = inbox.num_read
-        new = inbox.token_ids[start:]
+        new = inbox.token_ids[start : start + self._max_new]
         piece, taken = candidate.output.push(new) if new else (NOTHING, 0)
         inbox.num_read += taken
         if ended and not candidate.output.is_complete:
@@ -171,12 +184,13 @@ class GenerationRun:
         return self._delta_response
 
     def _skip(self, candidate: _Candidate) -> bool:
-        """Take what the client has already; return whether tokens after that are to be sent.
+        """Take of what the client has already; return whether tokens after that are to be sent.
 
         The text that is out after k tokens depends on these only: so the client has that, too.
         """
         inbox = candidate.inbox
-        _, taken = candidate.output.push(inbox.token_ids[inbox.num_read : candidate.skip])
+        end = min(candidate.skip, inbox.num_read + self._max_new)
+        _, taken = candidate.output.push(inbox.token_ids[inbox.num_read : end])
         inbox.num_read += taken
         if self._wants_logprobs:
             inbox.logprobs.take(taken, self._options.logprobs)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenizers import Encoding, Tokenizer, normalizers
 
 MAX_LIMITS = 4  # lengths that tokenizers are kept for: that of the workers may change
+_CHARS_PER_TOKEN = 4  # of a text, so many are looked at first: mostly it has more than enough tokens by then
+_MARGIN_CHARS = 1024  # far more than the end of a text can change of the tokens before it
+_BATCH_CHARS = 1 << 18  # that are encoded together
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +42,20 @@ class InputEncoder:
 
     def encode(self, inputs: Sequence[str | tuple[str, str]], limit: int) -> list[EncodedInput]:
         """Return the tokens of texts or pairs, special tokens included, at most `limit` of each."""
-        encodings = self._tokenizer(limit).encode_batch(list(inputs))
-        return [EncodedInput(each.ids, _second_segment_start(each), bool(each.overflowing)) for each in encodings]
+        tokenizer = self._tokenizer(limit)
+        most = limit * _CHARS_PER_TOKEN + _MARGIN_CHARS
+        encoded: list[EncodedInput] = []
+        batch: list[str | tuple[str, str]] = []
+        size = 0
+        for each in inputs:
+            texts = [_shortened(tokenizer, text, most) for text in ((each,) if isinstance(each, str) else each)]
+            length = sum(map(len, texts))
+            if batch and size + length > _BATCH_CHARS:
+                encoded += map(_encoded, tokenizer.encode_batch_fast(batch))
+                batch, size = [], 0
+            batch.append(texts[0] if isinstance(each, str) else (texts[0], texts[1]))
+            size += length
+        return encoded + list(map(_encoded, tokenizer.encode_batch_fast(batch)))
 
     def _tokenizer(self, limit: int) -> Tokenizer:
         tokenizer = self._by_limit.get(limit)
@@ -54,6 +70,23 @@ class InputEncoder:
                 self._by_limit.pop(next(iter(self._by_limit)))
             self._by_limit[limit] = tokenizer
         return tokenizer
+
+
+def _shortened(tokenizer: Tokenizer, text: str, most: int) -> str:
+    """Return a text without the end of which no token is kept.
+
+    What tokens are made of and then left out has its price: memory, and time with the GIL held.
+    """
+    while most < len(text):
+        start = text[:most]
+        if _encoded(*tokenizer.encode_batch_fast([start])).is_truncated:
+            return start
+        most *= 4
+    return text
+
+
+def _encoded(encoding: Encoding) -> EncodedInput:
+    return EncodedInput(array("I", encoding.ids), _second_segment_start(encoding), bool(encoding.overflowing))
 
 
 def _second_segment_start(encoding: Encoding) -> int:

@@ -11,6 +11,7 @@ from octavo.inference.v1 import model_pb2
 from octavo.services.common.errors import Reason, Resource, ServingError
 from octavo.services.common.protocol import API_REVISION
 from octavo.services.gateway.constraints import Constraints
+from octavo.services.gateway.long_work import LongWork
 from octavo.services.gateway.output_formats import NONE
 from octavo.services.gateway.tokenizer import ModelTokenizer
 
@@ -88,6 +89,11 @@ class Models:
             for name in (model.name, *model.aliases):
                 assert name not in self._by_name, f"two models are named {name!r}"
                 self._by_name[name] = model
+
+    @property
+    def long_work(self) -> LongWork:
+        """The threads for long requests, whichever model they are for."""
+        return self.all[0].tokenizer.long_work
 
     def get(self, name: str) -> ServedModel:
         """Return a model by name or alias. Raises MODEL_NOT_FOUND."""

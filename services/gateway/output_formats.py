@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from octavo.services.gateway import long_json
 
 NONE = "none"
 """The format of an output that is left as it is."""
@@ -110,12 +111,12 @@ def detect_reasoning_format(template: str) -> str:
 
 def write_calls(calls: Iterable[Mapping[str, Any]]) -> str:
     """Return the text of calls in the format "json", for a chat template that does not write them itself."""
-    return "\n".join(json.dumps(dict(call), ensure_ascii=False) for call in calls)
+    return "\n".join(long_json.dumps(dict(call), ensure_ascii=False) for call in calls)
 
 
 def describe_tools(tools: Iterable[Any]) -> str:
     """Return what a model whose chat template takes no tools is told about them: the format "json" in words."""
-    lines = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
+    lines = "\n".join(long_json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
     return (
         "You can call these tools, each described by a JSON schema:\n"
         f"{lines}\n"

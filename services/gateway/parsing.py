@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import invalid_field
+from octavo.services.gateway import long_json
 from octavo.services.gateway.model import ServedModel
 from octavo.services.gateway.output_formats import (
     NONE,
@@ -99,7 +99,7 @@ def read_tools(chat: generation_pb2.Chat) -> list[dict[str, Any]]:
     """Return the functions of the chat's tools, each of which has a name. Raises INVALID_FIELD."""
     functions = []
     for index, text in enumerate(chat.tools_json):
-        tool = json.loads(text)  # read before, for the template
+        tool = long_json.loads(text)  # read before, for the template
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name:

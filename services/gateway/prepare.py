@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
@@ -21,15 +22,18 @@ from octavo.services.common.errors import (
     invalid_fields,
 )
 from octavo.services.gateway.chat import read_chat
+from octavo.services.gateway.chunk_encoder import TooManyTokensError
 from octavo.services.gateway.forced_tool_call import force_tool_call
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.output import CandidateOutput, OutputSettings
 from octavo.services.gateway.parsing import call_id, marks, parser_settings, resolve_parsing
 from octavo.services.gateway.stop_matcher import StopStrings
+from octavo.services.gateway.tokenizer import INLINE_CHARS, INLINE_TOKENS
 
 MAX_STATE_BYTES = 60_000
 """Longest state that a scheduler keeps for a request, with room for its own limit of 65,536."""
 KEPT_PROMPT_TOKENS = 16
+_INLINE_MESSAGES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class Prepared:
     """Complete but for what admission tells: model version and cached tokens."""
     output: generation_pb2.OutputOptions
     settings: OutputSettings
-    new_candidate: Callable[[int], CandidateOutput]
-    """Makes the output of a candidate, given its index, with `continue_output` already behind it."""
+    candidates: Sequence[CandidateOutput]
+    """The output of each candidate, with `continue_output` already behind it."""
 
 
 async def prepare(
@@ -62,26 +66,76 @@ async def prepare(
     if model.tokenizer.vector_files is not None:
         raise feature_disabled("generate", f"the model {model.name!r} makes vectors and generates no text")
     _check_features(generation, model)
+    work = model.tokenizer.long_work
+    cache_salt = _cache_salt(tenant, generation.scheduling.cache_salt)
+    limit = model.context_limit(workers_limit)
+    read_prompt = partial(_prompt_token_ids, generation, model, cache_salt, limit)
+    prompt = await work.run(tenant, read_prompt, generation.HasField("chat") or len(generation.text) > INLINE_CHARS)
+    is_long = _is_long(generation, prompt)
+    draft = await work.run(tenant, partial(_checked, generation, model, prompt, limit), is_long)
+    continued = generation.continue_output.ids
+    grammar = ""
+    if draft.generation.HasField("constraint"):
+        assert model.constraints is not None, "checked above"
+        grammar = await model.constraints.grammar_of(draft.generation.constraint, continued, tenant)
+
+    def finish() -> Prepared:
+        submit = _submit(draft, model, prompt, request_id, tenant, cache_salt)
+        if grammar:
+            submit.constraint.grammar = grammar
+        started = generation_pb2.Started(
+            request_id=request_id,
+            model=model.name,
+            prompt_tokens=len(prompt),
+            effective_sampling=draft.sampling,
+            effective_stop=draft.stop,
+        )
+        candidates = _candidates(draft.settings, request_id, submit.candidate_count, continued)
+        return Prepared(model, submit, started, draft.generation.output, draft.settings, candidates)
+
+    return await work.run(tenant, finish, is_long)
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A request that contradicts neither itself nor the model, with every setting in force."""
+
+    generation: generation_pb2.Generation
+    sampling: common_pb2.SamplingParams
+    stop: common_pb2.StopCriteria
+    parsing: generation_pb2.Parsing
+    settings: OutputSettings
+
+
+def _is_long(generation: generation_pb2.Generation, prompt: Sequence[int]) -> bool:
+    """Return whether looking at all of a request takes so long that the event loop must not."""
+    chat = generation.chat
+    num_bytes = len(chat.template_options_json) + sum(map(len, chat.tools_json))
+    num_tokens = len(prompt) + len(generation.continue_output.ids)
+    return num_tokens > INLINE_TOKENS or num_bytes > INLINE_CHARS or len(chat.messages) > _INLINE_MESSAGES
+
+
+def _checked(generation: generation_pb2.Generation, model: ServedModel, prompt: Sequence[int], limit: int) -> _Draft:
     stop = _effective_stop(generation.stop)
     sampling = _effective_sampling(generation.sampling, model)
-    cache_salt = _cache_salt(tenant, generation.scheduling.cache_salt)
-    prompt = await _prompt_token_ids(generation, model, cache_salt)
     generation = force_tool_call(generation)
-    limit = model.context_limit(workers_limit)
     _set_max_new_tokens(stop, generation, len(prompt), limit)
     _check_values(generation, model, stop, prompt)
     parsing = resolve_parsing(generation, model, prompt)
     settings = _output_settings(generation, model, stop, prompt, parsing)
-    continued = generation.continue_output.ids
-    grammar = ""
-    if generation.HasField("constraint"):
-        assert model.constraints is not None, "checked above"
-        grammar = await model.constraints.grammar_of(generation.constraint, continued)
+    return _Draft(generation, sampling, stop, parsing, settings)
+
+
+def _submit(
+    draft: _Draft, model: ServedModel, prompt: Sequence[int], request_id: str, tenant: str, cache_salt: str
+) -> scheduler_pb2.Submit:
+    """Return what the scheduler gets, but for the grammar."""
+    generation, stop = draft.generation, draft.stop
     submit = scheduler_pb2.Submit(
         request_id=request_id,
         prompt_token_ids=prompt,
-        continue_token_ids=continued,
-        sampling=sampling,
+        continue_token_ids=generation.continue_output.ids,
+        sampling=draft.sampling,
         stop=stop,
         candidate_count=generation.candidate_count or 1,
         logprobs=generation.output.logprobs,
@@ -94,30 +148,28 @@ async def prepare(
         resume_window_ms=generation.scheduling.resume_window_ms,
         prompt_logprobs=generation.output.prompt_logprobs,
     )
-    if grammar:
-        submit.constraint.grammar = grammar
     if submit.resume_window_ms:
-        submit.gateway_state = _resolved(generation, prompt, sampling, stop, parsing).SerializeToString()
+        resolved = _resolved(generation, prompt, draft.sampling, stop, draft.parsing)
+        submit.gateway_state = resolved.SerializeToString()
     del submit.stop.stop_sequences[:]  # the gateway's business
     if not stop.ignore_end_of_sequence:
         submit.end_of_sequence_ids.extend(model.tokenizer.end_of_sequence_ids)
-    started = generation_pb2.Started(
-        request_id=request_id,
-        model=model.name,
-        prompt_tokens=len(prompt),
-        effective_sampling=sampling,
-        effective_stop=stop,
-    )
+    return submit
 
-    def new_candidate(candidate_index: int) -> CandidateOutput:
-        candidate = CandidateOutput(
-            settings, lambda index: call_id(request_id, candidate_index, index, settings.parser)
-        )
-        candidate.push(continued)
-        return candidate
 
-    _check_continues(new_candidate(0), settings, continued)
-    return Prepared(model, submit, started, generation.output, settings, new_candidate)
+def _candidates(
+    settings: OutputSettings, request_id: str, count: int, continued: Sequence[int]
+) -> list[CandidateOutput]:
+    """Return the outputs of the candidates, with `continued` behind them. Raises INVALID_FIELD if that has ended."""
+
+    def new(candidate: int) -> CandidateOutput:
+        return CandidateOutput(settings, lambda index: call_id(request_id, candidate, index, settings.parser))
+
+    candidates = [new(index) for index in range(count)]
+    if continued:  # the output of the only one
+        candidates[0].push(continued)
+        _check_continues(candidates[0], settings, continued)
+    return candidates
 
 
 def _resolved(
@@ -192,19 +244,25 @@ def _effective_stop(given: common_pb2.StopCriteria) -> common_pb2.StopCriteria:
     return stop
 
 
-async def _prompt_token_ids(
-    generation: generation_pb2.Generation, model: ServedModel, cache_salt: str
+def _prompt_token_ids(
+    generation: generation_pb2.Generation, model: ServedModel, cache_salt: str, limit: int
 ) -> Sequence[int]:
+    """Return the prompt as tokens. Raises CONTEXT_LENGTH_EXCEEDED for a text of more than `limit`, INVALID_FIELD."""
     kind = generation.WhichOneof("prompt")
     if kind == "token_ids":
         return generation.token_ids.ids
-    if kind == "text":
-        return await model.tokenizer.encode(generation.text, cache_salt)
-    template = model.tokenizer.chat_template
-    if template is None:
-        message = f"the model {model.name!r} has no chat template; send generation.text, or serve a chat model"
-        raise feature_disabled("chat", message)
-    return await model.tokenizer.encode_chat(read_chat(generation.chat, template, "generation.chat"), cache_salt)
+    try:
+        if kind == "text":
+            return model.tokenizer.encode(generation.text, True, cache_salt, limit)
+        template = model.tokenizer.chat_template
+        if template is None:
+            message = f"the model {model.name!r} has no chat template; send generation.text, or serve a chat model"
+            raise feature_disabled("chat", message)
+        # The template has all special tokens in it already.
+        text = read_chat(generation.chat, template, "generation.chat").render(template)
+        return model.tokenizer.encode(text, False, cache_salt, limit)
+    except TooManyTokensError as error:
+        raise _too_long(generation, error.count, limit, "at least ") from None
 
 
 def _set_max_new_tokens(
@@ -216,11 +274,16 @@ def _set_max_new_tokens(
     if room >= max(wanted, 1):
         stop.max_new_tokens = wanted or room
         return
+    raise _too_long(generation, num_prompt, limit)
+
+
+def _too_long(generation: generation_pb2.Generation, num_prompt: int, limit: int, least: str = "") -> ServingError:
+    wanted, room = generation.stop.max_new_tokens, limit - num_prompt
     output = f" and {wanted} of output" if wanted else ""
-    message = f"{num_prompt} tokens of prompt{output} do not fit the model's context of {limit}"
+    message = f"{least}{num_prompt} tokens of prompt{output} do not fit the model's context of {limit}"
     message += f"; set max_new_tokens to at most {room}" if room > 0 else "; shorten the prompt"
     field = "generation.stop.max_new_tokens" if room > 0 else f"generation.{generation.WhichOneof('prompt')}"
-    raise ServingError(
+    return ServingError(
         Reason.CONTEXT_LENGTH_EXCEEDED,
         message,
         metadata={"prompt": str(num_prompt), "limit": str(limit), "max_new_tokens": str(wanted)},

@@ -7,7 +7,7 @@ and wakes the reader. They are bounded by construction, by the length of the out
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
@@ -76,6 +76,8 @@ class RequestStream:
         """
         self.submit = submit
         self.session_id = session_id
+        self.block_hashes: dict[int, Sequence[int]] = {}
+        """Those of the prompt, by the size of a block, as far as they were needed: output changes none of them."""
         self.deadline = deadline
         self.submitted_at = asyncio.get_running_loop().time()
         self.wants_logprobs = submit.chosen_logprob

@@ -100,6 +100,13 @@ class Router:
         route.close()
         self.holders.leave(route.prefixes)
 
+    @property
+    def block_sizes(self) -> list[int]:
+        """For which block sizes `choose` asks for the names of a prompt's blocks: none if there is no choice."""
+        if len(self._routes) < 2 or not self.holders.num_names:
+            return []
+        return [size for size in self._block_sizes if size]
+
     def choose(
         self,
         request: RouteRequest,
@@ -132,12 +139,9 @@ class Router:
 
     def _known(self, block_hashes: Callable[[int], Sequence[int]]) -> list[tuple[int, int]]:
         """Return (tokens of the prompt, mask of who has at least these in the cache), the most tokens first."""
-        if not self.holders.num_names:
-            return []
         known: list[tuple[int, int]] = []
-        for size in self._block_sizes:
-            if size:
-                known += [(size * count, who) for count, who in self.holders.cached(block_hashes(size))]
+        for size in self.block_sizes:
+            known += [(size * count, who) for count, who in self.holders.cached(block_hashes(size))]
         return sorted(known, reverse=True)
 
     def _candidates(self, request: RouteRequest, prefixes: Sequence[int]) -> list[int]:

@@ -56,6 +56,11 @@ class SchedulerPeers:
         """Whether every scheduler that is there asked for no new requests."""
         return bool(self.connected) and all(peer.draining for peer in self.connected)
 
+    @property
+    def block_sizes(self) -> list[int]:
+        """For which block sizes the hashes of a prompt's blocks matter to `choose` now."""
+        return self._router.block_sizes
+
     def choose(
         self, stream: RequestStream, submit: scheduler_pb2.Submit, refused_by: Collection[str] = ()
     ) -> SchedulerPeer | None:
@@ -71,9 +76,10 @@ class SchedulerPeers:
         def is_well(route: Route) -> bool:
             return accepts(route) and self._by_address[route.address].healthy
 
-        hashes: dict[int, list[int]] = {}
+        # The inputs of a request for vectors move one by one, each with a prompt of its own.
+        hashes: dict[int, Sequence[int]] = {} if submit.HasField("pooling") else stream.block_hashes
 
-        def block_hashes(size: int) -> list[int]:
+        def block_hashes(size: int) -> Sequence[int]:
             if size not in hashes:
                 hashes[size] = prompt_block_hashes(submit, size)
             return hashes[size]

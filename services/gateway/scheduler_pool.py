@@ -6,7 +6,7 @@ Which scheduler gets a request is decided in `scheduler_peers.py`, where it goes
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grpc
 
@@ -90,6 +90,11 @@ class SchedulerPool:
         return min((peer.load.max_model_len for peer in self.peers if peer.load.max_model_len), default=0)
 
     @property
+    def block_sizes(self) -> list[int]:
+        """For which block sizes the hashes of a prompt's blocks matter to who gets a request now."""
+        return self._peers.block_sizes
+
+    @property
     def vector_size(self) -> int:
         """Elements of the vectors that the workers make; 0 if not known, or if they make none."""
         return next((peer.load.vector_size for peer in self.peers if peer.load.vector_size), 0)
@@ -111,11 +116,21 @@ class SchedulerPool:
 
     # Requests
 
-    def submit(self, submit: scheduler_pb2.Submit, remaining_s: float | None, session_id: str = "") -> RequestStream:
-        """Send a request; its handle and remaining time are filled in. Raises ServingError if that cannot work now."""
+    def submit(
+        self,
+        submit: scheduler_pb2.Submit,
+        remaining_s: float | None,
+        session_id: str = "",
+        block_hashes: Mapping[int, Sequence[int]] | None = None,
+    ) -> RequestStream:
+        """Send a request; its handle and remaining time are filled in. Raises ServingError if that cannot work now.
+
+        block_hashes  those of the prompt by size, for `block_sizes`; what is not there is computed when it is needed
+        """
         loop = asyncio.get_running_loop()
         deadline = None if remaining_s is None else loop.time() + remaining_s
         stream = RequestStream(submit, deadline, self._close, session_id)
+        stream.block_hashes.update(block_hashes or {})
         peer = self._peers.choose(stream, submit)
         if peer is None:
             if self.draining:

@@ -60,7 +60,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: GenerateContext
     ) -> generation_pb2.GenerateResponse:
         """Answer with the whole output."""
-        self._calls.check(request)
+        await self._calls.check(request, caller().tenant)
         ask_for_whole_answer(request.generation)
         async with self._admitted(request.generation, context) as run:
             coalesce_ms = request.generation.output.max_coalesce_ms
@@ -72,7 +72,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateStreamRequest, context: StreamContext
     ) -> None:
         """Write the output as it comes."""
-        self._calls.check(request)
+        await self._calls.check(request, caller().tenant)
         async with self._admitted(request.generation, context, can_resume=True) as run:
             async for response in run.responses(request.generation.output.max_coalesce_ms):
                 await context.write(response)
@@ -82,7 +82,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.ResumeStreamRequest, context: ResumeContext
     ) -> None:
         """Write the rest of an output whose stream broke, from the client's cursors on."""
-        self._calls.check(request)
+        await self._calls.check(request, caller().tenant)
         headers = headers_of(context)
         async with self._calls.resumed(request, request_id(), caller().tenant, headers) as run:
             await self._send_headers(context, run)

@@ -1,30 +1,25 @@
-"""A model's tokenizer, with the waits it needs: long work never runs on the event loop."""
+"""A model's tokenizer. What takes long is for the threads of its `long_work`, never for the event loop."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
 
 from octavo.common.v1 import common_pb2
-from octavo.services.common.errors import Reason, ServingError
-from octavo.services.gateway.chat import ChatInput
 from octavo.services.gateway.chat_template import ChatTemplate, TemplateError
 from octavo.services.gateway.chunk_encoder import ChunkEncoder
 from octavo.services.gateway.detokenizer import Detokenizer, DetokenizerFactory
 from octavo.services.gateway.input_encoder import EncodedInput, InputEncoder
+from octavo.services.gateway.long_work import LongWork
 from octavo.services.gateway.model_files import ModelError, ModelFiles, read_model
 
-_T = TypeVar("_T")
 Encoded = tuple[list[int], list[int]]
-"""Token ids, and byte offsets as many."""
-_INLINE_CHARS = 8_192  # about a millisecond of encoding
-_INLINE_TOKENS = 16_384
-_MAX_WAIT_S = 60.0
+"""Token ids, and byte offsets as many, or none."""
+INLINE_CHARS = 8_192  # about a millisecond of encoding
+INLINE_TOKENS = 8_192
+_MAX_OFFSETS = 65_536  # in one call of the library, which holds the GIL for some 10 ms
 
 
 class ModelTokenizer:
@@ -37,9 +32,12 @@ class ModelTokenizer:
         self._special = {token.content: index for index, token in added.items() if token.special}
         self._encoder = ChunkEncoder(files.tokenizer)
         self._detokenizers = DetokenizerFactory(files.tokenizer)
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+        self.long_work = LongWork(num_threads)
+        """The threads for whatever is done with long texts."""
         self.sha256 = hashlib.sha256(files.definition).hexdigest()
         self.files = files.files
+        self.file_hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.files.items()}
+        """SHA-256 of each file, in hex."""
         self.vocab_size = files.vocab_size
         self.max_model_len = files.max_model_len
         self.vector_files = files.vector_files
@@ -60,53 +58,48 @@ class ModelTokenizer:
 
     def close(self) -> None:
         """End the threads; what runs in them is not waited for."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.long_work.close()
 
-    async def encode(self, text: str, scope: str) -> list[int]:
-        """Return the token ids of a text. How long it takes tells nothing about texts of another `scope`."""
-        if len(text) <= _INLINE_CHARS:
-            return self._encoder.encode(text, True, scope)
-        return await self._in_pool(lambda: self._encoder.encode(text, True, scope))
+    def encode(self, text: str, add_special_tokens: bool, scope: str, limit: int | None = None) -> list[int]:
+        """Return the token ids of a text. How long it takes tells nothing about texts of another `scope`.
 
-    async def encode_chat(self, chat: ChatInput, scope: str) -> list[int]:
-        """Return the token ids of a conversation; the template has all special tokens in it already.
-
-        scope  see `encode`
-        Raises INVALID_FIELD if the template refuses the conversation.
+        Raises TooManyTokensError if there are more than `limit`.
         """
-        template = self.chat_template
-        assert template is not None, "the conversation was read with this template"
-        return await self._in_pool(lambda: self._encoder.encode(chat.render(template), False, scope))
+        return self._encoder.encode(text, add_special_tokens, scope, limit)
 
-    async def render_chat(self, chat: ChatInput) -> str:
-        """Return the text that `encode_chat` encodes."""
-        template = self.chat_template
-        assert template is not None, "the conversation was read with this template"
-        return await self._in_pool(lambda: chat.render(template))
+    def encode_anew(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text; nothing is remembered of it."""
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
-    async def encode_all(self, texts: Sequence[str], add_special_tokens: bool) -> list[Encoded]:
-        """Return the tokens of each text, and where each token starts in the text's UTF-8."""
+    def encode_with_offsets(self, text: str, add_special_tokens: bool) -> Encoded:
+        """Return the token ids of a text, and where each token starts in the text's UTF-8."""
+        # A batch, even of one, lets go of the GIL.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        if len(encoding) <= _MAX_OFFSETS:
+            starts = [start for start, _ in encoding.offsets]  # in characters
+        else:
+            starts = [(encoding.token_to_chars(index) or (0, 0))[0] for index in range(len(encoding))]
+        if not text.isascii():
+            byte_at = list(accumulate((len(character.encode()) for character in text), initial=0))
+            starts = [byte_at[start] for start in starts]
+        return encoding.ids, starts
 
-        def run() -> list[Encoded]:
-            return [self._encode_with_offsets(text, add_special_tokens) for text in texts]
+    def encode_inputs(self, inputs: Sequence[str | tuple[str, str]], limit: int) -> list[EncodedInput]:
+        """Return the tokens, at most `limit` of each, that vectors of texts or pairs of texts are made of.
 
-        return run() if sum(map(len, texts)) <= _INLINE_CHARS else await self._in_pool(run)
+        The first time for a limit takes long.
+        """
+        return self._inputs.encode(inputs, limit)
 
-    async def encode_inputs(self, inputs: Sequence[str | tuple[str, str]], limit: int) -> list[EncodedInput]:
-        """Return the tokens, at most `limit` of each, that vectors of texts or pairs of texts are made of."""
-        size = sum(len(each) if isinstance(each, str) else len(each[0]) + len(each[1]) for each in inputs)
-        if size <= _INLINE_CHARS and self._inputs.knows(limit):
-            return self._inputs.encode(inputs, limit)
-        return await self._in_pool(lambda: self._inputs.encode(inputs, limit))
+    def knows_limit(self, limit: int) -> bool:
+        """Return whether inputs have been cut to this length before."""
+        return self._inputs.knows(limit)
 
-    async def decode_all(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool) -> list[str]:
-        """Return the text of each sequence; ids that the tokenizer does not know have none."""
-
-        def run() -> list[str]:
-            decode = self._tokenizer.decode
-            return [decode(list(token_ids), skip_special_tokens=skip_special_tokens) for token_ids in sequences]
-
-        return run() if sum(map(len, sequences)) <= _INLINE_TOKENS else await self._in_pool(run)
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        """Return the text of tokens; ids that the tokenizer does not know have none."""
+        (text,) = self._tokenizer.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
+        return text
 
     def new_detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
         """Return a detokenizer for an output after this prompt."""
@@ -134,23 +127,6 @@ class ModelTokenizer:
         """Return the bytes of every token id, and which ids are no text. Takes a while."""
         tokens = [self.token_bytes(token_id) for token_id in range(self.vocab_size)]
         return tokens, [token_id for token_id in self._detokenizers.special_token_ids() if token_id < self.vocab_size]
-
-    def _encode_with_offsets(self, text: str, add_special_tokens: bool) -> Encoded:
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        starts = [start for start, _ in encoding.offsets]  # in characters
-        if not text.isascii():
-            byte_at = list(accumulate((len(character.encode()) for character in text), initial=0))
-            starts = [byte_at[start] for start in starts]
-        return encoding.ids, starts
-
-    async def _in_pool(self, work: Callable[[], _T]) -> _T:
-        """Run `work` in a thread; give up waiting for a free one after a minute."""
-        try:
-            async with asyncio.timeout(_MAX_WAIT_S):
-                return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-        except TimeoutError:
-            message = "the tokenizer is busy with long texts; send fewer at a time"
-            raise ServingError(Reason.QUEUE_FULL, message, retry_after_ms=1000) from None
 
 
 def _sampling_defaults(given: dict[str, float]) -> common_pb2.SamplingParams:

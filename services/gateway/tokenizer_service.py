@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator
 
 from grpc import aio
 
 from octavo.inference.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from octavo.services.common.errors import FieldViolation, feature_disabled, invalid_field, invalid_fields
+from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.chat import read_chat
-from octavo.services.gateway.model import Models
+from octavo.services.gateway.model import Models, ServedModel
+from octavo.services.gateway.tokenizer import INLINE_CHARS, INLINE_TOKENS, ModelTokenizer
 from octavo.services.gateway.validation import RequestValidator
 
 _CHUNK_BYTES = 262_144
+MAX_TEXT_BYTES = 2 << 20
+"""Of all texts of a call together. The proto says so, and how long one may be."""
+MAX_BYTES_WITH_OFFSETS = 1 << 18
+"""Of one text whose offsets are wanted, which the library keeps for each token. In the proto, too."""
+MAX_TOKENS = 1 << 19
+"""Of all sequences of a call together. The proto says so, too."""
 
 TokenizeContext = aio.ServicerContext[tokenizer_pb2.TokenizeRequest, tokenizer_pb2.TokenizeResponse]
 DetokenizeContext = aio.ServicerContext[tokenizer_pb2.DetokenizeRequest, tokenizer_pb2.DetokenizeResponse]
@@ -36,18 +43,8 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         model = self._models.get(request.model)
         if not request.texts and not request.HasField("chat"):
             raise invalid_field("texts", "texts or chat must be set")
-        encoded = await model.tokenizer.encode_all(request.texts, not request.omit_special_tokens)
-        if request.HasField("chat"):
-            template = model.tokenizer.chat_template
-            if template is None:
-                raise feature_disabled("chat", f"the model {model.name!r} has no chat template; send texts")
-            # The template has all special tokens in it already.
-            text = await model.tokenizer.render_chat(read_chat(request.chat, template, "chat"))
-            encoded += await model.tokenizer.encode_all([text], False)
-        response = tokenizer_pb2.TokenizeResponse()
-        for token_ids, offsets in encoded:
-            response.tokenizations.add(token_ids=token_ids, byte_offsets=offsets if request.byte_offsets else ())
-        return response
+        is_long = sum(map(len, request.texts)) > INLINE_CHARS or request.HasField("chat")
+        return await model.tokenizer.long_work.run(caller().tenant, lambda: _tokenized(request, model), is_long)
 
     async def Detokenize(  # noqa: N802 - named by the proto
         self, request: tokenizer_pb2.DetokenizeRequest, context: DetokenizeContext
@@ -56,18 +53,11 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         del context
         self._validator.check(request)
         tokenizer = self._models.get(request.model).tokenizer
-        wrong = [
-            FieldViolation(
-                f"sequences[{index}].ids", f"has ids that are not in the vocabulary ({tokenizer.vocab_size})"
-            )
-            for index, sequence in enumerate(request.sequences)
-            if sequence.ids and max(sequence.ids) >= tokenizer.vocab_size
-        ]
-        if wrong:
-            raise invalid_fields(wrong[:16])
-        skip = not request.keep_special_tokens
-        texts = await tokenizer.decode_all([sequence.ids for sequence in request.sequences], skip)
-        return tokenizer_pb2.DetokenizeResponse(texts=texts)
+        num_tokens = sum(len(sequence.ids) for sequence in request.sequences)
+        if num_tokens > MAX_TOKENS:
+            raise invalid_field("sequences", f"have {num_tokens} tokens together; send at most {MAX_TOKENS} in a call")
+        is_long = num_tokens > INLINE_TOKENS
+        return await tokenizer.long_work.run(caller().tenant, lambda: _detokenized(request, tokenizer), is_long)
 
     async def GetTokenizer(  # noqa: N802 - named by the proto
         self, request: tokenizer_pb2.GetTokenizerRequest, context: DownloadContext
@@ -75,11 +65,55 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         """Stream the files in chunks; the hash is on the last chunk of each."""
         del context
         self._validator.check(request)
-        for name, content in self._models.get(request.model).tokenizer.files.items():
+        tokenizer = self._models.get(request.model).tokenizer
+        for name, content in tokenizer.files.items():
             last = max(0, (len(content) - 1) // _CHUNK_BYTES * _CHUNK_BYTES)
             for start in range(0, last + 1, _CHUNK_BYTES):
                 yield tokenizer_pb2.GetTokenizerResponse(
                     file_name=name,
                     chunk=content[start : start + _CHUNK_BYTES],
-                    sha256=hashlib.sha256(content).hexdigest() if start == last else "",
+                    sha256=tokenizer.file_hashes[name] if start == last else "",
                 )
+
+
+def _tokenized(request: tokenizer_pb2.TokenizeRequest, model: ServedModel) -> tokenizer_pb2.TokenizeResponse:
+    """Return the answer of Tokenize. Raises INVALID_FIELD, FEATURE_DISABLED."""
+    texts = [(text, not request.omit_special_tokens) for text in request.texts]
+    if request.HasField("chat"):
+        template = model.tokenizer.chat_template
+        if template is None:
+            raise feature_disabled("chat", f"the model {model.name!r} has no chat template; send texts")
+        # The template has all special tokens in it already.
+        texts.append((read_chat(request.chat, template, "chat").render(template), False))
+    sizes = [len(text.encode()) for text, _ in texts]
+    field = "chat" if request.HasField("chat") else "texts"
+    if sum(sizes) > MAX_TEXT_BYTES:
+        raise invalid_field(field, f"{sum(sizes)} bytes of text in all; send at most {MAX_TEXT_BYTES} in a call")
+    if request.byte_offsets and max(sizes) > MAX_BYTES_WITH_OFFSETS:
+        advice = f"send at most {MAX_BYTES_WITH_OFFSETS}, or leave byte_offsets unset"
+        raise invalid_field(field, f"a text of {max(sizes)} bytes is too long for offsets; {advice}")
+    response = tokenizer_pb2.TokenizeResponse()
+    for text, add_special_tokens in texts:
+        if request.byte_offsets:
+            token_ids, offsets = model.tokenizer.encode_with_offsets(text, add_special_tokens)
+            response.tokenizations.add(token_ids=token_ids, byte_offsets=offsets)
+        else:
+            response.tokenizations.add(token_ids=model.tokenizer.encode_anew(text, add_special_tokens))
+    return response
+
+
+def _detokenized(
+    request: tokenizer_pb2.DetokenizeRequest, tokenizer: ModelTokenizer
+) -> tokenizer_pb2.DetokenizeResponse:
+    """Return the answer of Detokenize. Raises INVALID_FIELD."""
+    wrong = [
+        FieldViolation(f"sequences[{index}].ids", f"has ids that are not in the vocabulary ({tokenizer.vocab_size})")
+        for index, sequence in enumerate(request.sequences)
+        if sequence.ids and max(sequence.ids) >= tokenizer.vocab_size
+    ]
+    if wrong:
+        raise invalid_fields(wrong[:16])
+    skip = not request.keep_special_tokens
+    return tokenizer_pb2.DetokenizeResponse(
+        texts=[tokenizer.decode(sequence.ids, skip) for sequence in request.sequences]
+    )

@@ -37,6 +37,29 @@ class _TooManyError(Exception):
     """Enough violations are known."""
 
 
+def is_longer(message: Message, size: int) -> bool:
+    """Return whether a message has more than `size` characters and items; no more of it is looked at than that."""
+    left = size
+    pending = [message]
+    while pending:
+        for field, value in pending.pop().ListFields():
+            is_message = field.message_type is not None and not field.message_type.GetOptions().map_entry
+            if field.is_repeated:
+                left -= len(value)
+                if left >= 0 and is_message:
+                    pending.extend(value)
+                elif left >= 0 and field.type in _TEXTS:
+                    left -= sum(map(len, value))
+            elif is_message:
+                left -= 1
+                pending.append(value)
+            elif field.type in _TEXTS:
+                left -= len(value)
+            if left < 0:
+                return True
+    return False
+
+
 class RequestValidator:
     """Validates messages of any type. Holds only compiled checks, so one serves all calls."""
 
@@ -123,12 +146,8 @@ def _field_check(
     if not field.is_repeated:
         return item
     numbers = field.cpp_type in _NUMBERS
-    checks: list[_Check] = []
-    if rules.HasField("max_items"):
-        checks.append(_max_items(rules.max_items))
-    if item is not None:
-        checks.append(_each_number(item, field.cpp_type in _FLOATS) if numbers else _each(item))
-    return _all(checks)
+    each = None if item is None else _each_number(item, field.cpp_type in _FLOATS) if numbers else _each(item)
+    return _limited(each, rules)
 
 
 def _item_check(
@@ -152,7 +171,6 @@ def _map_check(
 ) -> _Check | None:
     assert field.message_type is not None, "a map's field has an entry type"
     value = field.message_type.fields_by_name["value"]
-    checks: list[_Check] = [_max_items(rules.max_items)] if rules.HasField("max_items") else []
     item: _Check | None
     if value.cpp_type in _NUMBERS:
         low = rules.min_value if rules.HasField("min_value") else None
@@ -160,32 +178,28 @@ def _map_check(
         item = _number(low, high, False, value.cpp_type in _FLOATS)
     else:
         item = _item_check(value, rules_pb2.FieldRules(), compiled)
-    if item is not None:
-        check_value = item
+    if item is None:
+        return _limited(None, rules)
+    check_value = item
 
-        def check(entries: Any, path: str, report: Report) -> None:
-            for key in entries:
-                check_value(entries[key], f"{path}[{key}]", report)
+    def check(entries: Any, path: str, report: Report) -> None:
+        for key in entries:
+            check_value(entries[key], f"{path}[{key}]", report)
 
-        checks.append(check)
-    return _all(checks)
-
-
-def _all(checks: list[_Check]) -> _Check | None:
-    if len(checks) < 2:
-        return checks[0] if checks else None
-
-    def check(value: Any, path: str, report: Report) -> None:
-        for each in checks:
-            each(value, path, report)
-
-    return check
+    return _limited(check, rules)
 
 
-def _max_items(limit: int) -> _Check:
+def _limited(each: _Check | None, rules: rules_pb2.FieldRules) -> _Check | None:
+    """Return the check of a list or a map: how many items there are, and if not too many, what they are."""
+    if not rules.HasField("max_items"):
+        return each
+    limit = rules.max_items
+
     def check(items: Any, path: str, report: Report) -> None:
         if len(items) > limit:
             report(path, f"has {len(items)} items; send at most {limit}")
+        elif each is not None:
+            each(items, path, report)
 
     return check
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from google.protobuf.message import Message
 
@@ -19,12 +20,15 @@ from octavo.services.common.errors import (
 )
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.input_encoder import EncodedInput
+from octavo.services.gateway.long_work import LongWork
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.scheduler_pool import SchedulerPool
+from octavo.services.gateway.tokenizer import INLINE_CHARS
 from octavo.services.gateway.vector_files import VectorFiles
 from octavo.services.gateway.vectors import VectorCall, make_vectors
 
 _EMBED, _SCORE = common_pb2.MODEL_TASK_EMBED, common_pb2.MODEL_TASK_SCORE
+_INLINE_INPUTS = 16
 # What sentence-transformers puts before queries and documents, where a model has prompts of these names.
 _QUERY_PROMPTS, _DOCUMENT_PROMPTS = ("query",), ("document", "passage", "corpus")
 
@@ -37,9 +41,14 @@ class VectorCalls:
         self._models = models
         self._schedulers = schedulers
 
-    def check(self, request: Message) -> None:
+    @property
+    def long_work(self) -> LongWork:
+        """The threads for long requests."""
+        return self._calls.long_work
+
+    async def check(self, request: Message, tenant: str) -> None:
         """Check a request against the rules of its fields. Raises INVALID_FIELD."""
-        self._calls.check(request)
+        await self._calls.check(request, tenant)
 
     async def embed(
         self,
@@ -59,7 +68,7 @@ class VectorCalls:
             dimensions = request.dimensions if request.HasField("dimensions") else 0
             _check_dimensions(dimensions, files, self._schedulers.vector_size)
             prompt = _prompt(request, files)
-            inputs = await self._read(request, model, files, prompt)
+            inputs = await self._read(request, model, files, prompt, record.tenant)
             call = VectorCall(
                 request_id=request_id,
                 tenant=record.tenant,
@@ -103,7 +112,11 @@ class VectorCalls:
                 query, document = (_named(files, names) for names in (_QUERY_PROMPTS, _DOCUMENT_PROMPTS))
                 texts = [query + request.query, *(document + text for text in request.documents)]
             limit = self._limit(model, files)
-            inputs = await model.tokenizer.encode_inputs(texts, limit)
+            size = len(texts) * len(request.query) + sum(map(len, request.documents))
+            is_long = size > INLINE_CHARS or not model.tokenizer.knows_limit(limit)
+            inputs = await self.long_work.run(
+                record.tenant, lambda: model.tokenizer.encode_inputs(texts, limit), is_long
+            )
             if request.HasField("truncate") and not request.truncate:
                 first = 0 if files.task == _SCORE else -1
                 _refuse_truncated(inputs, limit, lambda at: "query" if at + first < 0 else f"documents[{at + first}]")
@@ -119,7 +132,10 @@ class VectorCalls:
             usage = _usage(inputs)
             record.prompt_tokens = usage.prompt_tokens
             scores = [array("f", vector) for vector in vectors]
-            values = [score[0] for score in scores] if files.task == _SCORE else _cosines(scores[0], scores[1:])
+            values = [score[0] for score in scores]
+            if files.task != _SCORE:
+                is_long = sum(map(len, scores)) > INLINE_CHARS
+                values = await self.long_work.run(record.tenant, partial(_cosines, scores[0], scores[1:]), is_long)
             ranked = sorted(enumerate(values), key=lambda pair: -pair[1])
             results = [
                 embedding_pb2.RankedDocument(index=index, relevance_score=value)
@@ -130,29 +146,36 @@ class VectorCalls:
             )
 
     async def _read(
-        self, request: embedding_pb2.EmbedRequest, model: ServedModel, files: VectorFiles, prompt: str
+        self, request: embedding_pb2.EmbedRequest, model: ServedModel, files: VectorFiles, prompt: str, tenant: str
     ) -> list[EncodedInput]:
         """Return the inputs as tokens. Raises INVALID_FIELD or CONTEXT_LENGTH_EXCEEDED."""
         limit = self._limit(model, files)
-        texts = [prompt + each.text for each in request.inputs if each.HasField("text")]
-        encoded = iter(await model.tokenizer.encode_inputs(texts, limit) if texts else ())
-        inputs = [
-            next(encoded) if each.HasField("text") else _given(each.token_ids.ids, limit) for each in request.inputs
-        ]
-        vocab_size = model.tokenizer.vocab_size
-        for index, each in enumerate(request.inputs):
-            ids = each.token_ids.ids
-            if not each.HasField("text") and (not ids or max(ids) >= vocab_size):
-                advice = f"must be at least one id, each below {vocab_size}, the size of the vocabulary"
-                raise invalid_field(f"inputs[{index}].token_ids.ids", advice)
-        if request.HasField("truncate") and not request.truncate:
-            _refuse_truncated(inputs, limit, lambda at: f"inputs[{at}]")
-        return inputs
+        is_few = len(request.inputs) <= _INLINE_INPUTS and model.tokenizer.knows_limit(limit)
+        is_long = not is_few or sum(len(each.text) + len(each.token_ids.ids) for each in request.inputs) > INLINE_CHARS
+        return await self.long_work.run(tenant, lambda: _read_inputs(request, model, prompt, limit), is_long)
 
     def _limit(self, model: ServedModel, files: VectorFiles) -> int:
         """Return the most tokens of an input that are read."""
         limit = model.context_limit(self._schedulers.max_model_len)
         return min(limit, files.max_input_tokens) if files.max_input_tokens else limit
+
+
+def _read_inputs(
+    request: embedding_pb2.EmbedRequest, model: ServedModel, prompt: str, limit: int
+) -> list[EncodedInput]:
+    """See VectorCalls._read."""
+    texts = [prompt + each.text for each in request.inputs if each.HasField("text")]
+    encoded = iter(model.tokenizer.encode_inputs(texts, limit) if texts else ())
+    inputs = [next(encoded) if each.HasField("text") else _given(each.token_ids.ids, limit) for each in request.inputs]
+    vocab_size = model.tokenizer.vocab_size
+    for index, each in enumerate(request.inputs):
+        ids = each.token_ids.ids
+        if not each.HasField("text") and (not ids or max(ids) >= vocab_size):
+            advice = f"must be at least one id, each below {vocab_size}, the size of the vocabulary"
+            raise invalid_field(f"inputs[{index}].token_ids.ids", advice)
+    if request.HasField("truncate") and not request.truncate:
+        _refuse_truncated(inputs, limit, lambda at: f"inputs[{at}]")
+    return inputs
 
 
 def _files(model: ServedModel, feature: str, tasks: Sequence[int]) -> VectorFiles:

@@ -47,7 +47,10 @@ async def make_vectors(
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(piece)) for piece in _pieces(inputs)]
+            tasks = []
+            for piece in _pieces(inputs):
+                tasks.append(group.create_task(run(piece)))
+                await asyncio.sleep(0)  # other calls come between
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     versions = {version for _, version in (task.result() for task in tasks)}

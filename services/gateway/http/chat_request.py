@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import feature_disabled
+from octavo.services.gateway import long_json
 from octavo.services.gateway.http.fields import CHAT, MESSAGE
 from octavo.services.gateway.http.params import Params
 from octavo.services.gateway.http.requests import (
@@ -66,7 +66,7 @@ def read_chat(params: Params, chat: generation_pb2.Chat) -> None:
     for index, tool in enumerate(params.array("tools") or ()):
         if not isinstance(tool, dict) or tool.get("type", "function") != "function":
             raise params.wrong(f"tools[{index}]", "must be an object of type function")
-        chat.tools_json.append(json.dumps(tool, ensure_ascii=False))
+        chat.tools_json.append(long_json.dumps(tool, ensure_ascii=False))
     read_tool_choice(params, chat)
     documents = params.array("documents")
     read_template_options(chat, params.object("chat_template_kwargs"), params.text("reasoning_effort"), documents)
@@ -111,7 +111,7 @@ def read_template_options(
     if documents is not None:
         options.setdefault("documents", documents)
     if options:
-        chat.template_options_json = json.dumps(options, ensure_ascii=False)
+        chat.template_options_json = long_json.dumps(options, ensure_ascii=False)
 
 
 def read_parts(params: Params, name: str, types: Sequence[str] = ("text",)) -> list[str]:

@@ -12,11 +12,13 @@ from starlette.responses import Response
 from octavo.inference.v1 import embedding_pb2
 from octavo.services.common.errors import ServingError
 from octavo.services.gateway.authentication import caller
+from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.endpoint import HttpRequest
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.fields import EMBEDDINGS, RERANK
-from octavo.services.gateway.http.formats import to_json
 from octavo.services.gateway.http.params import Params, are_token_ids
+from octavo.services.gateway.long_json import to_json_in_pieces
+from octavo.services.gateway.tokenizer import INLINE_CHARS
 from octavo.services.gateway.vector_calls import VectorCalls
 
 _NAMES = {"inputs": "input", "token_ids.ids": "token ids"}
@@ -30,33 +32,26 @@ class EmbedEndpoints:
 
     async def embeddings(self, request: HttpRequest) -> Response:
         """Embed texts, in OpenAI's shape."""
-        body = await request.json()
+        data = await request.body()
+        run, is_long = self._calls.long_work.run, len(data) > INLINE_CHARS
         try:
-            call, is_base64 = _read_embed(body)
-            self._calls.check(call)
+            call, is_base64 = await run(caller().tenant, lambda: _read_embed(parse_object(data)), is_long)
+            await self._calls.check(call, caller().tenant)
             work = self._calls.embed(call, request.request_id, caller().tenant, request.headers, request.deadline())
             answer = await request.unless_gone(request.in_time(work))
         except ServingError as error:
             raise in_openai_words(error, _NAMES) from None
-        encode = _base64 if is_base64 else _floats
-        return _json(
-            {
-                "object": "list",
-                "data": [
-                    {"object": "embedding", "index": index, "embedding": encode(embedding.values)}
-                    for index, embedding in enumerate(answer.embeddings)
-                ],
-                "model": answer.model,
-                "usage": _usage(answer.usage.prompt_tokens),
-            }
-        )
+        num_bytes = sum(len(embedding.values) for embedding in answer.embeddings)
+        content = await run(caller().tenant, lambda: _write_embed(answer, is_base64), num_bytes > INLINE_CHARS)
+        return Response(content, media_type="application/json")
 
     async def rerank(self, request: HttpRequest) -> Response:
         """Rank documents, in the shape of Cohere's and Jina's services."""
-        body = await request.json()
+        data = await request.body()
+        run, is_long = self._calls.long_work.run, len(data) > INLINE_CHARS
         try:
-            call, with_documents = _read_rerank(body)
-            self._calls.check(call)
+            call, with_documents = await run(caller().tenant, lambda: _read_rerank(parse_object(data)), is_long)
+            await self._calls.check(call, caller().tenant)
             work = self._calls.rerank(call, request.request_id, caller().tenant, request.headers, request.deadline())
             answer = await request.unless_gone(request.in_time(work))
         except ServingError as error:
@@ -68,7 +63,9 @@ class EmbedEndpoints:
                 result["document"] = {"text": call.documents[each.index]}
             results.append(result)
         usage = _usage(answer.usage.prompt_tokens)
-        return _json({"id": request.request_id, "model": answer.model, "results": results, "usage": usage})
+        body = {"id": request.request_id, "model": answer.model, "results": results, "usage": usage}
+        content = await run(caller().tenant, lambda: to_json_in_pieces(body), is_long)
+        return Response(content, media_type="application/json")
 
 
 def _read_embed(body: Mapping[str, Any]) -> tuple[embedding_pb2.EmbedRequest, bool]:
@@ -97,6 +94,21 @@ def _read_embed(body: Mapping[str, Any]) -> tuple[embedding_pb2.EmbedRequest, bo
         request.normalize = normalize
     _read_common(params, request)
     return request, encoding == "base64"
+
+
+def _write_embed(answer: embedding_pb2.EmbedResponse, is_base64: bool) -> str:
+    encode = _base64 if is_base64 else _floats
+    return to_json_in_pieces(
+        {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": encode(embedding.values)}
+                for index, embedding in enumerate(answer.embeddings)
+            ],
+            "model": answer.model,
+            "usage": _usage(answer.usage.prompt_tokens),
+        }
+    )
 
 
 def _read_rerank(body: Mapping[str, Any]) -> tuple[embedding_pb2.RerankRequest, bool]:
@@ -141,7 +153,3 @@ def _base64(values: bytes) -> str:
 
 def _usage(num_tokens: int) -> dict[str, int]:
     return {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-
-
-def _json(body: Any) -> Response:
-    return Response(to_json(body), media_type="application/json")

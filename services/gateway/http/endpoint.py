@@ -17,8 +17,8 @@ from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.interceptor import choose_request_id
 from octavo.services.common.logging import current_request_id
 from octavo.services.gateway.authentication import Authenticator
+from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.errors import HttpError, error_response, http_error_response
-from octavo.services.gateway.http.params import parse_object
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ _DISCARD_S = 5.0
 _UPLOAD_S = 3600.0
 _MAX_FIELDS = 16
 _MAX_FIELD_BYTES = 64 * 1024
+_MAX_SHORT_BYTES = 64 * 1024
 
 
 class Sink(Protocol):
@@ -69,14 +70,21 @@ class HttpRequest:
         self._has_body = True  # which is not read to its end
 
     async def json(self) -> dict[str, Any]:
-        """Return the body, a JSON object. Raises HttpError, ServingError, ClientDisconnect."""
+        """Return the body, a short JSON object. Raises HttpError, ServingError, ClientDisconnect."""
+        return parse_object(await self.body(_MAX_SHORT_BYTES))
+
+    async def body(self, max_bytes: int = 0) -> bytes:
+        """Return the body, which should be JSON, to be parsed where that may take long; 0: as long as any may be.
+
+        Raises HttpError, ClientDisconnect.
+        """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             message = f"the body must be application/json, not {kind or 'of no type'}; set the content-type header"
             raise HttpError(415, message, "unsupported_media_type")
         try:
             async with asyncio.timeout(_BODY_S):
-                return parse_object(await self._body())
+                return await self._body(max_bytes or self._max_body_bytes)
         except TimeoutError:
             raise HttpError(408, "the body did not arrive in time", "timeout", {"connection": "close"}) from None
 
@@ -143,8 +151,8 @@ class HttpRequest:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def _body(self) -> bytes:
-        return b"".join([piece async for piece in self._pieces(self._max_body_bytes)])
+    async def _body(self, max_bytes: int) -> bytes:
+        return b"".join([piece async for piece in self._pieces(max_bytes)])
 
     async def _pieces(self, max_bytes: int) -> AsyncGenerator[bytes, None]:
         if self.announced_bytes > max_bytes:

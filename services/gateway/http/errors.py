@@ -67,6 +67,7 @@ _PARAMETERS = {
     "chat.continue_final_message": "continue_final_message",
     "sequences[0].ids": "tokens",
 }
+_MAX_TEXT = 2048  # of a message; a client's own words may be in it
 _PART = re.compile(r"\.parts(?:\[\d+\])?(?:\.(tool_call|tool_result)?(?:\.(\w+))?)?")
 
 
@@ -80,7 +81,7 @@ def in_openai_words(error: ServingError, names: Mapping[str, str] | None = None)
     pattern = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}" for name in longest_first))
 
     def say(text: str) -> str:
-        return _PART.sub(_say_part, pattern.sub(lambda found: all_names[found[0]], text))
+        return _PART.sub(_say_part, pattern.sub(lambda found: all_names[found[0]], text[:_MAX_TEXT]))
 
     message = say(error.message)
     violations = [FieldViolation(say(each.field), say(each.description)) for each in error.violations]

@@ -5,7 +5,6 @@ A chunk is made for each token, so everything that is the same in all chunks of 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +16,7 @@ from octavo.services.gateway.http.echo import Echo, after_echo, echo_of
 from octavo.services.gateway.http.errors import error_body
 from octavo.services.gateway.http.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from octavo.services.gateway.http.requests import ApiCall
-
-# ASCII, so that a client which ends lines at U+2028 does not break an event in two.
-to_json = json.JSONEncoder(separators=(",", ":")).encode
+from octavo.services.gateway.long_json import to_json, to_json_in_pieces
 
 _FINISH_REASONS: Mapping[int, str] = {
     common_pb2.FINISH_REASON_END_OF_SEQUENCE: "stop",
@@ -218,7 +215,8 @@ class CompletionFormat(ChunkFormat):
         echo = self._echoes.get(number)
         if echo is None:
             return ""
-        shown = f'"text":{to_json(echo.text)},"logprobs":{to_json(echo.logprobs)},"finish_reason":null'
+        logprobs = to_json_in_pieces(echo.logprobs)
+        shown = f'"text":{to_json(echo.text)},"logprobs":{logprobs},"finish_reason":null'
         indexes = range(first_index, first_index + self._call.num_candidates)
         return "".join(f'{self._head}{{"index":{index},{shown}{self._tail}' for index in indexes)
 

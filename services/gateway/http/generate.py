@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from starlette.responses import Response
@@ -17,16 +18,19 @@ from octavo.services.gateway.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.calls import GenerateCalls
 from octavo.services.gateway.generation import GenerationRun
+from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.chat_request import read_chat_call
 from octavo.services.gateway.http.completion_request import read_completion_call
 from octavo.services.gateway.http.endpoint import HttpRequest, internal_error
 from octavo.services.gateway.http.errors import in_openai_words
-from octavo.services.gateway.http.formats import ChatFormat, CompletionFormat, to_json
+from octavo.services.gateway.http.formats import ChatFormat, CompletionFormat
 from octavo.services.gateway.http.logprobs import TokenTexts
 from octavo.services.gateway.http.requests import ApiCall, GenerateRequest
 from octavo.services.gateway.http.responses_format import ResponsesFormat
 from octavo.services.gateway.http.responses_request import read_responses_call
+from octavo.services.gateway.long_json import to_json_in_pieces
 from octavo.services.gateway.model import Models
+from octavo.services.gateway.tokenizer import INLINE_CHARS, INLINE_TOKENS
 
 T = TypeVar("T")
 _LAST_EVENT_S = 1.0
@@ -88,14 +92,20 @@ class GenerateEndpoints:
         return await self._answer(request, read_responses_call, ResponsesFormat)
 
     async def _answer(self, request: HttpRequest, read: _Read[C], make_format: _MakeFormat[C]) -> Response | None:
-        body = await request.json()
+        data = await request.body()
         names: Mapping[str, str] = {}
+
+        def read_call() -> C:
+            nonlocal names
+            call = read(parse_object(data), request.headers)
+            names = call.names
+            for each in call.requests:
+                self._calls.validator.check(each)
+            return call
+
         try:
             with self._calls.refusals_counted():
-                call = read(body, request.headers)
-                names = call.names
-                for each in call.requests:
-                    self._calls.validator.check(each)
+                call = await self._calls.long_work.run(caller().tenant, read_call, len(data) > INLINE_CHARS)
                 model = self._models.get(self._calls.mesh.model(call.requests[0].generation.model, request.headers))
             shape = make_format(call, request.request_id, self._texts[model.name])
             answering = _Answering(self._calls, request, call, shape)
@@ -124,8 +134,15 @@ class _Answering:
             return await whole_answer(run, self._call.num_candidates), run.prompt_token_ids
 
         answers = await self._each_prompt(one)
-        body = self._format.whole([answer for answer, _ in answers], [prompt for _, prompt in answers])
-        return Response(to_json(body), headers=self._limits(), media_type="application/json")
+        num_tokens = sum(answer.completed.usage.output_tokens for answer, _ in answers)
+        num_values = num_tokens * (2 + (self._call.logprobs or 0)) + sum(len(prompt) for _, prompt in answers)
+
+        def write() -> str:
+            whole = self._format.whole([answer for answer, _ in answers], [prompt for _, prompt in answers])
+            return to_json_in_pieces(whole)
+
+        body = await self._calls.long_work.run(caller().tenant, write, num_values > INLINE_TOKENS)
+        return Response(body, headers=self._limits(), media_type="application/json")
 
     async def stream(self) -> None:
         """Send chunks as they come. Once the response has begun, an error is its last event."""
@@ -144,7 +161,9 @@ class _Answering:
                 if kind == "delta":
                     events.add(make.delta(first_index + event.delta.candidate_index, event.delta))
                 elif kind == "started":
-                    events.add(make.prompt_chunks(first_index, event.started, run.prompt_token_ids))
+                    repeat = partial(make.prompt_chunks, first_index, event.started, run.prompt_token_ids)
+                    is_long = len(run.prompt_token_ids) > INLINE_TOKENS
+                    events.add(await self._calls.long_work.run(caller().tenant, repeat, is_long))
                 elif kind == "candidate_finished":
                     finished = event.candidate_finished
                     events.add(make.finish(first_index + finished.candidate_index, finished))
@@ -166,10 +185,10 @@ class _Answering:
 
     def _limits(self) -> dict[str, str]:
         """Return how many calls this gateway takes at once, and how many more it would take now, as OpenAI says it."""
-        limit, running = self._calls.max_requests, self._calls.num_requests
+        tenant = self._calls.mesh.tenant(caller().tenant, self._request.headers)
         return {
-            "x-ratelimit-limit-requests": str(limit),
-            "x-ratelimit-remaining-requests": str(max(limit - running, 0)),
+            "x-ratelimit-limit-requests": str(self._calls.max_requests),
+            "x-ratelimit-remaining-requests": str(self._calls.num_requests_left(tenant)),
             "x-ratelimit-reset-requests": "0s",
         }
 
@@ -192,7 +211,10 @@ class _Answering:
             if len(requests) == 1:
                 return [await run(0, requests[0])]
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(run(*numbered)) for numbered in enumerate(requests)]
+                tasks = []
+                for numbered in enumerate(requests):
+                    tasks.append(group.create_task(run(*numbered)))
+                    await asyncio.sleep(0)  # it is prepared now, and other calls come between
             return [task.result() for task in tasks]
 
         try:

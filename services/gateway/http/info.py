@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -12,13 +13,17 @@ from starlette.responses import Response
 from octavo import __version__
 from octavo.inference.v1 import model_pb2, tokenizer_pb2
 from octavo.services.common.errors import ServingError
+from octavo.services.gateway.authentication import caller
+from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.chat_request import read_chat
 from octavo.services.gateway.http.endpoint import HttpRequest
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.fields import DETOKENIZE, TOKENIZE
 from octavo.services.gateway.http.params import Params
+from octavo.services.gateway.long_json import to_json_in_pieces
 from octavo.services.gateway.model import Models
 from octavo.services.gateway.model_service import ModelServicer
+from octavo.services.gateway.tokenizer import INLINE_CHARS, INLINE_TOKENS
 from octavo.services.gateway.tokenizer_service import TokenizerServicer
 
 _NO_CONTEXT: Any = None  # the servicers take nothing from their calls' contexts
@@ -55,41 +60,37 @@ class InfoEndpoints:
 
     async def tokenize(self, request: HttpRequest) -> Response:
         """Return the tokens of a text or a conversation."""
-        params = Params(await request.json(), fields=TOKENIZE)
-        body = tokenizer_pb2.TokenizeRequest(model=params.text("model") or "")
-        prompt = params.text("prompt")
-        with_texts = params.boolean("return_token_strs")
-        if prompt is None:
-            read_chat(params, body.chat)
-            params.only("add_special_tokens", (False,), "only goes with prompt: a chat template has them already")
-        else:
-            body.texts.append(prompt)
-            body.omit_special_tokens = params.boolean("add_special_tokens") is False
-            params.refuse_rest("only goes with messages")
-        params.finish()
+        data = await request.body()
+        is_long = len(data) > INLINE_CHARS
+        run = self._models.long_work.run
+        body, with_texts = await run(caller().tenant, lambda: _read_tokenize(data), is_long)
         try:
             answer = await self._tokenizer_servicer.Tokenize(body, _NO_CONTEXT)
         except ServingError as error:
             raise in_openai_words(error) from None
-        token_ids = list(answer.tokenizations[0].token_ids)
-        model = self._models.get(body.model)
+        tokenizer = self._models.get(body.model).tokenizer
         described = (await self._model_servicer.GetModel(model_pb2.GetModelRequest(name=body.model), _NO_CONTEXT)).model
-        texts = [model.tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in token_ids]
-        return _json(
-            {
-                "count": len(token_ids),
-                "max_model_len": described.max_context_tokens,
-                "tokens": token_ids,
-                "token_strs": texts if with_texts else None,
-            }
-        )
+
+        def write() -> str:
+            token_ids = list(answer.tokenizations[0].token_ids)
+            texts = [tokenizer.token_bytes(token_id).decode(errors="replace") for token_id in token_ids if with_texts]
+            return to_json_in_pieces(
+                {
+                    "count": len(token_ids),
+                    "max_model_len": described.max_context_tokens,
+                    "tokens": token_ids,
+                    "token_strs": texts if with_texts else None,
+                }
+            )
+
+        content = await run(caller().tenant, write, len(answer.tokenizations[0].token_ids) > INLINE_TOKENS)
+        return Response(content, media_type="application/json")
 
     async def detokenize(self, request: HttpRequest) -> Response:
         """Return the text of tokens."""
-        params = Params(await request.json(), fields=DETOKENIZE)
-        body = tokenizer_pb2.DetokenizeRequest(model=params.text("model") or "", keep_special_tokens=True)
-        body.sequences.add(ids=params.token_ids("tokens") or ())
-        params.finish()
+        data = await request.body()
+        read = partial(_read_detokenize, data)
+        body = await self._models.long_work.run(caller().tenant, read, len(data) > INLINE_CHARS)
         try:
             answer = await self._tokenizer_servicer.Detokenize(body, _NO_CONTEXT)
         except ServingError as error:
@@ -115,6 +116,31 @@ class InfoEndpoints:
             "root": model.name,
             "max_model_len": model.max_context_tokens,
         }
+
+
+def _read_tokenize(data: bytes) -> tuple[tokenizer_pb2.TokenizeRequest, bool]:
+    """Return what a body asks for, and whether with the text of each token."""
+    params = Params(parse_object(data), fields=TOKENIZE)
+    body = tokenizer_pb2.TokenizeRequest(model=params.text("model") or "")
+    prompt = params.text("prompt")
+    with_texts = bool(params.boolean("return_token_strs"))
+    if prompt is None:
+        read_chat(params, body.chat)
+        params.only("add_special_tokens", (False,), "only goes with prompt: a chat template has them already")
+    else:
+        body.texts.append(prompt)
+        body.omit_special_tokens = params.boolean("add_special_tokens") is False
+        params.refuse_rest("only goes with messages")
+    params.finish()
+    return body, with_texts
+
+
+def _read_detokenize(data: bytes) -> tokenizer_pb2.DetokenizeRequest:
+    params = Params(parse_object(data), fields=DETOKENIZE)
+    body = tokenizer_pb2.DetokenizeRequest(model=params.text("model") or "", keep_special_tokens=True)
+    body.sequences.add(ids=params.token_ids("tokens") or ())
+    params.finish()
+    return body
 
 
 def _json(body: Any) -> Response:

@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import re
+import heapq
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from octavo.services.common.errors import FieldViolation, Reason, ServingError, invalid_field
 from octavo.services.gateway.http.fields import Fields, Support
 
 T = TypeVar("T")
 UINT32_MAX = 2**32 - 1
+_MAX_NAMES, _MAX_NAME = 8, 64  # that an error has of unknown fields
 _KINDS: Mapping[str, tuple[type, str]] = {
     "string": (str, "a string"),
     "object": (dict, "an object"),
 }
 """What a field that is ignored must be all the same, by its JSON Schema type."""
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """Return the JSON object in a body. Raises MALFORMED_REQUEST."""
-    try:
-        body = json.loads(data, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise _malformed("it is nested too deeply") from None
-    except ValueError as error:  # broken JSON, or broken UTF-8
-        raise _malformed(str(error)) from None
-    if not isinstance(body, dict):
-        raise _malformed("it must be a JSON object")
-    if _SURROGATE.search(data):
-        try:
-            json.dumps(body, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise _malformed("it has half of a surrogate pair in it; send whole characters") from None
-    return body
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _malformed(why: str) -> ServingError:
-    return ServingError(Reason.MALFORMED_REQUEST, f"the body is not what it should be: {why}")
 
 
 class Params:
@@ -140,9 +113,10 @@ class Params:
 
     def _refuse(self, unknown: list[str]) -> None:
         if unknown:
-            names = ", ".join(sorted(self._path + name for name in unknown))
+            shown = [self._path + name[:_MAX_NAME] for name in heapq.nsmallest(_MAX_NAMES, unknown)]
+            names = ", ".join(shown)
             message = f"Unrecognized request argument{'s' if len(unknown) > 1 else ''} supplied: {names}"
-            first = FieldViolation(self._path + min(unknown), "is not known here; leave it out")
+            first = FieldViolation(shown[0], "is not known here; leave it out")
             raise ServingError(Reason.MALFORMED_REQUEST, message, violations=[first])
 
     def _typed(self, name: str, kind: type[T], wanted: str) -> T | None:

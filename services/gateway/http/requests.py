@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
+from octavo.services.gateway import long_json
 from octavo.services.gateway.http.fields import STREAM_OPTIONS
 from octavo.services.gateway.http.params import Params
 
@@ -17,6 +17,7 @@ GenerateRequest = generation_pb2.GenerateRequest
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _SESSION_HEADER = "x-session-id"
+_MAX_ITEMS = 4096  # that are looked at; how many there may be is checked with the whole request
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +122,10 @@ def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
         sampling.seed = seed % 2**64
     sampling.allowed_token_ids.extend(params.token_ids("allowed_token_ids") or ())
     bias = params.object("logit_bias") or {}
+    if len(bias) > _MAX_ITEMS:
+        raise params.wrong("logit_bias", f"has {len(bias)} items; send at most {_MAX_ITEMS}")
     for key, value in bias.items():
-        if not (key.isascii() and key.isdecimal() and int(key) < 2**32):
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < 2**32):
             raise params.wrong("logit_bias", "must have token ids as keys")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e30:
             raise params.wrong(f"logit_bias[{key}]", "must be a number from -100 up to 100")
@@ -131,6 +134,8 @@ def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
 
 def _read_stop(params: Params, stop: common_pb2.StopCriteria) -> None:
     given = params.take("stop")
+    if isinstance(given, list) and len(given) > _MAX_ITEMS:
+        raise params.wrong("stop", f"has {len(given)} items; send at most {_MAX_ITEMS}")
     for text in given if isinstance(given, list) else () if given is None else (given,):
         # The same check for one string and for each of a list.
         stop.stop_sequences.append(Params({"stop": text}).text("stop") or "")
@@ -194,7 +199,7 @@ def _set_constraint(
     if kind == "json":
         if not isinstance(value, (dict, str)):
             raise wrong("must be a JSON Schema, as an object or its text")
-        constraint.json_schema = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        constraint.json_schema = value if isinstance(value, str) else long_json.dumps(value, ensure_ascii=False)
     elif kind == "json_object":
         constraint.json_schema = '{"type": "object"}'  # OpenAI's JSON mode makes no other values
     elif kind == "choice":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import feature_disabled
+from octavo.services.gateway import long_json
 from octavo.services.gateway.http.chat_request import read_parts, read_template_options, read_tool_choice
 from octavo.services.gateway.http.fields import RESPONSES, STREAM_OPTIONS_OF_RESPONSES
 from octavo.services.gateway.http.params import Params
@@ -103,7 +103,7 @@ def _read_conversation(params: Params, chat: generation_pb2.Chat) -> None:
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise params.wrong(f"tools[{index}]", "must be of type function; this server runs no tools itself")
         function = {name: value for name, value in tool.items() if name != "type" and value is not None}
-        chat.tools_json.append(json.dumps({"type": "function", "function": function}, ensure_ascii=False))
+        chat.tools_json.append(long_json.dumps({"type": "function", "function": function}, ensure_ascii=False))
     read_tool_choice(params, chat)
     reasoning = Params(params.object("reasoning") or {}, "reasoning.")
     effort = reasoning.text("effort")
@@ -152,11 +152,11 @@ def _read_message(params: Params, chat: generation_pb2.Chat) -> None:
 
 
 def _assistant(chat: generation_pb2.Chat, after: Sequence[str]) -> generation_pb2.Message:
-    """Return the assistant's message to go on with: the last one, if all it has is of these kinds, or a new one."""
+    """Return the assistant's message to go on with: the last one, if what it has is of these kinds, or a new one."""
     last = chat.messages[-1] if chat.messages else None
     if last is not None and last.role == "assistant" and last.parts:
-        kinds = [part.WhichOneof("content") for part in last.parts]
-        return last if all(kind in after for kind in kinds) else chat.messages.add(role="assistant")
+        # Reasoning begins a message, so the last part tells.
+        return last if last.parts[-1].WhichOneof("content") in after else chat.messages.add(role="assistant")
     return chat.messages.add(role="assistant")
 
 

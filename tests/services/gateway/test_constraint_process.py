@@ -10,7 +10,7 @@ import sys
 
 def test_a_trial_has_little_priority() -> None:
     tokens = [chr(byte) for byte in range(256)]
-    frames = [{"tokens": tokens, "special": []}, {"id": 1, "kind": "regex", "value": "a", "continued": []}]
+    frames = [{"tokens": tokens, "special": []}, {"id": 1, "kind": "regex", "value": "a", "continued": ""}]
     # In place of a trial's own work: an answer that says how it runs.
     code = """
 import os

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -17,6 +19,7 @@ import pytest_asyncio
 
 from octavo.common.v1 import common_pb2
 from octavo.services.common.errors import ServingError
+from octavo.services.gateway import constraints as module
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.constraints import Constraints
 
@@ -153,9 +156,9 @@ async def test_equal_constraints_are_tried_out_once(constraints: Constraints, mo
     trials: list[str] = []
     try_out = Constraints._try_out
 
-    async def counted(self: Constraints, constraint: common_pb2.OutputConstraint, continued: Any) -> str:
+    async def counted(self: Constraints, constraint: common_pb2.OutputConstraint, *more: Any) -> Any:
         trials.append(constraint.json_schema)
-        return await try_out(self, constraint, continued)
+        return await try_out(self, constraint, *more)
 
     monkeypatch.setattr(Constraints, "_try_out", counted)
 
@@ -164,6 +167,68 @@ async def test_equal_constraints_are_tried_out_once(constraints: Constraints, mo
     assert len(set(made)) == len(trials) == 1
     assert await constraints.grammar_of(schema(title="many")) == made[0]
     assert len(trials) == 1
+
+
+async def test_refusals_keep_nothing_of_the_calls_that_they_end(constraints: Constraints) -> None:
+    wrong = common_pb2.OutputConstraint(regex="(never closed")
+
+    class Prompt:
+        """Stands for what is in a call's frames."""
+
+    prompts: list[weakref.ref[Prompt]] = []
+
+    async def call() -> None:
+        prompt = Prompt()
+        prompts.append(weakref.ref(prompt))
+        await constraints.grammar_of(wrong)
+        del prompt
+
+    for _ in range(1000):
+        with pytest.raises(ServingError, match="invalid regex"):
+            await call()
+
+    gc.collect()
+    assert not [prompt for prompt in prompts if prompt() is not None]
+
+
+async def test_what_is_remembered_tells_nothing_to_another_tenant(
+    constraints: Constraints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: list[str] = []
+    try_out = Constraints._try_out
+
+    async def counted(self: Constraints, constraint: Any, continued: Any, tenant: str) -> Any:
+        trials.append(tenant)
+        return await try_out(self, constraint, continued, tenant)
+
+    monkeypatch.setattr(Constraints, "_try_out", counted)
+
+    for tenant in ("a", "b", "a", "b"):
+        await constraints.grammar_of(schema(title="secret"), tenant=tenant)
+
+    assert trials == ["a", "b"]
+
+
+async def test_many_constraints_of_one_tenant_push_out_its_own() -> None:
+    outcomes = module._Outcomes()
+    outcomes.add("small", b"kept", module._Outcome(grammar="g"))
+
+    for index in range(2 * module._MAX_CACHED):
+        outcomes.add("large", index.to_bytes(4), module._Outcome(grammar="g"))
+
+    known = [index for index in range(2 * module._MAX_CACHED) if outcomes.get("large", index.to_bytes(4))]
+    assert outcomes.get("small", b"kept") is not None
+    assert known == list(range(module._MAX_CACHED + 1, 2 * module._MAX_CACHED))
+
+
+async def test_what_is_remembered_has_a_limit_in_bytes() -> None:
+    outcomes = module._Outcomes()
+
+    for index in range(300):
+        outcomes.add("tenant", index.to_bytes(4), module._Outcome(grammar="g" * (1 << 16)))
+
+    known = [index for index in range(300) if outcomes.get("tenant", index.to_bytes(4))]
+    assert known == list(range(300 - (module._MAX_CACHED_BYTES >> 16), 300))
 
 
 # -- through a gateway -----------------------------------------------------------------------------

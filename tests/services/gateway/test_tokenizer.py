@@ -17,26 +17,26 @@ from octavo.services.gateway.model_files import ModelError, read_model
 from octavo.services.gateway.tokenizer import ModelTokenizer
 
 
-async def test_a_long_text_encodes_like_a_short_one_and_decodes_back(model_path: Path) -> None:
+def test_a_long_text_encodes_like_a_short_one_and_decodes_back(model_path: Path) -> None:
     tokenizer = ModelTokenizer.load(model_path)
     text = "hello wörld " * 2000
 
-    ids = await tokenizer.encode(text, "")
+    ids = tokenizer.encode(text, True, "")
 
-    assert ids == (await tokenizer.encode("hello wörld ", "")) * 2000
-    assert await tokenizer.decode_all([ids], True) == [text]
+    assert ids == tokenizer.encode("hello wörld ", True, "") * 2000
+    assert tokenizer.decode(ids, True) == text
     tokenizer.close()
 
 
-async def test_byte_offsets_count_bytes_of_utf_8(model_path: Path) -> None:
+def test_byte_offsets_count_bytes_of_utf_8(model_path: Path) -> None:
     tokenizer = ModelTokenizer.load(model_path)
 
-    ((ids, offsets),) = await tokenizer.encode_all(["a€he"], False)
-    ((_, long_offsets),) = await tokenizer.encode_all(["a€he" * 3000], False)
+    ids, offsets = tokenizer.encode_with_offsets("a€he", False)
+    _, long_offsets = tokenizer.encode_with_offsets("a€he" * 30_000, False)
 
-    assert await tokenizer.decode_all([ids[:1], ids[-1:]], True) == ["a", "he"]
+    assert [tokenizer.decode(ids[:1], True), tokenizer.decode(ids[-1:], True)] == ["a", "he"]
     assert (offsets[0], offsets[-1]) == (0, 4)
-    assert long_offsets[: 2 * len(offsets)] == [*offsets, *(6 + start for start in offsets)]
+    assert long_offsets == [6 * index + start for index in range(30_000) for start in offsets]
     tokenizer.close()
 
 

@@ -27,7 +27,7 @@ from octavo.common.v1 import rules_pb2 as octavo_dot_common_dot_v1_dot_rules__pb
 from octavo.inference.v1 import generation_pb2 as octavo_dot_inference_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#octavo/inference/v1/tokenizer.proto\x12\x13octavo.inference.v1\x1a\x1doctavo/common/v1/common.proto\x1a\x1coctavo/common/v1/rules.proto\x1a$octavo/inference/v1/generation.proto\"\xa4\x01\n\x0fTokenizeRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12\x1b\n\x05texts\x18\x02 \x03(\tB\x0c\x8a\xe8\x18\x08(\x80\x80\x80\x02\x30\x80\x08\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.octavo.inference.v1.Chat\x12\x1b\n\x13omit_special_tokens\x18\x04 \x01(\x08\x12\x14\n\x0c\x62yte_offsets\x18\x05 \x01(\x08\"L\n\x10TokenizeResponse\x12\x38\n\rtokenizations\x18\x01 \x03(\x0b\x32!.octavo.inference.v1.Tokenization\"7\n\x0cTokenization\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x14\n\x0c\x62yte_offsets\x18\x02 \x03(\r\"\x82\x01\n\x11\x44\x65tokenizeRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12\x36\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.octavo.common.v1.TokenIdsB\x07\x8a\xe8\x18\x03\x30\x80\x08\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"#\n\x12\x44\x65tokenizeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"/\n\x13GetTokenizerRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\"H\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x12\x0e\n\x06sha256\x18\x03 \x01(\t2\xb1\x02\n\x10TokenizerService\x12W\n\x08Tokenize\x12$.octavo.inference.v1.TokenizeRequest\x1a%.octavo.inference.v1.TokenizeResponse\x12]\n\nDetokenize\x12&.octavo.inference.v1.DetokenizeRequest\x1a\'.octavo.inference.v1.DetokenizeResponse\x12\x65\n\x0cGetTokenizer\x12(.octavo.inference.v1.GetTokenizerRequest\x1a).octavo.inference.v1.GetTokenizerResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#octavo/inference/v1/tokenizer.proto\x12\x13octavo.inference.v1\x1a\x1doctavo/common/v1/common.proto\x1a\x1coctavo/common/v1/rules.proto\x1a$octavo/inference/v1/generation.proto\"\xa3\x01\n\x0fTokenizeRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12\x1a\n\x05texts\x18\x02 \x03(\tB\x0b\x8a\xe8\x18\x07(\x80\x80@0\x80\x08\x12\'\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x19.octavo.inference.v1.Chat\x12\x1b\n\x13omit_special_tokens\x18\x04 \x01(\x08\x12\x14\n\x0c\x62yte_offsets\x18\x05 \x01(\x08\"L\n\x10TokenizeResponse\x12\x38\n\rtokenizations\x18\x01 \x03(\x0b\x32!.octavo.inference.v1.Tokenization\"7\n\x0cTokenization\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x14\n\x0c\x62yte_offsets\x18\x02 \x03(\r\"\x82\x01\n\x11\x44\x65tokenizeRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12\x36\n\tsequences\x18\x02 \x03(\x0b\x32\x1a.octavo.common.v1.TokenIdsB\x07\x8a\xe8\x18\x03\x30\x80\x08\x12\x1b\n\x13keep_special_tokens\x18\x03 \x01(\x08\"#\n\x12\x44\x65tokenizeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"/\n\x13GetTokenizerRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\"H\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x12\x0e\n\x06sha256\x18\x03 \x01(\t2\xb1\x02\n\x10TokenizerService\x12W\n\x08Tokenize\x12$.octavo.inference.v1.TokenizeRequest\x1a%.octavo.inference.v1.TokenizeResponse\x12]\n\nDetokenize\x12&.octavo.inference.v1.DetokenizeRequest\x1a\'.octavo.inference.v1.DetokenizeResponse\x12\x65\n\x0cGetTokenizer\x12(.octavo.inference.v1.GetTokenizerRequest\x1a).octavo.inference.v1.GetTokenizerResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,7 +37,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIZEREQUEST'].fields_by_name['model']._loaded_options = None
   _globals['_TOKENIZEREQUEST'].fields_by_name['model']._serialized_options = b'\212\350\030\005\010\001(\200\002'
   _globals['_TOKENIZEREQUEST'].fields_by_name['texts']._loaded_options = None
-  _globals['_TOKENIZEREQUEST'].fields_by_name['texts']._serialized_options = b'\212\350\030\010(\200\200\200\0020\200\010'
+  _globals['_TOKENIZEREQUEST'].fields_by_name['texts']._serialized_options = b'\212\350\030\007(\200\200@0\200\010'
   _globals['_DETOKENIZEREQUEST'].fields_by_name['model']._loaded_options = None
   _globals['_DETOKENIZEREQUEST'].fields_by_name['model']._serialized_options = b'\212\350\030\005\010\001(\200\002'
   _globals['_DETOKENIZEREQUEST'].fields_by_name['sequences']._loaded_options = None
@@ -45,19 +45,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETTOKENIZERREQUEST'].fields_by_name['model']._loaded_options = None
   _globals['_GETTOKENIZERREQUEST'].fields_by_name['model']._serialized_options = b'\212\350\030\005\010\001(\200\002'
   _globals['_TOKENIZEREQUEST']._serialized_start=160
-  _globals['_TOKENIZEREQUEST']._serialized_end=324
-  _globals['_TOKENIZERESPONSE']._serialized_start=326
-  _globals['_TOKENIZERESPONSE']._serialized_end=402
-  _globals['_TOKENIZATION']._serialized_start=404
-  _globals['_TOKENIZATION']._serialized_end=459
-  _globals['_DETOKENIZEREQUEST']._serialized_start=462
-  _globals['_DETOKENIZEREQUEST']._serialized_end=592
-  _globals['_DETOKENIZERESPONSE']._serialized_start=594
-  _globals['_DETOKENIZERESPONSE']._serialized_end=629
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=631
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=678
-  _globals['_GETTOKENIZERRESPONSE']._serialized_start=680
-  _globals['_GETTOKENIZERRESPONSE']._serialized_end=752
-  _globals['_TOKENIZERSERVICE']._serialized_start=755
-  _globals['_TOKENIZERSERVICE']._serialized_end=1060
+  _globals['_TOKENIZEREQUEST']._serialized_end=323
+  _globals['_TOKENIZERESPONSE']._serialized_start=325
+  _globals['_TOKENIZERESPONSE']._serialized_end=401
+  _globals['_TOKENIZATION']._serialized_start=403
+  _globals['_TOKENIZATION']._serialized_end=458
+  _globals['_DETOKENIZEREQUEST']._serialized_start=461
+  _globals['_DETOKENIZEREQUEST']._serialized_end=591
+  _globals['_DETOKENIZERESPONSE']._serialized_start=593
+  _globals['_DETOKENIZERESPONSE']._serialized_end=628
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=630
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=677
+  _globals['_GETTOKENIZERRESPONSE']._serialized_start=679
+  _globals['_GETTOKENIZERRESPONSE']._serialized_end=751
+  _globals['_TOKENIZERSERVICE']._serialized_start=754
+  _globals['_TOKENIZERSERVICE']._serialized_end=1059
 # @@protoc_insertion_point(module_scope)
