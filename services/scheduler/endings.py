@@ -8,6 +8,7 @@ from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.effects import Effects
 from octavo.services.scheduler.expected_output import ExpectedOutput
+from octavo.services.scheduler.forecast import Forecast
 from octavo.services.scheduler.live_requests import LiveRequests
 from octavo.services.scheduler.outputs import timing, usage
 from octavo.services.scheduler.policy import FairShare
@@ -31,6 +32,7 @@ class Endings:
         fair_share: FairShare,
         outputs: ExpectedOutput,
         effects: Effects,
+        forecast: Forecast,
         tally: Tally,
     ) -> None:
         self._tally = tally
@@ -41,6 +43,7 @@ class Endings:
         self._fair_share = fair_share
         self._outputs = outputs
         self._effects = effects
+        self._forecast = forecast
 
     def stop(self, seq: Sequence, is_cut: bool = False) -> None:
         """End a sequence, whatever its state, without a word to the gateway; `is_cut`: not where it would have."""
@@ -73,6 +76,7 @@ class Endings:
         seq.outbox.finished.append(seq.ending)
         if seq.request.num_unfinished == 0:
             self._requests.resumable.ended(seq.request, now)
+            self._forecast.ended(seq.request, now > seq.request.deadline, now)
 
     def drop(self, request: Request) -> None:
         """End a request without a word."""
@@ -100,6 +104,7 @@ class Endings:
     def expire(self, request: Request, now: float) -> None:
         """End a request whose hard or soft deadline has passed."""
         if request.deadline <= now:
+            self._forecast.ended(request, True, now)
             started = any(seq.first_scheduled_at for seq in request.sequences)
             reason = "GENERATION_TIMEOUT" if started else "QUEUE_TIMEOUT"
             where = "while the output was being made" if started else "in the queue"
@@ -108,3 +113,11 @@ class Endings:
             for seq in request.sequences:
                 if seq.state is not SequenceState.FINISHED:
                     self.finish(seq, common_pb2.FINISH_REASON_TIME_LIMIT, now)
+
+    def expire_early(self, request: Request, now: float) -> None:
+        """End a request that cannot meet its deadline any more."""
+        self._forecast.ended(request, True, now)
+        started = any(seq.first_scheduled_at for seq in request.sequences)
+        reason = "GENERATION_TIMEOUT" if started else "QUEUE_TIMEOUT"
+        message = f"the deadline, in {1000 * (request.deadline - now):.0f} ms, cannot be met any more"
+        self.fail(request, code_pb2.DEADLINE_EXCEEDED, reason, message)

@@ -18,6 +18,7 @@ from octavo.services.scheduler import pooling
 from octavo.services.scheduler.admission import Admission, reject
 from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
+from octavo.services.scheduler.early_ends import EarlyEnds
 from octavo.services.scheduler.effects import Effect, Effects
 from octavo.services.scheduler.endings import Endings
 from octavo.services.scheduler.forecast import Forecast
@@ -34,7 +35,6 @@ from octavo.services.scheduler.step_planner import StepPlanner
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.takeover import Takeover
 from octavo.services.scheduler.tally import Tally
-from octavo.services.scheduler.work import Work
 from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
@@ -57,14 +57,17 @@ class Scheduler:
         self._states = SequenceStates(self._waiting, tally)
         self._forecast = Forecast(self._groups, self._waiting, fair_share, tally)
         self._admission = Admission(config, self._states, self._forecast)
+        self._early_ends = EarlyEnds(self._forecast)
         self._requests = LiveRequests()
         self._effects = Effects(self._groups, self._states)
         self._endings = Endings(
             self._states, self._requests, self._suspects, self._quotas, fair_share, self._admission.outputs,
-            self._effects, tally,
+            self._effects, self._forecast, tally,
         )  # fmt: skip
         self._takeover = Takeover(epoch, config.max_resume_window_ms, self._requests, self._endings, self._effects)
-        self._planner = StepPlanner(config, self._groups, self._states, self._suspects, fair_share, tally)
+        self._planner = StepPlanner(
+            config, self._groups, self._states, self._suspects, fair_share, self._forecast, tally
+        )
         self._digest = StepDigest(self._states, self._suspects, self._endings, tally)
         self._num_arrivals = 0
         self._max_model_len = 0  # of the workers there are, or were last; 0: not known yet
@@ -102,7 +105,7 @@ class Scheduler:
             waiting_uncached_tokens=self._waiting.num_tokens,
             kv_blocks_free=sum(group.pool.num_free for group in groups),
             kv_blocks_total=sum(group.pool.num_blocks - 1 for group in groups),
-            estimated_queue_ms=int(1000 * self._forecast.queue_s()),
+            estimated_queue_ms=int(1000 * self._forecast.queue_s(now)),
             draining=self._draining,
             workers_ready=len(groups),
             step_age_ms=int(1000 * (now - oldest)),
@@ -165,13 +168,14 @@ class Scheduler:
             request.sequences.append(Sequence(request, index, tokens, limit, expected, outbox))
         request.num_unfinished = len(request.sequences)
         self._requests.add(request, now)
+        self._early_ends.add(request, now)
         self._effects.send(gateway_id, scheduler_pb2.AttachResponse(admitted=self._admitted(request)))
         for seq in request.sequences:
             if len(seq.tokens) >= seq.max_tokens:  # nothing left to do of an output that is continued
                 self._endings.finish(seq, length_reason(seq), now)
             else:
+                self._forecast.promise(seq, now)
                 self._waiting.add(seq)
-                self._forecast.admitted(submit.tenant, Work.of(seq), now)
         self._effects.flush()
 
     def cancel(self, gateway_id: str, cancel: scheduler_pb2.Cancel, now: float) -> None:
@@ -241,6 +245,7 @@ class Scheduler:
         group.takes_grammars = takes_grammars
         group.scores_prompts = scores_prompts
         group.max_row_tokens = max_row_tokens
+        self._forecast.joined(group, now)
         self._groups[group_id] = group
         self._max_model_len = min(other.max_model_len for other in self._groups.values())
         self._last_worker_at = now
@@ -264,6 +269,7 @@ class Scheduler:
         group = self._groups.pop(group_id)
         group.pool.close()
         group.is_lost = True
+        self._forecast.lost(group, now)
         self._last_worker_at = now
         in_flight = [seq for step in group.in_flight for seq in (*step.sampled, *step.unsampled)]
         lost = list(group.running()) + [seq for seq in self._states.settling() if seq.group is group]
@@ -295,11 +301,12 @@ class Scheduler:
 
     def tick(self, now: float) -> None:
         """Act on deadlines, measure the queue and report progress."""
-        self._forecast.observe(now)
         for unwanted in list(self._requests.resumable.expired(now)):
             self._endings.drop(unwanted)
         for request in self._requests.take_overdue(now):
             self._endings.expire(request, now)
+        for request in self._early_ends.take(now):
+            self._endings.expire_early(request, now)
         self._effects.flush()
         for gateway_id, progress in self._requests.take_progress(self._waiting, now).items():
             self._effects.send(gateway_id, scheduler_pb2.AttachResponse(progress=progress))

@@ -69,6 +69,7 @@ class Sequence:
     num_accepted    output tokens that took no step of their own: they were guessed, and the guess was right
     num_scored      prompt tokens whose log probabilities are known or not wanted: all, unless they are wanted
     kept_logprobs   of its newest tokens, if its request can be resumed and wants them
+    predicted_wait_s  how long it would wait for a slot, as predicted when it was admitted; 0: not predicted
     ending          how it ended, if its client was told
     """
 
@@ -76,7 +77,7 @@ class Sequence:
         "admitted_at", "block_hashes", "blocks", "candidate_index", "ending", "expected_tokens",
         "first_scheduled_at", "first_token_at", "group", "handle", "kept_logprobs", "last_token_at", "max_tokens",
         "min_stop_tokens", "num_accepted", "num_cached_tokens", "num_computed", "num_hashed_blocks", "num_logprobs",
-        "num_pending", "num_preemptions", "num_prompt", "num_recoveries", "num_scored", "outbox", "request", "slot",
+        "num_pending", "num_preemptions", "num_prompt", "num_recoveries", "num_scored", "outbox", "predicted_wait_s", "request", "slot",
         "slot_scores", "state", "stop_ids", "tokens",
     )  # fmt: skip
 
@@ -119,6 +120,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_recoveries = 0
+        self.predicted_wait_s = 0.0
         self.first_scheduled_at = 0.0
         self.first_token_at = 0.0
         self.last_token_at = 0.0

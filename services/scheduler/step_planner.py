@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
+from octavo.services.scheduler.forecast import Forecast
 from octavo.services.scheduler.plan_builder import LAST_SAMPLED, SAMPLE, PlanBuilder
 from octavo.services.scheduler.policy import FairShare, choose_group, choose_victim
 from octavo.services.scheduler.sequence import Sequence, SequenceState
@@ -40,6 +41,7 @@ class StepPlanner:
         states: SequenceStates,
         suspects: Suspects,
         fair_share: FairShare,
+        forecast: Forecast,
         tally: Tally,
     ) -> None:
         self._tally = tally
@@ -49,6 +51,7 @@ class StepPlanner:
         self._waiting = states.waiting
         self._suspects = suspects
         self._fair_share = fair_share
+        self._forecast = forecast
 
     def plan(self, group: WorkerGroup, now: float) -> worker_pb2.StepPlan | None:
         """Return the next step of a group, which is in flight from now on; None if there is nothing to compute."""
@@ -173,6 +176,7 @@ class StepPlanner:
         were_passed_over = False
         # Of those that decode, one in sixteen starts a block in the next step: leave room for it.
         reserve = len(group.decoding) // BLOCK_SIZE + 1 if group.num_running else 0
+        concurrency = self._forecast.concurrency(group, now)
         for seq in self._waiting.in_order(now, limit=len(group.free_slots)):
             rank = self._waiting.rank(seq, now)[2:]
             ahead = sum(p.num_behind for p in group.prefilling if self._waiting.rank(p, now)[2:] < rank)
@@ -188,6 +192,8 @@ class StepPlanner:
             if group.allocator.is_being_computed(seq, len(hits)):
                 were_passed_over = True
                 continue
+            if not concurrency.has_room_for(seq):
+                break
             if not group.model.whole_sequences and not group.allocator.open(seq, hits, reserve):
                 break
             self._waiting.remove(seq)
@@ -195,6 +201,8 @@ class StepPlanner:
             seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
             if not seq.first_scheduled_at:
                 seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt)
+            self._forecast.opened(seq, now)
+            concurrency.add(seq)
             group.prefilling.append(seq)
             plan.open_slot(seq)
             plan.add_blocks(seq.slot, seq.blocks)

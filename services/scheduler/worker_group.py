@@ -13,10 +13,11 @@ from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.model_facts import ModelFacts
 from octavo.services.scheduler.plan_builder import ScoredRow
 from octavo.services.scheduler.sequence import Sequence, SequenceState
-from octavo.services.scheduler.step_clock import StepClock
+from octavo.services.scheduler.step_clock import NUM_WARM_UP_STEPS, StepClock
 from octavo.services.scheduler.step_cost import StepCost
 
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one waits beside the worker
+RUNNING_STEPS = 64  # after so many, a step counts for a third in the mean of what runs
 PLAN_AHEAD_S = 0.06  # before a step is expected to end, the next is planned: time is looked at every 25 ms
 
 
@@ -73,6 +74,8 @@ class WorkerGroup:
         self.cost = StepCost()
         self._clock = clock
         self.last_result_at = 0.0
+        self._num_measured = 0
+        self.mean_running = 0.0  # over the latest steps
         self.takes_grammars = False  # set when it joins; so are these:
         self.scores_prompts = False
         self.max_row_tokens = 1
@@ -109,7 +112,10 @@ class WorkerGroup:
         elapsed = now - self._started_at(step)
         self.last_result_at = now
         self._clock.record(step.num_tokens, elapsed)
-        self.cost.record(step.num_tokens, elapsed)
+        self._num_measured += 1
+        self.mean_running += (self.num_running - self.mean_running) / RUNNING_STEPS
+        if self._num_measured > NUM_WARM_UP_STEPS or not self.cost.is_known:
+            self.cost.record(step.num_tokens, elapsed)
         if elapsed > 0:
             rate = step.num_tokens / elapsed
             self.tokens_per_s += 0.1 * (rate - self.tokens_per_s) if self.tokens_per_s else rate
