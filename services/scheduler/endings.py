@@ -11,7 +11,6 @@ from octavo.services.scheduler.expected_output import ExpectedOutput
 from octavo.services.scheduler.forecast import Forecast
 from octavo.services.scheduler.live_requests import LiveRequests
 from octavo.services.scheduler.outputs import timing, usage
-from octavo.services.scheduler.policy import FairShare
 from octavo.services.scheduler.quotas import Quotas
 from octavo.services.scheduler.resume import num_output
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
@@ -29,7 +28,6 @@ class Endings:
         requests: LiveRequests,
         suspects: Suspects,
         quotas: Quotas,
-        fair_share: FairShare,
         outputs: ExpectedOutput,
         effects: Effects,
         forecast: Forecast,
@@ -40,7 +38,6 @@ class Endings:
         self._requests = requests
         self._suspects = suspects
         self._quotas = quotas
-        self._fair_share = fair_share
         self._outputs = outputs
         self._effects = effects
         self._forecast = forecast
@@ -59,7 +56,6 @@ class Endings:
         if request.num_unfinished == 0:
             self._requests.remove(request)
             self._quotas.ended(request.submit, num_output(request))
-            self._fair_share.forget_idle(other.submit.tenant for other in self._requests)
 
     def finish(self, seq: Sequence, reason: common_pb2.FinishReason, now: float, stop_token_id: int = 0) -> None:
         """End a sequence with a reason."""

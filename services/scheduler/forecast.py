@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 
 from octavo.services.scheduler.concurrency import LOST_PACE, Concurrency
 from octavo.services.scheduler.config import BLOCK_SIZE
-from octavo.services.scheduler.policy import FairShare, WaitingQueue
+from octavo.services.scheduler.fair_share import FairShare
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
 from octavo.services.scheduler.step_cost import StepCost
 from octavo.services.scheduler.tally import Tally
+from octavo.services.scheduler.waiting_queue import WaitingQueue
 from octavo.services.scheduler.work import Work
 from octavo.services.scheduler.worker_group import WorkerGroup
 
 UNMET_S = 5.0
 """A tenant that was refused for lack of room has more to do for so long than what it has in the queue."""
 MAX_UNMET = 10_000  # tenants
-WEIGHTS_S = 0.25  # how often the weights of the tenants that compete are added up
+UNMET_SUMMED_S = 0.25  # how often the weights of such tenants are added up
 MEAN_MEMORY = 64  # sequences, after which one counts for a third in the mean lengths
 MIN_MARGIN, FIRST_MARGIN, MAX_MARGIN = 1.05, 1.1, 1.6
 LATE_PART = 0.01  # of the admitted requests: the margin is held where so many miss their deadline
@@ -149,8 +150,8 @@ class Forecast:
         self._bias = Bias()
         self._usual_pace = UsualPace()
         self._unmet_until: dict[str, float] = {}  # by tenant, the first to end first
-        self._weights = 0.0  # of the tenants that compete
-        self._weights_at = -math.inf
+        self._unmet_weight = 0.0  # of those of them that do not wait
+        self._unmet_at = -math.inf
         self._promised: list[tuple[float, int, int, Sequence]] = []  # heap
         self._places: _Places | None = None
         self._places_of: tuple[int, int] = (0, 0)
@@ -295,13 +296,15 @@ class Forecast:
 
     def _competing(self, tenant: str, now: float) -> float:
         """Return the weights of `tenant` and of all others that wait or were refused lately."""
-        if now - self._weights_at >= WEIGHTS_S:
+        if now - self._unmet_at >= UNMET_SUMMED_S:
             while self._unmet_until and next(iter(self._unmet_until.values())) <= now:
                 del self._unmet_until[next(iter(self._unmet_until))]
-            tenants = {*self._waiting.tenants(), *self._unmet_until}
-            self._weights, self._weights_at = sum(map(self._fair_share.weight, tenants)), now
+            waiting = self._waiting.tenants()
+            unmet = (name for name in self._unmet_until if name not in waiting)
+            self._unmet_weight, self._unmet_at = sum(map(self._fair_share.weight, unmet)), now
         counts = self._waiting.num_waiting(tenant) or tenant in self._unmet_until
-        return self._weights + (0.0 if counts else self._fair_share.weight(tenant))
+        own = 0.0 if counts else self._fair_share.weight(tenant)
+        return self._fair_share.total_weight + self._unmet_weight + own
 
     def promise(self, seq: Sequence, now: float) -> None:
         """Remember what a sequence that is admitted needs: a pace, once it runs. To be called before it waits."""

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.effects import NOBODY, Effects
-from octavo.services.scheduler.policy import WaitingQueue
 from octavo.services.scheduler.progress import ProgressReports
 from octavo.services.scheduler.resume import ResumableRequests
 from octavo.services.scheduler.sequence import Request, SequenceState
+from octavo.services.scheduler.waiting_queue import WaitingQueue
 
 NEVER = math.inf
 
@@ -22,6 +22,7 @@ class LiveRequests:
     def __init__(self) -> None:
         self.resumable = ResumableRequests()
         self._by_key: dict[tuple[str, int], Request] = {}
+        self._by_id: dict[str, dict[Request, None]] = {}  # by the client's name for it, of any tenant; none empty
         self._deadlines: list[tuple[float, str, int]] = []  # heap of (time, gateway, handle)
         self._progress = ProgressReports()
 
@@ -35,6 +36,10 @@ class LiveRequests:
         """Return a request of a gateway."""
         return self._by_key.get((gateway_id, handle))
 
+    def with_id(self, request_id: str) -> list[Request]:
+        """Return the requests that clients gave this id, oldest first."""
+        return list(self._by_id.get(request_id, ()))
+
     def of_gateway(self, gateway_id: str) -> list[Request]:
         """Return all requests of a gateway, oldest first."""
         return [request for request in self if request.gateway_id == gateway_id]
@@ -42,6 +47,7 @@ class LiveRequests:
     def add(self, request: Request, now: float) -> None:
         """File a request under its gateway and handle."""
         self._by_key[request.key] = request
+        self._by_id.setdefault(request.submit.request_id, {})[request] = None
         self._set_deadline(request)
         if request.gateway_id != NOBODY:
             self._progress.add(request.key, request, now)
@@ -49,6 +55,10 @@ class LiveRequests:
     def remove(self, request: Request) -> None:
         """Let go of a request that has ended."""
         del self._by_key[request.key]
+        alike = self._by_id[request.submit.request_id]
+        del alike[request]
+        if not alike:
+            del self._by_id[request.submit.request_id]
         self._progress.remove(request.key)
 
     def hand_over(self, request: Request, gateway_id: str, handle: int, effects: Effects, now: float) -> None:
@@ -91,5 +101,6 @@ class LiveRequests:
             assert request.key == key, request
             alive = sum(seq.state is not SequenceState.FINISHED for seq in request.sequences)
             assert alive == request.num_unfinished > 0, request
+        assert {request for alike in self._by_id.values() for request in alike} == set(self._by_key.values())
         self._progress.check_invariants(self._by_key)
         self.resumable.check_invariants(set(self))

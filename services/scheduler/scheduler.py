@@ -21,11 +21,12 @@ from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.early_ends import EarlyEnds
 from octavo.services.scheduler.effects import Effect, Effects
 from octavo.services.scheduler.endings import Endings
+from octavo.services.scheduler.fair_share import FairShare
 from octavo.services.scheduler.forecast import Forecast
 from octavo.services.scheduler.live_requests import NEVER, LiveRequests
 from octavo.services.scheduler.model_facts import GENERATOR, ModelFacts
 from octavo.services.scheduler.outputs import length_reason
-from octavo.services.scheduler.policy import FairShare, WaitingQueue
+from octavo.services.scheduler.policy import ShortestFirst
 from octavo.services.scheduler.quotas import Quotas
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
 from octavo.services.scheduler.sequence_states import SequenceStates
@@ -35,6 +36,7 @@ from octavo.services.scheduler.step_planner import StepPlanner
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.takeover import Takeover
 from octavo.services.scheduler.tally import Tally
+from octavo.services.scheduler.waiting_queue import WaitingQueue
 from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
@@ -53,7 +55,7 @@ class Scheduler:
         self._suspects = Suspects()
         self._quotas = Quotas(config.default_quota(), config.quotas())
         fair_share = FairShare(config.weights())
-        self._waiting = WaitingQueue(fair_share, config.ageing_tokens_per_s)
+        self._waiting = WaitingQueue(fair_share, ShortestFirst(config.ageing_tokens_per_s))
         self._states = SequenceStates(self._waiting, tally)
         self._forecast = Forecast(self._groups, self._waiting, fair_share, tally)
         self._admission = Admission(config, self._states, self._forecast)
@@ -61,8 +63,8 @@ class Scheduler:
         self._requests = LiveRequests()
         self._effects = Effects(self._groups, self._states)
         self._endings = Endings(
-            self._states, self._requests, self._suspects, self._quotas, fair_share, self._admission.outputs,
-            self._effects, self._forecast, tally,
+            self._states, self._requests, self._suspects, self._quotas, self._admission.outputs, self._effects,
+            self._forecast, tally,
         )  # fmt: skip
         self._takeover = Takeover(epoch, config.max_resume_window_ms, self._requests, self._endings, self._effects)
         self._planner = StepPlanner(
@@ -287,6 +289,8 @@ class Scheduler:
                     seq.request, code_pb2.UNAVAILABLE, "NO_WORKERS", "lost its worker too often", resumable=True
                 )
         culprit = self._suspects.crashed(in_flight, now) if crashed else None
+        for request in dict.fromkeys(seq.request for seq in lost):
+            self._states.file_again(request)
         if culprit is not None:
             message = "workers died of this request, and of no other: it is refused for a while"
             self._endings.fail(culprit, code_pb2.INTERNAL, "QUARANTINED", message)
@@ -363,9 +367,8 @@ class Scheduler:
         total, request_id = common_pb2.Usage(), cancel.request_id
         found = [
             request
-            for request in self._requests
-            if request.submit.request_id == request_id
-            and (not cancel.HasField("tenant") or request.submit.tenant == cancel.tenant)
+            for request in self._requests.with_id(request_id)
+            if not cancel.HasField("tenant") or request.submit.tenant == cancel.tenant
         ]
         for request in found:
             for seq in request.sequences:

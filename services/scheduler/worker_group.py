@@ -10,6 +10,7 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.block_allocator import BlockAllocator
 from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE
+from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.model_facts import ModelFacts
 from octavo.services.scheduler.plan_builder import ScoredRow
 from octavo.services.scheduler.sequence import Sequence, SequenceState
@@ -98,6 +99,14 @@ class WorkerGroup:
         return (self.takes_grammars or not submit.HasField("constraint")) and (
             self.scores_prompts or not submit.prompt_logprobs
         )
+
+    def has_room(self, seq: Sequence, hits: list[Block]) -> bool:
+        """Return whether there are blocks for a sequence that waits, of which `hits` are cached here."""
+        if self.model.whole_sequences:  # which are computed in one step and need none
+            return True
+        # Of those that decode, one in sixteen starts a block in the next step: leave room for it.
+        reserve = len(self.decoding) // BLOCK_SIZE + 1 if self.num_running else 0
+        return self.allocator.fits(seq, hits, reserve)
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence that no longer runs here."""

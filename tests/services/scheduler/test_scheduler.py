@@ -11,7 +11,7 @@ from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.free_blocks import STALE_TURNS
 from octavo.services.scheduler.outputs import WorkerMisbehavedError
-from octavo.services.scheduler.step_planner import MAX_SCORED_TOKENS
+from octavo.services.scheduler.step_planner import MAX_SCORED_TOKENS, MAX_SEARCHES
 from octavo.worker.v1 import worker_pb2
 
 from .simulation import World, expected_output
@@ -109,6 +109,15 @@ def test_an_aged_long_prompt_is_not_starved_by_short_ones() -> None:
         world.submit([round_number + 10_000] * 60, max_new_tokens=1)
         world.step()
     assert long.ended
+
+
+def test_no_more_prompts_are_opened_than_fill_a_step() -> None:
+    world = World(max_running=8, max_batch_tokens=64, num_blocks=200)
+    world.lose("group-0")
+    for n in range(8):
+        world.submit([10 + n] * 40, max_new_tokens=2)
+    world.join("group-0")
+    assert [len(plan.sampling_updates) for plan in world.plans] == [2, 2]  # and what the first left of the second
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
@@ -436,6 +445,61 @@ def test_several_groups_share_the_work_and_prefer_a_cached_prefix() -> None:
     assert all(worker.steps > 1 for worker in world.workers.values())
 
 
+def test_a_sequence_is_placed_where_there_are_blocks_for_it() -> None:
+    world = World(num_blocks=129, max_running=64)
+    for first in (1, 2):  # their caches fill the first group
+        world.submit([first] * 930, max_new_tokens=60)
+    for _ in range(3):
+        world.step()
+    world.join("group-1")
+    for n in range(12):  # and these make the second one the busier
+        world.submit([50 + n] * 8, max_new_tokens=200)
+    for _ in range(2):
+        for group_id in world.workers:
+            world.step(group_id)
+    streams = [world.submit([100 + n] * 200, max_new_tokens=4) for n in range(5)]
+
+    for _ in range(10):
+        for group_id in world.workers:
+            world.step(group_id)
+
+    assert all(stream.ended for stream in streams)
+
+
+def test_a_prompt_that_has_blocks_nowhere_is_not_overtaken_for_ever() -> None:
+    world = World(num_blocks=33, groups=2, max_running=8)
+    for n in range(4):
+        world.submit([n + 1] * 200, max_new_tokens=30)
+    for group_id in world.workers:
+        world.step(group_id)
+    large = world.submit([9] * 400, max_new_tokens=4)
+    for n in range(300):
+        world.submit([100 + n] * 60, max_new_tokens=8)
+        for group_id in world.workers:
+            world.step(group_id)
+        if large.ended:
+            return
+    raise AssertionError("it still waits")
+
+
+def test_prompts_that_each_begin_like_the_one_before_do_not_hold_a_plan_up() -> None:
+    world = World(num_blocks=2000, max_running=128, max_batch_tokens=2048)
+    world.lose("group-0")
+    tokens = list(range(1000, 3000))
+    for n in range(1, 60):
+        world.submit([*tokens[: 16 * n], 5], max_new_tokens=1)
+    searches: list[int] = []
+    planner = world.core._planner
+    search = planner._open_waiting
+    planner._open_waiting = lambda *args: searches.append(1) or search(*args)  # type: ignore[method-assign,func-returns-value]
+    world.join("group-0")
+    while world.queues["group-0"]:
+        assert len(searches) <= 2 * MAX_SEARCHES, "of a step, and of the one that is planned behind it"
+        searches.clear()
+        world.step()
+    assert all(stream.ended for stream in world.streams.values())
+
+
 def test_tenants_share_by_weight() -> None:
     world = World(num_blocks=400, max_running=4, max_batch_tokens=64, tenant_weights=("gold=3", "plain=1"))
     for n in range(60):
@@ -638,6 +702,26 @@ def test_progress_is_reported_to_those_who_asked() -> None:
     phases = [phase for message in world.others for phase in message.progress.phases]
     assert set(phases) >= {1, 2}
     assert phases == sorted(phases)
+
+
+def test_progress_is_reported_twenty_times_a_second_at_most() -> None:
+    world = World(max_running=1)
+    world.submit(list(range(100)), max_new_tokens=500)
+    world.submit(list(range(200, 300)), max_new_tokens=5, progress_interval_ms=1)
+    for _ in range(100):
+        world.step()
+    assert 15 <= len(world.others) <= 20
+
+
+def test_progress_says_how_many_are_before_a_request() -> None:
+    world = World(max_running=1)
+    world.submit([5] * 40, max_new_tokens=500, tenant="t")
+    for n in range(10):
+        world.submit([10 + n] * 40, tenant="t", progress_interval_ms=50)
+    for _ in range(10):
+        world.step()
+    positions = [position for message in world.others for position in message.progress.queue_positions]
+    assert positions[:10] == list(range(10))
 
 
 def test_a_draining_scheduler_refuses_new_requests_and_ends_the_running_ones() -> None:
