@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.sequence import Sequence
@@ -117,15 +117,16 @@ class WaitingQueue:
             del self._by_tenant[tenant], self._work[tenant]
         self.num_tokens -= len(seq.tokens)
 
-    def in_order(self, now: float, limit: int) -> Iterator[Sequence]:
-        """Yield up to `limit` sequences of each tenant, the one to serve next first.
+    def in_order(self, now: float, limit: int, can_run: Callable[[Sequence], bool] | None = None) -> Iterator[Sequence]:
+        """Yield up to `limit` sequences of each tenant, the one to serve next first; only those that `can_run`.
 
         Between tenants the virtual counters decide, as if each sequence yielded before had been
         scheduled whole. Within a tenant, `rank` does.
         """
         queues = []
         for index, (tenant, sequences) in enumerate(self._by_tenant.items()):
-            best = iter(heapq.nsmallest(limit, sequences, key=lambda seq: self.rank(seq, now)))
+            able = sequences if can_run is None else filter(can_run, sequences)
+            best = iter(heapq.nsmallest(limit, able, key=lambda seq: self.rank(seq, now)))
             queues.append((self._fair_share.counter(tenant), index, tenant, best))
         heapq.heapify(queues)
         while queues:

@@ -91,6 +91,7 @@ class SequenceStates:
         group.free_slots.append(seq.slot)
         group.freed_slots.append(seq.slot)
         seq.slot = -1
+        seq.max_tokens = seq.max_len
 
     def check_invariants(self) -> None:
         """Assert that who waits holds nothing, and that the queue has counted right."""
@@ -99,4 +100,5 @@ class SequenceStates:
             assert seq.state is SequenceState.WAITING, seq
             assert not seq.blocks, seq
             assert seq.slot == -1, seq
+            assert seq.max_tokens == seq.max_len, seq
         assert all(seq.num_pending for seq in self._settling)

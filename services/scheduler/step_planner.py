@@ -173,7 +173,7 @@ class StepPlanner:
         were_passed_over = False
         # Of those that decode, one in sixteen starts a block in the next step: leave room for it.
         reserve = len(group.decoding) // BLOCK_SIZE + 1 if group.num_running else 0
-        for seq in self._waiting.in_order(now, limit=len(group.free_slots)):
+        for seq in self._waiting.in_order(now, limit=len(group.free_slots), can_run=group.can_run):
             rank = self._waiting.rank(seq, now)[2:]
             ahead = sum(p.num_behind for p in group.prefilling if self._waiting.rank(p, now)[2:] < rank)
             if ahead >= budget or not group.free_slots:
@@ -182,7 +182,7 @@ class StepPlanner:
                 continue
             is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
             able = [other for other in self._groups.values() if other.can_run(seq)]
-            if group not in able or (len(able) > 1 and not is_bound and choose_group(seq, able) is not group):
+            if len(able) > 1 and not is_bound and choose_group(seq, able) is not group:
                 continue
             hits = group.allocator.cached_blocks(seq)
             if group.allocator.is_being_computed(seq, len(hits)):
@@ -193,6 +193,7 @@ class StepPlanner:
             self._waiting.remove(seq)
             self._tally.opened(seq, len(hits), now)
             seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
+            seq.max_tokens = min(seq.max_len, group.max_model_len + group.model.makes_vectors)
             if not seq.first_scheduled_at:
                 seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt)
             group.prefilling.append(seq)
