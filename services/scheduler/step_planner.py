@@ -178,7 +178,7 @@ class StepPlanner:
             ahead = sum(p.num_behind for p in group.prefilling if self._waiting.rank(p, now)[2:] < rank)
             if ahead >= budget or not group.free_slots:
                 break
-            if self._suspects and not self._suspects.may_run(seq, group.running()):
+            if self._suspects and not self._suspects.may_run(seq, group.running(), group.can_run):
                 continue
             is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
             able = [other for other in self._groups.values() if other.can_run(seq)]
