@@ -45,8 +45,11 @@ class Swarm:
     faults_end: float = 0.0
 
 
-def draw(seed: int) -> Swarm:
-    """Draw the swarm of a seed. Most kinds of fault are absent from most seeds, so that some get far."""
+def draw(seed: int, more: bool = True) -> Swarm:
+    """Draw the swarm of a seed. Most kinds of fault are absent from most seeds, so that some get far.
+
+    Without `more` it is what the seed was before `_draw_more` was written.
+    """
     rng = random.Random(seed)
     max_running = rng.choice([1, 2, 4, 16])
     swarm = Swarm(
@@ -85,13 +88,14 @@ def draw(seed: int) -> Swarm:
     for kind in kinds:
         for _ in range(rng.choice([1, 1, 2, 4])):
             swarm.script.append(Event(rng.uniform(0.0, swarm.faults_end), kind, rng.getrandbits(30)))
-    _draw_more(swarm, random.Random(f"more {seed}"))
+    if more:
+        _draw_more(swarm, random.Random(f"more {seed}"))
     swarm.script.sort(key=lambda event: event.at)
     return swarm
 
 
 def _draw_more(swarm: Swarm, rng: random.Random) -> None:
-    """Draw what came later, apart, so that a seed without any of it still runs what it always has."""
+    """Draw pools that are too small, workers of different size, and outputs that are asked for again."""
     if rng.random() < 0.4:  # outputs outgrow the pool: sequences are preempted, often with a step in flight
         swarm.num_blocks, swarm.max_model_len = rng.choice([8, 12]), 1000
         swarm.outputs = 24, 60, 90

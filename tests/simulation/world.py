@@ -91,7 +91,7 @@ class World:
 
     def run(self) -> None:
         """Run until everything has ended; AssertionError if something is wrong or does not end."""
-        while not (self.healed and all(call.ending for call in self.calls) and self.node.core.is_idle):
+        while not (self.healed and self.node.core.is_idle and all(call.ending for call in self.calls)):
             self.now, _, action, arguments = heapq.heappop(self._heap)
             action(*arguments)
             self.num_events += 1
@@ -105,8 +105,12 @@ class World:
         self.node.tick(self.now)
         self._pump()
 
-    def _pump(self) -> None:
+    def _pump(self, has_news: bool = True) -> None:
+        """Plan and deliver, and check the books if they can have changed."""
+        num_plans = self.node.num_plans
         self.node.pump(self.now)
+        if not has_news and self.node.num_plans == num_plans:
+            return
         core = self.node.core
         core.check_invariants()
         salts: dict[tuple[int, int], str] = {}
@@ -141,7 +145,7 @@ class World:
     def from_worker(self, worker: SimWorker, frame: worker_pb2.WorkerFrame) -> None:
         if self.is_up:
             self.node.on_frame(worker.identity, frame, self.now)
-            self._pump()
+            self._pump(has_news=not frame.HasField("heartbeat"))
 
     def _to_gateway(self, effect: SendToGateway) -> None:
         gateway = next(gateway for gateway in self.gateways if gateway.name == effect.gateway_id)
