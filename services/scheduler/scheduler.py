@@ -40,6 +40,7 @@ from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, WorkerGr
 from octavo.worker.v1 import worker_pb2
 
 MAX_TOKENS = 1 << 30  # longer than any context
+MAX_CANDIDATES = 1 << 16  # of a request, those before the first one included
 GIVE_UP_S = 1.0  # how often it is looked for requests that no worker can run
 
 
@@ -341,6 +342,9 @@ class Scheduler:
         if self._requests.get(gateway_id, submit.handle) is not None:
             message = f"handle {submit.handle} is in use"
             return reject(submit, code_pb2.ALREADY_EXISTS, "IDEMPOTENCY_CONFLICT", message)
+        if submit.first_candidate_index + submit.candidate_count > MAX_CANDIDATES:
+            message = f"a request has at most {MAX_CANDIDATES} candidates"
+            return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", message)
         quarantined_s = self._suspects.quarantined_s(submit, now)
         if quarantined_s:
             message = f"workers died of this request before; it is refused for another {quarantined_s:.0f} s"

@@ -743,3 +743,12 @@ def test_the_blocks_of_a_worker_that_is_gone_are_in_no_cache() -> None:
         world.step()
     world.lose("group-0")
     assert not world.core.cache_feed._counts
+
+
+@pytest.mark.parametrize("fields", [{"candidate_count": 2**32 - 1}, {"first_candidate_index": 2**32 - 1}])
+def test_candidates_that_no_plan_could_name_are_refused(fields: dict[str, int]) -> None:
+    """An exception would end the process, and with it the requests of everybody."""
+    world = World()
+    rejected = world.submit(PROMPT, **{"candidate_count": 1, **fields}).rejected
+    assert rejected is not None
+    assert rejected.reason == "INVALID_FIELD"
