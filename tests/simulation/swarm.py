@@ -109,6 +109,7 @@ def _draw_more(swarm: Swarm, rng: random.Random) -> None:
         swarm.num_workers = max(swarm.num_workers, 2)
         swarm.num_blocks = max(swarm.num_blocks, 9)
         swarm.small_blocks = rng.choice([3, 5])
-    if rng.random() < 0.3:  # outputs are asked for again, also those whose gateway has begun its handles anew
-        for kind in ["resume_again"] * rng.choice([1, 3]) + ["gateway_death"] * rng.choice([0, 1, 2]):
-            swarm.script.append(Event(rng.uniform(0.0, swarm.faults_end), kind, rng.getrandbits(30)))
+    for kind, share in (("resume_again", 0.3), ("gateway_death", 0.1)):
+        if rng.random() < share:
+            for _ in range(rng.choice([1, 2, 4])):
+                swarm.script.append(Event(rng.uniform(0.0, 1.5 * swarm.faults_end), kind, rng.getrandbits(30)))
