@@ -48,7 +48,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         context: Any,  # noqa: ARG002
     ) -> admin_pb2.FlushPrefixCacheResponse:
         """Forget every cached block that nobody holds."""
-        return admin_pb2.FlushPrefixCacheResponse(blocks_forgotten=self._engine.core.flush_prefix_cache())
+        return admin_pb2.FlushPrefixCacheResponse(blocks_forgotten=self._engine.flush_prefix_cache())
 
 
 def _describe(request: Request, now: float) -> admin_pb2.RequestInfo:

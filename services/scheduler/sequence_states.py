@@ -42,6 +42,7 @@ class SequenceStates:
         """Move a sequence that waits to a slot of a group; it has its blocks."""
         self.waiting.serve(seq)
         seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
+        seq.max_tokens = min(seq.max_len, group.max_model_len + group.model.makes_vectors)
         group.prefilling.append(seq)
         self._running.setdefault(seq.request.submit.tenant, {})[seq] = None
 
@@ -114,6 +115,7 @@ class SequenceStates:
         del self._running[tenant][seq]
         if not self._running[tenant]:
             del self._running[tenant]
+        seq.max_tokens = seq.max_len
 
     def check_invariants(self) -> None:
         """Assert that who waits holds nothing, and that the queue has counted right."""
@@ -124,4 +126,5 @@ class SequenceStates:
             assert seq.state is SequenceState.WAITING, seq
             assert not seq.blocks, seq
             assert seq.slot == -1, seq
+            assert seq.max_tokens == seq.max_len, seq
         assert all(seq.num_pending for seq in self._settling)

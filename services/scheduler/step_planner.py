@@ -217,7 +217,7 @@ class StepPlanner:
             for seq in waiting:
                 if not group.free_slots or num_passed_over == MAX_PASSED_OVER or ahead.fill_before(prompt_rank(seq)):
                     break
-                if self._suspects and not self._suspects.may_run(seq, group.running()):
+                if self._suspects and not self._suspects.may_run(seq, group.running(), group.can_run):
                     continue
                 is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
                 able = [other for other in self._groups.values() if other.can_run(seq)]

@@ -94,7 +94,9 @@ class WorkerGroup:
         yield from self.late
 
     def can_run(self, seq: Sequence) -> bool:
-        """Return whether its workers can do what a sequence asks for."""
+        """Return whether its workers can do what a sequence asks for, and have room for one more token of it."""
+        if len(seq.tokens) >= self.max_model_len + self.model.makes_vectors:  # a vector takes no room
+            return False
         submit = seq.request.submit
         return (self.takes_grammars or not submit.HasField("constraint")) and (
             self.scores_prompts or not submit.prompt_logprobs

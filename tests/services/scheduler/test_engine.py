@@ -197,6 +197,34 @@ async def test_a_gateway_gets_the_tokens_of_a_worker(tmp_path: Path) -> None:
         worker.close()
 
 
+@pytest.mark.parametrize(
+    "entry", ["on_frame", "on_gateway_message", "tick", "pump", "probe", "welcome", "gateway_lost"]
+)
+async def test_an_exception_in_the_core_ends_the_process_wherever_the_loop_entered_it(
+    entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashes: list[BaseException] = []
+    monkeypatch.setattr(Engine, "_crash", lambda _engine, error: crashes.append(error))
+
+    def broken(*_arguments: Any) -> None:
+        raise KeyError("a bug")
+
+    async with running(tmp_path) as process:
+        worker, gateway = await process.connect()
+        worker.work()
+        monkeypatch.setattr(process.engine.node, entry, broken)
+        await gateway.submit(1)
+        second = process.gateway("g2")
+        await second.send(hello=scheduler_pb2.Hello(gateway_id="g2", protocol_revision=PROTOCOL_REVISION))
+        if entry == "gateway_lost":
+            gateway.call.cancel()
+        if entry == "probe":
+            process.engine._on_disconnect()
+        await until(lambda: crashes)
+        assert isinstance(crashes[0], KeyError)
+        worker.close()
+
+
 async def test_a_dead_worker_is_noticed_and_another_one_goes_on(tmp_path: Path) -> None:
     async with running(tmp_path) as process:
         worker, gateway = await process.connect()

@@ -46,7 +46,15 @@ def test_a_tenant_that_used_its_tokens_waits_until_the_bucket_fills() -> None:
 def test_a_request_that_goes_on_elsewhere_is_not_refused_for_its_quota() -> None:
     world = World(tenant_max_requests=1)
     world.submit(PROMPT, tenant="a")
-    assert world.submit(PROMPT, tenant="a", continue_token_ids=[5]).admitted
+    assert world.submit(PROMPT, tenant="a", continue_token_ids=[5], is_failover=True).admitted
+
+
+def test_output_to_go_on_from_lifts_no_quota() -> None:
+    world = World(tenant_max_requests=1)
+    world.submit(PROMPT, tenant="a")
+    refused = world.submit(PROMPT, tenant="a", continue_token_ids=[5]).rejected
+    assert refused is not None
+    assert refused.reason == "QUOTA_EXCEEDED"
 
 
 @pytest.mark.parametrize("entry", ["a", "a=1", "a=x:1", "a=-1:1", "a=1:nan"])

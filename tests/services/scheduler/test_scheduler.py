@@ -426,6 +426,11 @@ def test_a_scheduler_that_just_started_queues_requests_until_its_workers_are_bac
     world.join("group-0")
     world.run()
     assert len(fits.tokens[0]) == 60
+    assert fits.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
+    assert too_long.failed is None, "a larger worker may be on its way"
+    for _ in range(6):
+        world.now += 1.0
+        world.settle()
     assert too_long.failed is not None
     assert too_long.failed.reason == "KV_CAPACITY_EXCEEDED"
 
@@ -789,3 +794,45 @@ def test_a_tenant_that_was_idle_for_long_gives_up_its_prefixes_first() -> None:
     flood(world, "large", prompts=STALE_TURNS * 40)
 
     assert cached_tokens(world, prompt, "gone") == 0
+
+
+def test_what_a_request_made_before_it_failed_is_sent_before_its_failure() -> None:
+    """One of two candidates fails within a step. The other one's token, and another tenant's, are in the same step."""
+    world = World(num_blocks=200)
+    wanted = {"chosen_logprob": True, "logprobs": 1}
+    failing = world.submit(PROMPT, 20, candidate_count=2, tenant="x", **wanted)
+    other = world.submit(PROMPT[1:], 20, tenant="y", **wanted)
+    for _ in range(4):
+        world.step()
+    (second,) = [seq for seq in world.core._groups["group-0"].running() if seq.candidate_index == 1]
+    world.not_finite_after = world.workers["group-0"].slots[second.slot].last_sampled
+    del world.messages[:]
+    world.run()  # World.deliver asserts that nothing comes after an end
+
+    assert failing.failed is not None
+    kinds = [message.WhichOneof("kind") for message in world.messages]
+    at = kinds.index("failed")
+    (before, after) = world.messages[at - 1].step_outputs, world.messages[at + 1].step_outputs
+    assert failing.submit.handle in before.handles
+    assert list(after.handles) == [other.submit.handle]
+    assert list(after.logprobs) == [-float(token % 7) for token in after.token_ids]
+    assert other.tokens[0] == expected_output(PROMPT[1:], 20)
+
+
+def test_the_blocks_of_a_worker_that_is_gone_are_in_no_cache() -> None:
+    world = World(num_blocks=400, max_row_tokens=8)
+    for index in range(10):
+        world.submit([index + 1] * 47, 200)
+    for _ in range(7):
+        world.step()
+    world.lose("group-0")
+    assert not world.core.cache_feed._counts
+
+
+@pytest.mark.parametrize("fields", [{"candidate_count": 2**32 - 1}, {"first_candidate_index": 2**32 - 1}])
+def test_candidates_that_no_plan_could_name_are_refused(fields: dict[str, int]) -> None:
+    """An exception would end the process, and with it the requests of everybody."""
+    world = World()
+    rejected = world.submit(PROMPT, **{"candidate_count": 1, **fields}).rejected
+    assert rejected is not None
+    assert rejected.reason == "INVALID_FIELD"
