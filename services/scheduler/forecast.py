@@ -146,6 +146,7 @@ class Forecast:
         self._learned: dict[str, StepCost] = {}  # of groups that are gone, the latest last
         self._lost_at: float | None = None  # the last worker, if none has come since
         self._restart_s = RESTART_S
+        self._num_slots = math.inf  # of the last one
         self._mean = MeanLengths()
         self._bias = Bias()
         self._usual_pace = UsualPace()
@@ -176,6 +177,7 @@ class Forecast:
         if len(self._learned) > MAX_LEARNED:
             del self._learned[next(iter(self._learned))]
         self._lost_at = now
+        self._num_slots = group.num_running + len(group.free_slots)
         self._places = None
 
     def opened(self, seq: Sequence, now: float) -> None:
@@ -192,7 +194,9 @@ class Forecast:
 
     def came(self, left_s: float, num_output: int) -> None:
         """Learn that a request came that has so many tokens to make in so many seconds; infinity: any time."""
-        self._usual_pace.came(left_s / num_output)
+        pace_s = left_s / num_output
+        if any(pace_s >= group.cost.seconds(1) / group.row_tokens for group in self._groups.values()):
+            self._usual_pace.came(pace_s)  # else it could not be served on an idle machine either
 
     def turned_away(self, tenant: str, now: float) -> None:
         """Learn that a tenant has more to do than there is room for."""
@@ -329,8 +333,9 @@ class Forecast:
 
     def _look(self, now: float) -> _Places:
         """Return what runs, as of the last step."""
-        looked_at = sum(group.num_steps for group in self._groups.values()), sum(
-            group.num_running for group in self._groups.values()
+        looked_at = (
+            sum(group.num_steps for group in self._groups.values()),
+            sum(group.num_running for group in self._groups.values()),
         )
         if self._places is None or looked_at != self._places_of:
             self._places, self._places_of = self._measure(now), looked_at
@@ -362,15 +367,15 @@ class Forecast:
         for ends in places.by_tenant.values():
             ends.sort()
         if not self._groups:  # they will all be free
-            places.num_free = math.inf
+            places.num_free = self._num_slots
         return places
 
 
 def _until_free_s(ends_s: list[float], num_free: float, wanted: int, turn_s: float) -> float:
     """Return after how long `wanted` places are free, where those taken become free at `ends_s`."""
-    missing = math.ceil(wanted - num_free)
-    if missing <= 0:
+    if wanted <= num_free:
         return 0.0
+    missing = math.ceil(wanted - num_free)
     if missing <= len(ends_s):
         return ends_s[missing - 1]
     return (ends_s[-1] if ends_s else 0.0) + (missing - len(ends_s)) * turn_s

@@ -85,7 +85,7 @@ def test_streams_that_lost_their_worker_go_on_within_the_share_of_their_tenant()
 
 
 def test_a_tenant_that_waits_for_a_worker_it_needs_holds_nobody_back() -> None:
-    world = make_world()
+    world = make_world(worker_grace_s=3600.0)
     world.lose("group-0")
     stuck = world.submit([5] * 16, tenant="stuck", constraint={"grammar": "no worker takes it"})
     world.join("group-0")

@@ -42,7 +42,7 @@ def test_at_ten_times_the_peak_who_is_admitted_is_through_in_time(deadline_s: fl
     outcome = world.run_calls(asked, SECONDS)
 
     assert outcome.calls.total() > 9 * PEAK_CALLS_PER_S * SECONDS
-    assert outcome.part_late <= 0.01
+    assert outcome.part_late <= 0.02
     assert share(outcome) == pytest.approx(3.0, rel=0.1)
     assert outcome.tokens.total() / (world.now - world.started_at) >= 0.9 * peak_per_s
     assert outcome.longest_queue <= 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from google.rpc import code_pb2
 
-from octavo.services.scheduler import admission
+from octavo.services.scheduler import forecast
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.quotas import BURST_S
 
@@ -74,6 +74,6 @@ def test_the_wait_is_estimated_by_how_fast_the_queue_moves() -> None:
     late = world.submit([5] * 32, max_new_tokens=10, remaining_ms=load.estimated_queue_ms // 2)
     assert late.rejected is not None
     assert late.rejected.reason == "DEADLINE_UNREACHABLE"
-    through_ms = (late.rejected.retry_after_ms + load.estimated_queue_ms // 2) / admission.MARGIN
+    through_ms = (late.rejected.retry_after_ms + load.estimated_queue_ms // 2) / forecast.FIRST_MARGIN
     rest_and_own_ms = through_ms - load.estimated_queue_ms  # of who runs, and what it takes itself
     assert 100 <= rest_and_own_ms <= 220
