@@ -109,8 +109,8 @@ def test_what_cannot_be_in_time_on_an_idle_machine_is_refused_and_what_may_end_s
     world = Overload(max_running=2)
     world.submit([5] * 10, max_new_tokens=30)
     world.advance()
-    assert not world.submit([5] * 10, max_new_tokens=4000, remaining_ms=100).admitted
-    assert world.submit([5] * 10, max_new_tokens=4000, remaining_ms=100, end_of_sequence_ids=[7]).admitted
+    assert not world.submit([5] * 10, max_new_tokens=4000, remaining_ms=200).admitted
+    assert world.submit([5] * 10, max_new_tokens=4000, remaining_ms=200, end_of_sequence_ids=[7]).admitted
 
 
 def test_expected_is_the_average_of_the_tenants_outputs_within_the_limit() -> None:

@@ -76,4 +76,4 @@ def test_the_wait_is_estimated_by_how_fast_the_queue_moves() -> None:
     assert late.rejected.reason == "DEADLINE_UNREACHABLE"
     through_ms = (late.rejected.retry_after_ms + load.estimated_queue_ms // 2) / forecast.FIRST_MARGIN
     rest_and_own_ms = through_ms - load.estimated_queue_ms  # of who runs, and what it takes itself
-    assert 100 <= rest_and_own_ms <= 220
+    assert 100 <= rest_and_own_ms <= 260
