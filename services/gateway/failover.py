@@ -104,6 +104,7 @@ def continuation(stream: RequestStream, candidate: CandidateInbox, now: float) -
     submit = scheduler_pb2.Submit()
     submit.CopyFrom(stream.submit)
     submit.continue_token_ids.extend(candidate.token_ids)
+    submit.is_failover = True
     submit.candidate_count = 1
     submit.first_candidate_index = candidate.index
     if candidate.index or not stream.num_prompt_logprobs_missing:

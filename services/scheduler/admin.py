@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from itertools import islice
 from typing import Any
 
 from octavo.admin.v1 import admin_pb2, admin_pb2_grpc
@@ -11,6 +13,7 @@ from octavo.services.scheduler.engine import Engine
 from octavo.services.scheduler.sequence import Request, SequenceState
 
 DEFAULT_MAX_REQUESTS = 1000
+REQUESTS_AT_ONCE = 100  # are described before others have a turn: the event loop is the one that plans steps
 
 
 class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
@@ -31,10 +34,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         context: Any,  # noqa: ARG002
     ) -> admin_pb2.ListRequestsResponse:
         """List the requests that have not ended, oldest first."""
-        limit = request.max_requests or DEFAULT_MAX_REQUESTS
-        now = time.monotonic()
-        oldest = list(self._engine.core.requests())[:limit]
-        return admin_pb2.ListRequestsResponse(requests=[_describe(each, now) for each in oldest])
+        oldest = list(islice(self._engine.core.requests(), request.max_requests or DEFAULT_MAX_REQUESTS))
+        response, now = admin_pb2.ListRequestsResponse(), time.monotonic()
+        for at in range(0, len(oldest), REQUESTS_AT_ONCE):
+            part = oldest[at : at + REQUESTS_AT_ONCE]
+            response.requests.extend(_describe(each, now) for each in part if each.num_unfinished)
+            await asyncio.sleep(0)
+        return response
 
     async def FlushPrefixCache(  # noqa: N802
         self,
@@ -42,7 +48,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         context: Any,  # noqa: ARG002
     ) -> admin_pb2.FlushPrefixCacheResponse:
         """Forget every cached block that nobody holds."""
-        return admin_pb2.FlushPrefixCacheResponse(blocks_forgotten=self._engine.core.flush_prefix_cache())
+        return admin_pb2.FlushPrefixCacheResponse(blocks_forgotten=self._engine.flush_prefix_cache())
 
 
 def _describe(request: Request, now: float) -> admin_pb2.RequestInfo:
@@ -54,7 +60,14 @@ def _describe(request: Request, now: float) -> admin_pb2.RequestInfo:
         prompt_tokens=request.sequences[0].num_prompt,
         output_tokens=sum(seq.num_output for seq in request.sequences),
         age_ms=int(1000 * (now - request.admitted_at)),
-        kv_blocks=len({block.id for seq in request.sequences for block in seq.blocks}),
+        kv_blocks=_num_blocks(request),
         preemptions=sum(seq.num_preemptions for seq in request.sequences),
         gateway_id=request.gateway_id,
     )
+
+
+def _num_blocks(request: Request) -> int:
+    """Return how many blocks a request holds: its candidates share those of the prompt."""
+    if len(request.sequences) == 1:
+        return len(request.sequences[0].blocks)
+    return len({block.id for seq in request.sequences for block in seq.blocks})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from google.rpc import code_pb2
@@ -15,7 +16,6 @@ from octavo.services.scheduler.sequence_states import SequenceStates
 from octavo.services.scheduler.work import Work
 from octavo.services.scheduler.worker_group import WorkerGroup
 
-MARGIN = 1.2  # on what is foretold: requests are of different sizes, and rates change
 LONG_OUTPUT = 3.0  # averages: of outputs whose lengths are those of a memoryless process, one in twenty is longer
 MIN_RETRY_MS, MAX_RETRY_MS = 50, 60_000
 
@@ -92,7 +92,7 @@ class Admission:
         num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
         if num_waiting >= self._config.max_waiting:
             message = f"{num_waiting} requests are waiting, which is the limit"
-        elif self._has_its_share(submit.tenant):
+        elif self._has_its_share(submit.tenant, now):
             of_tenant = waiting.num_waiting(submit.tenant)
             message = f"{of_tenant} requests of the tenant are waiting, which is its share of the queue"
         elif waiting.num_tokens and waiting.num_tokens + num_tokens > self._config.max_waiting_tokens:
@@ -102,37 +102,41 @@ class Admission:
             )
         else:
             return self._refuse_for_deadline(submit, max_model_len, now)
-        retry_ms = int(500 * self._forecast.queue_s()) + 1
+        retry_ms = int(500 * self._forecast.queue_s(now)) + 1
         return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_ms=retry_ms)
 
-    def _has_its_share(self, tenant: str) -> bool:
+    def _has_its_share(self, tenant: str, now: float) -> bool:
         """Return whether as many sequences of a tenant wait as it may have in the queue."""
         count = self._states.waiting.num_waiting(tenant)
-        return count > 0 and count >= self._forecast.share(tenant) * self._config.max_waiting
+        return count > 0 and count >= self._forecast.share(tenant, now) * self._config.max_waiting
 
     def _refuse_for_deadline(
         self, submit: scheduler_pb2.Submit, max_model_len: int, now: float
     ) -> scheduler_pb2.Rejected | None:
         """Return why a request would not be through by its deadline."""
         if not submit.remaining_ms:
+            self._forecast.came(math.inf, 1)
             return None
         if submit.HasField("pooling"):
             lengths = list(submit.pooling.input_lengths)
-            num_output = num_longest = 1  # a vector takes the place of one token
+            num_longest = num_least = 1  # a vector takes the place of one token
         else:
             lengths = [len(submit.prompt_token_ids) + len(submit.continue_token_ids)] * max(submit.candidate_count, 1)
             room = max_model_len - len(submit.prompt_token_ids)
             limit, num_continued = min(room, submit.stop.max_new_tokens or room), len(submit.continue_token_ids)
-            num_output = max(self.outputs.tokens(submit, limit) - num_continued, 1)
             num_longest = max(self.outputs.tokens(submit, limit, LONG_OUTPUT) - num_continued, 1)
+            num_least = max(self.outputs.tokens(submit, limit, 0.0) - num_continued, 1)
+        self._forecast.came(submit.remaining_ms / 1000 / self._forecast.margin(now), num_longest)
+        wait_s = self._forecast.wait_s(submit.tenant, submit.priority, len(lengths), now)
+        num_ahead = len(self._states.waiting)
+        if not wait_s and not num_ahead:  # nobody is kept from anything if it gets longer than it might
+            num_longest = num_least
         longest = Work(max(lengths), num_longest)
-        others = Work(sum(lengths) - max(lengths), num_output * (len(lengths) - 1))
-        within_s = submit.remaining_ms / 1000
-        wait_s = self._forecast.wait_s(submit.tenant, submit.priority, len(lengths), others, within_s, now)
-        run_s = self._forecast.run_s(longest, self._config.max_prefill_tokens)
+        num_others = self._forecast.num_beside(num_ahead, now) + len(lengths) - 1
+        run_s = self._forecast.run_s(longest, num_others, self._config.max_prefill_tokens)
         wait_ms, run_ms = int(1000 * wait_s), int(1000 * run_s)
-        late_ms = int(MARGIN * (wait_ms + run_ms)) - submit.remaining_ms
-        if not wait_ms or late_ms <= 0:  # a request that can run at once is not kept from trying
+        late_ms = int(self._forecast.margin(now) * (wait_ms + run_ms)) - submit.remaining_ms
+        if late_ms <= 0:
             return None
         message = (
             f"the queue takes about {wait_ms} ms, the request itself {run_ms} ms, and the deadline is in "

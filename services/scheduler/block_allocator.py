@@ -49,26 +49,25 @@ class BlockAllocator:
             return False
         return seq.block_hashes[num_hits] in self._computing
 
-    def open(self, seq: Sequence, hits: list[Block], reserve: int) -> bool:
-        """Give `seq` blocks for all its tokens, `hits` first; False, changing nothing, if they do not fit.
+    def fits(self, seq: Sequence, hits: list[Block], reserve: int) -> bool:
+        """Return whether there are blocks for all tokens of `seq`, `hits` among them.
 
-        `reserve` blocks are left free for sequences that already run. Sets num_computed to the
-        cached tokens.
+        `reserve` blocks are left free for sequences that already run.
         """
-        assert not seq.blocks, seq
-        new = seq.num_blocks_needed - len(hits)
         # A hit on the free list leaves it, so it counts like a new block.
         revived = sum(block.ref_count == 0 for block in hits)
-        if new + revived + reserve > self.pool.num_free:
-            return False
+        return seq.num_blocks_needed - len(hits) + revived + reserve <= self.pool.num_free
+
+    def open(self, seq: Sequence, hits: list[Block]) -> None:
+        """Give `seq` blocks for all its tokens, `hits` first: they fit. Sets num_computed to the cached tokens."""
+        assert not seq.blocks, seq
         for block in hits:
             self.pool.hold(block)
-        seq.blocks = hits + self.pool.take(new)
+        seq.blocks = hits + self.pool.take(seq.num_blocks_needed - len(hits))
         seq.num_computed = len(hits) * BLOCK_SIZE
         seq.num_hashed_blocks = len(hits)
         for block_hash in seq.block_hashes[len(hits) :]:
             self._computing.setdefault(block_hash, seq)
-        return True
 
     def grow(self, seq: Sequence) -> Block:
         """Append one block to `seq`. The caller has made sure that one is free."""

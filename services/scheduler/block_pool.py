@@ -28,6 +28,7 @@ class BlockPool:
         self._blocks = [Block(block_id) for block_id in range(num_blocks)]
         self._by_hash: dict[bytes, Block] = {}
         self._free = FreeBlocks(self._blocks[1:], weights)
+        self._is_closed = False
 
     @property
     def num_free(self) -> int:
@@ -71,7 +72,7 @@ class BlockPool:
         """Make a tenant's held, full block findable. Of equal blocks only the first is: tables never change."""
         assert block.ref_count > 0, f"block {block.id} is not held"
         assert block.hash is None, f"block {block.id} already has content"
-        if block_hash not in self._by_hash:
+        if block_hash not in self._by_hash and not self._is_closed:
             block.hash, block.owner = block_hash, owner
             self._by_hash[block_hash] = block
             self._feed.stored(block_hash)
@@ -98,7 +99,8 @@ class BlockPool:
         return len(forgotten)
 
     def close(self) -> None:
-        """Report everything as no longer cached: the memory is gone."""
+        """Report everything as no longer cached, now and from now on: the memory is gone."""
+        self._is_closed = True
         for block_hash in self._by_hash:
             self._feed.removed(block_hash)
 

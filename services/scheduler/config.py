@@ -60,7 +60,15 @@ class SchedulerConfig(TelemetryConfig):
     max_request_ms: int = field(default=3_600_000, metadata={"help": "deadline of requests that have none"})
     max_recoveries: int = field(default=16, metadata={"help": "how often a request survives the loss of its worker"})
     max_resume_window_ms: int = field(
-        default=600_000, metadata={"help": "how long requests may go on after their gateway's stream broke"}
+        default=600_000,
+        metadata={"help": "how long requests may go on after their gateway's stream broke, or be kept once they ended"},
+    )
+    max_resume_bytes: int = field(
+        default=256 << 20,
+        metadata={
+            "help": "memory for requests that ended and can still be resumed; without room the tenant that has most "
+            "for its weight loses its oldest"
+        },
     )
     ageing_tokens_per_s: float = field(
         default=1024.0,
@@ -109,6 +117,8 @@ class SchedulerConfig(TelemetryConfig):
             )
         if self.step_timeout_s <= 0 or self.grace_s < 0 or self.worker_grace_s < 0:
             raise ValueError("step_timeout_s must be positive, grace_s and worker_grace_s not negative")
+        if self.max_resume_window_ms < 0 or self.max_resume_bytes < 0:
+            raise ValueError("max_resume_window_ms and max_resume_bytes must not be negative")
         if self.tenant_max_requests < 0 or self.tenant_tokens_per_s < 0:
             raise ValueError("tenant_max_requests and tenant_tokens_per_s must not be negative")
         self.check_telemetry()

@@ -51,25 +51,37 @@ class Effects:
         self._effects.append(SendPlan(group.group_id, group.epoch, plan))
 
     def send(self, gateway_id: str, message: scheduler_pb2.AttachResponse) -> None:
-        """Send a message to a gateway, if there is one."""
-        if gateway_id != NOBODY:
-            self._effects.append(SendToGateway(gateway_id, message))
+        """Send a message to a gateway, if there is one, after what it is owed so far."""
+        if gateway_id == NOBODY:
+            return
+        outbox = self._outboxes.get(gateway_id)
+        if outbox is not None:
+            self._flush(gateway_id, outbox, 0)
+        self._effects.append(SendToGateway(gateway_id, message))
 
     def outbox(self, gateway_id: str) -> Outbox:
         """Return what gathers tokens and endings for a gateway until `flush`."""
         return self._outboxes.setdefault(gateway_id, Outbox())
 
     def forget_gateway(self, gateway_id: str) -> None:
-        """Let go of a gateway that is gone."""
+        """Let go of a gateway that is gone: the next one of this name has other requests under its handles."""
         self._outboxes.pop(gateway_id, None)
+        self._effects = [
+            effect
+            for effect in self._effects
+            if not (isinstance(effect, SendToGateway) and effect.gateway_id == gateway_id)
+        ]
 
     def flush(self, step_id: int = 0) -> None:
         """Send each gateway what it is owed; of a step, or of none (0)."""
         for gateway_id, outbox in self._outboxes.items():
-            message = outbox.take(step_id)
-            if message is not None and gateway_id != NOBODY:
-                outputs = message.step_outputs
-                outputs.running = sum(group.num_running for group in self._groups.values())
-                outputs.waiting = self._states.num_waiting
-                outputs.kv_blocks_free = sum(group.pool.num_free for group in self._groups.values())
-                self.send(gateway_id, message)
+            self._flush(gateway_id, outbox, step_id)
+
+    def _flush(self, gateway_id: str, outbox: Outbox, step_id: int) -> None:
+        message = outbox.take(step_id)
+        if message is not None and gateway_id != NOBODY:
+            outputs = message.step_outputs
+            outputs.running = sum(group.num_running for group in self._groups.values())
+            outputs.waiting = self._states.num_waiting
+            outputs.kv_blocks_free = sum(group.pool.num_free for group in self._groups.values())
+            self._effects.append(SendToGateway(gateway_id, message))

@@ -8,9 +8,9 @@ from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.effects import Effects
 from octavo.services.scheduler.expected_output import ExpectedOutput
+from octavo.services.scheduler.forecast import Forecast
 from octavo.services.scheduler.live_requests import LiveRequests
 from octavo.services.scheduler.outputs import timing, usage
-from octavo.services.scheduler.policy import FairShare
 from octavo.services.scheduler.quotas import Quotas
 from octavo.services.scheduler.resume import num_output
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
@@ -28,9 +28,9 @@ class Endings:
         requests: LiveRequests,
         suspects: Suspects,
         quotas: Quotas,
-        fair_share: FairShare,
         outputs: ExpectedOutput,
         effects: Effects,
+        forecast: Forecast,
         tally: Tally,
     ) -> None:
         self._tally = tally
@@ -38,9 +38,9 @@ class Endings:
         self._requests = requests
         self._suspects = suspects
         self._quotas = quotas
-        self._fair_share = fair_share
         self._outputs = outputs
         self._effects = effects
+        self._forecast = forecast
 
     def stop(self, seq: Sequence, is_cut: bool = False) -> None:
         """End a sequence, whatever its state, without a word to the gateway; `is_cut`: not where it would have."""
@@ -56,7 +56,6 @@ class Endings:
         if request.num_unfinished == 0:
             self._requests.remove(request)
             self._quotas.ended(request.submit, num_output(request))
-            self._fair_share.forget_idle(other.submit.tenant for other in self._requests)
 
     def finish(self, seq: Sequence, reason: common_pb2.FinishReason, now: float, stop_token_id: int = 0) -> None:
         """End a sequence with a reason."""
@@ -73,6 +72,7 @@ class Endings:
         seq.outbox.finished.append(seq.ending)
         if seq.request.num_unfinished == 0:
             self._requests.resumable.ended(seq.request, now)
+            self._forecast.ended(seq.request, now > seq.request.deadline, now)
 
     def drop(self, request: Request) -> None:
         """End a request without a word."""
@@ -100,6 +100,7 @@ class Endings:
     def expire(self, request: Request, now: float) -> None:
         """End a request whose hard or soft deadline has passed."""
         if request.deadline <= now:
+            self._forecast.ended(request, True, now)
             started = any(seq.first_scheduled_at for seq in request.sequences)
             reason = "GENERATION_TIMEOUT" if started else "QUEUE_TIMEOUT"
             where = "while the output was being made" if started else "in the queue"
@@ -108,3 +109,11 @@ class Endings:
             for seq in request.sequences:
                 if seq.state is not SequenceState.FINISHED:
                     self.finish(seq, common_pb2.FINISH_REASON_TIME_LIMIT, now)
+
+    def expire_early(self, request: Request, now: float) -> None:
+        """End a request that cannot meet its deadline any more."""
+        self._forecast.ended(request, True, now)
+        started = any(seq.first_scheduled_at for seq in request.sequences)
+        reason = "GENERATION_TIMEOUT" if started else "QUEUE_TIMEOUT"
+        message = f"the deadline, in {1000 * (request.deadline - now):.0f} ms, cannot be met any more"
+        self.fail(request, code_pb2.DEADLINE_EXCEEDED, reason, message)

@@ -11,6 +11,8 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.cache_watchers import CacheWatchers
@@ -30,6 +32,9 @@ PROBE_S = 0.001
 MAX_UNSENT_MESSAGES = 10_000  # a gateway that does not read so many is cut off
 IDLE_CHECK_S = 1.0
 
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
 
 class GatewayConnection:
     """The messages that wait to be written to one gateway."""
@@ -48,12 +53,21 @@ class GatewayConnection:
 
 
 class Engine:
-    """Runs one Node. All methods are called on the event loop's thread."""
+    """Runs one Node. All methods are called on the event loop's thread.
+
+    Whatever the loop calls to change the node goes through `_enter`. An exception that left it otherwise would be
+    logged by the loop, which goes on, with half an event handled.
+    """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self.scheduler_id = config.scheduler_id or f"scheduler-{os.getpid()}"
-        self.link = WorkerLink(config.worker_endpoint, self._on_frame, self._on_disconnect, config.curve_files)
+        self.link = WorkerLink(
+            config.worker_endpoint,
+            lambda identity, frame: self._enter(self._on_frame, identity, frame),
+            self._on_disconnect,
+            config.curve_files,
+        )
         self._reports = Reports(config.progress_fd)
         self.telemetry = SchedulerTelemetry(config, self.scheduler_id)
         self.node = Node(
@@ -73,6 +87,7 @@ class Engine:
         self._pump_scheduled = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._next_load = self._next_idle_check = 0.0
         self._steps_checked = 0
         self._checked_idle = False
         self._no_requests = asyncio.Event()
@@ -85,8 +100,6 @@ class Engine:
         self.link.open(self._loop)
         self.telemetry.serve(self.load)
         self._ticker = asyncio.create_task(self._tick_forever())
-        # A bug in the core must end the process: half a scheduler is worse than none.
-        self._ticker.add_done_callback(self._on_ticker_done)
 
     async def stop(self) -> None:
         """Refuse new requests, let the running ones end for `grace_s`, then close everything."""
@@ -110,10 +123,17 @@ class Engine:
             await asyncio.wait_for(self._no_requests.wait(), grace_s)
         return self.core.num_requests
 
+    def flush_prefix_cache(self) -> int:
+        """Forget every cached block that nobody holds; return how many there were."""
+        return self._enter(self.core.flush_prefix_cache)
+
     # -- gateways --------------------------------------------------------------------------------
 
     def attach(self, hello: scheduler_pb2.Hello) -> GatewayConnection:
         """Take a gateway in and greet it. An older connection of the same gateway is closed."""
+        return self._enter(self._attach, hello)
+
+    def _attach(self, hello: scheduler_pb2.Hello) -> GatewayConnection:
         old = self._gateways.pop(hello.gateway_id, None)
         if old is not None:
             self._close(old)
@@ -126,7 +146,7 @@ class Engine:
         """Let a gateway go, and those of its requests that it cannot resume."""
         if self._gateways.get(connection.gateway_id) is connection:
             del self._gateways[connection.gateway_id]
-            self._close(connection)
+            self._enter(self._close, connection)
 
     def _close(self, connection: GatewayConnection) -> None:
         connection.closed.set()
@@ -137,7 +157,7 @@ class Engine:
         """Hand one message of a gateway to the scheduler."""
         if connection.closed.is_set():
             return
-        self.node.on_gateway_message(connection.gateway_id, message, time.monotonic())
+        self._enter(self.node.on_gateway_message, connection.gateway_id, message, time.monotonic())
         self._pump_soon()
 
     # -- workers ---------------------------------------------------------------------------------
@@ -154,7 +174,7 @@ class Engine:
     def _on_disconnect(self) -> None:
         """Look for the worker that is gone, once the socket knows it too."""
         if self._loop is not None:
-            self._loop.call_later(PROBE_S, self._probe)
+            self._loop.call_later(PROBE_S, self._enter, self._probe)
 
     def _probe(self) -> None:
         self.node.probe(time.monotonic())
@@ -170,14 +190,21 @@ class Engine:
         """Plan and deliver after the events that are already here."""
         if not self._pump_scheduled and self._loop is not None:
             self._pump_scheduled = True
-            self._loop.call_soon(self._guarded_pump)
+            self._loop.call_soon(self._enter, self._pump_now)
 
-    def _guarded_pump(self) -> None:
-        self._pump_scheduled = False
+    def _enter(
+        self, event: Callable[Parameters, Result], *arguments: Parameters.args, **options: Parameters.kwargs
+    ) -> Result:
+        """Handle an event. What is wrong with a message was answered further in: an exception here is a bug."""
         try:
-            self._pump()
-        except AssertionError as error:
+            return event(*arguments, **options)
+        except Exception as error:
             self._crash(error)
+            raise
+
+    def _pump_now(self) -> None:
+        self._pump_scheduled = False
+        self._pump()
 
     def _pump(self) -> None:
         """Plan what can be planned and deliver all effects."""
@@ -197,22 +224,24 @@ class Engine:
             connection.send(effect.message)
 
     async def _tick_forever(self) -> None:
-        """Watch time: deadlines, liveness, load reports, bookkeeping checks."""
-        next_load = next_idle_check = 0.0
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            now = time.monotonic()
-            self.link.receive()
-            self.node.tick(now)
-            self._pump()
-            if now >= next_load:
-                next_load = now + LOAD_INTERVAL_S
-                self._broadcast_load()
-                self.cache_watchers.flush(now)
-                self.telemetry.send_spans()
-            if now >= next_idle_check:
-                next_idle_check = now + IDLE_CHECK_S
-                self._check_books()
+            self._enter(self._tick)
+
+    def _tick(self) -> None:
+        """Watch time: deadlines, liveness, load reports, bookkeeping checks."""
+        now = time.monotonic()
+        self.link.receive()
+        self.node.tick(now)
+        self._pump()
+        if now >= self._next_load:
+            self._next_load = now + LOAD_INTERVAL_S
+            self._broadcast_load()
+            self.cache_watchers.flush(now)
+            self.telemetry.send_spans()
+        if now >= self._next_idle_check:
+            self._next_idle_check = now + IDLE_CHECK_S
+            self._check_books()
 
     def _check_books(self) -> None:
         """Verify the scheduler's invariants, when idle and after so many steps."""
@@ -240,11 +269,10 @@ class Engine:
             for connection in self._gateways.values():
                 connection.send(message)
 
-    def _on_ticker_done(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            self._crash(task.exception())
+    def _crash(self, error: BaseException) -> None:
+        """End the process: its books cannot be trusted, and half a scheduler is worse than none.
 
-    def _crash(self, error: BaseException | None) -> None:
-        """End the process: its books cannot be trusted. Gateways and workers find the next one."""
+        Gateways and workers find the next one.
+        """
         log.critical("the scheduler has a bug and ends: %s", error, exc_info=error)
         os._exit(70)

@@ -1,57 +1,139 @@
-"""When a request would be through: measured rates, divided among tenants as the queue divides them.
+"""Predicts when a request would end, from measured step times and from what runs and waits before it.
 
-Tenants that have something in the queue are served in proportion to their weights: see FairShare. So when a
-tenant has had all that it has there, the counters of the others have got as far as its own will then be. What
-that is in tokens, at the measured price of a token, is how long the tenant's next request waits.
+A sequence that waits gets its turn when one that runs has ended, so the times at which those end say when. Between
+tenants the places are divided by weight among those that have, or would like to have, something in the queue.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from octavo.services.scheduler.policy import FairShare, WaitingQueue
+from octavo.services.scheduler.concurrency import LOST_PACE, Concurrency
+from octavo.services.scheduler.config import BLOCK_SIZE
+from octavo.services.scheduler.fair_share import FairShare
+from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
+from octavo.services.scheduler.step_cost import StepCost
 from octavo.services.scheduler.tally import Tally
-from octavo.services.scheduler.work import Prices, Work
+from octavo.services.scheduler.waiting_queue import WaitingQueue
+from octavo.services.scheduler.work import Work
 from octavo.services.scheduler.worker_group import WorkerGroup
 
-MIN_MEASURED_S = 0.5  # of full load, before its pace is believed
-PACE_WINDOW_S = 10.0
 UNMET_S = 5.0
 """A tenant that was refused for lack of room has more to do for so long than what it has in the queue."""
 MAX_UNMET = 10_000  # tenants
-RECENT_S = 5.0  # of a window of what was admitted
+UNMET_SUMMED_S = 0.25  # how often the weights of such tenants are added up
+MEAN_MEMORY = 64  # sequences, after which one counts for a third in the mean lengths
+MIN_MARGIN, FIRST_MARGIN, MAX_MARGIN = 1.05, 1.1, 1.6
+LATE_PART = 0.01  # of the admitted requests: the margin is held where so many miss their deadline
+MARGIN_STEP = 0.02  # by which a late one raises the margin
+MARGIN_MEMORY_S = 20.0  # after which a raised margin is back at a third
+BIAS_MEMORY = 64  # sequences that waited, after which one counts for a third
+MAX_BIAS = 2.0
+TURNOVER_STEPS = 2  # until a place that is free is used: as many steps as are in flight
+PACE_PART, PACE_STEP = 0.1, 0.1  # the part of requests that may need a smaller pace; how fast that is learned
+MAX_LEARNED = 256  # groups whose step times are remembered after they are gone
+RESTART_S = 3.0  # until a worker that was lost is back, before one has been
+LONGEST_S = 1e6
 
 
-class RecentTokens:
-    """How many tokens a second each tenant had admitted lately: in this window, and in the one before."""
+class Margin:
+    """Learns what predicted times have to be multiplied with, so that few of the admitted are late."""
 
     def __init__(self) -> None:
-        self._since = 0.0
-        self._now: Counter[str] = Counter()
-        self._before: Counter[str] = Counter()
+        self._value = FIRST_MARGIN
+        self._at = -math.inf
 
-    def add(self, tenant: str, tokens: int, now: float) -> None:
-        """Count tokens."""
-        self._turn(now)
-        self._now[tenant] += tokens
+    def value(self, now: float) -> float:
+        """Return the factor."""
+        if self._value <= FIRST_MARGIN or now <= self._at:
+            return self._value
+        return FIRST_MARGIN + (self._value - FIRST_MARGIN) * math.exp((self._at - now) / MARGIN_MEMORY_S)
 
-    def per_s(self, now: float) -> dict[str, float]:
-        """Return the rates of all tenants that have one."""
-        self._turn(now)
-        seconds = RECENT_S + now - self._since
-        return {tenant: tokens / seconds for tenant, tokens in (self._now + self._before).items()}
+    def ended(self, was_late: bool, now: float) -> None:
+        """Learn whether an admitted request met its deadline."""
+        change = MARGIN_STEP * (was_late - LATE_PART)
+        self._value = min(max(self.value(now) + change, MIN_MARGIN), MAX_MARGIN)
+        self._at = now
 
-    def _turn(self, now: float) -> None:
-        if now - self._since > RECENT_S:
-            is_next = now - self._since < 2 * RECENT_S
-            self._before = self._now if is_next else Counter()
-            self._now, self._since = Counter(), now
+
+class MeanLengths:
+    """Tokens of a sequence on average, the latest ones counting most: of its prompt, uncached, and of its output."""
+
+    def __init__(self) -> None:
+        self._weight = self._prompt = self._output = 0.0
+
+    def add(self, num_prompt: int, num_output: int) -> None:
+        """Learn from a sequence that begins to run."""
+        kept = 1 - 1 / MEAN_MEMORY
+        self._weight = kept * self._weight + 1
+        self._prompt = kept * self._prompt + num_prompt
+        self._output = kept * self._output + num_output
+
+    @property
+    def prompt(self) -> float:
+        """Tokens to compute before the first one of the output; 0 if nothing is known."""
+        return self._prompt / self._weight if self._weight else 0.0
+
+    @property
+    def output(self) -> float:
+        """Tokens of the output; 1 if nothing is known."""
+        return self._output / self._weight if self._weight else 1.0
+
+
+class UsualPace:
+    """The seconds for each token that nine in ten of the requests that come have at least, refused ones included.
+
+    A group that ran more at once than this allows would be full of requests that have time, and refuse all others.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = math.inf
+
+    def came(self, seconds: float) -> None:
+        """Learn from a request; `seconds` is infinity if it has no deadline."""
+        if math.isinf(self.seconds):
+            self.seconds = seconds
+        elif seconds < self.seconds:  # a stochastic approximation of the quantile
+            self.seconds *= (1 - PACE_STEP) ** (1 - PACE_PART)
+        else:
+            self.seconds /= (1 - PACE_STEP) ** PACE_PART
+
+
+class Bias:
+    """How long sequences wait, in proportion to what was predicted: what the prediction does not know of."""
+
+    def __init__(self) -> None:
+        self._predicted = self._actual = float(BIAS_MEMORY)  # as if it had been right
+
+    def add(self, predicted_s: float, actual_s: float) -> None:
+        """Learn from a sequence; `predicted_s` was not corrected."""
+        kept = 1 - 1 / BIAS_MEMORY
+        ratio = min(max(actual_s / predicted_s, 1 / MAX_BIAS), MAX_BIAS)
+        self._predicted = kept * self._predicted + 1
+        self._actual = kept * self._actual + ratio
+
+    @property
+    def value(self) -> float:
+        """Return the factor."""
+        return max(self._actual / self._predicted, 1.0)
+
+
+@dataclass
+class _Places:
+    """What runs: for each tenant the seconds until each of its sequences ends, in order; and how many more may run."""
+
+    num_free: float = 0.0
+    ends_s: list[float] = field(default_factory=list)
+    by_tenant: dict[str, list[float]] = field(default_factory=dict)
+    token_s: float = 0.0  # what a prompt's token takes: all groups together
+    turn_s: float = 0.0  # from one end to the next, once those that run now have ended
 
 
 class Forecast:
-    """Measures how fast work is done while there is more than can run, and foretells from that."""
+    """Owner of what was learned of step times, lengths and errors; predicts from that."""
 
     def __init__(
         self, groups: Mapping[str, WorkerGroup], waiting: WaitingQueue, fair_share: FairShare, tally: Tally
@@ -60,35 +142,61 @@ class Forecast:
         self._waiting = waiting
         self._fair_share = fair_share
         self._tally = tally
-        # Seconds' worth of work that was done at full load, and seconds that took. Cached prefixes, missing blocks
-        # and the time between steps show in it, as they do in no worker's price of a token.
-        self._done_s = 0.0
-        self._full_s = 0.0
-        self._observed: tuple[float, Work] | None = None  # time, and all that was done; None: a slot was free
+        self._margin = Margin()
+        self._learned: dict[str, StepCost] = {}  # of groups that are gone, the latest last
+        self._lost_at: float | None = None  # the last worker, if none has come since
+        self._restart_s = RESTART_S
+        self._num_slots = math.inf  # of the last one
+        self._mean = MeanLengths()
+        self._bias = Bias()
+        self._usual_pace = UsualPace()
         self._unmet_until: dict[str, float] = {}  # by tenant, the first to end first
-        self._admitted = RecentTokens()
+        self._unmet_weight = 0.0  # of those of them that do not wait
+        self._unmet_at = -math.inf
+        self._promised: list[tuple[float, int, int, Sequence]] = []  # heap
+        self._places: _Places | None = None
+        self._places_of: tuple[int, int] = (0, 0)
 
     # -- what is learned -------------------------------------------------------------------------
 
-    def observe(self, now: float) -> None:
-        """Learn how fast work is done. To be called many times a second."""
-        done = Work(self._tally.looked_up_tokens, self._tally.output_tokens)
-        if self._observed is not None:
-            then, done_then = self._observed
-            since = Work(done.prompt - done_then.prompt, done.output - done_then.output)
-            self._full_s += now - then
-            self._done_s += Prices.of(self._groups.values()).seconds(since)
-        is_full = bool(self._groups) and (bool(len(self._waiting)) or not self._num_free_slots())
-        self._observed = (now, done) if is_full else None
-        if self._full_s > PACE_WINDOW_S:  # what is old counts for less and less
-            self._full_s /= 2
-            self._done_s /= 2
-        while self._unmet_until and next(iter(self._unmet_until.values())) <= now:
-            del self._unmet_until[next(iter(self._unmet_until))]
+    def joined(self, group: WorkerGroup, now: float) -> None:
+        """Let a new group begin with what is known of the one that it takes the place of."""
+        known = self._learned.pop(group.group_id, None) or next(reversed(self._learned.values()), None)
+        if known is not None:
+            group.cost = known.copy()
+        if self._lost_at is not None:
+            self._restart_s = now - self._lost_at
+            self._lost_at = None
+        self._places = None
 
-    def admitted(self, tenant: str, work: Work, now: float) -> None:
-        """Learn that a tenant has more to do."""
-        self._admitted.add(tenant, work.tokens, now)
+    def lost(self, group: WorkerGroup, now: float) -> None:
+        """Remember what is known of a group that is gone."""
+        self._learned.pop(group.group_id, None)
+        if group.cost.is_known:
+            self._learned[group.group_id] = group.cost
+        if len(self._learned) > MAX_LEARNED:
+            del self._learned[next(iter(self._learned))]
+        self._lost_at = now
+        self._num_slots = group.num_running + len(group.free_slots)
+        self._places = None
+
+    def opened(self, seq: Sequence, now: float) -> None:
+        """Learn the lengths of a sequence that begins to run, and how long it waited."""
+        if seq.predicted_wait_s:
+            self._bias.add(seq.predicted_wait_s, now - seq.admitted_at)
+            seq.predicted_wait_s = 0.0
+        self._mean.add(seq.num_behind, seq.num_expected_left)
+
+    def ended(self, request: Request, was_late: bool, now: float) -> None:
+        """Learn whether a request that was admitted met its deadline."""
+        if request.submit.remaining_ms:
+            self._margin.ended(was_late, now)
+
+    def came(self, left_s: float, num_output: int) -> None:
+        """Learn that a request came that has so many tokens to make in so many seconds; infinity: any time."""
+        pace_s = left_s / num_output
+        if any(pace_s >= group.cost.seconds(1) / group.row_tokens for group in self._groups.values()):
+            self._usual_pace.came(pace_s)  # else it could not be served on an idle machine either
 
     def turned_away(self, tenant: str, now: float) -> None:
         """Learn that a tenant has more to do than there is room for."""
@@ -96,81 +204,178 @@ class Forecast:
         if len(self._unmet_until) < MAX_UNMET:
             self._unmet_until[tenant] = now + UNMET_S
 
-    # -- what is foretold: 0 if nothing is known yet ---------------------------------------------
+    # -- what is predicted: 0 if nothing is known yet --------------------------------------------
 
-    def queue_s(self) -> float:
+    def margin(self, now: float) -> float:
+        """Return what predicted times are multiplied with before they are compared with a deadline."""
+        return self._margin.value(now)
+
+    @property
+    def token_share(self) -> float:
+        """Return the tokens that a step has for each sequence that runs: one, and its part of others' prompts."""
+        return 1.0 + self._mean.prompt / self._mean.output
+
+    def concurrency(self, group: WorkerGroup, now: float) -> Concurrency:
+        """Return who can run beside those that run on a group."""
+        return Concurrency(group, self.token_share, self._usual_pace.seconds, now)
+
+    def queue_s(self, now: float) -> float:
         """Return how long it takes until all that waits has been served."""
-        return Prices.of(self._groups.values()).seconds(self._waiting.work()) / self._pace()
-
-    def share(self, tenant: str) -> float:
-        """Return the part of the queue that is a tenant's among those that wait or would like to."""
-        tenants = {tenant, *self._waiting.tenants(), *self._unmet_until}
-        return self._fair_share.weight(tenant) / sum(map(self._fair_share.weight, tenants))
-
-    def wait_s(self, tenant: str, priority: int, num_sequences: int, own: Work, within_s: float, now: float) -> float:
-        """Return after how long, at the latest, all sequences of a new request run; 0 if at once.
-
-        own       the work of all of them but one
-        within_s  the time in which it matters what others will ask for
-        """
-        num_free = self._num_free_slots()
-        if not len(self._waiting) and num_free >= num_sequences:
+        waiting = self._waiting.work()
+        places = self._look(now)
+        num_places = max(len(places.ends_s) + places.num_free, 1.0)
+        if math.isinf(num_places):
             return 0.0
-        running, next_slot_s = self._running()
-        before = Work(own.prompt, own.output)
-        before.add(running[tenant])
-        before.add(self._waiting.work(tenant, priority))
-        wait_s = self._until_done_s(tenant, before, running, within_s, now) / self._pace()
-        return wait_s if num_free or not self._groups else max(wait_s, next_slot_s)
+        outputs_s = waiting.sequences * places.turn_s
+        return min(waiting.prompt * places.token_s + outputs_s + self._absent_s(now), LONGEST_S)
 
-    def run_s(self, work: Work, max_prefill_tokens: int) -> float:
-        """Return how long a sequence takes from its slot to its end."""
-        groups = self._groups.values()
-        if not groups:
+    def share(self, tenant: str, now: float) -> float:
+        """Return the part of the queue that is a tenant's among those that wait or would like to."""
+        weight = self._fair_share.weight(tenant)
+        return weight / max(self._competing(tenant, now), weight)
+
+    def wait_s(self, tenant: str, priority: int, num_sequences: int, now: float) -> float:
+        """Return after how long all sequences of a new request run; 0 if at once."""
+        places = self._look(now)
+        ahead = self._waiting.work()
+        if ahead.sequences:
+            own = self._waiting.work(tenant, priority)
+            by_share = own.sequences / self.share(tenant, now) + 1
+            if by_share < ahead.sequences:
+                ahead = Work(int(ahead.prompt * by_share / ahead.sequences), 0, int(by_share))
+        prompts_s = ahead.prompt * places.token_s
+        wait_s = _until_free_s(places.ends_s, places.num_free, ahead.sequences + num_sequences, places.turn_s)
+        share = self.share(tenant, now)
+        if share < 1.0:  # others wait for their part of the places
+            own_ends = places.by_tenant.get(tenant, [])
+            own_places = share * (len(places.ends_s) + places.num_free)
+            num_own = self._waiting.work(tenant, priority).sequences + num_sequences
+            turn_s = places.turn_s / share
+            wait_s = max(wait_s, _until_free_s(own_ends, own_places - len(own_ends), num_own, turn_s))
+        return (prompts_s + wait_s) * self._bias.value + self._absent_s(now)
+
+    def num_beside(self, num_others: int, now: float) -> float:
+        """Return how many of so many others that wait will run beside a sequence."""
+        return min(num_others, max(self._look(now).num_free, 0.0))
+
+    def run_s(self, work: Work, num_others: float, max_prefill_tokens: int) -> float:
+        """Return how long a sequence takes from its slot to its end, beside `num_others` more than run now."""
+        costs = [(group.cost, group.num_running, group.row_tokens) for group in self._groups.values()]
+        if not costs and self._learned:
+            costs = [(next(reversed(self._learned.values())), 0, 1.0)]
+        if not costs:
             return 0.0
         whole, rest = divmod(work.prompt, max_prefill_tokens)
-        prefill_s = min(whole * group.cost.seconds(max_prefill_tokens) + group.cost.seconds(rest) for group in groups)
-        token_s = max(
-            max(group.cost.mean_s, group.cost.seconds(group.num_running)) / group.row_tokens for group in groups
-        )
-        return prefill_s + work.output * token_s
+        others = num_others / len(costs)
 
-    def _running(self) -> tuple[defaultdict[str, Work], float]:
-        """Return what each tenant's running sequences have left, and after how long the first one may be through."""
-        running: defaultdict[str, Work] = defaultdict(Work)
-        next_slot_s = math.inf
+        def seconds(cost: StepCost, num_running: int, row_tokens: float) -> float:
+            prefill_s = whole * cost.seconds(max_prefill_tokens) + (cost.seconds(rest) if rest else 0.0)
+            step_s = cost.seconds((num_running + others + 1) * self.token_share) / row_tokens
+            return prefill_s + (work.output + TURNOVER_STEPS) * step_s
+
+        return min(seconds(*known) for known in costs)
+
+    def least_run_s(self, seq: Sequence) -> float:
+        """Return how long a sequence takes at least until its end, as far as that is certain.
+
+        While others wait, the places of those that end are taken again: steps do not get much shorter.
+        """
+        times_s = []
         for group in self._groups.values():
-            shortest = math.inf
+            if group.cost.is_known:
+                step_s = group.cost.seconds(1)
+                if len(self._waiting):
+                    step_s = max(step_s, LOST_PACE * group.cost.seconds(group.mean_running * self.token_share))
+                left = 1 if seq.stop_ids and seq.state is SequenceState.RUNNING else seq.num_expected_left
+                times_s.append(group.cost.token_s * max(seq.num_behind - 1, 0) + left * step_s / group.row_tokens)
+        return min(times_s, default=0.0)
+
+    # -- helpers ---------------------------------------------------------------------------------
+
+    def _absent_s(self, now: float) -> float:
+        """Return how long it takes until there is a worker again."""
+        if self._groups or self._lost_at is None:
+            return 0.0
+        return max(self._lost_at + self._restart_s - now, 0.0)
+
+    def _competing(self, tenant: str, now: float) -> float:
+        """Return the weights of `tenant` and of all others that wait or were refused lately."""
+        if now - self._unmet_at >= UNMET_SUMMED_S:
+            while self._unmet_until and next(iter(self._unmet_until.values())) <= now:
+                del self._unmet_until[next(iter(self._unmet_until))]
+            waiting = self._waiting.tenants()
+            unmet = (name for name in self._unmet_until if name not in waiting)
+            self._unmet_weight, self._unmet_at = sum(map(self._fair_share.weight, unmet)), now
+        counts = self._waiting.num_waiting(tenant) or tenant in self._unmet_until
+        own = 0.0 if counts else self._fair_share.weight(tenant)
+        return self._fair_share.total_weight + self._unmet_weight + own
+
+    def promise(self, seq: Sequence, now: float) -> None:
+        """Remember what a sequence that is admitted needs: a pace, once it runs. To be called before it waits."""
+        request = seq.request
+        if request.submit.remaining_ms:
+            wait_s = self.wait_s(request.submit.tenant, request.submit.priority, 1, now)
+            seq.predicted_wait_s = (wait_s - self._absent_s(now)) / self._bias.value
+            left_s = (request.deadline - now) / self.margin(now) - wait_s
+            pace_s = left_s / max(seq.num_expected_left, 1)
+            heapq.heappush(self._promised, (pace_s, request.arrival, seq.candidate_index, seq))
+            self._places = None
+
+    def _least_promised_s(self) -> float:
+        """Return the least pace that was promised to a sequence that waits; infinity if there is none."""
+        promised = self._promised
+        while promised and promised[0][-1].state is not SequenceState.WAITING:
+            heapq.heappop(promised)
+        return promised[0][0] if promised else math.inf
+
+    def _most_promised(self, group: WorkerGroup) -> float:
+        return group.cost.most_tokens(self._least_promised_s() * group.row_tokens) / self.token_share
+
+    def _look(self, now: float) -> _Places:
+        """Return what runs, as of the last step."""
+        looked_at = (
+            sum(group.num_steps for group in self._groups.values()),
+            sum(group.num_running for group in self._groups.values()),
+        )
+        if self._places is None or looked_at != self._places_of:
+            self._places, self._places_of = self._measure(now), looked_at
+        return self._places
+
+    def _measure(self, now: float) -> _Places:
+        places = _Places()
+        prompts_per_s = ends_per_s = 0.0
+        for group in self._groups.values():
+            num_running = max(group.num_running, 1)
+            step_s = group.cost.seconds(num_running * self.token_share) / group.row_tokens
             for seq in group.running():
-                left, work = seq.num_expected_left, running[seq.request.submit.tenant]
-                work.prompt += max(seq.num_behind - 1, 0)
-                work.output += left
-                shortest = min(shortest, left)
-            next_slot_s = min(next_slot_s, shortest * group.cost.mean_s / group.row_tokens)
-        return running, next_slot_s
+                ends_s = (seq.num_expected_left + TURNOVER_STEPS) * step_s
+                places.ends_s.append(ends_s)
+                places.by_tenant.setdefault(seq.request.submit.tenant, []).append(ends_s)
+            most = min(self.concurrency(group, now).most_sequences(), self._most_promised(group))
+            allowed = most - group.num_running
+            if not group.model.whole_sequences:
+                blocks = (self._mean.prompt + self._mean.output) / BLOCK_SIZE + 1
+                allowed = min(allowed, group.pool.num_free / blocks)
+            places.num_free += min(allowed, len(group.free_slots))
+            if group.cost.token_s:
+                prompts_per_s += 1 / group.cost.token_s
+            if step_s:
+                ends_per_s += num_running / (step_s * (self._mean.output + TURNOVER_STEPS))
+        places.token_s = 1 / prompts_per_s if prompts_per_s else 0.0
+        places.turn_s = 1 / ends_per_s if ends_per_s else 0.0
+        places.ends_s.sort()
+        for ends in places.by_tenant.values():
+            ends.sort()
+        if not self._groups:  # they will all be free
+            places.num_free = self._num_slots
+        return places
 
-    def _until_done_s(self, tenant: str, own: Work, running: Mapping[str, Work], within_s: float, now: float) -> float:
-        """Return what is computed, in seconds' worth, until a tenant has had all of `own`."""
-        prices, fair_share = Prices.of(self._groups.values()), self._fair_share
-        waiting, recent = set(self._waiting.tenants()), self._admitted.per_s(now)
-        lowest = fair_share.lowest(waiting)
 
-        def counter(name: str) -> float:
-            return fair_share.counter(name) if name in waiting else max(fair_share.counter(name), lowest)
-
-        reached = counter(tenant) + fair_share.cost(tenant, own.tokens)
-        total_s = prices.seconds(own)
-        for other in (waiting | self._unmet_until.keys() | recent.keys() | running.keys()) - {tenant}:
-            tokens = max(0.0, reached - counter(other)) * fair_share.weight(other)
-            if other not in waiting and other not in self._unmet_until:  # it does not even want its share
-                tokens = min(tokens, running[other].tokens + recent.get(other, 0.0) * within_s)
-            alike = self._waiting.work(other) if other in waiting else own
-            total_s += tokens * prices.seconds(alike) / alike.tokens if alike.tokens else 0.0
-        return total_s
-
-    def _pace(self) -> float:
-        """Return how much of a second's worth of work is done in a second of full load."""
-        return self._done_s / self._full_s if self._full_s >= MIN_MEASURED_S and self._done_s else 1.0
-
-    def _num_free_slots(self) -> int:
-        return sum(len(group.free_slots) for group in self._groups.values())
+def _until_free_s(ends_s: list[float], num_free: float, wanted: int, turn_s: float) -> float:
+    """Return after how long `wanted` places are free, where those taken become free at `ends_s`."""
+    if wanted <= num_free:
+        return 0.0
+    missing = math.ceil(wanted - num_free)
+    if missing <= len(ends_s):
+        return ends_s[missing - 1]
+    return (ends_s[-1] if ends_s else 0.0) + (missing - len(ends_s)) * turn_s

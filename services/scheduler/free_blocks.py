@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
 STALE_TURNS = 16  # a tenant that was idle while the whole pool was given out so many times protects nothing
-MAX_EVICTIONS = 64  # from one tenant before the others are compared again
+SIZE_STEPS = 16
 
 
 class Block:
@@ -29,19 +31,15 @@ class Block:
 
 
 class BlockList:
-    """A doubly linked list threaded through the blocks, so that one can leave its middle in constant time.
+    """A doubly linked list threaded through the blocks, so that one can leave its middle in constant time."""
 
-    last_used   the pool's count of blocks given out when something came or went
-    """
-
-    __slots__ = ("_ends", "last_used", "size")
+    __slots__ = ("_ends", "size")
 
     def __init__(self) -> None:
         # One sentinel is both ends of the list, so that linking needs no special cases.
         self._ends = Block(-1)
         self._ends.prev = self._ends.next = self._ends
         self.size = 0
-        self.last_used = 0
 
     def __iter__(self) -> Iterator[Block]:
         block = self._ends.next
@@ -78,20 +76,39 @@ class BlockList:
         self.size -= 1
 
 
+class CachedBlocks(BlockList):
+    """The free blocks that a tenant has cached, least recently used first.
+
+    last_used   the pool's count of blocks given out when something came or went
+    filed       the size that it counts for among the others: at least its own, and little more when it is looked at
+    """
+
+    __slots__ = ("filed", "last_used", "owner", "weight")
+
+    def __init__(self, owner: str, weight: float) -> None:
+        super().__init__()
+        self.owner = owner
+        self.weight = weight
+        self.last_used = 0
+        self.filed = 0
+
+
 class FreeBlocks:
     """Blocks without content, and for each tenant its cached ones, least recently used first.
 
     Blocks without content are used first. Then the tenant whose cache is the largest for its weight
     gives up its oldest block: so whoever floods the cache pushes out its own prefixes, and a small
-    tenant keeps what it has. One that nobody has asked for in a long time is first to go.
+    tenant keeps what it has. One that nobody has asked for in a long time is first to go. Sizes are
+    compared to one part in SIZE_STEPS, so that not each block that comes or goes changes an order.
     """
 
     def __init__(self, blocks: list[Block], weights: Mapping[str, float]) -> None:
         self._weights = weights
         self._empty = BlockList()
-        self._cached: dict[str, BlockList] = {}  # by tenant; none of them empty
+        self._cached: OrderedDict[str, CachedBlocks] = OrderedDict()  # by tenant, idle longest first; none empty
+        # Heap, the largest for its weight first. Of a tenant's entries the one with its filed size counts.
+        self._by_size: list[tuple[float, str, int]] = []
         self._num_taken = 0
-        self._victim: tuple[str, float, int] = ("", 0.0, 0)  # who gives up blocks, while larger than, how often yet
         self.size = 0
         for block in blocks:
             self.add(block)
@@ -101,14 +118,18 @@ class FreeBlocks:
         if block.hash is None:
             self._empty.append(block)
         else:
-            cached = self._cached.setdefault(block.owner, BlockList())
+            cached = self._cached.get(block.owner)
+            if cached is None:
+                cached = self._cached[block.owner] = CachedBlocks(block.owner, self._weights.get(block.owner, 1.0))
             cached.append(block)
-            cached.last_used = self._num_taken
+            self._touch(cached)
+            if cached.size > cached.filed:
+                self._file(cached, cached.size + cached.size // SIZE_STEPS)
         self.size += 1
 
     def revive(self, block: Block) -> None:
         """Let a block go whose content somebody wants: it has some."""
-        self._cached[block.owner].last_used = self._num_taken
+        self._touch(self._cached[block.owner])
         self.remove(block)
 
     def remove(self, block: Block) -> None:
@@ -125,29 +146,38 @@ class FreeBlocks:
     def take(self) -> Block:
         """Remove and return the block to give out next; there must be one."""
         self._num_taken += 1
-        block = self._empty.first if self._empty.size else self._evicted()
+        block = self._empty.first if self._empty.size else self._victim().first
         self.remove(block)
         return block
 
-    def _evicted(self) -> Block:
-        """Return the block whose content is given up."""
-        owner, least, count = self._victim
-        if owner not in self._cached or count == MAX_EVICTIONS or self._size_of(owner) < least:
-            owner, least, count = self._choose_victim()
-        self._victim = owner, least, count + 1
-        return self._cached[owner].first
+    def _victim(self) -> CachedBlocks:
+        """Return whose oldest block is given up."""
+        idle = next(iter(self._cached.values()))
+        if self._num_taken - idle.last_used > STALE_TURNS * self.size:
+            return idle
+        while True:
+            _, owner, filed = self._by_size[0]
+            cached = self._cached.get(owner)
+            if cached is None or cached.filed != filed:
+                heapq.heappop(self._by_size)
+            elif filed - cached.size > filed // SIZE_STEPS:  # it has become smaller since
+                self._file(cached, cached.size)
+            else:
+                return cached
 
-    def _choose_victim(self) -> tuple[str, float, int]:
-        """Return the tenant with the largest cache, and the size of the second largest."""
-        sizes = sorted(((self._size_of(owner), owner) for owner in self._cached), reverse=True)[:2]
-        return sizes[0][1], sizes[-1][0] if len(sizes) > 1 else 0.0, 0
+    def _touch(self, cached: CachedBlocks) -> None:
+        """Note that somebody uses what a tenant has cached."""
+        if cached.last_used != self._num_taken:
+            cached.last_used = self._num_taken
+            self._cached.move_to_end(cached.owner)
 
-    def _size_of(self, owner: str) -> float:
-        """Return the size of a tenant's cache as it counts against others."""
-        cached = self._cached[owner]
-        if self._num_taken - cached.last_used > STALE_TURNS * self.size:
-            return float("inf")
-        return cached.size / self._weights.get(owner, 1.0)
+    def _file(self, cached: CachedBlocks, size: int) -> None:
+        """Let a tenant's cache count for so many blocks among the others."""
+        cached.filed = size
+        heapq.heappush(self._by_size, (-size / cached.weight, cached.owner, size))
+        if len(self._by_size) > 64 + 4 * len(self._cached):  # mostly of sizes that were
+            self._by_size = [(-each.filed / each.weight, each.owner, each.filed) for each in self._cached.values()]
+            heapq.heapify(self._by_size)
 
     def check_invariants(self) -> None:
         """Assert that each list has what belongs there, and as much as it says."""
@@ -161,4 +191,9 @@ class FreeBlocks:
                 assert (block.hash is None) == (cached is self._empty), f"block {block.id} is on the wrong list"
                 assert cached is self._empty or block.owner == owner, f"block {block.id} is another tenant's"
         assert total == self.size, (total, self.size)
-        assert all(cached.size for cached in self._cached.values())
+        entries = {(owner, size) for _, owner, size in self._by_size}
+        for each in self._cached.values():
+            assert 0 < each.size <= each.filed, (each.owner, each.size, each.filed)
+            assert (each.owner, each.filed) in entries, f"{each.owner} is not filed under its size"
+        last_used = [each.last_used for each in self._cached.values()]
+        assert last_used == sorted(last_used), "tenants are not in the order in which they were idle"

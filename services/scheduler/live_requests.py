@@ -7,11 +7,12 @@ import math
 from collections.abc import Iterator
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.effects import NOBODY, Effects
-from octavo.services.scheduler.policy import WaitingQueue
 from octavo.services.scheduler.progress import ProgressReports
 from octavo.services.scheduler.resume import ResumableRequests
 from octavo.services.scheduler.sequence import Request, SequenceState
+from octavo.services.scheduler.waiting_queue import WaitingQueue
 
 NEVER = math.inf
 
@@ -19,9 +20,10 @@ NEVER = math.inf
 class LiveRequests:
     """Owner of requests by gateway and handle, of their deadlines and of what can be resumed."""
 
-    def __init__(self) -> None:
-        self.resumable = ResumableRequests()
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.resumable = ResumableRequests(config.max_resume_window_ms, config.max_resume_bytes, config.weights())
         self._by_key: dict[tuple[str, int], Request] = {}
+        self._by_id: dict[str, dict[Request, None]] = {}  # by the client's name for it, of any tenant; none empty
         self._deadlines: list[tuple[float, str, int]] = []  # heap of (time, gateway, handle)
         self._progress = ProgressReports()
 
@@ -35,26 +37,41 @@ class LiveRequests:
         """Return a request of a gateway."""
         return self._by_key.get((gateway_id, handle))
 
+    def with_id(self, request_id: str) -> list[Request]:
+        """Return the requests that clients gave this id, oldest first."""
+        return list(self._by_id.get(request_id, ()))
+
+    def holds(self, request: Request) -> bool:
+        """Return whether a request has not ended. Its key alone does not tell: a gateway may use it anew."""
+        return self._by_key.get(request.key) is request
+
     def of_gateway(self, gateway_id: str) -> list[Request]:
         """Return all requests of a gateway, oldest first."""
         return [request for request in self if request.gateway_id == gateway_id]
 
     def add(self, request: Request, now: float) -> None:
-        """File a request under its gateway and handle."""
+        """File a request under its gateway and handle, which name no other one."""
+        assert request.key not in self._by_key, request
         self._by_key[request.key] = request
+        self._by_id.setdefault(request.submit.request_id, {})[request] = None
         self._set_deadline(request)
         if request.gateway_id != NOBODY:
             self._progress.add(request.key, request, now)
 
     def remove(self, request: Request) -> None:
         """Let go of a request that has ended."""
-        del self._by_key[request.key]
+        assert self._by_key.pop(request.key) is request, request
+        alike = self._by_id[request.submit.request_id]
+        del alike[request]
+        if not alike:
+            del self._by_id[request.submit.request_id]
         self._progress.remove(request.key)
 
     def hand_over(self, request: Request, gateway_id: str, handle: int, effects: Effects, now: float) -> None:
         """Make a request, which may have ended, another gateway's or nobody's."""
-        is_live = self._by_key.pop(request.key, None) is not None
-        self._progress.remove(request.key)
+        is_live = self.holds(request)
+        if is_live:
+            self.remove(request)
         self.resumable.detached.pop(request, None)
         request.gateway_id, request.handle, request.resume_until = gateway_id, handle, NEVER
         outbox = effects.outbox(gateway_id)
@@ -91,5 +108,6 @@ class LiveRequests:
             assert request.key == key, request
             alive = sum(seq.state is not SequenceState.FINISHED for seq in request.sequences)
             assert alive == request.num_unfinished > 0, request
+        assert {request for alike in self._by_id.values() for request in alike} == set(self._by_key.values())
         self._progress.check_invariants(self._by_key)
         self.resumable.check_invariants(set(self))

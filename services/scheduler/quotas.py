@@ -30,6 +30,7 @@ class Quotas:
         self._default = default
         self._by_tenant = by_tenant
         self._accounts: dict[str, _Account] = {}
+        self._most_kept = MAX_TENANTS
 
     def quota(self, tenant: str) -> Quota:
         """Return the limits of a tenant."""
@@ -55,7 +56,7 @@ class Quotas:
             return
         account = self._accounts.get(submit.tenant)
         if account is None:
-            if len(self._accounts) >= MAX_TENANTS:
+            if len(self._accounts) >= self._most_kept:
                 self._forget_idle()
             account = self._accounts[submit.tenant] = _Account(0, BURST_S * quota.tokens_per_s, now)
         self._fill(account, quota, now)
@@ -76,10 +77,14 @@ class Quotas:
         account.filled_at = now
 
     def _forget_idle(self) -> None:
-        """Keep the table bounded by what is in flight: forget who is idle and owes nothing."""
+        """Keep the table bounded by what is in flight: forget who is idle and owes nothing.
+
+        Where few are, the next time is far enough off that it costs each new tenant little.
+        """
         self._accounts = {
             tenant: account for tenant, account in self._accounts.items() if account.num_requests or account.tokens < 0
         }
+        self._most_kept = max(MAX_TENANTS, 2 * len(self._accounts))
 
 
 def cost(submit: scheduler_pb2.Submit) -> int:

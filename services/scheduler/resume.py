@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.ended_requests import EndedRequests
 from octavo.services.scheduler.outputs import Outbox
 from octavo.services.scheduler.sequence import Request, Sequence
 
 MAX_STATE_BYTES = 65_536  # of Submit.gateway_state
 MAX_UNREAD_TOKENS = 4096  # made by a request while no stream takes them
-MAX_ENDED = 4096  # ended requests that are kept; the oldest is forgotten
 TOKENS_PER_MESSAGE = 8192  # of a replay
 
 
@@ -21,9 +20,11 @@ class ResumableRequests:
     `detached` are those without a stream, each with the tokens it had when its stream broke.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_window_ms: int, max_bytes: int, weights: Mapping[str, float]) -> None:
+        """Keep ended requests in at most `max_bytes`, shared among tenants by their `weights`."""
+        self._max_window_ms = max_window_ms
         self._by_id: dict[tuple[str, str], Request] = {}  # by tenant and id: one cannot touch another's
-        self._ended: OrderedDict[Request, float] = OrderedDict()  # until when each is kept
+        self._ended = EndedRequests(max_bytes, weights)
         self.detached: dict[Request, int] = {}
 
     def __len__(self) -> int:
@@ -31,11 +32,15 @@ class ResumableRequests:
 
     def add(self, request: Request) -> None:
         """Remember a request that was admitted."""
-        if request.submit.resume_window_ms:
+        if request.submit.resume_window_ms and not request.submit.HasField("pooling"):  # vectors are not kept
             old = self._by_id.get(_key(request))
             if old is not None:
                 self.forget(old)
             self._by_id[_key(request)] = request
+
+    def window_s(self, request: Request) -> float:
+        """Return how long a request is kept, without a stream or ended."""
+        return min(request.submit.resume_window_ms, self._max_window_ms) / 1000
 
     def holds(self, request: Request) -> bool:
         """Return whether a request can be taken over."""
@@ -56,35 +61,39 @@ class ResumableRequests:
         """Keep a request no longer."""
         if self.holds(request):
             del self._by_id[_key(request)]
-        self._ended.pop(request, None)
+        self._ended.remove(request)
         self.detached.pop(request, None)
 
     def ended(self, request: Request, now: float) -> None:
-        """Keep a request that has ended for its window."""
+        """Keep a request that has ended for its window, if there is room."""
         self.detached.pop(request, None)
         if not self.holds(request):
             return
-        self._ended[request] = now + request.submit.resume_window_ms / 1000
-        if len(self._ended) > MAX_ENDED:
-            self.forget(next(iter(self._ended)))
+        for seq in request.sequences:
+            seq.block_hashes = []  # it will compute nothing more
+        self._ended.add(request, now + self.window_s(request))
+        self._forget_ended(now)
 
     def expired(self, now: float) -> Iterator[Request]:
         """Forget the ended requests whose window is over; yield the running ones that nobody took over in time.
 
         The caller ends those.
         """
-        for request in [request for request, until in self._ended.items() if until <= now]:
-            self.forget(request)
+        self._forget_ended(now)
         for request, had in list(self.detached.items()):
             if request.resume_until <= now or num_output(request) - had > MAX_UNREAD_TOKENS:
                 yield request
+
+    def _forget_ended(self, now: float) -> None:
+        while (request := self._ended.next_to_go(now)) is not None:
+            self.forget(request)
 
     def check_invariants(self, live: set[Request]) -> None:
         """Assert that what is kept has not been lost track of. `live` are all that have not ended."""
         assert self.detached.keys() <= live
         assert all(request in live or request in self._ended for request in self._by_id.values())
-        assert set(self._ended) <= set(self._by_id.values())
-        assert len(self._ended) <= MAX_ENDED
+        assert len(self._ended) == sum(request in self._ended for request in self._by_id.values())
+        self._ended.check_invariants()
 
 
 def _key(request: Request) -> tuple[str, str]:

@@ -17,14 +17,17 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler import pooling
 from octavo.services.scheduler.admission import Admission, reject
 from octavo.services.scheduler.cache_feed import CacheFeed
+from octavo.services.scheduler.capacity import Capacity
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
+from octavo.services.scheduler.early_ends import EarlyEnds
 from octavo.services.scheduler.effects import Effect, Effects
 from octavo.services.scheduler.endings import Endings
+from octavo.services.scheduler.fair_share import FairShare
 from octavo.services.scheduler.forecast import Forecast
 from octavo.services.scheduler.live_requests import NEVER, LiveRequests
 from octavo.services.scheduler.model_facts import GENERATOR, ModelFacts
 from octavo.services.scheduler.outputs import length_reason
-from octavo.services.scheduler.policy import FairShare, WaitingQueue
+from octavo.services.scheduler.policy import ShortestFirst
 from octavo.services.scheduler.quotas import Quotas
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
 from octavo.services.scheduler.sequence_states import SequenceStates
@@ -34,11 +37,14 @@ from octavo.services.scheduler.step_planner import StepPlanner
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.takeover import Takeover
 from octavo.services.scheduler.tally import Tally
-from octavo.services.scheduler.work import Work
+from octavo.services.scheduler.waiting_queue import WaitingQueue
 from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
+LAST_MOMENT_S = 0.1  # before its deadline: a client that cancels then has given up waiting
 MAX_TOKENS = 1 << 30  # longer than any context
+MAX_CANDIDATES = 1 << 16  # of a request, those before the first one included
+GIVE_UP_S = 1.0  # how often it is looked for requests that no worker can run
 
 
 class Scheduler:
@@ -53,22 +59,26 @@ class Scheduler:
         self._suspects = Suspects()
         self._quotas = Quotas(config.default_quota(), config.quotas())
         fair_share = FairShare(config.weights())
-        self._waiting = WaitingQueue(fair_share, config.ageing_tokens_per_s)
+        self._waiting = WaitingQueue(fair_share, ShortestFirst(config.ageing_tokens_per_s))
         self._states = SequenceStates(self._waiting, tally)
         self._forecast = Forecast(self._groups, self._waiting, fair_share, tally)
         self._admission = Admission(config, self._states, self._forecast)
-        self._requests = LiveRequests()
+        self._early_ends = EarlyEnds(self._forecast)
+        self._requests = LiveRequests(config)
         self._effects = Effects(self._groups, self._states)
         self._endings = Endings(
-            self._states, self._requests, self._suspects, self._quotas, fair_share, self._admission.outputs,
-            self._effects, tally,
+            self._states, self._requests, self._suspects, self._quotas, self._admission.outputs, self._effects,
+            self._forecast, tally,
         )  # fmt: skip
-        self._takeover = Takeover(epoch, config.max_resume_window_ms, self._requests, self._endings, self._effects)
-        self._planner = StepPlanner(config, self._groups, self._states, self._suspects, fair_share, tally)
-        self._digest = StepDigest(self._states, self._suspects, self._endings, tally)
+        self._takeover = Takeover(epoch, self._requests, self._endings, self._effects)
+        self._planner = StepPlanner(
+            config, self._groups, self._states, self._suspects, fair_share, self._forecast, tally
+        )
+        self._capacity = Capacity(self._groups, config.worker_grace_s)
+        self._digest = StepDigest(self._states, self._suspects, self._endings, self._capacity, tally)
         self._num_arrivals = 0
-        self._max_model_len = 0  # of the workers there are, or were last; 0: not known yet
-        self._model: ModelFacts | None = None  # of the same
+        self._next_give_up = now
+        self._model: ModelFacts | None = None  # of the workers there are, or were last
         self._last_worker_at = now  # a scheduler that just started waits for its workers to come back
         self._draining = False
 
@@ -102,11 +112,11 @@ class Scheduler:
             waiting_uncached_tokens=self._waiting.num_tokens,
             kv_blocks_free=sum(group.pool.num_free for group in groups),
             kv_blocks_total=sum(group.pool.num_blocks - 1 for group in groups),
-            estimated_queue_ms=int(1000 * self._forecast.queue_s()),
+            estimated_queue_ms=int(1000 * self._forecast.queue_s(now)),
             draining=self._draining,
             workers_ready=len(groups),
             step_age_ms=int(1000 * (now - oldest)),
-            max_model_len=self._max_model_len,
+            max_model_len=self._capacity.max_model_len(now),
             prompt_tokens=self._tally.prompt_tokens,
             output_tokens=self._tally.output_tokens,
             looked_up_tokens=self._tally.looked_up_tokens,
@@ -154,24 +164,25 @@ class Scheduler:
         self._requests.resumable.add(request)
         self._quotas.let_in(submit, now)
         outbox = self._effects.outbox(gateway_id)
-        max_tokens = len(submit.prompt_token_ids) + (submit.stop.max_new_tokens or MAX_TOKENS)
-        max_tokens = min(max_tokens, self._max_model_len or MAX_TOKENS)
+        max_len = len(submit.prompt_token_ids) + (submit.stop.max_new_tokens or MAX_TOKENS)
+        max_len = min(max_len, self._capacity.max_model_len(now) or MAX_TOKENS)
         is_pooling = submit.HasField("pooling")
         if is_pooling or submit.prompt_logprobs:
             submit.bypass_prefix_cache = True  # all hidden states are needed
         for index, tokens in enumerate(pooling.prompts_of(submit), submit.first_candidate_index):
-            limit = len(tokens) + 1 if is_pooling else max_tokens  # a vector takes the place of one token
+            limit = len(tokens) + 1 if is_pooling else max_len  # a vector takes the place of one token
             expected = limit if is_pooling else self._admission.expected_tokens(submit, limit)
             request.sequences.append(Sequence(request, index, tokens, limit, expected, outbox))
         request.num_unfinished = len(request.sequences)
         self._requests.add(request, now)
+        self._early_ends.add(request, now)
         self._effects.send(gateway_id, scheduler_pb2.AttachResponse(admitted=self._admitted(request)))
         for seq in request.sequences:
-            if len(seq.tokens) >= seq.max_tokens:  # nothing left to do of an output that is continued
+            if len(seq.tokens) >= seq.max_len:  # nothing left to do of an output that is continued
                 self._endings.finish(seq, length_reason(seq), now)
             else:
+                self._forecast.promise(seq, now)
                 self._waiting.add(seq)
-                self._forecast.admitted(submit.tenant, Work.of(seq), now)
         self._effects.flush()
 
     def cancel(self, gateway_id: str, cancel: scheduler_pb2.Cancel, now: float) -> None:
@@ -186,6 +197,8 @@ class Scheduler:
             if not cancel.HasField("candidate_index") or seq.candidate_index == cancel.candidate_index:
                 self._endings.stop(seq)
         if request.num_unfinished == 0:  # nobody wants to take it over
+            if request.deadline - now < LAST_MOMENT_S:  # its client's clock ended it
+                self._forecast.ended(request, True, now)
             self._requests.resumable.forget(request)
 
     def reattach(self, gateway_id: str, reattach: scheduler_pb2.Reattach, now: float) -> None:
@@ -241,19 +254,15 @@ class Scheduler:
         group.takes_grammars = takes_grammars
         group.scores_prompts = scores_prompts
         group.max_row_tokens = max_row_tokens
+        self._forecast.joined(group, now)
         self._groups[group_id] = group
-        self._max_model_len = min(other.max_model_len for other in self._groups.values())
+        self._capacity.joined()
         self._last_worker_at = now
-        for seq in list(self._states.without_slot()):  # they may have come when the limit was not known
+        for seq in list(self._states.without_slot()):  # they may have come when the model was not known
             if seq.state is SequenceState.FINISHED:  # with its request, in this loop
                 continue
             if problem := pooling.mismatch(seq.request.submit, model):
                 self._endings.fail(seq.request, code_pb2.FAILED_PRECONDITION, "FEATURE_DISABLED", problem)
-                continue
-            seq.max_tokens = min(seq.max_tokens, self._max_model_len + model.makes_vectors)
-            if len(seq.tokens) >= seq.max_tokens:
-                message = f"the workers hold at most {self._max_model_len} tokens of a sequence"
-                self._endings.fail(seq.request, code_pb2.INVALID_ARGUMENT, "KV_CAPACITY_EXCEEDED", message)
 
     def worker_lost(self, group_id: str, now: float, crashed: bool = False) -> None:
         """Take a worker group out of service: its sequences go on elsewhere, or when it is back.
@@ -264,6 +273,8 @@ class Scheduler:
         group = self._groups.pop(group_id)
         group.pool.close()
         group.is_lost = True
+        self._forecast.lost(group, now)
+        self._capacity.lost(group, now)
         self._last_worker_at = now
         in_flight = [seq for step in group.in_flight for seq in (*step.sampled, *step.unsampled)]
         lost = list(group.running()) + [seq for seq in self._states.settling() if seq.group is group]
@@ -281,6 +292,8 @@ class Scheduler:
                     seq.request, code_pb2.UNAVAILABLE, "NO_WORKERS", "lost its worker too often", resumable=True
                 )
         culprit = self._suspects.crashed(in_flight, now) if crashed else None
+        for request in dict.fromkeys(seq.request for seq in lost):
+            self._states.file_again(request)
         if culprit is not None:
             message = "workers died of this request, and of no other: it is refused for a while"
             self._endings.fail(culprit, code_pb2.INTERNAL, "QUARANTINED", message)
@@ -295,11 +308,15 @@ class Scheduler:
 
     def tick(self, now: float) -> None:
         """Act on deadlines, measure the queue and report progress."""
-        self._forecast.observe(now)
         for unwanted in list(self._requests.resumable.expired(now)):
             self._endings.drop(unwanted)
         for request in self._requests.take_overdue(now):
             self._endings.expire(request, now)
+        for request in self._early_ends.take(now):
+            self._endings.expire_early(request, now)
+        if now >= self._next_give_up:
+            self._next_give_up = now + GIVE_UP_S
+            self._give_up_stranded(now)
         self._effects.flush()
         for gateway_id, progress in self._requests.take_progress(self._waiting, now).items():
             self._effects.send(gateway_id, scheduler_pb2.AttachResponse(progress=progress))
@@ -313,6 +330,22 @@ class Scheduler:
                     break
                 self._effects.send_plan(group, plan)
 
+    def _give_up_stranded(self, now: float) -> None:
+        """End requests that no worker can run, after those that could had time to come back."""
+        for seq in self._capacity.give_up(self._waiting, now):
+            if seq.state is SequenceState.FINISHED:  # with its request, in this loop
+                continue
+            num_tokens, limit = len(seq.tokens), self._capacity.max_model_len(now)
+            is_exhausted = self._capacity.is_exhausted(seq)  # so it came when no limit was known
+            if is_exhausted and seq.first_scheduled_at:
+                self._endings.finish(seq, length_reason(seq), now)
+            elif is_exhausted and not seq.num_output:
+                message = f"the prompt has {num_tokens} tokens; the workers hold at most {limit} of a sequence"
+                self._endings.fail(seq.request, code_pb2.INVALID_ARGUMENT, "KV_CAPACITY_EXCEEDED", message)
+            else:
+                message = f"the worker that could go on with {num_tokens} tokens, or with what is asked for, is gone"
+                self._endings.fail(seq.request, code_pb2.UNAVAILABLE, "NO_WORKERS", message, resumable=True)
+
     # -- helpers ---------------------------------------------------------------------------------
 
     def _refuse(self, gateway_id: str, submit: scheduler_pb2.Submit, now: float) -> scheduler_pb2.Rejected | None:
@@ -323,12 +356,15 @@ class Scheduler:
         if self._requests.get(gateway_id, submit.handle) is not None:
             message = f"handle {submit.handle} is in use"
             return reject(submit, code_pb2.ALREADY_EXISTS, "IDEMPOTENCY_CONFLICT", message)
+        if submit.first_candidate_index + submit.candidate_count > MAX_CANDIDATES:
+            message = f"a request has at most {MAX_CANDIDATES} candidates"
+            return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", message)
         quarantined_s = self._suspects.quarantined_s(submit, now)
         if quarantined_s:
             message = f"workers died of this request before; it is refused for another {quarantined_s:.0f} s"
             return reject(submit, code_pb2.INTERNAL, "QUARANTINED", message)
-        # What is continued was let in once: its tenant pays for it, and must not lose it.
-        shortage, retry_ms = ("", 0) if submit.continue_token_ids else self._quotas.shortage(submit.tenant, now)
+        # What a gateway lost with its scheduler was let in once: its tenant pays for it, and must not lose it.
+        shortage, retry_ms = ("", 0) if submit.is_failover else self._quotas.shortage(submit.tenant, now)
         if shortage:
             message = f"the quota of the tenant is used up: {shortage}"
             return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", message, retry_ms=retry_ms)
@@ -338,7 +374,7 @@ class Scheduler:
             message = "a constraint must be a grammar here: gateways translate the other kinds"
             return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_CONSTRAINT", message)
         has_workers = self._groups or now - self._last_worker_at < self._config.worker_grace_s
-        max_model_len = (self._max_model_len or MAX_TOKENS) if has_workers else 0
+        max_model_len = (self._capacity.max_model_len(now) or MAX_TOKENS) if has_workers else 0
         return self._admission.refuse(submit, self._groups.values(), max_model_len, now)
 
     def _admitted(self, request: Request) -> scheduler_pb2.Admitted:
@@ -356,9 +392,8 @@ class Scheduler:
         total, request_id = common_pb2.Usage(), cancel.request_id
         found = [
             request
-            for request in self._requests
-            if request.submit.request_id == request_id
-            and (not cancel.HasField("tenant") or request.submit.tenant == cancel.tenant)
+            for request in self._requests.with_id(request_id)
+            if not cancel.HasField("tenant") or request.submit.tenant == cancel.tenant
         ]
         for request in found:
             for seq in request.sequences:

@@ -62,22 +62,24 @@ class Sequence:
     tokens          prompt, then output: every token whose value is known here
     num_computed    tokens whose keys and values are in the cache, or will be after the plans sent
     num_pending     tokens that plans in flight will sample: they exist, their values do not yet
-    max_tokens      prompt and output together never get longer
+    max_len         prompt and output together never get longer
+    max_tokens      nor longer than this while it runs where it does: its group may have less room
     blocks          its blocks, in order; block_hashes names the full ones, as far as hashed
     expected_tokens prompt and output together are expected to get about so long
     slot_scores     its slot was opened with the wish for log probabilities of the prompt
     num_accepted    output tokens that took no step of their own: they were guessed, and the guess was right
     num_scored      prompt tokens whose log probabilities are known or not wanted: all, unless they are wanted
     kept_logprobs   of its newest tokens, if its request can be resumed and wants them
+    predicted_wait_s  how long it would wait for a slot, as predicted when it was admitted; 0: not predicted
     ending          how it ended, if its client was told
     """
 
     __slots__ = (
         "admitted_at", "block_hashes", "blocks", "candidate_index", "ending", "expected_tokens",
-        "first_scheduled_at", "first_token_at", "group", "handle", "kept_logprobs", "last_token_at", "max_tokens",
-        "min_stop_tokens", "num_accepted", "num_cached_tokens", "num_computed", "num_hashed_blocks", "num_logprobs",
-        "num_pending", "num_preemptions", "num_prompt", "num_recoveries", "num_scored", "outbox", "request", "slot",
-        "slot_scores", "state", "stop_ids", "tokens",
+        "first_scheduled_at", "first_token_at", "group", "handle", "kept_logprobs", "last_token_at", "max_len",
+        "max_tokens", "min_stop_tokens", "num_accepted", "num_cached_tokens", "num_computed", "num_hashed_blocks",
+        "num_logprobs", "num_pending", "num_preemptions", "num_prompt", "num_recoveries", "num_scored", "outbox",
+        "predicted_wait_s", "request", "slot", "slot_scores", "state", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -85,7 +87,7 @@ class Sequence:
         request: Request,
         candidate_index: int,
         tokens: array[int],
-        max_tokens: int,
+        max_len: int,
         expected_tokens: int,
         outbox: Outbox,
     ) -> None:
@@ -99,7 +101,7 @@ class Sequence:
         self.state = SequenceState.WAITING
         self.tokens = tokens
         self.num_prompt = len(tokens) - len(submit.continue_token_ids)
-        self.max_tokens = max_tokens
+        self.max_len = self.max_tokens = max_len
         self.expected_tokens = expected_tokens
         self.stop_ids = frozenset(submit.end_of_sequence_ids) | frozenset(submit.stop.stop_token_ids)
         wants_prompt = submit.prompt_logprobs > 0 and candidate_index == submit.first_candidate_index
@@ -119,6 +121,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.num_recoveries = 0
+        self.predicted_wait_s = 0.0
         self.first_scheduled_at = 0.0
         self.first_token_at = 0.0
         self.last_token_at = 0.0

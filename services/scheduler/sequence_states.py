@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from octavo.services.scheduler.policy import WaitingQueue
-from octavo.services.scheduler.sequence import Sequence, SequenceState
+from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
 from octavo.services.scheduler.tally import Tally
+from octavo.services.scheduler.waiting_queue import WaitingQueue
+from octavo.services.scheduler.worker_group import WorkerGroup
 
 
 class SequenceStates:
@@ -17,6 +18,7 @@ class SequenceStates:
         self.waiting = waiting
         # Lost their blocks while a step was in flight; they queue again when its tokens are known.
         self._settling: dict[Sequence, None] = {}
+        self._running: dict[str, dict[Sequence, None]] = {}  # by tenant, none of them empty
 
     @property
     def num_waiting(self) -> int:
@@ -31,6 +33,24 @@ class SequenceStates:
     def settling(self) -> list[Sequence]:
         """Return the sequences that wait for a step in flight."""
         return list(self._settling)
+
+    def running_of(self, tenant: str) -> Collection[Sequence]:
+        """Return the sequences of a tenant that hold a slot."""
+        return self._running.get(tenant, {}).keys()
+
+    def run(self, seq: Sequence, group: WorkerGroup) -> None:
+        """Move a sequence that waits to a slot of a group; it has its blocks."""
+        self.waiting.serve(seq)
+        seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
+        seq.max_tokens = min(seq.max_len, group.max_model_len + group.model.makes_vectors)
+        group.prefilling.append(seq)
+        self._running.setdefault(seq.request.submit.tenant, {})[seq] = None
+
+    def file_again(self, request: Request) -> None:
+        """Put what waits of a request where it belongs in the queue: it lost its worker, or is blamed for that."""
+        for seq in request.sequences:
+            if seq in self.waiting:
+                self.waiting.file_again(seq)
 
     def preempt(self, seq: Sequence) -> None:
         """Take everything back from a running sequence and queue it again, to be computed anew."""
@@ -91,12 +111,20 @@ class SequenceStates:
         group.free_slots.append(seq.slot)
         group.freed_slots.append(seq.slot)
         seq.slot = -1
+        tenant = seq.request.submit.tenant
+        del self._running[tenant][seq]
+        if not self._running[tenant]:
+            del self._running[tenant]
+        seq.max_tokens = seq.max_len
 
     def check_invariants(self) -> None:
         """Assert that who waits holds nothing, and that the queue has counted right."""
-        assert self.waiting.num_tokens == sum(len(seq.tokens) for seq in self.waiting)
+        self.waiting.check_invariants()
+        assert all(self._running.values())
+        assert all(seq.state is SequenceState.RUNNING for seqs in self._running.values() for seq in seqs)
         for seq in self.without_slot():
             assert seq.state is SequenceState.WAITING, seq
             assert not seq.blocks, seq
             assert seq.slot == -1, seq
+            assert seq.max_tokens == seq.max_len, seq
         assert all(seq.num_pending for seq in self._settling)

@@ -1,43 +1,87 @@
-"""What a step costs: learned from the steps of a worker group."""
+"""Predicts how long a step takes: learned from the steps of a worker group."""
 
 from __future__ import annotations
 
-MEMORY_STEPS = 256  # after so many a step counts for a third
+from dataclasses import dataclass, replace
+
+SHAPE_STEPS = 1024  # after so many, a step counts for a third in how the time grows with the tokens
+SPEED_STEPS = 24  # and after so many, in how fast the machine is now
+MIN_SPREAD = 1e-4  # of the sizes' squares: with less, nothing is known of other sizes
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Weighted sums over steps; older ones count for less."""
+
+    steps: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    tokens_squared: float = 0.0
+    product: float = 0.0
+
+    def add(self, num_tokens: int, seconds: float, memory: int) -> None:
+        kept = 1 - 1 / memory
+        self.steps = kept * self.steps + 1
+        self.tokens = kept * self.tokens + num_tokens
+        self.seconds = kept * self.seconds + seconds
+        self.tokens_squared = kept * self.tokens_squared + num_tokens * num_tokens
+        self.product = kept * self.product + num_tokens * seconds
 
 
 class StepCost:
-    """A fixed time and a time for each token, fitted to the latest steps by least squares. 0 if there were none."""
+    """Models a step's time as a fixed part and a part for each token, times the speed of the moment.
+
+    The two parts are a least-squares fit over many steps, because steps of one size say nothing of others. The
+    speed is what the latest steps took in proportion to the fit, because a machine is slow for a while when other
+    work comes. All values are seconds, and 0 while no step is known.
+    """
 
     def __init__(self) -> None:
-        self._weight = self._tokens = self._seconds = self._tokens_squared = self._product = 0.0
+        self._shape, self._speed = _Sums(), _Sums()
+        self._fixed_s = self._token_s = 0.0
+
+    def copy(self) -> StepCost:
+        """Return an independent copy, for a worker that takes the place of this one."""
+        other = StepCost()
+        other._shape, other._speed = replace(self._shape), replace(self._speed)
+        other._fixed_s, other._token_s = self._fixed_s, self._token_s
+        return other
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a step was recorded."""
+        return self._shape.steps > 0
 
     def record(self, num_tokens: int, seconds: float) -> None:
         """Learn from a step."""
-        kept = 1 - 1 / MEMORY_STEPS
-        self._weight = kept * self._weight + 1
-        self._tokens = kept * self._tokens + num_tokens
-        self._seconds = kept * self._seconds + seconds
-        self._tokens_squared = kept * self._tokens_squared + num_tokens * num_tokens
-        self._product = kept * self._product + num_tokens * seconds
+        self._shape.add(num_tokens, seconds, SHAPE_STEPS)
+        self._speed.add(num_tokens, seconds, SPEED_STEPS)
+        shape = self._shape
+        mean_tokens, mean_s = shape.tokens / shape.steps, shape.seconds / shape.steps
+        variance = shape.tokens_squared / shape.steps - mean_tokens**2
+        slope = 0.0
+        if variance > MIN_SPREAD * mean_tokens**2:
+            slope = max(0.0, (shape.product / shape.steps - mean_tokens * mean_s) / variance)
+        self._token_s = min(slope, mean_s / mean_tokens) if mean_tokens else 0.0
+        self._fixed_s = mean_s - self._token_s * mean_tokens
 
     @property
-    def mean_s(self) -> float:
-        """What a step took on average."""
-        return self._seconds / self._weight if self._weight else 0.0
+    def _slowness(self) -> float:
+        expected_s = self._fixed_s * self._speed.steps + self._token_s * self._speed.tokens
+        return self._speed.seconds / expected_s if expected_s else 1.0
 
     @property
     def token_s(self) -> float:
         """What each token adds to a step."""
-        if not self._weight:
-            return 0.0
-        mean_tokens = self._tokens / self._weight
-        variance = self._tokens_squared / self._weight - mean_tokens**2
-        if variance <= 1e-6 * mean_tokens**2:  # all steps were of one size
-            return 0.0
-        return max(0.0, (self._product / self._weight - mean_tokens * self.mean_s) / variance)
+        return self._token_s * self._slowness
 
-    def seconds(self, num_tokens: int) -> float:
+    def seconds(self, num_tokens: float) -> float:
         """Return what a step of so many tokens takes."""
-        if not self._weight:
+        return (self._fixed_s + self._token_s * num_tokens) * self._slowness
+
+    def most_tokens(self, seconds: float) -> float:
+        """Return how many tokens a step of so many seconds can have: 0 if none, infinity if the size is no matter."""
+        left_s = seconds / self._slowness - self._fixed_s if self._slowness else seconds
+        if left_s <= 0:
             return 0.0
-        return max(0.0, self.mean_s + self.token_s * (num_tokens - self._tokens / self._weight))
+        return left_s / self._token_s if self._token_s else float("inf")

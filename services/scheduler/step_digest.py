@@ -7,6 +7,7 @@ from array import array
 
 from google.rpc import code_pb2
 
+from octavo.services.scheduler.capacity import Capacity
 from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.endings import Endings
 from octavo.services.scheduler.outputs import (
@@ -31,7 +32,10 @@ NOT_FINITE, NOT_READY, NOTHING_ALLOWED, TOO_COMPLEX = 0xFFFFFFFF, 0xFFFFFFFE, 0x
 class StepDigest:
     """Takes a worker's answers, in the order of its plans."""
 
-    def __init__(self, states: SequenceStates, suspects: Suspects, endings: Endings, tally: Tally) -> None:
+    def __init__(
+        self, states: SequenceStates, suspects: Suspects, endings: Endings, capacity: Capacity, tally: Tally
+    ) -> None:
+        self._capacity = capacity
         self._tally = tally
         self._states = states
         self._suspects = suspects
@@ -99,7 +103,7 @@ class StepDigest:
             if token in seq.stop_ids and len(tokens) > seq.min_stop_tokens:
                 self._endings.finish(seq, stop_reason(seq, token), now, stop_token_id=token)
             elif len(tokens) >= seq.max_tokens:
-                self._endings.finish(seq, length_reason(seq), now)
+                self._at_full_length(seq, now)
             elif seq.num_pending == 0 and seq.state is SequenceState.WAITING:
                 self._states.settle(seq)
         self._tally.digested(len(token_ids) - num_unwanted, num_first, num_accepted, gap_s)
@@ -107,6 +111,13 @@ class StepDigest:
         if self._suspects:
             self._suspects.survived(step.sampled)
         return True
+
+    def _at_full_length(self, seq: Sequence, now: float) -> None:
+        """End a sequence, or let it go on where there is more room for it than here."""
+        if len(seq.tokens) >= seq.max_len or self._capacity.is_exhausted(seq):
+            self._endings.finish(seq, length_reason(seq), now)
+        else:
+            self._states.preempt(seq)
 
     def _check_counts(self, group: WorkerGroup, step: StepInFlight, counts: array[int]) -> None:
         """Raise WorkerMisbehavedError if rows cannot have so many tokens."""

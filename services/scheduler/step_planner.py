@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
+from octavo.services.scheduler.fair_share import FairShare
+from octavo.services.scheduler.forecast import Forecast
+from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.plan_builder import LAST_SAMPLED, SAMPLE, PlanBuilder
-from octavo.services.scheduler.policy import FairShare, choose_group, choose_victim
-from octavo.services.scheduler.sequence import Sequence, SequenceState
+from octavo.services.scheduler.policy import Rank, choose_group, choose_victim
+from octavo.services.scheduler.sequence import Sequence
 from octavo.services.scheduler.sequence_states import SequenceStates
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.tally import Tally
@@ -16,6 +21,8 @@ from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, StepInFl
 from octavo.worker.v1 import worker_pb2
 
 MAX_SCORED_TOKENS = 128  # in a step: each makes a row of logits, and is ranked among the vocabulary
+MAX_PASSED_OVER = 64  # sequences in a step that may run soon, here or elsewhere: the search ends there
+MAX_SEARCHES = 8  # of the queue in a step
 
 
 @dataclass
@@ -24,6 +31,28 @@ class _Budget:
 
     tokens: int
     scored_tokens: int = MAX_SCORED_TOKENS
+
+
+class _PromptsAhead:
+    """Those open prompts that come first in a step, as many as fill it."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._num_tokens = 0
+        self._prompts: list[tuple[Rank, int]] = []  # sorted; without the last one the budget is not full
+
+    def add(self, rank: Rank, num_tokens: int) -> None:
+        """Count a prompt with so many tokens to compute."""
+        if self.fill_before(rank):
+            return
+        insort(self._prompts, (rank, num_tokens))
+        self._num_tokens += num_tokens
+        while self._num_tokens - self._prompts[-1][1] >= self._budget:
+            self._num_tokens -= self._prompts.pop()[1]
+
+    def fill_before(self, rank: Rank) -> bool:
+        """Return whether the prompts before one of this rank fill the step."""
+        return self._num_tokens >= self._budget and self._prompts[-1][0] < rank
 
 
 class StepPlanner:
@@ -40,6 +69,7 @@ class StepPlanner:
         states: SequenceStates,
         suspects: Suspects,
         fair_share: FairShare,
+        forecast: Forecast,
         tally: Tally,
     ) -> None:
         self._tally = tally
@@ -49,6 +79,7 @@ class StepPlanner:
         self._waiting = states.waiting
         self._suspects = suspects
         self._fair_share = fair_share
+        self._forecast = forecast
 
     def plan(self, group: WorkerGroup, now: float) -> worker_pb2.StepPlan | None:
         """Return the next step of a group, which is in flight from now on; None if there is nothing to compute."""
@@ -131,21 +162,21 @@ class StepPlanner:
         through: list[Sequence] = []
         if not group.prefilling and not len(self._waiting):
             return through
-        goes_on = True
-        while goes_on:
+        for _ in range(MAX_SEARCHES):
             # Opening takes the waiting ones in the queue's order; then all prompts compete for tokens.
             were_passed_over = self._open_waiting(group, plan, budget.tokens, now)
             num_planned = self._plan_prompts(group, plan, budget, now)
             through += [seq for seq in group.prefilling if seq.num_pending]
             group.prefilling = [seq for seq in group.prefilling if not seq.num_pending]
-            goes_on = were_passed_over and num_planned > 0 and budget.tokens > 0  # some may find their blocks now
+            if not were_passed_over or not num_planned or not budget.tokens:
+                break  # else some may find their blocks now
         group.decoding.extend(through)
         return through
 
     def _plan_prompts(self, group: WorkerGroup, plan: PlanBuilder, budget: _Budget, now: float) -> int:
         """Add tokens of open prompts, as far as the budget reaches; return how many."""
         num_before = plan.num_tokens
-        for seq in sorted(group.prefilling, key=lambda seq: self._waiting.rank(seq, now)[2:]):
+        for seq in sorted(group.prefilling, key=self._waiting.policy.prompt_rank):
             count = min(seq.num_behind, budget.tokens)
             if seq.slot_scores and count:
                 if not budget.scored_tokens:
@@ -170,32 +201,51 @@ class StepPlanner:
         block in the cache. One that does not fit ends the search, so that it is not starved. Return
         whether any was passed over.
         """
+        if not group.free_slots or not budget:
+            return False
+        prompt_rank = self._waiting.policy.prompt_rank
+        ahead = _PromptsAhead(budget)
+        for seq in group.prefilling:
+            ahead.add(prompt_rank(seq), seq.num_behind)
+        num_behind: dict[WorkerGroup, int] = {}  # only asked for where there is a choice
+        if len(self._groups) > 1:
+            num_behind = {other: other.num_behind() for other in self._groups.values()}
         were_passed_over = False
-        # Of those that decode, one in sixteen starts a block in the next step: leave room for it.
-        reserve = len(group.decoding) // BLOCK_SIZE + 1 if group.num_running else 0
-        for seq in self._waiting.in_order(now, limit=len(group.free_slots)):
-            rank = self._waiting.rank(seq, now)[2:]
-            ahead = sum(p.num_behind for p in group.prefilling if self._waiting.rank(p, now)[2:] < rank)
-            if ahead >= budget or not group.free_slots:
-                break
-            if self._suspects and not self._suspects.may_run(seq, group.running()):
-                continue
-            is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
-            able = [other for other in self._groups.values() if other.can_run(seq)]
-            if group not in able or (len(able) > 1 and not is_bound and choose_group(seq, able) is not group):
-                continue
-            hits = group.allocator.cached_blocks(seq)
-            if group.allocator.is_being_computed(seq, len(hits)):
-                were_passed_over = True
-                continue
-            if not group.model.whole_sequences and not group.allocator.open(seq, hits, reserve):
-                break
-            self._waiting.remove(seq)
-            self._tally.opened(seq, len(hits), now)
-            seq.group, seq.slot, seq.state = group, group.free_slots.pop(), SequenceState.RUNNING
-            if not seq.first_scheduled_at:
-                seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt)
-            group.prefilling.append(seq)
-            plan.open_slot(seq)
-            plan.add_blocks(seq.slot, seq.blocks)
+        num_passed_over = 0
+        concurrency = self._forecast.concurrency(group, now)
+        with closing(self._waiting.in_order(group.can_run)) as waiting:
+            for seq in waiting:
+                if not group.free_slots or num_passed_over == MAX_PASSED_OVER or ahead.fill_before(prompt_rank(seq)):
+                    break
+                if self._suspects and not self._suspects.may_run(seq, group.running(), group.can_run):
+                    continue
+                is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
+                able = [other for other in self._groups.values() if other.can_run(seq)]
+                if len(able) > 1 and not is_bound and choose_group(seq, able, num_behind) is not group:
+                    num_passed_over += 1
+                    continue
+                hits = group.allocator.cached_blocks(seq)
+                if group.allocator.is_being_computed(seq, len(hits)):
+                    were_passed_over = True
+                    num_passed_over += 1
+                    continue
+                if not concurrency.has_room_for(seq) or not group.has_room(seq, hits):
+                    break
+                self._open(group, seq, hits, plan, now)
+                concurrency.add(seq)
+                ahead.add(prompt_rank(seq), seq.num_behind)
+                if num_behind:
+                    num_behind[group] += seq.num_behind
         return were_passed_over
+
+    def _open(self, group: WorkerGroup, seq: Sequence, hits: list[Block], plan: PlanBuilder, now: float) -> None:
+        """Give a waiting sequence a slot of a group, and blocks, which it has room for."""
+        if not group.model.whole_sequences:
+            group.allocator.open(seq, hits)
+        self._states.run(seq, group)
+        self._tally.opened(seq, len(hits), now)
+        self._forecast.opened(seq, now)
+        if not seq.first_scheduled_at:
+            seq.num_cached_tokens = min(seq.num_computed, seq.num_prompt)
+        plan.open_slot(seq)
+        plan.add_blocks(seq.slot, seq.blocks)

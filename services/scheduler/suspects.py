@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
@@ -54,12 +54,12 @@ class Suspects:
             self._quarantined.popitem(last=False)
         return request
 
-    def may_run(self, seq: Sequence, running: Iterable[Sequence]) -> bool:
-        """Return whether `seq` may run beside those that run on a group."""
+    def may_run(self, seq: Sequence, running: Iterable[Sequence], can_run: Callable[[Sequence], bool]) -> bool:
+        """Return whether `seq` may run beside those that run on a group, which `can_run` some and not others."""
         others = list(running)
         if self.is_blamed(seq) or any(map(self.is_blamed, others)):
             return all(other.request is seq.request for other in others)
-        if not others and any(map(self.is_blamed, self._company)):
+        if not others and any(self.is_blamed(other) and can_run(other) for other in self._company):
             return False  # an empty group is for the one that has to be alone
         company = self._company.get(seq)
         if company is None:

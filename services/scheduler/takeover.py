@@ -9,17 +9,15 @@ from octavo.services.scheduler.effects import NOBODY, Effects
 from octavo.services.scheduler.endings import Endings
 from octavo.services.scheduler.live_requests import LiveRequests
 from octavo.services.scheduler.resume import has_logprobs_from, num_output, replay
+from octavo.services.scheduler.sequence import Request
 
 
 class Takeover:
     """Lets go of requests whose stream broke, and gives them to whoever asks for them."""
 
-    def __init__(
-        self, epoch: int, max_window_ms: int, requests: LiveRequests, endings: Endings, effects: Effects
-    ) -> None:
+    def __init__(self, epoch: int, requests: LiveRequests, endings: Endings, effects: Effects) -> None:
         """`epoch` names this life of the scheduler: requests of another one cannot be taken over."""
         self._epoch = epoch
-        self._max_window_ms = max_window_ms
         self._requests = requests
         self._resumable = requests.resumable
         self._endings = endings
@@ -43,6 +41,8 @@ class Takeover:
             )
             self._effects.send(gateway_id, scheduler_pb2.AttachResponse(failed=failed))
             return
+        if self._requests.holds(request):  # else its old call has heard its end
+            self._tell_old_owner(request)
         self._requests.hand_over(request, gateway_id, reattach.handle, self._effects, now)
         reattached = scheduler_pb2.Reattached(
             handle=request.handle,
@@ -56,6 +56,16 @@ class Takeover:
         for message in replay(request, offsets):
             self._effects.send(gateway_id, message)
 
+    def _tell_old_owner(self, request: Request) -> None:
+        """End the call that has a request until now, if there is one: it gets no more of it."""
+        failed = scheduler_pb2.Failed(
+            handle=request.handle,
+            code=code_pb2.ABORTED,
+            reason="TAKEN_OVER",
+            message="the request goes on in another call, which has resumed it",
+        )
+        self._effects.send(request.gateway_id, scheduler_pb2.AttachResponse(failed=failed))
+
     def detach(self, gateway_id: str, handle: int, now: float) -> None:
         """Let a request of a gateway go on without it for the resume window, or end it if it has none."""
         request = self._requests.get(gateway_id, handle)
@@ -65,8 +75,7 @@ class Takeover:
             self._endings.drop(request)
             return
         self._requests.hand_over(request, NOBODY, request.arrival, self._effects, now)
-        window_ms = min(request.submit.resume_window_ms, self._max_window_ms)
-        request.resume_until = now + window_ms / 1000
+        request.resume_until = now + self._resumable.window_s(request)
         self._resumable.detached[request] = num_output(request)
 
     def gateway_lost(self, gateway_id: str, now: float) -> None:

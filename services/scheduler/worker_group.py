@@ -10,13 +10,15 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.block_allocator import BlockAllocator
 from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import BLOCK_SIZE
+from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.model_facts import ModelFacts
 from octavo.services.scheduler.plan_builder import ScoredRow
 from octavo.services.scheduler.sequence import Sequence, SequenceState
-from octavo.services.scheduler.step_clock import StepClock
+from octavo.services.scheduler.step_clock import NUM_WARM_UP_STEPS, StepClock
 from octavo.services.scheduler.step_cost import StepCost
 
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one waits beside the worker
+RUNNING_STEPS = 64  # after so many, a step counts for a third in the mean of what runs
 PLAN_AHEAD_S = 0.06  # before a step is expected to end, the next is planned: time is looked at every 25 ms
 
 
@@ -73,6 +75,8 @@ class WorkerGroup:
         self.cost = StepCost()
         self._clock = clock
         self.last_result_at = 0.0
+        self._num_measured = 0
+        self.mean_running = 0.0  # over the latest steps
         self.takes_grammars = False  # set when it joins; so are these:
         self.scores_prompts = False
         self.max_row_tokens = 1
@@ -90,11 +94,21 @@ class WorkerGroup:
         yield from self.late
 
     def can_run(self, seq: Sequence) -> bool:
-        """Return whether its workers can do what a sequence asks for."""
+        """Return whether its workers can do what a sequence asks for, and have room for one more token of it."""
+        if len(seq.tokens) >= self.max_model_len + self.model.makes_vectors:  # a vector takes no room
+            return False
         submit = seq.request.submit
         return (self.takes_grammars or not submit.HasField("constraint")) and (
             self.scores_prompts or not submit.prompt_logprobs
         )
+
+    def has_room(self, seq: Sequence, hits: list[Block]) -> bool:
+        """Return whether there are blocks for a sequence that waits, of which `hits` are cached here."""
+        if self.model.whole_sequences:  # which are computed in one step and need none
+            return True
+        # Of those that decode, one in sixteen starts a block in the next step: leave room for it.
+        reserve = len(self.decoding) // BLOCK_SIZE + 1 if self.num_running else 0
+        return self.allocator.fits(seq, hits, reserve)
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence that no longer runs here."""
@@ -109,7 +123,10 @@ class WorkerGroup:
         elapsed = now - self._started_at(step)
         self.last_result_at = now
         self._clock.record(step.num_tokens, elapsed)
-        self.cost.record(step.num_tokens, elapsed)
+        self._num_measured += 1
+        self.mean_running += (self.num_running - self.mean_running) / RUNNING_STEPS
+        if self._num_measured > NUM_WARM_UP_STEPS or not self.cost.is_known:
+            self.cost.record(step.num_tokens, elapsed)
         if elapsed > 0:
             rate = step.num_tokens / elapsed
             self.tokens_per_s += 0.1 * (rate - self.tokens_per_s) if self.tokens_per_s else rate

@@ -44,6 +44,9 @@ class SimGateway:
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
         self.calls: dict[int, Call] = {}  # by handle
+        self.num_handles = 0  # of this life: the next one begins anew
+        self.submits: dict[int, scheduler_pb2.Submit] = {}  # by handle: the shape of rows that come for it
+        self.ended: set[int] = set()  # handles of which nothing may come any more
         self.orphans: list[tuple[Call, tuple[int, ...]]] = []  # candidates that no scheduler has
         self.connection = 0  # numbers the streams; 0: none is open
         self.last_connection = 0
@@ -59,6 +62,13 @@ class SimGateway:
         orphans, self.orphans = self.orphans, []
         for call, candidates in orphans:
             self.resume(call, candidates)
+
+    def die(self) -> None:
+        """The process ends, and starts again under its name a moment later."""
+        self.connection = self.num_handles = 0
+        for state in (self.calls, self.orphans, self.submits, self.ended):
+            state.clear()  # type: ignore[attr-defined]
+        self.world.after(0.3, self.connect)
 
     def disconnect(self) -> None:
         """The stream broke: what was on its way is lost."""
@@ -109,6 +119,7 @@ class SimGateway:
             submit.continue_token_ids.extend(call.tokens[index])
             submit.candidate_count, submit.first_candidate_index = 1, index
             submit.remaining_ms = 0
+            submit.is_failover = True
             if len(call.candidates) > 1:
                 submit.resume_window_ms = 0
             self.world.count("resubmission")
@@ -119,12 +130,13 @@ class SimGateway:
         self._send(scheduler_pb2.AttachRequest(submit=submit))
 
     def _handle(self, call: Call, candidates: tuple[int, ...]) -> int:
-        self.world.num_handles += 1
+        self.num_handles += 1
         for index in candidates:
-            call.handles[index] = self.world.num_handles
+            call.handles[index] = self.num_handles
         call.gateway = self
-        self.calls[self.world.num_handles] = call
-        return self.world.num_handles
+        self.calls[self.num_handles] = call
+        self.submits[self.num_handles] = call.submit
+        return self.num_handles
 
     def cancel(self, call: Call) -> None:
         handles = {call.handles[index] for index in call.candidates if call.handles.get(index)}
@@ -153,16 +165,22 @@ class SimGateway:
             if call is not None:
                 call.admitted, call.epoch = True, self.epoch
         elif kind == "rejected":
+            self.ended.add(message.rejected.handle)
             self._on_end(message.rejected.handle, message.rejected.reason, retry=True)
         elif kind == "failed":
             failed = message.failed
+            self.ended.add(failed.handle)
             self._on_end(failed.handle, failed.reason, failed.resumable or failed.reason == "RESUME_STATE_LOST")
 
     def _on_outputs(self, outputs: scheduler_pb2.StepOutputs) -> None:
         tokens, indexes = iter(outputs.token_ids), outputs.candidate_indexes or [0] * len(outputs.handles)
         counts = outputs.token_counts or [1] * len(outputs.handles)
+        logprobs = iter(outputs.logprobs)
         for handle, index, count in zip(outputs.handles, indexes, counts, strict=True):
+            assert handle not in self.ended, f"{self.submits[handle].request_id}: output after its end"
             new = [next(tokens) for _ in range(count)]
+            if self.submits[handle].chosen_logprob:
+                assert [next(logprobs) for _ in new] == [-float(token % 7) for token in new], "of another row"
             call = self.calls.get(handle)
             if call is not None and call.handles.get(index) == handle:
                 assert not call.ending, f"{call.submit.request_id}: output after its end"
@@ -170,6 +188,7 @@ class SimGateway:
                 call.tokens[index] += new
                 self.world.check_tokens(call, index)
         assert next(tokens, None) is None
+        assert next(logprobs, None) is None
         for finished in outputs.finished:
             call = self.calls.get(finished.handle)
             index = finished.candidate_index

@@ -10,11 +10,15 @@ import pytest
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.block_pool import BlockPool
+from octavo.services.scheduler.effects import NOBODY, Effects, SendToGateway
 from octavo.services.scheduler.free_blocks import Block
+from octavo.services.scheduler.live_requests import LiveRequests
 from octavo.services.scheduler.membership import Membership
 from octavo.services.scheduler.plan_builder import PlanBuilder
 from octavo.services.scheduler.scheduler import Scheduler
 from octavo.services.scheduler.sequence import Sequence
+from octavo.services.scheduler.takeover import Takeover
+from octavo.services.scheduler.worker_group import WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
 
@@ -93,6 +97,31 @@ def apply_a_repeated_result_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "step_done", trusting)
 
 
+def know_a_request_by_its_key(patch: pytest.MonkeyPatch) -> None:
+    """A request that ended is taken for the one that has its handle now, at a gateway that started again."""
+    patch.setattr(LiveRequests, "holds", lambda self, request: request.key in self._by_key)
+
+
+def fail_before_what_was_made_is_sent(patch: pytest.MonkeyPatch) -> None:
+    """A request's failure overtakes the tokens of the same step."""
+
+    def hasty(self: Effects, gateway_id: str, message: scheduler_pb2.AttachResponse) -> None:
+        if gateway_id != NOBODY:
+            self._effects.append(SendToGateway(gateway_id, message))
+
+    patch.setattr(Effects, "send", hasty)
+
+
+def keep_a_takeover_secret(patch: pytest.MonkeyPatch) -> None:
+    """The call that a request is taken from hears nothing more."""
+    patch.setattr(Takeover, "_tell_old_owner", lambda *_: None)
+
+
+def believe_that_all_workers_are_large(patch: pytest.MonkeyPatch) -> None:
+    """A sequence is placed on a worker that has no room for it, and is waited for there."""
+    patch.setattr(WorkerGroup, "can_run", lambda *_: True)
+
+
 Bug = Callable[[pytest.MonkeyPatch], None]
 
 BUGS: tuple[Bug, ...] = (
@@ -101,4 +130,8 @@ BUGS: tuple[Bug, ...] = (
     reuse_a_slot_too_early,
     lose_the_continue_offset,
     apply_a_repeated_result_twice,
+    know_a_request_by_its_key,
+    fail_before_what_was_made_is_sent,
+    keep_a_takeover_secret,
+    believe_that_all_workers_are_large,
 )

@@ -30,6 +30,8 @@ class Swarm:
     num_blocks: int = 0
     max_model_len: int = 0
     num_workers: int = 1
+    small_blocks: int = 0  # of every other worker; 0: as many as the others
+    outputs: tuple[int, ...] = (1, 2, 9, 24)  # lengths that are asked for
     num_gateways: int = 1
     loss: float = 0.0  # of a frame between scheduler and worker
     duplication: float = 0.0
@@ -43,8 +45,11 @@ class Swarm:
     faults_end: float = 0.0
 
 
-def draw(seed: int) -> Swarm:
-    """Draw the swarm of a seed. Most kinds of fault are absent from most seeds, so that some get far."""
+def draw(seed: int, more: bool = True) -> Swarm:
+    """Draw the swarm of a seed. Most kinds of fault are absent from most seeds, so that some get far.
+
+    Without `more` it is what the seed was before `_draw_more` was written.
+    """
     rng = random.Random(seed)
     max_running = rng.choice([1, 2, 4, 16])
     swarm = Swarm(
@@ -83,5 +88,28 @@ def draw(seed: int) -> Swarm:
     for kind in kinds:
         for _ in range(rng.choice([1, 1, 2, 4])):
             swarm.script.append(Event(rng.uniform(0.0, swarm.faults_end), kind, rng.getrandbits(30)))
+    if more:
+        _draw_more(swarm, random.Random(f"more {seed}"))
     swarm.script.sort(key=lambda event: event.at)
     return swarm
+
+
+def _draw_more(swarm: Swarm, rng: random.Random) -> None:
+    """Draw pools that are too small, workers of different size, and outputs that are asked for again."""
+    if rng.random() < 0.4:  # outputs outgrow the pool: sequences are preempted, often with a step in flight
+        swarm.num_blocks, swarm.max_model_len = rng.choice([8, 12]), 1000
+        swarm.outputs = 24, 60, 90
+        swarm.settings |= {"max_running": 16, "max_batch_tokens": 33}
+        swarm.step_s = min(swarm.step_s, 0.01)
+        for _ in range(rng.choice([2, 5])):
+            swarm.script.append(Event(rng.uniform(0.0, swarm.faults_end / 2), "submit", rng.getrandbits(30)))
+        for _ in range(rng.choice([0, 1, 3])):
+            swarm.script.append(Event(rng.uniform(0.0, swarm.faults_end), "worker_crash", rng.getrandbits(30)))
+    if rng.random() < 0.2:
+        swarm.num_workers = max(swarm.num_workers, 2)
+        swarm.num_blocks = max(swarm.num_blocks, 9)
+        swarm.small_blocks = rng.choice([3, 5])
+    for kind, share in (("resume_again", 0.3), ("gateway_death", 0.1)):
+        if rng.random() < share:
+            for _ in range(rng.choice([1, 2, 4])):
+                swarm.script.append(Event(rng.uniform(0.0, 1.5 * swarm.faults_end), kind, rng.getrandbits(30)))

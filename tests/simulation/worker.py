@@ -31,12 +31,15 @@ class SimWorker:
         self.life = 0  # of the process: timers of an earlier one do nothing
         self.spoil_next = False
         self.rng = random.Random(f"{world.swarm.seed} {name}")
+        swarm, is_small = world.swarm, world.swarm.small_blocks and int(name.split("-")[1]) % 2
+        self.num_blocks = swarm.small_blocks if is_small else swarm.num_blocks
         self._reset()
         world.after(0.0, self.report, self.life)
 
     def _reset(self) -> None:
         self.epoch = self.last_step_id = 0
-        self.model = FakeWorker(self.world.swarm.num_blocks)
+        self.model = FakeWorker(self.num_blocks)
+        self.model.max_batch_tokens = self.world.config.max_batch_tokens
         self.model.is_row_late = self._is_row_late
         self.model.max_row_tokens = most = self.world.swarm.max_row_tokens
         self.model.num_guessed = lambda: self.rng.randrange(most)
@@ -91,7 +94,7 @@ class SimWorker:
                 self.epoch = frame.epoch
                 swarm = self.world.swarm
                 ready = worker_pb2.WorkerReady(
-                    kv_blocks=swarm.num_blocks, max_model_len=swarm.max_model_len, max_row_tokens=swarm.max_row_tokens
+                    kv_blocks=self.num_blocks, max_model_len=swarm.max_model_len, max_row_tokens=swarm.max_row_tokens
                 )
                 self._send(worker_pb2.WorkerFrame(worker_ready=ready))
         elif frame.epoch == self.epoch and self.epoch:
@@ -119,7 +122,7 @@ class SimWorker:
         if self.spoil_next and result.token_ids:
             self.spoil_next = False
             tokens = array("I", result.token_ids)
-            tokens[0] = NOT_FINITE
+            tokens[random.Random(plan.step_id).randrange(len(tokens))] = NOT_FINITE
             result.token_ids = tokens.tobytes()
             self.world.spoiled = True
         took_s = self.world.swarm.step_s * (20 if self.world.now < self.slow_until else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import logging
 import random
@@ -14,6 +15,7 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.effects import SendToGateway
 from octavo.services.scheduler.node import Node
+from octavo.services.scheduler.scheduler import Scheduler
 from octavo.worker.v1 import worker_pb2
 from tests.services.scheduler.simulation import expected_output
 
@@ -28,6 +30,7 @@ MAX_EVENTS = 50_000
 # Why a call may end without being finished, and what must have happened for it.
 LEGITIMATE = {
     "cancelled": "cancel",
+    "TAKEN_OVER": "resume_again",
     "broken": "gateway_death",
     "QUARANTINED": "",
     "WORKER_FAULT": "not_finite",
@@ -52,7 +55,7 @@ class World:
         self.start = self.now
         self.healed = False
         self.counts: Counter[str] = Counter()
-        self.num_events = self.num_handles = 0
+        self.num_events = 0
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
         self.config = SchedulerConfig(**swarm.settings)
@@ -88,7 +91,7 @@ class World:
 
     def run(self) -> None:
         """Run until everything has ended; AssertionError if something is wrong or does not end."""
-        while not (self.healed and all(call.ending for call in self.calls) and self.node.core.is_idle):
+        while not (self.healed and self.node.core.is_idle and all(call.ending for call in self.calls)):
             self.now, _, action, arguments = heapq.heappop(self._heap)
             action(*arguments)
             self.num_events += 1
@@ -102,8 +105,12 @@ class World:
         self.node.tick(self.now)
         self._pump()
 
-    def _pump(self) -> None:
+    def _pump(self, has_news: bool = True) -> None:
+        """Plan and deliver, and check the books if they can have changed."""
+        num_plans = self.node.num_plans
         self.node.pump(self.now)
+        if not has_news and self.node.num_plans == num_plans:
+            return
         core = self.node.core
         core.check_invariants()
         salts: dict[tuple[int, int], str] = {}
@@ -123,6 +130,7 @@ class World:
             self.config, "scheduler", self.epoch, self.now,
             send=self._to_worker, deliver=self._to_gateway, changed=lambda: None, fenced=self._on_fenced,
         )  # fmt: skip
+        setattr(self.node.core, "worker_lost", functools.partial(self._on_worker_lost, self.node.core))  # noqa: B010
         for gateway in self.gateways:
             self.after(0.01, gateway.connect)
 
@@ -137,7 +145,7 @@ class World:
     def from_worker(self, worker: SimWorker, frame: worker_pb2.WorkerFrame) -> None:
         if self.is_up:
             self.node.on_frame(worker.identity, frame, self.now)
-            self._pump()
+            self._pump(has_news=not frame.HasField("heartbeat"))
 
     def _to_gateway(self, effect: SendToGateway) -> None:
         gateway = next(gateway for gateway in self.gateways if gateway.name == effect.gateway_id)
@@ -150,6 +158,11 @@ class World:
         if gateway.connection == connection:
             self.node.on_gateway_message(gateway.name, message, self.now)
             self._pump()
+
+    def _on_worker_lost(self, core: Scheduler, group_id: str, now: float, crashed: bool = False) -> None:
+        group = core._groups[group_id]
+        self.counts["lost while settling"] += any(seq.group is group for seq in core._states.settling())
+        Scheduler.worker_lost(core, group_id, now, crashed)
 
     def _on_fenced(self, worker_id: str, reason: str) -> None:
         self.count("fenced: out of order" if "out of order" in reason else "fenced: " + reason.split(":")[0])
@@ -175,7 +188,7 @@ class World:
             request_id=f"r{len(self.calls)}",
             prompt_token_ids=prompt,
             sampling={"seed": rng.randrange(1000)},  # type: ignore[arg-type]
-            stop={"max_new_tokens": rng.choice([1, 2, 9, 24])},  # type: ignore[arg-type]
+            stop={"max_new_tokens": rng.choice(self.swarm.outputs)},  # type: ignore[arg-type]
             candidate_count=rng.choice([1, 1, 1, 3]),
             remaining_ms=rng.choice([0, 0, 0, 300]),
             priority=rng.choice([0, 0, 1]),
@@ -185,6 +198,8 @@ class World:
             bypass_prefix_cache=rng.random() < 0.1,
             end_of_sequence_ids=[expected_output(prompt, 9)[-1]],
         )
+        submit.chosen_logprob = rng.random() < 0.3
+        submit.logprobs = rng.choice([0, 2]) if submit.chosen_logprob else 0
         self.counts["deadline"] += bool(submit.remaining_ms)
         call = Call(submit, self.gateways[rng.randrange(len(self.gateways))])
         self.calls.append(call)
@@ -200,8 +215,8 @@ class World:
         """A cancel that overtakes its submit, and one of a request that never was."""
         self.count("cancel")
         gateway = rng.choice(self.gateways)
-        self.num_handles += 1
-        cancel = scheduler_pb2.Cancel(handle=self.num_handles)
+        gateway.num_handles += 1
+        cancel = scheduler_pb2.Cancel(handle=gateway.num_handles)
         self.to_scheduler(gateway, scheduler_pb2.AttachRequest(cancel=cancel))
         self._do_submit(rng)
         call = self.calls[-1]
@@ -240,10 +255,7 @@ class World:
         if gateway.connection:
             self.node.gateway_lost(gateway.name, self.now)
             self._pump()
-        gateway.calls.clear()
-        gateway.orphans.clear()
-        gateway.connection = 0
-        self.after(0.3, gateway.connect)
+        gateway.die()
         for call in calls:
             wanted = tuple(index for index in call.candidates if index not in call.finished)
             call.handles.clear()
@@ -253,12 +265,26 @@ class World:
             else:
                 call.end("broken")
 
+    def _do_resume_again(self, rng: random.Random) -> None:
+        """A client asks for all of an output in a second call, while the first one may still go on."""
+        kept = [
+            call for call in self.calls
+            if call.submit.resume_window_ms and call.admitted and call.epoch == self.epoch
+            and call.ending in ("", "finished", "broken")
+        ]  # fmt: skip
+        if kept:
+            first = rng.choice(kept)
+            call = Call(first.submit, rng.choice(self.gateways), admitted=True, epoch=first.epoch)
+            self.calls.append(call)
+            call.gateway.resume(call, tuple(call.candidates))
+
     def _do_scheduler_restart(self, rng: random.Random) -> None:
         self.is_up = False
         for gateway in self.gateways:
             if gateway.connection:
                 gateway.disconnect()
         self.node.core.take_effects()
+        self._count_preemptions()
         self._start_scheduler()
 
     def _do_drain(self, rng: random.Random) -> None:
@@ -290,7 +316,11 @@ class World:
         tokens, expected = call.tokens[index], self.expected(call, index)
         assert tokens == expected[: len(tokens)], f"{call.submit.request_id}/{index}: wrong, lost or repeated tokens"
 
+    def _count_preemptions(self) -> None:
+        self.counts["preemption"] += self.node.core.load(self.now).preemptions
+
     def _check_end(self) -> None:
+        self._count_preemptions()
         load = self.node.core.load(self.now)
         assert load.kv_blocks_free == load.kv_blocks_total, "blocks are lost"
         for call in self.calls:

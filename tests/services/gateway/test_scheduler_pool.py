@@ -52,6 +52,8 @@ async def test_an_admitted_request_goes_on_at_a_restarted_scheduler_without_gap_
     assert offsets == [1, 3]
     assert second.handle != first.handle
     assert list(second.continue_token_ids) == harness.ids("012")
+    assert second.is_failover
+    assert not first.is_failover, "what a client goes on from is no failover"
     assert second.request_id == first.request_id
     assert second.sampling.seed == 77
     assert second.stop.max_new_tokens == 30
@@ -263,3 +265,22 @@ async def test_many_streams_at_once_each_get_their_own_tokens(harness: Any) -> N
 
     for index, request_id in enumerate(by_id):
         assert texts[request_id] == chr(97 + index) * 5
+
+
+async def test_a_call_whose_request_another_one_has_taken_over_ends_and_is_not_computed_again(
+    harness: Any, tools: Any
+) -> None:
+    call = harness.stream(scheduling={"resume_window_ms": 60_000})
+    first = await harness.scheduler.next_admitted()
+    harness.scheduler.tokens(first.handle, harness.ids("a"))
+    message = "the request goes on in another call"
+    failed = {"handle": first.handle, "code": Code.ABORTED.value[0], "reason": "TAKEN_OVER", "message": message}
+    harness.scheduler.send(failed=failed)
+    failure = await tools.rejection(call)
+    assert (failure.code, failure.reason) == (Code.ABORTED, "TAKEN_OVER")
+    assert harness.gateway._calls.num_requests == 0
+    await restart(harness.scheduler)
+    await harness.connected()
+    again = harness.stream()
+    assert (await harness.scheduler.next_admitted()).request_id != first.request_id
+    again.cancel()

@@ -60,6 +60,8 @@ def test_zero_is_checked_where_it_was_set_and_is_no_value_where_presence_is_unkn
     assert fields_of(generation(stop={"max_new_tokens": 0})) == ["generation.stop.max_new_tokens"]
     assert fields_of(generation(candidate_count=0)) == []
     assert fields_of(generation(candidate_count=17)) == ["generation.candidate_count"]
+    assert fields_of(generation(output={"progress_interval_ms": 0})) == []
+    assert fields_of(generation(output={"progress_interval_ms": 49})) == ["generation.output.progress_interval_ms"]
 
 
 def test_lengths_count_bytes_and_items_are_named_by_index() -> None:

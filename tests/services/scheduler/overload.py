@@ -92,8 +92,8 @@ class Overload(World):
         calls = deque(sorted((call for asker in askers for call in asker.calls(seconds)), key=lambda call: call[0]))
         outcome = Outcome()
         asked: list[tuple[Asking, Stream, int]] = []
-        while calls or self.core.num_requests:
-            if not self.core.num_requests or self.started_at + calls_at(calls) <= self.step_ends_at:
+        while calls or self.queues["group-0"]:
+            if not self.queues["group-0"] or self.started_at + calls_at(calls) <= self.step_ends_at:
                 at, asker, num_prompt, num_output = calls.popleft()
                 self.now = max(self.now, self.started_at + at)
                 stream = self.ask(asker, num_prompt, num_output)

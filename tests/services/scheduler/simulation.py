@@ -76,6 +76,7 @@ class FakeWorker:
         self.slots: dict[int, Slot] = {}
         self.steps = 0
         self.largest_step = 0
+        self.max_batch_tokens = 0  # of a step; 0: any number
         self.not_finite_after: int | None = None
         self.max_row_tokens = 1
         self.num_guessed: Callable[[], int] = lambda: 0  # asked for each row of one token: how many more it gets
@@ -105,6 +106,7 @@ class FakeWorker:
         contexts, known = array("I", plan.context_lengths), iter(array("I", plan.token_ids))
         assert len(slots) == len(set(slots)) == plan.num_sequences == len(lengths) == len(contexts)
         assert sum(lengths) == plan.num_tokens
+        assert plan.num_tokens <= self.max_batch_tokens or not self.max_batch_tokens, plan.num_tokens
         self.largest_step = max(self.largest_step, plan.num_tokens)
         result = worker_pb2.StepResult(step_id=plan.step_id)
         sampled_slots, tokens, counts, logprobs, ranks, ids, values = (
@@ -228,15 +230,18 @@ class World:
         for index in range(groups):
             self.join(f"group-{index}")
 
-    def join(self, group_id: str, max_batch_tokens: int = 0) -> None:
+    def join(self, group_id: str, max_batch_tokens: int = 0, num_blocks: int = 0, max_model_len: int = 0) -> None:
+        """Let a worker join, of its own size if that is given."""
+        num_blocks, max_model_len = num_blocks or self.num_blocks, max_model_len or self.max_model_len
         self.epochs[group_id] = self.epochs.get(group_id, 0) + 1
-        worker = self.workers[group_id] = FakeWorker(self.num_blocks)
+        worker = self.workers[group_id] = FakeWorker(num_blocks)
+        worker.max_batch_tokens = max_batch_tokens or self.config.max_batch_tokens
         worker.max_row_tokens = self.max_row_tokens
         rng = random.Random(f"{group_id} {self.epochs[group_id]}")
         worker.num_guessed = lambda: rng.randrange(self.max_row_tokens)
         self.queues[group_id] = []
         epoch = self.epochs[group_id]
-        limits = self.num_blocks, self.max_model_len, self.now, max_batch_tokens
+        limits = num_blocks, max_model_len, self.now, max_batch_tokens
         features = {"scores_prompts": self.scores_prompts, "max_row_tokens": self.max_row_tokens}
         self.core.worker_joined(group_id, epoch, *limits, **features)  # type: ignore[arg-type]
         self.settle()

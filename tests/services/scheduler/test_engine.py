@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -22,13 +23,13 @@ from octavo.admin.v1 import admin_pb2
 from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.protocol import PROTOCOL_REVISION
-from octavo.services.scheduler.admin import AdminServicer
+from octavo.services.scheduler.admin import REQUESTS_AT_ONCE, AdminServicer
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.engine import Engine
 from octavo.services.scheduler.server import SchedulerServicer
 from octavo.worker.v1 import worker_pb2
 
-from .simulation import FakeWorker, expected_output
+from .simulation import FakeWorker, World, expected_output
 from .test_cache_feed import names
 
 PROMPT = list(range(100, 140))
@@ -193,6 +194,34 @@ async def test_a_gateway_gets_the_tokens_of_a_worker(tmp_path: Path) -> None:
         assert await gateway.finish(1) == expected_output(PROMPT, 8)
         load = process.engine.load()
         assert load.kv_blocks_free == load.kv_blocks_total == 63
+        worker.close()
+
+
+@pytest.mark.parametrize(
+    "entry", ["on_frame", "on_gateway_message", "tick", "pump", "probe", "welcome", "gateway_lost"]
+)
+async def test_an_exception_in_the_core_ends_the_process_wherever_the_loop_entered_it(
+    entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashes: list[BaseException] = []
+    monkeypatch.setattr(Engine, "_crash", lambda _engine, error: crashes.append(error))
+
+    def broken(*_arguments: Any) -> None:
+        raise KeyError("a bug")
+
+    async with running(tmp_path) as process:
+        worker, gateway = await process.connect()
+        worker.work()
+        monkeypatch.setattr(process.engine.node, entry, broken)
+        await gateway.submit(1)
+        second = process.gateway("g2")
+        await second.send(hello=scheduler_pb2.Hello(gateway_id="g2", protocol_revision=PROTOCOL_REVISION))
+        if entry == "gateway_lost":
+            gateway.call.cancel()
+        if entry == "probe":
+            process.engine._on_disconnect()
+        await until(lambda: crashes)
+        assert isinstance(crashes[0], KeyError)
         worker.close()
 
 
@@ -406,6 +435,23 @@ async def test_load_is_reported_without_being_asked_for(tmp_path: Path) -> None:
         while not (await gateway.receive("load")).load.workers_ready:
             pass
         worker.close()
+
+
+async def test_a_long_list_of_requests_lets_others_have_their_turns() -> None:
+    world = World(check=False, max_waiting=10_000)
+    for n in range(6 * REQUESTS_AT_ONCE):
+        world.submit([n + 10] * 20, max_new_tokens=100)
+    admin = AdminServicer(SimpleNamespace(core=world.core), world.config)  # type: ignore[arg-type]
+    request = admin_pb2.ListRequestsRequest(max_requests=5 * REQUESTS_AT_ONCE)
+    listing = asyncio.create_task(admin.ListRequests(request, None))
+    num_turns = 0
+    while not listing.done():
+        await asyncio.sleep(0)
+        num_turns += 1
+        if num_turns == 2:
+            world.cancel(world.streams["g", 5 * REQUESTS_AT_ONCE])  # the last of the list
+    assert len((await listing).requests) == 5 * REQUESTS_AT_ONCE - 1
+    assert num_turns > 5
 
 
 async def test_draining_tells_gateways_and_waits_for_running_requests(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from google.rpc import code_pb2
 
-from octavo.services.scheduler import admission
+from octavo.services.scheduler import forecast
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.quotas import BURST_S
 
@@ -46,7 +46,15 @@ def test_a_tenant_that_used_its_tokens_waits_until_the_bucket_fills() -> None:
 def test_a_request_that_goes_on_elsewhere_is_not_refused_for_its_quota() -> None:
     world = World(tenant_max_requests=1)
     world.submit(PROMPT, tenant="a")
-    assert world.submit(PROMPT, tenant="a", continue_token_ids=[5]).admitted
+    assert world.submit(PROMPT, tenant="a", continue_token_ids=[5], is_failover=True).admitted
+
+
+def test_output_to_go_on_from_lifts_no_quota() -> None:
+    world = World(tenant_max_requests=1)
+    world.submit(PROMPT, tenant="a")
+    refused = world.submit(PROMPT, tenant="a", continue_token_ids=[5]).rejected
+    assert refused is not None
+    assert refused.reason == "QUOTA_EXCEEDED"
 
 
 @pytest.mark.parametrize("entry", ["a", "a=1", "a=x:1", "a=-1:1", "a=1:nan"])
@@ -66,6 +74,6 @@ def test_the_wait_is_estimated_by_how_fast_the_queue_moves() -> None:
     late = world.submit([5] * 32, max_new_tokens=10, remaining_ms=load.estimated_queue_ms // 2)
     assert late.rejected is not None
     assert late.rejected.reason == "DEADLINE_UNREACHABLE"
-    through_ms = (late.rejected.retry_after_ms + load.estimated_queue_ms // 2) / admission.MARGIN
+    through_ms = (late.rejected.retry_after_ms + load.estimated_queue_ms // 2) / forecast.FIRST_MARGIN
     rest_and_own_ms = through_ms - load.estimated_queue_ms  # of who runs, and what it takes itself
-    assert 100 <= rest_and_own_ms <= 220
+    assert 100 <= rest_and_own_ms <= 260

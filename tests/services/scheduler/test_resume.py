@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from google.rpc import code_pb2
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.resume import MAX_STATE_BYTES, MAX_UNREAD_TOKENS
@@ -85,6 +86,105 @@ def test_a_request_is_taken_from_a_gateway_whose_stream_is_still_open() -> None:
     world.run()
     assert len(stream.tokens[0]) == seen
     assert stream.tokens[0] + taken.tokens[0] == expected_output(PROMPT, 30)
+
+
+def test_the_call_that_a_request_is_taken_from_ends() -> None:
+    world = World()
+    stream = started(world)
+    world.reattach(stream, "b", [0])
+    assert stream.failed is not None
+    assert (stream.failed.code, stream.failed.reason) == (code_pb2.ABORTED, "TAKEN_OVER")
+    assert not stream.failed.resumable
+
+
+def test_a_call_that_is_gone_or_has_heard_its_end_is_told_nothing_of_a_takeover() -> None:
+    world = World()
+    gone, done = started(world), started(world, count=2)
+    world.core.gateway_lost("a", world.now)
+    first = world.reattach(gone, "b", [0])
+    again = world.reattach(done, "b", [0])
+    world.run()
+    assert gone.failed is None
+    assert done.failed is None
+    assert len(first.finished) == len(again.finished) == 1
+
+
+def test_a_gateway_that_starts_again_under_its_name_keeps_its_requests_from_those_before() -> None:
+    """Its handles begin anew, and meet those of requests that its former life left behind."""
+    world = World()
+    old = world.submit(PROMPT, 3, "a", resume_window_ms=60_000, tenant="x")
+    world.run()
+    world.core.gateway_lost("a", world.now)
+    world.handles -= 1
+    new = world.submit([2] * 40, 30, "a", tenant="y", progress_interval_ms=20)
+    assert new.submit.handle == old.submit.handle
+    world.step()
+    world.handles = 100
+
+    taken = world.reattach(old, "b", [0], tenant="x")
+    world.run()
+
+    assert taken.tokens[0] == expected_output(PROMPT, 3)
+    assert new.tokens[0] == expected_output([2] * 40, 30)
+    assert new.finished
+    assert any(message.HasField("progress") for message in world.others)
+
+
+def test_a_gateway_that_starts_again_hears_nothing_that_was_meant_for_its_former_life() -> None:
+    world = World()
+    submit = scheduler_pb2.Submit(handle=1, request_id="r", prompt_token_ids=PROMPT, stop={"max_new_tokens": 2})
+    world.core.submit("a", submit, world.now)
+    world.core.gateway_lost("a", world.now)
+    assert world.core.take_effects() == []
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_request_is_kept_no_longer_than_the_scheduler_allows(ended: bool) -> None:
+    world = World(num_blocks=400, max_resume_window_ms=1000)
+    stream = world.submit(PROMPT, 2 if ended else 4000, "a", resume_window_ms=600_000)
+    for _ in range(10):
+        world.step()
+    world.core.gateway_lost("a", world.now)
+    assert bool(stream.finished) == ended
+    world.now += 1.1
+    world.settle()
+    assert world.reattach(stream, "b", [0]).failed is not None
+
+
+def test_what_ended_is_kept_in_a_bounded_part_of_memory() -> None:
+    world = World(num_blocks=300, max_model_len=4096, max_resume_bytes=1 << 20)
+    kept = world.core._requests.resumable._ended
+    streams = []
+    for _ in range(40):  # of about 50 kB each, as their prompts are long
+        streams.append(world.submit(list(range(10, 2010)), 1, resume_window_ms=600_000))
+        world.run()
+        assert kept.num_bytes <= 1 << 20
+    assert len(kept) > 10
+    assert world.reattach(streams[-1], "b", [0]).tokens[0]
+    assert world.reattach(streams[0], "b", [0]).failed is not None
+
+
+def test_a_tenant_pushes_out_its_own_ended_requests_and_not_those_of_others() -> None:
+    world = World(max_resume_bytes=1 << 20)
+    first = world.submit(PROMPT, 2, resume_window_ms=600_000, tenant="quiet")
+    world.run()
+    loud = []
+    for _ in range(200):
+        loud.append(world.submit(PROMPT, 1, resume_window_ms=600_000, tenant="loud"))
+        world.run()
+    assert world.reattach(first, "b", [0], tenant="quiet").tokens[0] == expected_output(PROMPT, 2)
+    assert world.reattach(loud[0], "b", [0], tenant="loud").failed is not None
+    assert world.reattach(loud[-1], "b", [0], tenant="loud").tokens[0]
+
+
+def test_a_request_larger_than_all_that_may_be_kept_costs_nobody_else_his() -> None:
+    world = World(num_blocks=400, max_resume_bytes=1 << 16)
+    small = world.submit(PROMPT, 2, resume_window_ms=600_000, tenant="quiet")
+    world.run()
+    large = world.submit(list(range(11, 3011)), 1, resume_window_ms=600_000, tenant="loud")
+    world.run()
+    assert world.reattach(large, "b", [0], tenant="loud").failed is not None
+    assert world.reattach(small, "b", [0], tenant="quiet").tokens[0]
 
 
 def test_a_request_of_another_epoch_or_without_a_window_is_not_taken_over() -> None:

@@ -11,7 +11,7 @@ from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.free_blocks import STALE_TURNS
 from octavo.services.scheduler.outputs import WorkerMisbehavedError
-from octavo.services.scheduler.step_planner import MAX_SCORED_TOKENS
+from octavo.services.scheduler.step_planner import MAX_SCORED_TOKENS, MAX_SEARCHES
 from octavo.worker.v1 import worker_pb2
 
 from .simulation import World, expected_output
@@ -109,6 +109,15 @@ def test_an_aged_long_prompt_is_not_starved_by_short_ones() -> None:
         world.submit([round_number + 10_000] * 60, max_new_tokens=1)
         world.step()
     assert long.ended
+
+
+def test_no_more_prompts_are_opened_than_fill_a_step() -> None:
+    world = World(max_running=8, max_batch_tokens=64, num_blocks=200)
+    world.lose("group-0")
+    for n in range(8):
+        world.submit([10 + n] * 40, max_new_tokens=2)
+    world.join("group-0")
+    assert [len(plan.sampling_updates) for plan in world.plans] == [2, 2]  # and what the first left of the second
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
@@ -417,6 +426,11 @@ def test_a_scheduler_that_just_started_queues_requests_until_its_workers_are_bac
     world.join("group-0")
     world.run()
     assert len(fits.tokens[0]) == 60
+    assert fits.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
+    assert too_long.failed is None, "a larger worker may be on its way"
+    for _ in range(6):
+        world.now += 1.0
+        world.settle()
     assert too_long.failed is not None
     assert too_long.failed.reason == "KV_CAPACITY_EXCEEDED"
 
@@ -434,6 +448,61 @@ def test_several_groups_share_the_work_and_prefer_a_cached_prefix() -> None:
     world.run()
     assert all(stream.tokens[0] == expected_output([n] * 40, 30) for n, stream in enumerate(streams))
     assert all(worker.steps > 1 for worker in world.workers.values())
+
+
+def test_a_sequence_is_placed_where_there_are_blocks_for_it() -> None:
+    world = World(num_blocks=129, max_running=64)
+    for first in (1, 2):  # their caches fill the first group
+        world.submit([first] * 930, max_new_tokens=60)
+    for _ in range(3):
+        world.step()
+    world.join("group-1")
+    for n in range(12):  # and these make the second one the busier
+        world.submit([50 + n] * 8, max_new_tokens=200)
+    for _ in range(2):
+        for group_id in world.workers:
+            world.step(group_id)
+    streams = [world.submit([100 + n] * 200, max_new_tokens=4) for n in range(5)]
+
+    for _ in range(10):
+        for group_id in world.workers:
+            world.step(group_id)
+
+    assert all(stream.ended for stream in streams)
+
+
+def test_a_prompt_that_has_blocks_nowhere_is_not_overtaken_for_ever() -> None:
+    world = World(num_blocks=33, groups=2, max_running=8)
+    for n in range(4):
+        world.submit([n + 1] * 200, max_new_tokens=30)
+    for group_id in world.workers:
+        world.step(group_id)
+    large = world.submit([9] * 400, max_new_tokens=4)
+    for n in range(300):
+        world.submit([100 + n] * 60, max_new_tokens=8)
+        for group_id in world.workers:
+            world.step(group_id)
+        if large.ended:
+            return
+    raise AssertionError("it still waits")
+
+
+def test_prompts_that_each_begin_like_the_one_before_do_not_hold_a_plan_up() -> None:
+    world = World(num_blocks=2000, max_running=128, max_batch_tokens=2048)
+    world.lose("group-0")
+    tokens = list(range(1000, 3000))
+    for n in range(1, 60):
+        world.submit([*tokens[: 16 * n], 5], max_new_tokens=1)
+    searches: list[int] = []
+    planner = world.core._planner
+    search = planner._open_waiting
+    planner._open_waiting = lambda *args: searches.append(1) or search(*args)  # type: ignore[method-assign,func-returns-value]
+    world.join("group-0")
+    while world.queues["group-0"]:
+        assert len(searches) <= 2 * MAX_SEARCHES, "of a step, and of the one that is planned behind it"
+        searches.clear()
+        world.step()
+    assert all(stream.ended for stream in world.streams.values())
 
 
 def test_tenants_share_by_weight() -> None:
@@ -640,6 +709,26 @@ def test_progress_is_reported_to_those_who_asked() -> None:
     assert phases == sorted(phases)
 
 
+def test_progress_is_reported_twenty_times_a_second_at_most() -> None:
+    world = World(max_running=1)
+    world.submit(list(range(100)), max_new_tokens=500)
+    world.submit(list(range(200, 300)), max_new_tokens=5, progress_interval_ms=1)
+    for _ in range(100):
+        world.step()
+    assert 15 <= len(world.others) <= 20
+
+
+def test_progress_says_how_many_are_before_a_request() -> None:
+    world = World(max_running=1)
+    world.submit([5] * 40, max_new_tokens=500, tenant="t")
+    for n in range(10):
+        world.submit([10 + n] * 40, tenant="t", progress_interval_ms=50)
+    for _ in range(10):
+        world.step()
+    positions = [position for message in world.others for position in message.progress.queue_positions]
+    assert positions[:10] == list(range(10))
+
+
 def test_a_draining_scheduler_refuses_new_requests_and_ends_the_running_ones() -> None:
     world = World()
     running = world.submit(PROMPT)
@@ -705,3 +794,45 @@ def test_a_tenant_that_was_idle_for_long_gives_up_its_prefixes_first() -> None:
     flood(world, "large", prompts=STALE_TURNS * 40)
 
     assert cached_tokens(world, prompt, "gone") == 0
+
+
+def test_what_a_request_made_before_it_failed_is_sent_before_its_failure() -> None:
+    """One of two candidates fails within a step. The other one's token, and another tenant's, are in the same step."""
+    world = World(num_blocks=200)
+    wanted = {"chosen_logprob": True, "logprobs": 1}
+    failing = world.submit(PROMPT, 20, candidate_count=2, tenant="x", **wanted)
+    other = world.submit(PROMPT[1:], 20, tenant="y", **wanted)
+    for _ in range(4):
+        world.step()
+    (second,) = [seq for seq in world.core._groups["group-0"].running() if seq.candidate_index == 1]
+    world.not_finite_after = world.workers["group-0"].slots[second.slot].last_sampled
+    del world.messages[:]
+    world.run()  # World.deliver asserts that nothing comes after an end
+
+    assert failing.failed is not None
+    kinds = [message.WhichOneof("kind") for message in world.messages]
+    at = kinds.index("failed")
+    (before, after) = world.messages[at - 1].step_outputs, world.messages[at + 1].step_outputs
+    assert failing.submit.handle in before.handles
+    assert list(after.handles) == [other.submit.handle]
+    assert list(after.logprobs) == [-float(token % 7) for token in after.token_ids]
+    assert other.tokens[0] == expected_output(PROMPT[1:], 20)
+
+
+def test_the_blocks_of_a_worker_that_is_gone_are_in_no_cache() -> None:
+    world = World(num_blocks=400, max_row_tokens=8)
+    for index in range(10):
+        world.submit([index + 1] * 47, 200)
+    for _ in range(7):
+        world.step()
+    world.lose("group-0")
+    assert not world.core.cache_feed._counts
+
+
+@pytest.mark.parametrize("fields", [{"candidate_count": 2**32 - 1}, {"first_candidate_index": 2**32 - 1}])
+def test_candidates_that_no_plan_could_name_are_refused(fields: dict[str, int]) -> None:
+    """An exception would end the process, and with it the requests of everybody."""
+    world = World()
+    rejected = world.submit(PROMPT, **{"candidate_count": 1, **fields}).rejected
+    assert rejected is not None
+    assert rejected.reason == "INVALID_FIELD"

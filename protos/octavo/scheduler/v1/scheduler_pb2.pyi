@@ -30,7 +30,7 @@ class Hello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., protocol_revision: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "body_sha256", "prompt_token_ids", "continue_token_ids", "sampling", "stop", "constraint", "candidate_count", "logprobs", "remaining_ms", "priority", "tenant", "cache_salt", "adapter", "resume_window_ms", "traceparent", "first_candidate_index", "end_of_sequence_ids", "chosen_logprob", "bypass_prefix_cache", "progress_interval_ms", "gateway_state", "pooling", "prompt_logprobs")
+    __slots__ = ("handle", "request_id", "body_sha256", "prompt_token_ids", "continue_token_ids", "sampling", "stop", "constraint", "candidate_count", "logprobs", "remaining_ms", "priority", "tenant", "cache_salt", "adapter", "resume_window_ms", "traceparent", "first_candidate_index", "end_of_sequence_ids", "chosen_logprob", "bypass_prefix_cache", "progress_interval_ms", "gateway_state", "pooling", "prompt_logprobs", "is_failover")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BODY_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class Submit(_message.Message):
     GATEWAY_STATE_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    IS_FAILOVER_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     body_sha256: bytes
@@ -81,7 +82,8 @@ class Submit(_message.Message):
     gateway_state: bytes
     pooling: Pooling
     prompt_logprobs: int
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., body_sha256: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., constraint: _Optional[_Union[_common_pb2.OutputConstraint, _Mapping]] = ..., candidate_count: _Optional[int] = ..., logprobs: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., resume_window_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., first_candidate_index: _Optional[int] = ..., end_of_sequence_ids: _Optional[_Iterable[int]] = ..., chosen_logprob: _Optional[bool] = ..., bypass_prefix_cache: _Optional[bool] = ..., progress_interval_ms: _Optional[int] = ..., gateway_state: _Optional[bytes] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    is_failover: bool
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., body_sha256: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., constraint: _Optional[_Union[_common_pb2.OutputConstraint, _Mapping]] = ..., candidate_count: _Optional[int] = ..., logprobs: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., resume_window_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., first_candidate_index: _Optional[int] = ..., end_of_sequence_ids: _Optional[_Iterable[int]] = ..., chosen_logprob: _Optional[bool] = ..., bypass_prefix_cache: _Optional[bool] = ..., progress_interval_ms: _Optional[int] = ..., gateway_state: _Optional[bytes] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ..., is_failover: _Optional[bool] = ...) -> None: ...
 
 class Pooling(_message.Message):
     __slots__ = ("input_lengths", "second_segment_starts", "dimensions", "normalize")
