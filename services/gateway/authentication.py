@@ -94,16 +94,20 @@ class Authenticator:
         self.on_refused(refusal)
         raise refusal
 
-    def authorize(self, method: str, context: Any, *, admin: bool = False) -> None:
-        """Check a gRPC call and remember who makes it, for `caller`. Raises UNAUTHENTICATED, PERMISSION_DENIED."""
+    def authorize(self, method: str, context: Any, *, admin: bool = False) -> str:
+        """Check a gRPC call, remember who makes it, for `caller`, and return the tenant.
+
+        Raises UNAUTHENTICATED, PERMISSION_DENIED.
+        """
         if method.startswith(PUBLIC_METHODS):
-            return
+            return ""
         headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         names = context.auth_context().get("peer_spiffe_id", ()) if self._certificates else ()
         who = self.identify(headers.get("authorization", ""), (name.decode(errors="replace") for name in names))
         if admin and self.is_required and not who.is_admin:
             raise ServingError(Reason.PERMISSION_DENIED, "this needs a key made with `octavo keys add --admin`")
         _caller.set(who)
+        return who.tenant
 
     def enter(self, who: Caller) -> None:
         """Remember who makes the call that runs now, for `caller`."""
