@@ -358,7 +358,8 @@ class Scheduler:
             request
             for request in self._requests
             if request.submit.request_id == request_id
-            and (not cancel.HasField("tenant") or request.submit.tenant == cancel.tenant)
+            and cancel.HasField("tenant")  # without, it is nobody's
+            and request.submit.tenant == cancel.tenant
         ]
         for request in found:
             for seq in request.sequences:

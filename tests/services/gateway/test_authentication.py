@@ -18,11 +18,12 @@ from jwt.algorithms import RSAAlgorithm
 
 from octavo.admin.v1 import admin_pb2
 from octavo.inference.v1 import generation_pb2, load_pb2, model_pb2, tokenizer_pb2
+from octavo.services.common import api_keys
+from octavo.services.common.api_keys import Caller, make_key
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.files import WatchedFile
-from octavo.services.gateway import authentication
 from octavo.services.gateway.app import Gateway
-from octavo.services.gateway.authentication import Authenticator, Caller, make_key
+from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.security_config import AuthenticationConfig
 
@@ -86,7 +87,7 @@ def test_a_wrong_secret_is_compared_in_constant_time(keys: Path, monkeypatch: py
         compared.append((len(left), len(right)))
         return False
 
-    monkeypatch.setattr(authentication.hmac, "compare_digest", compare)
+    monkeypatch.setattr(api_keys.hmac, "compare_digest", compare)
     key, entry = make_key("acme")
     write_keys(keys, entry)
     authenticator = Authenticator(AuthenticationConfig(api_keys=keys))
@@ -100,24 +101,24 @@ def test_a_key_that_is_taken_out_of_the_file_stops_working_without_a_restart(key
     key, entry = make_key("acme")
     write_keys(keys, entry)
     now = 0.0
-    watched = WatchedFile(keys, authentication.parse_keys, clock=lambda: now)
-    assert authentication.find_key(watched.get(), key) == Caller("acme")
+    watched = WatchedFile(keys, api_keys.parse_keys, clock=lambda: now)
+    assert api_keys.find_key(watched.get(), key) == Caller("acme")
 
     keys.write_text("[]")
     now = 2.0
-    assert authentication.find_key(watched.get(), key) is None
+    assert api_keys.find_key(watched.get(), key) is None
 
 
 def test_a_broken_file_leaves_the_last_good_one_in_force(keys: Path) -> None:
     key, entry = make_key("acme")
     write_keys(keys, entry)
     now = 0.0
-    watched = WatchedFile(keys, authentication.parse_keys, clock=lambda: now)
+    watched = WatchedFile(keys, api_keys.parse_keys, clock=lambda: now)
 
     for number, broken in enumerate(("{", "- id: 1", "x", "")):
         keys.write_text(broken)
         now = 2.0 * (number + 1)
-        assert authentication.find_key(watched.get(), key) == Caller("acme")
+        assert api_keys.find_key(watched.get(), key) == Caller("acme")
 
 
 @pytest.mark.parametrize("content", ["{", "- id: 1", "just text", "- 5", "- {id: a, salt: zz, sha256: '', tenant: t}"])

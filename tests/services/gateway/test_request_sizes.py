@@ -16,8 +16,8 @@ import yaml
 from grpc import aio
 
 from octavo.inference.v1 import generation_pb2
+from octavo.services.common.api_keys import make_key
 from octavo.services.gateway.app import Gateway
-from octavo.services.gateway.authentication import make_key
 from octavo.services.gateway.config import GatewayConfig
 
 GENERATE = "/octavo.inference.v1.GenerationService/Generate"
