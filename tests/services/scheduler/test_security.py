@@ -86,7 +86,7 @@ async def test_only_admins_operate_a_scheduler(tmp_path: Path) -> None:
 def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
     made = zmq.Context()
     yield made
-    made.destroy(0)
+    made.term()
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -114,5 +114,7 @@ def test_a_worker_gets_in_only_while_somebody_says_that_it_may(
     try:
         assert bool(router.poll(10_000 if answers else 1_000)) == answers
     finally:
+        worker.close(0)
+        router.close(0)
         if answers:
             curve.close()
