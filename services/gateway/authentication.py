@@ -42,6 +42,7 @@ class Authenticator:
         self._keys = None if config.api_keys is None else WatchedFile(config.api_keys, parse_keys)
         self._tokens = None if config.jwks is None else _Tokens(config)
         self._certificates = config.certificates
+        self._certificate_prefix = config.certificate_prefix
         self.on_refused: Callable[[ServingError], None] = lambda _: None
         """Is told of each call that showed no valid credential."""
 
@@ -70,8 +71,10 @@ class Authenticator:
                 return found
         elif self._certificates and not authorization:
             for name in certificate_names:
-                if name.startswith("spiffe://") and TENANT.fullmatch(name.removeprefix("spiffe://")):
-                    return Caller(name.removeprefix("spiffe://"))
+                path = name.removeprefix("spiffe://")
+                tenant = self._certificate_prefix + path
+                if path and path != name and TENANT.fullmatch(tenant):
+                    return Caller(tenant)
         refusal = ServingError(
             Reason.UNAUTHENTICATED,
             "this server needs a valid credential: send the header `authorization: Bearer KEY`"
@@ -138,8 +141,9 @@ class _Tokens:
             leeway=_JWT_LEEWAY_S,
             options={"require": ["exp", "iss", "aud"]},
         )
-        tenant = claims.get(self._config.tenant_claim)
-        return Caller(tenant) if isinstance(tenant, str) and TENANT.fullmatch(tenant) else None
+        name = claims.get(self._config.tenant_claim)
+        tenant = f"{self._config.token_prefix}{name}"
+        return Caller(tenant) if isinstance(name, str) and name and TENANT.fullmatch(tenant) else None
 
 
 def _parse_jwks(data: bytes) -> list[Any]:

@@ -193,6 +193,47 @@ def test_a_verified_certificate_names_its_tenant_only_if_that_is_wanted() -> Non
     assert refused(Authenticator(AuthenticationConfig(certificates=True)), "", ("https://x.test",))
 
 
+def test_a_prefix_keeps_the_tenants_of_one_kind_of_credential_apart(
+    tokens: Authenticator, signer: rsa.RSAPrivateKey, tmp_path: Path
+) -> None:
+    both = AuthenticationConfig(
+        jwks=tmp_path / "jwks.json",
+        issuer=ISSUER,
+        audience=AUDIENCE,
+        certificates=True,
+        token_prefix="jwt:",
+        certificate_prefix="spiffe:",
+    )
+    authenticator = Authenticator(both)
+
+    assert authenticator.identify(signed(signer)) == Caller("jwt:acme")
+    assert authenticator.identify("", ("spiffe://acme",)) == Caller("spiffe:acme")
+    assert refused(authenticator, signed(signer, sub=""))
+    assert refused(authenticator, "", ("spiffe://",))
+
+
+def test_several_kinds_of_credentials_need_prefixes(config: GatewayConfig, tmp_path: Path) -> None:
+    """One kind alone does not: its tenants are what they were."""
+    file = tmp_path / "file"
+    file.touch()
+    keys: dict[str, Any] = {"api_keys": file}
+    token: dict[str, Any] = {"jwt_jwks": file, "jwt_issuer": "i", "jwt_audience": "a"}
+    tls = {"tls_certificate": file, "tls_key": file, "tls_client_ca": file}
+    certificates: dict[str, Any] = {"certificate_tenants": True, **tls}
+    for alone in (keys, token, certificates):
+        dataclasses.replace(config, **alone)
+    for together in (keys | token, keys | certificates, token | certificates):
+        with pytest.raises(ValueError, match="tenant-prefix must be set"):
+            dataclasses.replace(config, **together)
+    all_kinds = keys | token | certificates
+    for prefix in ("x:", "x", "x:y"):
+        with pytest.raises(ValueError, match="begin with each other"):
+            dataclasses.replace(config, **all_kinds, jwt_tenant_prefix="x:", certificate_tenant_prefix=prefix)
+    with pytest.raises(ValueError, match="letters"):
+        dataclasses.replace(config, **token, jwt_tenant_prefix=" ")
+    dataclasses.replace(config, **all_kinds, jwt_tenant_prefix="jwt:", certificate_tenant_prefix="spiffe:")
+
+
 @pytest.mark.parametrize("admin", [False, True])
 async def test_every_method_but_health_needs_a_credential(keys: Path, config: GatewayConfig, admin: bool) -> None:
     """Over the wire, for every method that there is."""
