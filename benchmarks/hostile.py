@@ -3,9 +3,10 @@
     python benchmarks/hostile.py [--requests 100000] [--concurrency 64] [--seed 0]
 
 `octavo serve demo` gets, in turn and at once: protobuf messages of every method with bits flipped, cut off, doubled or
-replaced by noise; messages with the right tags and as many empty messages or list items as fit; HTTP/1.1 with wrong request lines, heads, lengths, chunks, encodings and JSON; and HTTP/2 by hand:
-wrong prefaces, frames of wrong lengths and types, broken header blocks, floods of SETTINGS, PING and CONTINUATION,
-streams that are reset at once, windows that overflow. What must hold:
+replaced by noise; messages with the right tags and as many empty messages or list items as fit; HTTP/1.1 with wrong
+request lines, heads, lengths, chunks, encodings and JSON; and HTTP/2 by hand: wrong prefaces, frames of wrong lengths
+and types, broken header blocks, floods of SETTINGS, PING and CONTINUATION, streams that are reset at once, windows
+that overflow. What must hold:
 
 - all processes are those that were started
 - the memory of the gateway and of the scheduler at the end is at most 5 % above that after the first tenth

@@ -98,7 +98,7 @@ class HttpListener:
     def _use_context(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
         """Give a connection that begins the files as they are now: the socket keeps the context it was made with."""
         del name
-        if context is not self._context:
+        if self._context is not None and context is not self._context:
             connection.context = self._context
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 CERTIFICATE_NAMES = "octavo.certificate_names"
@@ -49,7 +50,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Start to count a request's head."""
         super().on_message_begin()
-        self.scope[CERTIFICATE_NAMES] = self._certificate_names  # type: ignore[typeddict-unknown-key]
+        scope: Scope = self.scope  # type: ignore[assignment]  # ASGI lets servers add their own
+        scope[CERTIFICATE_NAMES] = self._certificate_names
         self._head_bytes = 0
         self._expect_head()
 
