@@ -186,11 +186,11 @@ class Attack:
         method = self._rng.choice(list(MESSAGES))
         await self.call(method, mutated(MESSAGES[method].SerializeToString(), self._rng), "protobuf")
 
-    async def call(self, method: str, data: bytes, kind: str) -> None:
+    async def call(self, method: str, data: bytes, kind: str, timeout_s: float = ANSWER_S) -> None:
         """Call a method, which may have one response or several."""
         call = self._channel.unary_unary(f"/octavo.inference.v1.{method}")
         try:
-            await call(data, timeout=ANSWER_S)
+            await call(data, timeout=timeout_s)
             self.answers[f"{kind}: OK"] += 1
         except grpc.aio.AioRpcError as error:
             self.answers[f"{kind}: {error.code().name}"] += 1
@@ -266,7 +266,7 @@ async def _swell(attack: Attack, processes: list[psutil.Process]) -> list[str]:
         for count in (1, 64):
             data, method = swollen("GenerationService/Generate", size), "GenerationService/Generate"
             before = peak = _memory(processes)["gateway"]
-            calls = [asyncio.ensure_future(attack.call(method, data, "swollen protobuf")) for _ in range(count)]
+            calls = [asyncio.ensure_future(attack.call(method, data, "swollen protobuf", 60)) for _ in range(count)]
             while not all(call.done() for call in calls):
                 await asyncio.wait(calls, timeout=0.01)
                 peak = max(peak, _memory(processes)["gateway"])
