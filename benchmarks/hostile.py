@@ -3,12 +3,14 @@
     python benchmarks/hostile.py [--requests 100000] [--concurrency 64] [--seed 0]
 
 `octavo serve demo` gets, in turn and at once: protobuf messages of every method with bits flipped, cut off, doubled or
-replaced by noise; HTTP/1.1 with wrong request lines, heads, lengths, chunks, encodings and JSON; and HTTP/2 by hand:
-wrong prefaces, frames of wrong lengths and types, broken header blocks, floods of SETTINGS, PING and CONTINUATION,
-streams that are reset at once, windows that overflow. What must hold:
+replaced by noise; messages with the right tags and as many empty messages or list items as fit; HTTP/1.1 with wrong
+request lines, heads, lengths, chunks, encodings and JSON; and HTTP/2 by hand: wrong prefaces, frames of wrong lengths
+and types, broken header blocks, floods of SETTINGS, PING and CONTINUATION, streams that are reset at once, windows
+that overflow. What must hold:
 
 - all processes are those that were started
 - the memory of the gateway and of the scheduler at the end is at most 5 % above that after the first tenth
+- 64 at once of the messages that would be largest when parsed raise the gateway's memory by at most 400 MiB
 - a proper request gets the same tokens as before, and every KV block is free
 
 Prints how many of each kind were sent and how they were answered; exits with 1 if anything did not hold.
@@ -36,6 +38,7 @@ from octavo.inference.v1 import generation_pb2, load_pb2, model_pb2, tokenizer_p
 from octavo.services.client import Client
 
 MAX_GROWTH = 1.05
+MAX_SWELLING_MIB = 400
 ANSWER_S = 10.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 GENERATION = generation_pb2.Generation(
@@ -68,6 +71,31 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randrange(1, 8)):
         changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
     return bytes(changed)
+
+
+def field(number: int, payload: bytes) -> bytes:
+    """Return a field with bytes, a string or a message in it."""
+    head = bytearray()
+    for value in (number << 3 | 2, len(payload)):
+        while value > 127:
+            head.append(value & 127 | 128)
+            value >>= 7
+        head.append(value)
+    return bytes(head) + payload
+
+
+def swollen(method: str, size: int) -> bytes:
+    """Return a message of about `size` bytes that becomes as large as can be when it is parsed."""
+    empty = b"\x0a\x00"
+    if method.startswith("GenerationService/Generate"):
+        chats = (empty * (size // 2), field(1, b"\x12\x00" * 200) * (size // 404))  # messages; messages with parts
+        return field(1, field(5, chats[size % 2]))
+    if method == "TokenizerService/Tokenize":
+        return field(1, b"demo") + b"\x12\x00" * (size // 2)
+    return empty * (size // 2)
+
+
+SWOLLEN = (*MESSAGES, "GenerationService/GenerateStream", "TokenizerService/Detokenize", "EmbeddingService/Embed")
 
 
 def hostile_http1(rng: random.Random) -> bytes:
@@ -133,7 +161,7 @@ class Attack:
         self._grpc_port = grpc_port
         self._http_port = http_port
         self._rng = rng
-        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}")
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{grpc_port}", [("grpc.max_send_message_length", -1)])
         self.answers: Counter[str] = Counter()
 
     async def close(self) -> None:
@@ -151,14 +179,21 @@ class Attack:
             self.answers[f"HTTP/2: {await self._raw(self._grpc_port, hostile_http2(self._rng))}"] += 1
 
     async def _protobuf(self) -> None:
+        if self._rng.random() < 0.02:
+            method = self._rng.choice(SWOLLEN)
+            await self.call(method, swollen(method, self._rng.randrange(1000, 9 << 20)), "swollen protobuf")
+            return
         method = self._rng.choice(list(MESSAGES))
-        data = mutated(MESSAGES[method].SerializeToString(), self._rng)
+        await self.call(method, mutated(MESSAGES[method].SerializeToString(), self._rng), "protobuf")
+
+    async def call(self, method: str, data: bytes, kind: str, timeout_s: float = ANSWER_S) -> None:
+        """Call a method, which may have one response or several."""
         call = self._channel.unary_unary(f"/octavo.inference.v1.{method}")
         try:
-            await call(data, timeout=ANSWER_S)
-            self.answers["protobuf: OK"] += 1
+            await call(data, timeout=timeout_s)
+            self.answers[f"{kind}: OK"] += 1
         except grpc.aio.AioRpcError as error:
-            self.answers[f"protobuf: {error.code().name}"] += 1
+            self.answers[f"{kind}: {error.code().name}"] += 1
 
     async def _raw(self, port: int, data: bytes) -> str:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -193,6 +228,7 @@ async def run(args: argparse.Namespace) -> int:
     try:
         wanted = await _answer(client)
         processes = psutil.Process(server.pid).children(recursive=True)
+        problems += await _swell(attack, processes)
         await _repeat(attack.one, args.requests // 10, args.concurrency)
         before = _memory(processes)
         started = time.monotonic()
@@ -221,6 +257,24 @@ async def run(args: argparse.Namespace) -> int:
         print(f"  {kind}: {count}")
     print("ok" if not problems else "; ".join(problems))
     return int(bool(problems))
+
+
+async def _swell(attack: Attack, processes: list[psutil.Process]) -> list[str]:
+    """Send what would be largest when parsed, one and then 64 at once; return what was wrong."""
+    problems = []
+    for size in (8_000_000, 8_000_001, 24_000_000):
+        for count in (1, 64):
+            data, method = swollen("GenerationService/Generate", size), "GenerationService/Generate"
+            before = peak = _memory(processes)["gateway"]
+            calls = [asyncio.ensure_future(attack.call(method, data, "swollen protobuf", 60)) for _ in range(count)]
+            while not all(call.done() for call in calls):
+                await asyncio.wait(calls, timeout=0.01)
+                peak = max(peak, _memory(processes)["gateway"])
+            after = _memory(processes)["gateway"]
+            print(f"{count} x {size / 1e6:.0f} MB swollen: {before:.0f} MiB before, peak {peak:.0f}, {after:.0f} after")
+            if peak > before + MAX_SWELLING_MIB:
+                problems.append(f"{count} swollen messages raised the memory of the gateway by {peak - before:.0f} MiB")
+    return problems
 
 
 async def _answer(client: Client) -> list[int]:

@@ -37,7 +37,7 @@ from fault_stack import Process, free_port
 
 from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.services.cli import demo_model
-from octavo.services.gateway.authentication import make_key
+from octavo.services.common.api_keys import make_key
 
 WEIGHTS = {"one": 1.0, "three": 3.0}
 MAX_RUNNING = 8

@@ -36,6 +36,7 @@ OWNED = {
     "scheduler": SECURITY
     | {
         "scheduler_address", "worker_endpoint", "worker_curve_key", "worker_curve_allowed", "admin_address",
+        "admin_keys", "trusted_network",
         "health_address", "metrics_address", "scheduler_id", "grace_s", "progress_fd",
     },
     "worker": {

@@ -86,6 +86,7 @@ class _Deployment:
         options = {
             "model_name": self._model.name,
             "admin_address": "",  # one variable in the environment would name the same port to several processes
+            "trusted_network": config.trusted_network,
             "max_running": config.max_running,
             "max_waiting": config.max_waiting,
             "max_batch_tokens": config.max_batch_tokens,

@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _add(config: KeysConfig) -> None:
-    from octavo.services.gateway.authentication import make_key
+    from octavo.services.common.api_keys import make_key
 
     key, entry = make_key(config.tenant, is_admin=config.admin)
     _write(config.file, [*_read(config.file), entry])
@@ -81,7 +81,7 @@ def _curve(config: KeysConfig) -> None:
 
 
 def _read(path: Path) -> list[dict[str, object]]:
-    from octavo.services.gateway.authentication import parse_keys
+    from octavo.services.common.api_keys import parse_keys
 
     if not path.exists():
         return []

@@ -148,6 +148,14 @@ class ServeConfig:
             "help": "where the one scheduler listens for gateways that are elsewhere: host:port. Port 0: any free port",
         },
     )
+    trusted_network: bool = field(
+        default=False,
+        metadata={
+            "group": _PROCESSES,
+            "help": "let gateways of other machines attach without certificates: only where nothing else reaches "
+            "--scheduler-address",
+        },
+    )
     scheduler_addresses: tuple[str, ...] = field(
         default=(),
         metadata={

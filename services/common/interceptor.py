@@ -1,8 +1,11 @@
-"""The one place where an exception becomes a gRPC status.
+"""The one place where a request becomes a message, and an exception a gRPC status.
 
 Wrap a server with ErrorInterceptor and its methods only raise: a ServingError becomes its status,
 anything else becomes INTERNAL and one line in the log, and a request that does not parse becomes
 INVALID_ARGUMENT instead of grpc.aio's INTERNAL.
+
+gRPC is told that every method takes a stream of bytes: for a method with one request it would receive and parse that
+before anybody is asked whether the caller may call.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import inspect
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -20,13 +25,24 @@ from grpc import aio
 
 from octavo.services.common.errors import Reason, ServingError, status_text, trailers
 from octavo.services.common.logging import current_request_id
+from octavo.services.common.request_memory import Hold, RequestMemory
+from octavo.services.common.wire_scan import WireScanner, malformed
 
 _log = logging.getLogger(__name__)
 _MAX_REQUEST_ID = 128
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9._:/@+=-]")
 
-Authorize = Callable[[str, Any], None]
-"""Called with a method's name and the context of a call before its handler; raises ServingError to refuse it."""
+_RECEIVE_S = 120.0  # for the only request of a call
+_STREAM_WAIT_S = 600.0  # for memory: running items of a batch give it back as they end
+_EOF: Any = aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
+
+Authorize = Callable[[str, Any], str]
+"""Called with a method's name and the context of a call before its request is received; returns the tenant.
+
+Raises ServingError to refuse the call.
+"""
+
+_request_hold: ContextVar[Hold | None] = ContextVar("request_hold", default=None)
 
 
 def request_id() -> str:
@@ -44,51 +60,82 @@ def _read_request_id(context: Any) -> str:
     return choose_request_id(next((value for value in values if isinstance(value, str)), ""))
 
 
-class _Malformed:
-    """Stands for a request that does not parse, until there is a context to refuse it with."""
+class _Inbox:
+    """Receives the requests of one method's calls."""
 
+    def __init__(self, parse: Callable[[bytes], Any], memory: RequestMemory | None) -> None:
+        """`parse` is a generated class's FromString. `memory` None: the callers are our own processes."""
+        self._parse = parse
+        self._memory = memory
+        self._scanner = None if memory is None else WireScanner(parse.__self__.DESCRIPTOR)  # type: ignore[attr-defined]
 
-def _deferring(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """Return a deserializer that never raises; UTF-8 that is broken is a DecodeError as well."""
-
-    def deserialize(data: bytes) -> Any:
+    @asynccontextmanager
+    async def one(self, context: Any, tenant: str) -> AsyncIterator[Any]:
+        """Receive the only request of a call; its memory is held until the end of the block. Raises ServingError."""
+        data = await self._receive(context, tenant, _RECEIVE_S)
+        if data is _EOF:
+            raise malformed()
+        if self._memory is None or self._scanner is None:
+            yield self._parsed(data)
+            return
+        hold = self._memory.hold(tenant, self._scanner.scan(data).memory_bytes)
         try:
-            return deserializer(data)
-        except (DecodeError, ValueError):
-            return _Malformed()
+            request = self._parsed(data)
+            del data
+            yield request
+        finally:
+            hold.release()
 
-    return deserialize
+    async def all(self, context: Any, tenant: str) -> AsyncGenerator[Any, None]:
+        """Receive request after request. The memory of each is held until the next one, or as `hold_request` says."""
+        while (data := await self._receive(context, tenant, None)) is not _EOF:
+            if self._memory is None or self._scanner is None:
+                yield self._parsed(data)
+                continue
+            hold = await self._memory.hold_within(tenant, self._scanner.scan(data).memory_bytes, _STREAM_WAIT_S)
+            _request_hold.set(hold)
+            try:
+                request = self._parsed(data)
+                del data
+                yield request
+                del request
+            finally:
+                if not hold.is_taken:
+                    hold.release()
+
+    async def _receive(self, context: Any, tenant: str, seconds: float | None) -> Any:
+        if self._memory is None:
+            return await context.read()
+        return await self._memory.receiving.receive(context, tenant, seconds)
+
+    def _parsed(self, data: bytes) -> Any:
+        try:
+            return self._parse(data)
+        except (DecodeError, ValueError):  # UTF-8 that is broken is a ValueError
+            raise malformed() from None
 
 
-def _parsed(request: Any) -> Any:
-    if isinstance(request, _Malformed):
-        raise ServingError(
-            Reason.MALFORMED_REQUEST,
-            "the request is not a valid protobuf message of its type (strings must be UTF-8); "
-            "build it with code generated from this server's protos",
-        )
-    return request
-
-
-async def _parsed_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _parsed(request)
+def hold_request() -> Hold | None:
+    """Return the memory of the request that a stream gave last: it is the caller's now to release."""
+    hold = _request_hold.get()
+    if hold is not None:
+        hold.is_taken = True
+    return hold
 
 
 async def _abort(context: Any, error: ServingError) -> None:
     await context.abort(error.code, status_text(error), trailers(error, request_id()))
 
 
-async def _guard(call: Callable[[], Awaitable[Any]], context: Any, method: str, authorize: Authorize | None) -> Any:
-    """Run one call; make a status of what it raises. Cancellation and context.abort pass through."""
+async def _guard(call: Callable[[str], Awaitable[Any]], context: Any, method: str, authorize: Authorize | None) -> Any:
+    """Run one call for its tenant; make a status of what it raises. Cancellation and context.abort pass through."""
     current_request_id.set(_read_request_id(context))
     context.set_trailing_metadata((("x-request-id", request_id()),))
     try:
-        if authorize is not None:
-            authorize(method, context)
-        return await call()
+        return await call("" if authorize is None else authorize(method, context))
     except ServingError as error:
         _log.debug("%s of request %s: %s %s", method, request_id(), error.reason, error.message)
+        error.__traceback__ = error.__context__ = None  # its frames hold the request
         await _abort(context, error)
     except aio.AbortError:
         raise
@@ -98,45 +145,13 @@ async def _guard(call: Callable[[], Awaitable[Any]], context: Any, method: str, 
         await _abort(context, ServingError(Reason.INTERNAL, message))
 
 
-def _unary(
-    behavior: Callable[[Any, Any], Any], streaming_in: bool, method: str, authorize: Authorize | None
-) -> Callable[[Any, Any], Any]:
-    """Wrap a method that returns one response."""
-
-    async def handle(request: Any, context: Any) -> Any:
-        async def call() -> Any:
-            return await behavior(_parsed_stream(request) if streaming_in else _parsed(request), context)
-
-        return await _guard(call, context, method, authorize)
-
-    return handle
-
-
-def _streaming(
-    behavior: Callable[[Any, Any], Any], streaming_in: bool, method: str, authorize: Authorize | None
-) -> Callable[[Any, Any], Any]:
-    """Wrap a method that writes responses, or yields them."""
-    generator = inspect.isasyncgenfunction(behavior)
-
-    async def handle(request: Any, context: Any) -> None:
-        async def call() -> None:
-            ready = _parsed_stream(request) if streaming_in else _parsed(request)
-            if not generator:
-                await behavior(ready, context)
-                return
-            async for response in behavior(ready, context):
-                await context.write(response)
-
-        await _guard(call, context, method, authorize)
-
-    return handle
-
-
 class ErrorInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # no generic at run time
     """See the module."""
 
-    def __init__(self, authorize: Authorize | None = None) -> None:
+    def __init__(self, authorize: Authorize | None = None, memory: RequestMemory | None = None) -> None:
+        """`memory` bounds what requests may take; None: the callers are our own processes, whose messages are right."""
         self._authorize = authorize
+        self._memory = memory
         self._wrapped: dict[str, tuple[Any, Any]] = {}  # by method: its handler, and the one made of it
 
     async def intercept_service(
@@ -151,21 +166,31 @@ class ErrorInterceptor(aio.ServerInterceptor):  # type: ignore[type-arg]  # no g
         method = str(handler_call_details.method)
         known = self._wrapped.get(method)
         if known is None or known[0] is not handler:
-            known = self._wrapped[method] = (handler, _guarded(handler, method, self._authorize))
+            known = self._wrapped[method] = (handler, _guarded(handler, method, self._authorize, self._memory))
         return known[1]
 
 
-def _guarded(handler: Any, method: str, authorize: Authorize | None) -> Any:
-    """Return a handler around another one, of the same kind."""
-    make, behavior = {
-        (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
-        (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
-        (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
-        (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
-    }[handler.request_streaming, handler.response_streaming]
-    wrap = _streaming if handler.response_streaming else _unary
-    return make(
-        wrap(behavior, handler.request_streaming, method, authorize),
-        _deferring(handler.request_deserializer),
-        handler.response_serializer,
-    )
+def _guarded(handler: Any, method: str, authorize: Authorize | None, memory: RequestMemory | None) -> Any:
+    """Return a handler around another one, which takes bytes and asks before it receives any."""
+    behavior = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    generator = inspect.isasyncgenfunction(behavior)
+    inbox = _Inbox(handler.request_deserializer, memory)
+
+    async def answer(requests: Any, context: Any) -> Any:
+        if not generator:
+            return await behavior(requests, context)
+        async for response in behavior(requests, context):
+            await context.write(response)
+        return None
+
+    async def handle(_: Any, context: Any) -> Any:
+        async def call(tenant: str) -> Any:
+            if handler.request_streaming:
+                return await answer(inbox.all(context, tenant), context)
+            async with inbox.one(context, tenant) as request:
+                return await answer(request, context)
+
+        return await _guard(call, context, method, authorize)
+
+    make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else grpc.stream_unary_rpc_method_handler
+    return make(handle, None, handler.response_serializer)

@@ -20,6 +20,13 @@ ACCESS = "octavo.access"
 current_request_id: ContextVar[str] = ContextVar("request_id", default="")
 """The call that runs now, for every line that is logged in it; empty outside of calls."""
 
+# What would move a terminal's cursor, or begin a line that nobody wrote: control characters and the like.
+_CONTROLS = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (*range(32), *range(127, 160), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+}
+_BELOW = {code: text for code, text in _CONTROLS.items() if chr(code) not in "\n\t"}
+
 _MAX_KEYS = 1024  # how many different warnings a RateLimiter remembers
 _MAX_LINES, _LINES_S = 50, 10.0  # of one message, whatever its arguments
 
@@ -56,7 +63,10 @@ class TextFormatter(logging.Formatter):
             fields = {"request_id": request_id, **fields}
         if fields:
             line += " " + " ".join(f"{name}={value}" for name, value in fields.items())
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        line = line.translate(_CONTROLS)
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info).translate(_BELOW)
+        return line
 
 
 class JsonFormatter(logging.Formatter):

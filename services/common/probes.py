@@ -15,7 +15,7 @@ import grpc
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from octavo.services.common.grpc_options import server_options
+from octavo.services.common.grpc_options import SMALL_MESSAGE_BYTES, public_server_options
 
 _WATCH_S = 0.25
 _MAX_STREAMS = 64  # watches by one connection: whoever reaches the port may not pile them up
@@ -28,7 +28,7 @@ class ProbeServer:
 
     def __init__(self, address: str, is_ready: Callable[[], bool]) -> None:
         """Bind `address`; RuntimeError if it is taken. `is_ready` is asked on the event loop for each probe."""
-        self._server = aio.server(options=server_options(_MAX_STREAMS))
+        self._server = aio.server(options=public_server_options(SMALL_MESSAGE_BYTES, _MAX_STREAMS))
         health_pb2_grpc.add_HealthServicer_to_server(_Probes(is_ready), self._server)
         if self._server.add_insecure_port(address) == 0:
             raise RuntimeError(f"{address} cannot be bound")

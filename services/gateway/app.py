@@ -24,9 +24,10 @@ from octavo.inference.v1 import (
     model_pb2_grpc,
     tokenizer_pb2_grpc,
 )
-from octavo.services.common.grpc_options import server_options
+from octavo.services.common.grpc_options import SMALL_MESSAGE_BYTES, public_server_options
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.probes import ProbeServer
+from octavo.services.common.request_memory import RequestMemory
 from octavo.services.common.tls import listen, server_credentials
 from octavo.services.gateway.admin import AdminServicer
 from octavo.services.gateway.authentication import Authenticator
@@ -92,9 +93,13 @@ class Gateway:
         mesh = MeshHeaders(config.mesh_headers, config.mesh_objectives)
         self._calls = GenerateCalls(models, self.schedulers, tokens, validator, accounting, mesh, config.max_requests)
 
+        max_message_bytes = config.max_message_bytes(model.max_model_len)
+        memory = RequestMemory(config.request_memory_bytes, max_message_bytes)
         self._server = aio.server(
-            interceptors=[ErrorInterceptor(authenticator.authorize)],
-            options=server_options(config.max_concurrent_streams, config.max_connection_age_s),
+            interceptors=[ErrorInterceptor(authenticator.authorize, memory)],
+            options=public_server_options(
+                max_message_bytes, config.max_concurrent_streams, config.max_connection_age_s
+            ),
         )
         batch_limits = BatchLimits(config.batch_window, config.batch_wait_s)
         generation = GenerationServicer(
@@ -125,7 +130,10 @@ class Gateway:
         if config.admin_address:
             admin = AdminServicer(self._calls, self._health, self.schedulers, validator, gateway_id, config.grace_s)
             authorize = partial(authenticator.authorize, admin=True)
-            self._admin = aio.server(interceptors=[ErrorInterceptor(authorize)], options=server_options())
+            self._admin = aio.server(
+                interceptors=[ErrorInterceptor(authorize, memory)],
+                options=public_server_options(SMALL_MESSAGE_BYTES, config.max_concurrent_streams),
+            )
             _add(self._admin, admin_pb2_grpc.add_AdminServiceServicer_to_server, admin)
             self.admin_port = _bind(self._admin, config.admin_address, credentials)
 

@@ -7,16 +7,12 @@ except health checks, as soon as any kind of credential is configured.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import hmac
 import json
-import re
-import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
+from octavo.services.common.api_keys import TENANT, Caller, find_key, parse_keys
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.files import WatchedFile
 from octavo.services.gateway.security_config import AuthenticationConfig
@@ -24,19 +20,9 @@ from octavo.services.gateway.security_config import AuthenticationConfig
 PUBLIC_METHODS = ("/grpc.health.v1.Health/",)
 """Prefixes of the methods that need no credential."""
 
-_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}")
-_KEY = re.compile(r"oct_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _MAX_CREDENTIAL = 16 * 1024
 _JWT_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA")  # no shared secrets, never "none"
 _JWT_LEEWAY_S = 60
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Whose call it is. An admin may call octavo.admin.v1 as well."""
-
-    tenant: str = ""
-    is_admin: bool = False
 
 
 _NOBODY = Caller()
@@ -56,6 +42,7 @@ class Authenticator:
         self._keys = None if config.api_keys is None else WatchedFile(config.api_keys, parse_keys)
         self._tokens = None if config.jwks is None else _Tokens(config)
         self._certificates = config.certificates
+        self._certificate_prefix = config.certificate_prefix
         self.on_refused: Callable[[ServingError], None] = lambda _: None
         """Is told of each call that showed no valid credential."""
 
@@ -84,8 +71,10 @@ class Authenticator:
                 return found
         elif self._certificates and not authorization:
             for name in certificate_names:
-                if name.startswith("spiffe://") and _TENANT.fullmatch(name.removeprefix("spiffe://")):
-                    return Caller(name.removeprefix("spiffe://"))
+                path = name.removeprefix("spiffe://")
+                tenant = self._certificate_prefix + path
+                if path and path != name and TENANT.fullmatch(tenant):
+                    return Caller(tenant)
         refusal = ServingError(
             Reason.UNAUTHENTICATED,
             "this server needs a valid credential: send the header `authorization: Bearer KEY`"
@@ -94,88 +83,24 @@ class Authenticator:
         self.on_refused(refusal)
         raise refusal
 
-    def authorize(self, method: str, context: Any, *, admin: bool = False) -> None:
-        """Check a gRPC call and remember who makes it, for `caller`. Raises UNAUTHENTICATED, PERMISSION_DENIED."""
+    def authorize(self, method: str, context: Any, *, admin: bool = False) -> str:
+        """Check a gRPC call, remember who makes it, for `caller`, and return the tenant.
+
+        Raises UNAUTHENTICATED, PERMISSION_DENIED.
+        """
         if method.startswith(PUBLIC_METHODS):
-            return
+            return ""
         headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         names = context.auth_context().get("peer_spiffe_id", ()) if self._certificates else ()
         who = self.identify(headers.get("authorization", ""), (name.decode(errors="replace") for name in names))
         if admin and self.is_required and not who.is_admin:
             raise ServingError(Reason.PERMISSION_DENIED, "this needs a key made with `octavo keys add --admin`")
         _caller.set(who)
+        return who.tenant
 
     def enter(self, who: Caller) -> None:
         """Remember who makes the call that runs now, for `caller`."""
         _caller.set(who)
-
-
-@dataclass(frozen=True)
-class StoredKey:
-    """What is kept of an API key: enough to check it, too little to use it."""
-
-    key_id: str
-    salt: bytes
-    digest: bytes
-    caller: Caller
-
-
-def make_key(tenant: str, *, is_admin: bool = False) -> tuple[str, dict[str, object]]:
-    """Return a new key, which is shown once, and its entry for the file. Raises ValueError for a bad tenant.
-
-    The secret has 256 random bits, so a fast hash is enough: there is nothing to guess.
-    """
-    if not _TENANT.fullmatch(tenant):
-        raise ValueError(f"tenant {tenant!r}: 1 to 128 of letters, digits and . _ : / @ -, a letter or digit first")
-    key_id, secret, salt = secrets.token_hex(6), secrets.token_urlsafe(32), secrets.token_bytes(16)
-    entry: dict[str, object] = {
-        "id": key_id,
-        "tenant": tenant,
-        "salt": salt.hex(),
-        "sha256": _digest(salt, secret).hex(),
-    }
-    if is_admin:
-        entry["admin"] = True
-    return f"oct_{key_id}_{secret}", entry
-
-
-def parse_keys(data: bytes) -> Mapping[str, StoredKey]:
-    """Return the keys of a file, by id. Raises ValueError."""
-    import yaml  # a gateway without such a file starts sooner without
-
-    try:
-        content = yaml.safe_load(data)
-    except yaml.YAMLError as error:
-        raise ValueError(f"is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, list):
-        raise ValueError("must hold a list of keys; `octavo keys add` makes them")
-    keys = {}
-    for number, entry in enumerate(content):
-        try:
-            keys[str(entry["id"])] = StoredKey(
-                str(entry["id"]),
-                bytes.fromhex(entry["salt"]),
-                bytes.fromhex(entry["sha256"]),
-                Caller(str(entry["tenant"]), entry.get("admin") is True),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"entry {number} is not one that `octavo keys add` made: {error}") from None
-    return keys
-
-
-def find_key(keys: Mapping[str, StoredKey], key: str) -> Caller | None:
-    """Return whose key it is, or None. Takes the same time for an unknown id as for a wrong secret."""
-    parts = _KEY.fullmatch(key)
-    if parts is None:
-        return None
-    stored = keys.get(parts[1])
-    salt, expected = (b"", b"\0" * 32) if stored is None else (stored.salt, stored.digest)
-    is_right = hmac.compare_digest(_digest(salt, parts[2]), expected)
-    return stored.caller if stored is not None and is_right else None
-
-
-def _digest(salt: bytes, secret: str) -> bytes:
-    return hashlib.sha256(salt + secret.encode()).digest()
 
 
 class _Tokens:
@@ -216,8 +141,9 @@ class _Tokens:
             leeway=_JWT_LEEWAY_S,
             options={"require": ["exp", "iss", "aud"]},
         )
-        tenant = claims.get(self._config.tenant_claim)
-        return Caller(tenant) if isinstance(tenant, str) and _TENANT.fullmatch(tenant) else None
+        name = claims.get(self._config.tenant_claim)
+        tenant = f"{self._config.token_prefix}{name}"
+        return Caller(tenant) if isinstance(name, str) and name and TENANT.fullmatch(tenant) else None
 
 
 def _parse_jwks(data: bytes) -> list[Any]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError, to_status
+from octavo.services.common.interceptor import hold_request
+from octavo.services.common.request_memory import Hold
 from octavo.services.gateway.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.calls import GenerateCalls
 
@@ -62,23 +64,29 @@ class BatchCall:
                     number = 0
                     async for request in requests:
                         await self._room.acquire()
-                        items.create_task(self._answer(number, request, write))
+                        items.create_task(self._answer(number, request, hold_request(), write))
                         number += 1
             except TimeoutError:
                 if self._interrupted is None:
                     raise
+            except ServingError as error:  # a request that cannot be read: those before it are answered
+                self._interrupted = error
             finally:
                 self._reading = None
         if self._interrupted is not None:
             raise self._interrupted
 
-    async def _answer(self, number: int, request: generation_pb2.BatchGenerateRequest, write: Write) -> None:
+    async def _answer(
+        self, number: int, request: generation_pb2.BatchGenerateRequest, hold: Hold | None, write: Write
+    ) -> None:
         try:
             response = await self._outcome(request, f"{self._request_id}-{number}")
             if response is not None:
                 async with self._writing:
                     await write(response)
         finally:
+            if hold is not None:
+                hold.release()
             self._room.release()  # only now: answers that their client does not read count, too
 
     async def _outcome(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from octavo.services.common.grpc_options import MAX_MESSAGE_BYTES
 from octavo.services.gateway.mesh import parse_objectives
 from octavo.services.gateway.output_formats import NONE, REASONING_FORMATS, TOOL_CALL_FORMATS
 from octavo.services.gateway.security_config import SecurityConfig
@@ -93,6 +94,17 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         metadata={"help": "how long files are kept, and batches from their end on; 0: for ever"},
     )
     batch_max_requests: int = field(default=1_000_000, metadata={"help": "most requests of one batch"})
+    grpc_max_message_bytes: int = field(
+        default=0,
+        metadata={"help": "longest gRPC request; 0: 8 MiB, or 16 bytes for each token of the context if that is more"},
+    )
+    request_memory_bytes: int = field(
+        default=256 * 1024 * 1024,
+        metadata={
+            "help": "most memory for the requests of running gRPC calls, of which one tenant may have half; further "
+            "ones are refused with a retry delay"
+        },
+    )
     max_concurrent_streams: int = field(default=1024, metadata={"help": "most calls at once on one connection"})
     max_connection_age_s: int = field(
         default=1800,
@@ -145,6 +157,7 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
             raise ValueError(f"--local-address must be unix:PATH, not {self.local_address!r}")
         for name in (
             "max_requests",
+            "request_memory_bytes",
             "batch_window",
             "batch_jobs",
             "batch_max_file_bytes",
@@ -164,6 +177,7 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
             "constraint_processes",
             "failover_s",
             "grace_s",
+            "grpc_max_message_bytes",
             "max_connection_age_s",
             "batch_wait_s",
             "batch_retention_s",
@@ -182,6 +196,11 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         if self.http_address.startswith("unix:"):
             raise ValueError(f"--http-address must be host:port, not {self.http_address!r}")
         _check_address("--http-address", self.http_address, may_be_empty=True)
+
+    def max_message_bytes(self, max_model_len: int) -> int:
+        """Return the longest gRPC request of a model with such a context."""
+        by_context = min(max(8 << 20, 16 * max_model_len), MAX_MESSAGE_BYTES)
+        return self.grpc_max_message_bytes or by_context
 
     @property
     def served_name(self) -> str:

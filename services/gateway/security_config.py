@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from octavo.services.common.api_keys import TENANT
 from octavo.services.common.tls_files import TlsFiles, check_tls_options
 
 _CALLERS = "callers"
@@ -19,6 +20,8 @@ class AuthenticationConfig:
     jwks          a file of public keys (RFC 7517) for tokens of `issuer` for `audience`
     tenant_claim  the token's claim that names the tenant
     certificates  a client certificate's URI name (SPIFFE) names the tenant
+
+    The prefixes stand before the tenants of tokens and of certificates.
     """
 
     api_keys: Path | None = None
@@ -27,6 +30,8 @@ class AuthenticationConfig:
     audience: str = ""
     tenant_claim: str = "sub"
     certificates: bool = False
+    token_prefix: str = ""
+    certificate_prefix: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,20 @@ class SecurityConfig:
     jwt_audience: str = field(default="", metadata={"group": _CALLERS, "help": "audience that tokens must name"})
     jwt_tenant_claim: str = field(
         default="sub", metadata={"group": _CALLERS, "help": "claim of a token that names the tenant"}
+    )
+    jwt_tenant_prefix: str = field(
+        default="",
+        metadata={
+            "group": _CALLERS,
+            "help": "what stands before the tenants of tokens; needed beside other credentials",
+        },
+    )
+    certificate_tenant_prefix: str = field(
+        default="",
+        metadata={
+            "group": _CALLERS,
+            "help": "what stands before the tenants of certificates; needed beside other credentials",
+        },
     )
     certificate_tenants: bool = field(
         default=False,
@@ -79,6 +98,8 @@ class SecurityConfig:
             audience=self.jwt_audience,
             tenant_claim=self.jwt_tenant_claim,
             certificates=self.certificate_tenants,
+            token_prefix=self.jwt_tenant_prefix,
+            certificate_prefix=self.certificate_tenant_prefix,
         )
 
     @property
@@ -99,3 +120,26 @@ class SecurityConfig:
             raise ValueError("--hop-certificate needs --hop-ca: schedulers are known by their certificate")
         if (self.jwt_jwks is not None) != bool(self.jwt_issuer and self.jwt_audience):
             raise ValueError("--jwt-jwks, --jwt-issuer and --jwt-audience go together")
+        self._check_tenants()
+
+    def _check_tenants(self) -> None:
+        """Raise ValueError if one kind of credential could name a tenant of another kind."""
+        prefixes = {
+            flag: prefix
+            for flag, prefix, is_on in (
+                ("--jwt-tenant-prefix", self.jwt_tenant_prefix, self.jwt_jwks is not None),
+                ("--certificate-tenant-prefix", self.certificate_tenant_prefix, self.certificate_tenants),
+            )
+            if is_on
+        }
+        for flag, prefix in prefixes.items():
+            if prefix and not TENANT.fullmatch(prefix):
+                raise ValueError(f"{flag} must be made of letters, digits and . _ : / @ -, not {prefix!r}")
+            if not prefix and len(prefixes) + (self.api_keys is not None) > 1:
+                raise ValueError(
+                    f"with several kinds of credentials {flag} must be set, for example to jwt: or spiffe:, or whoever "
+                    "issues one kind could name a tenant of another"
+                )
+        first, second = (*prefixes.values(), "", "")[:2]
+        if len(prefixes) > 1 and (first.startswith(second) or second.startswith(first)):
+            raise ValueError("--jwt-tenant-prefix and --certificate-tenant-prefix must not begin with each other")

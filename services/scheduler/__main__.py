@@ -17,17 +17,19 @@ from grpc import aio
 from octavo.admin.v1 import admin_pb2_grpc
 from octavo.scheduler.v1 import scheduler_pb2_grpc
 from octavo.services.common.config import load
-from octavo.services.common.grpc_options import server_options
+from octavo.services.common.grpc_options import SMALL_MESSAGE_BYTES, public_server_options, server_options
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.logging import setup
 from octavo.services.common.probes import ProbeServer
+from octavo.services.common.request_memory import RequestMemory
 from octavo.services.common.tls import listen, server_credentials
-from octavo.services.scheduler.admin import AdminServicer
+from octavo.services.scheduler.admin import AdminKeys, AdminServicer
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.engine import Engine
 from octavo.services.scheduler.server import SchedulerServicer
 
 log = logging.getLogger("octavo.scheduler")
+_MAX_ADMIN_CALLS = 64  # at once, on one connection
 
 
 async def serve(config: SchedulerConfig) -> int:
@@ -48,7 +50,12 @@ async def serve(config: SchedulerConfig) -> int:
         credentials = None if tls is None else server_credentials(tls)
         servers.append(await _listen(server, config.scheduler_address, credentials))
         if config.admin_address:
-            admin = aio.server(interceptors=[ErrorInterceptor()], options=server_options())
+            authorize = None if config.admin_keys is None else AdminKeys(config.admin_keys).authorize
+            memory = RequestMemory(_MAX_ADMIN_CALLS * SMALL_MESSAGE_BYTES, SMALL_MESSAGE_BYTES)
+            admin = aio.server(
+                interceptors=[ErrorInterceptor(authorize, memory)],
+                options=public_server_options(SMALL_MESSAGE_BYTES, _MAX_ADMIN_CALLS),
+            )
             admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminServicer(engine, config), admin)  # type: ignore[no-untyped-call]
             servers.append(await _listen(admin, config.admin_address, credentials))
     except ValueError as error:

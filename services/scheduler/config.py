@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octavo.services.common.tls_files import TlsFiles, check_tls_options
-from octavo.services.scheduler.worker_endpoint import CurveFiles, is_exposed
+from octavo.services.scheduler.worker_endpoint import CurveFiles, is_exposed, is_exposed_address
 from octavo.services.telemetry.config import TelemetryConfig
 
 BLOCK_SIZE = 16  # tokens in a KV block: fixed, the kernels' page layout depends on it
@@ -42,7 +42,18 @@ class SchedulerConfig(TelemetryConfig):
     hop_certificate: Path | None = field(default=None, metadata={"help": "PEM chain that gateways are shown"})
     hop_key: Path | None = field(default=None, metadata={"help": "its key"})
     hop_ca: Path | None = field(default=None, metadata={"help": "PEM authorities of the gateways' certificates"})
+    trusted_network: bool = field(
+        default=False,
+        metadata={
+            "help": "let gateways of other machines attach without certificates: only where nothing else reaches "
+            "scheduler_address"
+        },
+    )
     admin_address: str = field(default="", metadata={"help": "where octavo.admin.v1 is served; empty: nowhere"})
+    admin_keys: Path | None = field(
+        default=None,
+        metadata={"help": "file of API keys, made by `octavo keys add --admin`: calls of octavo.admin.v1 need one"},
+    )
     health_address: str = field(
         default="",
         metadata={"help": "where probes are answered (grpc.health.v1: startup, readiness, liveness); empty: nowhere"},
@@ -149,6 +160,17 @@ class SchedulerConfig(TelemetryConfig):
             raise ValueError("worker_curve_key and worker_curve_allowed go together: workers are known by their keys")
         if self.hop_tls is not None and self.hop_tls.ca is None:
             raise ValueError("hop_certificate needs hop_ca: gateways are known by their certificates")
+        if self.hop_tls is None and not self.trusted_network and is_exposed_address(self.scheduler_address):
+            raise ValueError(
+                f"scheduler_address {self.scheduler_address} can be reached from other machines, and who attaches may "
+                "act for any tenant: give hop_certificate, hop_key and hop_ca, or trusted_network if only gateways "
+                "reach it"
+            )
+        if self.admin_keys is None and is_exposed_address(self.admin_address):
+            raise ValueError(
+                f"admin_address {self.admin_address} can be reached from other machines: give admin_keys "
+                "(`octavo keys add --admin` makes them), or use a loopback address"
+            )
         if self.worker_curve_key is None and is_exposed(self.worker_endpoint):
             raise ValueError(
                 f"worker_endpoint {self.worker_endpoint} can be reached from other machines: give worker_curve_key and "

@@ -17,6 +17,7 @@ from octavo.services.common.files import WatchedFile
 from octavo.services.scheduler.worker_endpoint import CurveFiles
 
 _KEY_BYTES = 32
+_DOMAIN = "octavo"
 
 
 class CurveServer:
@@ -28,13 +29,17 @@ class CurveServer:
         self._allowed = WatchedFile(files.allowed, parse_allowed)
         self._authenticator = ThreadAuthenticator(context, log=logging.getLogger("octavo.scheduler.curve"))
         self._authenticator.start()
-        self._authenticator.configure_curve_callback("*", self)
+        self._authenticator.configure_curve_callback(_DOMAIN, self)
 
     def protect(self, socket: zmq.Socket[bytes]) -> None:
         """Make a socket that is not bound yet talk to allowed workers only."""
         socket.curve_secretkey = self._secret
         socket.curve_publickey = zmq.curve_public(self._secret)
         socket.curve_server = True
+        socket.zap_domain = (
+            _DOMAIN.encode()
+        )  # with one, a missing answer is a refusal; without, ZeroMQ lets all in that
+        socket.zap_enforce_domain = True  # nobody answers for
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Return whether a public key is allowed; called in the authenticator's thread."""

@@ -51,11 +51,9 @@ class ResumableRequests:
         old = self._by_id.get(_key(request))
         return old if old in self.detached else None
 
-    def get(self, request_id: str, tenant: str | None) -> Request | None:
-        """Return a request of a tenant, or of any (None), that runs or is still kept."""
-        if tenant is not None:
-            return self._by_id.get((tenant, request_id))
-        return next((request for (_, name), request in self._by_id.items() if name == request_id), None)
+    def get(self, request_id: str, tenant: str) -> Request | None:
+        """Return a request of a tenant that runs or is still kept."""
+        return self._by_id.get((tenant, request_id))
 
     def forget(self, request: Request) -> None:
         """Keep a request no longer."""

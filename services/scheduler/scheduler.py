@@ -393,7 +393,7 @@ class Scheduler:
         found = [
             request
             for request in self._requests.with_id(request_id)
-            if not cancel.HasField("tenant") or request.submit.tenant == cancel.tenant
+            if cancel.HasField("tenant") and request.submit.tenant == cancel.tenant  # without, it is nobody's
         ]
         for request in found:
             for seq in request.sequences:

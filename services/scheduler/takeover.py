@@ -25,8 +25,8 @@ class Takeover:
 
     def reattach(self, gateway_id: str, reattach: scheduler_pb2.Reattach, now: float) -> None:
         """Give a request to a gateway, with what that one has not seen of it, or tell it that nothing is kept."""
-        tenant = reattach.tenant if reattach.HasField("tenant") else None
-        request = self._resumable.get(reattach.request_id, tenant) if reattach.epoch == self._epoch else None
+        is_known = reattach.epoch == self._epoch and reattach.HasField("tenant")
+        request = self._resumable.get(reattach.request_id, reattach.tenant) if is_known else None
         offsets = list(reattach.next_token_offsets)
         if (
             request is None

@@ -1,4 +1,4 @@
-"""What the endpoint for workers needs to be safe. Apart from `curve.py`: a command line is read without ZeroMQ."""
+"""What the endpoints of a scheduler need to be safe. Apart from `curve.py`: a command line is read without ZeroMQ."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ class CurveFiles:
 
 def is_exposed(endpoint: str) -> bool:
     """Return whether a ZeroMQ endpoint can be reached from other machines."""
-    if not endpoint.startswith("tcp://"):
+    return endpoint.startswith("tcp://") and is_exposed_address(endpoint.removeprefix("tcp://"))
+
+
+def is_exposed_address(address: str) -> bool:
+    """Return whether a server's address, host:port or unix:PATH, can be reached from other machines."""
+    if not address or address.startswith("unix:"):
         return False
-    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    host = address.rpartition(":")[0].strip("[]")
     try:
         return not ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -111,7 +111,8 @@ def deployment(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         Process(
             folder / "gateway.log", "gateway", str(smollm2), f"--grpc-address=127.0.0.1:{ports[2]}",
             f"--http-address=127.0.0.1:{ports[3]}", f"--scheduler-addresses={it.scheduler_address}",
-            f"--api-keys={keys}", "--certificate-tenants", f"--tls-certificate={certificate}", f"--tls-key={private}",
+            f"--api-keys={keys}", "--certificate-tenants", "--certificate-tenant-prefix=spiffe:",
+            f"--tls-certificate={certificate}", f"--tls-key={private}",
             f"--tls-client-ca={it.clients.ca}", *it.hop(*it.servers.issue("hop")),
         ),
     ]  # fmt: skip

@@ -109,7 +109,11 @@ class SimGateway:
             handle = self._handle(call, wanted)
             offsets = [len(call.tokens[index]) for index in call.candidates]
             reattach = scheduler_pb2.Reattach(
-                handle=handle, request_id=call.submit.request_id, epoch=call.epoch, next_token_offsets=offsets
+                handle=handle,
+                request_id=call.submit.request_id,
+                epoch=call.epoch,
+                next_token_offsets=offsets,
+                tenant=call.submit.tenant,
             )
             self._send(scheduler_pb2.AttachRequest(reattach=reattach))
             return

@@ -56,6 +56,9 @@ volumes:
     - scheduler
     - --scheduler-id=$(POD_NAME)
     - --scheduler-address={{ .Values.listenAddress }}:50052
+    {{- if not .Values.transport.tls.enabled }}
+    - --trusted-network  # a NetworkPolicy lets only gateways in
+    {{- end }}
     {{- if .Values.transport.curve.enabled }}
     - --worker-endpoint=tcp://{{ .Values.listenAddress }}:50053
     - --worker-curve-key=/etc/octavo/curve/scheduler.key

@@ -19,6 +19,7 @@ from octavo.services.common.logging import current_request_id
 from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.errors import HttpError, error_response, http_error_response
+from octavo.services.gateway.http.protocol import CERTIFICATE_NAMES
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -205,7 +206,8 @@ class Endpoint:
         current_request_id.set(request.request_id)
         try:
             if self._authenticator is not None:
-                self._authenticator.enter(self._authenticator.identify(request.headers.get("authorization", "")))
+                names = scope.get(CERTIFICATE_NAMES, ())
+                self._authenticator.enter(self._authenticator.identify(request.headers.get("authorization", ""), names))
             response = await self._handler(request)
         except ClientDisconnect:
             return

@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Message, Scope
 from octavo.services.batch.lines import Line
 from octavo.services.batch.results import Answer
 from octavo.services.batch.runner import final
-from octavo.services.gateway.authentication import Authenticator, Caller
+from octavo.services.common.api_keys import Caller
+from octavo.services.gateway.authentication import Authenticator
 
 
 class InProcessSender:

@@ -55,6 +55,7 @@ class HttpListener:
             )
         )
         self._tls = tls
+        self._context: ssl.SSLContext | None = None
         self._following: asyncio.Task[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -66,7 +67,10 @@ class HttpListener:
         serving.cancel()
         if self._task.done():
             self._task.result()
-        if self._tls is not None:
+        if self._tls is not None and self._server.config.ssl is not None:
+            self._context = self._server.config.ssl
+            self._context.sni_callback = self._use_context  # called for each connection, whatever name it asks for
+            _forget_sessions(self._context)
             self._following = asyncio.create_task(self._follow_files(self._tls))
 
     async def stop(self) -> None:
@@ -80,16 +84,22 @@ class HttpListener:
         await self._task
 
     async def _follow_files(self, tls: TlsFiles) -> None:
-        """Give new connections the certificate that is on disk, for as long as the listener runs."""
+        """Give new connections the certificate and the authorities on disk, for as long as the listener runs."""
         version = _version(tls)
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
-                if (now := _version(tls)) != version and self._server.config.ssl is not None:
-                    self._server.config.ssl.load_cert_chain(tls.certificate, tls.key)
+                if (now := _version(tls)) != version:
+                    self._context = _make_context(tls)
                     version = now
             except (OSError, ssl.SSLError) as error:  # half replaced: the next turn sees all of it
                 _log.warning("%s was not read again: %s", tls.certificate, error)
+
+    def _use_context(self, connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        """Give a connection that begins the files as they are now: the socket keeps the context it was made with."""
+        del name
+        if self._context is not None and context is not self._context:
+            connection.context = self._context
 
 
 class _Server(uvicorn.Server):
@@ -108,8 +118,25 @@ class _Server(uvicorn.Server):
         self.serving.set()
 
 
-def _version(tls: TlsFiles) -> tuple[object, object]:
-    return version_of(tls.certificate), version_of(tls.key)
+def _make_context(tls: TlsFiles) -> ssl.SSLContext:
+    """Return what uvicorn makes at the start. Raises OSError, ssl.SSLError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tls.certificate, tls.key)
+    if tls.ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(tls.ca)
+    _forget_sessions(context)
+    return context
+
+
+def _forget_sessions(context: ssl.SSLContext) -> None:
+    """Check each connection's certificate: one that resumes a session is not asked for it again."""
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+
+
+def _version(tls: TlsFiles) -> tuple[object, ...]:
+    return tuple(version_of(path) for path in (tls.certificate, tls.key, tls.ca) if path is not None)
 
 
 def _bind(address: str) -> socket.socket:

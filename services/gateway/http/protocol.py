@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+CERTIFICATE_NAMES = "octavo.certificate_names"
+"""In the scope of a request: the URI names of the verified client certificate."""
 
 _MAX_HEAD_BYTES = 65_536
 _HEAD_S = 30.0
@@ -23,6 +27,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
         super().connection_made(transport)
+        names = (transport.get_extra_info("peercert") or {}).get("subjectAltName", ())
+        self._certificate_names = tuple(name for kind, name in names if kind == "URI")
         self._expect_head()
         if most is not None and len(self.connections) > most:
             self._refuse(b"503 Service Unavailable", "there are too many connections; try again later")
@@ -44,6 +50,8 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Start to count a request's head."""
         super().on_message_begin()
+        scope: Scope = self.scope  # type: ignore[assignment]  # ASGI lets servers add their own
+        scope[CERTIFICATE_NAMES] = self._certificate_names
         self._head_bytes = 0
         self._expect_head()
 

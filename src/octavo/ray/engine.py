@@ -25,7 +25,8 @@ class Engine:
 
     def __init__(self, model: str, flags: Sequence[str] = ()) -> None:
         """Return once a worker is ready. Raises LocalServerError."""
-        own = ["--gateways=0", f"--scheduler-address={ray.util.get_node_ip_address()}:0"]
+        # Whoever reaches the nodes of a Ray cluster can run anything there, with certificates or without.
+        own = ["--gateways=0", f"--scheduler-address={ray.util.get_node_ip_address()}:0", "--trusted-network"]
         self._server = LocalServer(model, [*flags, *own, "--metrics-address=127.0.0.1:0"], verbose=True)
         self._server.__enter__()
         self._progress = Progress(_STALL_S, time.monotonic())

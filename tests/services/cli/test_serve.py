@@ -259,7 +259,7 @@ def test_each_scheduler_has_workers_of_its_own_and_every_gateway_knows_all_sched
 
 def test_an_engine_alone_and_gateways_alone_find_each_other_by_address(tmp_path: Path) -> None:
     model = Model(Path("/models/m"), "m")
-    engine = ServeConfig(model="m", gateways=0, scheduler_address="10.0.0.5:50052")
+    engine = ServeConfig(model="m", gateways=0, scheduler_address="10.0.0.5:50052", trusted_network=True)
     front = ServeConfig(
         model="m", schedulers=0, scheduler_addresses=("10.0.0.5:50052", "file:/x"), resume_key_file=Path("/key")
     )

@@ -70,3 +70,21 @@ def test_a_flood_of_one_message_is_cut_and_counted_and_accounts_never_are(stream
     assert wrong[-1] == "wrong call 200 (and 150 more like this)"
     assert said.count("call ended") == 200
     assert "another message" in said
+
+
+def test_a_clients_words_cannot_write_a_line_or_move_a_terminals_cursor(stream: io.StringIO) -> None:
+    logs.setup("info", "gateway", fmt="text", stream=stream)
+    forged = "x\n12:00:00.000 error: forged \x1b]0;owned\x07\x1b[2J\r\x9b\u2028\u202e é"
+
+    logging.getLogger(ACCESS).info("call ended", extra={"fields": {"model": forged}})
+    try:
+        raise ValueError(forged)
+    except ValueError:
+        logging.getLogger("octavo.test").exception("no model %s", forged)
+
+    written = stream.getvalue()
+    assert not set(written) & set("\x1b\x07\r\x9b\u2028\u202e")
+    first, second = written.splitlines()[:2]
+    assert first.endswith(r"model=x\x0a12:00:00.000 error: forged \x1b]0;owned\x07\x1b[2J\x0d\x9b\u2028\u202e é")
+    assert second.startswith(written[:6])
+    assert "error: no model x" in second

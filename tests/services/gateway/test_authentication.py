@@ -18,11 +18,12 @@ from jwt.algorithms import RSAAlgorithm
 
 from octavo.admin.v1 import admin_pb2
 from octavo.inference.v1 import generation_pb2, load_pb2, model_pb2, tokenizer_pb2
+from octavo.services.common import api_keys
+from octavo.services.common.api_keys import Caller, make_key
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.files import WatchedFile
-from octavo.services.gateway import authentication
 from octavo.services.gateway.app import Gateway
-from octavo.services.gateway.authentication import Authenticator, Caller, make_key
+from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.security_config import AuthenticationConfig
 
@@ -86,7 +87,7 @@ def test_a_wrong_secret_is_compared_in_constant_time(keys: Path, monkeypatch: py
         compared.append((len(left), len(right)))
         return False
 
-    monkeypatch.setattr(authentication.hmac, "compare_digest", compare)
+    monkeypatch.setattr(api_keys.hmac, "compare_digest", compare)
     key, entry = make_key("acme")
     write_keys(keys, entry)
     authenticator = Authenticator(AuthenticationConfig(api_keys=keys))
@@ -100,24 +101,24 @@ def test_a_key_that_is_taken_out_of_the_file_stops_working_without_a_restart(key
     key, entry = make_key("acme")
     write_keys(keys, entry)
     now = 0.0
-    watched = WatchedFile(keys, authentication.parse_keys, clock=lambda: now)
-    assert authentication.find_key(watched.get(), key) == Caller("acme")
+    watched = WatchedFile(keys, api_keys.parse_keys, clock=lambda: now)
+    assert api_keys.find_key(watched.get(), key) == Caller("acme")
 
     keys.write_text("[]")
     now = 2.0
-    assert authentication.find_key(watched.get(), key) is None
+    assert api_keys.find_key(watched.get(), key) is None
 
 
 def test_a_broken_file_leaves_the_last_good_one_in_force(keys: Path) -> None:
     key, entry = make_key("acme")
     write_keys(keys, entry)
     now = 0.0
-    watched = WatchedFile(keys, authentication.parse_keys, clock=lambda: now)
+    watched = WatchedFile(keys, api_keys.parse_keys, clock=lambda: now)
 
     for number, broken in enumerate(("{", "- id: 1", "x", "")):
         keys.write_text(broken)
         now = 2.0 * (number + 1)
-        assert authentication.find_key(watched.get(), key) == Caller("acme")
+        assert api_keys.find_key(watched.get(), key) == Caller("acme")
 
 
 @pytest.mark.parametrize("content", ["{", "- id: 1", "just text", "- 5", "- {id: a, salt: zz, sha256: '', tenant: t}"])
@@ -190,6 +191,47 @@ def test_a_verified_certificate_names_its_tenant_only_if_that_is_wanted() -> Non
 
     assert Authenticator(AuthenticationConfig(certificates=True)).identify("", names) == Caller("acme.test/ns/a/sa/b")
     assert refused(Authenticator(AuthenticationConfig(certificates=True)), "", ("https://x.test",))
+
+
+def test_a_prefix_keeps_the_tenants_of_one_kind_of_credential_apart(
+    tokens: Authenticator, signer: rsa.RSAPrivateKey, tmp_path: Path
+) -> None:
+    both = AuthenticationConfig(
+        jwks=tmp_path / "jwks.json",
+        issuer=ISSUER,
+        audience=AUDIENCE,
+        certificates=True,
+        token_prefix="jwt:",
+        certificate_prefix="spiffe:",
+    )
+    authenticator = Authenticator(both)
+
+    assert authenticator.identify(signed(signer)) == Caller("jwt:acme")
+    assert authenticator.identify("", ("spiffe://acme",)) == Caller("spiffe:acme")
+    assert refused(authenticator, signed(signer, sub=""))
+    assert refused(authenticator, "", ("spiffe://",))
+
+
+def test_several_kinds_of_credentials_need_prefixes(config: GatewayConfig, tmp_path: Path) -> None:
+    """One kind alone does not: its tenants are what they were."""
+    file = tmp_path / "file"
+    file.touch()
+    keys: dict[str, Any] = {"api_keys": file}
+    token: dict[str, Any] = {"jwt_jwks": file, "jwt_issuer": "i", "jwt_audience": "a"}
+    tls = {"tls_certificate": file, "tls_key": file, "tls_client_ca": file}
+    certificates: dict[str, Any] = {"certificate_tenants": True, **tls}
+    for alone in (keys, token, certificates):
+        dataclasses.replace(config, **alone)
+    for together in (keys | token, keys | certificates, token | certificates):
+        with pytest.raises(ValueError, match="tenant-prefix must be set"):
+            dataclasses.replace(config, **together)
+    all_kinds = keys | token | certificates
+    for prefix in ("x:", "x", "x:y"):
+        with pytest.raises(ValueError, match="begin with each other"):
+            dataclasses.replace(config, **all_kinds, jwt_tenant_prefix="x:", certificate_tenant_prefix=prefix)
+    with pytest.raises(ValueError, match="letters"):
+        dataclasses.replace(config, **token, jwt_tenant_prefix=" ")
+    dataclasses.replace(config, **all_kinds, jwt_tenant_prefix="jwt:", certificate_tenant_prefix="spiffe:")
 
 
 @pytest.mark.parametrize("admin", [False, True])

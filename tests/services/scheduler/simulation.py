@@ -284,7 +284,7 @@ class World:
             request_id=stream.submit.request_id,
             epoch=epoch,
             next_token_offsets=offsets,
-            tenant=tenant,
+            tenant=stream.submit.tenant if tenant is None else tenant,
         )
         self.core.reattach(gateway, reattach, self.now)
         self.settle()

@@ -324,7 +324,7 @@ async def test_detach_ends_a_request_without_a_window_and_reattach_is_answered(t
         await gateway.receive("step_outputs")
         await gateway.send(detach=scheduler_pb2.Detach(handle=1))
         await until(lambda: process.engine.core.is_idle)
-        await gateway.send(reattach=scheduler_pb2.Reattach(handle=2, request_id="request-1"))
+        await gateway.send(reattach=scheduler_pb2.Reattach(handle=2, request_id="request-1", tenant=""))
         failed = (await gateway.receive("failed")).failed
         assert (failed.handle, failed.reason) == (2, "RESUME_STATE_LOST")
         worker.close()
@@ -340,7 +340,9 @@ async def test_a_request_goes_on_without_its_gateway_and_with_another_one(tmp_pa
         second = process.gateway("g2")
         welcome = await second.hello()
         await until(lambda: process.engine.core.num_requests == 0)  # it ended without a reader
-        reattach = scheduler_pb2.Reattach(handle=5, request_id="request-1", epoch=welcome.epoch, next_token_offsets=[7])
+        reattach = scheduler_pb2.Reattach(
+            handle=5, request_id="request-1", epoch=welcome.epoch, next_token_offsets=[7], tenant=""
+        )
         await second.send(reattach=reattach)
         assert (await second.receive("reattached")).reattached.gateway_state == b"state"
         outputs = (await second.receive("step_outputs")).step_outputs

@@ -248,3 +248,19 @@ def test_a_tenant_cannot_take_over_or_push_out_or_cancel_what_another_one_runs()
     assert [message.cancelled.was_running for message in world.others if message.HasField("cancelled")] == [False]
     assert taken.tokens[0] == expected_output(PROMPT, 30)
     assert other.tokens[0] == expected_output([7] * 20, 2)
+
+
+def test_who_names_no_tenant_finds_nothing() -> None:
+    world = World()
+    stream = started(world, tenant="victim")
+    name = stream.submit.request_id
+
+    world.streams["b", 77] = refused = Stream(stream.submit)
+    world.core.reattach("b", scheduler_pb2.Reattach(handle=77, request_id=name), world.now)
+    world.core.cancel("b", scheduler_pb2.Cancel(request_id=name), world.now)
+    world.run()
+
+    assert refused.failed is not None
+    assert refused.failed.reason == "RESUME_STATE_LOST"
+    assert [message.cancelled.was_running for message in world.others if message.HasField("cancelled")] == [False]
+    assert stream.tokens[0] == expected_output(PROMPT, 30)

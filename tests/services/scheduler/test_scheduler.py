@@ -282,12 +282,14 @@ def test_cancel_by_id_ends_a_request_of_another_gateway_with_a_reason() -> None:
     world = World()
     stream = world.submit(PROMPT, max_new_tokens=30)
     world.step()
-    world.core.cancel("other", scheduler_pb2.Cancel(request_id=stream.submit.request_id), world.now)
+    world.core.cancel(
+        "other", scheduler_pb2.Cancel(request_id=stream.submit.request_id, tenant=stream.submit.tenant), world.now
+    )
     world.settle()
     assert stream.finished[0].reason == common_pb2.FINISH_REASON_CANCELLED
     assert world.others[-1].cancelled.was_running
     assert world.others[-1].cancelled.usage.output_tokens == len(stream.tokens[0])
-    world.core.cancel("other", scheduler_pb2.Cancel(request_id="nobody"), world.now)
+    world.core.cancel("other", scheduler_pb2.Cancel(request_id="nobody", tenant=""), world.now)
     world.settle()
     assert not world.others[-1].cancelled.was_running
 
