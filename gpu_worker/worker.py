@@ -264,13 +264,15 @@ class Worker:
             return
         self._telemetry.planned(plan)
         try:
-            self._engine.start(plan)
+            refused = self._engine.start(plan)
         except PlanError as error:
             self._leave(plan.step_id, _INVALID_ARGUMENT, "INVALID_PLAN", str(error))
         except Exception as error:
             self._fail(plan.step_id, error)
         else:
             self._last_step_id = plan.step_id
+            for slot, problem in refused:  # before the answer: the scheduler must not believe the slot's rows
+                self._fault(plan.step_id, _INVALID_ARGUMENT, "INVALID_PLAN", problem, slot=slot)
             self._send_finished()
 
     def _send_finished(self, num_left: int = MAX_STEPS_IN_FLIGHT) -> None:
@@ -370,10 +372,15 @@ class Worker:
         self._reported_at = time.monotonic()
         return self._link.send(frame)
 
-    def _fault(self, step_id: int, code: int, reason: str, message: str, *, fatal: bool = False) -> None:
+    def _fault(
+        self, step_id: int, code: int, reason: str, message: str, *, fatal: bool = False, slot: int | None = None
+    ) -> None:
+        """Report a fault; with `slot`, one that costs this slot's sequence only."""
         log.error("%s: %s", reason, message)
         self._telemetry.fault(reason)
-        fault = worker_pb2.WorkerFault(step_id=step_id, code=code, reason=reason, message=message, fatal=fatal)
+        fault = worker_pb2.WorkerFault(
+            step_id=step_id, code=code, reason=reason, message=message, fatal=fatal, slot=slot
+        )
         self._send(worker_pb2.WorkerFrame(worker_fault=fault))
 
     def _leave(self, step_id: int, code: int, reason: str, message: str) -> None:

@@ -64,12 +64,12 @@ class WorkerClient:
             if frame.WhichOneof("kind") == kind:
                 return frame
 
-    async def join(self) -> worker_pb2.WorkerConfig:
+    async def join(self, **ready: Any) -> worker_pb2.WorkerConfig:
         await self.hello()
         frame = await self.receive("worker_config")
         self.epoch = frame.epoch
         self.model = FakeWorker(64)
-        await self.send(worker_ready=worker_pb2.WorkerReady(kv_blocks=64, max_model_len=512))
+        await self.send(worker_ready=worker_pb2.WorkerReady(kv_blocks=64, max_model_len=512, **ready))
         return frame.worker_config
 
     def work(self) -> None:
