@@ -49,6 +49,7 @@ class Reason(StrEnum):
     SCHEDULER_UNREACHABLE = "SCHEDULER_UNREACHABLE"
     NO_WORKERS = "NO_WORKERS"
     STREAM_INTERRUPTED = "STREAM_INTERRUPTED"
+    TAKEN_OVER = "TAKEN_OVER"
     RESUME_STATE_LOST = "RESUME_STATE_LOST"
     QUEUE_TIMEOUT = "QUEUE_TIMEOUT"
     GENERATION_TIMEOUT = "GENERATION_TIMEOUT"
@@ -87,6 +88,8 @@ CODES: Mapping[Reason, grpc.StatusCode] = {
     Reason.NO_WORKERS: grpc.StatusCode.UNAVAILABLE,
     # ABORTED, not UNAVAILABLE, in the middle of a stream: no policy may replay it blindly.
     Reason.STREAM_INTERRUPTED: grpc.StatusCode.ABORTED,
+    # Another call goes on with the output: this one is not to be resumed.
+    Reason.TAKEN_OVER: grpc.StatusCode.ABORTED,
     Reason.RESUME_STATE_LOST: grpc.StatusCode.DATA_LOSS,
     Reason.QUEUE_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,
     Reason.GENERATION_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,

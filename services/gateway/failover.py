@@ -32,6 +32,10 @@ class Lost:
         self.retry_at = 0.0
         self.refused_by: set[str] = set()
 
+    def is_due(self, now: float) -> bool:
+        """Return whether it may be submitted now."""
+        return not (self.is_out or self.is_paused) and self.not_before <= now
+
     def wait_for_refusals(self) -> None:
         """Ask nobody until those that refused may have changed their minds."""
         self.not_before = self.retry_at
@@ -68,8 +72,9 @@ class LostCandidates:
     def go_on(self, stream: RequestStream) -> None:
         """Let the candidates of a stream be submitted that were paused."""
         until = asyncio.get_running_loop().time() + self.failover_s
-        for lost in self._waiting.values():
-            if lost.stream is stream and lost.is_paused:
+        for candidate in stream.candidates:
+            lost = self._waiting.get(candidate)
+            if lost is not None and lost.is_paused:
                 lost.is_paused = False
                 lost.until = until
 
@@ -88,9 +93,11 @@ class LostCandidates:
 
     def due(self, now: float) -> list[Lost]:
         """Return those that may be submitted now."""
-        return [
-            lost for lost in self._waiting.values() if not (lost.is_out or lost.is_paused) and lost.not_before <= now
-        ]
+        return [lost for lost in self._waiting.values() if lost.is_due(now)]
+
+    def holds(self, lost: Lost) -> bool:
+        """Return whether it still waits."""
+        return self._waiting.get(lost.candidate) is lost
 
     def expired(self, now: float) -> list[Lost]:
         """Remove and return those that waited too long."""

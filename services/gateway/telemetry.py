@@ -72,6 +72,7 @@ class GatewayTelemetry:
         store.value(catalog.FAILOVERS).set(schedulers.num_failovers)
         store.value(catalog.SCHEDULERS, "connected").set(len(peers))
         store.value(catalog.SCHEDULERS, "healthy").set(sum(peer.healthy for peer in peers))
+        store.value(catalog.SCHEDULERS, "unusable").set(schedulers.num_unfit)
 
     def _read_load(self, schedulers: SchedulerPool) -> None:
         picker, loads = self._picker, [peer.load for peer in schedulers.peers]

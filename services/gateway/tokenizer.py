@@ -39,6 +39,7 @@ class ModelTokenizer:
         self._detokenizers = DetokenizerFactory(files.tokenizer)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self.sha256 = hashlib.sha256(files.definition).hexdigest()
+        self.tokens_sha256 = files.tokens_sha256
         self.files = files.files
         self.vocab_size = files.vocab_size
         self.max_model_len = files.max_model_len

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_a_worker_that_is_lost_again_and_again_joins_after_growing_pauses() -> N
         now += 0.001
 
     assert joins[1] - joins[0] < 0.1, "one loss is nothing"
-    pauses = [later - earlier for earlier, later in zip(joins[1:], joins[2:], strict=False)]
+    pauses = [later - earlier for earlier, later in pairwise(joins[1:])]
     assert pauses[0] < pauses[1] < pauses[2], pauses
     assert max(pauses) <= PAUSE_S[1] + 0.4
     assert len(joins) < 25, "without pauses there were 60,000"
