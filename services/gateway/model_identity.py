@@ -1,4 +1,4 @@
-"""Whether a scheduler's workers have the model of this gateway: the tokens it sends are of no meaning to another one."""
+"""Whether a scheduler's workers have the model of this gateway: its token ids mean nothing to another one."""
 
 from __future__ import annotations
 
