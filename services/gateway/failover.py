@@ -18,9 +18,12 @@ class Lost:
     is_out      it has been submitted, and nothing has been answered yet
     is_paused   it waits for its client, and not for a scheduler
     refused_by  addresses that would not take it now
+    num_refusals  of them, since it waited last
     """
 
-    __slots__ = ("candidate", "is_out", "is_paused", "not_before", "refused_by", "retry_at", "stream", "until")
+    __slots__ = (
+        "candidate", "is_out", "is_paused", "not_before", "num_refusals", "refused_by", "retry_at", "stream", "until",
+    )  # fmt: skip
 
     def __init__(self, stream: RequestStream, candidate: CandidateInbox, until: float) -> None:
         self.stream = stream
@@ -31,6 +34,7 @@ class Lost:
         self.not_before = 0.0
         self.retry_at = 0.0
         self.refused_by: set[str] = set()
+        self.num_refusals = 0
 
     def is_due(self, now: float) -> bool:
         """Return whether it may be submitted now."""
@@ -39,7 +43,13 @@ class Lost:
     def wait_for_refusals(self) -> None:
         """Ask nobody until those that refused may have changed their minds."""
         self.not_before = self.retry_at
+        self.num_refusals = 0
         self.refused_by.clear()
+
+    def wait_for_others(self, not_before: float) -> None:
+        """Ask nobody before a time, and then those that have not refused."""
+        self.not_before = min(not_before, self.retry_at)
+        self.num_refusals = 0
 
 
 class LostCandidates:
@@ -89,6 +99,7 @@ class LostCandidates:
         if lost is not None:
             lost.is_out = False
             lost.refused_by.add(address)
+            lost.num_refusals += 1
             lost.retry_at = min(retry_at, lost.until)
 
     def due(self, now: float) -> list[Lost]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -11,6 +12,7 @@ from octavo.services.gateway.request_stream import CandidateInbox, Place, Reques
 from octavo.services.gateway.step_columns import StepColumns
 
 _MAX_RETIRED = 65_536  # some 10 MB
+_RETIRED_S = 60.0  # nothing of a scheduler is on its way for so long
 
 
 class PeerInboxes:
@@ -18,9 +20,9 @@ class PeerInboxes:
 
     def __init__(self) -> None:
         self._streams: dict[int, RequestStream] = {}  # by handle
-        # Alternatives for each token, of requests with log probabilities that are out no more: what was on its way
-        # when they ended still has entries in the columns, which are skipped.
-        self._retired: OrderedDict[int, int] = OrderedDict()
+        # Alternatives for each token, and since when, of requests with log probabilities that are out no more: what
+        # was on its way when they ended still has entries in the columns, which are skipped.
+        self._retired: OrderedDict[int, tuple[int, float]] = OrderedDict()
 
     def __contains__(self, handle: int) -> bool:
         return handle in self._streams
@@ -46,9 +48,12 @@ class PeerInboxes:
         """Take nothing more for a handle, though something may still be on its way."""
         self._streams.pop(handle, None)
         if stream.wants_logprobs:
-            self._retired[handle] = stream.submit.logprobs
-            if len(self._retired) > _MAX_RETIRED:
+            now = time.monotonic()
+            self._retired[handle] = stream.submit.logprobs, now
+            oldest = next(iter(self._retired.values()))[1]
+            while len(self._retired) > _MAX_RETIRED or oldest < now - _RETIRED_S:
                 self._retired.popitem(last=False)
+                oldest = next(iter(self._retired.values()))[1]
 
     def take(self, handle: int) -> tuple[RequestStream, list[CandidateInbox]] | None:
         """Remove and return what is out under a handle."""
@@ -129,7 +134,8 @@ class PeerInboxes:
         """Return how many alternatives each token of a handle has in the columns; None if it has no entry there."""
         stream = self._streams.get(handle)
         if stream is None:
-            return self._retired.get(handle)
+            width, _ = self._retired.get(handle, (None, 0.0))
+            return width
         return stream.submit.logprobs if stream.wants_logprobs else None
 
     def _on_finished(self, finished: scheduler_pb2.Finished) -> None:

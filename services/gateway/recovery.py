@@ -181,8 +181,8 @@ class Recovery:
             lost = self._to_send.popleft()
             if not lost.is_due(now) or not self._lost.holds(lost):
                 continue
-            if len(lost.refused_by) >= self._max_tries:
-                lost.wait_for_refusals()
+            if lost.num_refusals >= self._max_tries:
+                lost.wait_for_others(now + _MAX_AVOID_S)
                 continue
             submit = continuation(lost.stream, lost.candidate, now)
             num_tokens += len(submit.prompt_token_ids) + len(submit.continue_token_ids)

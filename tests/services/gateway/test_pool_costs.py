@@ -70,22 +70,30 @@ async def test_a_deadline_is_not_tried_where_the_queue_is_known_to_be_longer() -
     assert many.refuse_all(many.submit(deadline_s=5), "DEADLINE_UNREACHABLE") == 1
 
 
-async def test_a_lost_request_is_refused_by_a_few_and_then_waits() -> None:
+async def test_a_lost_request_is_refused_by_a_few_and_then_waits_before_it_asks_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     many = Many(50)
     stream = many.submit()
     ((peer, message),) = many.take()
     peer.on_message(scheduler_pb2.AttachResponse(admitted=scheduler_pb2.Admitted(handle=message.submit.handle)))
     peer.on_disconnected()
-    count = 0
+    asked = []
     while sent := many.take():
         for other, again in sent:
-            count += 1
+            asked.append(other)
             rejected = scheduler_pb2.Rejected(
                 handle=again.submit.handle, code=8, reason="QUEUE_FULL", retry_after_ms=9000
             )
             other.on_message(scheduler_pb2.AttachResponse(rejected=rejected))
-    assert count == 3
+    assert len(set(asked)) == len(asked) == 3
     assert stream.error is None
+    (lost,) = many.pool._recovery._lost
+    assert asyncio.get_running_loop().time() < lost.not_before
+    monkeypatch.setattr(lost, "not_before", 0.0)
+    many.pool._recovery._send_lost()
+    ((other, _),) = many.take()
+    assert other not in asked
 
 
 async def test_a_call_that_ends_concerns_its_own_scheduler_only(monkeypatch: pytest.MonkeyPatch) -> None:
