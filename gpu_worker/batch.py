@@ -2,6 +2,8 @@
 
 All work is on whole columns. A plan is checked before anything is computed; a plan that breaks the
 contract raises PlanError and leaves the slots in an unknown state, so the worker must join again.
+What is wrong with one sequence alone (its settings, its token ids) costs that one: something harmless
+is computed in its place, because other sequences, and plans that are on their way, rely on the rest.
 The contents of block tables and the tokens sampled are the runner's (`runner.py`): they may live on
 a device. Here is only what the checks need, so a step can be checked while others still run.
 """
@@ -20,7 +22,7 @@ from octavo.gpu_worker.ops import Int32Array
 from octavo.gpu_worker.pooler import Pooling, PoolingSettings
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.rows import Int64Array, Rows
-from octavo.gpu_worker.sampling_settings import SamplingSettings, column, read_sampling_update
+from octavo.gpu_worker.sampling_settings import SamplingSettings, column, harmless, read_sampling_update
 from octavo.worker.v1 import worker_pb2
 
 UInt32Array = npt.NDArray[np.uint32]
@@ -68,6 +70,7 @@ class Step:
     rows             the S rows; the same object as in the step before if they are the same
     context_lengths  [S] tokens whose keys and values are in the cache
     token_ids        [T] tokens to compute, row after row, or LAST_TOKEN
+    refused          (slot, why) where a sequence's own part of the plan cannot be computed: its rows mean nothing
     """
 
     freed_slots: UInt32Array
@@ -81,6 +84,7 @@ class Step:
     context_lengths: Int64Array
     token_ids: Int32Array
     opened_for_vectors: tuple[tuple[int, PoolingSettings], ...] = ()
+    refused: tuple[tuple[int, str], ...] = ()
 
     @cached_property
     def opened_slots(self) -> list[int]:
@@ -109,14 +113,17 @@ class Slots:
         self._rows: Rows | None = None
         self._row_columns: tuple[bytes | int, ...] = ()  # what they were read from
         self._max_contexts: Int64Array | None = None  # [S] what their blocks have room for before this step
+        self._refused: dict[int, str] = {}  # of the plan that is applied: why, by slot
 
     def apply(self, plan: worker_pb2.StepPlan) -> Step:
         """Take a plan's changes and return its step. Raises PlanError."""
+        self._refused = {}
         freed = self._slots(plan.freed_slots, "freed_slots")
         opened, opened_for_vectors = self._open_slots(plan, freed)
         block_slots, first_blocks, block_counts, block_ids = self._append_blocks(plan)
         copy_pairs = self._copy_pairs(plan.copy_pairs)
         rows = self._rows_of(plan)
+        token_ids = self._token_ids(plan, rows)
         return Step(
             freed_slots=freed,
             opened=opened,
@@ -127,8 +134,9 @@ class Slots:
             copy_pairs=copy_pairs,
             rows=rows,
             context_lengths=self._context_lengths(plan, rows),
-            token_ids=self._token_ids(plan, rows),
+            token_ids=token_ids,
             opened_for_vectors=opened_for_vectors,
+            refused=tuple(self._refused.items()),
         )
 
     def _open_slots(
@@ -141,10 +149,8 @@ class Slots:
         self._rows = None
         if plan.pooling_updates if pooling is None else plan.sampling_updates:
             raise PlanError(f"the model makes {'tokens' if pooling is None else 'vectors'}, and the plan wants others")
-        opened = [
-            (update.slot, read_sampling_update(update, self._limits.vocab_size)) for update in plan.sampling_updates
-        ]
-        for_vectors = () if pooling is None else tuple((u.slot, pooling.settings(u)) for u in plan.pooling_updates)
+        opened = [(update.slot, self._sampling_settings(update)) for update in plan.sampling_updates]
+        for_vectors = tuple((update.slot, self._pooling_settings(update)) for update in plan.pooling_updates)
         slots = np.array([slot for slot, _ in (*opened, *for_vectors)], np.int64)
         _check_below(slots, self._limits.max_running, "sampling_updates: slot")
         _check_distinct(slots, "sampling_updates: slot")
@@ -154,6 +160,22 @@ class Slots:
         self._open[freed] = False
         self._open[slots] = True
         return opened, for_vectors
+
+    def _sampling_settings(self, update: worker_pb2.SamplingUpdate) -> SamplingSettings:
+        try:
+            return read_sampling_update(update, self._limits.vocab_size)
+        except PlanError as error:
+            self._refused[update.slot] = str(error)
+            return read_sampling_update(harmless(update), self._limits.vocab_size)
+
+    def _pooling_settings(self, update: worker_pb2.PoolingUpdate) -> PoolingSettings:
+        pooling = self._limits.pooling
+        assert pooling is not None, "checked by the caller"
+        try:
+            return pooling.settings(update)
+        except PlanError as error:
+            self._refused[update.slot] = str(error)
+            return pooling.settings(worker_pb2.PoolingUpdate(slot=update.slot))
 
     def _append_blocks(self, plan: worker_pb2.StepPlan) -> tuple[Int64Array, Int64Array, Int64Array, UInt32Array]:
         """Return slots, their blocks before, how many they get, and the blocks."""
@@ -235,9 +257,14 @@ class Slots:
         sent = column(plan.token_ids, np.uint32, "token_ids")
         if len(sent) != rows.num_sent:
             raise PlanError(f"token_ids: {len(sent)} tokens, expected {rows.num_sent}")
-        _check_below(sent, self._limits.vocab_size, "token_ids")
         is_sent = np.ones(plan.num_tokens, np.bool_)
         is_sent[rows.query_ends[rows.follows] - 1] = False
+        vocab_size = self._limits.vocab_size
+        if len(sent) and sent.max() >= vocab_size:
+            is_wrong = sent >= vocab_size
+            for slot in dict.fromkeys(rows.slots[rows.row_of_token[is_sent][is_wrong]].tolist()):
+                self._refused[slot] = f"token_ids: a token id is not below {vocab_size}, the size of the vocabulary"
+            sent = np.where(is_wrong, 0, sent)
         token_ids[is_sent] = sent
         return token_ids
 

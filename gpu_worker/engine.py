@@ -84,12 +84,16 @@ class Engine:
         shrunk, self.max_batch_tokens = smaller < self.max_batch_tokens, smaller
         return shrunk
 
-    def start(self, plan: worker_pb2.StepPlan) -> None:
-        """Start a plan. Raises PlanError if it breaks the contract; other errors are the device's."""
+    def start(self, plan: worker_pb2.StepPlan) -> tuple[tuple[int, str], ...]:
+        """Start a plan; return which slots it says something of that cannot be computed, and why.
+
+        Raises PlanError if all of it breaks the contract; other errors are the device's.
+        """
         assert self.num_in_flight < MAX_STEPS_IN_FLIGHT, self.num_in_flight
         step = self._slots.apply(plan)
         with self._limited_time():
             self._in_flight.append(_Started(plan.step_id, step.rows.sampled_slots, self.runner.start(step)))
+        return step.refused
 
     @property
     def num_in_flight(self) -> int:

@@ -16,7 +16,7 @@ class DeviceError(Exception):
 
 
 class PlanError(Exception):
-    """A StepPlan breaks the contract. The message names the field. Nothing of the plan was computed."""
+    """A StepPlan, or what it says of one slot, breaks the contract. The message names the field."""
 
 
 class RankError(Exception):

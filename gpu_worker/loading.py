@@ -16,7 +16,7 @@ from octavo.gpu_worker.ops import EncoderModel, Model
 from octavo.gpu_worker.pooler import Pooling
 from octavo.gpu_worker.quantization import Quantization
 from octavo.gpu_worker.sharding import WHOLE, Sharding
-from octavo.gpu_worker.vocabulary import Vocabulary, read_vocabulary
+from octavo.gpu_worker.vocabulary import Vocabulary, read_vocabulary, tokenizer_sha256
 
 if TYPE_CHECKING:  # these need torch, which a worker whose weights are packed never imports
     from octavo.gpu_worker.devices.packed_model import PackedModel
@@ -73,6 +73,14 @@ def vocabulary_reader(path: Path, vocab_size: int) -> Callable[[], Vocabulary] |
     if file.is_dir() and not (file / "tokenizer.json").exists():
         return None
     return lambda: read_vocabulary(file, vocab_size)
+
+
+def tokenizer_of(path: Path) -> str:
+    """Return what gateways compare a model's tokens by; empty if its files do not say. Takes a while."""
+    try:
+        return tokenizer_sha256(_find(path))
+    except ModelError:  # the model did not come from there
+        return ""
 
 
 def _load_packed(config: WorkerConfig, progress: Progress) -> LoadedModel:

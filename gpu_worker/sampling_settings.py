@@ -112,6 +112,20 @@ def read_sampling_update(update: worker_pb2.SamplingUpdate, vocab_size: int) -> 
     return settings
 
 
+def harmless(update: worker_pb2.SamplingUpdate) -> worker_pb2.SamplingUpdate:
+    """Return an update without whatever may be wrong with this one, for rows that are answered with as many columns."""
+    left = worker_pb2.SamplingUpdate(
+        slot=update.slot,
+        logprobs=update.logprobs,
+        chosen_logprob=update.chosen_logprob,
+        prompt_logprobs=update.prompt_logprobs,
+        prompt_length=update.prompt_length,
+    )
+    if left.prompt_logprobs:
+        left.history_token_ids = bytes(max(len(update.history_token_ids) & ~3, 4 * update.prompt_length))
+    return left
+
+
 def column(data: bytes, dtype: type[Any], name: str) -> npt.NDArray[Any]:
     """Return a column's elements, uint32 or float32 and little-endian, in an array of its own."""
     kind = _LITTLE_ENDIAN[dtype]

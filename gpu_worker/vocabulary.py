@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from octavo.gpu_worker.errors import ModelError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLANK = "▁"
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # GGUF's token types that matter here
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5  # GGUF's token types that matter here
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,44 @@ def read_vocabulary(path: Path, vocab_size: int) -> Vocabulary:
             if added["special"]:
                 special.append(added["id"])
     return Vocabulary(tokens, special)
+
+
+def tokenizer_sha256(path: Path) -> str:
+    """Return what gateways compare the tokens of a model by, as WorkerReady.tokenizer_sha256; empty if it has none.
+
+    path  a Hugging Face folder or a .gguf file
+    """
+    try:
+        if path.is_file() and path.suffix == ".gguf":
+            return _gguf_sha256(path)
+        definition = json.loads((path / "tokenizer.json").read_bytes())
+        vocab = definition["model"]["vocab"]
+        names = vocab.items() if isinstance(vocab, dict) else ((entry[0], at) for at, entry in enumerate(vocab))
+        tokens = {token_id: text for text, token_id in names}
+        tokens.update((added["id"], added["content"]) for added in definition.get("added_tokens") or ())
+        return _digest("json", tokens.items())
+    except (OSError, ValueError, KeyError, TypeError, struct.error, ModelError):
+        return ""
+
+
+def _gguf_sha256(path: Path) -> str:
+    from octavo.gpu_worker.gguf_file import GgufFile, StringArray
+
+    file = GgufFile(path)
+    names = file.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(names, StringArray):
+        return ""
+    types = file.metadata.get("tokenizer.ggml.token_type") or [1] * names.length
+    used = (token for token, kind in zip(enumerate(file.strings(names)), types, strict=False) if kind != _UNUSED)
+    return _digest("gguf", used)
+
+
+def _digest(kind: str, tokens: Iterable[tuple[int, str]]) -> str:
+    digest = hashlib.sha256()
+    for token_id, text in sorted(tokens):
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(struct.pack("<II", token_id, len(data)) + data)
+    return f"{kind}:{digest.hexdigest()}"
 
 
 def _read_gguf(path: Path, vocab_size: int) -> Vocabulary:

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.common.v1 import common_pb2
@@ -21,7 +22,7 @@ from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
 from octavo.gpu_worker.lifetime import Lifetime
 from octavo.gpu_worker.link import Link, read_curve_keys
-from octavo.gpu_worker.loading import LoadedModel
+from octavo.gpu_worker.loading import LoadedModel, tokenizer_of
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION
@@ -77,6 +78,7 @@ class Worker:
         self._ranks = ranks
         self._telemetry = WorkerTelemetry(config, worker_id)
         self._link = Link(config.worker_endpoint, worker_id.encode(), read_curve_keys(config))
+        self._tokenizer: str | None = None  # what gateways compare; None until the first engine is built
         self._engine: Engine | None = None
         self._wanted = worker_pb2.WorkerConfig()  # the newest
         self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for
@@ -192,6 +194,8 @@ class Worker:
 
         def build() -> None:
             try:
+                if self._tokenizer is None:
+                    self._tokenizer = tokenizer_of(Path(self._config.model))
                 future.set_result(make_engine(self._loaded, self._config, wanted, collectives))
             except Exception as error:  # raised again, or reported, by whoever waits for the future
                 future.set_exception(error)
@@ -237,6 +241,7 @@ class Worker:
             structured_output=engine.takes_grammars,
             prompt_logprobs=engine.scores_prompts,
             max_row_tokens=engine.runner.max_row_tokens,
+            tokenizer_sha256=self._tokenizer or "",
         )
         log.info(
             "joined with epoch %d: device %s, %d KV blocks, context %d",
@@ -264,13 +269,15 @@ class Worker:
             return
         self._telemetry.planned(plan)
         try:
-            self._engine.start(plan)
+            refused = self._engine.start(plan)
         except PlanError as error:
             self._leave(plan.step_id, _INVALID_ARGUMENT, "INVALID_PLAN", str(error))
         except Exception as error:
             self._fail(plan.step_id, error)
         else:
             self._last_step_id = plan.step_id
+            for slot, problem in refused:  # before the answer: the scheduler must not believe the slot's rows
+                self._fault(plan.step_id, _INVALID_ARGUMENT, "INVALID_PLAN", problem, slot=slot)
             self._send_finished()
 
     def _send_finished(self, num_left: int = MAX_STEPS_IN_FLIGHT) -> None:
@@ -370,10 +377,15 @@ class Worker:
         self._reported_at = time.monotonic()
         return self._link.send(frame)
 
-    def _fault(self, step_id: int, code: int, reason: str, message: str, *, fatal: bool = False) -> None:
+    def _fault(
+        self, step_id: int, code: int, reason: str, message: str, *, fatal: bool = False, slot: int | None = None
+    ) -> None:
+        """Report a fault; with `slot`, one that costs this slot's sequence only."""
         log.error("%s: %s", reason, message)
         self._telemetry.fault(reason)
-        fault = worker_pb2.WorkerFault(step_id=step_id, code=code, reason=reason, message=message, fatal=fatal)
+        fault = worker_pb2.WorkerFault(
+            step_id=step_id, code=code, reason=reason, message=message, fatal=fatal, slot=slot
+        )
         self._send(worker_pb2.WorkerFrame(worker_fault=fault))
 
     def _leave(self, step_id: int, code: int, reason: str, message: str) -> None:

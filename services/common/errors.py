@@ -88,6 +88,7 @@ CODES: Mapping[Reason, grpc.StatusCode] = {
     Reason.NO_WORKERS: grpc.StatusCode.UNAVAILABLE,
     # ABORTED, not UNAVAILABLE, in the middle of a stream: no policy may replay it blindly.
     Reason.STREAM_INTERRUPTED: grpc.StatusCode.ABORTED,
+    # Another call goes on with the output: this one is not to be resumed.
     Reason.TAKEN_OVER: grpc.StatusCode.ABORTED,
     Reason.RESUME_STATE_LOST: grpc.StatusCode.DATA_LOSS,
     Reason.QUEUE_TIMEOUT: grpc.StatusCode.DEADLINE_EXCEEDED,

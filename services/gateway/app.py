@@ -50,6 +50,7 @@ from octavo.services.gateway.load_service import LoadServicer
 from octavo.services.gateway.mesh import MeshHeaders
 from octavo.services.gateway.model import Models, ServedModel
 from octavo.services.gateway.model_files import ModelError
+from octavo.services.gateway.model_identity import ModelIdentity
 from octavo.services.gateway.model_service import ModelServicer
 from octavo.services.gateway.output_formats import detect_reasoning_format, detect_tool_call_format
 from octavo.services.gateway.resume_token import ResumeTokens
@@ -85,7 +86,15 @@ class Gateway:
         models = Models([model])
         validator = RequestValidator()
         self._tokenizer = model.tokenizer
-        self.schedulers = SchedulerPool(config.scheduler_addresses, gateway_id, config.failover_s, config.hop_tls)
+        self.schedulers = SchedulerPool(
+            config.scheduler_addresses,
+            gateway_id,
+            config.failover_s,
+            config.hop_tls,
+            identity=ModelIdentity(self._tokenizer.vocab_size, self._tokenizer.tokens_sha256, config.model_version),
+            max_tries=config.scheduler_tries,
+            min_usable_share=config.min_usable_schedulers,
+        )
         self._health = HealthMonitor(self.schedulers)
         self._telemetry = GatewayTelemetry(config, gateway_id, self.schedulers)
         accounting = self._telemetry.accounting

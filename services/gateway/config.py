@@ -18,6 +18,10 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
 
     model: Path = field(metadata={"help": "the model's folder, or a .gguf file", "positional": True})
     model_name: str = field(default="", metadata={"help": "name that clients use; empty: the folder's name"})
+    model_version: str = field(
+        default="",
+        metadata={"help": "use only schedulers whose workers have these weights, as workers log them; empty: any"},
+    )
     model_aliases: tuple[str, ...] = field(default=(), metadata={"help": "further names that work as well"})
     max_model_len: int = field(
         default=0, metadata={"help": "most tokens of prompt and output together; 0: what the model allows"}
@@ -126,6 +130,17 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     failover_s: float = field(
         default=30.0, metadata={"help": "how long a running request waits for a lost scheduler to come back"}
     )
+    scheduler_tries: int = field(
+        default=3,
+        metadata={"help": "most schedulers that are asked to take a request, one after the other, if they refuse it"},
+    )
+    min_usable_schedulers: float = field(
+        default=0.5,
+        metadata={
+            "help": "share of the schedulers that answer which this gateway must be able to use, by model and version, "
+            "before it is ready for the first time"
+        },
+    )
     grace_s: float = field(default=30.0, metadata={"help": "how long running calls may take after a stop signal"})
     metrics_max_tenants: int = field(
         default=50, metadata={"help": "tenants that have metrics of their own; later ones are counted as `other`"}
@@ -169,6 +184,7 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
             "http_max_connections",
             "http_keep_alive_s",
             "metrics_max_tenants",
+            "scheduler_tries",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -184,6 +200,8 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
+        if not 0 <= self.min_usable_schedulers <= 1:
+            raise ValueError(f"--min-usable-schedulers must be from 0 to 1, not {self.min_usable_schedulers:g}")
         for name in ("grpc_address", "admin_address", "health_address"):
             _check_address(f"--{name.replace('_', '-')}", getattr(self, name), may_be_empty=name != "grpc_address")
         if not self.scheduler_addresses:

@@ -18,9 +18,12 @@ class Lost:
     is_out      it has been submitted, and nothing has been answered yet
     is_paused   it waits for its client, and not for a scheduler
     refused_by  addresses that would not take it now
+    num_refusals  of them, since it waited last
     """
 
-    __slots__ = ("candidate", "is_out", "is_paused", "not_before", "refused_by", "retry_at", "stream", "until")
+    __slots__ = (
+        "candidate", "is_out", "is_paused", "not_before", "num_refusals", "refused_by", "retry_at", "stream", "until",
+    )  # fmt: skip
 
     def __init__(self, stream: RequestStream, candidate: CandidateInbox, until: float) -> None:
         self.stream = stream
@@ -31,11 +34,22 @@ class Lost:
         self.not_before = 0.0
         self.retry_at = 0.0
         self.refused_by: set[str] = set()
+        self.num_refusals = 0
+
+    def is_due(self, now: float) -> bool:
+        """Return whether it may be submitted now."""
+        return not (self.is_out or self.is_paused) and self.not_before <= now
 
     def wait_for_refusals(self) -> None:
         """Ask nobody until those that refused may have changed their minds."""
         self.not_before = self.retry_at
+        self.num_refusals = 0
         self.refused_by.clear()
+
+    def wait_for_others(self, not_before: float) -> None:
+        """Ask nobody before a time, and then those that have not refused."""
+        self.not_before = min(not_before, self.retry_at)
+        self.num_refusals = 0
 
 
 class LostCandidates:
@@ -68,8 +82,9 @@ class LostCandidates:
     def go_on(self, stream: RequestStream) -> None:
         """Let the candidates of a stream be submitted that were paused."""
         until = asyncio.get_running_loop().time() + self.failover_s
-        for lost in self._waiting.values():
-            if lost.stream is stream and lost.is_paused:
+        for candidate in stream.candidates:
+            lost = self._waiting.get(candidate)
+            if lost is not None and lost.is_paused:
                 lost.is_paused = False
                 lost.until = until
 
@@ -84,13 +99,16 @@ class LostCandidates:
         if lost is not None:
             lost.is_out = False
             lost.refused_by.add(address)
+            lost.num_refusals += 1
             lost.retry_at = min(retry_at, lost.until)
 
     def due(self, now: float) -> list[Lost]:
         """Return those that may be submitted now."""
-        return [
-            lost for lost in self._waiting.values() if not (lost.is_out or lost.is_paused) and lost.not_before <= now
-        ]
+        return [lost for lost in self._waiting.values() if lost.is_due(now)]
+
+    def holds(self, lost: Lost) -> bool:
+        """Return whether it still waits."""
+        return self._waiting.get(lost.candidate) is lost
 
     def expired(self, now: float) -> list[Lost]:
         """Remove and return those that waited too long."""

@@ -44,7 +44,7 @@ class HealthMonitor:
 
     def ready(self) -> bool:
         """Return whether a generate call could succeed now."""
-        return self._schedulers.healthy
+        return self._schedulers.ready
 
     async def _check(self) -> None:
         before = False

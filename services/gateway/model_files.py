@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from octavo.services.gateway.gguf_metadata import GgufError, read_metadata
 from octavo.services.gateway.gguf_tokenizer import UnknownTokenizerError, build_tokenizer
+from octavo.services.gateway.model_identity import folder_digest, gguf_digest
 from octavo.services.gateway.vector_files import LENGTH_FILES, PROMPTS_FILE, VectorFiles, read_vector_files
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -52,6 +53,8 @@ class ModelFiles:
     """What the model's makers recommend, by the names in SamplingParams."""
     vector_files: VectorFiles | None = None
     """Of a model that makes vectors and no text."""
+    tokens_sha256: str = ""
+    """What its tokens are compared by; see WorkerReady.tokenizer_sha256."""
 
 
 def read_model(path: Path) -> ModelFiles:
@@ -110,6 +113,7 @@ def _read_folder(folder: Path) -> ModelFiles:
         definition=definition,
         files=files,
         vector_files=read_vector_files(folder, config, settings),
+        tokens_sha256=folder_digest(definition),
         chat_template=template,
         special_tokens=special,
         vocab_size=int(text_config.get("vocab_size") or tokenizer.get_vocab_size()),
@@ -189,4 +193,5 @@ def _read_gguf(path: Path) -> ModelFiles:
         max_model_len=context,
         end_of_sequence_ids=list(dict.fromkeys(ends)),
         default_sampling={name: float(value) for name, value in sampling.items() if _is_number(value)},
+        tokens_sha256=gguf_digest(metadata),
     )

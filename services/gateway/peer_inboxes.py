@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 
 from octavo.inference.v1 import generation_pb2
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
+from octavo.services.gateway.request_stream import CandidateInbox, Place, RequestStream
 from octavo.services.gateway.step_columns import StepColumns
 
-_MAX_RETIRED = 4096
+_MAX_RETIRED = 65_536  # some 10 MB
+_RETIRED_S = 60.0  # nothing of a scheduler is on its way for so long
 
 
 class PeerInboxes:
@@ -18,8 +20,9 @@ class PeerInboxes:
 
     def __init__(self) -> None:
         self._streams: dict[int, RequestStream] = {}  # by handle
-        # Cancelled requests with log probabilities: tokens on their way still have columns to be skipped.
-        self._retired: OrderedDict[int, RequestStream] = OrderedDict()
+        # Alternatives for each token, and since when, of requests with log probabilities that are out no more: what
+        # was on its way when they ended still has entries in the columns, which are skipped.
+        self._retired: OrderedDict[int, tuple[int, float]] = OrderedDict()
 
     def __contains__(self, handle: int) -> bool:
         return handle in self._streams
@@ -33,24 +36,32 @@ class PeerInboxes:
         """Return the request under a handle."""
         return self._streams.get(handle)
 
-    def add(self, handle: int, stream: RequestStream, candidates: Iterable[CandidateInbox]) -> None:
-        """Put candidates of a request under a handle."""
+    def add(
+        self, handle: int, stream: RequestStream, candidates: Iterable[CandidateInbox], place: Place | None = None
+    ) -> None:
+        """Put candidates of a request under a handle; `place` is whose inboxes these are."""
         for candidate in candidates:
-            candidate.handle = handle
+            candidate.handle, candidate.place = handle, place
         self._streams[handle] = stream
 
     def retire(self, handle: int, stream: RequestStream) -> None:
         """Take nothing more for a handle, though something may still be on its way."""
         self._streams.pop(handle, None)
         if stream.wants_logprobs:
-            self._retired[handle] = stream
-            if len(self._retired) > _MAX_RETIRED:
+            now = time.monotonic()
+            self._retired[handle] = stream.submit.logprobs, now
+            oldest = next(iter(self._retired.values()))[1]
+            while len(self._retired) > _MAX_RETIRED or oldest < now - _RETIRED_S:
                 self._retired.popitem(last=False)
+                oldest = next(iter(self._retired.values()))[1]
 
     def take(self, handle: int) -> tuple[RequestStream, list[CandidateInbox]] | None:
-        """Remove and return what is out under a handle: nothing more comes for it."""
-        stream = self._streams.pop(handle, None)
-        return None if stream is None else (stream, take_candidates(stream, handle))
+        """Remove and return what is out under a handle."""
+        stream = self._streams.get(handle)
+        if stream is None:
+            return None
+        self.retire(handle, stream)
+        return stream, take_candidates(stream, handle)
 
     def take_all(self) -> list[tuple[RequestStream, list[CandidateInbox]]]:
         """Remove and return everything."""
@@ -102,14 +113,14 @@ class PeerInboxes:
         num_rows = len(step.handles)
         counts = step.token_counts or [1] * num_rows
         indexes = step.candidate_indexes or [0] * num_rows
-        columns = StepColumns(step)
+        widths = [self._width(handle) for handle in step.handles]
+        columns = StepColumns(step, zip(counts, widths, strict=True))
         at = 0
-        for handle, index, count in zip(step.handles, indexes, counts, strict=True):
+        for handle, index, count, width in zip(step.handles, indexes, counts, widths, strict=True):
             start, at = at, at + count
+            if width is not None:
+                columns.next(count, width)
             stream = self._streams.get(handle)
-            owner = stream or self._retired.get(handle)
-            if owner is not None and owner.wants_logprobs:
-                columns.next(count, owner.submit.logprobs)
             if stream is None:
                 continue
             candidate = stream.candidates[index]
@@ -118,6 +129,14 @@ class PeerInboxes:
                 if stream.wants_logprobs:
                     columns.append_to(candidate)
                 stream.wake()
+
+    def _width(self, handle: int) -> int | None:
+        """Return how many alternatives each token of a handle has in the columns; None if it has no entry there."""
+        stream = self._streams.get(handle)
+        if stream is None:
+            width, _ = self._retired.get(handle, (None, 0.0))
+            return width
+        return stream.submit.logprobs if stream.wants_logprobs else None
 
     def _on_finished(self, finished: scheduler_pb2.Finished) -> None:
         stream = self._streams.get(finished.handle)
@@ -129,7 +148,7 @@ class PeerInboxes:
         candidate.finished = finished
         candidate.handle = 0
         if not any(other.handle == finished.handle for other in stream.candidates):
-            del self._streams[finished.handle]
+            self.retire(finished.handle, stream)
         stream.wake_at_end()
 
     def on_progress(self, progress: scheduler_pb2.Progress) -> None:

@@ -8,6 +8,7 @@ admitted yet is tried elsewhere too; where there is no elsewhere it fails as ret
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import grpc
@@ -16,8 +17,8 @@ from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.gateway import slow_readers
-from octavo.services.gateway.failover import LostCandidates, continuation, interrupted
-from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
+from octavo.services.gateway.failover import Lost, LostCandidates, continuation, interrupted
+from octavo.services.gateway.request_stream import CandidateInbox, RequestStream, places_of
 from octavo.services.gateway.scheduler_peer import SchedulerPeer
 from octavo.services.gateway.scheduler_peers import SchedulerPeers
 from octavo.services.gateway.slow_readers import SlowReaders
@@ -26,6 +27,7 @@ _TICK_S = 0.1
 _MAX_SICK_S = 1.0  # of a scheduler whose worker takes too long for a step
 _MAX_WORKERLESS_S = 10.0  # a killed worker is back by then, or as good as lost
 _MAX_AVOID_S = 1.0
+_TOKENS_AT_ONCE = 65_536  # of lost requests, submitted in one turn of the event loop: some 5 ms of hashing and copying
 _RETRYABLE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 _PERSONAL = (Reason.DEADLINE_UNREACHABLE, Reason.QUOTA_EXCEEDED)  # the next request may well be taken
 
@@ -33,9 +35,16 @@ _PERSONAL = (Reason.DEADLINE_UNREACHABLE, Reason.QUOTA_EXCEEDED)  # the next req
 class Recovery:
     """Owner of the candidates that no scheduler has. It is what the peers turn to: see PeerOwner."""
 
-    def __init__(self, peers: SchedulerPeers, failover_s: float) -> None:
-        """`failover_s`: how long an admitted request waits for a scheduler that goes on with it."""
+    def __init__(self, peers: SchedulerPeers, failover_s: float, max_tries: int = 3) -> None:
+        """Set up without any candidate.
+
+        failover_s  how long an admitted request waits for a scheduler that goes on with it
+        max_tries   most schedulers that are asked to take a request, one after the other
+        """
         self._peers = peers
+        self._max_tries = max_tries
+        self._to_send: deque[Lost] = deque()  # due when they were put here
+        self._is_sending = False
         self._lost = LostCandidates(failover_s)
         self._slow_readers = SlowReaders()
         self.num_failovers = 0
@@ -132,9 +141,17 @@ class Recovery:
         stream.fail(interrupted(error.message) if error.code is grpc.StatusCode.UNAVAILABLE else error)
 
     def _try_elsewhere(self, peer: SchedulerPeer, stream: RequestStream, error: ServingError) -> None:
-        """Submit a request that was not admitted to a scheduler that has not refused it; fail it without one."""
+        """Submit a request that was not admitted to a scheduler that has not refused it; fail it without one.
+
+        A few refusals are enough: where all are full, asking each of many would multiply the load. A quota is the
+        tenant's at each scheduler, so one that is used up is an answer: asking on would give it as many quotas as
+        there are schedulers.
+        """
         stream.refused_by.add(peer.address)
-        other = self._peers.choose(stream, stream.submit, stream.refused_by)
+        is_final = error.reason == Reason.QUOTA_EXCEEDED or len(stream.refused_by) >= self._max_tries
+        other = None if is_final else self._peers.choose(stream, stream.submit, stream.refused_by)
+        if other is not None and error.reason == Reason.DEADLINE_UNREACHABLE and other.is_too_late_for(stream):
+            other = None
         if other is None:
             stream.fail(error)
         else:
@@ -151,16 +168,33 @@ class Recovery:
             stream.fail(interrupted(f"the request was lost {self._lost.max_failovers} times"))
 
     def _send_lost(self) -> None:
-        """Submit every candidate that waits, alone, under its own index, with the output so far."""
-        now = asyncio.get_running_loop().time()
-        for lost in self._lost.due(now):
+        """Submit every candidate that waits, some now and the others in the event loop's next turns."""
+        if not self._is_sending:
+            self._to_send.extend(self._lost.due(asyncio.get_running_loop().time()))
+            self._send_some()
+
+    def _send_some(self) -> None:
+        """Submit the next candidates, each alone, under its own index, with the output so far."""
+        loop = asyncio.get_running_loop()
+        now, num_tokens = loop.time(), 0
+        while self._to_send and num_tokens < _TOKENS_AT_ONCE:
+            lost = self._to_send.popleft()
+            if not lost.is_due(now) or not self._lost.holds(lost):
+                continue
+            if lost.num_refusals >= self._max_tries:
+                lost.wait_for_others(now + _MAX_AVOID_S)
+                continue
             submit = continuation(lost.stream, lost.candidate, now)
+            num_tokens += len(submit.prompt_token_ids) + len(submit.continue_token_ids)
             peer = self._peers.choose(lost.stream, submit, lost.refused_by)
             if peer is not None:
                 lost.is_out = True
                 self._peers.send(peer, lost.stream, [lost.candidate], submit)
             elif lost.refused_by:  # all of them: ask them again when the last one said
                 lost.wait_for_refusals()
+        self._is_sending = bool(self._to_send)
+        if self._is_sending:
+            loop.call_soon(self._send_some)
 
     # Time
 
@@ -215,6 +249,6 @@ class Recovery:
             return
         for candidate in stream.candidates:
             if candidate.finished is None:
-                for peer in self._peers:
-                    peer.drop(stream, [candidate])
+                for place in places_of([candidate]):
+                    place.drop(stream, [candidate])
                 self._lost.pause(stream, candidate)

@@ -7,7 +7,8 @@ and wakes the reader. They are bounded by construction, by the length of the out
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
@@ -40,15 +41,27 @@ class Logprobs:
         return columns
 
 
+class Place(Protocol):
+    """Where requests are submitted: a SchedulerPeer."""
+
+    def detach(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
+        """Let candidates go on without a stream."""
+
+    def drop(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
+        """End candidates."""
+
+
 class CandidateInbox:
     """One candidate: written by its scheduler's peer, read by the call's handler."""
 
-    __slots__ = ("finished", "handle", "index", "logprobs", "num_read", "token_ids", "vector")
+    __slots__ = ("finished", "handle", "index", "logprobs", "num_read", "place", "token_ids", "vector")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.handle = 0
         """The handle it is submitted under now; 0 while it waits for a scheduler."""
+        self.place: Place | None = None
+        """Where `handle` is known, while it is not 0."""
         self.token_ids: list[int] = []
         """All its tokens after `continue_output`; also what another scheduler would go on from."""
         self.num_read = 0
@@ -210,3 +223,8 @@ class RequestStream:
     def _release(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def places_of(candidates: Iterable[CandidateInbox]) -> list[Place]:
+    """Return where candidates are submitted now, each place once."""
+    return list(dict.fromkeys(each.place for each in candidates if each.handle and each.place is not None))

@@ -53,6 +53,8 @@ class Route:
 
     def take_load(self, load: scheduler_pb2.Load) -> None:
         """Take what it says of itself, which replaces what was sent since the last time."""
+        if _facts(load) != _facts(self.load):
+            self._router.num_changes += 1
         self.load = load
         self.sent_tokens = self.sent_requests = 0
         self._router.on_busier(self)
@@ -86,6 +88,8 @@ class Router:
 
     def __init__(self) -> None:
         self.holders = PrefixHolders()
+        self.num_changes = 0
+        """Grows whenever a scheduler comes or goes, or says something else of its model."""
         self._routes: dict[int, Route] = {}  # the open ones, by their bits
         self._order = LoadOrder()
         self._sessions = SessionRing()
@@ -164,6 +168,7 @@ class Router:
 
     def on_open(self, route: Route) -> None:
         """A scheduler can be chosen."""
+        self.num_changes += 1
         bit = route.prefixes.bit
         self._routes[bit] = route
         self._sessions.add(bit, route.scheduler_id)
@@ -172,6 +177,7 @@ class Router:
 
     def on_close(self, route: Route) -> None:
         """A scheduler cannot be chosen."""
+        self.num_changes += 1
         bit = route.prefixes.bit
         del self._routes[bit]
         self._order.remove(bit)
@@ -185,3 +191,8 @@ class Router:
             load = route.load
             tokens = load.waiting_uncached_tokens + route.sent_tokens
             self._order.put(route.prefixes.bit, backlog(tokens, load.running + route.sent_requests, load.workers_ready))
+
+
+def _facts(load: scheduler_pb2.Load) -> tuple[int, int, bool, str]:
+    """Return what the gateway tells clients of the model, and hardly ever changes."""
+    return load.max_model_len, load.vector_size, load.prompt_logprobs, load.model_version

@@ -11,11 +11,13 @@ from typing import Protocol
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
+from octavo.services.common.protocol import TAKEOVERS
 from octavo.services.common.tls_files import TlsFiles
+from octavo.services.gateway.model_identity import ModelIdentity
 from octavo.services.gateway.peer_inboxes import PeerInboxes, take_candidates
 from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
 from octavo.services.gateway.router import Router
-from octavo.services.gateway.scheduler_link import SchedulerLink
+from octavo.services.gateway.scheduler_link import LinkState, SchedulerLink, UnfitError
 
 _CANCEL_S = 10.0
 _MAX_SILENCE_S = 1.0
@@ -57,13 +59,15 @@ class SchedulerPeer:
         router: Router,
         tls: TlsFiles | None = None,
         server_name: str = "",
+        identity: ModelIdentity | None = None,
     ) -> None:
-        """`router` is told of its state.
+        """`router` is told of its state; a scheduler whose workers have another model than `identity` is not used.
 
         `server_name`: what the scheduler's certificate must be made out to; empty: the host in `address`.
         """
         self.address = address
         self._owner = owner
+        self._identity = identity or ModelIdentity()
         self._link = SchedulerLink(address, gateway_id, self, tls, server_name)
         self._inboxes = PeerInboxes()
         self._cancels: dict[str, list[asyncio.Future[scheduler_pb2.Cancelled]]] = {}
@@ -87,6 +91,15 @@ class SchedulerPeer:
         await self._link.close()
         self._router.remove(self.route)
 
+    def watch(self) -> None:
+        """Look at the clock; to be called every `scheduler_link.WATCH_S`."""
+        self._link.watch()
+
+    @property
+    def state(self) -> LinkState:
+        """What is known of the scheduler at this address."""
+        return self._link.state
+
     @property
     def scheduler_id(self) -> str:
         """Its name; the address until it has told one."""
@@ -96,6 +109,11 @@ class SchedulerPeer:
     def connected(self) -> bool:
         """Whether messages can be sent."""
         return self.welcome is not None
+
+    @property
+    def takes_over(self) -> bool:
+        """Whether it knows Reattach and Detach."""
+        return self.welcome is not None and self.welcome.protocol_revision >= TAKEOVERS
 
     @property
     def usable(self) -> bool:
@@ -131,6 +149,12 @@ class SchedulerPeer:
             self._sick_since = now
         return now - self._sick_since
 
+    def is_too_late_for(self, stream: RequestStream) -> bool:
+        """Return whether its queue is longer than a request has time, as it said last."""
+        if stream.deadline is None:
+            return False
+        return self.load.estimated_queue_ms > 1000 * (stream.deadline - asyncio.get_running_loop().time())
+
     def avoid_until(self, time: float) -> None:
         """Prefer others until a time of the event loop; with no other this changes nothing."""
         self.route.refused_until = time
@@ -139,7 +163,7 @@ class SchedulerPeer:
 
     def submit(self, stream: RequestStream, candidates: Sequence[CandidateInbox], submit: scheduler_pb2.Submit) -> None:
         """Send candidates of a request, under a handle that is set."""
-        self._inboxes.add(submit.handle, stream, candidates)
+        self._inboxes.add(submit.handle, stream, candidates, self)
         self.route.sent(len(submit.prompt_token_ids) + len(submit.continue_token_ids), len(candidates))
         stream.scheduler_id = self.scheduler_id
         self._link.send(scheduler_pb2.AttachRequest(submit=submit))
@@ -147,7 +171,7 @@ class SchedulerPeer:
     def reattach(self, stream: RequestStream, handle: int, first_offset: int) -> None:
         """Ask for a request that goes on here without a stream, all its output included."""
         assert self.welcome is not None, "not connected"
-        self._inboxes.add(handle, stream, stream.candidates)
+        self._inboxes.add(handle, stream, stream.candidates, self)
         stream.scheduler_id = self.scheduler_id
         reattach = scheduler_pb2.Reattach(
             handle=handle,
@@ -159,7 +183,10 @@ class SchedulerPeer:
         self._link.send(scheduler_pb2.AttachRequest(reattach=reattach))
 
     def detach(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
-        """Let candidates go on here without a stream."""
+        """Let candidates go on here without a stream, or end them if the scheduler knows of no such thing."""
+        if not self.takes_over:
+            self.drop(stream, candidates)
+            return
         for handle in dict.fromkeys(each.handle for each in candidates if each.handle in self._inboxes):
             self._inboxes.retire(handle, stream)
             take_candidates(stream, handle)
@@ -203,7 +230,8 @@ class SchedulerPeer:
     # Connection
 
     def on_connected(self, welcome: scheduler_pb2.Welcome) -> None:
-        """Take the scheduler's introduction."""
+        """Take the scheduler's introduction. Raises UnfitError."""
+        self._check(welcome.load)
         self.welcome = welcome
         self.route.open(self.scheduler_id, welcome.kv_block_size)
         self._take_load(welcome.load)
@@ -222,6 +250,11 @@ class SchedulerPeer:
                     answer.set_exception(unreachable())
         self._owner.on_peer_lost(self, lost)
 
+    def _check(self, load: scheduler_pb2.Load) -> None:
+        """Raise UnfitError if the scheduler has workers with another model."""
+        if problem := self._identity.mismatch(load):
+            raise UnfitError(problem)
+
     def _take_load(self, load: scheduler_pb2.Load) -> None:
         self.load = load
         self.draining = load.draining
@@ -230,11 +263,12 @@ class SchedulerPeer:
     # Messages
 
     def on_message(self, message: scheduler_pb2.AttachResponse) -> None:
-        """Hand one message out. IndexError or ValueError: it does not fit its contract."""
+        """Hand one message out. IndexError or ValueError: it does not fit its contract. Raises UnfitError."""
         kind = message.WhichOneof("kind")
         if kind == "step_outputs":
             self._inboxes.on_step(message.step_outputs)
         elif kind == "load":
+            self._check(message.load)
             self._take_load(message.load)
             self._owner.on_peer_load(self)
         elif kind == "admitted":

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Collection, Iterator, Sequence
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.tls_files import TlsFiles
+from octavo.services.gateway.model_identity import ModelIdentity
 from octavo.services.gateway.prefix_index import prompt_block_hashes
 from octavo.services.gateway.request_stream import CandidateInbox, RequestStream
 from octavo.services.gateway.router import Route, Router
 from octavo.services.gateway.routing import RouteRequest
 from octavo.services.gateway.scheduler_addresses import AddressBook
+from octavo.services.gateway.scheduler_link import WATCH_S, LinkState
 from octavo.services.gateway.scheduler_peer import PeerOwner, SchedulerPeer
 from octavo.services.gateway.watched_tasks import WatchedTasks
 
@@ -23,13 +26,19 @@ _MAX_REMAINING_MS = 2**32 - 1
 class SchedulerPeers:
     """Follows the configured names, and keeps a peer for each address. Iterates over all, connected or not."""
 
-    def __init__(self, addresses: Sequence[str], gateway_id: str, tls: TlsFiles | None) -> None:
+    def __init__(
+        self, addresses: Sequence[str], gateway_id: str, tls: TlsFiles | None, identity: ModelIdentity | None = None
+    ) -> None:
         self._addresses = AddressBook(addresses)
-        self._gateway_id = gateway_id
+        # Handles start at 1 here: in a process that is started again under its old id they would repeat.
+        self._gateway_id = f"{gateway_id}-{secrets.token_hex(8)}"
+        self._identity = identity
         self._tls = tls
         self._router = Router()
         self._by_address: dict[str, SchedulerPeer] = {}
         self._next_handle = 1
+        self._connected: list[SchedulerPeer] = []  # as of `_connected_at`, a count of the router's changes
+        self._connected_at = -1
 
     def __iter__(self) -> Iterator[SchedulerPeer]:
         return iter(self._by_address.values())
@@ -37,6 +46,7 @@ class SchedulerPeers:
     def start(self, owner: PeerOwner, tasks: WatchedTasks) -> None:
         """Connect, and stay connected until `close`."""
         self._take_addresses(owner, tasks)
+        tasks.start(self._watch())
         if self._addresses.can_change:
             tasks.start(self._look_up(owner, tasks))
 
@@ -48,8 +58,15 @@ class SchedulerPeers:
 
     @property
     def connected(self) -> list[SchedulerPeer]:
-        """Those that are connected."""
-        return [peer for peer in self if peer.connected]
+        """Those that are connected: the same list until one comes or goes, or says something else of its model."""
+        if self._connected_at != self._router.num_changes:
+            self._connected = [peer for peer in self if peer.connected]
+            self._connected_at = self._router.num_changes
+        return self._connected
+
+    def count(self, state: LinkState) -> int:
+        """Return of how many this is known."""
+        return sum(peer.state is state for peer in self)
 
     @property
     def draining(self) -> bool:
@@ -113,6 +130,13 @@ class SchedulerPeers:
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         return handle
 
+    async def _watch(self) -> None:
+        """Look for schedulers that hang: one clock for all."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for peer in self:
+                peer.watch()
+
     async def _look_up(self, owner: PeerOwner, tasks: WatchedTasks) -> None:
         """Follow the addresses that names and files stand for."""
         while True:
@@ -127,7 +151,7 @@ class SchedulerPeers:
             if address not in self._by_address:
                 name = self._addresses.name_of(address)
                 peer = self._by_address[address] = SchedulerPeer(
-                    address, self._gateway_id, owner, self._router, self._tls, name
+                    address, self._gateway_id, owner, self._router, self._tls, name, self._identity
                 )
                 for task in peer.start():
                     tasks.watch(task)

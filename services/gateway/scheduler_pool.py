@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import grpc
 
@@ -14,9 +15,11 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.tls_files import TlsFiles
 from octavo.services.gateway.failover import interrupted
+from octavo.services.gateway.model_identity import ModelIdentity
 from octavo.services.gateway.recovery import Recovery
-from octavo.services.gateway.request_stream import RequestStream
+from octavo.services.gateway.request_stream import RequestStream, places_of
 from octavo.services.gateway.resume_token import ResumeToken
+from octavo.services.gateway.scheduler_link import LinkState
 from octavo.services.gateway.scheduler_peer import SchedulerPeer, unreachable
 from octavo.services.gateway.scheduler_peers import SchedulerPeers
 from octavo.services.gateway.watched_tasks import WatchedTasks
@@ -24,15 +27,52 @@ from octavo.services.gateway.watched_tasks import WatchedTasks
 _REATTACH_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What all schedulers together say of the model; see the properties of SchedulerPool."""
+
+    max_model_len: int = 0
+    vector_size: int = 0
+    scores_prompts: bool = False
+    model_version: str = ""
+
+    @classmethod
+    def of(cls, peers: Sequence[SchedulerPeer]) -> _Facts:
+        loads = [peer.load for peer in peers]
+        return cls(
+            min((load.max_model_len for load in loads if load.max_model_len), default=0),
+            next((load.vector_size for load in loads if load.vector_size), 0),
+            any(load.prompt_logprobs for load in loads),
+            next((load.model_version for load in loads if load.model_version), ""),
+        )
+
+
 class SchedulerPool:
     """Everything runs on the event loop that called `start`."""
 
     def __init__(
-        self, addresses: Sequence[str], gateway_id: str, failover_s: float = 30.0, tls: TlsFiles | None = None
+        self,
+        addresses: Sequence[str],
+        gateway_id: str,
+        failover_s: float = 30.0,
+        tls: TlsFiles | None = None,
+        *,
+        identity: ModelIdentity | None = None,
+        max_tries: int = 3,
+        min_usable_share: float = 0.0,
     ) -> None:
-        """`failover_s`: how long an admitted request waits for a scheduler that goes on with it."""
-        self._peers = SchedulerPeers(addresses, gateway_id, tls)
-        self._recovery = Recovery(self._peers, failover_s)
+        """Schedulers whose workers have another model than `identity` are treated as not there.
+
+        failover_s        how long an admitted request waits for a scheduler that goes on with it
+        max_tries         most schedulers that are asked to take a request, one after the other
+        min_usable_share  of the schedulers that answer, so many can be used before the gateway is ready
+        """
+        self._peers = SchedulerPeers(addresses, gateway_id, tls, identity)
+        self._recovery = Recovery(self._peers, failover_s, max_tries)
+        self._min_usable_share = min_usable_share
+        self._was_ready = False
+        self._facts = _Facts()
+        self._facts_of: list[SchedulerPeer] | None = None  # what they were read from
         self._streams: dict[RequestStream, None] = {}  # in order of submission
         self._tasks: WatchedTasks | None = None
 
@@ -70,6 +110,26 @@ class SchedulerPool:
         return any(peer.healthy for peer in self._peers)
 
     @property
+    def ready(self) -> bool:
+        """Whether calls may come: a request could be computed now, and this gateway fits the schedulers there are.
+
+        A gateway of a new release or for a new model whose roll-out has reached a few schedulers must not take the
+        traffic to those few. Schedulers that do not answer do not count: they are as lost to any other gateway. Once
+        it was ready, only `healthy` counts.
+        """
+        if self._was_ready or not self.healthy:
+            return self.healthy
+        usable, unfit = self._peers.count(LinkState.CONNECTED), self._peers.count(LinkState.UNFIT)
+        all_tried = not self._peers.count(LinkState.UNTRIED)
+        self._was_ready = all_tried and usable >= self._min_usable_share * (usable + unfit)
+        return self._was_ready
+
+    @property
+    def num_unfit(self) -> int:
+        """Schedulers that answer and cannot be used: another model, tokenizer or protocol revision."""
+        return self._peers.count(LinkState.UNFIT)
+
+    @property
     def draining(self) -> bool:
         """Whether every scheduler that is there asked for no new requests."""
         return self._peers.draining
@@ -87,7 +147,7 @@ class SchedulerPool:
     @property
     def max_model_len(self) -> int:
         """Longest context that all workers can hold; 0 if not known."""
-        return min((peer.load.max_model_len for peer in self.peers if peer.load.max_model_len), default=0)
+        return self._current_facts().max_model_len
 
     @property
     def block_sizes(self) -> list[int]:
@@ -97,17 +157,24 @@ class SchedulerPool:
     @property
     def vector_size(self) -> int:
         """Elements of the vectors that the workers make; 0 if not known, or if they make none."""
-        return next((peer.load.vector_size for peer in self.peers if peer.load.vector_size), 0)
+        return self._current_facts().vector_size
 
     @property
     def scores_prompts(self) -> bool:
         """Whether log probabilities of prompts can be had."""
-        return any(peer.load.prompt_logprobs for peer in self.peers)
+        return self._current_facts().scores_prompts
 
     @property
     def model_version(self) -> str:
         """Of the weights that the workers hold; empty if not known."""
-        return next((peer.load.model_version for peer in self.peers if peer.load.model_version), "")
+        return self._current_facts().model_version
+
+    def _current_facts(self) -> _Facts:
+        """Return what is known of the model; looks at all schedulers only when something has changed."""
+        peers = self._peers.connected
+        if peers is not self._facts_of:
+            self._facts, self._facts_of = _Facts.of(peers), peers
+        return self._facts
 
     @property
     def streams(self) -> list[RequestStream]:
@@ -146,6 +213,7 @@ class SchedulerPool:
         Its `submit` knows the shape of the output only; it is the caller's to complete. Raises RESUME_STATE_LOST.
         """
         peers = sorted(self.peers, key=lambda peer: peer.scheduler_id != token.scheduler_id)
+        peers = [peer for peer in peers if peer.takes_over]
         for peer in peers:  # it may have moved since the token was made
             stream = await self._reattach_at(peer, token)
             if stream is not None:
@@ -213,12 +281,12 @@ class SchedulerPool:
         """End one candidate, or all, and forget the request then; with `keep` it goes on without a stream."""
         if keep:
             self._recovery.go_on(stream)  # what was paused is needed at a scheduler now
-            for peer in self._peers:
-                peer.detach(stream, stream.candidates)
+            for place in places_of(stream.candidates):
+                place.detach(stream, stream.candidates)
         ended = stream.candidates if candidate_index is None else [stream.candidates[candidate_index]]
         self._recovery.forget(ended)
-        for peer in self._peers:
-            peer.drop(stream, ended)
+        for place in places_of(ended):
+            place.drop(stream, ended)
         for candidate in ended:
             candidate.handle = 0
         if candidate_index is None:

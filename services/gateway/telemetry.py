@@ -75,6 +75,7 @@ class GatewayTelemetry:
         store.value(catalog.SCHEDULERS, "healthy").set(sum(peer.healthy for peer in peers))
         versions = Counter(peer.load.model_version for peer in peers if peer.load.model_version)
         store.replace_all(catalog.MODEL_SCHEDULERS, {(version,): num for version, num in versions.items()})
+        store.value(catalog.SCHEDULERS, "unusable").set(schedulers.num_unfit)
 
     def _read_load(self, schedulers: SchedulerPool) -> None:
         picker, loads = self._picker, [peer.load for peer in schedulers.peers]

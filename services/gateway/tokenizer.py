@@ -35,6 +35,7 @@ class ModelTokenizer:
         self.long_work = LongWork(num_threads)
         """The threads for whatever is done with long texts."""
         self.sha256 = hashlib.sha256(files.definition).hexdigest()
+        self.tokens_sha256 = files.tokens_sha256
         self.files = files.files
         self.file_hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.files.items()}
         """SHA-256 of each file, in hex."""

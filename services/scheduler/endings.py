@@ -88,14 +88,14 @@ class Endings:
         )
         self._effects.send(request.gateway_id, scheduler_pb2.AttachResponse(failed=failed))
 
-    def spoil(self, seq: Sequence) -> None:
-        """End a request whose output is not finite, and let nobody use what it computed."""
+    def spoil(self, seq: Sequence, message: str = "the model's output is not finite") -> None:
+        """End a request of which nothing right can be computed, and let nobody use what was."""
         request = seq.request
         request.is_spoiled = True
         for other in request.sequences:
             if other.group is not None and not other.group.is_lost:
                 other.group.allocator.spoil(other)
-        self.fail(request, code_pb2.INTERNAL, "WORKER_FAULT", "the model's output is not finite")
+        self.fail(request, code_pb2.INTERNAL, "WORKER_FAULT", message)
 
     def expire(self, request: Request, now: float) -> None:
         """End a request whose hard or soft deadline has passed."""

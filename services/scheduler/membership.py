@@ -20,6 +20,8 @@ log = logging.getLogger("octavo.scheduler")
 
 HEARTBEAT_S = 0.025  # a heartbeat that cannot be delivered is how a dead worker is noticed
 SILENCE_S = 3.0  # a worker that owes nothing reports at least five times a second
+PAUSE_S = (0.25, 5.0)  # before a group joins again that was lost twice without answering a step, and at most
+FORGET_S = 60.0  # after its last loss a group is treated like a new one
 CONFIG_REPEAT_S = 1.0  # a worker that is not ready may not have got its configuration, or its answer was lost
 MAX_WORKERS = 256
 # Faults that say nothing about what was being computed.
@@ -40,6 +42,15 @@ class Member:
     is_ready: bool = False
     last_sent: float = 0.0
     configured_at: float = 0.0
+    has_answered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Memberships of a group in a row that answered no step, and when it may have the next one."""
+
+    count: int
+    not_before: float
 
 
 @dataclass
@@ -51,6 +62,7 @@ class MemberEvents:
     lost        one that took part no longer does: its group, and whether it died or hung
     step_done   a worker answered a plan
     fenced      worker of this id was given up, for the reason given; it may still be alive
+    cannot_compute  a worker goes on without what a step says about one slot: group, step, slot, why (no `now`)
     """
 
     send: Callable[[bytes, worker_pb2.WorkerFrame], bool]
@@ -58,6 +70,7 @@ class MemberEvents:
     lost: Callable[[str, bool, float], None]
     step_done: Callable[[str, worker_pb2.StepResult, float], None]
     fenced: Callable[[str, str], None]
+    cannot_compute: Callable[[str, int, int, str], None]
 
 
 class Membership:
@@ -70,8 +83,10 @@ class Membership:
         self._epoch = first_epoch
         self._groups: dict[str, Member] = {}
         self._by_identity: dict[bytes, Member] = {}
+        self._losses: dict[str, Losses] = {}  # by group, the latest last
         self._dropped = RateLimiter(log)
         self.model_version = ""
+        self.tokenizer_sha256 = ""
 
     # -- frames ----------------------------------------------------------------------------------
 
@@ -106,9 +121,17 @@ class Membership:
         member.last_heard = now
         group_id = member.hello.group_id
         if kind == "step_result" and member.is_ready:
+            if not member.has_answered:
+                member.has_answered = True
+                self._losses.pop(group_id, None)
             self._events.step_done(group_id, frame.step_result, now)
         elif kind == "worker_ready":
             self._on_ready(member, frame.worker_ready, now)
+        elif kind == "worker_fault" and frame.worker_fault.HasField("slot"):
+            fault = frame.worker_fault
+            log.warning("worker %s cannot compute slot %d: %s", member.hello.worker_id, fault.slot, fault.message)
+            if member.is_ready:
+                self._events.cannot_compute(group_id, fault.step_id, fault.slot, fault.message)
         elif kind == "worker_fault":
             fault = frame.worker_fault
             self._lose(
@@ -143,12 +166,15 @@ class Membership:
             self._lose(known.hello.group_id, "is in another group now", now, crashed=False)
         if group_id in self._groups:
             self._lose(group_id, "starts over", now, crashed=True, is_alive=False)
+        if group_id in self._losses and now < self._losses[group_id].not_before:
+            return  # it says hello again
         self._epoch += 1
         member = Member(identity, worker_pb2.WorkerHello(), frame.protocol_revision, self._epoch, last_heard=now)
         member.hello.CopyFrom(hello)
         member.hello.group_id = group_id
         self._groups[group_id] = self._by_identity[identity] = member
-        self.model_version = hello.model_version
+        if hello.model_version != self.model_version:
+            self.model_version, self.tokenizer_sha256 = hello.model_version, ""
         self._configure(member, now)
 
     def _refusal(self, identity: bytes, hello: worker_pb2.WorkerHello) -> str:
@@ -181,6 +207,7 @@ class Membership:
             self._lose(group_id, "has no room for a KV cache", now, crashed=False)
             return
         member.is_ready = True
+        self.tokenizer_sha256 = ready.tokenizer_sha256
         device, blocks, context = member.hello.device, ready.kv_blocks, ready.max_model_len
         log.info("worker %s joined: %s, %d KV blocks, context %d", name, device, blocks, context)
         self._events.ready(group_id, member.epoch, ready, now)
@@ -240,4 +267,18 @@ class Membership:
         if is_alive:
             self._events.fenced(member.hello.worker_id, reason)
         if member.is_ready:
+            if not member.has_answered:
+                self._delay_next(group_id, now)
             self._events.lost(group_id, crashed, now)
+
+    def _delay_next(self, group_id: str, now: float) -> None:
+        """Let a group wait longer each time that it joined and was lost without having answered a step."""
+        before = self._losses.pop(group_id, None)
+        count = 1 if before is None or now - before.not_before > FORGET_S else before.count + 1
+        first, longest = PAUSE_S
+        pause_s = min(first * 2 ** min(count - 2, 16), longest) if count > 1 else 0.0
+        if pause_s:
+            log.warning("group %s was lost %d times in a row and may join again in %g s", group_id, count, pause_s)
+        self._losses[group_id] = Losses(count, now + pause_s)
+        if len(self._losses) > MAX_WORKERS:
+            del self._losses[next(iter(self._losses))]

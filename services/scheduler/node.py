@@ -50,7 +50,7 @@ class Node:
         self._deliver = deliver
         self._changed = changed
         self.core = Scheduler(config, now, epoch, tally)
-        events = MemberEvents(send, self._on_ready, self._on_lost, self._on_step_done, fenced)
+        events = MemberEvents(send, self._on_ready, self._on_lost, self._on_step_done, fenced, self.core.cannot_compute)
         self.members = Membership(config, epoch << EPOCHS_OF_WORKERS, events)
         self.num_steps = 0
         self.num_plans = 0
@@ -74,6 +74,7 @@ class Node:
         """Describe the state of the scheduler."""
         load = self.core.load(now)
         load.model_version = self.members.model_version
+        load.tokenizer_sha256 = self.members.tokenizer_sha256
         return load
 
     def on_gateway_message(self, gateway_id: str, message: scheduler_pb2.AttachRequest, now: float) -> None:

@@ -14,7 +14,7 @@ from google.rpc import code_pb2
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.scheduler import pooling
+from octavo.services.scheduler import pooling, token_ids
 from octavo.services.scheduler.admission import Admission, reject
 from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.capacity import Capacity
@@ -125,6 +125,7 @@ class Scheduler:
             workers=[group.load() for group in groups],
             task=self._model.task if self._model else common_pb2.MODEL_TASK_UNSPECIFIED,
             vector_size=self._model.vector_size if self._model else 0,
+            vocab_size=self._model.vocab_size if self._model else 0,
             prompt_logprobs=any(group.scores_prompts for group in groups),
         )
 
@@ -263,6 +264,9 @@ class Scheduler:
                 continue
             if problem := pooling.mismatch(seq.request.submit, model):
                 self._endings.fail(seq.request, code_pb2.FAILED_PRECONDITION, "FEATURE_DISABLED", problem)
+                continue
+            if problem := token_ids.mismatch(seq.request.submit, model.vocab_size):
+                self._endings.fail(seq.request, code_pb2.INVALID_ARGUMENT, "INVALID_FIELD", problem)
 
     def worker_lost(self, group_id: str, now: float, crashed: bool = False) -> None:
         """Take a worker group out of service: its sequences go on elsewhere, or when it is back.
@@ -303,6 +307,16 @@ class Scheduler:
         if self._digest.digest(self._groups[group_id], result, now):
             self._last_worker_at = now
             self._effects.flush(result.step_id)
+
+    def cannot_compute(self, group_id: str, step_id: int, slot: int, problem: str) -> None:
+        """End the request of which a worker cannot compute what a step says; the step's other rows are computed."""
+        group = self._groups[group_id]
+        for step in group.in_flight:
+            for seq in (*step.sampled, *step.unsampled) if step.step_id == step_id else ():
+                if seq.slot == slot and seq.group is group and seq.state is SequenceState.RUNNING:
+                    message = f"a worker cannot compute this request, and others are not affected: {problem}"
+                    self._endings.spoil(seq, message)
+                    return
 
     # -- time ------------------------------------------------------------------------------------
 
@@ -369,6 +383,8 @@ class Scheduler:
             message = f"the quota of the tenant is used up: {shortage}"
             return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", message, retry_ms=retry_ms)
         if (refused := pooling.refuse(submit, self._model)) is not None:
+            return refused
+        if (refused := token_ids.refuse(submit, self._model.vocab_size if self._model else 0)) is not None:
             return refused
         if submit.HasField("constraint") and submit.constraint.WhichOneof("kind") != "grammar":
             message = "a constraint must be a grammar here: gateways translate the other kinds"

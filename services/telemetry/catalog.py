@@ -98,7 +98,8 @@ FAILOVERS = Metric(
 SCHEDULERS = Metric(
     "octavo_gateway_schedulers",
     "gauge",
-    "schedulers of a gateway: connected ones, and those of them that make progress",
+    "schedulers of a gateway: connected ones, those of them that make progress, and unusable ones, which answer and "
+    "have another model, tokenizer or protocol revision",
     ("state",),
 )
 

@@ -195,7 +195,6 @@ def test_a_plan_without_rows_only_changes_slots() -> None:
         ({**continuing(), "row_flags": b""}, "row_flags: 0 rows"),
         ({**continuing(), "row_flags": bytes([4])}, "an unknown bit"),
         ({**continuing(), "token_ids": column(5)}, "token_ids: 1 tokens, expected 0"),
-        ({**continuing(), "row_flags": bytes([1]), "token_ids": column(100)}, "token_ids: holds 100"),
         ({**continuing(), "row_flags": bytes([1])}, "token_ids: 0 tokens, expected 1"),
         ({**continuing(), "slot_indexes": column(0), "context_lengths": column(18)}, "none was sampled"),
         (
@@ -215,6 +214,39 @@ def test_a_plan_without_rows_only_changes_slots() -> None:
 def test_a_plan_that_breaks_the_contract_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         apply(after_prompts(), **fields)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"bias_token_ids": column(100), "bias_values": bytes(4)}, "bias_token_ids holds 100"),
+        ({"allowed_token_ids": column(7, 100)}, "allowed_token_ids holds 100"),
+        ({"banned_until_min_token_ids": column(100)}, "banned_until_min_token_ids holds 100"),
+        ({"history_token_ids": column(3, 100, 5), "prompt_length": 3, "prompt_logprobs": 2}, "history_token_ids"),
+        ({"temperature": float("nan"), "chosen_logprob": True, "logprobs": 3}, "temperature is nan"),
+        ({}, "token id is not below 100"),
+    ],
+)
+def test_what_is_wrong_with_one_sequence_costs_that_one_alone(wrong: dict[str, Any], message: str) -> None:
+    right, plan = Slots(LIMITS).apply(prompts()), prompts()
+    plan.sampling_updates[0].MergeFrom(worker_pb2.SamplingUpdate(**wrong))  # slot 0's
+    if not wrong:
+        plan.token_ids = plan.token_ids[:-4] + column(100)
+
+    slots = Slots(LIMITS)
+    step = slots.apply(plan)
+
+    ((slot, problem),) = step.refused
+    assert (slot, message in problem) == (0, True), problem
+    settings, others = dict(step.opened), dict(right.opened)
+    assert vars(settings[2]).keys() == vars(others[2]).keys()
+    assert (settings[0].logprobs, settings[0].wants_logprobs) == (wrong.get("logprobs", 0), "logprobs" in wrong)
+    assert settings[0].prompt_logprobs == wrong.get("prompt_logprobs", 0)  # it is answered with as many columns
+    assert step.token_ids[:3].tolist() == right.token_ids[:3].tolist()
+    assert step.token_ids.max() < LIMITS.vocab_size
+    assert (step.block_ids.tolist(), step.rows.slots.tolist()) == (right.block_ids.tolist(), [2, 0])
+    # Plans that are on their way rely on the rest of this one.
+    assert apply(slots, **continuing()).refused == ()
 
 
 def test_a_step_larger_than_agreed_is_refused() -> None:

@@ -293,6 +293,29 @@ def test_other_limits_build_another_cache(running: Running) -> None:
     assert len(generate(running.scheduler, 2)) == 4
 
 
+def test_what_is_wrong_with_one_sequence_is_a_fault_of_its_slot_and_the_worker_goes_on(running: Running) -> None:
+    running.scheduler.join()
+    made = generate(running.scheduler, 1)
+    running.scheduler.send(2, worker_config=worker_pb2.WorkerConfig(max_batch_tokens=64, max_running=4, kv_blocks=20))
+    running.scheduler.expect("worker_ready", lambda frame: frame.epoch == 2)
+    both, bad = prompt(), prompt(slot=1, token_ids=(5, 1_000_000))
+    for name in ("slot_indexes", "query_lengths", "context_lengths", "token_ids", "block_table_rows"):
+        setattr(both, name, getattr(both, name) + getattr(bad, name))
+    for name in ("block_table_counts", "block_ids", "row_flags"):
+        setattr(both, name, getattr(both, name) + getattr(bad, name))
+    both.num_sequences, both.num_tokens = 2, 5
+    both.sampling_updates.extend(bad.sampling_updates)
+
+    running.scheduler.send(2, step_plan=both)
+    running.scheduler.send(2, step_plan=next_token(2, 3))
+    fault = running.scheduler.expect("worker_fault")
+    again = tokens(running.scheduler.expect("step_result"))[:1] + tokens(running.scheduler.expect("step_result"))
+
+    assert (fault.step_id, fault.HasField("slot"), fault.slot, fault.fatal) == (1, True, 1, False)
+    assert "token id is not below" in fault.message
+    assert again == made[:2]
+
+
 def test_a_plan_that_breaks_the_contract_is_a_fault(running: Running) -> None:
     running.scheduler.join()
     running.scheduler.send(1, step_plan=prompt(slot=4))

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.grpc_options import server_options
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.protocol import PROTOCOL_REVISION
@@ -79,6 +80,8 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         self.hangs = False
         self.load = scheduler_pb2.Load(workers_ready=1, kv_blocks_total=100, kv_blocks_free=90, model_version="w1")
         self.protocol_revision = PROTOCOL_REVISION
+        self.speaks: tuple[int, ...] = ()  # if set: a release that knows these revisions, and no range of them
+        self.hellos: list[scheduler_pb2.Hello] = []
         self.received: asyncio.Queue[scheduler_pb2.AttachRequest] = asyncio.Queue()
         self.attached = asyncio.Event()
         self._outgoing: asyncio.Queue[scheduler_pb2.AttachResponse | None] = asyncio.Queue()
@@ -104,12 +107,14 @@ class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
         outgoing: asyncio.Queue[scheduler_pb2.AttachResponse | None] = asyncio.Queue()
         self._outgoing = outgoing
         hello = await anext(aiter(request_iterator))
-        assert hello.hello.protocol_revision == PROTOCOL_REVISION
+        self.hellos.append(hello.hello)
+        if self.speaks and hello.hello.protocol_revision not in self.speaks:
+            raise ServingError(Reason.PROTOCOL_REVISION, "run the same version on both")
         welcome = scheduler_pb2.Welcome(
             scheduler_id=self.scheduler_id,
             epoch=self.epoch,
             kv_block_size=16,
-            protocol_revision=self.protocol_revision,
+            protocol_revision=hello.hello.protocol_revision if self.speaks else self.protocol_revision,
             load=self.load,
         )
         await context.write(scheduler_pb2.AttachResponse(welcome=welcome))

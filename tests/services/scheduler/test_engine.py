@@ -65,12 +65,12 @@ class WorkerClient:
             if frame.WhichOneof("kind") == kind:
                 return frame
 
-    async def join(self) -> worker_pb2.WorkerConfig:
+    async def join(self, **ready: Any) -> worker_pb2.WorkerConfig:
         await self.hello()
         frame = await self.receive("worker_config")
         self.epoch = frame.epoch
         self.model = FakeWorker(64)
-        await self.send(worker_ready=worker_pb2.WorkerReady(kv_blocks=64, max_model_len=512))
+        await self.send(worker_ready=worker_pb2.WorkerReady(kv_blocks=64, max_model_len=512, **ready))
         return frame.worker_config
 
     def work(self) -> None:
@@ -101,8 +101,9 @@ class Gateway:
     async def send(self, **kind: Any) -> None:
         await self.call.write(scheduler_pb2.AttachRequest(**kind))
 
-    async def hello(self, revision: int = PROTOCOL_REVISION) -> scheduler_pb2.Welcome:
-        await self.send(hello=scheduler_pb2.Hello(gateway_id=self.name, protocol_revision=revision))
+    async def hello(self, revision: int = PROTOCOL_REVISION, oldest: int = 0) -> scheduler_pb2.Welcome:
+        hello = scheduler_pb2.Hello(gateway_id=self.name, protocol_revision=revision, oldest_protocol_revision=oldest)
+        await self.send(hello=hello)
         return (await self.receive("welcome")).welcome
 
     async def receive(self, kind: str) -> scheduler_pb2.AttachResponse:
@@ -413,6 +414,62 @@ async def test_gateways_and_workers_of_the_revision_before_are_served_in_it(tmp_
         await until(lambda: process.engine.load().workers_ready)
         await gateway.submit(1)
         assert await gateway.finish(1) == expected_output(PROMPT, 8)
+        worker.close()
+
+
+async def test_a_gateway_of_the_next_release_is_spoken_to_in_the_newest_revision_of_both(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        welcome = await process.gateway().hello(revision=PROTOCOL_REVISION + 1, oldest=PROTOCOL_REVISION)
+        assert welcome.protocol_revision == PROTOCOL_REVISION
+
+
+async def test_a_gateway_that_is_back_before_its_old_stream_broke_gets_nothing_of_that_one(tmp_path: Path) -> None:
+    async with running(tmp_path) as process:
+        worker, old = await process.connect()
+        await old.submit(1, max_new_tokens=300, resume_window_ms=60_000)
+        await old.submit(2, max_new_tokens=300)
+        await old.receive("admitted")
+        again = process.gateway()  # under the same id, and its handles start again: a process of an older release
+        await again.hello()
+        with pytest.raises((AssertionError, aio.AioRpcError)):  # the old stream ends
+            await old.receive("failed")
+        await again.submit(1, max_new_tokens=8, cache_salt="other")
+        worker.work()
+
+        assert await again.finish(1) == expected_output(PROMPT, 8)
+        assert set(again.tokens) == {1}
+        process.engine.core.check_invariants()
+        await until(lambda: process.engine.core.num_requests == 0)
+        await again.submit(2)
+        assert await again.finish(2) == expected_output(PROMPT, 8)
+        worker.close()
+
+
+async def test_what_is_kept_of_an_earlier_life_of_a_gateway_is_never_taken_for_a_request_of_this_one(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as process:
+        worker, old = await process.connect()
+        worker.work()
+        await old.submit(1, resume_window_ms=60_000)
+        await old.finish(1)
+        old.call.cancel()
+        again, other = process.gateway(), process.gateway("g2")
+        await again.hello()
+        welcome = await other.hello()
+        prompt = PROMPT[:20]
+        submit = scheduler_pb2.Submit(handle=1, request_id="new", prompt_token_ids=prompt)
+        submit.stop.max_new_tokens = 400
+        await again.send(submit=submit)
+        await again.receive("admitted")
+
+        reattach = scheduler_pb2.Reattach(handle=5, request_id="request-1", epoch=welcome.epoch)
+        await other.send(reattach=reattach)
+        await other.receive("reattached")
+        process.engine.core.check_invariants()
+
+        assert await again.finish(1) == expected_output(prompt, 400)
+        process.engine.core.check_invariants()
         worker.close()
 
 

@@ -150,6 +150,7 @@ async def test_log_probabilities_come_when_included(harness: Any, sdk: openai.As
     (h,) = harness.ids("h")
     step = scheduler_pb2.StepOutputs(handles=[submit.handle], token_counts=[2], token_ids=[h, 0])
     step.logprobs.extend([-0.5, -1.0])
+    step.ranks.extend([1, 1])
     step.candidate_token_ids.extend([h, 0])
     step.candidate_logprobs.extend([-0.5, -1.0])
     step.finished.add(handle=submit.handle, reason=END)
@@ -168,6 +169,7 @@ async def test_log_probabilities_belong_to_the_message_after_reasoning(harness: 
     ids = [*harness.ids("<think>hm</think>h"), 0]
     step = scheduler_pb2.StepOutputs(handles=[submit.handle], token_counts=[len(ids)], token_ids=ids)
     step.logprobs.extend([-0.5] * len(ids))
+    step.ranks.extend([1] * len(ids))
     step.candidate_token_ids.extend(ids)
     step.candidate_logprobs.extend([-0.5] * len(ids))
     step.finished.add(handle=submit.handle, reason=END)
