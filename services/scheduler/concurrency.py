@@ -79,7 +79,7 @@ class Concurrency:
         rate = EFFICIENCY * num_slots / all_s if all_s else 0.0
         return fixed_s * rate / (1 - each_s * rate)
 
-    def _step_s(self, num_running: int) -> float:
+    def _step_s(self, num_running: float) -> float:
         """Return what a token of each of so many sequences takes."""
         return self._cost.seconds(num_running * self._token_share) / self._row_tokens
 
