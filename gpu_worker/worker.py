@@ -78,7 +78,7 @@ class Worker:
         self._ranks = ranks
         self._telemetry = WorkerTelemetry(config, worker_id)
         self._link = Link(config.worker_endpoint, worker_id.encode(), read_curve_keys(config))
-        self._pulse = Pulse(self._beat, _REPORT_S)
+        self._pulse = Pulse(self._beat, _REPORT_S / 2)
         self._engine: Engine | None = None
         self._wanted = worker_pb2.WorkerConfig()  # the newest
         self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for

@@ -14,7 +14,7 @@ in processor time, but as at least a tenth of the time that passed.
 
 from __future__ import annotations
 
-REPORT_S = 0.1  # a worker sends something at least so often
+REPORT_S = 0.15  # a worker sends something at least so often
 MIN_PATIENCE_S = 1.0
 MAX_PATIENCE_S = 10.0
 PATIENCE = 8.0  # times what it was late, or stood still, lately

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.services.scheduler.pulse import MAX_PATIENCE_S, NUM_WARM_UP_STEPS, REPORT_S, Pulse
+from octavo.services.scheduler.pulse import MAX_PATIENCE_S, NUM_WARM_UP_STEPS, Pulse
 
 TICK_S = 0.025
+BEAT_S = 0.1
 
 
 class Watched:
@@ -33,7 +34,7 @@ class Watched:
         *,
         share: float = 1.0,
         progress: int = 0,
-        every_s: float = REPORT_S,
+        every_s: float = BEAT_S,
         speaks: bool = True,
     ) -> float | None:
         """Return after how long it is given up, or None; `share` of a processor is what it gets."""
@@ -54,7 +55,7 @@ def test_a_frozen_worker_is_found_within_a_second_and_a_half() -> None:
     assert watched.until_given_up(20, progress=1) is None
     found_s = watched.until_given_up(20, speaks=False)
     assert found_s is not None
-    assert 0.99 <= found_s <= 1.5
+    assert 0.9 <= found_s <= 1.5
 
 
 def test_a_worker_that_computes_for_ever_is_found_within_a_second_and_a_half() -> None:
@@ -62,7 +63,7 @@ def test_a_worker_that_computes_for_ever_is_found_within_a_second_and_a_half() -
     assert watched.until_given_up(20, progress=1) is None
     found_s = watched.until_given_up(20, share=2.0)  # on two processors
     assert found_s is not None
-    assert 0.99 <= found_s <= 1.5
+    assert 0.9 <= found_s <= 1.5
 
 
 def test_a_step_that_gets_on_may_take_any_time() -> None:
@@ -132,7 +133,7 @@ def test_time_in_which_the_scheduler_itself_did_not_run_is_nobodys_silence() -> 
 def test_what_happened_before_a_step_does_not_count_against_it() -> None:
     watched = Watched()
     for _ in range(1000):  # it owes nothing, and so makes no progress
-        watched.now += REPORT_S
+        watched.now += BEAT_S
         watched.beat(0.0, 0)
         watched.pulse.tick(watched.now, owes_step=False)
     assert watched.until_given_up(0.9) is None
