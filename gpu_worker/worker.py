@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
@@ -40,6 +41,7 @@ _JOINING_S = 0.01  # how often to look, while joining: start-up waits for it
 _POLL_S = 50e-6  # how often to look for a step's result and for the next plan, while steps run
 _QUIET_S = 0.02  # after a step: the next plan may be on its way, and a piece of idle work takes some milliseconds
 _SILENCE_S = 5.0  # a scheduler sends a heartbeat forty times a second, if its machine lets it
+_MAX_RECEIVED = 1000  # frames that are taken in while a step runs: plans in flight, and what is no heartbeat
 # Of google.rpc.Code.
 _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INVALID_ARGUMENT, _INTERNAL = 8, 9, 10, 3, 13
 _UNAVAILABLE = 14
@@ -90,6 +92,7 @@ class Worker:
         self._idle_work = False  # whether the engine may have something to prepare when there are no plans
         self._heard_at = 0.0
         self._reported_at = float("-inf")
+        self._received: deque[worker_pb2.WorkerFrame] = deque()  # while a step ran
         self._memory_used = 0  # when that was last looked at
         self._status: int | None = None  # the exit status, once there is one
         self.num_dropped = 0
@@ -103,8 +106,8 @@ class Worker:
                 self._report_if_due()
                 self._check_ranks()
                 self._send_finished()
-                if self._link.wait(self._patience_s()):
-                    frame = self._link.receive()
+                if self._received or self._link.wait(self._patience_s()):
+                    frame = self._received.popleft() if self._received else self._link.receive()
                     if frame is not None:
                         self._handle(frame)
                 elif self._engine is not None and self._engine.num_in_flight:
@@ -360,7 +363,16 @@ class Worker:
             self._reported_at -= _REPORT_S - _JOINING_S  # not connected yet: try again soon
 
     def _beat(self) -> None:
-        """Show life while the main thread computes."""
+        """Show life while the main thread computes, and take in what comes.
+
+        Else a long step would fill the socket's queue, and the pings behind it would not be answered.
+        """
+        while len(self._received) < _MAX_RECEIVED and self._link.wait(0.0):
+            frame = self._link.receive()
+            if frame is not None and frame.WhichOneof("kind") != "heartbeat":
+                self._received.append(frame)
+            elif frame is not None and frame.epoch == self._epoch:
+                self._heard_at = time.monotonic()
         if self._epoch and time.monotonic() - self._reported_at >= _REPORT_S:
             self._send_heartbeat()  # if nobody is there, the main thread will find out
 

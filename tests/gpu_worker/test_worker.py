@@ -507,3 +507,35 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_with_one_line(tmp_path: 
     assert result.returncode == 1
     assert "cannot load the model" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_worker_shows_life_progress_and_processor_time_while_a_step_runs(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, is_in_step = threading.Event(), threading.Event()
+    multiply = torch.mm
+    work = 0
+
+    def held_up(*args: Any, **options: Any) -> Any:
+        nonlocal work
+        work += 1
+        if work == 20:  # in the middle of the step
+            is_in_step.set()
+            assert goes_on.wait(TIMEOUT_MS / 1000)
+        return multiply(*args, **options)
+
+    running.scheduler.join()
+    before = running.scheduler.expect("heartbeat", lambda frame: frame.epoch == 1)
+    monkeypatch.setattr(torch, "mm", held_up)
+    running.scheduler.send(1, step_plan=prompt())
+    assert is_in_step.wait(TIMEOUT_MS / 1000)
+    stuck = [running.scheduler.expect("heartbeat", lambda frame: frame.heartbeat.progress > 0) for _ in range(3)][-1]
+    again = running.scheduler.expect("heartbeat")
+    goes_on.set()
+
+    assert running.scheduler.expect("step_result").step_id == 1
+    assert stuck.progress >= before.progress + 10  # it had done half of the step, as can be seen in it
+    assert again.progress == stuck.progress  # and then no more
+    assert 0 < before.processor_time_us <= stuck.processor_time_us <= again.processor_time_us
+    after = running.scheduler.expect("heartbeat", lambda frame: frame.heartbeat.last_step_id == 1)
+    assert after.progress > again.progress
