@@ -184,6 +184,7 @@ class Membership:
             self._lose(group_id, "has no room for a KV cache", now, crashed=False)
             return
         member.is_ready = True
+        member.pulse = Pulse(now)  # how late it was while it prepared its device says nothing about later
         device, blocks, context = member.hello.device, ready.kv_blocks, ready.max_model_len
         log.info("worker %s joined: %s, %d KV blocks, context %d", name, device, blocks, context)
         self._events.ready(group_id, member.epoch, ready, now)

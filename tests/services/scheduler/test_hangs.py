@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.protocol import PROTOCOL_REVISION
 from octavo.services.scheduler.config import SchedulerConfig
@@ -20,7 +22,7 @@ IDENTITY = b"w"
 class Deployment:
     """A scheduler with one worker, on a clock of their own. Times are seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, prepares_s: float = 0.0) -> None:
         self.now = 0.0
         self.fenced: list[str] = []
         self.failed: list[str] = []
@@ -39,7 +41,7 @@ class Deployment:
             changed=lambda: None,
             fenced=lambda _, reason: self.fenced.append(reason),
         )
-        self.join()
+        self.join(prepares_s)
 
     def _send(self, _: bytes, frame: worker_pb2.WorkerFrame) -> bool:
         if frame.HasField("step_plan"):
@@ -63,11 +65,12 @@ class Deployment:
         self.node.on_frame(IDENTITY, frame, self.now)
         self.node.pump(self.now)
 
-    def join(self) -> None:
+    def join(self, prepares_s: float = 0.0) -> None:
         self.model = FakeWorker(64)
         self.plans.clear()
         hello = worker_pb2.WorkerHello(worker_id="w", group_id="g", world_size=1, model_version="m")
         self.frame(epoch=0, worker_hello=hello)
+        self.now += prepares_s
         self.frame(worker_ready=worker_pb2.WorkerReady(kv_blocks=64, max_model_len=512))
 
     def submit(self, max_new_tokens: int) -> None:
@@ -100,9 +103,9 @@ class Deployment:
         return len(self.fenced) == before
 
 
-def warmed_up() -> Deployment:
+def warmed_up(prepares_s: float = 0.0) -> Deployment:
     """A deployment that runs a request and has answered steps so quickly that it is given a second for each."""
-    deployment = Deployment()
+    deployment = Deployment(prepares_s)
     deployment.submit(max_new_tokens=100)
     for _ in range(50):
         assert deployment.run(0.05, share=1.0, progress=1)
@@ -129,8 +132,9 @@ def test_a_request_whose_worker_makes_no_progress_twice_is_quarantined() -> None
     assert deployment.failed == ["QUARANTINED"]
 
 
-def test_a_frozen_worker_is_given_up_while_it_owes_a_step() -> None:
-    deployment = warmed_up()
+@pytest.mark.parametrize("prepares_s", [0.0, 9.0])
+def test_a_frozen_worker_is_given_up_while_it_owes_a_step(prepares_s: float) -> None:
+    deployment = warmed_up(prepares_s)
     started = deployment.now
     while not deployment.fenced:
         deployment.now += TICK_S
