@@ -36,6 +36,7 @@ class HostMemory:
     def __init__(self, device: Device) -> None:
         self.name = device.name
         self._device = device
+        self._num_started = 1  # steps, and one: a number that is not 0
 
     def kv_block_bytes(self) -> int:
         """See `runner.Runner`; so are the others."""
@@ -52,6 +53,10 @@ class HostMemory:
     def memory_used_bytes(self) -> int:
         """Return what this process takes."""
         return resident_bytes()
+
+    def progress(self) -> int:
+        """Count what the device has done, and steps."""
+        return self._num_started + self._device.progress()
 
     def use_idle_time(self) -> bool:
         """Take the memory of a piece of the cache, as long as there is some to spare: the rest is taken when used."""
@@ -105,6 +110,7 @@ class HostRunner(HostMemory):
 
     def start(self, step: Step) -> Done:
         """Compute the step."""
+        self._num_started += 1
         for slot in step.freed_slots.tolist():
             self._sampler.free_slot(slot)
             self._prompts.free_slot(slot)

@@ -20,7 +20,7 @@ _MAX_FRAME_BYTES = 64 << 20
 _RECONNECT_MS = 100
 _MAX_RECONNECT_MS = 1000
 _HEARTBEAT_MS = 1000
-_HEARTBEAT_TIMEOUT_MS = 5000
+_HEARTBEAT_TIMEOUT_MS = 10_000
 # How long the last frame, which says why the worker ends, may take to leave.
 _FAREWELL_MS = 500
 

@@ -302,6 +302,9 @@ class Device(Protocol):
         that another one fills in this step.
         """
 
+    def progress(self) -> int:
+        """A number that grows with every piece of `forward` that is done; for any thread, also while it runs."""
+
     def copy_blocks(self, pairs: Int32Array) -> None:
         """Copy blocks, pairs [N, 2] of (from, to), in order."""
 

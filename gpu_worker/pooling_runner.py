@@ -31,6 +31,7 @@ class PoolingRunner(HostMemory):
 
     def start(self, step: Step) -> Done:
         """Compute the step."""
+        self._num_started += 1
         for slot in step.freed_slots.tolist():
             self._pooler.free_slot(slot)
         for slot, settings in step.opened_for_vectors:

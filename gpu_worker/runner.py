@@ -64,6 +64,12 @@ class Runner(Protocol):
     def memory_used_bytes(self) -> int:
         """Memory in use where the weights and the cache are; 0 if unknown."""
 
+    def progress(self) -> int:
+        """A number that grows with every piece of a step that is done, many times in a step; 0: it cannot tell.
+
+        Called by another thread while a step is started or waited for.
+        """
+
     def reset(self) -> None:
         """Forget every slot and drop the steps in flight; weights and KV memory stay."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import metadata
@@ -26,6 +27,7 @@ from octavo.gpu_worker.loading import LoadedModel, tokenizer_of
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION
+from octavo.gpu_worker.pulse import Pulse
 from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT
 from octavo.gpu_worker.telemetry import WorkerTelemetry
 from octavo.worker.v1 import worker_pb2
@@ -35,11 +37,12 @@ if TYPE_CHECKING:  # it needs torch
 
 log = logging.getLogger("octavo.worker")
 
-_REPORT_S = 0.2  # a hello or a heartbeat at least so often
+_REPORT_S = 0.1  # a hello or a heartbeat at least so often, also while a step runs
 _JOINING_S = 0.01  # how often to look, while joining: start-up waits for it
 _POLL_S = 50e-6  # how often to look for a step's result and for the next plan, while steps run
 _QUIET_S = 0.02  # after a step: the next plan may be on its way, and a piece of idle work takes some milliseconds
-_SILENCE_S = 1.0  # a scheduler sends a heartbeat forty times a second
+_SILENCE_S = 5.0  # a scheduler sends a heartbeat forty times a second, if its machine lets it
+_MAX_RECEIVED = 1000  # frames that are taken in while a step runs: plans in flight, and what is no heartbeat
 # Of google.rpc.Code.
 _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INVALID_ARGUMENT, _INTERNAL = 8, 9, 10, 3, 13
 _UNAVAILABLE = 14
@@ -79,6 +82,7 @@ class Worker:
         self._telemetry = WorkerTelemetry(config, worker_id)
         self._link = Link(config.worker_endpoint, worker_id.encode(), read_curve_keys(config))
         self._tokenizer: str | None = None  # what gateways compare; None until the first engine is built
+        self._pulse = Pulse(self._beat, _REPORT_S / 2)
         self._engine: Engine | None = None
         self._wanted = worker_pb2.WorkerConfig()  # the newest
         self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for
@@ -90,19 +94,22 @@ class Worker:
         self._idle_work = False  # whether the engine may have something to prepare when there are no plans
         self._heard_at = 0.0
         self._reported_at = float("-inf")
+        self._received: deque[worker_pb2.WorkerFrame] = deque()  # while a step ran
+        self._memory_used = 0  # when that was last looked at
         self._status: int | None = None  # the exit status, once there is one
         self.num_dropped = 0
 
     def run(self) -> int:
         """Serve until a Shutdown frame, `stop` or a fatal fault; return the exit status."""
         log.info("worker %s: waiting for a scheduler at %s", self._worker_id, self._config.worker_endpoint)
+        self._pulse.start()
         try:
             while self._status is None and not self._lifetime.is_over(is_needed=self._epoch != 0):
                 self._report_if_due()
                 self._check_ranks()
                 self._send_finished()
-                if self._link.wait(self._patience_s()):
-                    frame = self._link.receive()
+                if self._received or self._link.wait(self._patience_s()):
+                    frame = self._received.popleft() if self._received else self._link.receive()
                     if frame is not None:
                         self._handle(frame)
                 elif self._engine is not None and self._engine.num_in_flight:
@@ -114,6 +121,7 @@ class Worker:
                     self._end_epoch()
                 self._finish_preparation()
         finally:
+            self._pulse.close()
             self._link.close(farewell=bool(self._status))
             if self._ranks is not None:
                 self._ranks.close(farewell=True)
@@ -269,7 +277,8 @@ class Worker:
             return
         self._telemetry.planned(plan)
         try:
-            refused = self._engine.start(plan)
+            with self._pulse.computing():
+                refused = self._engine.start(plan)
         except PlanError as error:
             self._leave(plan.step_id, _INVALID_ARGUMENT, "INVALID_PLAN", str(error))
         except Exception as error:
@@ -285,7 +294,8 @@ class Worker:
         engine = self._engine
         while self._epoch and engine is not None and (engine.is_done() or engine.num_in_flight > num_left):
             try:
-                result = engine.collect()
+                with self._pulse.computing():
+                    result = engine.collect()
             except Exception as error:
                 self._fail(self._last_done_id + 1, error)
                 return
@@ -318,7 +328,8 @@ class Worker:
         """Prepare a piece of what makes later steps faster, on all ranks; False if there is none left."""
         if self._engine is None or not self._tell_ranks(worker_pb2.WorkerFrame(idle_time=worker_pb2.IdleTime())):
             return False
-        return self._engine.use_idle_time()
+        with self._pulse.computing():
+            return self._engine.use_idle_time()
 
     def _tell_ranks(self, frame: worker_pb2.WorkerFrame) -> bool:
         """Tell the other ranks what this one does next; False, and this process ends, if one is gone."""
@@ -348,15 +359,38 @@ class Worker:
             return
         if self._epoch:
             used = resident_bytes() if self._engine is None else self._engine.runner.memory_used_bytes()
+            self._memory_used = used
             self._telemetry.memory(used)
             if self._engine is None or not self._engine.num_in_flight:
                 self._telemetry.idle()
-            heartbeat = worker_pb2.Heartbeat(last_step_id=self._last_done_id, device_memory_used_bytes=used)
-            if not self._send(worker_pb2.WorkerFrame(heartbeat=heartbeat)):
+            if not self._send_heartbeat():
                 log.warning("the scheduler is gone; joining the next one")
                 self._end_epoch()
         elif not self._send(worker_pb2.WorkerFrame(worker_hello=self._hello())):
             self._reported_at -= _REPORT_S - _JOINING_S  # not connected yet: try again soon
+
+    def _beat(self) -> None:
+        """Show life while the main thread computes, and take in what comes.
+
+        Else a long step would fill the socket's queue, and the pings behind it would not be answered.
+        """
+        while len(self._received) < _MAX_RECEIVED and self._link.wait(0.0):
+            frame = self._link.receive()
+            if frame is not None and frame.WhichOneof("kind") != "heartbeat":
+                self._received.append(frame)
+            elif frame is not None and frame.epoch == self._epoch:
+                self._heard_at = time.monotonic()
+        if self._epoch and time.monotonic() - self._reported_at >= _REPORT_S:
+            self._send_heartbeat()  # if nobody is there, the main thread will find out
+
+    def _send_heartbeat(self) -> bool:
+        heartbeat = worker_pb2.Heartbeat(
+            last_step_id=self._last_done_id,
+            device_memory_used_bytes=self._memory_used,
+            progress=0 if self._engine is None else self._engine.runner.progress(),
+            processor_time_us=time.process_time_ns() // 1000,
+        )
+        return self._send(worker_pb2.WorkerFrame(heartbeat=heartbeat))
 
     def _hello(self) -> worker_pb2.WorkerHello:
         device = self._config.device if self._engine is None else self._engine.runner.name

@@ -96,6 +96,10 @@ class CpuDevice:
         self._result = self._logits[:num_rows]
         return self._result
 
+    def progress(self) -> int:
+        """Count the pieces of work that the threads have done; see `ops.Device.progress`."""
+        return self._runtime.progress()
+
     def copy_blocks(self, pairs: Int32Array) -> None:
         """Copy blocks, pairs [N, 2] of (from, to), in order. Raises ValueError for a block that is not there."""
         if pairs.size and not 0 <= pairs.min() <= pairs.max() < len(self._blocks):

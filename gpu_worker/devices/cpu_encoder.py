@@ -42,7 +42,7 @@ class CpuEncoder:
         num_threads  0: one for each core that this process may use
         variant      instruction set of the kernels, "" for the best that this CPU has
         """
-        runtime = Runtime(variant, num_threads)
+        runtime = self._runtime = Runtime(variant, num_threads)
         recorded = record_whole(model, runtime)
         self._memory = recorded.memory
         self._program = EncoderProgram(runtime, recorded.ops, recorded.columns, max_batch_tokens)
@@ -80,6 +80,10 @@ class CpuEncoder:
         assert num_rows <= len(self._hidden), f"{num_rows} rows of {len(self._hidden)}"
         self._program.run(native, self._hidden)
         return self._hidden[:num_rows]
+
+    def progress(self) -> int:
+        """Count the pieces of work that the threads have done; see `ops.Device.progress`."""
+        return self._runtime.progress()
 
     def copy_blocks(self, pairs: Int32Array) -> None:
         """There are none."""

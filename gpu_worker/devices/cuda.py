@@ -122,6 +122,10 @@ class CudaRunner:
         """Memory of the device in use."""
         return self._accelerator.used_bytes()
 
+    def progress(self) -> int:
+        """0: what a GPU has done of a step cannot be seen from outside."""
+        return 0
+
     def reset(self) -> None:
         """Wait for what is under way. Slots that are opened again are written anew."""
         self._accelerator.synchronize()

@@ -115,6 +115,10 @@ class CudaPoolingRunner:
         """There is nothing to prepare: the steps of such a model have no sizes that come again."""
         return False
 
+    def progress(self) -> int:
+        """0: what a GPU has done of a step cannot be seen from outside."""
+        return 0
+
     def reset(self) -> None:
         """Wait for what is under way, and forget every slot."""
         self._accelerator.synchronize()

@@ -60,6 +60,7 @@ class ReferenceDevice:
         self._weights: dict[int, torch.Tensor] = {}
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
+        self.num_products = 0  # of matrices that were multiplied: a piece of work each
 
     def kv_block_bytes(self) -> int:
         """Bytes that one block takes, over all layers, keys and values."""
@@ -83,6 +84,10 @@ class ReferenceDevice:
         with torch.no_grad():
             logits: Float32Array = cast(Model, self._model).forward(_StepOps(self, step)).numpy()
         return logits
+
+    def progress(self) -> int:
+        """Count products of matrices; see `ops.Device.progress`."""
+        return self.num_products
 
     def copy_blocks(self, pairs: Int32Array) -> None:
         """Copy blocks, pairs [N, 2] of (from, to), in order."""
@@ -220,6 +225,7 @@ class _StepOps:
         for start in range(0, len(x), TILE_ROWS):
             torch.mm(weight, x[start : start + TILE_ROWS].t(), out=product)
             output[start : start + TILE_ROWS] = product.t()
+            self._device.num_products += 1
         if linear.bias is not None:
             output += self._device.weight(linear.bias)
         return output
@@ -244,7 +250,7 @@ class _StepOps:
         ended[group.ended_pairs] = ended[group.ended_pairs].masked_fill(group.ended_keys[:, None, :, None], 0)
 
         scores = (
-            _products(tiles.index_select(0, group.tile_of_pair).flatten(0, 1), keys.transpose(1, 2), num_kv_heads)
+            self._products(tiles.index_select(0, group.tile_of_pair).flatten(0, 1), keys.transpose(1, 2), num_kv_heads)
             * scale
         )
         by_query = scores.view(num_pairs, num_kv_heads, TILE_ROWS, shared, TILE_KEYS)
@@ -255,7 +261,7 @@ class _StepOps:
             best[owners] = torch.maximum(best[owners], pair_best.index_select(0, pairs))
         weights = scores.sub_(best.index_select(0, group.tile_of_pair).view(*scores.shape[:2], 1)).exp_()
         pair_sums = weights.sum(dim=-1).view(num_pairs, num_kv_heads, -1, 1)
-        pair_outputs = _products(weights, values, num_kv_heads).view(num_pairs, num_kv_heads, -1, head_dim)
+        pair_outputs = self._products(weights, values, num_kv_heads).view(num_pairs, num_kv_heads, -1, head_dim)
         sums = torch.zeros_like(pair_sums[:num_tiles])
         outputs = torch.zeros_like(pair_outputs[:num_tiles])
         for pairs, owners in group.pairs_by_rank:
@@ -264,20 +270,20 @@ class _StepOps:
         attended = (outputs / sums).view(num_tiles, num_kv_heads, TILE_ROWS, shared, head_dim)
         return attended.transpose(1, 2).contiguous()
 
+    def _products(self, left: torch.Tensor, right: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+        """Multiply matrices pairwise, always the same number of them in a call."""
+        output = left.new_empty(*left.shape[:2], right.shape[2])
+        step = _PAIRS_PER_CALL * num_kv_heads
+        for start in range(0, len(left), step):
+            torch.bmm(left[start : start + step], right[start : start + step], out=output[start : start + step])
+            self._device.num_products += 1
+        return output
+
     def _gather(self, cache: torch.Tensor, group: AttentionGroup) -> torch.Tensor:
         """Return the key tiles of `cache` [num_blocks, num_kv_heads, 16, head_dim]: [pairs * num_kv_heads, 64, ...]."""
         num_kv_heads, head_dim = cache.shape[1], cache.shape[3]
         rows = group.blocks[:, None, :] * num_kv_heads + torch.arange(num_kv_heads)[None, :, None]
         return cache.flatten(0, 1).flatten(1).index_select(0, rows.flatten()).view(-1, TILE_KEYS, head_dim)
-
-
-def _products(left: torch.Tensor, right: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """Multiply matrices pairwise, always the same number of them in a call."""
-    output = left.new_empty(*left.shape[:2], right.shape[2])
-    step = _PAIRS_PER_CALL * num_kv_heads
-    for start in range(0, len(left), step):
-        torch.bmm(left[start : start + step], right[start : start + step], out=output[start : start + step])
-    return output
 
 
 def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:

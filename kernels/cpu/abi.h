@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 12 };
+enum { OCTAVO_ABI_REVISION = 13 };
 
 // Numbers, or what a GGUF file calls Q8_0 and so on: rows of groups of 32 (Q4_K: of 256) that have codes.
 enum OctavoType : int32_t {
@@ -184,6 +184,9 @@ OCTAVO_EXPORT int32_t octavo_rows_at_once(int32_t format);
 OCTAVO_EXPORT OctavoPool* octavo_pool_create(int32_t num_threads);
 // In a forked child, destroying does nothing.
 OCTAVO_EXPORT void octavo_pool_destroy(OctavoPool* pool);
+// Pieces of work that the threads have done since they started, of any call: a call that runs and whose count stays the
+// same is stuck. May be called from any thread at any time.
+OCTAVO_EXPORT uint64_t octavo_pool_progress(const OctavoPool* pool);
 
 // Memory: zeroed, 64-byte aligned, on huge pages where the system gives them, touched lazily.
 // Pieces live until the whole arena is destroyed. Returns null when there is no memory.

@@ -20,6 +20,8 @@ void octavo_pool_destroy(OctavoPool* pool) {
   if (!pool->threads.is_forked()) delete pool;
 }
 
+uint64_t octavo_pool_progress(const OctavoPool* pool) { return pool->threads.progress(); }
+
 OctavoArena* octavo_arena_create(void) { return new OctavoArena; }
 void octavo_arena_destroy(OctavoArena* arena) { delete arena; }
 void* octavo_arena_allocate(OctavoArena* arena, size_t num_bytes) { return arena->memory.allocate(num_bytes); }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from octavo.kernels.cpu import build
 
-ABI_REVISION = 12
+ABI_REVISION = 13
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
 BF16, F16, F32, Q8_0, Q4_0, Q4_1, Q4_K = range(7)
@@ -188,6 +188,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_rows_at_once": (c.c_int32, (c.c_int32,)),
     "octavo_pool_create": (c.c_void_p, (c.c_int32,)),
     "octavo_pool_destroy": (None, (c.c_void_p,)),
+    "octavo_pool_progress": (c.c_uint64, (c.c_void_p,)),
     "octavo_arena_create": (c.c_void_p, ()),
     "octavo_arena_destroy": (None, (c.c_void_p,)),
     "octavo_arena_allocate": (c.c_void_p, (c.c_void_p, c.c_size_t)),

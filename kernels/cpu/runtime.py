@@ -38,6 +38,10 @@ class Runtime:
         """Bytes of an activation between operations."""
         return int(self.library.octavo_activation_bytes())
 
+    def progress(self) -> int:
+        """How many pieces of work its threads have done, in any call; for use by any thread at any time."""
+        return int(self.library.octavo_pool_progress(self.pool))
+
     def rows_at_once(self, weight_format: int) -> int:
         """How many rows a linear layer multiplies in little more time than one row; of library.WEIGHT_...."""
         return int(self.library.octavo_rows_at_once(weight_format))

@@ -218,7 +218,10 @@ void StepJob::run_items(int index, int begin, int end, int thread) {
       for (int item = begin; item < end; ++item) run_rowwise_item(index, item, thread);
       break;
     default:
-      for (int item = begin; item < end; ++item) run_item(index, item);
+      for (int item = begin; item < end; ++item) {
+        run_item(index, item);
+        program_.threads_.moved(thread);
+      }
   }
 }
 
@@ -320,6 +323,7 @@ void StepJob::run_rowwise_item(int index, int item, int thread) {
     const OctavoOp& op = *part.op;
     run_rows(part, begin, end, program_.private_rows_[thread], &op > phase.op && passes(*(&op - 1)), passes(op),
              ahead_of(index, thread));
+    program_.threads_.moved(thread);
   }
 }
 
@@ -371,7 +375,13 @@ void StepJob::run_private_gemm(int index, int begin, int end, int thread) {
 
 void StepJob::run_gemm(int index, Gemm gemm, int begin, int end, int thread) {
   gemm.best = best_[thread].data();
-  run_gemm_items(gemm, phases_[index].gemm_items, begin, end, ahead_of(index, thread));
+  const GemmItems& items = phases_[index].gemm_items;
+  while (begin < end) {  // one run of items of the same rows after the other, as run_gemm_items would
+    const int next = std::min(end, (begin / items.num_block_items + 1) * items.num_block_items);
+    run_gemm_items(gemm, items, begin, next, ahead_of(index, thread));
+    program_.threads_.moved(thread);
+    begin = next;
+  }
   if (gemm.skips_caches) order_stores();
 }
 

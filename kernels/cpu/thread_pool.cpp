@@ -45,9 +45,15 @@ class BlockedSignals {
 }  // namespace
 
 ThreadPool::ThreadPool(int num_threads)
-    : num_threads_(num_threads), owner_process_(getpid()), shares_(num_threads) {
+    : num_threads_(num_threads), owner_process_(getpid()), shares_(num_threads), progress_(num_threads) {
   BlockedSignals inherited_by_the_threads;
   for (int thread = 1; thread < num_threads; ++thread) threads_.emplace_back([this, thread] { work(thread); });
+}
+
+uint64_t ThreadPool::progress() const {
+  uint64_t sum = 0;
+  for (const Progress& of_thread : progress_) sum += of_thread.count.load(std::memory_order_relaxed);
+  return sum;
 }
 
 bool ThreadPool::is_forked() const { return getpid() != owner_process_; }
@@ -68,6 +74,7 @@ void ThreadPool::run(Job& job, const std::vector<int>& items_per_phase) {
     for (int phase = 0; phase < num_phases; ++phase) {
       job.phase_begins(phase);
       if (items_per_phase[phase] > 0) job.run_items(phase, 0, items_per_phase[phase], 0);
+      moved(0);
     }
     job.phase_begins(num_phases);
     return;
@@ -104,6 +111,7 @@ bool ThreadPool::run_items(int thread) {
       num_items = (*items_per_phase_)[phase_];
       const int begin = first_item(num_items, owner + 1) - static_cast<int>(items_left);
       job_->run_items(phase_, begin, begin + num_taken, thread);
+      moved(thread);
       num_run += num_taken;
     }
   }

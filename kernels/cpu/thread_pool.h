@@ -64,6 +64,15 @@ class ThreadPool {
   // After a fork the child has no threads but its own, and runs everything on it.
   void run(Job& job, const std::vector<int>& items_per_phase);
 
+  // A thread has done a piece of work. Jobs whose items take long say so oftener than at the end of a run of items.
+  void moved(int thread) {
+    std::atomic<uint64_t>& count = progress_[thread].count;
+    count.store(count.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  }
+
+  // How many pieces of work the threads have done since they started. For any thread.
+  uint64_t progress() const;
+
   // Run `body(item, thread)` for every item.
   template <class Body>
   void for_each(int num_items, const Body& body) {
@@ -88,6 +97,11 @@ class ThreadPool {
     // What the thread will read first in the phase after. Maybe out of date, which is harmless.
     std::atomic<const char*> soon{nullptr};
     std::atomic<size_t> soon_size{0};
+  };
+
+  // Written by one thread, and in a cache line that others read only to see whether this process lives.
+  struct alignas(64) Progress {
+    std::atomic<uint64_t> count{0};
   };
 
   void work(int thread);
@@ -115,6 +129,7 @@ class ThreadPool {
   uint32_t phase_number_ = 0;
 
   std::vector<Share> shares_;
+  std::vector<Progress> progress_;  // by thread
   alignas(64) std::atomic<int> num_finished_{0};
   alignas(64) std::atomic<bool> running_{false};  // whether a job has phases left
 

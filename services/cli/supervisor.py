@@ -12,27 +12,32 @@ from itertools import groupby
 from typing import Any
 
 from octavo.services.cli.child import Child, ChildSpec, describe_exit
+from octavo.services.cli.usable_time import UsableTime
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOWN_LINES = 12
 _KILLED_WAIT_S = 10.0
+_LOOK_S = 0.1
 
 
 @dataclass(frozen=True)
 class Limits:
     """How patient a supervisor is. Times are seconds.
 
-    A child that fails `max_failures` times within `failure_window_s` is given up, and all with it.
-    Before each restart it waits, from `backoff_s` up to `max_backoff_s`, doubling.
+    A child that has worked for `steady_s`, since it was ready or, if it does not tell that, since its start, is
+    started again at once when it ends. One that ends sooner has failed. Before it is started again there is a pause,
+    from `backoff_s` up to `max_backoff_s`, doubling; if it fails `max_failures` times within `failure_window_s` it is
+    given up, and all with it.
     `start_s` bounds the first start; `grace_s` bounds how long each child may take to stop, and
     `unit_grace_s` how long after another one of its unit has ended; `hung_s` is how long a child
-    that is said to hang may take to show life.
+    that is said to hang may take to show life, in time that other processes leave it.
     """
 
     max_failures: int = 12  # finding a request that kills workers costs up to ten of them
     failure_window_s: float = 60.0
     backoff_s: float = 0.2
     max_backoff_s: float = 5.0
+    steady_s: float = 3.0
     start_s: float = 1800.0
     grace_s: float = 30.0
     unit_grace_s: float = 2.0
@@ -74,23 +79,27 @@ class Supervisor:
         self.ready = False
         self._stop = asyncio.Event()
         self._kill = asyncio.Event()
-        self._doubts: dict[str, asyncio.TimerHandle] = {}  # children that are said to hang
+        self._doubts: dict[str, asyncio.Task[None]] = {}  # children that are said to hang
+        self._ready_at: dict[str, float] = {}  # children that tell when they are ready, monotonic
 
     def doubt(self, name: str) -> None:
         """Somebody says that a child or unit hangs: kill it, and so restart it, unless `trust` is called soon."""
         child = next((child for child in self._children if name in (child.spec.unit, child.spec.name)), None)
         if child is not None and child.running and name not in self._doubts:
-            loop = asyncio.get_running_loop()
-            self._doubts[name] = loop.call_later(self._limits.hung_s, self._kill_hung, name, child, child.pid)
+            self._doubts[name] = asyncio.create_task(self._kill_hung(name, child, child.pid))
 
     def trust(self, name: str) -> None:
-        """A child shows life, and so does its unit."""
+        """A child is ready, and so is its unit."""
+        self._ready_at[name] = time.monotonic()
         units = [child.spec.unit for child in self._children if child.spec.name == name]
         for doubted in (name, *units):
             if doubt := self._doubts.pop(doubted, None):
                 doubt.cancel()
 
-    def _kill_hung(self, name: str, child: Child, pid: int) -> None:
+    async def _kill_hung(self, name: str, child: Child, pid: int) -> None:
+        usable = UsableTime(pid)
+        while usable.seconds() < self._limits.hung_s:  # noqa: ASYNC110 - what another process does is no event
+            await asyncio.sleep(_LOOK_S)
         del self._doubts[name]
         if child.running and child.pid == pid:  # else it has been started again since
             self._say(f"{child.spec.name} hangs: killing it")
@@ -169,19 +178,28 @@ class Supervisor:
                     raise _GaveUpError(f"{child.spec.name} cannot be started: {error}") from None
             child, reason = await self._end_of(unit)
             now = time.monotonic()
-            failures.append(now)
             if not self.ready:
                 raise _GaveUpError(_epitaph(child, f"failed while starting ({reason})"))
+            what = "it" if len(unit) == 1 else f"all of {unit[0].spec.unit}"
+            if now - self._working_since(unit, started) >= self._limits.steady_s:
+                self._say(f"{child.spec.name} ended ({reason}); restarting {what}")
+                backoff_s = self._limits.backoff_s
+                continue
+            failures.append(now)
             if len(failures) == self._limits.max_failures and now - failures[0] < self._limits.failure_window_s:
                 raise _GaveUpError(
                     _epitaph(child, f"failed {len(failures)} times in {now - failures[0]:.0f} s ({reason})")
                 )
-            if now - started > self._limits.failure_window_s:  # it had recovered
-                backoff_s = self._limits.backoff_s
-            what = "it" if len(unit) == 1 else f"all of {unit[0].spec.unit}"
             self._say(f"{child.spec.name} ended ({reason}); restarting {what} in {backoff_s:g} s")
             await asyncio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, self._limits.max_backoff_s)
+
+    def _working_since(self, unit: list[Child], started: float) -> float:
+        """Return since when a unit that was started works; infinity if it does not."""
+        told = [self._ready_at[child.spec.name] for child in unit if child.spec.name in self._ready_at]
+        if not told:
+            return started
+        return max(told) if max(told) >= started else float("inf")
 
     async def _end_of(self, unit: list[Child]) -> tuple[Child, str]:
         """Wait until a child of a unit ends, and end the others; return which it was and why it ended."""

@@ -99,7 +99,7 @@ class SchedulerConfig(TelemetryConfig):
     )
     step_timeout_s: float = field(
         default=60.0,
-        metadata={"help": "a worker that owes a step for longer is given up, and sooner once steps were measured"},
+        metadata={"help": "a GPU worker that owes a step for longer is given up, and sooner once steps were measured"},
     )
     worker_grace_s: float = field(
         default=15.0, metadata={"help": "how long requests are still queued after the last worker went"}

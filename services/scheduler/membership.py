@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from octavo.services.common.logging import RateLimiter
 from octavo.services.common.protocol import PROTOCOL_REVISION, is_spoken
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
+from octavo.services.scheduler.pulse import Pulse
 from octavo.worker.v1 import worker_pb2
 
 log = logging.getLogger("octavo.scheduler")
 
 HEARTBEAT_S = 0.025  # a heartbeat that cannot be delivered is how a dead worker is noticed
-SILENCE_S = 3.0  # a worker that owes nothing reports at least five times a second
 PAUSE_S = (0.25, 5.0)  # before a group joins again that was lost twice without answering a step, and at most
 FORGET_S = 60.0  # after its last loss a group is treated like a new one
 CONFIG_REPEAT_S = 1.0  # a worker that is not ready may not have got its configuration, or its answer was lost
@@ -38,7 +38,7 @@ class Member:
     hello: worker_pb2.WorkerHello
     revision: int
     epoch: int
-    last_heard: float
+    pulse: Pulse
     is_ready: bool = False
     last_sent: float = 0.0
     configured_at: float = 0.0
@@ -118,9 +118,12 @@ class Membership:
         if member is None or frame.epoch != member.epoch:
             self._fence(identity, frame)
             return
-        member.last_heard = now
+        member.pulse.heard(now)
         group_id = member.hello.group_id
-        if kind == "step_result" and member.is_ready:
+        if kind == "heartbeat":
+            member.pulse.beat(frame.heartbeat.progress, frame.heartbeat.processor_time_us, now)
+        elif kind == "step_result" and member.is_ready:
+            member.pulse.answered()
             if not member.has_answered:
                 member.has_answered = True
                 self._losses.pop(group_id, None)
@@ -169,7 +172,7 @@ class Membership:
         if group_id in self._losses and now < self._losses[group_id].not_before:
             return  # it says hello again
         self._epoch += 1
-        member = Member(identity, worker_pb2.WorkerHello(), frame.protocol_revision, self._epoch, last_heard=now)
+        member = Member(identity, worker_pb2.WorkerHello(), frame.protocol_revision, self._epoch, Pulse(now))
         member.hello.CopyFrom(hello)
         member.hello.group_id = group_id
         self._groups[group_id] = self._by_identity[identity] = member
@@ -207,6 +210,7 @@ class Membership:
             self._lose(group_id, "has no room for a KV cache", now, crashed=False)
             return
         member.is_ready = True
+        member.pulse = Pulse(now)  # how late it was while it prepared its device says nothing about later
         self.tokenizer_sha256 = ready.tokenizer_sha256
         device, blocks, context = member.hello.device, ready.kv_blocks, ready.max_model_len
         log.info("worker %s joined: %s, %d KV blocks, context %d", name, device, blocks, context)
@@ -228,17 +232,23 @@ class Membership:
     # -- liveness --------------------------------------------------------------------------------
 
     def check(self, now: float, busy: Container[str]) -> None:
-        """Send heartbeats where nothing else was sent, and give up workers that are gone or silent.
+        """Send heartbeats where nothing else was sent, and give up workers that are gone or show too little life.
 
-        The groups in `busy` owe a step: their workers cannot speak, and others watch the time.
+        The groups in `busy` owe a step.
         """
         for group_id, member in list(self._groups.items()):
-            if group_id not in busy and now - member.last_heard > SILENCE_S:
-                self.give_up(group_id, "is silent", now)
+            member.pulse.tick(now, group_id in busy)
+            if problem := member.pulse.problem(member.is_ready, group_id in busy):
+                self.give_up(group_id, problem, now)
             elif now - member.last_sent >= HEARTBEAT_S:
                 is_there = self._send_heartbeat(group_id, member, now)
                 if is_there and not member.is_ready and now - member.configured_at >= CONFIG_REPEAT_S:
                     self._configure(member, now)
+
+    def tells_progress(self, group_id: str) -> bool:
+        """Whether a group's worker counts what it does within a step: how long that takes says nothing more."""
+        member = self._groups.get(group_id)
+        return member is not None and member.pulse.tells_progress
 
     def probe(self, now: float) -> None:
         """Send all a heartbeat, and give up those that are gone."""

@@ -127,7 +127,8 @@ class Node:
         """Watch time: workers that are gone, silent or hang, and requests whose time is up."""
         self.members.check(now, busy=self.core.busy_groups())
         for group_id, age_s in self.core.overdue_groups(now).items():
-            self.members.give_up(group_id, f"hangs: a step is unanswered for {age_s:.1f} s", now)
+            if not self.members.tells_progress(group_id):
+                self.members.give_up(group_id, f"hangs: a step is unanswered for {age_s:.1f} s", now)
         self.core.tick(now)
 
     def pump(self, now: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from dataclasses import dataclass
+from operator import mul
 
 from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.sequence import Sequence
@@ -89,6 +90,11 @@ class PlanBuilder:
             self.pooling_updates.append(_pooling_update(seq))
         else:
             self.sampling_updates.append(_sampling_update(seq))
+
+    def attention(self) -> tuple[int, int]:
+        """Return how many cached tokens its rows read, and how many pairs of a query and a key they are."""
+        num_context = sum(self.context_lengths)
+        return num_context, sum(map(mul, self.query_lengths, self.context_lengths))
 
     def build(self, step_id: int, freed_slots: list[int]) -> worker_pb2.StepPlan:
         """Return the plan."""

@@ -130,7 +130,7 @@ class Scheduler:
         )
 
     def busy_groups(self) -> set[str]:
-        """Return the groups that owe a step: their workers compute and cannot show life."""
+        """Return the groups that owe a step."""
         return {name for name, group in self._groups.items() if group.in_flight}
 
     def overdue_groups(self, now: float) -> dict[str, float]:

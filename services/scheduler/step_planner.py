@@ -15,6 +15,7 @@ from octavo.services.scheduler.plan_builder import LAST_SAMPLED, SAMPLE, PlanBui
 from octavo.services.scheduler.policy import Rank, choose_group, choose_victim
 from octavo.services.scheduler.sequence import Sequence
 from octavo.services.scheduler.sequence_states import SequenceStates
+from octavo.services.scheduler.step_clock import StepSize
 from octavo.services.scheduler.suspects import Suspects
 from octavo.services.scheduler.tally import Tally
 from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, StepInFlight, WorkerGroup
@@ -93,7 +94,13 @@ class StepPlanner:
         group.num_steps += 1
         self._tally.prompt_tokens += plan.num_tokens - num_decodes
         step = StepInFlight(
-            group.num_steps, plan.sampled, plan.unsampled, first_tokens, plan.num_tokens, now, plan.scored
+            group.num_steps,
+            plan.sampled,
+            plan.unsampled,
+            first_tokens,
+            StepSize(plan.num_tokens, *plan.attention()),
+            now,
+            plan.scored,
         )
         group.in_flight.append(step)
         message = plan.build(group.num_steps, group.freed_slots)

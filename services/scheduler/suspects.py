@@ -97,10 +97,12 @@ class Suspects:
 
 
 def request_key(submit: scheduler_pb2.Submit) -> bytes:
-    """Name what a request asks for, however much of its output is there already."""
-    if submit.body_sha256:
-        what = submit.body_sha256
-    else:
-        tokens = submit.prompt_token_ids
-        what = repr((list(tokens), submit.sampling.SerializeToString(deterministic=True), submit.adapter)).encode()
-    return hashlib.sha256(submit.tenant.encode() + b"\0" + what).digest()
+    """Name what a request asks for, however much of its output is there already.
+
+    The seed is left out: gateways draw one for each request that brings none, and whoever sends a
+    request again would have another name each time.
+    """
+    what = scheduler_pb2.Submit(tenant=submit.tenant, adapter=submit.adapter, sampling=submit.sampling)
+    what.sampling.ClearField("seed")
+    what.prompt_token_ids.MergeFrom(submit.prompt_token_ids)
+    return hashlib.sha256(what.SerializeToString(deterministic=True)).digest()

@@ -14,7 +14,7 @@ from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.model_facts import ModelFacts
 from octavo.services.scheduler.plan_builder import ScoredRow
 from octavo.services.scheduler.sequence import Sequence, SequenceState
-from octavo.services.scheduler.step_clock import NUM_WARM_UP_STEPS, StepClock
+from octavo.services.scheduler.step_clock import NUM_WARM_UP_STEPS, StepClock, StepSize
 from octavo.services.scheduler.step_cost import StepCost
 
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one waits beside the worker
@@ -27,6 +27,7 @@ class StepInFlight:
     """A plan that was sent: which sequences it samples, in the plan's order, and which it only computes.
 
     first_tokens  those that it samples whose prompt, or what was computed again, it ends
+    size          how much there is to compute
     scored        rows that have log probabilities of prompt tokens, in the plan's order
     """
 
@@ -34,9 +35,14 @@ class StepInFlight:
     sampled: list[Sequence]
     unsampled: list[Sequence]
     first_tokens: list[Sequence]
-    num_tokens: int
+    size: StepSize
     sent_at: float
     scored: list[ScoredRow] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it computes."""
+        return self.size.num_tokens
 
 
 class WorkerGroup:
@@ -122,7 +128,7 @@ class WorkerGroup:
         """Learn the rate of the group from a step that was answered; return how long it took."""
         elapsed = now - self._started_at(step)
         self.last_result_at = now
-        self._clock.record(step.num_tokens, elapsed)
+        self._clock.record(step.size, elapsed)
         self._num_measured += 1
         self.mean_running += (self.num_running - self.mean_running) / RUNNING_STEPS
         if self._num_measured > NUM_WARM_UP_STEPS or not self.cost.is_known:
@@ -153,7 +159,7 @@ class WorkerGroup:
             return 0.0
         step = self.in_flight[0]
         age_s = now - self._started_at(step)
-        return age_s if age_s > self._clock.patience_s(step.num_tokens) else 0.0
+        return age_s if age_s > self._clock.patience_s(step.size) else 0.0
 
     def can_wait(self, now: float) -> bool:
         """Whether the next step need not be planned yet: the one that runs takes long, and others may come."""

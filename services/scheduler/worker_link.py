@@ -21,9 +21,10 @@ MAX_FRAME_BYTES = 64 << 20
 MAX_QUEUED_FRAMES = 1000  # on the socket, each way and worker; heartbeats past that are dropped
 LAST_FRAMES_MS = 200  # what was sent last has so long to leave when the socket is closed
 # ZeroMQ's own pings are answered by a thread of the worker that nothing else runs on, whatever the worker
-# computes, compiles or loads. One that is not answered means a process that is frozen, or a network that is cut.
-PING_MS = 200
-PING_TIMEOUT_MS = 1000
+# computes, compiles or loads. One that is not answered means a process that is frozen, a network that is cut, or a
+# machine that does not let the thread run. Heartbeats tell these apart, and sooner: see `pulse.py`.
+PING_MS = 1000
+PING_TIMEOUT_MS = 10_000
 # Plain numbers: an enum's flags are made anew each time they are put together, which costs more than to send.
 _NOBLOCK = int(zmq.NOBLOCK)
 _MORE_NOBLOCK = int(zmq.NOBLOCK | zmq.SNDMORE)

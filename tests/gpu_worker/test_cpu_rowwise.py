@@ -83,3 +83,14 @@ def test_it_takes_256_rows_for_each_thread(variant: str, num_threads: int, num_r
         assert "rowwise" not in phases
     else:  # before the first attention, between the two layers', and behind the last
         assert phases == {"rowwise": 3, "paged_attention": 2, "prepare": 1, "logits": 1}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_step_of_many_rows_shows_progress_in_every_layer_many_times(num_threads: int) -> None:
+    device = make_device(TinyModel(SHAPES["plain"]), Quantization.NONE, "", num_threads)
+    before = device.progress()
+
+    run(device, [(make_sequence(0, 500, list(range(1, 41))), 500)])
+
+    # At least each operation of each layer over at most 96 rows.
+    assert device.progress() - before > SHAPES["plain"].layers * 500 // 96 * 4

@@ -530,3 +530,59 @@ def test_a_model_that_cannot_be_loaded_ends_the_process_with_one_line(tmp_path: 
     assert result.returncode == 1
     assert "cannot load the model" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+class StuckStep:
+    """Holds the worker up in the middle of its next step, at a product of matrices, until `goes_on` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, product: int = 6) -> None:
+        self.goes_on = threading.Event()
+        self.is_stuck = threading.Event()
+        self._multiply = torch.mm
+        self._num_left = product
+        monkeypatch.setattr(torch, "mm", self._held_up)
+
+    def _held_up(self, *args: Any, **options: Any) -> Any:
+        self._num_left -= 1
+        if not self._num_left:
+            self.is_stuck.set()
+            assert self.goes_on.wait(TIMEOUT_MS / 1000)
+        return self._multiply(*args, **options)
+
+
+def test_a_worker_shows_life_progress_and_processor_time_while_a_step_runs(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.scheduler.join()
+    before = running.scheduler.expect("heartbeat", lambda frame: frame.epoch == 1)
+    step = StuckStep(monkeypatch)
+    running.scheduler.send(1, step_plan=prompt())
+    assert step.is_stuck.wait(TIMEOUT_MS / 1000)
+    stuck = [running.scheduler.expect("heartbeat") for _ in range(4)][-1]  # the first may be of before
+    again = running.scheduler.expect("heartbeat")
+    step.goes_on.set()
+
+    assert running.scheduler.expect("step_result").step_id == 1
+    assert stuck.progress >= before.progress + 5  # what is done of the step can be seen in it
+    assert again.progress == stuck.progress  # and then no more
+    assert 0 < before.processor_time_us <= stuck.processor_time_us <= again.processor_time_us
+    after = running.scheduler.expect("heartbeat", lambda frame: frame.heartbeat.last_step_id == 1)
+    assert after.progress > again.progress
+
+
+def test_what_comes_while_a_step_runs_for_long_does_not_fill_the_queue(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running.scheduler.join()
+    step = StuckStep(monkeypatch)
+    running.scheduler.send(1, step_plan=prompt())
+    assert step.is_stuck.wait(TIMEOUT_MS / 1000)
+    for _ in range(20):  # more than the queues of both ends and the system's buffers hold
+        for _ in range(900):
+            running.scheduler.send(1, heartbeat=worker_pb2.Heartbeat())
+        running.scheduler.expect("heartbeat")
+    running.scheduler.send(1, step_plan=next_token(2, 3))
+    running.scheduler.expect("heartbeat")
+    step.goes_on.set()
+
+    assert [running.scheduler.expect("step_result").step_id for _ in range(2)] == [1, 2]

@@ -104,3 +104,15 @@ address = arena.allocate(1 << 24)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, timeout=TIMEOUT_S)
 
     assert (run.stdout, run.stderr) == (bytes(4), b"")
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_threads_count_what_they_have_done(num_threads: int) -> None:
+    runtime = Runtime(num_threads=num_threads)
+    counts = [runtime.progress()]
+    for _ in range(5):
+        assert argmax_is_right(runtime)
+        counts.append(runtime.progress())
+
+    assert counts == sorted(set(counts))
+    assert runtime.progress() == counts[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import signal
@@ -15,8 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from octavo.services.cli import usable_time
 from octavo.services.cli.child import ChildSpec, describe_exit
 from octavo.services.cli.supervisor import Limits, Supervisor
+from octavo.services.cli.usable_time import UsableTime
 
 QUICK = Limits(backoff_s=0.01, max_backoff_s=0.02, start_s=20, grace_s=20)
 # `sleep & wait`: a shell handles a signal only between commands, and `wait` can be interrupted.
@@ -247,3 +250,72 @@ async def test_a_child_that_hangs_is_killed_and_started_again_unless_it_shows_li
     assert run.said[0] == "hangs hangs: killing it"
     os.kill(os.getpid(), signal.SIGINT)
     assert await run.task == 0
+
+
+async def test_a_child_that_has_worked_is_started_again_at_once_however_often_it_dies(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    limits = Limits(backoff_s=1000.0, max_backoff_s=1000.0, start_s=20, grace_s=20, steady_s=0.0)
+    run = Run(shell("a", f"echo up; read line < {tmp_path}/go; kill -9 $$"), limits=limits, ready_after=1)
+    await run.ready.wait()
+    run.supervisor.trust("a")
+
+    for lives in range(1, 2 * limits.max_failures):
+        await run.until(lambda lives=lives: len(run.lines) == lives)  # type: ignore[misc]
+        run.supervisor.trust("a")  # it is ready
+        (tmp_path / "go").write_text("now\n")
+    await run.until(lambda: len(run.lines) == 2 * limits.max_failures)
+    os.kill(os.getpid(), signal.SIGINT)
+
+    assert await run.task == 0
+    assert set(run.said[:-1]) == {"a ended (killed by SIGKILL); restarting it"}
+
+
+async def test_a_child_that_dies_before_it_is_ready_again_waits_longer_each_time(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    limits = Limits(backoff_s=0.01, max_backoff_s=0.04, start_s=20, grace_s=20, steady_s=0.0)
+    run = Run(shell("a", f"echo up; read line < {tmp_path}/go; exit 1"), limits=limits, ready_after=1)
+    await run.ready.wait()
+    run.supervisor.trust("a")
+
+    for lives in range(1, 5):
+        (tmp_path / "go").write_text("now\n")
+        await run.until(lambda lives=lives: len(run.lines) == lives + 1)  # type: ignore[misc]
+    os.kill(os.getpid(), signal.SIGINT)
+
+    assert await run.task == 0
+    assert [line.rpartition("; ")[2] for line in run.said[:4]] == [
+        "restarting it",
+        "restarting it in 0.01 s",
+        "restarting it in 0.02 s",
+        "restarting it in 0.04 s",
+    ]
+
+
+def test_time_in_which_others_have_the_processor_is_not_a_childs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(usable_time.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(usable_time, "_PROC", tmp_path)
+    (tmp_path / "7").mkdir()
+
+    def seconds(state: str, processor_s: float, waited_s: float, passes_s: float = 1.0) -> float:
+        """Let time pass and return what of it counts."""
+        ticks = round(processor_s * os.sysconf("SC_CLK_TCK"))
+        (tmp_path / "7" / "stat").write_text(f"7 (a (b) c) {state} {'0 ' * 10}{ticks} 0 0 0")
+        (tmp_path / "7" / "schedstat").write_text(f"0 {round(waited_s * 1e9)} 5")
+        now[0] += passes_s
+        return usable.seconds()
+
+    usable = UsableTime(7)
+    seconds("S", 0.0, 0.0)
+    usable = UsableTime(7)
+    totals = [
+        seconds("S", 0.0, 0.0),  # it sleeps
+        seconds("S", 0.0, 0.75),  # it waited for a processor most of the time
+        seconds("R", 0.3, 0.75),  # it waits now, which is in no book yet
+        seconds("R", 0.3, 0.75),  # at least a tenth counts
+        seconds("T", 0.3, 0.75),  # it is stopped
+    ]
+    parts = [after - before for before, after in itertools.pairwise([0.0, *totals])]
+    assert parts == pytest.approx([1.0, 0.25, 0.3, 0.1, 1.0])

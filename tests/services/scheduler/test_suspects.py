@@ -50,10 +50,23 @@ def test_a_request_that_was_blamed_is_refused_for_a_while() -> None:
     again = world.submit([9] * 20, max_new_tokens=5, sampling={"seed": 3}, continue_token_ids=[1])
     assert again.rejected is not None
     assert again.rejected.reason == "QUARANTINED"
-    assert world.submit([9] * 20, max_new_tokens=5, sampling={"seed": 4}).admitted
+    assert world.submit([9] * 20, max_new_tokens=5, sampling={"temperature": 0.5}).admitted
     assert world.submit([9] * 20, max_new_tokens=5, sampling={"seed": 3}, tenant="other").admitted
     world.now += QUARANTINE_S + 1
     assert world.submit([9] * 20, max_new_tokens=5, sampling={"seed": 3}).admitted
+
+
+def test_a_poisonous_request_without_a_seed_costs_two_workers_however_often_it_is_sent() -> None:
+    world = World(num_blocks=200)
+    crashes = 0
+    for attempt in range(5):
+        # As gateways fill it in: each draws a seed where the client gave none.
+        poison = world.submit([666] * 40, max_new_tokens=50, sampling={"temperature": 1.0, "seed": 1000 + attempt})
+        while not poison.ended:
+            crashes += 1
+            world.lose(GROUP, crashed=True)
+            world.join(GROUP)
+    assert crashes == 2
 
 
 def test_a_request_is_not_blamed_for_what_ran_along() -> None:

@@ -258,12 +258,16 @@ class WorkerFault(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., code: _Optional[int] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., fatal: _Optional[bool] = ..., slot: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("last_step_id", "device_memory_used_bytes")
+    __slots__ = ("last_step_id", "device_memory_used_bytes", "progress", "processor_time_us")
     LAST_STEP_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PROCESSOR_TIME_US_FIELD_NUMBER: _ClassVar[int]
     last_step_id: int
     device_memory_used_bytes: int
-    def __init__(self, last_step_id: _Optional[int] = ..., device_memory_used_bytes: _Optional[int] = ...) -> None: ...
+    progress: int
+    processor_time_us: int
+    def __init__(self, last_step_id: _Optional[int] = ..., device_memory_used_bytes: _Optional[int] = ..., progress: _Optional[int] = ..., processor_time_us: _Optional[int] = ...) -> None: ...
 
 class Fenced(_message.Message):
     __slots__ = ("reason",)
