@@ -463,7 +463,7 @@ async def test_what_is_kept_of_an_earlier_life_of_a_gateway_is_never_taken_for_a
         await again.send(submit=submit)
         await again.receive("admitted")
 
-        reattach = scheduler_pb2.Reattach(handle=5, request_id="request-1", epoch=welcome.epoch)
+        reattach = scheduler_pb2.Reattach(handle=5, request_id="request-1", epoch=welcome.epoch, tenant="")
         await other.send(reattach=reattach)
         await other.receive("reattached")
         process.engine.core.check_invariants()
