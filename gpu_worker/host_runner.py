@@ -53,6 +53,10 @@ class HostMemory:
         """Return what this process takes."""
         return resident_bytes()
 
+    def close(self) -> None:
+        """Let go of the device and all that was made for it."""
+        vars(self).clear()
+
     def use_idle_time(self) -> bool:
         """Take the memory of a piece of the cache, as long as there is some to spare: the rest is taken when used."""
         if not self._device.touch_kv():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from octavo.common.v1 import common_pb2
 from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.device_thread import DeviceThread
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
 from octavo.gpu_worker.lifetime import Lifetime
@@ -77,7 +78,8 @@ class Worker:
         self._ranks = ranks
         self._telemetry = WorkerTelemetry(config, worker_id)
         self._link = Link(config.worker_endpoint, worker_id.encode(), read_curve_keys(config))
-        self._engine: Engine | None = None
+        self._device = DeviceThread()
+        self._engine: Engine | None = None  # built, and its steps started, in that thread
         self._wanted = worker_pb2.WorkerConfig()  # the newest
         self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for
         self._preparation: _Preparation | None = None
@@ -112,6 +114,7 @@ class Worker:
                     self._end_epoch()
                 self._finish_preparation()
         finally:
+            self._device.close()
             self._link.close(farewell=bool(self._status))
             if self._ranks is not None:
                 self._ranks.close(farewell=True)
@@ -182,22 +185,17 @@ class Worker:
 
     def _prepare(self, wanted: worker_pb2.WorkerConfig) -> None:
         """Build an engine in the background: a scheduler gives up a worker that shows no life meanwhile."""
-        if self._engine is not None:
-            self._engine.reset()
-        self._engine = None  # its memory must be free before the next one takes as much
+        before, self._engine = self._engine, None
         if not self._tell_ranks(worker_pb2.WorkerFrame(worker_config=wanted)):
             return
         collectives = None if self._ranks is None else self._ranks.collectives
-        future: Future[Engine] = Future()
 
-        def build() -> None:
-            try:
-                future.set_result(make_engine(self._loaded, self._config, wanted, collectives))
-            except Exception as error:  # raised again, or reported, by whoever waits for the future
-                future.set_exception(error)
+        def build() -> Engine:
+            if before is not None:  # its memory must be free before the next one takes as much
+                before.close()
+            return make_engine(self._loaded, self._config, wanted, collectives)
 
-        self._preparation = _Preparation(wanted, future, time.monotonic())
-        threading.Thread(target=build, name="prepare", daemon=True).start()
+        self._preparation = _Preparation(wanted, self._device.submit(build), time.monotonic())
 
     def _finish_preparation(self) -> None:
         """Join with the engine that was built, if one was."""
@@ -263,8 +261,9 @@ class Worker:
         if not self._tell_ranks(worker_pb2.WorkerFrame(step_plan=plan)):
             return
         self._telemetry.planned(plan)
+        engine = self._engine
         try:
-            self._engine.start(plan)
+            self._device.call(lambda: engine.start(plan))
         except PlanError as error:
             self._leave(plan.step_id, _INVALID_ARGUMENT, "INVALID_PLAN", str(error))
         except Exception as error:
@@ -311,7 +310,7 @@ class Worker:
         """Prepare a piece of what makes later steps faster, on all ranks; False if there is none left."""
         if self._engine is None or not self._tell_ranks(worker_pb2.WorkerFrame(idle_time=worker_pb2.IdleTime())):
             return False
-        return self._engine.use_idle_time()
+        return self._device.call(self._engine.use_idle_time)
 
     def _tell_ranks(self, frame: worker_pb2.WorkerFrame) -> bool:
         """Tell the other ranks what this one does next; False, and this process ends, if one is gone."""

@@ -185,7 +185,9 @@ def _surroundings() -> tuple[object, ...]:
     """Return what all compilations depend on: Triton with its compilers, its settings, and how the result is read."""
     from triton.runtime.cache import triton_key
 
-    settings = sorted(item for item in os.environ.items() if item[0].startswith("TRITON_"))
+    settings = sorted(
+        item for item in os.environ.items() if item[0].startswith("TRITON_") and item[0] != "TRITON_CACHE_DIR"
+    )
     reading = [inspect.getsource(function) for function in (_compile, _source, _inspect_cuda, _inspect_hip, _count)]
     return triton_key(), reading, _SASS_KINDS, _GCN_KINDS, _INEXACT.pattern, settings
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -60,6 +61,9 @@ class Accelerator(Protocol):
 
     def synchronize(self) -> None:
         """Wait for everything that was launched."""
+
+    def release(self) -> None:
+        """Give memory that nothing refers to back to the device."""
 
 
 class CudaAccelerator:
@@ -115,6 +119,10 @@ class CudaAccelerator:
         self._compute.synchronize()
         self._copies.synchronize()
 
+    def release(self) -> None:
+        gc.collect()  # an error that was raised keeps what its functions held
+        torch.cuda.empty_cache()
+
 
 class HostAccelerator:
     """The CPU's memory, for tests: kernels run in Triton's interpreter, a graph is what it would record."""
@@ -146,6 +154,9 @@ class HostAccelerator:
         return resident_bytes()
 
     def synchronize(self) -> None:
+        return
+
+    def release(self) -> None:
         return
 
 

@@ -120,6 +120,13 @@ class CudaPoolingRunner:
         self._accelerator.synchronize()
         self._pooler = Pooler(self._pooling)
 
+    def close(self) -> None:
+        """Wait for what is under way, and free weights, buffers and cache."""
+        accelerator = self._accelerator
+        accelerator.synchronize()
+        vars(self).clear()  # also what refers to itself: a captured step knows its runner
+        accelerator.release()
+
     def start(self, step: Step) -> _RunningStep:
         """Launch a step. Does not wait for the device."""
         for slot in step.freed_slots.tolist():
