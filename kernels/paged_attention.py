@@ -129,8 +129,8 @@ def _attend(
             tl.store(output_ptr + query_offset[:, None] + dim[None, :], output, mask=query_mask)
         else:
             place = slot.to(tl.int64) * NUM_KV_HEADS + kv_head
-            # All of them, the padding too: `_combine` reads whole tiles.
-            tl.store(partial_ptr + (place * BLOCK_M + m)[:, None] * PADDED_DIM + dim[None, :], acc)
+            # Of a decode few rows of a tile are real. `_combine` reads the sums of those only, and the stats of all.
+            tl.store(partial_ptr + (place * BLOCK_M + m)[:, None] * PADDED_DIM + dim[None, :], acc, mask=query_mask)
             tl.store(stats_ptr + place * 2 * BLOCK_M + m, best)
             tl.store(stats_ptr + (place * 2 + 1) * BLOCK_M + m, total)
 
