@@ -239,6 +239,7 @@ class DeviceModel:
         device = self._accelerator.device
         self._tokens[2].fill_(-1)  # no place in the cache
         zero, one = words(device, 1), words(device, 1) + 1
+        scatter_words(words(device, 1), zero, zero)  # changes are sent by the first step
         ends = torch.cat([zero, one])
         ops = self._ops(self._step_tensors(1, 1, ends, one, zero, {}))
         output: torch.Tensor = self._model.forward(self._wrap(ops))

@@ -194,9 +194,8 @@ class DeviceSampler:
     def warm_up(self, logits: torch.Tensor, result: torch.Tensor) -> None:
         """Launch every kernel once, on a padding row, so that none is compiled in a step. `logits` is [1, V]."""
         slots = torch.full((1,), -1, dtype=torch.int32, device=logits.device)
-        scratch, place = torch.zeros_like(slots), torch.zeros_like(slots)
-        for seen in (None, torch.zeros_like(scratch, dtype=torch.int8)):
-            scatter_words(scratch, place, place, seen)
+        scratch = torch.zeros_like(slots)
+        scatter_words(scratch, torch.zeros_like(slots), slots, torch.zeros_like(scratch, dtype=torch.int8))
         for has_rules in (False, True):
             for has_edges in (False, True):
                 wanted = Wanted(1, [_Flags(has_rules, has_edges, has_rules, int(has_rules))])
