@@ -2,9 +2,11 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The torch to install. This release has CPU builds; on a machine with a GPU, or with an index of
-# your own, say for example `make serve TORCH=torch`, or install torch into .venv beforehand.
-TORCH ?= torch==2.13.0
+# The torch to install, in pip's words. Unset, install_torch.py chooses: with CUDA where there is an NVIDIA GPU,
+# else the smaller one without. For another one say for example `make serve TORCH=torch==2.14.1`.
+TORCH ?=
+# So that a GPU that was added later is noticed.
+GPU := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidia0 /dev/nvidiactl),gpu,no-gpu)
 MODEL ?= demo
 SERVE_FLAGS ?=
 FAULTS ?=
@@ -105,14 +107,14 @@ $(THIRD_PARTY)/.installed: tests/e2e/third_party/requirements.txt
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+$(VENV)/.torch-$(GPU): | $(VENV)/bin/python
+	$(BIN)/python install_torch.py --torch '$(TORCH)'
 	@touch $@
 
-$(VENV)/.serve: pyproject.toml $(VENV)/.torch
+$(VENV)/.serve: pyproject.toml $(VENV)/.torch-$(GPU)
 	$(BIN)/python -m pip install --quiet --editable ".[serve]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch-$(GPU)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@ $(VENV)/.serve
