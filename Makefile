@@ -11,6 +11,7 @@ MODEL ?= demo
 SERVE_FLAGS ?=
 FAULTS ?=
 GPU_FLAGS ?=
+GPU_PYTHON ?= 3.12
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 60
 # Where clients that nobody here wrote are installed, for tests/e2e/test_third_party.py.
@@ -20,7 +21,7 @@ PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools third-party images-pin bench bench-peers simulate fuzz soak faults gpu-gates gpu-check gpu-bench clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools third-party images-pin bench bench-peers simulate fuzz soak faults gpu-gates gpu-wheels gpu-packages gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -87,8 +88,17 @@ faults: setup-dev  ## Break everything under load, FAULTS="--worker-kills 200 ..
 gpu-gates: setup-dev  ## Check the GPU path without a GPU: values, machine code, plans; prints the time
 	$(BIN)/python -m pytest --durations=8 tests/kernels/triton tests/gpu_worker/cuda tests/gpu_worker/test_cuda_graphs.py tests/gpu_worker/test_cuda_step.py
 
-# These two need a GPU, and a Python with torch, triton, transformers, safetensors, numpy, grpcio and
-# protobuf; nothing is installed. Without a GPU: make gpu-check GPU_FLAGS=--interpret
+# gpu-check and gpu-bench need a GPU, and a Python with torch, triton and benchmarks/gpu/requirements.txt; they install
+# nothing. Without a GPU: make gpu-check GPU_FLAGS=--interpret. For a machine without a network run gpu-wheels on one
+# that has it (GPU_PYTHON is the other's version), carry build/gpu-wheels over, and there run gpu-packages, then
+# make gpu-check PYTHON=build/gpu/bin/python
+gpu-wheels:  ## Collect the wheels that an image with PyTorch lacks for gpu-check, in build/gpu-wheels (60 MB)
+	$(PYTHON) -m pip download --quiet --only-binary :all: --python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --dest build/gpu-wheels --requirement benchmarks/gpu/requirements.txt
+
+gpu-packages:  ## Make build/gpu, an environment that has those of build/gpu-wheels beside what PYTHON has
+	$(PYTHON) -m venv --system-site-packages build/gpu
+	build/gpu/bin/python -m pip install --quiet --no-index --find-links build/gpu-wheels --requirement benchmarks/gpu/requirements.txt
+
 gpu-check:  ## Check every kernel and the cuda device on the GPU of this machine
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu check $(GPU_FLAGS)
 
