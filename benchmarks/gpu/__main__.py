@@ -88,10 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_section(parsed)
     if lacking := missing_packages():
         print("\n".join(lacking), file=sys.stderr)
-        print(
-            f"install what {REQUIREMENTS.name} beside this file lists, or see gpu-wheels in the Makefile",
-            file=sys.stderr,
-        )
+        print(f"install {REQUIREMENTS}; without a network see gpu-wheels in the Makefile", file=sys.stderr)
         return NOT_READY
     if not parsed.interpret and not has_gpu():
         print("no GPU is here, or torch cannot use it; --interpret runs tiny sizes without one", file=sys.stderr)

@@ -109,8 +109,9 @@ def test_what_was_compiled_is_kept_until_the_kernel_or_its_configuration_changes
 
     monkeypatch.setattr(aot._Compilation, "__init__", counted)
 
+    spec = next(spec for spec in gated.AOT_SPECS if spec.targets == ("cuda:80",))
+
     def rows(**changes: Any) -> list[Row]:
-        spec = next(spec for spec in gated.AOT_SPECS if spec.targets == ("cuda:80",))
         monkeypatch.setattr(gated, "AOT_SPECS", [replace(spec, targets=("cuda:80", "cuda:86"), **changes)])
         return compile_all(modules=("gated",), kept=KeptRows(tmp_path))
 
