@@ -93,7 +93,7 @@ class AttentionConfig:
 # tiles large enough for the wide matrix instructions, and serves prompts and decodes in one launch.
 _DECODE = {
     64: AttentionConfig(16, 64, 4, 2, 256),
-    128: AttentionConfig(16, 64, 4, 2, 256),
+    128: AttentionConfig(16, 32, 4, 2, 256),  # with 64 some releases of Triton spill
     256: AttentionConfig(16, 32, 4, 2, 256),
 }
 _MIXED = {
@@ -103,8 +103,6 @@ _MIXED = {
 }
 # With 32 keys at once ptxas takes 128 registers on sm_80 and spills; with 64 it takes more and does not.
 _DECODE_80 = {**_DECODE, 256: AttentionConfig(16, 64, 4, 2, 256)}
-# With 64 keys at once few blocks fit into 99 KiB, and on sm_120 ptxas spills.
-_DECODE_SMALL = {**_DECODE_80, 128: AttentionConfig(16, 32, 4, 2, 256)}
 # The tile that suits sm_90 spills on sm_80; 64 KB of LDS hold smaller tiles.
 _SMALL_MIXED = {**_MIXED, 128: AttentionConfig(64, 32, 4, 2, 1024)}
 # Float32 has no matrix instruction, and larger tiles spill. It is for checking results, not for speed.
@@ -117,7 +115,7 @@ _FLOAT32 = {
 _ATTENTION: dict[tuple[str, Step], dict[int, AttentionConfig]] = {
     ("cuda:80", "decode"): _DECODE_80,
     ("cuda:80", "mixed"): _SMALL_MIXED,
-    **{(target, "decode"): _DECODE_SMALL for target in SMALL_TARGETS},
+    **{(target, "decode"): _DECODE_80 for target in SMALL_TARGETS},
     **{(target, "mixed"): _SMALL_MIXED for target in SMALL_TARGETS},
     ("cuda:90", "decode"): _DECODE,
     ("cuda:90", "mixed"): _MIXED,

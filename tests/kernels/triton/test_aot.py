@@ -55,14 +55,15 @@ def test_every_kernel_compiles_for_every_target_without_spills_and_with_its_inst
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # minutes on a busy machine
 @needs_triton
-def test_every_kernel_compiles_with_the_oldest_triton_that_is_admitted() -> None:
+@pytest.mark.parametrize("release", [OLDEST, IMAGE])
+def test_every_kernel_compiles_with_the_oldest_triton_that_is_admitted_and_with_that_of_the_image(release: str) -> None:
     """Of one target: what differs between releases is the language and its compiler."""
-    folder, problem = find_triton(OLDEST)
+    folder, problem = find_triton(release)
     if folder is None:
         pytest.skip(problem)
     done = run_aot("--target", "cuda:90", "--timeout", "300", triton=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"Triton {OLDEST}: " in done.stdout
+    assert f"Triton {release}: " in done.stdout
     assert " 0 failed" in done.stdout
 
 
