@@ -54,14 +54,17 @@ USER 65532:65532
 CMD ["worker", "--help"]
 
 # torch brings its CUDA libraries; the driver comes from the node. Triton compiles its launchers with gcc.
+# TORCH and TRITON are a pair: the Triton that this torch demands, which `make gpu-gates` compiles the kernels with.
 FROM base AS worker-cuda
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 ARG TORCH=torch==2.13.0
-RUN pip install "${TORCH}"
+ARG TRITON=triton==3.7.1
+RUN pip install "${TORCH}" "${TRITON}"
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    wheel=$(echo /wheels/octavo-*.whl) && pip install "${wheel}[cuda,otel]" "huggingface-hub>=0.30,<3" \
+    wheel=$(echo /wheels/octavo-*.whl) \
+    && pip install "${wheel}[cuda,otel]" "huggingface-hub>=0.30,<3" "${TORCH}" "${TRITON}" \
     && python -m compileall -q /opt/octavo/lib
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -2,13 +2,16 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The torch to install. This release has CPU builds; on a machine with a GPU, or with an index of
-# your own, say for example `make serve TORCH=torch`, or install torch into .venv beforehand.
-TORCH ?= torch==2.13.0
+# The torch to install, in pip's words. Unset, install_torch.py chooses: with CUDA where there is an NVIDIA GPU,
+# else the smaller one without. For another one say for example `make serve TORCH=torch==2.14.1`.
+TORCH ?=
+# So that a GPU that was added later is noticed.
+GPU := $(if $(wildcard /proc/driver/nvidia/version /dev/nvidia0 /dev/nvidiactl),gpu,no-gpu)
 MODEL ?= demo
 SERVE_FLAGS ?=
 FAULTS ?=
 GPU_FLAGS ?=
+GPU_PYTHON ?= 3.12
 SEEDS ?= 10000
 FUZZ_SECONDS ?= 60
 # Where clients that nobody here wrote are installed, for tests/e2e/test_third_party.py.
@@ -18,7 +21,7 @@ PEERS ?= build/peers
 
 BIN := $(VENV)/bin
 
-.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools third-party images-pin bench bench-peers simulate fuzz soak faults gpu-gates gpu-check gpu-bench clean
+.PHONY: help serve setup setup-dev test test-quick lint typecheck protos chart chart-tools third-party images-pin bench bench-peers simulate fuzz soak faults gpu-gates gpu-wheels gpu-packages gpu-check gpu-bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -85,8 +88,17 @@ faults: setup-dev  ## Break everything under load, FAULTS="--worker-kills 200 ..
 gpu-gates: setup-dev  ## Check the GPU path without a GPU: values, machine code, plans; prints the time
 	$(BIN)/python -m pytest --durations=8 tests/kernels/triton tests/gpu_worker/cuda tests/gpu_worker/test_cuda_graphs.py tests/gpu_worker/test_cuda_step.py
 
-# These two need a GPU, and a Python with torch, triton, transformers, safetensors, numpy, grpcio and
-# protobuf; nothing is installed. Without a GPU: make gpu-check GPU_FLAGS=--interpret
+# gpu-check and gpu-bench need a GPU, and a Python with torch, triton and benchmarks/gpu/requirements.txt; they install
+# nothing. Without a GPU: make gpu-check GPU_FLAGS=--interpret. For a machine without a network run gpu-wheels on one
+# that has it (GPU_PYTHON is the other's version), carry build/gpu-wheels over, and there run gpu-packages, then
+# make gpu-check PYTHON=build/gpu/bin/python
+gpu-wheels:  ## Collect the wheels that an image with PyTorch lacks for gpu-check, in build/gpu-wheels (60 MB)
+	$(PYTHON) -m pip download --quiet --only-binary :all: --python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --dest build/gpu-wheels --requirement benchmarks/gpu/requirements.txt
+
+gpu-packages:  ## Make build/gpu, an environment that has those of build/gpu-wheels beside what PYTHON has
+	$(PYTHON) -m venv --system-site-packages build/gpu
+	build/gpu/bin/python -m pip install --quiet --no-index --find-links build/gpu-wheels --requirement benchmarks/gpu/requirements.txt
+
 gpu-check:  ## Check every kernel and the cuda device on the GPU of this machine
 	PYTHONPATH=src $(PYTHON) benchmarks/gpu check $(GPU_FLAGS)
 
@@ -105,14 +117,14 @@ $(THIRD_PARTY)/.installed: tests/e2e/third_party/requirements.txt
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.torch: | $(VENV)/bin/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+$(VENV)/.torch-$(GPU): | $(VENV)/bin/python
+	$(BIN)/python install_torch.py --torch '$(TORCH)'
 	@touch $@
 
-$(VENV)/.serve: pyproject.toml $(VENV)/.torch
+$(VENV)/.serve: pyproject.toml $(VENV)/.torch-$(GPU)
 	$(BIN)/python -m pip install --quiet --editable ".[serve]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch-$(GPU)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@ $(VENV)/.serve

@@ -92,7 +92,9 @@ class Collectives:
             return self._host
         if self._nccl is None:
             store = dist.PrefixStore("nccl", self._store)
-            self._nccl = dist.ProcessGroupNCCL(store, self.rank, self.world_size, timeout=self._timeout)
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = self._timeout
+            self._nccl = dist.ProcessGroupNCCL(store, self.rank, self.world_size, options)
         return self._nccl
 
     @staticmethod

@@ -75,6 +75,11 @@ class Engine:
             self.runner.reset()
         self._slots = Slots(self.limits)
 
+    def close(self) -> None:
+        """Give back all of the device's memory; nothing else may be called then."""
+        self.reset()
+        self.runner.close()
+
     def shrink(self) -> bool:
         """Take at most half as many tokens in a step from now on; False if that would be too few to serve.
 

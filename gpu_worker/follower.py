@@ -109,8 +109,8 @@ class Follower:
             self._engine.reset()
             return
         if self._engine is not None:
-            self._engine.reset()
-        self._engine = None  # its memory must be free before the next one takes as much
+            self._engine.close()  # its memory must be free before the next one takes as much
+        self._engine = None
         self._engine = make_engine(self._loaded, self._config, wanted, self._collectives)
         self._prepared = wanted
 

@@ -58,6 +58,10 @@ class HostMemory:
         """Count what the device has done, and steps."""
         return self._num_started + self._device.progress()
 
+    def close(self) -> None:
+        """Let go of the device and all that was made for it."""
+        vars(self).clear()
+
     def use_idle_time(self) -> bool:
         """Take the memory of a piece of the cache, as long as there is some to spare: the rest is taken when used."""
         if not self._device.touch_kv():

@@ -73,6 +73,9 @@ class Runner(Protocol):
     def reset(self) -> None:
         """Forget every slot and drop the steps in flight; weights and KV memory stay."""
 
+    def close(self) -> None:
+        """Give back all memory, weights included; nothing else may be called then."""
+
     def start(self, step: Step) -> Running:
         """Start a step, with at most MAX_STEPS_IN_FLIGHT not yet collected. Raises what went wrong."""
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from octavo.common.v1 import common_pb2
 from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.device_thread import DeviceThread
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
 from octavo.gpu_worker.lifetime import Lifetime
@@ -83,7 +84,8 @@ class Worker:
         self._link = Link(config.worker_endpoint, worker_id.encode(), read_curve_keys(config))
         self._tokenizer: str | None = None  # what gateways compare; None until the first engine is built
         self._pulse = Pulse(self._beat, _REPORT_S / 2)
-        self._engine: Engine | None = None
+        self._device = DeviceThread()
+        self._engine: Engine | None = None  # built, and its steps started, in that thread
         self._wanted = worker_pb2.WorkerConfig()  # the newest
         self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for
         self._preparation: _Preparation | None = None
@@ -122,6 +124,7 @@ class Worker:
                 self._finish_preparation()
         finally:
             self._pulse.close()
+            self._device.close()
             self._link.close(farewell=bool(self._status))
             if self._ranks is not None:
                 self._ranks.close(farewell=True)
@@ -192,24 +195,19 @@ class Worker:
 
     def _prepare(self, wanted: worker_pb2.WorkerConfig) -> None:
         """Build an engine in the background: a scheduler gives up a worker that shows no life meanwhile."""
-        if self._engine is not None:
-            self._engine.reset()
-        self._engine = None  # its memory must be free before the next one takes as much
+        before, self._engine = self._engine, None
         if not self._tell_ranks(worker_pb2.WorkerFrame(worker_config=wanted)):
             return
         collectives = None if self._ranks is None else self._ranks.collectives
-        future: Future[Engine] = Future()
 
-        def build() -> None:
-            try:
-                if self._tokenizer is None:
-                    self._tokenizer = tokenizer_of(Path(self._config.model))
-                future.set_result(make_engine(self._loaded, self._config, wanted, collectives))
-            except Exception as error:  # raised again, or reported, by whoever waits for the future
-                future.set_exception(error)
+        def build() -> Engine:
+            if before is not None:  # its memory must be free before the next one takes as much
+                before.close()
+            if self._tokenizer is None:
+                self._tokenizer = tokenizer_of(Path(self._config.model))
+            return make_engine(self._loaded, self._config, wanted, collectives)
 
-        self._preparation = _Preparation(wanted, future, time.monotonic())
-        threading.Thread(target=build, name="prepare", daemon=True).start()
+        self._preparation = _Preparation(wanted, self._device.submit(build), time.monotonic())
 
     def _finish_preparation(self) -> None:
         """Join with the engine that was built, if one was."""
@@ -276,9 +274,10 @@ class Worker:
         if not self._tell_ranks(worker_pb2.WorkerFrame(step_plan=plan)):
             return
         self._telemetry.planned(plan)
+        engine = self._engine
         try:
             with self._pulse.computing():
-                refused = self._engine.start(plan)
+                refused = self._device.call(lambda: engine.start(plan))
         except PlanError as error:
             self._leave(plan.step_id, _INVALID_ARGUMENT, "INVALID_PLAN", str(error))
         except Exception as error:
@@ -329,7 +328,7 @@ class Worker:
         if self._engine is None or not self._tell_ranks(worker_pb2.WorkerFrame(idle_time=worker_pb2.IdleTime())):
             return False
         with self._pulse.computing():
-            return self._engine.use_idle_time()
+            return self._device.call(self._engine.use_idle_time)
 
     def _tell_ranks(self, frame: worker_pb2.WorkerFrame) -> bool:
         """Tell the other ranks what this one does next; False, and this process ends, if one is gone."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
-from octavo.kernels.configs import LOGITS, TARGETS, RowConfig
+from octavo.kernels.configs import LOGITS, ROW_TARGETS, RowConfig
 from octavo.kernels.sampling_kernels import log_total
 
 MAX_ALTERNATIVES = 32
@@ -88,5 +88,5 @@ AOT_SPECS = [
         targets=(target,),
         require={"ld128": 1},
     )
-    for target in TARGETS
+    for target in ROW_TARGETS
 ]

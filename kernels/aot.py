@@ -1,13 +1,15 @@
 # mypy: allow-untyped-calls
 """Compile every Triton kernel for every target without a GPU, and check what comes out.
 
-    python -m octavo.kernels.aot [--target cuda:90]... [--only TEXT] [--timeout SECONDS] [--jobs N] [--markdown]
+    python -m octavo.kernels.aot [--target cuda:90]... [--only TEXT] [--timeout SECONDS] [--jobs N] [--fresh]
+        [--markdown]
 
 Prints a row for each kernel, configuration and target. The exit status is 1 if one does not
 compile, spills, wants more shared memory than the target has, leaves room for fewer blocks on a
 multiprocessor than its `AotSpec` wants, or lacks an instruction that it requires. Each is compiled in a
 child process: a compiler that dies or hangs costs one row. Triton's wheel brings the compilers and
-disassemblers, so nothing else need be installed.
+disassemblers, so nothing else need be installed. What came out is kept in the user's cache folder for as
+long as neither Triton nor the kernel nor its configuration changes; the rules are checked anew each time.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
+import inspect
 import io
 import json
 import multiprocessing
@@ -70,6 +74,10 @@ _INEXACT = re.compile(
 )
 
 
+_MACHINE_CODE = {"cuda:86": "cuda:80"}
+"""Targets that are judged by the machine code of another one, which they can run: only its limits differ."""
+
+
 @dataclass
 class Row:
     """What a kernel became. None: not known.
@@ -100,12 +108,14 @@ def compile_all(
     timeout: float = 120.0,
     modules: Sequence[str] = MODULES,
     jobs: int = 1,
+    kept: KeptRows | None = None,
 ) -> list[Row]:
     """Compile each spec whose name contains `only`, for each of its targets that is in `targets`.
 
     timeout  seconds that one compilation may take
     modules  of `octavo.kernels`, each with AOT_SPECS
     jobs     compilations at once
+    kept     rows of earlier calls; None: all is compiled
     """
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "interpreted kernels cannot be compiled"
     waiting = []
@@ -116,25 +126,90 @@ def compile_all(
             waiting += [(module, spec, target) for target in chosen]
     rows: list[Row | None] = [None] * len(waiting)
     running: dict[int, _Compilation] = {}
-    for number, (module, spec, target) in enumerate(waiting):
+    # Those that are judged by the machine code of another target come last: it is there then.
+    for number, (module, spec, target) in sorted(enumerate(waiting), key=lambda item: item[1][2] in _MACHINE_CODE):
         while len(running) >= jobs:
-            _collect(running, rows)
+            _collect(running, rows, kept)
+        if kept is not None and (row := kept.find(module, spec, target)) is not None:
+            rows[number] = row
+            continue
         running[number] = _Compilation(module, spec, target, timeout)
     while running:
-        _collect(running, rows)
+        _collect(running, rows, kept)
+    if kept is not None:
+        kept.forget_old()
     return [row for row in rows if row is not None]
 
 
-def _collect(running: dict[int, _Compilation], rows: list[Row | None]) -> None:
-    """Wait until at least one compilation has ended, or is out of time; move those that have to `rows`."""
+class KeptRows:
+    """Rows in a folder, each under the hash of all that it depends on."""
+
+    def __init__(self, folder: Path, max_age_s: float = 30 * 86400.0) -> None:
+        """max_age_s: for how long a row is kept that nothing asks for."""
+        self._folder = folder
+        self._max_age_s = max_age_s
+
+    def find(self, module: Any, spec: AotSpec, target: str) -> Row | None:
+        """Return a row that was kept, checked by the rules of today."""
+        file = self._file(module, spec, target)
+        try:
+            row = Row(**{**json.loads(file.read_bytes()), "target": target})
+            file.touch()
+        except (OSError, ValueError, TypeError):  # not there, or cut off
+            return None
+        _judge(row, spec)
+        return row
+
+    def keep(self, module: Any, spec: AotSpec, target: str, row: Row) -> None:
+        """Keep a row of a kernel that did compile."""
+        if row.registers is None:
+            return
+        file = self._file(module, spec, target)
+        part = file.with_suffix(f".{os.getpid()}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(asdict(row)))
+        part.replace(file)
+
+    def forget_old(self) -> None:
+        """Remove what was not asked for in a long time."""
+        for file in self._folder.glob("*"):
+            with contextlib.suppress(FileNotFoundError):  # another process did it
+                if time.time() - file.stat().st_mtime > self._max_age_s:
+                    file.unlink()
+
+    def _file(self, module: Any, spec: AotSpec, target: str) -> Path:
+        options = (spec.num_warps, spec.num_stages, spec.enable_fp_fusion)
+        sizes = (sorted(spec.signature.items()), sorted(spec.constexprs.items()))
+        # The key of a function covers whatever it calls, and the constants that it reads.
+        function = getattr(module, spec.function)
+        parts = (_surroundings(), function.cache_key, spec.name, _MACHINE_CODE.get(target, target), sizes, options)
+        return self._folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
+
+
+@functools.cache
+def _surroundings() -> tuple[object, ...]:
+    """Return what all compilations depend on: Triton with its compilers, its settings, and how the result is read."""
+    from triton.runtime.cache import triton_key
+
+    settings = sorted(
+        item for item in os.environ.items() if item[0].startswith("TRITON_") and item[0] != "TRITON_CACHE_DIR"
+    )
+    reading = [inspect.getsource(function) for function in (_compile, _source, _inspect_cuda, _inspect_hip, _count)]
+    return triton_key(), reading, _SASS_KINDS, _GCN_KINDS, _INEXACT.pattern, settings
+
+
+def _collect(running: dict[int, _Compilation], rows: list[Row | None], kept: KeptRows | None) -> None:
+    """Wait until at least one compilation has ended, or is out of time; move those that have to `rows`, and keep it."""
     wait(
         [compilation.receiver for compilation in running.values()],
         timeout=min(compilation.remaining() for compilation in running.values()),
     )
     for number, compilation in list(running.items()):
         if compilation.remaining() == 0 or compilation.receiver.poll():
-            rows[number] = compilation.result()
+            rows[number] = row = compilation.result()
             del running[number]
+            if kept is not None:
+                kept.keep(*compilation.what, row)
 
 
 def check(row: Row, spec: AotSpec) -> list[str]:
@@ -162,6 +237,7 @@ class _Compilation:
         _look_up()
         context = multiprocessing.get_context("fork")
         self.receiver, sender = context.Pipe(duplex=False)
+        self.what = (module, spec, target)
         self._row = Row(spec.name, target)
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
@@ -217,7 +293,7 @@ def _compile(module: Any, spec: AotSpec, target: str) -> Row:
     from triton.backends.compiler import GPUTarget
 
     row = Row(spec.name, target)
-    backend, arch = target.split(":")
+    backend, arch = _MACHINE_CODE.get(target, target).split(":")
     gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
     options = {
         "num_warps": spec.num_warps,
@@ -238,10 +314,15 @@ def _compile(module: Any, spec: AotSpec, target: str) -> Row:
         row.inexact = len(_INEXACT.findall(compiled.asm["ptx"]))
     else:
         _inspect_hip(row, compiled.asm["amdgcn"])
-    if row.registers is not None and row.shared is not None:
-        row.blocks = fitting_blocks(target, row.registers, row.shared, spec.num_warps)
-    row.problems = check(row, spec)
+    _judge(row, spec)
     return row
+
+
+def _judge(row: Row, spec: AotSpec) -> None:
+    """Fill in what follows from what a kernel became."""
+    if row.registers is not None and row.shared is not None:
+        row.blocks = fitting_blocks(row.target, row.registers, row.shared, spec.num_warps)
+    row.problems = check(row, spec)
 
 
 def fitting_blocks(target: str, registers: int, shared: int, num_warps: int) -> int:
@@ -332,13 +413,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="compile only kernels whose name contains this")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one compilation may take")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at once")
+    parser.add_argument("--fresh", action="store_true", help="compile also what was compiled before")
     parser.add_argument("--markdown", action="store_true", help="print the table for documentation")
     parsed = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # read by Triton when the kernels are imported
-    rows = compile_all(parsed.target or TARGETS, parsed.only, parsed.timeout, jobs=parsed.jobs)
+    kept = KeptRows(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "octavo" / "aot")
+    rows = compile_all(
+        parsed.target or TARGETS, parsed.only, parsed.timeout, jobs=parsed.jobs, kept=None if parsed.fresh else kept
+    )
+    import triton
+
     failed = sum(1 for row in rows if row.problems)
     print(table(rows, markdown=parsed.markdown))
-    print(f"\n{len(rows) - failed} passed, {failed} failed")
+    print(f"\nTriton {triton.__version__}: {len(rows) - failed} passed, {failed} failed")
     return 1 if failed or not rows else 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from octavo.kernels.configs import TARGETS
+from octavo.kernels.configs import ROW_TARGETS
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class AotSpec:
     num_warps: int
     num_stages: int = 2
     enable_fp_fusion: bool = True
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = ROW_TARGETS
     require: Mapping[str, int] = field(default_factory=dict)
     min_blocks: int = 2
 

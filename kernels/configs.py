@@ -11,10 +11,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-"""What kernels are compiled for: A100, H100 and H200, B200, MI300."""
+TARGETS = ("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
+"""What kernels are compiled for: A100; A10 and RTX 30; L4, L40S and RTX 40; H100 and H200; B200; RTX 50; MI300."""
 
-SHARED_MEMORY = {"cuda:80": 166912, "cuda:90": 232448, "cuda:100": 232448, "hip:gfx942": 65536}
+SMALL_TARGETS = ("cuda:86", "cuda:89", "cuda:120")
+"""Those with the instructions of cuda:80 and 99 KiB of shared memory. They take its configurations."""
+
+ROW_TARGETS = tuple(target for target in TARGETS if target not in SMALL_TARGETS)
+"""Those that kernels of rows are compiled for by `aot.py`: without tiles in shared memory, they fit the others too."""
+
+FP8_TARGETS = ("cuda:89", "cuda:90", "cuda:100", "cuda:120", "hip:gfx942")
+"""Those that can read float8_e4m3fn."""
+
+SHARED_MEMORY = {
+    "cuda:80": 166912,
+    **dict.fromkeys(SMALL_TARGETS, 101376),
+    "cuda:90": 232448,
+    "cuda:100": 232448,
+    "hip:gfx942": 65536,
+}
 """Most shared memory (LDS) in bytes that one block may have."""
 
 
@@ -35,10 +50,25 @@ class Multiprocessor:
 
 MULTIPROCESSORS = {
     "cuda:80": Multiprocessor(512, 4, 167936, 1024),
+    **dict.fromkeys(SMALL_TARGETS, Multiprocessor(512, 4, 102400, 1024)),
     "cuda:90": Multiprocessor(512, 4, 233472, 1024),
     "cuda:100": Multiprocessor(512, 4, 233472, 1024),
     "hip:gfx942": Multiprocessor(512, 4, 65536, 0),
 }
+
+
+def cuda_target(major: int, minor: int) -> str | None:
+    """Return the target whose configurations fit a GPU of a compute capability; None if it is too old.
+
+    Triton compiles for the GPU itself: a target only says how much is taken at once.
+    """
+    if major < 8:
+        return None
+    if major == 8:
+        return "cuda:80" if minor == 0 else "cuda:89" if minor == 9 else "cuda:86"
+    # What comes after is unknown: tiles that are small fit.
+    return {9: "cuda:90", 10: "cuda:100", 11: "cuda:100"}.get(major, "cuda:120")
+
 
 Step = Literal["decode", "mixed"]
 
@@ -63,7 +93,7 @@ class AttentionConfig:
 # tiles large enough for the wide matrix instructions, and serves prompts and decodes in one launch.
 _DECODE = {
     64: AttentionConfig(16, 64, 4, 2, 256),
-    128: AttentionConfig(16, 64, 4, 2, 256),
+    128: AttentionConfig(16, 32, 4, 2, 256),  # with 64 some releases of Triton spill
     256: AttentionConfig(16, 32, 4, 2, 256),
 }
 _MIXED = {
@@ -85,6 +115,8 @@ _FLOAT32 = {
 _ATTENTION: dict[tuple[str, Step], dict[int, AttentionConfig]] = {
     ("cuda:80", "decode"): _DECODE_80,
     ("cuda:80", "mixed"): _SMALL_MIXED,
+    **{(target, "decode"): _DECODE_80 for target in SMALL_TARGETS},
+    **{(target, "mixed"): _SMALL_MIXED for target in SMALL_TARGETS},
     ("cuda:90", "decode"): _DECODE,
     ("cuda:90", "mixed"): _MIXED,
     ("cuda:100", "decode"): _DECODE,
@@ -130,7 +162,7 @@ class LinearConfig:
 # mean other matrix instructions. 64 tokens at once read weights of 8 bits from memory about as fast as
 # they are multiplied. Few outputs want small tiles, or half of the multiprocessors would have none.
 _NARROW_LINEAR = {
-    "cuda:80": LinearConfig(64, 64, 64, 4, 3),
+    **dict.fromkeys(("cuda:80", *SMALL_TARGETS), LinearConfig(64, 64, 64, 4, 3)),
     "cuda:90": LinearConfig(64, 64, 128, 4, 4, tma=True),
     "cuda:100": LinearConfig(64, 64, 128, 4, 3, tma=True),
     "hip:gfx942": LinearConfig(64, 64, 64, 4, 2),
@@ -163,7 +195,9 @@ _INTEGER_LINEAR = {
 _FLOAT32_LINEAR = LinearConfig(32, 16, 32, 4, 1)  # for checking results, not for speed
 
 LINEAR_KINDS: dict[str, tuple[LinearKind, ...]] = {
-    "cuda:80": ("int8", "int8_int8"),  # which has no float8_e4m3fn
+    "cuda:80": ("int8", "int8_int8"),  # which has no float8_e4m3fn, nor has cuda:86
+    "cuda:86": ("int8",),
+    **dict.fromkeys(("cuda:89", "cuda:120"), ("int8", "fp8")),
     "cuda:90": ("int8", "fp8", "int8_int8", "fp8_fp8"),
     "cuda:100": ("int8", "fp8", "int8_int8", "fp8_fp8"),
     "hip:gfx942": ("int8", "fp8", "int8_int8"),  # its fp8 products are of another fp8: float8_e4m3fnuz
@@ -206,6 +240,7 @@ class ExpertsConfig:
 
 # One for all steps, so that a row's bits never depend on how many rows chose its experts.
 _EXPERTS = {
+    **dict.fromkeys(SMALL_TARGETS, ExpertsConfig(64, 64, 64, 4, 3)),
     "cuda:80": ExpertsConfig(64, 64, 64, 4, 3),
     "cuda:90": ExpertsConfig(64, 64, 64, 4, 3),
     "cuda:100": ExpertsConfig(64, 64, 64, 4, 3),

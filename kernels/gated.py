@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
-from octavo.kernels.configs import GATED, TARGETS, RowConfig
+from octavo.kernels.configs import GATED, ROW_TARGETS, RowConfig
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -77,6 +77,6 @@ AOT_SPECS = [
         targets=(target,),
         require={"ld128": 2},
     )
-    for target in TARGETS
+    for target in ROW_TARGETS
     for activation, cols in (("silu", 1536), ("silu", 14336), ("gelu_tanh", 14336))
 ]

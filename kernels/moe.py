@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
-from octavo.kernels.configs import GATED, LINEAR_KINDS, TARGETS, ExpertsConfig, RowConfig, experts_config
+from octavo.kernels.configs import GATED, LINEAR_KINDS, ROW_TARGETS, TARGETS, ExpertsConfig, RowConfig, experts_config
 from octavo.kernels.expert_routing import Assignments, Mixture, assign
 from octavo.kernels.gated import ACTIVATIONS, activate
 from octavo.kernels.quantized_linear import QUANTIZED_TYPES
@@ -274,5 +274,5 @@ AOT_SPECS = [
         for is_gated in (True, False)
         if kind in LINEAR_KINDS[target]
     ),
-    *(_add_spec(target) for target in TARGETS),
+    *(_add_spec(target) for target in ROW_TARGETS),
 ]

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
-from octavo.kernels.configs import TARGETS, AttentionConfig, Step, attention_config, power_of_two
+from octavo.kernels.configs import FP8_TARGETS, TARGETS, AttentionConfig, Step, attention_config, power_of_two
 
 BLOCK_SIZE = 16
 _LOG2_E = 1.4426950408889634
@@ -129,8 +129,8 @@ def _attend(
             tl.store(output_ptr + query_offset[:, None] + dim[None, :], output, mask=query_mask)
         else:
             place = slot.to(tl.int64) * NUM_KV_HEADS + kv_head
-            # All of them, the padding too: `_combine` reads whole tiles.
-            tl.store(partial_ptr + (place * BLOCK_M + m)[:, None] * PADDED_DIM + dim[None, :], acc)
+            # Of a decode few rows of a tile are real. `_combine` reads the sums of those only, and the stats of all.
+            tl.store(partial_ptr + (place * BLOCK_M + m)[:, None] * PADDED_DIM + dim[None, :], acc, mask=query_mask)
             tl.store(stats_ptr + place * 2 * BLOCK_M + m, best)
             tl.store(stats_ptr + (place * 2 + 1) * BLOCK_M + m, total)
 
@@ -375,7 +375,7 @@ def _specs() -> list[AotSpec]:
                 _attend_spec("", target, step, 128, 4),
                 _attend_spec("window, soft cap", target, step, 256, 8, WINDOW=4096, SOFT_CAP=True),
             ]
-            if target != "cuda:80":  # which has no float8_e4m3fn
+            if target in FP8_TARGETS:
                 specs.append(_attend_spec("fp8 cache", target, step, 128, 4, cache="fp8e4nv"))
         specs.append(_attend_spec("", target, "decode", 80, 1, kind="fp16"))
         specs += [_attend_spec("", target, "mixed", head_dim, 4, kind="fp32") for head_dim in (64, 128, 256)]

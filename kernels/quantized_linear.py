@@ -319,7 +319,8 @@ def _specs() -> list[AotSpec]:
             specs += [_linear_spec(target, kind, label, out, tokens) for label, out, tokens in sizes]
             if linear_config(target, kind, 4096, 64).tma:  # where a row is no multiple of 16 bytes
                 specs.append(_linear_spec(target, kind, "pointers", 4096, 64, use_tma=False))
-        specs += [_quantize_spec(target, "i8")]
+        if "int8_int8" in kinds:
+            specs += [_quantize_spec(target, "i8")]
         if "fp8_fp8" in kinds:
             specs += [_quantize_spec(target, "fp8e4nv")]
     return specs

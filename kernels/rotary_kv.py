@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
-from octavo.kernels.configs import ROTARY, TARGETS, RowConfig, power_of_two
+from octavo.kernels.configs import FP8_TARGETS, ROTARY, ROW_TARGETS, RowConfig, power_of_two
 
 BLOCK_SIZE = 16
 
@@ -240,13 +240,13 @@ def _spec(label: str, target: str, head_dim: int, half: int, *, has_norm: bool =
 
 def _specs() -> list[AotSpec]:
     specs = []
-    for target in TARGETS:
+    for target in ROW_TARGETS:
         specs += [
             _spec("D=64", target, 64, 32),
             _spec("D=128 norm", target, 128, 64, has_norm=True),
             _spec("D=128 rotary 64", target, 128, 32),
         ]
-        if target != "cuda:80":  # which has no float8_e4m3fn
+        if target in FP8_TARGETS:
             specs.append(_spec("D=128 fp8 cache", target, 128, 64, cache="fp8e4nv"))
     return specs
 

@@ -156,7 +156,7 @@ def _search(
         weight = _weigh(x, key, token, best, edge_key, edge_id, IS_MASS)
         above += tl.sum(tl.where(key > found, weight, 0.0))
         one = tl.maximum(one, tl.max(tl.where(key == found, weight, 0.0)))
-    needed = tl.maximum(tl.ceil(tl.div_rn(target - above, tl.maximum(one, 1e-38))), 1.0)
+    needed = tl.maximum(tl.ceil(tl.div_rn(target - above, tl.maximum(one, 1.2e-38))), 1.0)
     needed = tl.minimum(needed, VOCAB).to(tl.int32)
     ties = tl.full((), 0, tl.int32)
     last = tl.full((), VOCAB, tl.int32)

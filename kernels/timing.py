@@ -54,12 +54,3 @@ class Timer:
             pairs.append((before, after))
         torch.cuda.synchronize()
         return [before.elapsed_time(after) * 1e3 for before, after in pairs]
-
-
-def gpu_target() -> str:
-    """Return the target of `configs.TARGETS` whose configurations fit this machine's GPU; it must have one."""
-    if torch.version.hip:
-        return "hip:gfx942"
-    major, _ = torch.cuda.get_device_capability()
-    # Those of workstations and consumers, 8.9 and 12.0 too, have no more shared memory than sm_80.
-    return {9: "cuda:90", 10: "cuda:100"}.get(major, "cuda:80")

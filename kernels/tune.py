@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from octavo.kernels.configs import LINEAR_KINDS, SHARED_MEMORY, AttentionConfig, LinearConfig, RowConfig
+from octavo.kernels.gpu import gpu_target
 from octavo.kernels.problems import Problem, attention_problem, gated_problem, linear_problem, rotary_problem
-from octavo.kernels.timing import Timer, gpu_target
+from octavo.kernels.timing import Timer
 
 _NOISE = 0.03
 """By what share another configuration must be faster to replace the present one."""

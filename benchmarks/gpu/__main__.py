@@ -4,10 +4,10 @@
     PYTHONPATH=src python benchmarks/gpu bench [--model PATH] [--json FILE] [--interpret]
 
 `check` compares every kernel with plain torch and the `cuda` device with the `reference` device, `bench`
-measures against what the machine can do; each takes less than ten minutes on an H100. Only torch,
-triton, transformers, safetensors, numpy, grpcio and protobuf are needed. Each section runs in a
-process of its own with a time limit: what fails or hangs in one is a failed row. The exit status is 0
-if every target was met, 1 if not, 2 if there is no GPU.
+measures against what the machine can do; each takes less than ten minutes on an H100. torch, triton and
+what requirements.txt lists are needed. Each section runs in a process of its own with a time limit: what
+fails or hangs in one is a failed row. The exit status is 0 if every target was met, 1 if not, 2 if there
+is no GPU or something needed is not there.
 
 --interpret runs the same code with tiny sizes in Triton's interpreter, without a GPU; times mean
 nothing then and are not judged.
@@ -31,7 +31,9 @@ from typing import Any
 
 from report import Row, failures, from_json, table
 
-NO_GPU = 2
+NO_GPU = NOT_READY = 2
+REQUIREMENTS = Path(__file__).parent / "requirements.txt"
+NEEDED = ("torch", "numpy", "safetensors", "transformers", "grpc", "octavo.worker.v1.worker_pb2")
 MACHINE = "machine"
 # Where `bench` measures none: those of an H100, so that shares can still be read.
 ASSUMED = {"copy": 3350.0, "bf16": 800.0, "int8": 1600.0, "fp8": 1600.0}
@@ -84,10 +86,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.section:
         return run_section(parsed)
+    if lacking := missing_packages():
+        print("\n".join(lacking), file=sys.stderr)
+        print(f"install {REQUIREMENTS}; without a network see gpu-wheels in the Makefile", file=sys.stderr)
+        return NOT_READY
     if not parsed.interpret and not has_gpu():
         print("no GPU is here, or torch cannot use it; --interpret runs tiny sizes without one", file=sys.stderr)
         return NO_GPU
     return run_all(parsed)
+
+
+def missing_packages() -> list[str]:
+    """Return what cannot be imported, and why: packages that are not there, or a protobuf that is too old."""
+    lacking = []
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            lacking.append(f"{name} cannot be imported: {error}")
+    return lacking
 
 
 def has_gpu() -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from octavo.kernels.configs import LINEAR_KINDS, LinearKind
-from octavo.kernels.timing import Timer, gpu_target
+from octavo.kernels.gpu import gpu_target
+from octavo.kernels.timing import Timer
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from octavo.gpu_worker.devices.cuda_graphs import Graphs, graph_sizes
 from octavo.gpu_worker.devices.cuda_memory import MemoryReport, kv_memory_bytes
 from octavo.gpu_worker.devices.cuda_model import DeviceModel, Launched, Limits, warn_of_unstable_products, words
 from octavo.gpu_worker.devices.cuda_sampling import DeviceSampler, Wanted, advance, unpack
-from octavo.gpu_worker.devices.cuda_step import Columns, Int32Array
+from octavo.gpu_worker.devices.cuda_step import Columns, Int32Array, aligned
 from octavo.gpu_worker.devices.cuda_weights import Largest
 from octavo.gpu_worker.grammars import Automaton, Grammars
 from octavo.gpu_worker.ops import Model, Ops
@@ -80,7 +80,7 @@ class CudaRunner:
         )
         with torch.no_grad(), accelerator.computing():
             self._sampler = DeviceSampler(self._model.last_tokens, model.vocab_size, accelerator.target, grammars)
-            self._held_rows = words(accelerator.device, 2, max_running)  # of a step that waits for masks
+            self._held_rows = words(accelerator.device, 2, aligned(max_running))  # of a step that waits for masks
             num_words = self._sampler.max_result_words()
             self._results = [_Result(accelerator, num_words) for _ in range(MAX_STEPS_IN_FLIGHT)]
         self._num_started = 0
@@ -131,6 +131,13 @@ class CudaRunner:
         self._accelerator.synchronize()
         self._unsampled = None
         self._sampler.reset()
+
+    def close(self) -> None:
+        """Wait for what is under way, and free weights, buffers and cache, and the graphs."""
+        accelerator = self._accelerator
+        accelerator.synchronize()
+        vars(self).clear()  # also what refers to itself: a captured step knows its runner
+        accelerator.release()
 
     def use_idle_time(self) -> bool:
         """Capture one more graph."""

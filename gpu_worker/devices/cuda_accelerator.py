@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -16,6 +17,7 @@ import torch
 
 from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
+from octavo.kernels.gpu import gpu_target
 
 
 class Event(Protocol):
@@ -61,6 +63,9 @@ class Accelerator(Protocol):
     def synchronize(self) -> None:
         """Wait for everything that was launched."""
 
+    def release(self) -> None:
+        """Give memory that nothing refers to back to the device."""
+
 
 class CudaAccelerator:
     """A GPU of torch's `cuda` kind: also AMD's, with ROCm."""
@@ -70,7 +75,10 @@ class CudaAccelerator:
         self.device = torch.device(device)
         if self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.target = _target(self.device)
+        try:
+            self.target = gpu_target(self.device)
+        except ValueError as error:
+            raise DeviceError(f"device cuda: {error}; use cpu") from error
         # Sums are made in float32 to the end, also where a library splits them.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -115,6 +123,10 @@ class CudaAccelerator:
         self._compute.synchronize()
         self._copies.synchronize()
 
+    def release(self) -> None:
+        gc.collect()  # an error that was raised keeps what its functions held
+        torch.cuda.empty_cache()
+
 
 class HostAccelerator:
     """The CPU's memory, for tests: kernels run in Triton's interpreter, a graph is what it would record."""
@@ -146,6 +158,9 @@ class HostAccelerator:
         return resident_bytes()
 
     def synchronize(self) -> None:
+        return
+
+    def release(self) -> None:
         return
 
 
@@ -184,20 +199,3 @@ class _HostEvent:
     def us_since(self, earlier: Event) -> int:
         assert isinstance(earlier, _HostEvent), earlier
         return round((self._at - earlier._at) * 1e6)
-
-
-def _target(device: torch.device) -> str:
-    """Return which of `TARGETS` has the configurations for a GPU."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        if not properties.gcnArchName.startswith("gfx94"):
-            raise DeviceError(
-                f"device cuda: kernels are made for gfx942, this GPU is {properties.gcnArchName}; use cpu"
-            )
-        return "hip:gfx942"
-    if properties.major < 8:
-        raise DeviceError(
-            f"device cuda: {properties.name} has compute capability {properties.major}.{properties.minor}, "
-            "8.0 or above is needed; use cpu"
-        )
-    return "cuda:80" if properties.major == 8 else "cuda:90" if properties.major == 9 else "cuda:100"

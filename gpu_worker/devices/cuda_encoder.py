@@ -47,9 +47,10 @@ class DeviceEncoder:
         """Tell that there is no cache."""
         return 0
 
-    def allocate_kv(self, num_blocks: int) -> None:
-        """There is none to allocate, and all kernels are compiled."""
+    def allocate_kv(self, num_blocks: int) -> Hidden:
+        """There is none to allocate."""
         assert num_blocks <= 1, num_blocks
+        return self._launch_dry()
 
     def run(self, step: Step, second_starts: Int32Array) -> Hidden | None:
         """Send a step and launch it; None if it has no rows."""
@@ -87,7 +88,7 @@ class DeviceEncoder:
         self._staging.send(start)
         return [self._staging.words[place] for place in places]
 
-    def _launch_dry(self) -> None:
-        """Run a step of one token: it moves every weight, makes every buffer and compiles every kernel."""
+    def _launch_dry(self) -> Hidden:
+        """Run a step of one padding token: it moves every weight, makes every buffer and compiles every kernel."""
         zero, one = np.zeros(1, np.int32), np.ones(1, np.int32)
-        self._launch(zero, zero, zero.astype(np.bool_), np.array([0, 1], np.int32), zero, one)
+        return self._launch(zero, zero, zero.astype(np.bool_), np.array([0, 1], np.int32), -one, one)

@@ -20,7 +20,7 @@ from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Model, Ops
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.quantization import Quantization
-from octavo.kernels.configs import LINEAR_KINDS, attention_config
+from octavo.kernels.configs import FP8_TARGETS, LINEAR_KINDS, attention_config
 from octavo.kernels.paged_attention import partial_buffers, tile_queries
 from octavo.kernels.step_inputs import prepare_rows, scatter_words
 
@@ -239,6 +239,7 @@ class DeviceModel:
         device = self._accelerator.device
         self._tokens[2].fill_(-1)  # no place in the cache
         zero, one = words(device, 1), words(device, 1) + 1
+        scatter_words(words(device, 1), zero, zero)  # changes are sent by the first step
         ends = torch.cat([zero, one])
         ops = self._ops(self._step_tensors(1, 1, ends, one, zero, {}))
         output: torch.Tensor = self._model.forward(self._wrap(ops))
@@ -259,13 +260,13 @@ def words(device: torch.device, *shape: int) -> torch.Tensor:
 def _cache_dtype(name: str, dtype: torch.dtype, target: str) -> torch.dtype:
     if name == "auto":
         return dtype
-    if target == "cuda:80":
-        raise DeviceError("kv_cache_dtype fp8 needs a GPU of compute capability 9.0 or above; use auto")
+    if target not in FP8_TARGETS:
+        raise DeviceError("kv_cache_dtype fp8 needs a GPU of compute capability 8.9 or above; use auto")
     return torch.float8_e4m3fn
 
 
 def _quantization(name: str, target: str) -> Quantization:
     scheme = Quantization(name)
     if scheme is not Quantization.NONE and scheme.value not in LINEAR_KINDS[target]:
-        raise DeviceError(f"quantization {name} needs a GPU of compute capability 9.0 or above; use none or int8")
+        raise DeviceError(f"quantization {name} needs a GPU of compute capability 8.9 or above; use none or int8")
     return scheme

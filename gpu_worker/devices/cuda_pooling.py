@@ -17,7 +17,7 @@ from octavo.gpu_worker.devices.cuda_accelerator import Accelerator, Event, make_
 from octavo.gpu_worker.devices.cuda_changes import Changes
 from octavo.gpu_worker.devices.cuda_encoder import DeviceEncoder
 from octavo.gpu_worker.devices.cuda_memory import MemoryReport, kv_memory_bytes
-from octavo.gpu_worker.devices.cuda_model import DeviceModel, Limits, warn_of_unstable_products
+from octavo.gpu_worker.devices.cuda_model import DeviceModel, Launched, Limits, warn_of_unstable_products
 from octavo.gpu_worker.devices.cuda_step import Hidden
 from octavo.gpu_worker.devices.cuda_weights import Weights
 from octavo.gpu_worker.ops import EncoderModel, Float32Array, Int32Array, Model
@@ -43,8 +43,8 @@ class Forward(Protocol):
     def kv_block_bytes(self) -> int:
         """Bytes that a block takes; 0 without a cache."""
 
-    def allocate_kv(self, num_blocks: int) -> None:
-        """Allocate the cache, and compile what a step launches."""
+    def allocate_kv(self, num_blocks: int) -> Hidden:
+        """Allocate the cache, and launch a step of padding, which compiles every kernel; return what it gave."""
 
     def run(self, step: Step, second_starts: Int32Array) -> Hidden | None:
         """Send a step and launch it; None if it has no rows. second_starts as `Pooler.second_segment_starts`."""
@@ -99,7 +99,7 @@ class CudaPoolingRunner:
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate the zeroed cache, if the model has one, and compile every kernel."""
         with torch.no_grad(), self._accelerator.computing():
-            self._forward.allocate_kv(num_blocks)
+            self._pool(self._forward.allocate_kv(num_blocks), self._results[0].on_device[:1])
             warn_of_unstable_products(self._forward.weights)
             self._accelerator.synchronize()
         self.memory.kv_blocks = num_blocks if self.kv_block_bytes() else 0
@@ -124,6 +124,13 @@ class CudaPoolingRunner:
         self._accelerator.synchronize()
         self._pooler = Pooler(self._pooling)
 
+    def close(self) -> None:
+        """Wait for what is under way, and free weights, buffers and cache."""
+        accelerator = self._accelerator
+        accelerator.synchronize()
+        vars(self).clear()  # also what refers to itself: a captured step knows its runner
+        accelerator.release()
+
     def start(self, step: Step) -> _RunningStep:
         """Launch a step. Does not wait for the device."""
         for slot in step.freed_slots.tolist():
@@ -138,19 +145,15 @@ class CudaPoolingRunner:
             computed = self._accelerator.event()
             count = 0 if hidden is None else len(hidden.slots)
             if hidden is not None:
-                pool(
-                    hidden.states,
-                    hidden.slots,
-                    hidden.query_start_loc,
-                    hidden.seq_lens,
-                    self._sums,
-                    result.on_device[:count],
-                    _MODES[self._pooling.mode],
-                )
+                self._pool(hidden, result.on_device[:count])
             ended = self._accelerator.event()
             copied = result.download(self._accelerator, count) if count else ended
         unfinished = self._pooler.unfinished(step)
         return _RunningStep(self._pooler, unfinished, result.on_host[:count], (began, computed, ended, copied))
+
+    def _pool(self, hidden: Hidden, output: torch.Tensor) -> None:
+        mode = _MODES[self._pooling.mode]
+        pool(hidden.states, hidden.slots, hidden.query_start_loc, hidden.seq_lens, self._sums, output, mode)
 
     def _buffer_bytes(self) -> int:
         results = sum(result.on_device.nbytes for result in self._results)
@@ -169,10 +172,10 @@ class _Decoder:
     def num_bytes(self) -> int:
         return self._model.num_bytes
 
-    def allocate_kv(self, num_blocks: int) -> None:
+    def allocate_kv(self, num_blocks: int) -> Hidden:
         self._model.allocate_kv(num_blocks)
         self._model.send(Changes(), self._model.planner.padding(1))
-        self._model.launch(self._model.planner.graph_sizes(1))
+        return _hidden(self._model.launch(self._model.planner.graph_sizes(1)))
 
     def run(self, step: Step, _second_starts: Int32Array) -> Hidden | None:
         columns = self._model.planner.columns(step) if len(step.rows.slots) else None
@@ -180,8 +183,11 @@ class _Decoder:
         self._model.copy_blocks(step.copy_pairs)
         if columns is None:
             return None
-        launched = self._model.launch(columns.sizes)
-        return Hidden(launched.output, launched.slots, launched.query_start_loc, launched.seq_lens)
+        return _hidden(self._model.launch(columns.sizes))
+
+
+def _hidden(launched: Launched) -> Hidden:
+    return Hidden(launched.output, launched.slots, launched.query_start_loc, launched.seq_lens)
 
 
 class _Result:

@@ -29,20 +29,22 @@ def padded_rows(num_rows: int) -> int:
     return -(-num_rows // GEMM_ROWS) * GEMM_ROWS
 
 
-def find_unstable_products(weights: list[torch.Tensor]) -> list[tuple[int, ...]]:
+def find_unstable_products(layers: list[tuple[torch.Tensor, torch.Tensor | None]]) -> list[tuple[int, ...]]:
     """Return the shapes of weights for which the bits of a row depend on its place among the GEMM_ROWS.
+
+    layers  weights, and the bias of each that has one: a library adds it in a kernel of its own choice
 
     Libraries promise nothing about it, so it is tried: the same random rows, turned by some places, must
     give the same bits. Allocates, and waits for the device: for start-up only.
     """
     unstable = []
-    for weight in {tuple(weight.shape): weight for weight in weights}.values():
+    for weight, bias in {(tuple(layer[0].shape), layer[1] is None): layer for layer in layers}.values():
         generator = torch.Generator(weight.device).manual_seed(1)
         x = torch.randn(GEMM_ROWS, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
         outputs = []
         for turn in (0, 1, 37):
             output = weight.new_empty(GEMM_ROWS, len(weight))
-            multiply(x.roll(turn, 0), weight, None, output)
+            multiply(x.roll(turn, 0), weight, bias, output)
             outputs.append(output.roll(-turn, 0))
         if any(not torch.equal(output, outputs[0]) for output in outputs):
             unstable.append(tuple(weight.shape))

@@ -194,7 +194,8 @@ class DeviceSampler:
     def warm_up(self, logits: torch.Tensor, result: torch.Tensor) -> None:
         """Launch every kernel once, on a padding row, so that none is compiled in a step. `logits` is [1, V]."""
         slots = torch.full((1,), -1, dtype=torch.int32, device=logits.device)
-        scatter_words(self._table, slots[:0], slots[:0])
+        scratch = torch.zeros_like(slots)
+        scatter_words(scratch, torch.zeros_like(slots), slots, torch.zeros_like(scratch, dtype=torch.int8))
         for has_rules in (False, True):
             for has_edges in (False, True):
                 wanted = Wanted(1, [_Flags(has_rules, has_edges, has_rules, int(has_rules))])

@@ -111,9 +111,13 @@ class Weights:
             down_scales,
         )
 
-    def matrices(self) -> list[torch.Tensor]:
-        """Return the matrices that are multiplied with."""
-        return [tensor for tensor in self._moved.values() if tensor.dtype == self._dtype and tensor.dim() == 2]
+    def matrices(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Return the matrices that are multiplied with, and the bias of each that has one."""
+        return [
+            (tensor, self._moved.get((-1, *key)))
+            for key, tensor in self._moved.items()
+            if tensor.dtype == self._dtype and tensor.dim() == 2
+        ]
 
     def _move_layer(self, parts: tuple[Linear, ...], has_part_of_inputs: bool) -> Layer:
         weights, bias = [part.weight for part in parts], self.bias(*parts)

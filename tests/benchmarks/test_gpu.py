@@ -9,10 +9,12 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
@@ -88,6 +90,36 @@ def test_a_section_that_hangs_is_a_failed_row(script: ModuleType) -> None:
 def test_the_time_limits_of_a_command_are_less_than_ten_minutes(script: ModuleType) -> None:
     for sections in script.SECTIONS.values():
         assert sum(section.seconds for section in sections) < 600
+
+
+def test_a_package_that_is_missing_or_too_old_is_named_at_once(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("gencode 7.35.1 runtime 6.33.0")
+
+    from google.protobuf import runtime_version
+
+    monkeypatch.setattr(runtime_version, "ValidateProtobufRuntimeVersion", refuse)
+    monkeypatch.delitem(sys.modules, "octavo.worker.v1.worker_pb2", raising=False)
+    monkeypatch.setattr(script, "NEEDED", ("no_such_package", *script.NEEDED))
+
+    assert script.main(["check"]) == 2
+
+    message = capsys.readouterr().err
+    assert "No module named 'no_such_package'" in message
+    assert "runtime 6.33.0" in message
+    assert "requirements.txt" in message
+
+
+def test_what_is_listed_for_the_gpu_is_what_the_project_needs(script: ModuleType) -> None:
+    """Under the same bounds, so that the list does not fall behind."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    bounds = {(wanted.name, wanted.specifier) for wanted in map(Requirement, texts)}
+    listed = [Requirement(line) for line in script.REQUIREMENTS.read_text().splitlines() if not line.startswith("#")]
+    assert {"protobuf", "grpcio", "pyzmq", "llguidance"} <= {wanted.name for wanted in listed}
+    assert [wanted for wanted in listed if (wanted.name, wanted.specifier) not in bounds] == []
 
 
 def test_a_row_is_judged_by_its_target(script: ModuleType) -> None:

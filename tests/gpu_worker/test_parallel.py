@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
+from octavo.gpu_worker import collectives
 from octavo.gpu_worker.collectives import Collectives
 from octavo.gpu_worker.devices.reference import ReferenceDevice
 from octavo.gpu_worker.errors import RankError
@@ -46,6 +49,33 @@ def on_ranks(num_ranks: int, folder: Path, run: Callable[[Collectives], T], time
     if errors:
         raise errors[0]
     return [results[rank] for rank in range(num_ranks)]
+
+
+def test_a_rank_on_a_gpu_gives_nccl_the_time_out_of_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the options, which all releases of torch take."""
+    made: list[tuple[Any, ...]] = []
+
+    class Options:
+        _timeout = timedelta(minutes=10)
+
+    class Nccl:
+        def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
+            made.append((rank, size, options))
+
+    Nccl.Options = Options  # type: ignore[attr-defined]
+    monkeypatch.setattr(collectives.dist, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(collectives.dist, "PrefixStore", lambda name, store: (name, store))
+    group = Collectives.__new__(Collectives)
+    group.rank, group.world_size, group._store, group._nccl = 1, 2, None, None
+    group._timeout = timedelta(seconds=7)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"))
+
+    assert group._group_of(on_gpu) is group._group_of(on_gpu)
+
+    ((rank, size, options),) = made
+    assert (rank, size) == (1, 2)
+    assert isinstance(options, Options)
+    assert options._timeout == timedelta(seconds=7)
 
 
 def load_part(folder: Path, collectives: Collectives) -> Paged:

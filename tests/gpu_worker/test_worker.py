@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ import torch
 import transformers
 import zmq
 
+from octavo.gpu_worker import worker
 from octavo.gpu_worker.batch import Step
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices import make_runner
 from octavo.gpu_worker.devices.reference import ReferenceDevice
 from octavo.gpu_worker.engine import count_blocks
 from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.host_runner import HostMemory
 from octavo.gpu_worker.loading import LoadedModel, load_model
 from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import PROTOCOL_REVISION
@@ -477,6 +481,67 @@ def test_two_plans_run_before_the_first_has_a_result(running: Running, monkeypat
     assert running.scheduler.expect("worker_fault").reason == "STEP_GAP"
     running.scheduler.join(epoch=2)
     assert len(held[0].steps) == 3
+
+
+def test_one_thread_builds_every_engine_and_starts_every_step(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs of a GPU refer to memory that a library keeps for the thread that captured them."""
+    threads: dict[str, set[threading.Thread]] = {"build": set(), "compute": set(), "idle": set()}
+    build, compute, idle = worker.make_engine, ReferenceDevice.forward, HostMemory.use_idle_time
+
+    def noted(kind: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            threads[kind].add(threading.current_thread())
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(worker, "make_engine", noted("build", build))
+    monkeypatch.setattr(ReferenceDevice, "forward", noted("compute", compute))
+    monkeypatch.setattr(HostMemory, "use_idle_time", noted("idle", idle))
+    for epoch, kv_blocks in ((1, 20), (2, 19)):
+        running.scheduler.join(epoch, kv_blocks=kv_blocks)
+        running.scheduler.send(epoch, step_plan=prompt())
+        running.scheduler.expect("step_result")
+        running.scheduler.send(epoch, step_plan=next_token(9, 9))  # a gap
+        running.scheduler.expect("worker_fault")
+
+    assert all(len(found) == 1 for found in threads.values()), threads
+    assert threads["build"] == threads["compute"] == threads["idle"]
+    (thread,) = threads["build"]
+    running.stop.set()
+    running.end()
+    thread.join(TIMEOUT_MS / 1000)
+    assert not thread.is_alive()
+
+
+def test_an_engine_is_gone_before_the_next_one_is_built(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both together may take more memory than there is."""
+    devices: list[weakref.ref[ReferenceDevice]] = []
+    alive: list[int] = []
+    build = worker.make_engine
+
+    def make_engine(*args: Any) -> Any:
+        alive.append(sum(1 for device in devices if device() is not None))
+        engine = build(*args)
+        devices.append(weakref.ref(engine.runner._device))  # type: ignore[attr-defined]
+        return engine
+
+    monkeypatch.setattr(worker, "make_engine", make_engine)
+    gc.collect()
+    gc.disable()  # what is gone then is gone at once
+    try:
+        for epoch, kv_blocks in ((1, 20), (2, 19), (3, 18)):
+            running.scheduler.join(epoch, kv_blocks=kv_blocks)
+            running.scheduler.send(epoch, step_plan=prompt())
+            running.scheduler.expect("step_result")
+            running.scheduler.send(epoch, step_plan=next_token(9, 9))  # a gap
+            running.scheduler.expect("worker_fault")
+    finally:
+        gc.enable()
+
+    assert alive == [0, 0, 0]
 
 
 def test_shutdown_ends_the_worker(running: Running) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
-from octavo.kernels import configs
-from octavo.kernels.aot import Row, check, compile_all, compile_in_child, fitting_blocks, table
+from octavo.kernels import aot, configs
+from octavo.kernels.aot import KeptRows, Row, check, compile_all, compile_in_child, fitting_blocks, table
 from octavo.kernels.aot_spec import AotSpec
+
+from .releases import IMAGE, OLDEST, find_triton
+
+ROOT = Path(__file__).parents[3]
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
@@ -24,9 +34,12 @@ SPEC = AotSpec("kernel", "", {}, {}, num_warps=4, require={"mma": 1})
 GOOD = Row("kernel", "cuda:90", registers=40, spills=0, shared=1024, blocks=8, counts={"mma": 2})
 
 
-def run_aot(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_aot(*arguments: str, triton: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command, with the release of Triton in a folder if one is given."""
     command = [sys.executable, "-m", "octavo.kernels.aot", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    folders = [str(triton), *sys.path] if triton else sys.path
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.mark.slow
@@ -37,6 +50,105 @@ def test_every_kernel_compiles_for_every_target_without_spills_and_with_its_inst
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 failed" in done.stdout
     assert all(f"  {target}  " in done.stdout for target in configs.TARGETS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes on a busy machine
+@needs_triton
+@pytest.mark.parametrize("release", [OLDEST, IMAGE])
+def test_every_kernel_compiles_with_the_oldest_triton_that_is_admitted_and_with_that_of_the_image(release: str) -> None:
+    """Of one target: what differs between releases is the language and its compiler."""
+    folder, problem = find_triton(release)
+    if folder is None:
+        pytest.skip(problem)
+    done = run_aot("--target", "cuda:90", "--timeout", "300", triton=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Triton {release}: " in done.stdout
+    assert " 0 failed" in done.stdout
+
+
+def test_the_releases_that_are_tried_are_those_that_users_get() -> None:
+    """The oldest of the range, the newest, and the pair of the image is within."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (admitted,) = (Requirement(text) for text in project["cuda"] if text.startswith("triton"))
+    (developed,) = (Requirement(text) for text in project["dev"] if text.startswith("triton"))
+    lowest = {str(bound.version) for bound in admitted.specifier if bound.operator == ">="}
+    assert Version(OLDEST) == Version(lowest.pop())
+    highest = {(bound.operator, bound.version) for bound in admitted.specifier if bound.operator == "<"}
+    assert highest == {(bound.operator, bound.version) for bound in developed.specifier if bound.operator == "<"}
+    arguments = re.findall(r"^ARG (TORCH|TRITON)=(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert ("TRITON", f"triton=={IMAGE}") in arguments
+    assert admitted.specifier.contains(IMAGE)
+    assert len({value for name, value in arguments if name == "TORCH"}) == 1
+
+
+def test_no_kernel_has_a_literal_below_the_normal_numbers_of_float32() -> None:
+    """Older releases of Triton make it float64, and what it is used with does not compile."""
+    files = list((ROOT / "kernels").glob("*.py"))
+    literals = [
+        (file.name, node.lineno, node.value)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, float) and 0 < node.value < 2.0**-126
+    ]
+    assert len(files) > 20
+    assert literals == []
+
+
+@needs_triton
+def test_what_was_compiled_is_kept_until_the_kernel_or_its_configuration_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octavo.kernels import gated
+
+    started: list[str] = []
+    start = aot._Compilation.__init__
+
+    def counted(self: Any, module: Any, spec: AotSpec, *arguments: Any) -> None:
+        started.append(spec.name)
+        start(self, module, spec, *arguments)
+
+    monkeypatch.setattr(aot._Compilation, "__init__", counted)
+
+    spec = next(spec for spec in gated.AOT_SPECS if spec.targets == ("cuda:80",))
+
+    def rows(**changes: Any) -> list[Row]:
+        monkeypatch.setattr(gated, "AOT_SPECS", [replace(spec, targets=("cuda:80", "cuda:86"), **changes)])
+        return compile_all(modules=("gated",), kept=KeptRows(tmp_path))
+
+    first = rows()
+    assert (len(started), [row.target for row in first]) == (1, ["cuda:80", "cuda:86"])
+    assert rows() == first
+    assert "mma 0 < 1" in rows(require={"mma": 1})[0].problems, "rules are those of today"
+    assert len(started) == 1
+    rows(num_warps=8)
+    assert len(started) == 2
+    for file in tmp_path.iterdir():
+        file.write_text("cut off")
+    assert rows() == first
+    assert len(started) == 3
+    KeptRows(tmp_path, max_age_s=-1).forget_old()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [
+        ((7, 5), None),
+        ((8, 0), "cuda:80"),
+        ((8, 6), "cuda:86"),
+        ((8, 7), "cuda:86"),
+        ((8, 9), "cuda:89"),
+        ((9, 0), "cuda:90"),
+        ((10, 0), "cuda:100"),
+        ((10, 3), "cuda:100"),
+        ((12, 0), "cuda:120"),
+        ((12, 1), "cuda:120"),
+    ],
+)
+def test_a_gpu_gets_the_configurations_that_fit_it(capability: tuple[int, int], target: str | None) -> None:
+    assert configs.cuda_target(*capability) == target
+    assert target is None or target in configs.TARGETS
 
 
 @pytest.mark.parametrize(
