@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# The torch to install, in pip's words. Unset, install_torch.py chooses: with CUDA where there is an NVIDIA GPU,
+# The torch to install, in pip's words. Unset, deploy/install_torch.py chooses: with CUDA where there is an NVIDIA GPU,
 # else the smaller one without. For another one say for example `make serve TORCH=torch==2.14.1`.
 TORCH ?=
 # So that a GPU that was added later is noticed.
@@ -118,7 +118,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch-$(GPU): | $(VENV)/bin/python
-	$(BIN)/python install_torch.py --torch '$(TORCH)'
+	$(BIN)/python deploy/install_torch.py --torch '$(TORCH)'
 	@touch $@
 
 $(VENV)/.serve: pyproject.toml $(VENV)/.torch-$(GPU)

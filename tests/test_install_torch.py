@@ -17,7 +17,7 @@ CPU, CUDA = ("2.13.0+cpu", ""), ("2.13.0+cu130", "13.0")
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("install_torch", ROOT / "install_torch.py")
+    spec = importlib.util.spec_from_file_location("install_torch", ROOT / "deploy" / "install_torch.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -114,4 +114,4 @@ def test_make_passes_on_what_the_user_says(flags: list[str], asked: str) -> None
     done = subprocess.run(
         ["make", "--dry-run", "setup", "VENV=build/none", *flags], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert f"install_torch.py {asked}" in done.stdout
+    assert f"deploy/install_torch.py {asked}" in done.stdout

@@ -1,6 +1,6 @@
 """Installs the torch that fits this machine: with CUDA where there is an NVIDIA GPU, else the smaller one without.
 
-    python install_torch.py [--torch REQUIREMENT]
+    python deploy/install_torch.py [--torch REQUIREMENT]
 
 A torch that is there stays, but for one without CUDA on a machine with an NVIDIA GPU. With `--torch` whatever is
 there stays, and what is installed is what it says. Used by the Makefile, with the Python of the environment.
