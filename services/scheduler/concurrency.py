@@ -15,8 +15,20 @@ from octavo.services.scheduler.worker_group import WorkerGroup
 
 NUM_TIGHTEST = 8  # sequences whose paces are looked at: those with the least time for each token
 LOST_PACE = 0.7  # of what steps take lately: who needs a smaller one will be late, and holds nobody back
+MIN_PROMPT_TOKENS = 32  # in a step, so that prompts get on beside whatever runs
 EFFICIENCY = 0.8  # of the highest rate: fewer do not run because of what most of those that come need
 MARGIN = 1.03  # on what the tokens left take
+
+
+def most_step_tokens(group: WorkerGroup, usual_pace_s: float) -> float:
+    """Return how many tokens a step should have: as many as the usual pace allows, or as efficiency asks for."""
+    cost = group.cost
+    return max(cost.most_tokens(usual_pace_s * group.row_tokens), cost.efficient_tokens(EFFICIENCY))
+
+
+def step_tokens(num_running: float, token_share: float, most: float) -> float:
+    """Return how many tokens a step of so many sequences has, prompts of others included."""
+    return max(num_running, min(num_running * token_share, most))
 
 
 class Concurrency:
@@ -32,6 +44,7 @@ class Concurrency:
         self._token_share = token_share
         self._row_tokens = group.row_tokens
         self._now = now
+        self._most_step_tokens = most_step_tokens(group, usual_pace_s)
         self._lost_s = LOST_PACE * self._step_s(group.mean_running)
         self.num_running = group.num_running
         most = self._cost.most_tokens(usual_pace_s * group.row_tokens) / token_share
@@ -55,6 +68,11 @@ class Concurrency:
             if self._lost_s <= pace_s < step_s:
                 return False
         return True
+
+    def prompt_tokens(self, num_tokens: int, most: int) -> int:
+        """Return how many tokens of prompts, of at most so many, a step can have beside `num_tokens` of outputs."""
+        left = self._most_step_tokens - num_tokens
+        return most if left >= most else max(int(left), min(MIN_PROMPT_TOKENS, most))
 
     def add(self, seq: Sequence) -> None:
         """Count a sequence that runs from now on."""
@@ -81,7 +99,8 @@ class Concurrency:
 
     def _step_s(self, num_running: float) -> float:
         """Return what a token of each of so many sequences takes."""
-        return self._cost.seconds(num_running * self._token_share) / self._row_tokens
+        num_tokens = step_tokens(num_running, self._token_share, self._most_step_tokens)
+        return self._cost.seconds(num_tokens) / self._row_tokens
 
     def _needs(self, sequences: Iterable[Sequence]) -> list[tuple[float, int]]:
         """Return the seconds that each has, and the tokens it has to make in them. Those without a deadline: none."""

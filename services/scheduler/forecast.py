@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from octavo.services.scheduler.concurrency import LOST_PACE, Concurrency
+from octavo.services.scheduler.concurrency import LOST_PACE, Concurrency, most_step_tokens, step_tokens
 from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.fair_share import FairShare
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
@@ -260,20 +260,21 @@ class Forecast:
 
     def run_s(self, work: Work, num_others: float, max_prefill_tokens: int) -> float:
         """Return how long a sequence takes from its slot to its end, beside `num_others` more than run now."""
-        costs = [(group.cost, group.num_running, group.row_tokens) for group in self._groups.values()]
-        if not costs and self._learned:
-            costs = [(next(reversed(self._learned.values())), 0, 1.0)]
-        if not costs:
+        num_steps = work.output + TURNOVER_STEPS
+        known = [
+            (group.cost, self._step_s(group, group.num_running + num_others / len(self._groups) + 1))
+            for group in self._groups.values()
+        ]
+        if not known and self._learned:
+            cost = next(reversed(self._learned.values()))
+            known = [(cost, cost.seconds((num_others + 1) * self.token_share))]
+        if not known:
             return 0.0
         whole, rest = divmod(work.prompt, max_prefill_tokens)
-        others = num_others / len(costs)
-
-        def seconds(cost: StepCost, num_running: int, row_tokens: float) -> float:
-            prefill_s = whole * cost.seconds(max_prefill_tokens) + (cost.seconds(rest) if rest else 0.0)
-            step_s = cost.seconds((num_running + others + 1) * self.token_share) / row_tokens
-            return prefill_s + (work.output + TURNOVER_STEPS) * step_s
-
-        return min(seconds(*known) for known in costs)
+        return min(
+            whole * cost.seconds(max_prefill_tokens) + (cost.seconds(rest) if rest else 0.0) + num_steps * step_s
+            for cost, step_s in known
+        )
 
     def least_run_s(self, seq: Sequence) -> float:
         """Return how long a sequence takes at least until its end, as far as that is certain.
@@ -285,12 +286,17 @@ class Forecast:
             if group.cost.is_known:
                 step_s = group.cost.seconds(1)
                 if len(self._waiting):
-                    step_s = max(step_s, LOST_PACE * group.cost.seconds(group.mean_running * self.token_share))
+                    step_s = max(step_s, LOST_PACE * group.row_tokens * self._step_s(group, group.mean_running))
                 left = 1 if seq.stop_ids and seq.state is SequenceState.RUNNING else seq.num_expected_left
                 times_s.append(group.cost.token_s * max(seq.num_behind - 1, 0) + left * step_s / group.row_tokens)
         return min(times_s, default=0.0)
 
     # -- helpers ---------------------------------------------------------------------------------
+
+    def _step_s(self, group: WorkerGroup, num_running: float) -> float:
+        """Return what a token of each of so many sequences takes."""
+        most = most_step_tokens(group, self._usual_pace.seconds)
+        return group.cost.seconds(step_tokens(num_running, self.token_share, most)) / group.row_tokens
 
     def _absent_s(self, now: float) -> float:
         """Return how long it takes until there is a worker again."""
@@ -346,7 +352,7 @@ class Forecast:
         prompts_per_s = ends_per_s = 0.0
         for group in self._groups.values():
             num_running = max(group.num_running, 1)
-            step_s = group.cost.seconds(num_running * self.token_share) / group.row_tokens
+            step_s = self._step_s(group, num_running)
             for seq in group.running():
                 ends_s = (seq.num_expected_left + TURNOVER_STEPS) * step_s
                 places.ends_s.append(ends_s)

@@ -85,3 +85,7 @@ class StepCost:
         if left_s <= 0:
             return 0.0
         return left_s / self._token_s if self._token_s else float("inf")
+
+    def efficient_tokens(self, part: float) -> float:
+        """Return with how many tokens a step has that part of the highest rate; infinity if that is not known."""
+        return part / (1 - part) * self._fixed_s / self._token_s if self._token_s else float("inf")

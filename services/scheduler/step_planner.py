@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
+from octavo.services.scheduler.concurrency import Concurrency
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.fair_share import FairShare
 from octavo.services.scheduler.forecast import Forecast
@@ -163,15 +164,17 @@ class StepPlanner:
 
         Return those whose prompt is through: their first token is in this plan.
         """
-        budget = _Budget(max(group.max_batch_tokens - plan.num_tokens, 0))
-        if plan.num_tokens:
-            budget.tokens = min(budget.tokens, self._config.max_prefill_tokens)
         through: list[Sequence] = []
         if not group.prefilling and not len(self._waiting):
             return through
+        concurrency = self._forecast.concurrency(group, now)
+        budget = _Budget(max(group.max_batch_tokens - plan.num_tokens, 0))
+        if plan.num_tokens:
+            most = min(budget.tokens, self._config.max_prefill_tokens)
+            budget.tokens = concurrency.prompt_tokens(plan.num_tokens, most)
         for _ in range(MAX_SEARCHES):
             # Opening takes the waiting ones in the queue's order; then all prompts compete for tokens.
-            were_passed_over = self._open_waiting(group, plan, budget.tokens, now)
+            were_passed_over = self._open_waiting(group, concurrency, plan, budget.tokens, now)
             num_planned = self._plan_prompts(group, plan, budget, now)
             through += [seq for seq in group.prefilling if seq.num_pending]
             group.prefilling = [seq for seq in group.prefilling if not seq.num_pending]
@@ -201,7 +204,9 @@ class StepPlanner:
             seq.first_scheduled_at = seq.first_scheduled_at or now
         return plan.num_tokens - num_before
 
-    def _open_waiting(self, group: WorkerGroup, plan: PlanBuilder, budget: int, now: float) -> bool:
+    def _open_waiting(
+        self, group: WorkerGroup, concurrency: Concurrency, plan: PlanBuilder, budget: int, now: float
+    ) -> bool:
         """Give slots and blocks to waiting sequences, until their prompts fill the budget.
 
         A sequence whose next block another one is going to compute is passed over: it will find that
@@ -219,7 +224,6 @@ class StepPlanner:
             num_behind = {other: other.num_behind() for other in self._groups.values()}
         were_passed_over = False
         num_passed_over = 0
-        concurrency = self._forecast.concurrency(group, now)
         with closing(self._waiting.in_order(group.can_run)) as waiting:
             for seq in waiting:
                 if not group.free_slots or num_passed_over == MAX_PASSED_OVER or ahead.fill_before(prompt_rank(seq)):
