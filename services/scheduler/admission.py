@@ -119,12 +119,13 @@ class Admission:
             return None
         if submit.HasField("pooling"):
             lengths = list(submit.pooling.input_lengths)
-            num_longest = num_least = 1  # a vector takes the place of one token
+            num_longest = num_least = num_expected = 1  # a vector takes the place of one token
         else:
             lengths = [len(submit.prompt_token_ids) + len(submit.continue_token_ids)] * max(submit.candidate_count, 1)
             room = max_model_len - len(submit.prompt_token_ids)
             limit, num_continued = min(room, submit.stop.max_new_tokens or room), len(submit.continue_token_ids)
             num_longest = max(self.outputs.tokens(submit, limit, LONG_OUTPUT) - num_continued, 1)
+            num_expected = max(self.outputs.tokens(submit, limit) - num_continued, 1)
             num_least = max(self.outputs.tokens(submit, limit, 0.0) - num_continued, 1)
         self._forecast.came(submit.remaining_ms / 1000 / self._forecast.margin(now), num_longest)
         wait_s = self._forecast.wait_s(submit.tenant, submit.priority, len(lengths), now)
@@ -136,13 +137,14 @@ class Admission:
         run_s = self._forecast.run_s(longest, num_others, self._config.max_prefill_tokens)
         wait_ms, run_ms = int(1000 * wait_s), int(1000 * run_s)
         late_ms = int(self._forecast.margin(now) * (wait_ms + run_ms)) - submit.remaining_ms
-        if late_ms <= 0:
+        all_of_it = Work(sum(lengths), num_expected * len(lengths))
+        if self._forecast.has_its_turn(submit.tenant, all_of_it, now) and late_ms <= 0:
             return None
         message = (
             f"the queue takes about {wait_ms} ms, the request itself {run_ms} ms, and the deadline is in "
             f"{submit.remaining_ms} ms"
         )
-        return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE", message, retry_ms=late_ms)
+        return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE", message, retry_ms=max(late_ms, 1))
 
 
 def reject(

@@ -30,6 +30,9 @@ MIN_MARGIN, FIRST_MARGIN, MAX_MARGIN = 1.05, 1.1, 1.6
 LATE_PART = 0.01  # of the admitted requests: the margin is held where so many miss their deadline
 MARGIN_STEP = 0.02  # by which a late one raises the margin
 MARGIN_MEMORY_S = 20.0  # after which a raised margin is back at a third
+DEMAND_WINDOW_S = 3.0
+EXCESS = 1.15  # what is let try, of what the machine can do: some of it is not in time
+SPARE_PART = 0.25  # of the places: where so many are free, nobody is turned away for others' sake
 BIAS_MEMORY = 64  # sequences that waited, after which one counts for a third
 MAX_BIAS = 2.0
 TURNOVER_STEPS = 2  # until a place that is free is used: as many steps as are in flight
@@ -121,6 +124,40 @@ class Bias:
         return max(self._actual / self._predicted, 1.0)
 
 
+class Demand:
+    """The machine time a second that each tenant asks for, refused requests included: of this window and the last.
+
+    Where that is more than there is, a part of the requests is turned away by turns, whatever their lengths: else
+    short ones would take every place that becomes free, and long ones none.
+    """
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._now: dict[str, float] = {}
+        self._before: dict[str, float] = {}
+        self._turns: dict[str, float] = {}  # of each tenant, what is left of the part that it may try
+
+    def came(self, tenant: str, seconds: float, now: float) -> None:
+        """Learn that a tenant asks for so much machine time."""
+        if now - self._since > DEMAND_WINDOW_S:
+            is_next = now - self._since < 2 * DEMAND_WINDOW_S
+            self._before, self._now, self._since = (self._now if is_next else {}), {}, now
+            self._turns = {name: turn for name, turn in self._turns.items() if name in self._before}
+        self._now[tenant] = self._now.get(tenant, 0.0) + seconds
+
+    def per_s(self, tenant: str, now: float) -> float:
+        """Return the seconds a second that a tenant asks for."""
+        seconds = self._now.get(tenant, 0.0) + self._before.get(tenant, 0.0)
+        return seconds / (DEMAND_WINDOW_S + now - self._since)
+
+    def may_try(self, tenant: str, part: float) -> bool:
+        """Take a tenant's turn, of which there is one for this part of its requests."""
+        turn = self._turns.get(tenant, 1.0) + part
+        may = turn >= 1.0
+        self._turns[tenant] = turn - may
+        return may
+
+
 @dataclass
 class _Places:
     """What runs: for each tenant the seconds until each of its sequences ends, in order; and how many more may run."""
@@ -150,6 +187,7 @@ class Forecast:
         self._mean = MeanLengths()
         self._bias = Bias()
         self._usual_pace = UsualPace()
+        self._demand = Demand()
         self._unmet_until: dict[str, float] = {}  # by tenant, the first to end first
         self._unmet_weight = 0.0  # of those of them that do not wait
         self._unmet_at = -math.inf
@@ -253,6 +291,18 @@ class Forecast:
             turn_s = places.turn_s / share
             wait_s = max(wait_s, _until_free_s(own_ends, own_places - len(own_ends), num_own, turn_s))
         return (prompts_s + wait_s) * self._bias.value + self._absent_s(now)
+
+    def has_its_turn(self, tenant: str, work: Work, now: float) -> bool:
+        """Return whether a request is one of the part of its tenant's that there is room for; learns what it asks."""
+        places = self._look(now)
+        turn_s = places.turn_s * work.output / self._mean.output
+        self._demand.came(tenant, work.prompt * places.token_s + turn_s, now)
+        num_places = len(places.ends_s) + places.num_free
+        if not self._groups or (places.num_free > SPARE_PART * num_places and self.share(tenant, now) >= 1.0):
+            return True
+        wanted = self._demand.per_s(tenant, now)
+        part = EXCESS * self.share(tenant, now) / wanted if wanted else 1.0
+        return part >= 1.0 or self._demand.may_try(tenant, part)
 
     def num_beside(self, num_others: int, now: float) -> float:
         """Return how many of so many others that wait will run beside a sequence."""
