@@ -41,12 +41,7 @@ class Admission:
 
         `max_model_len` is what the workers can hold, 0 if there are none, nor soon will be.
         """
-        rejected = self._refuse_for_good(submit, groups, max_model_len) or self._refuse_for_now(
-            submit, max_model_len, now
-        )
-        if rejected is not None and rejected.code == code_pb2.RESOURCE_EXHAUSTED:
-            self._forecast.turned_away(submit.tenant, now)
-        return rejected
+        return self._refuse_for_good(submit, groups, max_model_len) or self._refuse_for_now(submit, max_model_len, now)
 
     def _refuse_for_good(
         self, submit: scheduler_pb2.Submit, groups: Collection[WorkerGroup], max_model_len: int
@@ -102,6 +97,7 @@ class Admission:
             )
         else:
             return self._refuse_for_deadline(submit, max_model_len, now)
+        self._forecast.turned_away(submit.tenant, now)
         retry_ms = int(500 * self._forecast.queue_s(now)) + 1
         return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_ms=retry_ms)
 
@@ -117,29 +113,33 @@ class Admission:
         if not submit.remaining_ms:
             self._forecast.came(math.inf, 1)
             return None
-        if submit.HasField("pooling"):
-            lengths = list(submit.pooling.input_lengths)
-            num_longest = num_least = num_expected = 1  # a vector takes the place of one token
+        num_sequences = max(submit.candidate_count, 1)
+        if submit.HasField("pooling"):  # all inputs fill steps together, and a vector takes the place of one token
+            least = mean = longest = Work(len(submit.prompt_token_ids), 1)
         else:
-            lengths = [len(submit.prompt_token_ids) + len(submit.continue_token_ids)] * max(submit.candidate_count, 1)
-            room = max_model_len - len(submit.prompt_token_ids)
-            limit, num_continued = min(room, submit.stop.max_new_tokens or room), len(submit.continue_token_ids)
-            num_longest = max(self.outputs.tokens(submit, limit, LONG_OUTPUT) - num_continued, 1)
-            num_expected = max(self.outputs.tokens(submit, limit) - num_continued, 1)
-            num_least = max(self.outputs.tokens(submit, limit, 0.0) - num_continued, 1)
-        self._forecast.came(submit.remaining_ms / 1000 / self._forecast.margin(now), num_longest)
-        wait_s = self._forecast.wait_s(submit.tenant, submit.priority, len(lengths), now)
+            num_prompt, num_continued = len(submit.prompt_token_ids), len(submit.continue_token_ids)
+            room = max_model_len - num_prompt
+            limit = min(room, submit.stop.max_new_tokens or room)
+            longest, mean, least = (
+                Work(num_prompt + num_continued, max(self.outputs.tokens(submit, limit, averages) - num_continued, 1))
+                for averages in (LONG_OUTPUT, 1.0, 0.0)
+            )
+            if 0 < submit.stop.soft_time_limit_ms < submit.remaining_ms:  # what is made by then is enough
+                longest = least = Work(num_prompt + num_continued, 1)
+        margin = self._forecast.margin(now)
+        self._forecast.came(submit.remaining_ms / 1000 / margin, longest.output)
+        wait_s = self._forecast.wait_s(submit.tenant, submit.priority, num_sequences, now)
         num_ahead = len(self._states.waiting)
-        if not wait_s and not num_ahead:  # nobody is kept from anything if it gets longer than it might
-            num_longest = num_least
-        longest = Work(max(lengths), num_longest)
-        num_others = self._forecast.num_beside(num_ahead, now) + len(lengths) - 1
-        run_s = self._forecast.run_s(longest, num_others, self._config.max_prefill_tokens)
-        wait_ms, run_ms = int(1000 * wait_s), int(1000 * run_s)
-        late_ms = int(self._forecast.margin(now) * (wait_ms + run_ms)) - submit.remaining_ms
-        all_of_it = Work(sum(lengths), num_expected * len(lengths))
-        if self._forecast.has_its_turn(submit.tenant, all_of_it, now) and late_ms <= 0:
+        # Nobody is kept from anything if it gets longer than it might, where there is room for all.
+        expected = longest if wait_s or num_ahead else least
+        num_others = self._forecast.num_beside(num_ahead, now) + num_sequences - 1
+        wait_ms, run_ms = int(1000 * wait_s), int(1000 * self._forecast.run_s(expected, num_others))
+        late_ms = int(margin * (wait_ms + run_ms)) - submit.remaining_ms
+        is_its_turn = self._forecast.has_its_turn(submit.tenant, mean, num_sequences, now)
+        if (is_its_turn and late_ms <= 0) or self._forecast.may_try(submit, now):
             return None
+        if 1000 * margin * self._forecast.run_alone_s(least) <= submit.remaining_ms:
+            self._forecast.turned_away(submit.tenant, now)  # else it would have no time on an idle machine either
         message = (
             f"the queue takes about {wait_ms} ms, the request itself {run_ms} ms, and the deadline is in "
             f"{submit.remaining_ms} ms"

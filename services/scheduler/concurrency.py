@@ -3,14 +3,16 @@
 Each sequence more makes every step longer, and so everybody later. A sequence with `left` tokens to make and `s`
 seconds until its deadline needs steps of at most `s / left` seconds: its pace. A group runs as many sequences as
 its steps allow at the least pace among them; the others wait in the queue, where they make nobody late.
+But a tenant's hurry costs others no more than its share: so many run that theirs is made all the same.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from octavo.services.scheduler.sequence import Sequence
+from octavo.services.scheduler.step_cost import StepCost
 from octavo.services.scheduler.worker_group import WorkerGroup
 
 NUM_TIGHTEST = 8  # sequences whose paces are looked at: those with the least time for each token
@@ -19,11 +21,12 @@ MIN_PROMPT_TOKENS = 32  # in a step, so that prompts get on beside whatever runs
 EFFICIENCY = 0.8  # of the highest rate: fewer do not run because of what most of those that come need
 MARGIN = 1.03  # on what the tokens left take
 
+_Need = tuple[float, int, str]
 
-def most_step_tokens(group: WorkerGroup, usual_pace_s: float) -> float:
-    """Return how many tokens a step should have: as many as the usual pace allows, or as efficiency asks for."""
-    cost = group.cost
-    return max(cost.most_tokens(usual_pace_s * group.row_tokens), cost.efficient_tokens(EFFICIENCY))
+
+def most_step_tokens(cost: StepCost, step_s: float) -> float:
+    """Return how many tokens a step should have that usually has so long: what fits, or what efficiency asks for."""
+    return max(cost.most_tokens(step_s), cost.efficient_tokens(EFFICIENCY))
 
 
 def step_tokens(num_running: float, token_share: float, most: float) -> float:
@@ -34,21 +37,32 @@ def step_tokens(num_running: float, token_share: float, most: float) -> float:
 class Concurrency:
     """Decides whether a group can run one more sequence. Made for one plan; `token_share` is Forecast's."""
 
-    def __init__(self, group: WorkerGroup, token_share: float, usual_pace_s: float, now: float) -> None:
+    def __init__(
+        self,
+        group: WorkerGroup,
+        token_share: float,
+        usual_pace_s: float,
+        share: Callable[[str], float],
+        now: float,
+    ) -> None:
         """Look at what runs on `group`.
 
         token_share   tokens that a step has for each sequence that runs, prompts included
         usual_pace_s  what most of those that come need; infinity if they have time
+        share         tells the part of the machine that is a tenant's, while others would like theirs
         """
         self._cost = group.cost
+        self._makes_vectors = group.model.makes_vectors  # in one step: there is no pace
         self._token_share = token_share
         self._row_tokens = group.row_tokens
+        self._share = share
         self._now = now
-        self._most_step_tokens = most_step_tokens(group, usual_pace_s)
+        self._most_step_tokens = most_step_tokens(group.cost, usual_pace_s * group.row_tokens)
         self._lost_s = LOST_PACE * self._step_s(group.mean_running)
         self.num_running = group.num_running
+        self._num_slots = group.num_running + len(group.free_slots)
         most = self._cost.most_tokens(usual_pace_s * group.row_tokens) / token_share
-        self._most_usual = max(most, self._least_efficient(group))
+        self._most_usual = max(most, self._least_for(1.0))
         self._num_behind = sum(seq.num_behind for seq in group.prefilling)
         self._tightest = heapq.nsmallest(NUM_TIGHTEST, self._needs(group.running()), key=_pace)
 
@@ -57,15 +71,17 @@ class Concurrency:
 
         What `seq` itself needs is no matter: its time runs out as fast as places become free.
         """
-        if not self._cost.is_known:
+        if not self._cost.is_known or self._makes_vectors:
             return True
-        if self.num_running >= self._most_usual:
+        if self.is_full:
             return False
         prompts_s = self._cost.token_s * (self._num_behind + len(seq.tokens))
         step_s = self._step_s(self.num_running + 1)
-        for left_s, num_left in self._tightest:
+        for left_s, num_left, tenant in self._tightest:
             pace_s = (left_s - prompts_s) / num_left
-            if self._lost_s <= pace_s < step_s:
+            if self._lost_s <= pace_s < step_s and (
+                tenant == seq.request.submit.tenant or self.num_running >= self._least_for(1 - self._share(tenant))
+            ):
                 return False
         return True
 
@@ -73,6 +89,11 @@ class Concurrency:
         """Return how many tokens of prompts, of at most so many, a step can have beside `num_tokens` of outputs."""
         left = self._most_step_tokens - num_tokens
         return most if left >= most else max(int(left), min(MIN_PROMPT_TOKENS, most))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many run as most of those that come have time for."""
+        return self.num_running >= self._most_usual
 
     def add(self, seq: Sequence) -> None:
         """Count a sequence that runs from now on."""
@@ -83,18 +104,21 @@ class Concurrency:
     def most_sequences(self) -> float:
         """Return how many could run at once at the least pace of those that run; infinity if all have time."""
         prompts_s = self._cost.token_s * self._num_behind
-        paces = [(left_s - prompts_s) / left for left_s, left in self._tightest]
-        least_s = min((pace for pace in paces if pace >= self._lost_s), default=float("inf"))
-        most = self._cost.most_tokens(least_s * self._row_tokens) / self._token_share
-        return min(most, self._most_usual)
+        paces = [((left_s - prompts_s) / left, tenant) for left_s, left, tenant in self._tightest]
+        most = (self.most_at(pace_s, tenant) for pace_s, tenant in paces if pace_s >= self._lost_s)
+        return min(most, default=self._most_usual)
 
-    def _least_efficient(self, group: WorkerGroup) -> float:
-        """Return how many have to run at once for most of the rate that all slots together would have."""
-        num_slots = group.num_running + len(group.free_slots)
-        fixed_s, all_s = self._step_s(0), self._step_s(num_slots)
-        # rate(n) = n / (fixed + n * each); solved for rate(n) = EFFICIENCY * rate(num_slots).
-        each_s = (all_s - fixed_s) / num_slots
-        rate = EFFICIENCY * num_slots / all_s if all_s else 0.0
+    def most_at(self, pace_s: float, tenant: str) -> float:
+        """Return how many could run at once at a pace that one of a tenant needs."""
+        most = self._cost.most_tokens(pace_s * self._row_tokens) / self._token_share
+        return min(max(most, self._least_for(1 - self._share(tenant))), self._most_usual)
+
+    def _least_for(self, part: float) -> float:
+        """Return how many have to run at once for most of a part of the rate that all slots together would have."""
+        fixed_s, all_s = self._step_s(0), self._step_s(self._num_slots)
+        # rate(n) = n / (fixed + n * each); solved for rate(n) = EFFICIENCY * part * rate(num_slots).
+        each_s = (all_s - fixed_s) / self._num_slots
+        rate = EFFICIENCY * part * self._num_slots / all_s if all_s else 0.0
         return fixed_s * rate / (1 - each_s * rate)
 
     def _step_s(self, num_running: float) -> float:
@@ -102,15 +126,15 @@ class Concurrency:
         num_tokens = step_tokens(num_running, self._token_share, self._most_step_tokens)
         return self._cost.seconds(num_tokens) / self._row_tokens
 
-    def _needs(self, sequences: Iterable[Sequence]) -> list[tuple[float, int]]:
-        """Return the seconds that each has, and the tokens it has to make in them. Those without a deadline: none."""
+    def _needs(self, sequences: Iterable[Sequence]) -> list[_Need]:
+        """Return the seconds that each has, the tokens to make in them, and its tenant. Those that have time: none."""
         now = self._now
         return [
-            ((seq.request.deadline - now) / MARGIN, seq.num_expected_left)
+            ((seq.request.deadline - now) / MARGIN, seq.num_expected_left, seq.request.submit.tenant)
             for seq in sequences
-            if seq.request.submit.remaining_ms
+            if seq.request.needs_time
         ]
 
 
-def _pace(need: tuple[float, int]) -> float:
+def _pace(need: _Need) -> float:
     return need[0] / need[1]

@@ -9,6 +9,7 @@ from octavo.services.scheduler.forecast import Forecast
 from octavo.services.scheduler.sequence import Request, SequenceState
 
 MIN_PAUSE_S = 0.1  # between two looks at a request
+MIN_KEPT = 64  # entries, before those of requests that have ended are looked for
 
 
 class EarlyEnds:
@@ -17,10 +18,11 @@ class EarlyEnds:
     def __init__(self, forecast: Forecast) -> None:
         self._forecast = forecast
         self._due: list[tuple[float, int, Request]] = []  # heap of (time, arrival, request)
+        self._most_kept = MIN_KEPT
 
     def add(self, request: Request, now: float) -> None:
-        """Watch a request that was admitted, if it has a deadline."""
-        if request.submit.remaining_ms:
+        """Watch a request that was admitted, if it needs all its time."""
+        if request.needs_time:
             self._push(request, now)
 
     def take(self, now: float) -> Iterator[Request]:
@@ -38,6 +40,10 @@ class EarlyEnds:
         due = max(request.deadline - self._left_s(request), now + MIN_PAUSE_S)
         if due < request.deadline:  # else its deadline ends it
             heapq.heappush(self._due, (due, request.arrival, request))
+        if len(self._due) > self._most_kept:
+            self._due = [entry for entry in self._due if entry[2].num_unfinished]
+            heapq.heapify(self._due)
+            self._most_kept = MIN_KEPT + 2 * len(self._due)
 
     def _left_s(self, request: Request) -> float:
         alive = (seq for seq in request.sequences if seq.state is not SequenceState.FINISHED)

@@ -11,12 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.concurrency import LOST_PACE, Concurrency, most_step_tokens, step_tokens
-from octavo.services.scheduler.config import BLOCK_SIZE
+from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.fair_share import FairShare
 from octavo.services.scheduler.sequence import Request, Sequence, SequenceState
 from octavo.services.scheduler.step_cost import StepCost
-from octavo.services.scheduler.tally import Tally
 from octavo.services.scheduler.waiting_queue import WaitingQueue
 from octavo.services.scheduler.work import Work
 from octavo.services.scheduler.worker_group import WorkerGroup
@@ -39,6 +39,9 @@ TURNOVER_STEPS = 2  # until a place that is free is used: as many steps as are i
 PACE_PART, PACE_STEP = 0.1, 0.1  # the part of requests that may need a smaller pace; how fast that is learned
 MAX_LEARNED = 256  # groups whose step times are remembered after they are gone
 RESTART_S = 3.0  # until a worker that was lost is back, before one has been
+MAX_RESTART_S = 15.0  # one that was away for longer was taken down, and did not just start again
+STALE_S = 1.0  # without a step: what is known of steps may be wrong by now
+MIN_PROMISES = 64  # kept, before those of sequences that do not wait any more are looked for
 LONGEST_S = 1e6
 
 
@@ -150,7 +153,7 @@ class Demand:
         seconds = self._now.get(tenant, 0.0) + self._before.get(tenant, 0.0)
         return seconds / (DEMAND_WINDOW_S + now - self._since)
 
-    def may_try(self, tenant: str, part: float) -> bool:
+    def take_turn(self, tenant: str, part: float) -> bool:
         """Take a tenant's turn, of which there is one for this part of its requests."""
         turn = self._turns.get(tenant, 1.0) + part
         may = turn >= 1.0
@@ -173,12 +176,12 @@ class Forecast:
     """Owner of what was learned of step times, lengths and errors; predicts from that."""
 
     def __init__(
-        self, groups: Mapping[str, WorkerGroup], waiting: WaitingQueue, fair_share: FairShare, tally: Tally
+        self, config: SchedulerConfig, groups: Mapping[str, WorkerGroup], waiting: WaitingQueue, fair_share: FairShare
     ) -> None:
+        self._max_prefill_tokens = config.max_prefill_tokens
         self._groups = groups
         self._waiting = waiting
         self._fair_share = fair_share
-        self._tally = tally
         self._margin = Margin()
         self._learned: dict[str, StepCost] = {}  # of groups that are gone, the latest last
         self._lost_at: float | None = None  # the last worker, if none has come since
@@ -191,7 +194,9 @@ class Forecast:
         self._unmet_until: dict[str, float] = {}  # by tenant, the first to end first
         self._unmet_weight = 0.0  # of those of them that do not wait
         self._unmet_at = -math.inf
-        self._promised: list[tuple[float, int, int, Sequence]] = []  # heap
+        self._promised: list[tuple[float, int, Sequence]] = []  # heap of (pace, arrival, sequence)
+        self._most_promises = MIN_PROMISES
+        self._trial: scheduler_pb2.Submit | None = None  # was admitted though it was predicted to be late
         self._places: _Places | None = None
         self._places_of: tuple[int, int] = (0, 0)
 
@@ -203,14 +208,14 @@ class Forecast:
         if known is not None:
             group.cost = known.copy()
         if self._lost_at is not None:
-            self._restart_s = now - self._lost_at
+            self._restart_s = min(now - self._lost_at, MAX_RESTART_S)
             self._lost_at = None
         self._places = None
 
     def lost(self, group: WorkerGroup, now: float) -> None:
         """Remember what is known of a group that is gone."""
         self._learned.pop(group.group_id, None)
-        if group.cost.is_known:
+        if group.cost.is_known and not group.cost_is_guess:
             self._learned[group.group_id] = group.cost
         if len(self._learned) > MAX_LEARNED:
             del self._learned[next(iter(self._learned))]
@@ -227,13 +232,14 @@ class Forecast:
 
     def ended(self, request: Request, was_late: bool, now: float) -> None:
         """Learn whether a request that was admitted met its deadline."""
-        if request.submit.remaining_ms:
+        if request.needs_time and request.submit is not self._trial:
             self._margin.ended(was_late, now)
 
     def came(self, left_s: float, num_output: int) -> None:
         """Learn that a request came that has so many tokens to make in so many seconds; infinity: any time."""
         pace_s = left_s / num_output
-        if any(pace_s >= group.cost.seconds(1) / group.row_tokens for group in self._groups.values()):
+        known = (group for group in self._groups.values() if group.cost.is_known)
+        if any(pace_s >= group.cost.seconds(1) / group.row_tokens for group in known):
             self._usual_pace.came(pace_s)  # else it could not be served on an idle machine either
 
     def turned_away(self, tenant: str, now: float) -> None:
@@ -241,6 +247,35 @@ class Forecast:
         self._unmet_until.pop(tenant, None)
         if len(self._unmet_until) < MAX_UNMET:
             self._unmet_until[tenant] = now + UNMET_S
+
+    def promise(self, request: Request, now: float) -> None:
+        """Remember what a request that is admitted needs: a pace, once it runs. To be called before it waits."""
+        if not request.needs_time:
+            return
+        submit, first, last = request.submit, request.sequences[0], request.sequences[-1]
+        wait_s = self.wait_s(submit.tenant, submit.priority, 1, now)
+        first.predicted_wait_s = (wait_s - self._absent_s(now)) / self._bias.value
+        if first is not last:
+            wait_s = self.wait_s(submit.tenant, submit.priority, len(request.sequences), now)
+        left_s = (request.deadline - now) / self.margin(now) - wait_s
+        heapq.heappush(self._promised, (left_s / last.num_expected_left, request.arrival, last))
+        if len(self._promised) > self._most_promises:
+            self._promised = [entry for entry in self._promised if entry[-1].state is SequenceState.WAITING]
+            heapq.heapify(self._promised)
+            self._most_promises = MIN_PROMISES + 2 * len(self._promised)
+        self._places = None
+
+    def may_try(self, submit: scheduler_pb2.Submit, now: float) -> bool:
+        """Return whether a request may be tried that is predicted to be late.
+
+        Where nothing runs, no step shows that what was learned is wrong. So one is let in now and then.
+        """
+        if len(self._waiting) or any(group.num_running for group in self._groups.values()):
+            return False
+        if now - max((group.last_result_at for group in self._groups.values()), default=now) < STALE_S:
+            return False
+        self._trial = submit
+        return True
 
     # -- what is predicted: 0 if nothing is known yet --------------------------------------------
 
@@ -255,15 +290,13 @@ class Forecast:
 
     def concurrency(self, group: WorkerGroup, now: float) -> Concurrency:
         """Return who can run beside those that run on a group."""
-        return Concurrency(group, self.token_share, self._usual_pace.seconds, now)
+        return Concurrency(
+            group, self.token_share, self._usual_pace.seconds, lambda tenant: self.share(tenant, now), now
+        )
 
     def queue_s(self, now: float) -> float:
         """Return how long it takes until all that waits has been served."""
-        waiting = self._waiting.work()
-        places = self._look(now)
-        num_places = max(len(places.ends_s) + places.num_free, 1.0)
-        if math.isinf(num_places):
-            return 0.0
+        waiting, places = self._waiting.work(), self._look(now)
         outputs_s = waiting.sequences * places.turn_s
         return min(waiting.prompt * places.token_s + outputs_s + self._absent_s(now), LONGEST_S)
 
@@ -292,39 +325,36 @@ class Forecast:
             wait_s = max(wait_s, _until_free_s(own_ends, own_places - len(own_ends), num_own, turn_s))
         return (prompts_s + wait_s) * self._bias.value + self._absent_s(now)
 
-    def has_its_turn(self, tenant: str, work: Work, now: float) -> bool:
-        """Return whether a request is one of the part of its tenant's that there is room for; learns what it asks."""
+    def has_its_turn(self, tenant: str, each: Work, num_sequences: int, now: float) -> bool:
+        """Return whether a request is one of the part of its tenant's that there is room for; learns what it asks.
+
+        each  the work of each of its sequences
+        """
         places = self._look(now)
-        turn_s = places.turn_s * work.output / self._mean.output
-        self._demand.came(tenant, work.prompt * places.token_s + turn_s, now)
+        turn_s = places.turn_s * each.output / self._mean.output
+        self._demand.came(tenant, num_sequences * (each.prompt * places.token_s + turn_s), now)
         num_places = len(places.ends_s) + places.num_free
-        if not self._groups or (places.num_free > SPARE_PART * num_places and self.share(tenant, now) >= 1.0):
+        share = self.share(tenant, now)
+        if not self._groups or (places.num_free > SPARE_PART * num_places and share >= 1.0):
             return True
         wanted = self._demand.per_s(tenant, now)
-        part = EXCESS * self.share(tenant, now) / wanted if wanted else 1.0
-        return part >= 1.0 or self._demand.may_try(tenant, part)
+        return wanted <= EXCESS * share or self._demand.take_turn(tenant, EXCESS * share / wanted)
 
     def num_beside(self, num_others: int, now: float) -> float:
         """Return how many of so many others that wait will run beside a sequence."""
         return min(num_others, max(self._look(now).num_free, 0.0))
 
-    def run_s(self, work: Work, num_others: float, max_prefill_tokens: int) -> float:
+    def run_s(self, work: Work, num_others: float) -> float:
         """Return how long a sequence takes from its slot to its end, beside `num_others` more than run now."""
-        num_steps = work.output + TURNOVER_STEPS
-        known = [
-            (group.cost, self._step_s(group, group.num_running + num_others / len(self._groups) + 1))
-            for group in self._groups.values()
-        ]
-        if not known and self._learned:
-            cost = next(reversed(self._learned.values()))
-            known = [(cost, cost.seconds((num_others + 1) * self.token_share))]
-        if not known:
-            return 0.0
-        whole, rest = divmod(work.prompt, max_prefill_tokens)
-        return min(
-            whole * cost.seconds(max_prefill_tokens) + (cost.seconds(rest) if rest else 0.0) + num_steps * step_s
-            for cost, step_s in known
-        )
+        if not self._groups and self._learned:
+            return self._steps_s(next(reversed(self._learned.values())), work, num_others)
+        others = num_others / max(len(self._groups), 1)
+        return min((self._run_on_s(group, work, others) for group in self._groups.values()), default=0.0)
+
+    def run_alone_s(self, work: Work) -> float:
+        """Return how long a sequence would take if nothing else ran."""
+        groups = self._groups.values()
+        return min((self._steps_s(group.cost, work, 0.0, group.row_tokens) for group in groups), default=0.0)
 
     def least_run_s(self, seq: Sequence) -> float:
         """Return how long a sequence takes at least until its end, as far as that is certain.
@@ -335,24 +365,39 @@ class Forecast:
         for group in self._groups.values():
             if group.cost.is_known:
                 step_s = group.cost.seconds(1)
-                if len(self._waiting):
-                    step_s = max(step_s, LOST_PACE * group.row_tokens * self._step_s(group, group.mean_running))
+                if len(self._waiting) and not group.model.makes_vectors:
+                    lately_s = self._step_s(group.cost, group.mean_running, group.row_tokens)
+                    step_s = max(step_s, LOST_PACE * group.row_tokens * lately_s)
                 left = 1 if seq.stop_ids and seq.state is SequenceState.RUNNING else seq.num_expected_left
                 times_s.append(group.cost.token_s * max(seq.num_behind - 1, 0) + left * step_s / group.row_tokens)
         return min(times_s, default=0.0)
 
     # -- helpers ---------------------------------------------------------------------------------
 
-    def _step_s(self, group: WorkerGroup, num_running: float) -> float:
-        """Return what a token of each of so many sequences takes."""
-        most = most_step_tokens(group, self._usual_pace.seconds)
-        return group.cost.seconds(step_tokens(num_running, self.token_share, most)) / group.row_tokens
+    def _step_s(self, cost: StepCost, num_running: float, row_tokens: float) -> float:
+        """Return what a token of each of so many sequences takes: a step has a part of prompts, which is limited."""
+        most = most_step_tokens(cost, self._usual_pace.seconds * row_tokens)
+        num_tokens = step_tokens(num_running, self.token_share, min(most, num_running + self._max_prefill_tokens))
+        return cost.seconds(num_tokens) / row_tokens
 
     def _absent_s(self, now: float) -> float:
         """Return how long it takes until there is a worker again."""
         if self._groups or self._lost_at is None:
             return 0.0
         return max(self._lost_at + self._restart_s - now, 0.0)
+
+    def _run_on_s(self, group: WorkerGroup, work: Work, num_others: float) -> float:
+        """Return how long a sequence takes on a group, from its slot to its end."""
+        if not group.model.makes_vectors:
+            return self._steps_s(group.cost, work, group.num_running + num_others, group.row_tokens)
+        # All there is to compute is tokens of prompts, which fill steps.
+        in_flight_s = sum(group.cost.seconds(step.num_tokens) for step in group.in_flight)
+        return in_flight_s + _filled_s(group.cost, group.num_behind() + work.prompt, group.max_batch_tokens)
+
+    def _steps_s(self, cost: StepCost, work: Work, num_others: float, row_tokens: float = 1.0) -> float:
+        """Return how long a sequence takes beside so many others."""
+        step_s = self._step_s(cost, num_others + 1, row_tokens)
+        return _filled_s(cost, work.prompt, self._max_prefill_tokens) + (work.output + TURNOVER_STEPS) * step_s
 
     def _competing(self, tenant: str, now: float) -> float:
         """Return the weights of `tenant` and of all others that wait or were refused lately."""
@@ -366,26 +411,12 @@ class Forecast:
         own = 0.0 if counts else self._fair_share.weight(tenant)
         return self._fair_share.total_weight + self._unmet_weight + own
 
-    def promise(self, seq: Sequence, now: float) -> None:
-        """Remember what a sequence that is admitted needs: a pace, once it runs. To be called before it waits."""
-        request = seq.request
-        if request.submit.remaining_ms:
-            wait_s = self.wait_s(request.submit.tenant, request.submit.priority, 1, now)
-            seq.predicted_wait_s = (wait_s - self._absent_s(now)) / self._bias.value
-            left_s = (request.deadline - now) / self.margin(now) - wait_s
-            pace_s = left_s / max(seq.num_expected_left, 1)
-            heapq.heappush(self._promised, (pace_s, request.arrival, seq.candidate_index, seq))
-            self._places = None
-
-    def _least_promised_s(self) -> float:
-        """Return the least pace that was promised to a sequence that waits; infinity if there is none."""
+    def _least_promised(self) -> tuple[float, str]:
+        """Return the least pace that was promised to one that waits, and its tenant; infinity if there is none."""
         promised = self._promised
         while promised and promised[0][-1].state is not SequenceState.WAITING:
             heapq.heappop(promised)
-        return promised[0][0] if promised else math.inf
-
-    def _most_promised(self, group: WorkerGroup) -> float:
-        return group.cost.most_tokens(self._least_promised_s() * group.row_tokens) / self.token_share
+        return (promised[0][0], promised[0][-1].request.submit.tenant) if promised else (math.inf, "")
 
     def _look(self, now: float) -> _Places:
         """Return what runs, as of the last step."""
@@ -398,20 +429,25 @@ class Forecast:
         return self._places
 
     def _measure(self, now: float) -> _Places:
-        places = _Places()
+        places, promised = _Places(), self._least_promised()
         prompts_per_s = ends_per_s = 0.0
         for group in self._groups.values():
             num_running = max(group.num_running, 1)
-            step_s = self._step_s(group, num_running)
+            step_s = self._step_s(group.cost, num_running, group.row_tokens)
             for seq in group.running():
                 ends_s = (seq.num_expected_left + TURNOVER_STEPS) * step_s
                 places.ends_s.append(ends_s)
                 places.by_tenant.setdefault(seq.request.submit.tenant, []).append(ends_s)
-            most = min(self.concurrency(group, now).most_sequences(), self._most_promised(group))
+            if group.model.makes_vectors:  # whose sequences take nothing of each other but their turn
+                places.num_free = math.inf
+                full_s = group.cost.seconds(group.max_batch_tokens)
+                prompts_per_s += group.max_batch_tokens / full_s if full_s else 0.0
+                continue
+            concurrency = self.concurrency(group, now)
+            most = min(concurrency.most_sequences(), concurrency.most_at(*promised))
             allowed = most - group.num_running
-            if not group.model.whole_sequences:
-                blocks = (self._mean.prompt + self._mean.output) / BLOCK_SIZE + 1
-                allowed = min(allowed, group.pool.num_free / blocks)
+            blocks = (self._mean.prompt + self._mean.output) / BLOCK_SIZE + 1
+            allowed = min(allowed, group.pool.num_free / blocks)
             places.num_free += min(allowed, len(group.free_slots))
             if group.cost.token_s:
                 prompts_per_s += 1 / group.cost.token_s
@@ -435,3 +471,9 @@ def _until_free_s(ends_s: list[float], num_free: float, wanted: int, turn_s: flo
     if missing <= len(ends_s):
         return ends_s[missing - 1]
     return (ends_s[-1] if ends_s else 0.0) + (missing - len(ends_s)) * turn_s
+
+
+def _filled_s(cost: StepCost, num_tokens: int, max_tokens: int) -> float:
+    """Return how long steps of `max_tokens` take, and a smaller last one, that have `num_tokens` together."""
+    whole, rest = divmod(num_tokens, max_tokens)
+    return whole * cost.seconds(max_tokens) + (cost.seconds(rest) if rest else 0.0)

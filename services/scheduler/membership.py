@@ -24,6 +24,7 @@ PAUSE_S = (0.25, 5.0)  # before a group joins again that was lost twice without 
 FORGET_S = 60.0  # after its last loss a group is treated like a new one
 CONFIG_REPEAT_S = 1.0  # a worker that is not ready may not have got its configuration, or its answer was lost
 MAX_WORKERS = 256
+MAX_KV_BLOCKS = 1 << 22  # of a worker, 67 million tokens: each block takes memory here
 # Faults that say nothing about what was being computed.
 BLAMELESS_FAULTS = frozenset(
     ("STEP_GAP", "PROTOCOL_REVISION", "CONFIG_REFUSED", "INVALID_PLAN", "OUT_OF_MEMORY", "RANK_LOST")
@@ -206,8 +207,8 @@ class Membership:
         if member.is_ready:
             return
         group_id, name = member.hello.group_id, member.hello.worker_id
-        if ready.kv_blocks < (1 if ready.whole_sequences else 2) or not ready.max_model_len:
-            self._lose(group_id, "has no room for a KV cache", now, crashed=False)
+        if problem := _problem(ready):
+            self._lose(group_id, problem, now, crashed=False)
             return
         member.is_ready = True
         member.pulse = Pulse(now)  # how late it was while it prepared its device says nothing about later
@@ -292,3 +293,16 @@ class Membership:
         self._losses[group_id] = Losses(count, now + pause_s)
         if len(self._losses) > MAX_WORKERS:
             del self._losses[next(iter(self._losses))]
+
+
+def _problem(ready: worker_pb2.WorkerReady) -> str:
+    """Return why a worker like this cannot be taken into service, or nothing."""
+    if ready.kv_blocks < (1 if ready.whole_sequences else 2) or not ready.max_model_len:
+        return "has no room for a KV cache"
+    if ready.kv_blocks > MAX_KV_BLOCKS:
+        return f"has {ready.kv_blocks} KV blocks; a scheduler keeps account of at most {MAX_KV_BLOCKS}"
+    if ready.whole_sequences and not ready.vector_size:
+        return "makes no vectors, and its model computes sequences as a whole only"
+    if ready.max_row_tokens > BLOCK_SIZE:
+        return f"makes up to {ready.max_row_tokens} tokens of a row in a step; at most {BLOCK_SIZE} are taken"
+    return ""

@@ -41,7 +41,8 @@ from octavo.services.scheduler.waiting_queue import WaitingQueue
 from octavo.services.scheduler.worker_group import MAX_STEPS_IN_FLIGHT, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
-LAST_MOMENT_S = 0.1  # before its deadline: a client that cancels then has given up waiting
+# Before its deadline, and of its time: a client that cancels then has given up waiting.
+LAST_MOMENT_S, LAST_PART = 0.1, 0.1
 MAX_TOKENS = 1 << 30  # longer than any context
 MAX_CANDIDATES = 1 << 16  # of a request, those before the first one included
 GIVE_UP_S = 1.0  # how often it is looked for requests that no worker can run
@@ -61,7 +62,7 @@ class Scheduler:
         fair_share = FairShare(config.weights())
         self._waiting = WaitingQueue(fair_share, ShortestFirst(config.ageing_tokens_per_s))
         self._states = SequenceStates(self._waiting, tally)
-        self._forecast = Forecast(self._groups, self._waiting, fair_share, tally)
+        self._forecast = Forecast(config, self._groups, self._waiting, fair_share)
         self._admission = Admission(config, self._states, self._forecast)
         self._early_ends = EarlyEnds(self._forecast)
         self._requests = LiveRequests(config)
@@ -178,11 +179,11 @@ class Scheduler:
         self._requests.add(request, now)
         self._early_ends.add(request, now)
         self._effects.send(gateway_id, scheduler_pb2.AttachResponse(admitted=self._admitted(request)))
+        self._forecast.promise(request, now)
         for seq in request.sequences:
             if len(seq.tokens) >= seq.max_len:  # nothing left to do of an output that is continued
                 self._endings.finish(seq, length_reason(seq), now)
             else:
-                self._forecast.promise(seq, now)
                 self._waiting.add(seq)
         self._effects.flush()
 
@@ -198,7 +199,8 @@ class Scheduler:
             if not cancel.HasField("candidate_index") or seq.candidate_index == cancel.candidate_index:
                 self._endings.stop(seq)
         if request.num_unfinished == 0:  # nobody wants to take it over
-            if request.deadline - now < LAST_MOMENT_S:  # its client's clock ended it
+            last_s = min(LAST_MOMENT_S, LAST_PART * (request.deadline - request.admitted_at))
+            if request.deadline - now < last_s:  # its client's clock ended it
                 self._forecast.ended(request, True, now)
             self._requests.resumable.forget(request)
 

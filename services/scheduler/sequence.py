@@ -51,6 +51,11 @@ class Request:
         return f"<{self.submit.request_id} of {self.gateway_id!r} {self.sequences}>"
 
     @property
+    def needs_time(self) -> bool:
+        """Whether all of its output has to be there by a deadline: what is made until a soft limit is enough else."""
+        return self.submit.remaining_ms > 0 and self.soft_deadline >= self.deadline
+
+    @property
     def key(self) -> tuple[str, int]:
         """What the scheduler files it under."""
         return self.gateway_id, self.handle

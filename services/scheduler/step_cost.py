@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 SHAPE_STEPS = 1024  # after so many, a step counts for a third in how the time grows with the tokens
 SPEED_STEPS = 24  # and after so many, in how fast the machine is now
+OUTLIER = 4.0  # times what was expected: what a step takes longer than that says nothing of others
 MIN_SPREAD = 1e-4  # of the sizes' squares: with less, nothing is known of other sizes
 
 
@@ -52,8 +53,16 @@ class StepCost:
         """Whether a step was recorded."""
         return self._shape.steps > 0
 
+    def is_refuted_by(self, num_tokens: int, seconds: float) -> bool:
+        """Return whether a step was so much faster than those recorded that they say nothing of it."""
+        shrinkage = self._shape.tokens / self._shape.steps / num_tokens
+        return OUTLIER * max(shrinkage, 1.0) * seconds < self.seconds(num_tokens)
+
     def record(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a step."""
+        """Learn from a step. One that takes far longer than expected counts as one that takes longer."""
+        if self.seconds(num_tokens):
+            growth = num_tokens * self._shape.steps / self._shape.tokens  # of larger steps less is known
+            seconds = min(seconds, OUTLIER * max(growth, 1.0) * self.seconds(num_tokens))
         self._shape.add(num_tokens, seconds, SHAPE_STEPS)
         self._speed.add(num_tokens, seconds, SPEED_STEPS)
         shape = self._shape

@@ -210,8 +210,8 @@ class StepPlanner:
         """Give slots and blocks to waiting sequences, until their prompts fill the budget.
 
         A sequence whose next block another one is going to compute is passed over: it will find that
-        block in the cache. One that does not fit ends the search, so that it is not starved. Return
-        whether any was passed over.
+        block in the cache. One that does not fit ends the search, so that it is not starved; one that would
+        make others late ends it for its tenant. Return whether any was passed over for its blocks.
         """
         if not group.free_slots or not budget:
             return False
@@ -224,10 +224,15 @@ class StepPlanner:
             num_behind = {other: other.num_behind() for other in self._groups.values()}
         were_passed_over = False
         num_passed_over = 0
+        held: set[str] = set()  # tenants whose next one would make others late
         with closing(self._waiting.in_order(group.can_run)) as waiting:
             for seq in waiting:
                 if not group.free_slots or num_passed_over == MAX_PASSED_OVER or ahead.fill_before(prompt_rank(seq)):
                     break
+                tenant = seq.request.submit.tenant
+                if tenant in held:
+                    num_passed_over += 1
+                    continue
                 if self._suspects and not self._suspects.may_run(seq, group.running(), group.can_run):
                     continue
                 is_bound = self._suspects.is_blamed(seq)  # to the group that is empty, wherever its prefix is
@@ -240,8 +245,14 @@ class StepPlanner:
                     were_passed_over = True
                     num_passed_over += 1
                     continue
-                if not concurrency.has_room_for(seq) or not group.has_room(seq, hits):
+                if not group.has_room(seq, hits):
                     break
+                if not concurrency.has_room_for(seq):
+                    held.add(tenant)
+                    num_passed_over += 1
+                    if concurrency.is_full or len(held) == len(self._waiting.tenants()):
+                        break
+                    continue
                 self._open(group, seq, hits, plan, now)
                 concurrency.add(seq)
                 ahead.add(prompt_rank(seq), seq.num_behind)

@@ -79,6 +79,7 @@ class WorkerGroup:
         self.is_lost = False  # its worker is gone, and what its sequences still refer to is history
         self.tokens_per_s = 0.0  # moving average over steps; 0 until measured
         self.cost = StepCost()
+        self.cost_is_guess = False  # from a step that warmed the worker up
         self._clock = clock
         self.last_result_at = 0.0
         self._num_measured = 0
@@ -131,7 +132,11 @@ class WorkerGroup:
         self._clock.record(step.size, elapsed)
         self._num_measured += 1
         self.mean_running += (self.num_running - self.mean_running) / RUNNING_STEPS
-        if self._num_measured > NUM_WARM_UP_STEPS or not self.cost.is_known:
+        is_warm_up = self._num_measured <= NUM_WARM_UP_STEPS
+        if self.cost_is_guess and self.cost.is_refuted_by(step.num_tokens, elapsed):
+            self.cost = StepCost()
+        if not self.cost.is_known or not is_warm_up:
+            self.cost_is_guess = is_warm_up
             self.cost.record(step.num_tokens, elapsed)
         if elapsed > 0:
             rate = step.num_tokens / elapsed

@@ -56,6 +56,11 @@ class Bench:
                 self.messages.append(effect.message)
         self.core.check_invariants()
 
+    @property
+    def num_open(self) -> int:
+        """Plans that were not answered yet."""
+        return sum(len(group.in_flight) for group in self.core._groups.values())
+
     def answer(self, plan: worker_pb2.StepPlan, **changes: Any) -> None:
         """Answer a plan: a row's vector is its length and first token."""
         rows = rows_of(plan)
@@ -241,3 +246,56 @@ def test_a_wrong_request_is_refused(inputs: list[list[int]], fields: dict[str, A
 
     assert bench.messages[0].rejected.reason == reason
     assert bench.messages[1].HasField("admitted")
+
+
+def in_time(bench: Bench, handle: int, num_tokens: int, remaining_ms: int) -> bool:
+    """Submit an input with a deadline; return whether it was let in."""
+    submit = scheduler_pb2.Submit(handle=handle, request_id=f"r{handle}", candidate_count=1, remaining_ms=remaining_ms)
+    submit.prompt_token_ids.extend([5] * num_tokens)
+    submit.pooling.input_lengths.append(num_tokens)
+    bench.core.submit("g", submit, bench.now)
+    bench.settle()
+    return bench.messages[-1].HasField("admitted")
+
+
+def run(bench: Bench, fixed_s: float = 0.005, token_s: float = 0.0001) -> None:
+    """Let steps take their time until nothing is left to do."""
+    done = len(bench.plans) - bench.num_open
+    while done < len(bench.plans):
+        plan = bench.plans[done]
+        done += 1
+        bench.now += fixed_s + token_s * plan.num_tokens - 0.01
+        bench.answer(plan)
+
+
+@pytest.mark.parametrize("model", [ENCODER, DECODER], ids=["whole", "chunked"])
+def test_inputs_are_let_in_while_steps_can_compute_them_in_time(model: ModelFacts) -> None:
+    bench = Bench(model, max_batch_tokens=512, max_running=256)
+    bench.join(max_model_len=512)
+    handles = iter(range(1, 10_000))
+    for num_tokens in (8, 64, 8, 64, 128, 8) * 4:  # the steps' times are known
+        assert in_time(bench, next(handles), num_tokens, 600_000)
+        run(bench)
+    # A full step of 512 tokens takes 56 ms: a second has room for about 90 inputs of 100 tokens.
+    admitted = sum(in_time(bench, next(handles), 100, 1000) for _ in range(200))
+    before = bench.core.num_requests
+    run(bench)
+
+    assert 60 <= admitted <= 95
+    assert before == admitted
+    assert not [message for message in bench.messages if message.HasField("failed")], "all of them were in time"
+
+
+def test_an_inputs_deadline_keeps_no_other_input_from_its_step() -> None:
+    bench = Bench(max_batch_tokens=512, max_running=64)
+    bench.join(max_model_len=512)
+    for handle in range(1, 30):
+        assert in_time(bench, handle, 16 * (1 + handle % 2), 600_000)
+        run(bench)
+    before = len(bench.plans)
+    for handle in range(100, 132):
+        assert in_time(bench, handle, 16, 12 if handle == 100 else 600_000)
+    assert len(bench.plans) - before == 2, "one runs, the next waits beside the worker"
+    assert len(rows_of(bench.plans[-1])) == 1
+    bench.answer(bench.plans[-2])
+    assert len(rows_of(bench.plans[-1])) == 30, "all others"
