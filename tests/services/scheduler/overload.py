@@ -49,6 +49,9 @@ class Outcome:
     late: Counter[str] = field(default_factory=Counter)
     in_time: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
+    output_tokens: int = 0
+    calls_by_length: Counter[int] = field(default_factory=Counter)  # of the output
+    in_time_by_length: Counter[int] = field(default_factory=Counter)
     longest_queue: int = 0
 
     @property
@@ -65,8 +68,17 @@ def calls_at(calls: deque[Call]) -> float:
 class Overload(World):
     """A world whose steps take as long as their tokens need, and in which outputs end of themselves."""
 
-    def __init__(self, **settings: object) -> None:
-        super().__init__(num_blocks=400, check=False, **settings)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        num_blocks: int = 400,
+        fixed_s: float = FIXED_S,
+        token_s: float = TOKEN_S,
+        slowness: Callable[[float], float] = lambda _: 1.0,
+        **settings: object,
+    ) -> None:
+        """slowness: how many times as long steps take, by the seconds since the start."""
+        super().__init__(num_blocks=num_blocks, check=False, **settings)  # type: ignore[arg-type]
+        self.fixed_s, self.token_s, self.slowness = fixed_s, token_s, slowness
         self.rng = random.Random(7)
         self.started_at = self.now
         self.step_began_at = self.now
@@ -74,7 +86,8 @@ class Overload(World):
     @property
     def step_ends_at(self) -> float:
         """When the step that runs is through."""
-        return self.step_began_at + FIXED_S + TOKEN_S * self.queues["group-0"][0].num_tokens
+        step_s = self.fixed_s + self.token_s * self.queues["group-0"][0].num_tokens
+        return self.step_began_at + step_s * self.slowness(self.step_began_at - self.started_at)
 
     def advance(self) -> None:
         """Let the step end that runs."""
@@ -104,6 +117,7 @@ class Overload(World):
             outcome.longest_queue = max(outcome.longest_queue, self.core.load(self.now).waiting)
         for asker, stream, num_output in asked:
             outcome.calls[asker.tenant] += 1
+            outcome.calls_by_length[num_output] += 1
             if stream.rejected is not None:
                 outcome.refused[asker.tenant] += 1
             elif stream.failed is not None:
@@ -111,7 +125,27 @@ class Overload(World):
             else:
                 outcome.in_time[asker.tenant] += 1
                 outcome.tokens[asker.tenant] += len(stream.submit.prompt_token_ids) + num_output
+                outcome.output_tokens += num_output
+                outcome.in_time_by_length[num_output] += 1
         return outcome
+
+    def run_closed_loop(
+        self, num_callers: int, seconds: float, prompt: Callable[[], int], output: Callable[[], int]
+    ) -> tuple[float, float]:
+        """Let callers ask again and again; return output tokens a second, and seconds a call."""
+        open_calls: list[tuple[Stream, float, int]] = []
+        tokens, took = 0, []
+        while self.now - self.started_at < seconds:
+            while len(open_calls) < num_callers:
+                length = output()
+                ids = [self.rng.randrange(10, 40_000) for _ in range(prompt())]
+                open_calls.append((self.submit(ids, max_new_tokens=length), self.now, length))
+            self.advance()
+            for call in [call for call in open_calls if call[0].ended]:
+                open_calls.remove(call)
+                tokens += call[2]
+                took.append(self.now - call[1])
+        return tokens / seconds, sum(took) / len(took)
 
     def ask(self, asker: Asking, num_prompt: int, num_output: int) -> Stream:
         """Make a call whose output will have `num_output` tokens, whatever it allows."""

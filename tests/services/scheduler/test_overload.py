@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -17,6 +18,65 @@ from .overload import Asking, Outcome, Overload
 SETTINGS = {"max_running": 8, "tenant_weights": ("one=1", "three=3")}
 SECONDS = 60.0
 PEAK_CALLS_PER_S = 10.0  # of 32 tokens: what eight slots can do
+
+
+# A machine that makes 1,640 tokens/s with 64 callers, and up to 2,500 with all 256 slots.
+MACHINE = {"num_blocks": 8000, "fixed_s": 0.01, "token_s": 0.00034}
+LENGTHS = {"prompt": (10, 35, 200, 1000), "output": (16, 64, 128, 256)}
+
+
+@functools.cache
+def closed_loop(mixed: bool) -> tuple[float, float]:
+    """Return what 64 callers get: tokens a second, and seconds a call."""
+    rng = random.Random(5)
+    lengths = [(lambda kind=kind: rng.choice(LENGTHS[kind])) for kind in LENGTHS]
+    return Overload(**MACHINE).run_closed_loop(64, 30.0, *(lengths if mixed else (lambda: 35, lambda: 128)))
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one_length", "mixed"])
+@pytest.mark.parametrize("factor", [1.2, 4.0, 10.0])
+@pytest.mark.parametrize("deadline", [1.25, 2.0, 8.0])
+def test_goodput_stays_near_the_peak_however_much_is_asked_for(deadline: float, factor: float, mixed: bool) -> None:
+    tokens_per_s, call_s = closed_loop(mixed)
+    mean = 116 if mixed else 128
+    lengths = {kind: (lambda rng, kind=kind: rng.choice(LENGTHS[kind])) for kind in LENGTHS} if mixed else {}
+    asked = Asking("one", factor * tokens_per_s / mean, deadline_s=deadline * call_s, **{
+        "prompt": lambda _: 35, "output": lambda _: 128, **lengths,
+    })  # fmt: skip
+    outcome = Overload(**MACHINE).run_calls([asked], 40.0)
+    assert outcome.output_tokens / 40.0 >= (0.8 if deadline == 1.25 else 0.9) * tokens_per_s
+    assert outcome.part_late <= 0.02
+
+
+def test_where_more_is_asked_for_than_there_is_long_requests_get_their_part_too() -> None:
+    tokens_per_s, call_s = closed_loop(mixed=True)
+    prompt, output = ((lambda rng, kind=kind: rng.choice(LENGTHS[kind])) for kind in ("prompt", "output"))
+    outcome = Overload(**MACHINE).run_calls(
+        [Asking("one", 4 * tokens_per_s / 116, prompt, output, deadline_s=2 * call_s)], 40.0
+    )
+    parts = [outcome.in_time_by_length[length] / outcome.calls_by_length[length] for length in LENGTHS["output"]]
+    assert max(parts) < 0.6
+    assert min(parts) > 0.15, parts
+
+
+def test_a_tenant_with_tight_deadlines_gets_its_part_beside_one_that_has_time() -> None:
+    tokens_per_s, call_s = closed_loop(mixed=False)
+    asked = [
+        Asking(tenant, 2 * tokens_per_s / 128, lambda _: 35, lambda _: 128, deadline * call_s)
+        for tenant, deadline in (("one", 1.5), ("two", 8.0))
+    ]
+    outcome = Overload(**MACHINE).run_calls(asked, 40.0)
+    assert outcome.in_time["one"] > 0.6 * outcome.in_time["two"]
+    assert outcome.part_late <= 0.02
+
+
+def test_a_machine_that_loses_half_its_speed_serves_what_it_still_can() -> None:
+    tokens_per_s, call_s = closed_loop(mixed=False)
+    world = Overload(**MACHINE, slowness=lambda s: 2.0 if 20 < s < 60 else 1.0)
+    asked = Asking("one", 4 * tokens_per_s / 128, lambda _: 35, lambda _: 128, deadline_s=4 * call_s)
+    outcome = world.run_calls([asked], 80.0)
+    assert outcome.output_tokens / 80.0 >= 0.7 * tokens_per_s
+    assert outcome.part_late <= 0.05, "those who were there when it became slow"
 
 
 def between(least: int, most: int) -> object:
