@@ -149,7 +149,8 @@ class GenerateCalls:
             hashes = await self.long_work.run(
                 record.tenant, lambda: {size: name_blocks(size) for size in sizes}, is_long and bool(sizes)
             )
-            stream = self._schedulers.submit(prepared.submit, remaining_s, session_id, hashes)
+            num_output = generation.stop.max_new_tokens
+            stream = self._schedulers.submit(prepared.submit, remaining_s, session_id, hashes, num_output)
             async with _closing(stream):
                 while stream.admitted is None and stream.error is None:
                     await stream.wait()

@@ -40,7 +40,7 @@ class _Facts:
     def of(cls, peers: Sequence[SchedulerPeer]) -> _Facts:
         loads = [peer.load for peer in peers]
         return cls(
-            min((load.max_model_len for load in loads if load.max_model_len), default=0),
+            max((load.max_model_len for load in loads), default=0),
             next((load.vector_size for load in loads if load.vector_size), 0),
             any(load.prompt_logprobs for load in loads),
             next((load.model_version for load in loads if load.model_version), ""),
@@ -146,7 +146,7 @@ class SchedulerPool:
 
     @property
     def max_model_len(self) -> int:
-        """Longest context that all workers can hold; 0 if not known."""
+        """Longest context that one of the schedulers can hold; 0 if not known."""
         return self._current_facts().max_model_len
 
     @property
@@ -189,14 +189,16 @@ class SchedulerPool:
         remaining_s: float | None,
         session_id: str = "",
         block_hashes: Mapping[int, Sequence[int]] | None = None,
+        num_output: int = 0,
     ) -> RequestStream:
         """Send a request; its handle and remaining time are filled in. Raises ServingError if that cannot work now.
 
         block_hashes  those of the prompt by size, for `block_sizes`; what is not there is computed when it is needed
+        num_output    most tokens of output, if the client said so: who gets it has room for them
         """
         loop = asyncio.get_running_loop()
         deadline = None if remaining_s is None else loop.time() + remaining_s
-        stream = RequestStream(submit, deadline, self._close, session_id)
+        stream = RequestStream(submit, deadline, self._close, session_id, num_output)
         stream.block_hashes.update(block_hashes or {})
         peer = self._peers.choose(stream, submit)
         if peer is None:

@@ -147,6 +147,84 @@ async def test_a_wrong_request_is_not_tried_elsewhere(pair: Pair) -> None:
     assert pair.second.received.empty()
 
 
+async def sizes(pair: Pair, first: int, second: int) -> None:
+    """Let the schedulers hold so many tokens of a sequence."""
+    for scheduler, size in ((pair.first, first), (pair.second, second)):
+        scheduler.say_load(max_model_len=size)
+        await pair.tools.until(lambda each=scheduler, size=size: pair.peer(each).load.max_model_len == size)
+
+
+async def test_the_context_is_that_of_the_largest_scheduler_and_long_requests_go_there(pair: Pair) -> None:
+    await sizes(pair, 32, 48)
+    assert pair.harness.gateway.schedulers.max_model_len == 48
+
+    calls = [pair.harness.stream(token_ids={"ids": [3] * 40})]
+    await pair.second.next_admitted()
+    calls.append(pair.harness.stream(token_ids={"ids": [3] * 8}, stop={"max_new_tokens": 30}))
+    await pair.second.next_admitted()
+    calls.append(pair.harness.stream(token_ids={"ids": [3] * 8}))  # as long as there is room
+    await pair.first.next_admitted()
+    failure = await pair.tools.rejection(pair.harness.stream(token_ids={"ids": [3] * 48}))
+    assert failure.reason == "CONTEXT_LENGTH_EXCEEDED"
+
+
+async def test_a_request_that_one_scheduler_cannot_hold_is_tried_at_a_larger_one(pair: Pair) -> None:
+    await sizes(pair, 48, 48)
+    call = pair.harness.stream(token_ids={"ids": [3] * 40})
+    reject(pair.first, await pair.first.next("submit"), Code.INVALID_ARGUMENT, "KV_CAPACITY_EXCEEDED")
+
+    taken = await pair.second.next_admitted()
+    await finish(pair.second, taken, pair.harness.ids("ok"))
+
+    assert "".join([response.event.delta.text async for response in call]) == "ok"
+
+
+async def test_a_long_request_that_the_largest_scheduler_refuses_is_not_cut_short_by_a_smaller_one(pair: Pair) -> None:
+    await sizes(pair, 48, 24)
+    call = pair.harness.stream(token_ids={"ids": [3] * 8}, stop={"max_new_tokens": 30})
+    reject(pair.first, await pair.first.next("submit"), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+
+    assert (await pair.tools.rejection(call)).reason == "QUEUE_FULL"
+    assert pair.second.received.empty()
+
+
+async def test_a_lost_stream_goes_on_where_it_fits_and_is_cut_short_rather_than_lost(pair: Pair) -> None:
+    await sizes(pair, 48, 24)
+    calls = [pair.harness.stream(token_ids={"ids": [3] * 8}, stop={"max_new_tokens": 30}) for _ in range(2)]
+    submits = [await pair.first.next_admitted() for _ in calls]
+    for count, submit in zip((20, 2), submits, strict=True):
+        pair.first.tokens(submit.handle, [40] * count)
+    for call in calls:
+        await call.read()
+        await call.read()
+
+    await pair.first.stop()
+    moved = await pair.second.next_admitted()
+    assert len(moved.continue_token_ids) == 2
+    assert pair.second.received.empty()
+    await pair.first.start()
+    assert len((await pair.first.next_admitted()).continue_token_ids) == 20
+    for call in calls:
+        call.cancel()
+
+
+async def test_requests_that_are_lost_together_fail_with_an_error_each(pair: Pair) -> None:
+    """One for all would be written to by all of their calls at once."""
+    schedulers = pair.harness.gateway.schedulers
+    await pair.second.stop()
+    await pair.tools.until(lambda: len(schedulers.peers) == 1)
+    calls = [pair.harness.stream() for _ in range(2)]
+    for _ in calls:
+        await pair.first.next("submit")
+    streams = schedulers.streams
+
+    await pair.first.stop()
+    failures = [await pair.tools.rejection(call) for call in calls]
+
+    assert [failure.reason for failure in failures] == ["SCHEDULER_UNREACHABLE"] * 2
+    assert streams[0].error is not streams[1].error
+
+
 @pytest.mark.parametrize("sick", [{"draining": True}, {"step_age_ms": 60_000}])
 async def test_a_scheduler_that_drains_or_makes_no_progress_gets_nothing(pair: Pair, sick: dict[str, Any]) -> None:
     pair.first.say_load(**sick)
