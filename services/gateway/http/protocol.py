@@ -14,6 +14,7 @@ CERTIFICATE_NAMES = "octavo.certificate_names"
 _MAX_HEAD_BYTES = 65_536
 _HEAD_S = 30.0
 _STALLED_S = 60.0
+_REST_S = 5.0  # for the rest of a body whose request is answered already
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -26,6 +27,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
         super().connection_made(transport)
         names = (transport.get_extra_info("peercert") or {}).get("subjectAltName", ())
         self._certificate_names = tuple(name for kind, name in names if kind == "URI")
@@ -62,6 +64,20 @@ class LimitedProtocol(HttpToolsProtocol):
             self._head_timer = None
         super().on_headers_complete()
 
+    def on_message_complete(self) -> None:
+        """Go on: all of a request's body is there."""
+        super().on_message_complete()
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
+
+    def on_response_complete(self) -> None:
+        """Close the connection soon if the rest of a body does not come that nobody reads."""
+        is_last = not self.pipeline  # else `cycle` is a request that waits for its turn
+        super().on_response_complete()
+        if is_last and self.cycle is not None and self.cycle.more_body and self._rest_timer is None:
+            self._rest_timer = self.loop.call_later(_REST_S, self.transport.close)
+
     def pause_writing(self) -> None:
         """Give up on a client that reads nothing for a minute while there is something to read."""
         super().pause_writing()
@@ -93,7 +109,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _cancel_timers(self) -> None:
-        for timer in (self._head_timer, self._stalled_timer):
+        for timer in (self._head_timer, self._stalled_timer, self._rest_timer):
             if timer is not None:
                 timer.cancel()
-        self._head_timer = self._stalled_timer = None
+        self._head_timer = self._stalled_timer = self._rest_timer = None
