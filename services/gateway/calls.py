@@ -135,6 +135,8 @@ class GenerateCalls:
         with self._counted(record.tenant):
             check_headers(generation, headers)
             generation = self.mesh.apply(generation, headers)
+            self._models.get(generation.model)
+            self._schedulers.check_in_time(record.tenant, generation.scheduling.priority, deadline)
             workers_limit = self._schedulers.max_model_len
             prepared = await prepare(generation, self._models, workers_limit, record.request_id, record.tenant)
             prepared.submit.traceparent = record.traceparent

@@ -25,6 +25,7 @@ from octavo.services.gateway.scheduler_peers import SchedulerPeers
 from octavo.services.gateway.watched_tasks import WatchedTasks
 
 _REATTACH_S = 5.0
+_MIN_RETRY_MS, _MAX_RETRY_MS = 50, 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,22 @@ class SchedulerPool:
         return list(self._streams)
 
     # Requests
+
+    def check_in_time(self, tenant: str, priority: int, deadline: float | None) -> None:
+        """Raise DEADLINE_UNREACHABLE if every scheduler has just said that it has a longer queue than there is time.
+
+        So what would be refused anyway costs nothing but this: neither a look at its prompt nor a scheduler's time.
+        """
+        if deadline is None:
+            return
+        turns_at = [peer.turn_at(tenant, priority) for peer in self._peers.connected if peer.usable]
+        turn_at = min(turns_at, default=0.0)
+        if turn_at > deadline:
+            now = asyncio.get_running_loop().time()
+            wait_ms, left_ms = int(1000 * (turn_at - now)), max(0, int(1000 * (deadline - now)))
+            message = f"the queue takes about {wait_ms} ms, and the deadline is in {left_ms} ms"
+            retry_ms = min(max(wait_ms - left_ms, _MIN_RETRY_MS), _MAX_RETRY_MS)
+            raise ServingError(Reason.DEADLINE_UNREACHABLE, message, retry_after_ms=retry_ms)
 
     def submit(
         self,

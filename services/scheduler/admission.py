@@ -142,7 +142,11 @@ class Admission:
             f"the queue takes about {wait_ms} ms, the request itself {run_ms} ms, and the deadline is in "
             f"{submit.remaining_ms} ms"
         )
-        return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE", message, retry_ms=late_ms)
+        # Of the queue alone, for any request of the tenant: what it takes before the first of its sequences runs.
+        queue_ms = {"queue_ms": int(self._forecast.margin(now) * wait_ms)} if len(lengths) == 1 else {}
+        return reject(
+            submit, code_pb2.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE", message, retry_ms=late_ms, **queue_ms
+        )
 
 
 def reject(

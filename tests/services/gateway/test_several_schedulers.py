@@ -16,6 +16,7 @@ from grpc import aio
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2, load_pb2, load_pb2_grpc
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.gateway import scheduler_peer
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.prefix_index import prompt_block_hashes
@@ -145,6 +146,68 @@ async def test_a_wrong_request_is_not_tried_elsewhere(pair: Pair) -> None:
 
     assert (await pair.tools.rejection(call)).code is Code.INVALID_ARGUMENT
     assert pair.second.received.empty()
+
+
+def too_late(scheduler: Any, submit: Any, queue_ms: int) -> None:
+    """Refuse a request, because the queue takes so long."""
+    scheduler.send(
+        rejected=scheduler_pb2.Rejected(
+            handle=submit.handle,
+            code=Code.RESOURCE_EXHAUSTED.value[0],
+            reason="DEADLINE_UNREACHABLE",
+            retry_after_ms=50,
+            metadata={"queue_ms": str(queue_ms)},
+        )
+    )
+
+
+async def test_what_all_schedulers_would_refuse_for_their_queues_is_refused_here(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_peer, "_QUEUE_KNOWN_S", 60.0)
+    first = pair.harness.stream(timeout=20)
+    too_late(pair.first, await pair.first.next("submit"), 100_000)
+    too_late(pair.second, await pair.second.next("submit"), 200_000)
+    assert (await pair.tools.rejection(first)).reason == "DEADLINE_UNREACHABLE"
+
+    again = await pair.tools.rejection(pair.harness.stream(timeout=20))
+
+    assert (again.code, again.reason) == (Code.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE")
+    assert int(again.trailers["grpc-retry-pushback-ms"]) > 10_000
+    assert pair.first.received.empty() and pair.second.received.empty()
+    for each in ({"timeout": 1000}, {}, {"timeout": 20, "scheduling": {"priority": 1}}):  # that may be in time
+        call = pair.harness.stream(**each)
+        await pair.first.next("submit")
+        call.cancel()
+        await pair.first.next("cancel")
+    wrong = await pair.tools.rejection(pair.harness.stream(timeout=20, candidate_count=1000))
+    assert wrong.reason == "INVALID_FIELD"  # it is not told to come again
+
+
+@pytest.mark.parametrize("change", ["other", "admission", "time", "loss"])
+async def test_a_scheduler_is_asked_again_unless_it_has_just_said_so(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.setattr(scheduler_peer, "_QUEUE_KNOWN_S", 0.0 if change == "time" else 60.0)
+    monkeypatch.setattr(scheduler_peer.SchedulerPeer, "is_too_late_for", lambda *_: change == "other")
+    call = pair.harness.stream(timeout=20)
+    too_late(pair.first, await pair.first.next("submit"), 100_000)
+    if change != "other":
+        too_late(pair.second, await pair.second.next("submit"), 100_000)
+    await pair.tools.rejection(call)
+
+    if change == "admission":
+        free = pair.harness.stream()
+        pair.first.tokens((await pair.first.next_admitted()).handle, [9], finish=MAX_TOKENS)
+        assert [response async for response in free]
+    if change == "loss":
+        await pair.first.stop()
+        await pair.first.start()
+        await pair.tools.until(lambda: len(pair.harness.gateway.schedulers.peers) == 2)
+
+    call = pair.harness.stream(timeout=20)
+    await pair.tools.until(lambda: not (pair.first.received.empty() and pair.second.received.empty()))
+    call.cancel()
 
 
 async def sizes(pair: Pair, first: int, second: int) -> None:
