@@ -174,7 +174,8 @@ async def test_what_all_schedulers_would_refuse_for_their_queues_is_refused_here
 
     assert (again.code, again.reason) == (Code.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE")
     assert int(again.trailers["grpc-retry-pushback-ms"]) > 10_000
-    assert pair.first.received.empty() and pair.second.received.empty()
+    assert pair.first.received.empty()
+    assert pair.second.received.empty()
     for each in ({"timeout": 1000}, {}, {"timeout": 20, "scheduling": {"priority": 1}}):  # that may be in time
         call = pair.harness.stream(**each)
         await pair.first.next("submit")

@@ -362,7 +362,8 @@ def test_a_refusal_says_after_how_long_a_request_of_the_tenant_would_begin() -> 
     world.submit(list(range(300, 900)))
     several = world.submit(PROMPT, remaining_ms=100, candidate_count=2)
     refused = world.submit(PROMPT, remaining_ms=100)
-    assert several.rejected is not None and refused.rejected is not None
+    assert several.rejected is not None
+    assert refused.rejected is not None
     assert "queue_ms" not in several.rejected.metadata  # for one alone it is shorter
 
     queue_ms = int(refused.rejected.metadata["queue_ms"])
