@@ -16,7 +16,7 @@ CERTIFICATE_NAMES = "octavo.certificate_names"
 _MAX_HEAD_BYTES = 65_536
 _HEAD_S = 30.0
 _STALLED_S = 60.0
-_REST_S = 5.0  # for the rest of a body whose request is answered already
+_REST_S = 30.0  # for the rest of a body whose request is answered already
 _MAX_PIPELINED = 16  # requests that wait for the answers before theirs
 _PIECE_BYTES = 4096  # parsed in one go: some 200 requests at most
 
