@@ -14,7 +14,7 @@ _RETRY_AFTER_MS = 1000
 class Hold:
     """A part of the memory, until `release`."""
 
-    def __init__(self, memory: RequestMemory, tenant: str) -> None:
+    def __init__(self, memory: Memory, tenant: str) -> None:
         self._memory = memory
         self._tenant = tenant
         self._size = 0
@@ -34,15 +34,13 @@ class Hold:
             self._memory.give_back(self._tenant, size)
 
 
-class RequestMemory:
+class Memory:
     """What requests may take together; a tenant with a name may take half of it.
 
     One request alone always fits, however long.
     """
 
-    def __init__(self, max_bytes: int, max_message_bytes: int) -> None:
-        """`max_message_bytes`: the longest request; slow ones that arrive may take `max_bytes` once more."""
-        self.receiving = Receiving(max(1, max_bytes // max_message_bytes))
+    def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._held: Counter[str] = Counter()  # bytes by tenant; never 0
         self._total = 0
@@ -99,6 +97,21 @@ class RequestMemory:
             del self._held[tenant]
         freed, self._freed = self._freed, asyncio.Event()
         freed.set()
+
+
+class RequestMemory(Memory):
+    """What requests take while they run. Those that arrive slowly may take as much once more.
+
+    So clients that send little by little are in nobody's way but each other's.
+    """
+
+    def __init__(self, max_bytes: int, max_message_bytes: int) -> None:
+        """`max_message_bytes`: the longest message of gRPC."""
+        super().__init__(max_bytes)
+        self.receiving = Receiving(max(1, max_bytes // max_message_bytes))
+        """The places for messages of gRPC, which does not say how much of one has come."""
+        self.arriving = Memory(max_bytes)
+        """What has come of other requests."""
 
 
 def _full(message: str) -> ServingError:

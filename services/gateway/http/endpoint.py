@@ -80,8 +80,8 @@ class HttpRequest:
     async def body(self, max_bytes: int = 0) -> bytes:
         """Return the body, which should be JSON, to be parsed where that may take long; 0: as long as any may be.
 
-        Its memory is taken piece by piece as it comes, and held until `release`, with as much again for what is made
-        of it. Raises HttpError, ServingError, ClientDisconnect.
+        Its memory is counted as it comes, and held until `release`, with as much again for what is made of it. Raises
+        HttpError, ServingError, ClientDisconnect.
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -162,19 +162,24 @@ class HttpRequest:
             pass
 
     async def _body(self, max_bytes: int) -> bytes:
-        self._hold = hold = Hold(self._memory, caller().tenant)
+        tenant = caller().tenant
+        arriving = Hold(self._memory.arriving, tenant)
         pieces = []
         try:
             if self.announced_bytes <= max_bytes:
-                self._memory.check(caller().tenant, 2 * self.announced_bytes)
+                self._memory.check(tenant, 2 * self.announced_bytes)
             async for piece in self._pieces(max_bytes):
-                hold.grow(2 * len(piece))
+                if self._has_body:
+                    arriving.grow(len(piece))
                 pieces.append(piece)
+            self._hold = self._memory.hold(tenant, 2 * sum(map(len, pieces)))
         except ServingError:
             pieces.clear()
-            hold.release()
+            arriving.release()
             await self.discard()
             raise
+        finally:
+            arriving.release()
         return b"".join(pieces)
 
     async def _pieces(self, max_bytes: int) -> AsyncGenerator[bytes, None]:

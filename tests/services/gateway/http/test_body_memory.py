@@ -63,38 +63,39 @@ async def test_a_running_request_holds_the_memory_of_its_body_until_it_ends(smal
     assert small.gateway.request_memory.held_bytes == 0
 
 
-async def test_a_body_that_comes_slowly_holds_what_has_come_of_it_and_what_does_not_fit_is_not_received(
-    small: Any, tools: Any
-) -> None:
-    memory = small.gateway.request_memory
-    slow_reader, slow = await asyncio.open_connection("127.0.0.1", small.gateway.http_port)
-    slow.write(f"{HEAD}transfer-encoding: chunked\r\n\r\n384\r\n".encode() + b" " * 900 + b"\r\n")
-    await tools.until(lambda: memory.held_bytes == 1800)
+async def test_bodies_that_come_slowly_are_in_nobody_s_way_but_each_other_s(small: Any, tools: Any) -> None:
+    memory = small.gateway.request_memory.arriving
+    port = small.gateway.http_port
+    _, slow = await asyncio.open_connection("127.0.0.1", port)
+    slow.write(f"{HEAD}transfer-encoding: chunked\r\n\r\n76c\r\n".encode() + b" " * 1900 + b"\r\n")
+    await tools.until(lambda: memory.held_bytes == 1900)
 
-    reader, writer = await asyncio.open_connection("127.0.0.1", small.gateway.http_port)
-    writer.write(f"{HEAD}expect: 100-continue\r\ncontent-length: 150\r\n\r\n".encode())
-    assert (await reader.readline()).startswith(b"HTTP/1.1 429 ")  # without a byte of its body
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"{HEAD}transfer-encoding: chunked\r\n\r\n96\r\n".encode() + b" " * 150 + b"\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 429 ")
+    writer.close()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+        kind = {"content-type": "application/json"}
+        assert (await http.post("/tokenize", content=body(600), headers=kind)).status_code == 200
 
     slow.close()
     await tools.until(lambda: memory.held_bytes == 0)
+
+
+async def test_what_does_not_fit_is_not_received(small: Any) -> None:
+    hold = small.gateway.request_memory.hold("", 1900)
+    reader, writer = await asyncio.open_connection("127.0.0.1", small.gateway.http_port)
+    writer.write(f"{HEAD}expect: 100-continue\r\ncontent-length: 150\r\n\r\n".encode())
+
+    assert (await reader.readline()).startswith(b"HTTP/1.1 429 ")  # without a byte of its body
+    hold.release()
     writer.close()
-    del slow_reader
 
 
-async def test_one_request_alone_always_fits_and_what_grows_beside_another_is_refused(small: Any, tools: Any) -> None:
-    memory = small.gateway.request_memory
-    first_reader, first = await asyncio.open_connection("127.0.0.1", small.gateway.http_port)
-    first.write(f"{HEAD}transfer-encoding: chunked\r\n\r\n7d0\r\n".encode() + b" " * 2000 + b"\r\n")
-    await tools.until(lambda: memory.held_bytes == 4000)
-
-    second_reader, second = await asyncio.open_connection("127.0.0.1", small.gateway.http_port)
-    second.write(f"{HEAD}transfer-encoding: chunked\r\n\r\n1\r\n \r\n0\r\n\r\n".encode())
-
-    assert (await second_reader.readline()).startswith(b"HTTP/1.1 429 ")
-    assert memory.held_bytes == 4000
-    first.close()
-    second.close()
-    del first_reader
+async def test_one_body_alone_always_fits(small: Any) -> None:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{small.gateway.http_port}", timeout=20) as http:
+        kind = {"content-type": "application/json"}
+        assert (await http.post("/tokenize", content=body(900_000), headers=kind)).status_code == 200
 
 
 async def test_a_stranger_is_refused_before_a_byte_of_the_body_is_there(config: GatewayConfig, tmp_path: Path) -> None:
