@@ -17,6 +17,7 @@ _KEEPALIVE: Options = [
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
+_HANDSHAKE_MS = 20_000
 _OUR_PINGS: Options = [("grpc.http2.max_ping_strikes", 0)]  # our processes may ping each other as they like
 
 
@@ -49,6 +50,7 @@ def public_server_options(
     options: Options = [
         *_server(max_receive_bytes),
         ("grpc.max_concurrent_streams", max_concurrent_streams),
+        ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),  # TLS and the first frame; gRPC would wait for two minutes
         ("grpc.http2.max_ping_strikes", 10),  # pings within a second of the last one, with nothing sent between
         # Without it gRPC takes megabytes of requests that nobody reads yet; those that are read come as fast.
         ("grpc.http2.bdp_probe", 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -60,6 +61,8 @@ async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = Non
 
 def run(config: GatewayConfig, on_ready: Callable[[], None] | None = None) -> int:
     """Run a gateway in this process, on an event loop of its own; return the exit status."""
+    # The tokenizer's library has threads of its own, one for each core unless this says otherwise when it starts them.
+    os.environ["RAYON_NUM_THREADS"] = str(config.tokenizer_threads)
     return _run(serve(config, on_ready))
 
 

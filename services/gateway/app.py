@@ -103,7 +103,8 @@ class Gateway:
         self._calls = GenerateCalls(models, self.schedulers, tokens, validator, accounting, mesh, config.max_requests)
 
         max_message_bytes = config.max_message_bytes(model.max_model_len)
-        memory = RequestMemory(config.request_memory_bytes, max_message_bytes)
+        memory = self.request_memory = RequestMemory(config.request_memory_bytes, max_message_bytes)
+        """What the requests of running calls take."""
         self._server = aio.server(
             interceptors=[ErrorInterceptor(authenticator.authorize, memory)],
             options=public_server_options(
@@ -159,7 +160,7 @@ class Gateway:
                 "/v1/responses": generate.respond,
                 "/v1/embeddings": embed.embeddings,
             }
-            self._batches = _open_batches(config, in_batches, authenticator)
+            self._batches = _open_batches(config, in_batches, authenticator, memory)
             ui = UiEndpoints(models, load, self._ready) if config.ui else None
             http_app = make_app(
                 generate,
@@ -167,6 +168,7 @@ class Gateway:
                 InfoEndpoints(models, model_servicer, tokenizer_servicer, self._ready),
                 authenticator,
                 config.http_max_body_bytes,
+                memory,
                 config.http_cors_origins,
                 [*([] if self._batches is None else self._batches.routes), *([] if ui is None else ui.routes)],
                 [] if ui is None else ui.public_routes,
@@ -264,12 +266,12 @@ def _load_model(config: GatewayConfig) -> ServedModel:
 
 
 def _open_batches(
-    config: GatewayConfig, handlers: Mapping[str, Handler], authenticator: Authenticator
+    config: GatewayConfig, handlers: Mapping[str, Handler], authenticator: Authenticator, memory: RequestMemory
 ) -> BatchService | None:
     if config.batch_dir is None:
         return None
     try:
-        return BatchService(config, config.batch_dir, handlers, authenticator)
+        return BatchService(config, config.batch_dir, handlers, authenticator, memory)
     except OSError as error:
         raise BindError(f"cannot use --batch-dir {config.batch_dir}: {error.strerror}") from None
 

@@ -135,6 +135,8 @@ class GenerateCalls:
         with self._counted(record.tenant):
             check_headers(generation, headers)
             generation = self.mesh.apply(generation, headers)
+            self._models.get(generation.model)
+            self._schedulers.check_in_time(record.tenant, generation.scheduling.priority, deadline)
             workers_limit = self._schedulers.max_model_len
             prepared = await prepare(generation, self._models, workers_limit, record.request_id, record.tenant)
             prepared.submit.traceparent = record.traceparent
@@ -149,7 +151,8 @@ class GenerateCalls:
             hashes = await self.long_work.run(
                 record.tenant, lambda: {size: name_blocks(size) for size in sizes}, is_long and bool(sizes)
             )
-            stream = self._schedulers.submit(prepared.submit, remaining_s, session_id, hashes)
+            num_output = generation.stop.max_new_tokens
+            stream = self._schedulers.submit(prepared.submit, remaining_s, session_id, hashes, num_output)
             async with _closing(stream):
                 while stream.admitted is None and stream.error is None:
                     await stream.wait()

@@ -105,8 +105,8 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     request_memory_bytes: int = field(
         default=256 * 1024 * 1024,
         metadata={
-            "help": "most memory for the requests of running gRPC calls, of which one tenant may have half; further "
-            "ones are refused with a retry delay"
+            "help": "most memory for the requests of running calls, of which one tenant may have half; further ones "
+            "are refused with a retry delay"
         },
     )
     max_concurrent_streams: int = field(default=1024, metadata={"help": "most calls at once on one connection"})

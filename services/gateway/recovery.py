@@ -88,13 +88,13 @@ class Recovery:
     def on_peer_lost(self, peer: SchedulerPeer, lost: Sequence[tuple[RequestStream, list[CandidateInbox]]]) -> None:
         """Let requests go on elsewhere."""
         message = "the scheduler was lost before it admitted the request; try again"
-        error = ServingError(Reason.SCHEDULER_UNREACHABLE, message, retry_after_ms=500)
         for stream, candidates in lost:
             if stream.ended:
                 continue
             if not stream.can_move:
                 stream.fail(interrupted("the scheduler was lost, and with it the prompt"))
             elif stream.admitted is None:
+                error = ServingError(Reason.SCHEDULER_UNREACHABLE, message, retry_after_ms=500)
                 self._try_elsewhere(peer, stream, error)
             else:
                 self._lose(stream, candidates)
@@ -116,8 +116,9 @@ class Recovery:
     ) -> None:
         """Try a request elsewhere, or later, if that can help."""
         now = asyncio.get_running_loop().time()
-        retryable = error.code in _RETRYABLE
-        if retryable and error.reason not in _PERSONAL:
+        is_too_long = error.reason == Reason.KV_CAPACITY_EXCEEDED
+        retryable = error.code in _RETRYABLE or (is_too_long and self._others_hold(stream, peer))
+        if retryable and not is_too_long and error.reason not in _PERSONAL:
             peer.avoid_until(now + min(error.retry_after_ms / 1000, _MAX_AVOID_S))
         if stream.admitted is None:
             if retryable:
@@ -133,7 +134,9 @@ class Recovery:
 
     def on_failed(self, stream: RequestStream, candidates: list[CandidateInbox], failed: scheduler_pb2.Failed) -> None:
         """Let a request go on elsewhere, if that is possible, or end it."""
-        if failed.resumable and stream.can_move and self._lost.failover_s > 0:
+        is_too_long = failed.reason == Reason.KV_CAPACITY_EXCEEDED
+        can_go_on = failed.resumable or (is_too_long and self._others_hold(stream))
+        if can_go_on and stream.can_move and self._lost.failover_s > 0:
             self._lose(stream, candidates)
             return
         error = ServingError.from_wire(failed.code, failed.reason, failed.message)
@@ -156,6 +159,14 @@ class Recovery:
             stream.fail(error)
         else:
             self._peers.send(other, stream, stream.candidates, stream.submit)
+
+    def _others_hold(self, stream: RequestStream, peer: SchedulerPeer | None = None) -> bool:
+        """Return whether a scheduler that is not `peer` says that it can hold a request, as long as it is now."""
+        return any(
+            other.load.max_model_len >= stream.num_longest
+            for other in self._peers.connected
+            if other is not peer and other.address not in stream.refused_by
+        )
 
     def _lose(self, stream: RequestStream, candidates: Sequence[CandidateInbox]) -> None:
         """Let candidates wait for a scheduler that goes on with them."""

@@ -81,8 +81,11 @@ class RequestStream:
         deadline: float | None,
         end: Callable[[RequestStream, int | None, bool], None],
         session_id: str = "",
+        num_output: int = 0,
     ) -> None:
         """`deadline` is a time of the event loop.
+
+        num_output  most tokens of output, if the client said so: schedulers must have room for them
 
         end: tells the scheduler that a candidate ended, or (None) that the reader leaves; with True as the
             last argument the request goes on for its resume window.
@@ -115,6 +118,8 @@ class RequestStream:
         """When it lost its scheduler, a time of the event loop; 0 while one has all of it."""
         self.takeovers: list[tuple[float, float]] = []
         """When it lost a scheduler, and when one went on with it."""
+        self.max_output = num_output
+        """Tokens of output that schedulers must have room for; 0: as many as there is room for."""
         self.refused_by: set[str] = set()
         """Addresses of schedulers that did not admit it."""
         self.scheduler_id = ""
@@ -148,6 +153,20 @@ class RequestStream:
         known.ranks.extend(columns.ranks[skipped:])
         known.candidate_token_ids.extend(columns.candidate_token_ids[skipped * width :])
         known.candidate_logprobs.extend(columns.candidate_logprobs[skipped * width :])
+
+    @property
+    def num_longest(self) -> int:
+        """Tokens of the longest sequence that a scheduler has to hold now, with the one to come."""
+        if self.submit.HasField("pooling"):
+            return max(self.submit.pooling.input_lengths, default=0)
+        most = max((len(each.token_ids) for each in self.candidates), default=0)
+        return len(self.submit.prompt_token_ids) + len(self.submit.continue_token_ids) + most + 1
+
+    @property
+    def num_wanted(self) -> int:
+        """Tokens of the longest sequence when it ends, as far as the client said."""
+        wanted = len(self.submit.prompt_token_ids) + self.max_output if self.max_output else 0
+        return max(wanted, self.num_longest)
 
     @property
     def num_output_tokens(self) -> int:

@@ -22,6 +22,8 @@ from octavo.services.gateway.scheduler_link import LinkState, SchedulerLink, Unf
 _CANCEL_S = 10.0
 _MAX_SILENCE_S = 1.0
 _MAX_STEP_AGE_MS = 10_000
+_QUEUE_KNOWN_S = 0.05
+_MAX_QUEUES = 1024  # tenants and priorities
 
 
 class PeerOwner(Protocol):
@@ -72,6 +74,7 @@ class SchedulerPeer:
         self._inboxes = PeerInboxes()
         self._cancels: dict[str, list[asyncio.Future[scheduler_pb2.Cancelled]]] = {}
         self._sick_since: float | None = None
+        self._queues: dict[tuple[str, int], tuple[float, float]] = {}  # when it was said, and when its turn would come
         self._router = router
         self.route = router.add(address)
         """It as routing sees it."""
@@ -149,11 +152,23 @@ class SchedulerPeer:
             self._sick_since = now
         return now - self._sick_since
 
+    def can_hold(self, num_tokens: int) -> bool:
+        """Return whether a sequence of so many tokens fits one of its workers; True if that is not known."""
+        return not self.load.max_model_len or self.load.max_model_len >= num_tokens
+
     def is_too_late_for(self, stream: RequestStream) -> bool:
         """Return whether its queue is longer than a request has time, as it said last."""
         if stream.deadline is None:
             return False
         return self.load.estimated_queue_ms > 1000 * (stream.deadline - asyncio.get_running_loop().time())
+
+    def turn_at(self, tenant: str, priority: int) -> float:
+        """Return when a request would begin that a tenant sends now, as the scheduler just said of another; 0: unknown.
+
+        A time of the event loop. It is known for some tens of milliseconds, or until the scheduler admits a request.
+        """
+        said_at, turn_at = self._queues.get((tenant, priority), (0.0, 0.0))
+        return turn_at if asyncio.get_running_loop().time() < said_at + _QUEUE_KNOWN_S else 0.0
 
     def avoid_until(self, time: float) -> None:
         """Prefer others until a time of the event loop; with no other this changes nothing."""
@@ -242,6 +257,7 @@ class SchedulerPeer:
         if self.welcome is None:
             return
         self.welcome = None
+        self._queues.clear()
         self.route.close()
         lost = self._inboxes.take_all()
         for answers in self._cancels.values():
@@ -258,6 +274,9 @@ class SchedulerPeer:
     def _take_load(self, load: scheduler_pb2.Load) -> None:
         self.load = load
         self.draining = load.draining
+        if self._queues:
+            fresh = asyncio.get_running_loop().time() - _QUEUE_KNOWN_S
+            self._queues = {who: said for who, said in self._queues.items() if said[0] > fresh}
         self.route.take_load(load)
 
     # Messages
@@ -292,6 +311,7 @@ class SchedulerPeer:
     def _on_admitted(self, admitted: scheduler_pb2.Admitted) -> None:
         stream = self._inboxes.get(admitted.handle)
         if stream is not None:
+            self._queues.pop((stream.submit.tenant, stream.submit.priority), None)
             stream.model_version = stream.model_version or self.load.model_version
             self._owner.on_admitted(stream, admitted)
 
@@ -308,7 +328,15 @@ class SchedulerPeer:
             error = ServingError.from_wire(
                 rejected.code, rejected.reason, rejected.message, rejected.retry_after_ms, dict(rejected.metadata)
             )
+            self._learn_queue(taken[0].submit, error)
             self._owner.on_rejected(self, *taken, error)
+
+    def _learn_queue(self, submit: scheduler_pb2.Submit, error: ServingError) -> None:
+        """Keep what a refusal says of the queue: of the same tenant and priority it holds for the next request, too."""
+        queue_ms = error.metadata.get("queue_ms", "")
+        if error.reason == Reason.DEADLINE_UNREACHABLE and queue_ms.isdecimal() and len(self._queues) < _MAX_QUEUES:
+            now = asyncio.get_running_loop().time()
+            self._queues[submit.tenant, submit.priority] = now, now + int(queue_ms) / 1000
 
     def _on_failed(self, failed: scheduler_pb2.Failed) -> None:
         taken = self._inboxes.take(failed.handle)

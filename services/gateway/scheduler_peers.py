@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.tls_files import TlsFiles
@@ -81,17 +82,22 @@ class SchedulerPeers:
     def choose(
         self, stream: RequestStream, submit: scheduler_pb2.Submit, refused_by: Collection[str] = ()
     ) -> SchedulerPeer | None:
-        """Return who gets a request; None if nobody takes it. A sick scheduler gets it only if all are."""
+        """Return who gets a request; None if nobody takes it.
 
-        def accepts(route: Route) -> bool:
+        Those that are too small for it do not get it, unless it is to go on and no other can; nor is one asked first.
+        A sick scheduler gets it only if all others are.
+        """
+
+        def accepts(num_tokens: int, route: Route) -> bool:
             peer = self._by_address.get(route.address)
             if peer is None or peer.route is not route:
                 return False  # it is being closed
             versions = ("", stream.model_version) if stream.model_version else (peer.load.model_version,)
-            return peer.usable and peer.address not in refused_by and peer.load.model_version in versions
+            is_free = peer.usable and peer.address not in refused_by and peer.can_hold(num_tokens)
+            return is_free and peer.load.model_version in versions
 
-        def is_well(route: Route) -> bool:
-            return accepts(route) and self._by_address[route.address].healthy
+        def is_well(num_tokens: int, route: Route) -> bool:
+            return accepts(num_tokens, route) and self._by_address[route.address].healthy
 
         # The inputs of a request for vectors move one by one, each with a prompt of its own.
         hashes: dict[int, Sequence[int]] = {} if submit.HasField("pooling") else stream.block_hashes
@@ -108,10 +114,17 @@ class SchedulerPeers:
             remaining_ms=_remaining_ms(stream),
         )
         now = asyncio.get_running_loop().time()
-        route = self._router.choose(request, block_hashes, is_well, now)
-        if route is None:
-            route = self._router.choose(request, block_hashes, accepts, now)
-        return self._by_address[route.address] if route else None
+        lengths = [stream.num_wanted]
+        if stream.admitted is not None:
+            lengths.append(stream.num_longest)  # better cut short than lost
+        elif not refused_by:
+            lengths.append(0)  # whoever gets it says why not
+        for num_tokens in lengths:
+            for is_fit in (is_well, accepts):
+                route = self._router.choose(request, block_hashes, partial(is_fit, num_tokens), now)
+                if route is not None:
+                    return self._by_address[route.address]
+        return None
 
     def send(
         self,

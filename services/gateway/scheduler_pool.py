@@ -25,6 +25,7 @@ from octavo.services.gateway.scheduler_peers import SchedulerPeers
 from octavo.services.gateway.watched_tasks import WatchedTasks
 
 _REATTACH_S = 5.0
+_MIN_RETRY_MS, _MAX_RETRY_MS = 50, 60_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class _Facts:
     def of(cls, peers: Sequence[SchedulerPeer]) -> _Facts:
         loads = [peer.load for peer in peers]
         return cls(
-            min((load.max_model_len for load in loads if load.max_model_len), default=0),
+            max((load.max_model_len for load in loads), default=0),
             next((load.vector_size for load in loads if load.vector_size), 0),
             any(load.prompt_logprobs for load in loads),
             next((load.model_version for load in loads if load.model_version), ""),
@@ -146,7 +147,7 @@ class SchedulerPool:
 
     @property
     def max_model_len(self) -> int:
-        """Longest context that all workers can hold; 0 if not known."""
+        """Longest context that one of the schedulers can hold; 0 if not known."""
         return self._current_facts().max_model_len
 
     @property
@@ -183,20 +184,38 @@ class SchedulerPool:
 
     # Requests
 
+    def check_in_time(self, tenant: str, priority: int, deadline: float | None) -> None:
+        """Raise DEADLINE_UNREACHABLE if every scheduler has just said that it has a longer queue than there is time.
+
+        So what would be refused anyway costs nothing but this: neither a look at its prompt nor a scheduler's time.
+        """
+        if deadline is None:
+            return
+        turns_at = [peer.turn_at(tenant, priority) for peer in self._peers.connected if peer.usable]
+        turn_at = min(turns_at, default=0.0)
+        if turn_at > deadline:
+            now = asyncio.get_running_loop().time()
+            wait_ms, left_ms = int(1000 * (turn_at - now)), max(0, int(1000 * (deadline - now)))
+            message = f"the queue takes about {wait_ms} ms, and the deadline is in {left_ms} ms"
+            retry_ms = min(max(wait_ms - left_ms, _MIN_RETRY_MS), _MAX_RETRY_MS)
+            raise ServingError(Reason.DEADLINE_UNREACHABLE, message, retry_after_ms=retry_ms)
+
     def submit(
         self,
         submit: scheduler_pb2.Submit,
         remaining_s: float | None,
         session_id: str = "",
         block_hashes: Mapping[int, Sequence[int]] | None = None,
+        num_output: int = 0,
     ) -> RequestStream:
         """Send a request; its handle and remaining time are filled in. Raises ServingError if that cannot work now.
 
         block_hashes  those of the prompt by size, for `block_sizes`; what is not there is computed when it is needed
+        num_output    most tokens of output, if the client said so: who gets it has room for them
         """
         loop = asyncio.get_running_loop()
         deadline = None if remaining_s is None else loop.time() + remaining_s
-        stream = RequestStream(submit, deadline, self._close, session_id)
+        stream = RequestStream(submit, deadline, self._close, session_id, num_output)
         stream.block_hashes.update(block_hashes or {})
         peer = self._peers.choose(stream, submit)
         if peer is None:

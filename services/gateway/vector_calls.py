@@ -65,6 +65,7 @@ class VectorCalls:
         with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
             model = self._models.get(record.model)
             files = _files(model, "embed", (_EMBED,))
+            self._schedulers.check_in_time(record.tenant, request.priority, deadline)
             dimensions = request.dimensions if request.HasField("dimensions") else 0
             _check_dimensions(dimensions, files, self._schedulers.vector_size)
             prompt = _prompt(request, files)
@@ -105,6 +106,7 @@ class VectorCalls:
         with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
             model = self._models.get(record.model)
             files = _files(model, "rerank", (_EMBED, _SCORE))
+            self._schedulers.check_in_time(record.tenant, request.priority, deadline)
             texts: list[str | tuple[str, str]]
             if files.task == _SCORE:
                 texts = [(request.query, document) for document in request.documents]

@@ -144,7 +144,12 @@ class Admission:
             f"the queue takes about {wait_ms} ms, the request itself {run_ms} ms, and the deadline is in "
             f"{submit.remaining_ms} ms"
         )
-        return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE", message, retry_ms=max(late_ms, 1))
+        # Of the queue alone, for any request of the tenant: what it takes before the first of its sequences runs.
+        queue_ms = {"queue_ms": int(margin * wait_ms)} if num_sequences == 1 else {}
+        retry_ms = max(late_ms, 1)
+        return reject(
+            submit, code_pb2.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE", message, retry_ms=retry_ms, **queue_ms
+        )
 
 
 def reject(

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from octavo.services.common.interceptor import choose_request_id
+from octavo.services.common.request_memory import RequestMemory
 from octavo.services.gateway.authentication import Authenticator
 from octavo.services.gateway.http.embed import EmbedEndpoints
 from octavo.services.gateway.http.endpoint import Endpoint, Handler, HttpRequest
@@ -36,19 +37,21 @@ def make_app(
     info: InfoEndpoints,
     authenticator: Authenticator,
     max_body_bytes: int,
+    memory: RequestMemory,
     cors_origins: Sequence[str],
     more_routes: Sequence[tuple[str, str, Handler]] = (),
     public_routes: Sequence[tuple[str, str, Handler]] = (),
 ) -> Starlette:
     """Return the ASGI application.
 
+    memory        what bodies may take together
     cors_origins  may be called from by browsers, none if empty
     more_routes   method, path and handler of what only some gateways have
     public_routes the same, for what needs no key
     """
 
     def route(method: str, path: str, handler: Handler, *, public: bool = False) -> Route:
-        endpoint = Endpoint(handler, max_body_bytes, None if public else authenticator)
+        endpoint = Endpoint(handler, max_body_bytes, None if public else authenticator, memory)
         return Route(path, endpoint, methods=[method])
 
     routes = [

@@ -10,6 +10,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from octavo.services.common.request_memory import RequestMemory
 from octavo.services.gateway.authentication import Authenticator, caller
 from octavo.services.gateway.batches.jobs import BatchJobs, JobLimits
 from octavo.services.gateway.batches.objects import StoredBatch, StoreLimits
@@ -40,14 +41,21 @@ class BatchService:
     """Files, batches, and what runs them."""
 
     def __init__(
-        self, config: GatewayConfig, folder: Path, handlers: Mapping[str, Handler], authenticator: Authenticator
+        self,
+        config: GatewayConfig,
+        folder: Path,
+        handlers: Mapping[str, Handler],
+        authenticator: Authenticator,
+        memory: RequestMemory,
     ) -> None:
         """Make the folder. `handlers`: by path, what a batch may ask for. Raises OSError."""
         limits = StoreLimits(
             config.batch_max_file_bytes, config.batch_max_tenant_bytes, retention_s=int(config.batch_retention_s)
         )
         store = self._store = BatchStore(folder, limits)
-        endpoints = {path: Endpoint(handler, config.http_max_body_bytes, None) for path, handler in handlers.items()}
+        endpoints = {
+            path: Endpoint(handler, config.http_max_body_bytes, None, memory) for path, handler in handlers.items()
+        }
 
         def make_sender(batch: StoredBatch) -> InProcessSender:
             return InProcessSender(endpoints, authenticator, batch.tenant, batch.id)

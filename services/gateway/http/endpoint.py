@@ -16,7 +16,8 @@ from starlette.types import Receive, Scope, Send
 from octavo.services.common.errors import Reason, ServingError
 from octavo.services.common.interceptor import choose_request_id
 from octavo.services.common.logging import current_request_id
-from octavo.services.gateway.authentication import Authenticator
+from octavo.services.common.request_memory import Hold, RequestMemory
+from octavo.services.gateway.authentication import Authenticator, caller
 from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.errors import HttpError, error_response, http_error_response
 from octavo.services.gateway.http.protocol import CERTIFICATE_NAMES
@@ -58,7 +59,7 @@ class _FormParser(MultiPartParser):
 class HttpRequest:
     """One request. A handler returns a response, or sends one itself and returns None."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int, memory: RequestMemory) -> None:
         self.headers = Headers(scope=scope)
         self.path_params: dict[str, Any] = scope.get("path_params", {})
         self.query = QueryParams(scope.get("query_string", b""))
@@ -67,6 +68,8 @@ class HttpRequest:
         self.where = f"{scope['method']} {scope['path']}"
         self._receive = receive
         self._max_body_bytes = max_body_bytes
+        self._memory = memory
+        self._hold: Hold | None = None
         self._arrived = asyncio.get_running_loop().time()
         self._has_body = True  # which is not read to its end
 
@@ -77,7 +80,8 @@ class HttpRequest:
     async def body(self, max_bytes: int = 0) -> bytes:
         """Return the body, which should be JSON, to be parsed where that may take long; 0: as long as any may be.
 
-        Raises HttpError, ClientDisconnect.
+        Its memory is counted as it comes, and held until `release`, with as much again for what is made of it. Raises
+        HttpError, ServingError, ClientDisconnect.
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
@@ -88,6 +92,11 @@ class HttpRequest:
                 return await self._body(max_bytes or self._max_body_bytes)
         except TimeoutError:
             raise HttpError(408, "the body did not arrive in time", "timeout", {"connection": "close"}) from None
+
+    def release(self) -> None:
+        """Give back the memory of the body."""
+        if self._hold is not None:
+            self._hold.release()
 
     @property
     def announced_bytes(self) -> int:
@@ -153,7 +162,25 @@ class HttpRequest:
             pass
 
     async def _body(self, max_bytes: int) -> bytes:
-        return b"".join([piece async for piece in self._pieces(max_bytes)])
+        tenant = caller().tenant
+        arriving = Hold(self._memory.arriving, tenant)
+        pieces = []
+        try:
+            if self.announced_bytes <= max_bytes:
+                self._memory.check(tenant, 2 * self.announced_bytes)
+            async for piece in self._pieces(max_bytes):
+                if self._has_body:
+                    arriving.grow(len(piece))
+                pieces.append(piece)
+            self._hold = self._memory.hold(tenant, 2 * sum(map(len, pieces)))
+        except ServingError:
+            pieces.clear()
+            arriving.release()
+            await self.discard()
+            raise
+        finally:
+            arriving.release()
+        return b"".join(pieces)
 
     async def _pieces(self, max_bytes: int) -> AsyncGenerator[bytes, None]:
         if self.announced_bytes > max_bytes:
@@ -194,15 +221,18 @@ Handler = Callable[[HttpRequest], Awaitable[Response | None]]
 class Endpoint:
     """An ASGI application around a handler: the one place where an exception becomes an HTTP response."""
 
-    def __init__(self, handler: Handler, max_body_bytes: int, authenticator: Authenticator | None) -> None:
-        """`authenticator` None: everybody may call."""
+    def __init__(
+        self, handler: Handler, max_body_bytes: int, authenticator: Authenticator | None, memory: RequestMemory
+    ) -> None:
+        """`authenticator` None: everybody may call. `memory`: what bodies may take."""
         self._handler = handler
         self._max_body_bytes = max_body_bytes
         self._authenticator = authenticator
+        self._memory = memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        request = HttpRequest(scope, receive, send, self._max_body_bytes)
+        request = HttpRequest(scope, receive, send, self._max_body_bytes, self._memory)
         current_request_id.set(request.request_id)
         try:
             if self._authenticator is not None:
@@ -217,6 +247,8 @@ class Endpoint:
             response = error_response(error, request.request_id)
         except Exception:
             response = error_response(internal_error(request), request.request_id)
+        finally:
+            request.release()
         if response is not None:
             response.headers.setdefault("x-request-id", request.request_id)
             await response(scope, receive, send)

@@ -96,8 +96,9 @@ class GenerateEndpoints:
         names: Mapping[str, str] = {}
 
         def read_call() -> C:
-            nonlocal names
-            call = read(parse_object(data), request.headers)
+            nonlocal names, data
+            body, data = data, b""  # it is not kept while the call runs
+            call = read(parse_object(body), request.headers)
             names = call.names
             for each in call.requests:
                 self._calls.validator.check(each)

@@ -1,11 +1,13 @@
-"""HTTP/1.1 connections with limits that uvicorn does not have: heads, slow clients, number of connections."""
+"""HTTP/1.1 connections with limits that uvicorn lacks: heads, pipelines, slow clients, number of connections."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 
+import httptools
 from starlette.types import Scope
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 CERTIFICATE_NAMES = "octavo.certificate_names"
@@ -14,6 +16,19 @@ CERTIFICATE_NAMES = "octavo.certificate_names"
 _MAX_HEAD_BYTES = 65_536
 _HEAD_S = 30.0
 _STALLED_S = 60.0
+_REST_S = 30.0  # for the rest of a body whose request is answered already
+_MAX_PIPELINED = 16  # requests that wait for the answers before theirs
+_PIECE_BYTES = 4096  # parsed in one go: some 200 requests at most
+
+
+class _Flow(FlowControl):
+    """Reads nothing while what has come is not parsed."""
+
+    has_unparsed = False
+
+    def resume_reading(self) -> None:
+        if not self.has_unparsed:
+            super().resume_reading()
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -26,7 +41,11 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
+        self._unparsed = memoryview(b"")
+        self._is_body_only = False  # the parser was given a head of ours, for the body of a request that it dropped
         super().connection_made(transport)
+        self.flow: _Flow = _Flow(transport)
         names = (transport.get_extra_info("peercert") or {}).get("subjectAltName", ())
         self._certificate_names = tuple(name for kind, name in names if kind == "URI")
         self._expect_head()
@@ -39,16 +58,60 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; refuse a head that does not end."""
-        super().data_received(data)
+        """Parse what came, as far as there is room for requests."""
+        self._unparsed = memoryview(bytes(self._unparsed) + data if self._unparsed else data)
+        self._parse()
+
+    def _parse(self) -> None:
+        while self._unparsed and len(self.pipeline) < _MAX_PIPELINED and not self.transport.is_closing():
+            piece, self._unparsed = self._unparsed[:_PIECE_BYTES], self._unparsed[_PIECE_BYTES:]
+            self._parse_piece(piece)
+        self.flow.has_unparsed = bool(self._unparsed)
+        if self._unparsed:
+            self.flow.pause_reading()
+
+    def _parse_piece(self, data: memoryview) -> None:
+        """Parse a piece; refuse a head that does not end."""
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         if self._head_timer is not None and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > _MAX_HEAD_BYTES:
                 message = f"path and headers are longer than {_MAX_HEAD_BYTES} bytes"
                 self._refuse(b"431 Request Header Fields Too Large", message)
 
+    def _go_on_without_upgrade(self, rest: memoryview) -> None:
+        """Go on after a head that offers another protocol, such as h2c: the parser takes its body for that protocol."""
+        headers = dict(self.headers)
+        names = [name for name in (b"content-length", b"transfer-encoding") if name in headers]
+        self.parser = httptools.HttpRequestParser(self)
+        if names:
+            self._is_body_only = True
+            head = b"".join(b"%b: %b\r\n" % (name, headers[name]) for name in names)
+            self.parser.feed_data(b"POST / HTTP/1.1\r\n%b\r\n" % head)
+        else:
+            super().on_message_complete()
+        self._unparsed = memoryview(bytes(rest) + bytes(self._unparsed))
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the path."""
+        if not self._is_body_only:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header."""
+        if not self._is_body_only:
+            super().on_header(name, value)
+
     def on_message_begin(self) -> None:
         """Start to count a request's head."""
+        if self._is_body_only:
+            return
         super().on_message_begin()
         scope: Scope = self.scope  # type: ignore[assignment]  # ASGI lets servers add their own
         scope[CERTIFICATE_NAMES] = self._certificate_names
@@ -57,10 +120,32 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Go on with the request."""
+        if self._is_body_only:
+            return
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Go on: all of a request's body is there."""
+        if self.parser.should_upgrade():
+            return  # it is not: see `_go_on_without_upgrade`
+        self._is_body_only = False
+        super().on_message_complete()
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
+
+    def on_response_complete(self) -> None:
+        """Close the connection soon if the rest of a body does not come that nobody reads."""
+        is_last = not self.pipeline  # else `cycle` is a request that waits for its turn
+        super().on_response_complete()
+        if is_last and self.cycle is not None and self.cycle.more_body and self._rest_timer is None:
+            self._rest_timer = self.loop.call_later(_REST_S, self.transport.close)
+        if self._unparsed and len(self.pipeline) < _MAX_PIPELINED:
+            self._parse()
+            self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         """Give up on a client that reads nothing for a minute while there is something to read."""
@@ -93,7 +178,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _cancel_timers(self) -> None:
-        for timer in (self._head_timer, self._stalled_timer):
+        for timer in (self._head_timer, self._stalled_timer, self._rest_timer):
             if timer is not None:
                 timer.cancel()
-        self._head_timer = self._stalled_timer = None
+        self._head_timer = self._stalled_timer = self._rest_timer = None

@@ -403,3 +403,17 @@ async def test_one_tenant_does_not_take_every_call(harness: Any) -> None:
     for tenant in held:
         running._shares.give_back(tenant)
     assert running.num_requests == 0
+
+
+@pytest.mark.parametrize("point", ["", "0."])
+def test_numbers_of_thousands_of_digits_are_refused_in_a_long_text(point: str) -> None:
+    """The library reads a few thousand of them in a second, with the GIL held."""
+    number = point + "9" * 4000
+    for text in (f"[{(number + ',') * 100}1]", f"[{(number + ',') * 100}1]".encode()):
+        with pytest.raises(ValueError, match="send at most 300"):
+            long_json.loads(text)
+
+
+def test_long_runs_of_digits_in_texts_and_short_numbers_are_no_trouble() -> None:
+    value = {"prompt": "3." + "1415926535" * 40_000, "ids": list(range(1000)), "big": int("9" * 300)}
+    assert long_json.loads(json.dumps(value)) == value

@@ -77,3 +77,27 @@ def test_sigterm_ends_an_idle_gateway_with_status_0(model_path: Path, http_addre
     status = run(config, on_ready=lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     assert status == 0
+
+
+def test_the_tokenizer_s_library_starts_no_more_threads_than_asked_for(model_path: Path) -> None:
+    """In a process of its own: the library starts them once."""
+    program = f"""
+import os, signal
+from pathlib import Path
+from octavo.services.gateway.__main__ import run
+from octavo.services.gateway.config import GatewayConfig
+from tokenizers import Tokenizer
+
+def on_ready():
+    tokenizer = Tokenizer.from_file("{model_path}/tokenizer.json")
+    before = len(os.listdir("/proc/self/task"))
+    tokenizer.encode_batch(["hello"] * 100)
+    print(len(os.listdir("/proc/self/task")) - before)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+run(GatewayConfig(model=Path("{model_path}"), grpc_address="127.0.0.1:0", scheduler_addresses=("127.0.0.1:1",),
+                  tokenizer_threads=5), on_ready)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.stdout.split() == ["5"], done.stderr

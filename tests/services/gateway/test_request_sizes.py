@@ -16,6 +16,7 @@ import yaml
 from grpc import aio
 
 from octavo.inference.v1 import generation_pb2
+from octavo.services.common import grpc_options
 from octavo.services.common.api_keys import make_key
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
@@ -70,6 +71,20 @@ async def test_a_stranger_is_refused_before_a_byte_of_the_request_is_there(
             async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
                 code, _ = await outcome(channel.stream_unary(method)(nothing(), timeout=10))
                 assert code == grpc.StatusCode.UNAUTHENTICATED, method
+    finally:
+        await gateway.stop(0)
+
+
+async def test_a_connection_that_says_nothing_is_closed(config: GatewayConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_options, "_HANDSHAKE_MS", 200)
+    gateway = Gateway(config)
+    await gateway.start()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        async with asyncio.timeout(10):
+            while await reader.read(1000):
+                pass  # its own settings
+        writer.close()
     finally:
         await gateway.stop(0)
 

@@ -16,6 +16,7 @@ from grpc import aio
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2, load_pb2, load_pb2_grpc
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.gateway import scheduler_peer
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.prefix_index import prompt_block_hashes
@@ -145,6 +146,147 @@ async def test_a_wrong_request_is_not_tried_elsewhere(pair: Pair) -> None:
 
     assert (await pair.tools.rejection(call)).code is Code.INVALID_ARGUMENT
     assert pair.second.received.empty()
+
+
+def too_late(scheduler: Any, submit: Any, queue_ms: int) -> None:
+    """Refuse a request, because the queue takes so long."""
+    scheduler.send(
+        rejected=scheduler_pb2.Rejected(
+            handle=submit.handle,
+            code=Code.RESOURCE_EXHAUSTED.value[0],
+            reason="DEADLINE_UNREACHABLE",
+            retry_after_ms=50,
+            metadata={"queue_ms": str(queue_ms)},
+        )
+    )
+
+
+async def test_what_all_schedulers_would_refuse_for_their_queues_is_refused_here(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_peer, "_QUEUE_KNOWN_S", 60.0)
+    first = pair.harness.stream(timeout=20)
+    too_late(pair.first, await pair.first.next("submit"), 100_000)
+    too_late(pair.second, await pair.second.next("submit"), 200_000)
+    assert (await pair.tools.rejection(first)).reason == "DEADLINE_UNREACHABLE"
+
+    again = await pair.tools.rejection(pair.harness.stream(timeout=20))
+
+    assert (again.code, again.reason) == (Code.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE")
+    assert int(again.trailers["grpc-retry-pushback-ms"]) > 10_000
+    assert pair.first.received.empty()
+    assert pair.second.received.empty()
+    for each in ({"timeout": 1000}, {}, {"timeout": 20, "scheduling": {"priority": 1}}):  # that may be in time
+        call = pair.harness.stream(**each)
+        await pair.first.next("submit")
+        call.cancel()
+        await pair.first.next("cancel")
+    wrong = await pair.tools.rejection(pair.harness.stream(timeout=20, candidate_count=1000))
+    assert wrong.reason == "INVALID_FIELD"  # it is not told to come again
+
+
+@pytest.mark.parametrize("change", ["other", "admission", "time", "loss"])
+async def test_a_scheduler_is_asked_again_unless_it_has_just_said_so(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.setattr(scheduler_peer, "_QUEUE_KNOWN_S", 0.0 if change == "time" else 60.0)
+    monkeypatch.setattr(scheduler_peer.SchedulerPeer, "is_too_late_for", lambda *_: change == "other")
+    call = pair.harness.stream(timeout=20)
+    too_late(pair.first, await pair.first.next("submit"), 100_000)
+    if change != "other":
+        too_late(pair.second, await pair.second.next("submit"), 100_000)
+    await pair.tools.rejection(call)
+
+    if change == "admission":
+        free = pair.harness.stream()
+        pair.first.tokens((await pair.first.next_admitted()).handle, [9], finish=MAX_TOKENS)
+        assert [response async for response in free]
+    if change == "loss":
+        await pair.first.stop()
+        await pair.first.start()
+        await pair.tools.until(lambda: len(pair.harness.gateway.schedulers.peers) == 2)
+
+    call = pair.harness.stream(timeout=20)
+    await pair.tools.until(lambda: not (pair.first.received.empty() and pair.second.received.empty()))
+    call.cancel()
+
+
+async def sizes(pair: Pair, first: int, second: int) -> None:
+    """Let the schedulers hold so many tokens of a sequence."""
+    for scheduler, size in ((pair.first, first), (pair.second, second)):
+        scheduler.say_load(max_model_len=size)
+        await pair.tools.until(lambda each=scheduler, size=size: pair.peer(each).load.max_model_len == size)
+
+
+async def test_the_context_is_that_of_the_largest_scheduler_and_long_requests_go_there(pair: Pair) -> None:
+    await sizes(pair, 32, 48)
+    assert pair.harness.gateway.schedulers.max_model_len == 48
+
+    calls = [pair.harness.stream(token_ids={"ids": [3] * 40})]
+    await pair.second.next_admitted()
+    calls.append(pair.harness.stream(token_ids={"ids": [3] * 8}, stop={"max_new_tokens": 30}))
+    await pair.second.next_admitted()
+    calls.append(pair.harness.stream(token_ids={"ids": [3] * 8}))  # as long as there is room
+    await pair.first.next_admitted()
+    failure = await pair.tools.rejection(pair.harness.stream(token_ids={"ids": [3] * 48}))
+    assert failure.reason == "CONTEXT_LENGTH_EXCEEDED"
+
+
+async def test_a_request_that_one_scheduler_cannot_hold_is_tried_at_a_larger_one(pair: Pair) -> None:
+    await sizes(pair, 48, 48)
+    call = pair.harness.stream(token_ids={"ids": [3] * 40})
+    reject(pair.first, await pair.first.next("submit"), Code.INVALID_ARGUMENT, "KV_CAPACITY_EXCEEDED")
+
+    taken = await pair.second.next_admitted()
+    await finish(pair.second, taken, pair.harness.ids("ok"))
+
+    assert "".join([response.event.delta.text async for response in call]) == "ok"
+
+
+async def test_a_long_request_that_the_largest_scheduler_refuses_is_not_cut_short_by_a_smaller_one(pair: Pair) -> None:
+    await sizes(pair, 48, 24)
+    call = pair.harness.stream(token_ids={"ids": [3] * 8}, stop={"max_new_tokens": 30})
+    reject(pair.first, await pair.first.next("submit"), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+
+    assert (await pair.tools.rejection(call)).reason == "QUEUE_FULL"
+    assert pair.second.received.empty()
+
+
+async def test_a_lost_stream_goes_on_where_it_fits_and_is_cut_short_rather_than_lost(pair: Pair) -> None:
+    await sizes(pair, 48, 24)
+    calls = [pair.harness.stream(token_ids={"ids": [3] * 8}, stop={"max_new_tokens": 30}) for _ in range(2)]
+    submits = [await pair.first.next_admitted() for _ in calls]
+    for count, submit in zip((20, 2), submits, strict=True):
+        pair.first.tokens(submit.handle, [40] * count)
+    for call in calls:
+        await call.read()
+        await call.read()
+
+    await pair.first.stop()
+    moved = await pair.second.next_admitted()
+    assert len(moved.continue_token_ids) == 2
+    assert pair.second.received.empty()
+    await pair.first.start()
+    assert len((await pair.first.next_admitted()).continue_token_ids) == 20
+    for call in calls:
+        call.cancel()
+
+
+async def test_requests_that_are_lost_together_fail_with_an_error_each(pair: Pair) -> None:
+    """One for all would be written to by all of their calls at once."""
+    schedulers = pair.harness.gateway.schedulers
+    await pair.second.stop()
+    await pair.tools.until(lambda: len(schedulers.peers) == 1)
+    calls = [pair.harness.stream() for _ in range(2)]
+    for _ in calls:
+        await pair.first.next("submit")
+    streams = schedulers.streams
+
+    await pair.first.stop()
+    failures = [await pair.tools.rejection(call) for call in calls]
+
+    assert [failure.reason for failure in failures] == ["SCHEDULER_UNREACHABLE"] * 2
+    assert streams[0].error is not streams[1].error
 
 
 @pytest.mark.parametrize("sick", [{"draining": True}, {"step_age_ms": 60_000}])

@@ -354,6 +354,25 @@ def test_a_deadline_that_the_queue_cannot_meet_is_refused() -> None:
     assert hurried.rejected.reason == "DEADLINE_UNREACHABLE"
 
 
+def test_a_refusal_says_after_how_long_a_request_of_the_tenant_would_begin() -> None:
+    """So that a gateway refuses by itself what is refused here as well, and nothing else."""
+    world = World(max_running=1, max_batch_tokens=16)
+    world.submit(list(range(200)), max_new_tokens=50)
+    world.step()
+    world.submit(list(range(300, 900)))
+    several = world.submit(PROMPT, remaining_ms=100, candidate_count=2)
+    refused = world.submit(PROMPT, remaining_ms=100)
+    assert several.rejected is not None
+    assert refused.rejected is not None
+    assert "queue_ms" not in several.rejected.metadata  # for one alone it is shorter
+
+    queue_ms = int(refused.rejected.metadata["queue_ms"])
+
+    assert 100 < queue_ms < 100 + refused.rejected.retry_after_ms
+    assert world.submit([1], remaining_ms=queue_ms - 1, max_new_tokens=1).rejected
+    assert not world.submit([1], remaining_ms=queue_ms + 200, max_new_tokens=1).rejected
+
+
 def test_what_expires_in_the_queue_is_never_run() -> None:
     world = World(max_running=1, max_batch_tokens=16)
     world.submit(PROMPT, max_new_tokens=60)

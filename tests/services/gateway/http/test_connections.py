@@ -153,6 +153,55 @@ async def test_a_head_that_does_not_end_is_refused(harness: Any, url: str) -> No
     writer.close()
 
 
+async def read_answer(reader: asyncio.StreamReader) -> bytes:
+    """Return the head of an answer, and skip its body."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split()[0]))
+    return head
+
+
+async def test_requests_that_are_sent_at_once_are_all_answered_and_few_of_them_are_kept(
+    harness: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    start = protocol.LimitedProtocol._start_asgi_task
+
+    def count(self: Any, *args: Any) -> None:
+        kept.append(len(self.pipeline))
+        start(self, *args)
+
+    monkeypatch.setattr(protocol.LimitedProtocol, "_start_asgi_task", count)
+    reader, writer = await connect(url)
+    writer.write(b"GET /nowhere HTTP/1.1\r\n\r\n" * 5000)
+    for _ in range(5000):
+        assert (await read_answer(reader)).startswith(b"HTTP/1.1 404 ")
+    writer.close()
+
+    assert max(kept) < 200
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_a_client_that_offers_http_2_is_answered_in_http_1(harness: Any, url: str, is_chunked: bool) -> None:
+    """As that of Java does by default, with each request on a new connection."""
+    reader, writer = await connect(url)
+    offer = (
+        "connection: Upgrade, HTTP2-Settings",
+        "upgrade: h2c",
+        "http2-settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+    )
+    head, _, body = post({"model": "tiny", "prompt": "x" * 10_000}, *offer, path="/tokenize").partition(b"\r\n\r\n")
+    if is_chunked:
+        head = head.replace(b"content-length: %d" % len(body), b"transfer-encoding: chunked")
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    get = "\r\n".join(["GET /version HTTP/1.1", *offer, "", ""]).encode()
+
+    for request in (head + b"\r\n\r\n" + body, get, head + b"\r\n\r\n" + body, get):
+        writer.write(request)
+        answer = await read_answer(reader)
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+    writer.close()
+
+
 async def test_what_is_not_http_is_refused_with_an_error_object(harness: Any, url: str) -> None:
     reader, writer = await connect(url)
     writer.write(b"\x16\x03\x01 nonsense\r\n\r\n")

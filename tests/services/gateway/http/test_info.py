@@ -82,7 +82,7 @@ async def test_the_description_has_every_route_and_no_other(http: httpx.AsyncCli
     document = (await http.get("/openapi.json")).json()
 
     anything: Any = _Anything()
-    app = make_app(anything, anything, anything, anything, 1, ())
+    app = make_app(anything, anything, anything, anything, 1, anything, ())
     routes = set()
     for route in app.routes:
         assert isinstance(route, Route)
