@@ -135,20 +135,23 @@ class Admission:
         num_others = self._forecast.num_beside(num_ahead, now) + num_sequences - 1
         wait_ms, run_ms = int(1000 * wait_s), int(1000 * self._forecast.run_s(expected, num_others))
         late_ms = int(margin * (wait_ms + run_ms)) - submit.remaining_ms
-        is_its_turn = self._forecast.has_its_turn(submit.tenant, mean, num_sequences, now)
+        is_its_turn = self._forecast.has_its_turn(submit.tenant, mean, num_sequences, now) or submit.is_failover
         if (is_its_turn and late_ms <= 0) or self._forecast.may_try(submit, now):
             return None
         if 1000 * margin * self._forecast.run_alone_s(least) <= submit.remaining_ms:
             self._forecast.turned_away(submit.tenant, now)  # else it would have no time on an idle machine either
+        if late_ms <= 0:
+            message = "the tenant asks for more than its part of the machine: its requests are let in by turns"
+            retry_ms = max(wait_ms + run_ms, 1)
+            return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", message, retry_ms=retry_ms)
         message = (
             f"the queue takes about {wait_ms} ms, the request itself {run_ms} ms, and the deadline is in "
             f"{submit.remaining_ms} ms"
         )
         # Of the queue alone, for any request of the tenant: what it takes before the first of its sequences runs.
         queue_ms = {"queue_ms": int(margin * wait_ms)} if num_sequences == 1 else {}
-        retry_ms = max(late_ms, 1)
         return reject(
-            submit, code_pb2.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE", message, retry_ms=retry_ms, **queue_ms
+            submit, code_pb2.RESOURCE_EXHAUSTED, "DEADLINE_UNREACHABLE", message, retry_ms=late_ms, **queue_ms
         )
 
 
