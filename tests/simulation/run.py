@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import multiprocessing
 import time
@@ -48,6 +49,8 @@ class Summary:
 def run_seeds(seeds: Iterable[int], max_seconds: float = float("inf"), make_small: bool = True) -> Summary:
     """Run seeds until one fails, none is left or the time is up. `make_small`: what fails."""
     quiet()
+    gc.freeze()
+    gc.set_threshold(20_000)
     summary, started = Summary(), time.monotonic()
     for seed in seeds:
         swarm = draw(seed)

@@ -103,12 +103,12 @@ def draw(seed: int, more: bool = True) -> Swarm:
 def _draw_more(swarm: Swarm, rng: random.Random) -> None:
     """Draw what is rarer, and make most worlds small: most bugs show in those, and more of them can be run."""
     swarm.check_every = rng.choice([1, 8, 16, 16, 16, 16, 16, 16])
-    is_small = rng.random() < 0.8
+    is_small = rng.random() < 0.85
     if is_small:
         swarm.outputs = 1, 2, 9
         surplus = [event for event in swarm.script if event.action == "submit"][3:]
         swarm.script = [event for event in swarm.script if event not in surplus]
-    elif rng.random() < 0.6:
+    elif rng.random() < 0.4:
         _draw_small_pool(swarm, rng)
     if rng.random() < 0.2:
         swarm.num_workers = max(swarm.num_workers, 2)

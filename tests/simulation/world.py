@@ -70,6 +70,7 @@ class World:
         self._skew_s = 0.0  # of the scheduler's clock
         self._stands_until = self._stands_at = 0.0
         self._bomb: Bomb | None = None
+        self._is_pump_due = False
         self._unchecked = swarm.seed % swarm.check_every
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
@@ -126,9 +127,21 @@ class World:
     def _tick(self) -> None:
         self.after(TICK_S, self._tick)
         self._enter(False, self.node.tick, self.clock)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Plan and deliver."""
+        self._is_pump_due = False
+        self._enter(False, self.node.pump, self.clock)
+
+    def _pump_soon(self) -> None:
+        """Plan and deliver after what happens at the same time, like the engine."""
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            self.after(0.0, self._pump)
 
     def _enter(self, has_news: bool, event: Callable[..., None], *arguments: Any) -> None:
-        """Handle an event like the engine: plan, deliver, and end the process if anything is raised.
+        """Handle an event like the engine: it ends the process if anything is raised.
 
         The books are checked if they can have changed, and if it is time to.
         """
@@ -136,12 +149,10 @@ class World:
         num_plans = node.num_plans
         if self._bomb is None:
             event(*arguments)
-            node.pump(self.clock)
         else:
             try:
                 with self._bomb:
                     event(*arguments)
-                    node.pump(self.clock)
             except InjectedError:
                 self._bomb = None
                 self.count("exception raised")
@@ -191,7 +202,10 @@ class World:
 
     def from_worker(self, worker: SimWorker, frame: worker_pb2.WorkerFrame) -> None:
         if self.is_up:
-            self._enter(not frame.HasField("heartbeat"), self.node.on_frame, worker.identity, frame, self.clock)
+            has_news = not frame.HasField("heartbeat")
+            self._enter(has_news, self.node.on_frame, worker.identity, frame, self.clock)
+            if has_news:
+                self._pump()
 
     def _to_gateway(self, effect: SendToGateway) -> None:
         self._gateways[effect.gateway_id].deliver(effect.message)
@@ -202,6 +216,7 @@ class World:
     def _from_gateway(self, gateway: SimGateway, connection: int, message: scheduler_pb2.AttachRequest) -> None:
         if gateway.connection == connection and not gateway.is_cut_off:
             self._enter(True, self._on_gateway_message, gateway.name, message)
+            self._pump_soon()
 
     def _on_gateway_message(self, gateway_id: str, message: scheduler_pb2.AttachRequest) -> None:
         self.node.on_gateway_message(gateway_id, message, self.clock)
@@ -220,6 +235,7 @@ class World:
     def _lose_gateway(self, gateway: SimGateway) -> None:
         if gateway.connection:
             self._enter(True, self.node.gateway_lost, gateway.name, self.clock)
+            self._pump_soon()
 
     def _on_worker_lost(self, core: Scheduler, group_id: str, now: float, crashed: bool = False) -> None:
         group = core._groups[group_id]
@@ -390,6 +406,7 @@ class World:
 
     def _do_flush(self, _: random.Random) -> None:
         self._enter(True, self.node.core.flush_prefix_cache)
+        self._pump_soon()
 
     # -- what must hold --------------------------------------------------------------------------
 
