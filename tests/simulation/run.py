@@ -37,7 +37,6 @@ class Summary:
     counts: Counter[str] = field(default_factory=Counter)
     failure: Failure | None = None
 
-
     def add(self, other: Summary) -> None:
         """Add what another run met at the same time."""
         self.num_seeds += other.num_seeds

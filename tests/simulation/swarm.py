@@ -155,7 +155,7 @@ def _draw_long_steps(swarm: Swarm, rng: random.Random) -> None:
     swarm.outputs = 1, 2
     swarm.settings |= {"max_batch_tokens": max(33, swarm.settings["max_running"])}
     if not swarm.tells_progress:
-        swarm.settings |= {"step_timeout_s": 600.0}
+        swarm.settings |= {"step_timeout_s": 200.0}
     swarm.patience_s = 3000.0
     for _ in range(3):
         _add(swarm, rng, "speed_change", 3.0)

@@ -194,7 +194,12 @@ class Network:
         self._last: dict[tuple[str, bool], float] = {}
 
     def carry(
-        self, worker: SimWorker, arrive: Callable[..., None], *arguments: Any, to_worker: bool = False, late_s: float = 0.0
+        self,
+        worker: SimWorker,
+        arrive: Callable[..., None],
+        *arguments: Any,
+        to_worker: bool = False,
+        late_s: float = 0.0,
     ) -> None:
         """Let a frame arrive, or not; one out of order comes later, by about `late_s` if that is given."""
         world, swarm, rng = self.world, self.world.swarm, self.rng

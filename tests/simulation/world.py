@@ -345,7 +345,7 @@ class World:
                 call.end("broken")
 
     def _do_speed_change(self, rng: random.Random) -> None:
-        rng.choice(self.workers).speed = rng.choice([0.1, 1.0, 10.0])
+        rng.choice(self.workers).speed = rng.choice([0.1, 1.0, 3.0])
 
     def _do_crowd(self, rng: random.Random) -> None:
         """A thousand tenants come at once, each with a short prompt."""
@@ -451,14 +451,20 @@ class World:
             assert num_live >= most, name
             assert not submit.is_failover, name
         elif reason == "KV_CAPACITY_EXCEEDED":
-            self._check_capacity(len(submit.prompt_token_ids) + len(submit.continue_token_ids), name)
+            num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
+            self._check_capacity(num_tokens, name, submit.is_failover)
         elif reason == "DEADLINE_UNREACHABLE":
             assert submit.remaining_ms, name
 
-    def _check_capacity(self, num_tokens: int, name: str) -> None:
-        """Nobody has room for another token: only where the larger workers are gone, the smaller ones count."""
+    def _check_capacity(self, num_tokens: int, name: str, is_failover: bool = False) -> None:
+        """Nobody has room for another token: only where the larger workers are gone, the smaller ones count.
+
+        Those count as gone that have not joined yet, except for a request that a scheduler had before.
+        """
         lengths = [min(self.swarm.max_model_len, (worker.num_blocks - 1) * 16) for worker in self.workers]
-        has_loss = any(self.counts[loss] for loss in (*DEATHS, *RESTARTS, "poison"))
+        has_loss = any(self.counts[loss] for loss in (*DEATHS, "poison", "clock_jump"))
+        if not is_failover:
+            has_loss |= self.now - self.start < 0.1 or any(self.counts[restart] for restart in RESTARTS)
         assert num_tokens >= (min(lengths) if has_loss else max(lengths)), name
 
     def _count_deadlines(self) -> None:
