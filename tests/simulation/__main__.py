@@ -2,9 +2,10 @@
 
     python -m tests.simulation [--seeds 10000] [--first 0] [--seconds 0] [--processes 1]
 
-Prints how many seeds and events ran, how fast, and which faults were met. A failing seed is printed
-with the commit, what it broke and the shortest script that still breaks it, and the status is 1. Of requests with a deadline it says how many were in
-time, late or refused, and how many of those refused a scheduler without limits would have ended in time.
+Prints how many seeds and events ran, how fast, and which faults were met; of requests with a deadline
+how many were in time, late or refused, and how many of the refused ones would have been in time
+if nobody had been refused. A failing seed is printed with the commit, what it broke and the
+shortest script that still breaks it, and the status is 1.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ def main() -> int:
         f"{summary.num_seeds / summary.seconds:.0f} seeds/s, {summary.num_events / summary.seconds:.0f} events/s"
     )
     print("met: " + ", ".join(f"{what} {count}" for what, count in sorted(summary.counts.items())))
+    for where in ("", " among faults"):
+        met, missed, refused = (summary.counts[f"deadline {what}{where}"] for what in ("met", "missed", "refused"))
+        print(f"deadlines{where}: {met} in time, {missed} admitted and late, {refused} refused")
+    print(f"refused in vain: {summary.counts['deadline refused in vain']} would have been in time without limits")
     if summary.failure is None:
         return 0
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -168,7 +168,7 @@ def forget_tenants_when_there_are_many(patch: pytest.MonkeyPatch) -> None:
     next_turn = FairShare.next_turn
 
     def forgetful(self: FairShare) -> tuple[float, int, str] | None:
-        return None if len(self._present) > 100 else next_turn(self)
+        return None if len(self._joined) > 100 else next_turn(self)
 
     patch.setattr(FairShare, "next_turn", forgetful)
 
