@@ -21,11 +21,12 @@ from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.live_requests import LiveRequests
 from octavo.services.scheduler.membership import Membership
 from octavo.services.scheduler.node import Node
+from octavo.services.scheduler.outputs import length_reason
 from octavo.services.scheduler.plan_builder import PlanBuilder
 from octavo.services.scheduler.scheduler import Scheduler
 from octavo.services.scheduler.sequence import Request, Sequence
+from octavo.services.scheduler.step_digest import StepDigest
 from octavo.services.scheduler.takeover import Takeover
-from octavo.services.scheduler.worker_group import WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
 
@@ -124,9 +125,13 @@ def keep_a_takeover_secret(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Takeover, "_tell_old_owner", lambda *_: None)
 
 
-def believe_that_all_workers_are_large(patch: pytest.MonkeyPatch) -> None:
-    """A sequence is placed on a worker that has no room for it, and is waited for there."""
-    patch.setattr(WorkerGroup, "can_run", lambda *_: True)
+def end_what_outgrows_its_worker(patch: pytest.MonkeyPatch) -> None:
+    """A sequence ends where its worker has no room for more, though another worker has."""
+
+    def hasty(self: StepDigest, seq: Sequence, now: float) -> None:
+        self._endings.finish(seq, length_reason(seq), now)
+
+    patch.setattr(StepDigest, "_at_full_length", hasty)
 
 
 def go_on_without_what_did_not_fit(patch: pytest.MonkeyPatch) -> None:
@@ -221,7 +226,7 @@ BUGS: tuple[Bug, ...] = (
     know_a_request_by_its_key,
     fail_before_what_was_made_is_sent,
     keep_a_takeover_secret,
-    believe_that_all_workers_are_large,
+    end_what_outgrows_its_worker,
     go_on_without_what_did_not_fit,
     take_a_long_step_for_a_hang,
     take_a_leap_of_the_clock_for_a_hang,

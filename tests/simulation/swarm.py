@@ -102,7 +102,7 @@ def draw(seed: int, more: bool = True) -> Swarm:
 
 def _draw_more(swarm: Swarm, rng: random.Random) -> None:
     """Draw what is rarer, and make most worlds small: most bugs show in those, and more of them can be run."""
-    swarm.check_every = rng.choice([1, 8, 16, 16, 16, 16, 16, 16])
+    swarm.check_every = rng.choice([1, 8, 16, 32, 32, 32, 32, 32])
     is_small = rng.random() < 0.85
     if is_small:
         swarm.outputs = 1, 2, 9

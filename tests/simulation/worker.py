@@ -33,6 +33,7 @@ class SimWorker:
         self.is_computing = False
         self._progress, self._computed_s, self._reported_at = 0, 0.0, world.now
         self._inbox: deque[worker_pb2.WorkerFrame] = deque()
+        self._answered: worker_pb2.WorkerFrame | None = None  # the last one
         self.life = 0  # of the process: timers of an earlier one do nothing
         self.spoil_next = False
         self.rng = random.Random(f"{world.swarm.seed} {name}")
@@ -115,6 +116,7 @@ class SimWorker:
         if kind == "worker_config":
             if frame.epoch >= self.epoch:
                 self._reset()
+                self._repeat_late()
                 self.epoch = frame.epoch
                 swarm = self.world.swarm
                 ready = worker_pb2.WorkerReady(
@@ -128,6 +130,15 @@ class SimWorker:
             elif kind == "fenced":
                 self.epoch = 0
                 self._hello()
+
+    def _repeat_late(self) -> None:
+        """The network repeats the last result of the epoch before, when this one may have got as far."""
+        world, swarm = self.world, self.world.swarm
+        if self._answered is not None and swarm.reordering and not world.healed and self.rng.random() < 0.5:
+            world.count("stale result")
+            late_s = (self._answered.step_result.step_id + self.rng.random()) * (swarm.step_s + swarm.max_delay_s)
+            world.after(late_s, world.from_worker, self, self._answered)
+            self._answered = None
 
     def _compute(self, plan: worker_pb2.StepPlan) -> None:
         if plan.step_id <= self.last_step_id:
@@ -151,7 +162,7 @@ class SimWorker:
             self.world.spoiled = True
         swarm = self.world.swarm
         took_s = swarm.step_s * (20 if self.world.now < self.slow_until else 1)
-        took_s += swarm.token_s * plan.num_tokens * self.speed
+        took_s += swarm.token_s * max(plan.num_tokens, 16) * self.speed  # one token reads all weights as well
         self.is_computing = True
         self.world.after(took_s, self._answer, self.life, self.epoch, result)
 
@@ -163,7 +174,8 @@ class SimWorker:
                 self.is_computing = False
                 # A result that comes when an epoch later has got as far is the worst there is.
                 late_s = result.step_id * self.world.swarm.step_s
-                self._send(worker_pb2.WorkerFrame(step_result=result), epoch, late_s)
+                self._answered = worker_pb2.WorkerFrame(step_result=result)
+                self._send(self._answered, epoch, late_s)
                 self._read(life)
 
     def fault(self, reason: str) -> None:

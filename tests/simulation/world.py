@@ -243,6 +243,9 @@ class World:
         Scheduler.worker_lost(core, group_id, now, crashed)
 
     def _on_fenced(self, worker_id: str, reason: str) -> None:
+        if reason.startswith(("hangs", "is silent")):
+            causes = DEATHS if self.swarm.tells_progress else (*DEATHS, "speed_change")
+            assert any(self.counts[cause] for cause in causes), f"{worker_id} was given up without a cause: {reason}"
         self.count("fenced: out of order" if "out of order" in reason else "fenced: " + reason.split(":")[0])
 
     # -- the script ------------------------------------------------------------------------------
