@@ -27,6 +27,7 @@ from octavo.services.scheduler.scheduler import Scheduler
 from octavo.services.scheduler.sequence import Request, Sequence
 from octavo.services.scheduler.step_digest import StepDigest
 from octavo.services.scheduler.takeover import Takeover
+from octavo.services.scheduler.worker_group import StepInFlight, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
 
@@ -154,18 +155,15 @@ def take_a_leap_of_the_clock_for_a_hang(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "was_away", lambda *_: None)
 
 
-def believe_a_clock_that_stands_still(patch: pytest.MonkeyPatch) -> None:
-    """Nothing is planned twice at the same time."""
-    schedule = Scheduler.schedule
-    last = -1.0
+def divide_by_the_time_of_a_step(patch: pytest.MonkeyPatch) -> None:
+    """A step that took no time on the clock has no rate."""
+    measure = WorkerGroup.measure
 
-    def once(self: Scheduler, now: float) -> None:
-        nonlocal last
-        if now != last:
-            schedule(self, now)
-        last = now
+    def careless(self: WorkerGroup, step: StepInFlight, now: float) -> float:
+        assert step.num_tokens / (now - self._started_at(step)) > 0
+        return measure(self, step, now)
 
-    patch.setattr(Scheduler, "schedule", once)
+    patch.setattr(WorkerGroup, "measure", careless)
 
 
 def forget_tenants_when_there_are_many(patch: pytest.MonkeyPatch) -> None:
@@ -230,7 +228,7 @@ BUGS: tuple[Bug, ...] = (
     go_on_without_what_did_not_fit,
     take_a_long_step_for_a_hang,
     take_a_leap_of_the_clock_for_a_hang,
-    believe_a_clock_that_stands_still,
+    divide_by_the_time_of_a_step,
     forget_tenants_when_there_are_many,
     swallow_exceptions,
     refuse_for_no_reason,

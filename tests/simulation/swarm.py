@@ -127,7 +127,9 @@ def _draw_more(swarm: Swarm, rng: random.Random) -> None:
         swarm.deadlines = rng.choice([(100, 300), (100, 300, 1000, 3000), (0, 1000)])
         for _ in range(rng.choice([0, 6])):
             _add(swarm, rng, "submit")
-    if rng.random() < 0.02:
+    if rng.random() < 0.04:
+        _draw_restarted_gateway(swarm, rng)
+    if rng.random() < 0.03:
         _draw_long_steps(swarm, rng)
     elif rng.random() < 0.004:
         _draw_crowd(swarm, rng)
@@ -147,6 +149,19 @@ def _draw_small_pool(swarm: Swarm, rng: random.Random) -> None:
         _add(swarm, rng, "submit", 0.5)
     for _ in range(rng.choice([0, 1, 3])):
         _add(swarm, rng, "worker_crash")
+
+
+def _draw_restarted_gateway(swarm: Swarm, rng: random.Random) -> None:
+    """A gateway starts again and gives its handles to new requests, while clients ask for the outputs of old ones."""
+    swarm.num_gateways, swarm.faults_end = 1, 1.5
+    for action, begin, end, count in (
+        ("submit", 0.0, 0.3, 3),
+        ("gateway_death", 0.2, 0.4, 1),
+        ("submit", 0.75, 1.2, 4),
+        ("resume_again", 0.75, 1.3, 4),
+    ):
+        for _ in range(count):
+            swarm.script.append(Event(rng.uniform(begin, end), action, rng.getrandbits(30)))
 
 
 def _draw_long_steps(swarm: Swarm, rng: random.Random) -> None:
