@@ -54,8 +54,10 @@ def test_the_same_seed_gives_the_same_history() -> None:
 FIRST_SEEDS = {
     "accept_an_old_epoch": 150,
     "know_a_request_by_its_key": 250,
+    "fail_before_what_was_made_is_sent": 1000,
     "end_what_outgrows_its_worker": 690,
     "take_a_long_step_for_a_hang": 1040,
+    "forget_tenants_when_there_are_many": 850,
 }
 
 
