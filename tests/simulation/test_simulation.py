@@ -30,7 +30,7 @@ def test_every_request_gets_its_tokens_and_one_ending_whatever_happens() -> None
     assert summary.num_seeds >= LEAST_SEEDS, f"only {summary.num_seeds} seeds in {summary.seconds:.0f} s"
     for fault in (
         "lost frame", "doubled frame", "partition", "worker_hang", "scheduler_restart", "reattach", "poison",
-        "preemption", "resume_again", "gateway cut off", "clock_jump", "clock_stop", "exception raised", "crowd",
+        "preemption", "resume_again", "gateway cut off", "clock_jump", "clock_stop", "exception raised",
         "deadline met", "deadline missed among faults", "deadline refused",
     ):  # fmt: skip
         assert summary.counts[fault], f"no seed met a {fault}"
