@@ -37,7 +37,7 @@ RESTARTS = "scheduler_restart", "drain", "exception raised"
 
 # Why a call may end without being finished, and of what one must have happened for it. Refusals are checked as well
 # when they are made: against what the scheduler has then (`_check_refusal`).
-LEGITIMATE = {
+LEGITIMATE: dict[str, tuple[str, ...]] = {
     "cancelled": ("cancel",),
     "TAKEN_OVER": ("resume_again",),
     "broken": ("gateway_death",),
@@ -466,7 +466,7 @@ class World:
         """
         lengths = [min(self.swarm.max_model_len, (worker.num_blocks - 1) * 16) for worker in self.workers]
         has_loss = any(self.counts[loss] for loss in (*DEATHS, "poison", "clock_jump"))
-        if not is_failover:
+        if not is_failover or self.swarm.token_s:  # a worker joins again when its long step is through
             has_loss |= self.now - self.start < 0.1 or any(self.counts[restart] for restart in RESTARTS)
         assert num_tokens >= (min(lengths) if has_loss else max(lengths)), name
 
@@ -508,6 +508,8 @@ class World:
                 continue
             assert call.ending in LEGITIMATE, f"{name} ended with {call.ending}"
             causes = LEGITIMATE[call.ending]
+            if call.ending == "NO_WORKERS" and self.swarm.token_s:
+                causes += RESTARTS  # they join again when their long steps are through
             assert any(self.counts[cause] for cause in causes), f"{name} ended with {call.ending} without a cause"
             if call.ending == "KV_CAPACITY_EXCEEDED":
                 longest = max(map(len, call.tokens.values()), default=0)
