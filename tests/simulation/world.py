@@ -140,7 +140,7 @@ class World:
             self._is_pump_due = True
             self.after(0.0, self._pump)
 
-    def _enter(self, has_news: bool, event: Callable[..., None], *arguments: Any) -> None:
+    def _enter(self, has_news: bool, event: Callable[..., object], *arguments: Any) -> None:
         """Handle an event like the engine: it ends the process if anything is raised.
 
         The books are checked if they can have changed, and if it is time to.
