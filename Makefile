@@ -13,6 +13,8 @@ FAULTS ?=
 GPU_FLAGS ?=
 GPU_PYTHON ?= 3.12
 SEEDS ?= 10000
+FIRST ?= 0
+PROCESSES ?= 1
 FUZZ_SECONDS ?= 60
 # Where clients that nobody here wrote are installed, for tests/e2e/test_third_party.py.
 THIRD_PARTY := build/third-party
@@ -72,8 +74,8 @@ bench: setup-dev  ## Print the figures in docs/performance.md
 bench-peers: setup-dev  ## Measure Octavo beside vLLM, llama.cpp and OpenVINO, in turn (an hour; 15 GB in PEERS)
 	$(BIN)/python benchmarks/peers/run.py --home $(PEERS)
 
-simulate: setup-dev  ## Run the scheduler among simulated faults, SEEDS times (default: 10000)
-	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
+simulate: setup-dev  ## Run the scheduler among simulated faults, SEEDS times (default: 10000) from FIRST (0) on, in PROCESSES (1)
+	$(BIN)/python -m tests.simulation --first $(FIRST) --seeds $(SEEDS) --processes $(PROCESSES)
 
 fuzz: setup-dev  ## Fuzz each thing that strangers' bytes reach, FUZZ_SECONDS each (default: 60), guided by coverage
 	$(BIN)/python -m pip install --quiet --editable ".[fuzz]"

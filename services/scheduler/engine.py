@@ -46,6 +46,8 @@ class GatewayConnection:
 
     def send(self, message: scheduler_pb2.AttachResponse) -> None:
         """Queue a message; a gateway whose queue is full is cut off, and its requests end."""
+        if self.closed.is_set():
+            return  # what came after a message that had no room must not be read
         try:
             self.unsent.put_nowait(message)
         except asyncio.QueueFull:

@@ -18,6 +18,7 @@ from octavo.services.scheduler.tally import Tally
 from octavo.worker.v1 import worker_pb2
 
 EPOCHS_OF_WORKERS = 16  # bits: each start of a scheduler has so many
+AWAY_S = 1.0  # without a look at the time, which is looked at every 25 ms: this machine was suspended, or busy
 
 
 class Node:
@@ -54,6 +55,7 @@ class Node:
         self.members = Membership(config, epoch << EPOCHS_OF_WORKERS, events)
         self.num_steps = 0
         self.num_plans = 0
+        self._looked_at = now
 
     # -- gateways --------------------------------------------------------------------------------
 
@@ -97,6 +99,7 @@ class Node:
 
     def on_frame(self, identity: bytes, frame: worker_pb2.WorkerFrame, now: float) -> None:
         """Handle one frame of a worker."""
+        self._look(now)
         self.members.handle(identity, frame, now)
 
     def _on_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
@@ -125,11 +128,18 @@ class Node:
 
     def tick(self, now: float) -> None:
         """Watch time: workers that are gone, silent or hang, and requests whose time is up."""
+        self._look(now)
         self.members.check(now, busy=self.core.busy_groups())
         for group_id, age_s in self.core.overdue_groups(now).items():
             if not self.members.tells_progress(group_id):
                 self.members.give_up(group_id, f"hangs: a step is unanswered for {age_s:.1f} s", now)
         self.core.tick(now)
+
+    def _look(self, now: float) -> None:
+        """Hold no step for a hang because of time in which the workers may have stood still as well."""
+        if now - self._looked_at > AWAY_S:
+            self.core.was_away(now)
+        self._looked_at = now
 
     def pump(self, now: float) -> None:
         """Plan what can be planned and deliver all effects."""

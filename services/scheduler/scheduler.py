@@ -80,6 +80,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._next_give_up = now
         self._model: ModelFacts | None = None  # of the workers there are, or were last
+        self._started_at = now
         self._last_worker_at = now  # a scheduler that just started waits for its workers to come back
         self._draining = False
 
@@ -167,7 +168,7 @@ class Scheduler:
         self._quotas.let_in(submit, now)
         outbox = self._effects.outbox(gateway_id)
         max_len = len(submit.prompt_token_ids) + (submit.stop.max_new_tokens or MAX_TOKENS)
-        max_len = min(max_len, self._capacity.max_model_len(now) or MAX_TOKENS)
+        max_len = min(max_len, self._max_model_len(submit, now))
         is_pooling = submit.HasField("pooling")
         if is_pooling or submit.prompt_logprobs:
             submit.bypass_prefix_cache = True  # all hidden states are needed
@@ -337,6 +338,11 @@ class Scheduler:
         for gateway_id, progress in self._requests.take_progress(self._waiting, now).items():
             self._effects.send(gateway_id, scheduler_pb2.AttachResponse(progress=progress))
 
+    def was_away(self, now: float) -> None:
+        """Let the steps in flight count from now on: nobody looked at the time meanwhile."""
+        for group in self._groups.values():
+            group.was_away(now)
+
     def schedule(self, now: float) -> None:
         """Plan steps for every group that can take one more, and not before it has to."""
         for group in self._groups.values():
@@ -392,8 +398,17 @@ class Scheduler:
             message = "a constraint must be a grammar here: gateways translate the other kinds"
             return reject(submit, code_pb2.INVALID_ARGUMENT, "INVALID_CONSTRAINT", message)
         has_workers = self._groups or now - self._last_worker_at < self._config.worker_grace_s
-        max_model_len = (self._capacity.max_model_len(now) or MAX_TOKENS) if has_workers else 0
+        max_model_len = self._max_model_len(submit, now) if has_workers else 0
         return self._admission.refuse(submit, self._groups.values(), max_model_len, now)
+
+    def _max_model_len(self, submit: scheduler_pb2.Submit, now: float) -> int:
+        """Return how long a request can get; MAX_TOKENS if that is not known.
+
+        It is not for one that an earlier scheduler had: the worker that can go on with it may be on its way here.
+        """
+        if submit.is_failover and now - self._started_at < self._config.worker_grace_s:
+            return MAX_TOKENS
+        return self._capacity.max_model_len(now) or MAX_TOKENS
 
     def _admitted(self, request: Request) -> scheduler_pb2.Admitted:
         """Return the answer to a request that entered the queue."""

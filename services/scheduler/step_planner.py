@@ -176,11 +176,12 @@ class StepPlanner:
             # Opening takes the waiting ones in the queue's order; then all prompts compete for tokens.
             were_passed_over = self._open_waiting(group, concurrency, plan, budget.tokens, now)
             num_planned = self._plan_prompts(group, plan, budget, now)
-            through += [seq for seq in group.prefilling if seq.num_pending]
+            opened = [seq for seq in group.prefilling if seq.num_pending]
+            through += opened
+            group.decoding += opened  # at once: the next search looks at who runs
             group.prefilling = [seq for seq in group.prefilling if not seq.num_pending]
             if not were_passed_over or not num_planned or not budget.tokens:
                 break  # else some may find their blocks now
-        group.decoding.extend(through)
         return through
 
     def _plan_prompts(self, group: WorkerGroup, plan: PlanBuilder, budget: _Budget, now: float) -> int:

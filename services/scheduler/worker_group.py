@@ -81,7 +81,7 @@ class WorkerGroup:
         self.cost = StepCost()
         self.cost_is_guess = False  # from a step that warmed the worker up
         self._clock = clock
-        self.last_result_at = 0.0
+        self.last_result_at = self._back_at = 0.0
         self._num_measured = 0
         self.mean_running = 0.0  # over the latest steps
         self.takes_grammars = False  # set when it joins; so are these:
@@ -175,7 +175,11 @@ class WorkerGroup:
 
     def _started_at(self, step: StepInFlight) -> float:
         """With two steps in flight a step starts when the one before is answered."""
-        return max(step.sent_at, self.last_result_at)
+        return max(step.sent_at, self.last_result_at, self._back_at)
+
+    def was_away(self, now: float) -> None:
+        """Let the step that runs begin now: how long it took until now is not known."""
+        self._back_at = now
 
     def check_invariants(self) -> None:
         """Assert that slots, blocks and sequences agree."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.engine import MAX_UNSENT_MESSAGES, GatewayConnection
 
 if TYPE_CHECKING:
     from .world import World
 
 RECONNECT_S = 0.05
 RESUBMIT_S = 0.1
-NEVER_BACK = ("NO_WORKERS", "QUEUE_FULL", "DRAINING", "DEADLINE_UNREACHABLE")  # worth another try
+READ_S = 0.001  # from the scheduler to a gateway that reads
+CUT_OFF_S = 0.002  # until the stream of one that does not read is closed: what was queued may still be written
 
 
 @dataclass(eq=False)
@@ -28,6 +31,7 @@ class Call:
     admitted: bool = False
     ending: str = ""  # "finished", "cancelled", "broken" or a reason
     epoch: int = 0
+    is_again: bool = False  # asks for the output of another call
 
     @property
     def candidates(self) -> range:
@@ -51,6 +55,20 @@ class SimGateway:
         self.connection = 0  # numbers the streams; 0: none is open
         self.last_connection = 0
         self.epoch = 0
+        self.slow_until = 0.0  # it reads nothing
+        self._stream = self._new_stream()
+        self._is_read_due = False
+
+    def _new_stream(self) -> GatewayConnection:
+        return GatewayConnection(self.name)
+
+    def be_slow(self, seconds: float) -> None:
+        """Read nothing for a while, with room for few messages."""
+        self.slow_until = self.world.now + seconds
+        unsent = self._stream.unsent
+        self._stream.unsent = asyncio.Queue(unsent.qsize() + self.world.swarm.max_unsent)
+        while not unsent.empty():
+            self._stream.unsent.put_nowait(unsent.get_nowait())
 
     def connect(self) -> None:
         """Open a stream, and hand over what waits for one."""
@@ -59,6 +77,7 @@ class SimGateway:
         self.last_connection += 1
         self.connection = self.last_connection
         self.epoch = self.world.epoch
+        self._stream, self._is_read_due = self._new_stream(), False
         orphans, self.orphans = self.orphans, []
         for call, candidates in orphans:
             self.resume(call, candidates)
@@ -66,6 +85,7 @@ class SimGateway:
     def die(self) -> None:
         """The process ends, and starts again under its name a moment later."""
         self.connection = self.num_handles = 0
+        self.slow_until = 0.0
         for state in (self.calls, self.orphans, self.submits, self.ended):
             state.clear()  # type: ignore[attr-defined]
         self.world.after(0.3, self.connect)
@@ -157,10 +177,42 @@ class SimGateway:
 
     # -- what comes back -------------------------------------------------------------------------
 
-    def receive(self, connection: int, message: scheduler_pb2.AttachResponse) -> None:
-        """A message arrived, if its stream is still the one that is open."""
+    def deliver(self, message: scheduler_pb2.AttachResponse) -> None:
+        """Queue a message of the scheduler. Without room the stream is cut off, a moment later."""
+        if not self.connection:
+            return
+        was_closed = self._stream.closed.is_set()
+        self._stream.send(message)
+        if self._stream.closed.is_set() and not was_closed:
+            self.world.count("gateway cut off")
+            self.world.after(CUT_OFF_S, self.world.cut_off, self, self.connection)
+        self._read_at(max(self.world.now + READ_S, self.slow_until))
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the scheduler takes nothing more from this stream."""
+        return self._stream.closed.is_set()
+
+    def _read_at(self, time: float) -> None:
+        if not self._is_read_due:
+            self._is_read_due = True
+            self.world.at(time, self._read, self.connection)
+
+    def _read(self, connection: int) -> None:
+        """Read all that waits, if its stream is still the one that is open."""
         if connection != self.connection:
             return
+        self._is_read_due = False
+        if self.world.now < self.slow_until:
+            self._read_at(self.slow_until)
+            return
+        unsent = self._stream.unsent
+        while not unsent.empty():
+            self._receive(unsent.get_nowait())
+        if unsent.maxsize < MAX_UNSENT_MESSAGES:
+            self._stream.unsent = asyncio.Queue(MAX_UNSENT_MESSAGES)
+
+    def _receive(self, message: scheduler_pb2.AttachResponse) -> None:
         kind = message.WhichOneof("kind")
         if kind == "step_outputs":
             self._on_outputs(message.step_outputs)

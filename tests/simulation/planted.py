@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from google.rpc import code_pb2
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.admission import Admission, reject
 from octavo.services.scheduler.block_pool import BlockPool
+from octavo.services.scheduler.early_ends import EarlyEnds
 from octavo.services.scheduler.effects import NOBODY, Effects, SendToGateway
+from octavo.services.scheduler.engine import GatewayConnection
+from octavo.services.scheduler.fair_share import FairShare
 from octavo.services.scheduler.free_blocks import Block
 from octavo.services.scheduler.live_requests import LiveRequests
 from octavo.services.scheduler.membership import Membership
+from octavo.services.scheduler.node import Node
+from octavo.services.scheduler.outputs import length_reason
 from octavo.services.scheduler.plan_builder import PlanBuilder
 from octavo.services.scheduler.scheduler import Scheduler
-from octavo.services.scheduler.sequence import Sequence
+from octavo.services.scheduler.sequence import Request, Sequence
+from octavo.services.scheduler.step_digest import StepDigest
 from octavo.services.scheduler.takeover import Takeover
-from octavo.services.scheduler.worker_group import WorkerGroup
+from octavo.services.scheduler.worker_group import StepInFlight, WorkerGroup
 from octavo.worker.v1 import worker_pb2
 
 
@@ -117,9 +126,91 @@ def keep_a_takeover_secret(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Takeover, "_tell_old_owner", lambda *_: None)
 
 
-def believe_that_all_workers_are_large(patch: pytest.MonkeyPatch) -> None:
-    """A sequence is placed on a worker that has no room for it, and is waited for there."""
-    patch.setattr(WorkerGroup, "can_run", lambda *_: True)
+def end_what_outgrows_its_worker(patch: pytest.MonkeyPatch) -> None:
+    """A sequence ends where its worker has no room for more, though another worker has."""
+
+    def hasty(self: StepDigest, seq: Sequence, now: float) -> None:
+        self._endings.finish(seq, length_reason(seq), now)
+
+    patch.setattr(StepDigest, "_at_full_length", hasty)
+
+
+def go_on_without_what_did_not_fit(patch: pytest.MonkeyPatch) -> None:
+    """A gateway that does not read loses messages, and is not cut off."""
+
+    def lossy(self: GatewayConnection, message: scheduler_pb2.AttachResponse) -> None:
+        if not self.unsent.full():
+            self.unsent.put_nowait(message)
+
+    patch.setattr(GatewayConnection, "send", lossy)
+
+
+def take_a_long_step_for_a_hang(patch: pytest.MonkeyPatch) -> None:
+    """A worker that tells its progress is given up all the same when a step takes long."""
+    patch.setattr(Membership, "tells_progress", lambda *_: False)
+
+
+def take_a_leap_of_the_clock_for_a_hang(patch: pytest.MonkeyPatch) -> None:
+    """Steps are held for hangs after time in which nobody looked."""
+    patch.setattr(Scheduler, "was_away", lambda *_: None)
+
+
+def divide_by_the_time_of_a_step(patch: pytest.MonkeyPatch) -> None:
+    """A step that took no time on the clock has no rate."""
+    measure = WorkerGroup.measure
+
+    def careless(self: WorkerGroup, step: StepInFlight, now: float) -> float:
+        assert step.num_tokens / (now - self._started_at(step)) > 0
+        return measure(self, step, now)
+
+    patch.setattr(WorkerGroup, "measure", careless)
+
+
+def forget_tenants_when_there_are_many(patch: pytest.MonkeyPatch) -> None:
+    """A tenant's turn never comes if a hundred others wait."""
+    next_turn = FairShare.next_turn
+
+    def forgetful(self: FairShare) -> tuple[float, int, str] | None:
+        return None if len(self._joined) > 100 else next_turn(self)
+
+    patch.setattr(FairShare, "next_turn", forgetful)
+
+
+def swallow_exceptions(patch: pytest.MonkeyPatch) -> None:
+    """What is wrong with a worker's frame is ignored."""
+    on_frame = Node.on_frame
+
+    def careless(self: Node, identity: bytes, frame: worker_pb2.WorkerFrame, now: float) -> None:
+        with contextlib.suppress(Exception):
+            on_frame(self, identity, frame, now)
+
+    patch.setattr(Node, "on_frame", careless)
+
+
+def refuse_for_no_reason(patch: pytest.MonkeyPatch) -> None:
+    """The queue is called full when anybody waits."""
+    refuse = Admission._refuse_for_now
+
+    def anxious(
+        self: Admission, submit: scheduler_pb2.Submit, max_model_len: int, now: float
+    ) -> scheduler_pb2.Rejected | None:
+        if self._states.num_waiting:
+            return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", "")
+        return refuse(self, submit, max_model_len, now)
+
+    patch.setattr(Admission, "_refuse_for_now", anxious)
+
+
+def end_requests_that_have_no_deadline(patch: pytest.MonkeyPatch) -> None:
+    """A request without a deadline is looked at as if it had one, a second after it came."""
+    push = EarlyEnds.add
+
+    def hasty(self: EarlyEnds, request: Request, now: float) -> None:
+        if not request.submit.remaining_ms:
+            request.deadline = min(request.deadline, now + 1.0)
+        push(self, request, now)
+
+    patch.setattr(EarlyEnds, "add", hasty)
 
 
 Bug = Callable[[pytest.MonkeyPatch], None]
@@ -133,5 +224,13 @@ BUGS: tuple[Bug, ...] = (
     know_a_request_by_its_key,
     fail_before_what_was_made_is_sent,
     keep_a_takeover_secret,
-    believe_that_all_workers_are_large,
+    end_what_outgrows_its_worker,
+    go_on_without_what_did_not_fit,
+    take_a_long_step_for_a_hang,
+    take_a_leap_of_the_clock_for_a_hang,
+    divide_by_the_time_of_a_step,
+    forget_tenants_when_there_are_many,
+    swallow_exceptions,
+    refuse_for_no_reason,
+    end_requests_that_have_no_deadline,
 )

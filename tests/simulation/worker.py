@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from array import array
+from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo.services.common.protocol import PROTOCOL_REVISION
 from octavo.worker.v1 import worker_pb2
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .world import World
 
 REPORT_S = 0.2
-SILENCE_S = 1.0
+SILENCE_S = 5.0  # of the scheduler, as in gpu_worker/worker.py
 NOT_FINITE = 0xFFFFFFFF
 POISON = VOCAB  # the token that kills a worker: the fake model never makes it
 
@@ -27,7 +28,12 @@ class SimWorker:
         self.world, self.name = world, name
         self.identity = name.encode()
         self.is_alive = True
-        self.hangs_until = self.busy_until = self.partitioned_until = self.slow_until = 0.0
+        self.hangs_until = self.partitioned_until = self.slow_until = 0.0
+        self.speed = 1.0
+        self.is_computing = False
+        self._progress, self._computed_s, self._reported_at = 0, 0.0, world.now
+        self._inbox: deque[worker_pb2.WorkerFrame] = deque()
+        self._answered: worker_pb2.WorkerFrame | None = None  # the last one
         self.life = 0  # of the process: timers of an earlier one do nothing
         self.spoil_next = False
         self.rng = random.Random(f"{world.swarm.seed} {name}")
@@ -54,14 +60,16 @@ class SimWorker:
 
     def die(self, restart_s: float) -> None:
         """End the process; another one starts under the same name."""
-        self.is_alive = False
+        self.is_alive = self.is_computing = False
         self.life += 1
+        self._inbox.clear()
         self.world.after(restart_s, self.start)
 
     def start(self) -> None:
         if not self.is_alive:
             self.is_alive = True
-            self.hangs_until = self.busy_until = 0.0
+            self.hangs_until = self._computed_s = 0.0
+            self._progress = 0
             self._reset()
             self.world.after(0.0, self.report, self.life)
 
@@ -70,27 +78,45 @@ class SimWorker:
         if life != self.life or not self.is_alive:
             return
         self.world.after(REPORT_S, self.report, life)
+        passed, self._reported_at = self.world.now - self._reported_at, self.world.now
         if self.world.now < self.hangs_until:
             return
-        if self.epoch and self.world.now - self.heard_at > SILENCE_S:
+        if self.epoch and not self.is_computing and self.world.now - self.heard_at > SILENCE_S:
             self.epoch = 0
         if self.epoch:
-            self._send(worker_pb2.WorkerFrame(heartbeat=worker_pb2.Heartbeat()))
+            self._send(worker_pb2.WorkerFrame(heartbeat=self._heartbeat(passed)))
         else:
             self._hello()
 
+    def _heartbeat(self, passed: float) -> worker_pb2.Heartbeat:
+        if not self.world.swarm.tells_progress:
+            return worker_pb2.Heartbeat()
+        self._progress += self.is_computing
+        self._computed_s += passed if self.is_computing else 0.01 * passed
+        return worker_pb2.Heartbeat(progress=self._progress, processor_time_us=int(1e6 * self._computed_s))
+
     def receive(self, life: int, frame: worker_pb2.WorkerFrame) -> None:
-        """A frame arrived, if the process it was sent to still lives."""
-        if life != self.life or not self.is_alive:
+        """A frame arrived, if the process it was sent to still lives. One thread computes and reads, in order."""
+        if life == self.life and self.is_alive:
+            self._inbox.append(frame)
+            self._read(life)
+
+    def _read(self, life: int) -> None:
+        """Handle what arrived, up to a step that has to be computed."""
+        if life != self.life or not self._inbox:
             return
-        waits_s = max(self.hangs_until, self.busy_until) - self.world.now
-        if waits_s > 0:  # one thread computes and reads, in order
-            self.world.after(waits_s, self.receive, life, frame)
+        if self.world.now < self.hangs_until:
+            self.world.at(self.hangs_until, self._read, life)
             return
+        while self._inbox and not self.is_computing:
+            self._handle(self._inbox.popleft())
+
+    def _handle(self, frame: worker_pb2.WorkerFrame) -> None:
         kind = frame.WhichOneof("kind")
         if kind == "worker_config":
             if frame.epoch >= self.epoch:
                 self._reset()
+                self._repeat_late()
                 self.epoch = frame.epoch
                 swarm = self.world.swarm
                 ready = worker_pb2.WorkerReady(
@@ -104,6 +130,15 @@ class SimWorker:
             elif kind == "fenced":
                 self.epoch = 0
                 self._hello()
+
+    def _repeat_late(self) -> None:
+        """The network repeats the last result of the epoch before, when this one may have got as far."""
+        world, swarm = self.world, self.world.swarm
+        if self._answered is not None and swarm.reordering and not world.healed and self.rng.random() < 0.5:
+            world.count("stale result")
+            late_s = (self._answered.step_result.step_id + self.rng.random()) * (swarm.step_s + swarm.max_delay_s)
+            world.after(late_s, world.from_worker, self, self._answered)
+            self._answered = None
 
     def _compute(self, plan: worker_pb2.StepPlan) -> None:
         if plan.step_id <= self.last_step_id:
@@ -125,8 +160,10 @@ class SimWorker:
             tokens[random.Random(plan.step_id).randrange(len(tokens))] = NOT_FINITE
             result.token_ids = tokens.tobytes()
             self.world.spoiled = True
-        took_s = self.world.swarm.step_s * (20 if self.world.now < self.slow_until else 1)
-        self.busy_until = self.world.now + took_s
+        swarm = self.world.swarm
+        took_s = swarm.step_s * (20 if self.world.now < self.slow_until else 1)
+        took_s += swarm.token_s * max(plan.num_tokens, 16) * self.speed  # one token reads all weights as well
+        self.is_computing = True
         self.world.after(took_s, self._answer, self.life, self.epoch, result)
 
     def _answer(self, life: int, epoch: int, result: worker_pb2.StepResult) -> None:
@@ -134,9 +171,12 @@ class SimWorker:
             if self.world.now < self.hangs_until:
                 self.world.after(self.hangs_until - self.world.now, self._answer, life, epoch, result)
             else:
+                self.is_computing = False
                 # A result that comes when an epoch later has got as far is the worst there is.
                 late_s = result.step_id * self.world.swarm.step_s
-                self._send(worker_pb2.WorkerFrame(step_result=result), epoch, late_s)
+                self._answered = worker_pb2.WorkerFrame(step_result=result)
+                self._send(self._answered, epoch, late_s)
+                self._read(life)
 
     def fault(self, reason: str) -> None:
         """End with a last word."""
@@ -154,7 +194,7 @@ class SimWorker:
     def _send(self, frame: worker_pb2.WorkerFrame, epoch: int | None = None, late_s: float = 0.0) -> None:
         frame.protocol_revision = PROTOCOL_REVISION
         frame.epoch = self.epoch if epoch is None else epoch
-        self.world.network.carry(self, lambda: self.world.from_worker(self, frame), late_s=late_s)
+        self.world.network.carry(self, self.world.from_worker, self, frame, late_s=late_s)
 
 
 class Network:
@@ -166,7 +206,12 @@ class Network:
         self._last: dict[tuple[str, bool], float] = {}
 
     def carry(
-        self, worker: SimWorker, arrive: Callable[[], None], to_worker: bool = False, late_s: float = 0.0
+        self,
+        worker: SimWorker,
+        arrive: Callable[..., None],
+        *arguments: Any,
+        to_worker: bool = False,
+        late_s: float = 0.0,
     ) -> None:
         """Let a frame arrive, or not; one out of order comes later, by about `late_s` if that is given."""
         world, swarm, rng = self.world, self.world.swarm, self.rng
@@ -190,4 +235,4 @@ class Network:
                 at += rng.choice([0.01, 0.05, 0.3]) * rng.random() + rng.choice([0.0, late_s])
             else:
                 at = self._last[key] = max(at, self._last.get(key, 0.0))
-            world.at(at, arrive)
+            world.at(at, arrive, *arguments)

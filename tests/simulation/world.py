@@ -1,4 +1,7 @@
-"""Runs one seed: the real Node among simulated processes, and checks everything after every event."""
+"""Runs one seed: the real Node among simulated processes, and checks what they see and what the Node remembers.
+
+What clients see is checked after every event; the scheduler's books after as many as the seed says, and at the end.
+"""
 
 from __future__ import annotations
 
@@ -19,46 +22,60 @@ from octavo.services.scheduler.scheduler import Scheduler
 from octavo.worker.v1 import worker_pb2
 from tests.services.scheduler.simulation import expected_output
 
+from .bomb import Bomb, InjectedError
 from .gateway import Call, SimGateway
 from .swarm import Event, Swarm
 from .worker import POISON, Network, SimWorker
 
 TICK_S = 0.1
-PATIENCE_S = 120.0  # after the last fault everything must have ended
 MAX_EVENTS = 50_000
+CROWD = 1000  # tenants
+DEATHS = (
+    "worker_crash", "worker_hang", "worker_fault", "partition", "lost frame", "worker_slow", "reordered frame",
+)  # fmt: skip
+RESTARTS = "scheduler_restart", "drain", "exception raised"
 
-# Why a call may end without being finished, and what must have happened for it.
-LEGITIMATE = {
-    "cancelled": "cancel",
-    "TAKEN_OVER": "resume_again",
-    "broken": "gateway_death",
-    "QUARANTINED": "",
-    "WORKER_FAULT": "not_finite",
-    "QUEUE_TIMEOUT": "deadline",
-    "GENERATION_TIMEOUT": "deadline",
-    "DEADLINE_UNREACHABLE": "deadline",
-    "KV_CAPACITY_EXCEEDED": "",
-    "QUEUE_FULL": "",
-    "QUOTA_EXCEEDED": "",
-    "DRAINING": "drain",
-    "NO_WORKERS": "",
-    "UNAVAILABLE": "",
+# Why a call may end without being finished, and of what one must have happened for it. Refusals are checked as well
+# when they are made: against what the scheduler has then (`_check_refusal`).
+LEGITIMATE: dict[str, tuple[str, ...]] = {
+    "cancelled": ("cancel",),
+    "TAKEN_OVER": ("resume_again",),
+    "broken": ("gateway_death",),
+    "QUARANTINED": (*DEATHS, "poison"),
+    "WORKER_FAULT": ("not_finite",),
+    "QUEUE_TIMEOUT": ("deadline", "clock_jump"),
+    "GENERATION_TIMEOUT": ("deadline", "clock_jump"),
+    "DEADLINE_UNREACHABLE": ("deadline",),
+    "KV_CAPACITY_EXCEEDED": ("submit", "cancel_early"),
+    "QUEUE_FULL": ("submit", "cancel_early"),
+    "QUOTA_EXCEEDED": ("submit", "cancel_early"),
+    "DRAINING": ("drain",),
+    "NO_WORKERS": (*DEATHS, "poison", "clock_jump"),
+    "UNAVAILABLE": ("stream_break", "gateway_death", "gateway cut off", *RESTARTS),
 }
 
 
 class World:
     """Time, events, and the processes of one seed. `counts` says which faults and paths were met."""
 
-    def __init__(self, swarm: Swarm) -> None:
+    def __init__(self, swarm: Swarm, is_unlimited: bool = False) -> None:
+        """is_unlimited: whoever comes is admitted, and nobody is ended before the deadline."""
         self.swarm = swarm
+        self._is_unlimited = is_unlimited
         self.now = 1000.0
         self.start = self.now
         self.healed = False
         self.counts: Counter[str] = Counter()
         self.num_events = 0
+        self._skew_s = 0.0  # of the scheduler's clock
+        self._stands_until = self._stands_at = 0.0
+        self._bomb: Bomb | None = None
+        self._is_pump_due = False
+        self._unchecked = swarm.seed % swarm.check_every
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
-        self.config = SchedulerConfig(**swarm.settings)
+        unlimited = {"max_waiting": 1_000_000} if is_unlimited else {}
+        self.config = SchedulerConfig(**swarm.settings | unlimited)
         self.network = Network(self)
         self.spoiled = False
         self.calls: list[Call] = []
@@ -69,6 +86,7 @@ class World:
         self.prefixes = [[rng.randrange(10, 40_000) for _ in range(length)] for length in (16, 40)]
         self._expected: dict[int, list[int]] = {}
         self.gateways = [SimGateway(self, f"gateway-{n}") for n in range(swarm.num_gateways)]
+        self._gateways = {gateway.name: gateway for gateway in self.gateways}
         self._start_scheduler()
         self.workers = [SimWorker(self, f"worker-{n}") for n in range(swarm.num_workers)]
         self._by_identity = {worker.identity: worker for worker in self.workers}
@@ -89,28 +107,65 @@ class World:
     def count(self, what: str) -> None:
         self.counts[what] += 1
 
+    @property
+    def clock(self) -> float:
+        """The scheduler's clock, which jumps and stands still, and never goes back."""
+        return self._stands_at if self.now < self._stands_until else self.now + self._skew_s
+
     def run(self) -> None:
         """Run until everything has ended; AssertionError if something is wrong or does not end."""
+        heap, end = self._heap, self.start + self.swarm.faults_end + self.swarm.patience_s
         while not (self.healed and self.node.core.is_idle and all(call.ending for call in self.calls)):
-            self.now, _, action, arguments = heapq.heappop(self._heap)
+            self.now, _, action, arguments = heapq.heappop(heap)
             action(*arguments)
             self.num_events += 1
-            if self.now > self.start + self.swarm.faults_end + PATIENCE_S or self.num_events > MAX_EVENTS:
+            if self.now > end or self.num_events > MAX_EVENTS:
                 stuck = [call.submit.request_id for call in self.calls if not call.ending]
                 raise AssertionError(f"does not end: {stuck}, {list(self.node.core.requests())}")
         self._check_end()
 
     def _tick(self) -> None:
         self.after(TICK_S, self._tick)
-        self.node.tick(self.now)
+        self._enter(False, self.node.tick, self.clock)
         self._pump()
 
-    def _pump(self, has_news: bool = True) -> None:
-        """Plan and deliver, and check the books if they can have changed."""
-        num_plans = self.node.num_plans
-        self.node.pump(self.now)
-        if not has_news and self.node.num_plans == num_plans:
-            return
+    def _pump(self) -> None:
+        """Plan and deliver."""
+        self._is_pump_due = False
+        self._enter(False, self.node.pump, self.clock)
+
+    def _pump_soon(self) -> None:
+        """Plan and deliver after what happens at the same time, like the engine."""
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            self.after(0.0, self._pump)
+
+    def _enter(self, has_news: bool, event: Callable[..., object], *arguments: Any) -> None:
+        """Handle an event like the engine: it ends the process if anything is raised.
+
+        The books are checked if they can have changed, and if it is time to.
+        """
+        node = self.node
+        num_plans = node.num_plans
+        if self._bomb is None:
+            event(*arguments)
+        else:
+            try:
+                with self._bomb:
+                    event(*arguments)
+            except InjectedError:
+                self._bomb = None
+                self.count("exception raised")
+                self._restart_scheduler()
+                return
+            assert not self._bomb.has_gone_off, "an exception was swallowed"
+        if has_news or node.num_plans != num_plans:
+            self._unchecked += 1
+            if self._unchecked >= self.swarm.check_every:
+                self._unchecked = 0
+                self._check_books()
+
+    def _check_books(self) -> None:
         core = self.node.core
         core.check_invariants()
         salts: dict[tuple[int, int], str] = {}
@@ -127,37 +182,60 @@ class World:
         self.epoch += 1
         self.is_up = True
         self.node = Node(
-            self.config, "scheduler", self.epoch, self.now,
+            self.config, "scheduler", self.epoch, self.clock,
             send=self._to_worker, deliver=self._to_gateway, changed=lambda: None, fenced=self._on_fenced,
         )  # fmt: skip
-        setattr(self.node.core, "worker_lost", functools.partial(self._on_worker_lost, self.node.core))  # noqa: B010
+        core = self.node.core
+        setattr(core, "worker_lost", functools.partial(self._on_worker_lost, core))  # noqa: B010
+        if self._is_unlimited:
+            setattr(core._admission, "_refuse_for_deadline", lambda *_: None)  # noqa: B010
+            setattr(core._early_ends, "take", lambda _: ())  # noqa: B010
         for gateway in self.gateways:
-            self.after(0.01, gateway.connect)
+            self.after(0.01 if self.epoch > 1 else 0.0, gateway.connect)
 
     def _to_worker(self, identity: bytes, frame: worker_pb2.WorkerFrame) -> bool:
         worker = self._by_identity[identity]
         if not worker.is_alive:
             return False
-        life = worker.life
-        self.network.carry(worker, lambda: worker.receive(life, frame), to_worker=True)
+        self.network.carry(worker, worker.receive, worker.life, frame, to_worker=True)
         return True
 
     def from_worker(self, worker: SimWorker, frame: worker_pb2.WorkerFrame) -> None:
         if self.is_up:
-            self.node.on_frame(worker.identity, frame, self.now)
-            self._pump(has_news=not frame.HasField("heartbeat"))
+            has_news = not frame.HasField("heartbeat")
+            self._enter(has_news, self.node.on_frame, worker.identity, frame, self.clock)
+            if has_news:
+                self._pump()
 
     def _to_gateway(self, effect: SendToGateway) -> None:
-        gateway = next(gateway for gateway in self.gateways if gateway.name == effect.gateway_id)
-        self.after(0.001, gateway.receive, gateway.connection, effect.message)
+        self._gateways[effect.gateway_id].deliver(effect.message)
 
     def to_scheduler(self, gateway: SimGateway, message: scheduler_pb2.AttachRequest) -> None:
         self.after(0.001, self._from_gateway, gateway, gateway.connection, message)
 
     def _from_gateway(self, gateway: SimGateway, connection: int, message: scheduler_pb2.AttachRequest) -> None:
+        if gateway.connection == connection and not gateway.is_cut_off:
+            self._enter(True, self._on_gateway_message, gateway.name, message)
+            self._pump_soon()
+
+    def _on_gateway_message(self, gateway_id: str, message: scheduler_pb2.AttachRequest) -> None:
+        self.node.on_gateway_message(gateway_id, message, self.clock)
+        if message.HasField("submit"):
+            effects = self.node.core._effects._effects
+            last = effects[-1] if effects else None
+            if isinstance(last, SendToGateway) and last.message.HasField("rejected"):
+                self._check_refusal(message.submit, last.message.rejected)
+
+    def cut_off(self, gateway: SimGateway, connection: int) -> None:
+        """Close the stream of a gateway that does not read."""
         if gateway.connection == connection:
-            self.node.on_gateway_message(gateway.name, message, self.now)
-            self._pump()
+            self._lose_gateway(gateway)
+            gateway.disconnect()
+
+    def _lose_gateway(self, gateway: SimGateway) -> None:
+        if gateway.connection:
+            self._enter(True, self.node.gateway_lost, gateway.name, self.clock)
+            self._pump_soon()
 
     def _on_worker_lost(self, core: Scheduler, group_id: str, now: float, crashed: bool = False) -> None:
         group = core._groups[group_id]
@@ -165,6 +243,9 @@ class World:
         Scheduler.worker_lost(core, group_id, now, crashed)
 
     def _on_fenced(self, worker_id: str, reason: str) -> None:
+        if reason.startswith(("hangs", "is silent")):
+            causes = DEATHS if self.swarm.tells_progress else (*DEATHS, "speed_change")
+            assert any(self.counts[cause] for cause in causes), f"{worker_id} was given up without a cause: {reason}"
         self.count("fenced: out of order" if "out of order" in reason else "fenced: " + reason.split(":")[0])
 
     # -- the script ------------------------------------------------------------------------------
@@ -181,16 +262,17 @@ class World:
             worker.spoil_next = False
 
     def _do_submit(self, rng: random.Random) -> None:
+        name = f"r{rng.getrandbits(40)}"  # the same in a twin of this world
         prompt = rng.choice([[], *self.prefixes]) + [rng.randrange(10, 40_000) for _ in range(rng.randrange(1, 30))]
-        if self.swarm.poison and self.counts["submit"] == 1:
+        if self.swarm.poison and len(self.calls) == 0:
             prompt[-1] = POISON
         submit = scheduler_pb2.Submit(
-            request_id=f"r{len(self.calls)}",
+            request_id=name,
             prompt_token_ids=prompt,
             sampling={"seed": rng.randrange(1000)},  # type: ignore[arg-type]
             stop={"max_new_tokens": rng.choice(self.swarm.outputs)},  # type: ignore[arg-type]
             candidate_count=rng.choice([1, 1, 1, 3]),
-            remaining_ms=rng.choice([0, 0, 0, 300]),
+            remaining_ms=rng.choice(self.swarm.deadlines),
             priority=rng.choice([0, 0, 1]),
             tenant=(tenant := rng.choice(["", "x"])),
             cache_salt=tenant,
@@ -208,7 +290,7 @@ class World:
     def _do_cancel(self, rng: random.Random) -> None:
         live = [call for call in self.calls if not call.ending]
         if live:
-            call = rng.choice(live)
+            call = live[rng.randrange(len(live))]
             call.gateway.cancel(call)
 
     def _do_cancel_early(self, rng: random.Random) -> None:
@@ -244,17 +326,17 @@ class World:
     def _do_stream_break(self, rng: random.Random) -> None:
         gateway = rng.choice(self.gateways)
         if gateway.connection:
-            self.node.gateway_lost(gateway.name, self.now)
+            self._lose_gateway(gateway)
             gateway.disconnect()
-            self._pump()
+
+    def _do_gateway_slow(self, rng: random.Random) -> None:
+        rng.choice(self.gateways).be_slow(rng.choice([0.02, 0.2, 1.0]))
 
     def _do_gateway_death(self, rng: random.Random) -> None:
         """A gateway process dies: clients with a resume window come back through another one."""
         gateway = rng.choice(self.gateways)
         calls = [call for call in self.calls if call.gateway is gateway and not call.ending]
-        if gateway.connection:
-            self.node.gateway_lost(gateway.name, self.now)
-            self._pump()
+        self._lose_gateway(gateway)
         gateway.die()
         for call in calls:
             wanted = tuple(index for index in call.candidates if index not in call.finished)
@@ -265,6 +347,37 @@ class World:
             else:
                 call.end("broken")
 
+    def _do_speed_change(self, rng: random.Random) -> None:
+        rng.choice(self.workers).speed = rng.choice([0.1, 1.0, 3.0])
+
+    def _do_crowd(self, rng: random.Random) -> None:
+        """A thousand tenants come at once, each with a short prompt."""
+        for number in range(CROWD):
+            submit = scheduler_pb2.Submit(
+                request_id=f"c{number}", tenant=f"t{number}", cache_salt=f"t{number}",
+                prompt_token_ids=[rng.randrange(10, 40_000) for _ in range(rng.randrange(1, 8))],
+                stop={"max_new_tokens": 1}, end_of_sequence_ids=[7],  # type: ignore[arg-type]
+            )  # fmt: skip
+            call = Call(submit, self.gateways[number % len(self.gateways)])
+            self.calls.append(call)
+            call.gateway.submit(call)
+
+    def _do_clock_jump(self, rng: random.Random) -> None:
+        """The scheduler's clock leaps, as after a suspend."""
+        jump_s = rng.choice([0.5, 3.0, 20.0, 700.0, 7200.0])
+        self._skew_s += jump_s
+        self._stands_at += jump_s
+
+    def _do_clock_stop(self, rng: random.Random) -> None:
+        """The scheduler's clock stands still, and goes on from there."""
+        self._stands_at = self.clock
+        self._stands_until = self.now + rng.choice([0.05, 0.5, 2.0])
+        self._skew_s = self._stands_at - self._stands_until
+
+    def _do_exception(self, rng: random.Random) -> None:
+        """One of the next calls within the scheduler raises an exception."""
+        self._bomb = Bomb(int(rng.expovariate(1 / 200)))
+
     def _do_resume_again(self, rng: random.Random) -> None:
         """A client asks for all of an output in a second call, while the first one may still go on."""
         kept = [
@@ -274,16 +387,19 @@ class World:
         ]  # fmt: skip
         if kept:
             first = rng.choice(kept)
-            call = Call(first.submit, rng.choice(self.gateways), admitted=True, epoch=first.epoch)
+            call = Call(first.submit, rng.choice(self.gateways), admitted=True, epoch=first.epoch, is_again=True)
             self.calls.append(call)
             call.gateway.resume(call, tuple(call.candidates))
 
-    def _do_scheduler_restart(self, rng: random.Random) -> None:
+    def _do_scheduler_restart(self, _: random.Random) -> None:
+        self._restart_scheduler()
+
+    def _restart_scheduler(self) -> None:
+        """The scheduler's process ends, and starts again at once."""
         self.is_up = False
         for gateway in self.gateways:
             if gateway.connection:
                 gateway.disconnect()
-        self.node.core.take_effects()
         self._count_preemptions()
         self._start_scheduler()
 
@@ -291,9 +407,9 @@ class World:
         self.node.core.drain()
         self.after(0.2, self._do_scheduler_restart, rng)
 
-    def _do_flush(self, rng: random.Random) -> None:
-        self.node.core.flush_prefix_cache()
-        self._pump()
+    def _do_flush(self, _: random.Random) -> None:
+        self._enter(True, self.node.core.flush_prefix_cache)
+        self._pump_soon()
 
     # -- what must hold --------------------------------------------------------------------------
 
@@ -317,34 +433,91 @@ class World:
         assert tokens == expected[: len(tokens)], f"{call.submit.request_id}/{index}: wrong, lost or repeated tokens"
 
     def _count_preemptions(self) -> None:
-        self.counts["preemption"] += self.node.core.load(self.now).preemptions
+        self.counts["preemption"] += self.node.core._tally.preemptions
+
+    def _check_refusal(self, submit: scheduler_pb2.Submit, rejected: scheduler_pb2.Rejected) -> None:
+        """A refusal needs a cause, in what the scheduler has at this moment."""
+        core, reason = self.node.core, rejected.reason
+        name = f"{submit.request_id} was refused: {rejected.message}"
+        if reason == "NO_WORKERS":
+            assert not core._groups, name
+        elif reason == "QUEUE_FULL":
+            tenants = len({call.submit.tenant for call in self.calls})
+            of_tenant = sum(seq.request.submit.tenant == submit.tenant for seq in core._states.without_slot())
+            assert core._states.num_waiting >= self.config.max_waiting or (
+                of_tenant and 2 * of_tenant * tenants >= self.config.max_waiting  # of those refused lately, about
+            ), name
+        elif reason == "QUOTA_EXCEEDED":
+            most = self.config.tenant_max_requests
+            num_live = sum(request.submit.tenant == submit.tenant for request in core.requests())
+            assert most, name
+            assert num_live >= most, name
+            assert not submit.is_failover, name
+        elif reason == "KV_CAPACITY_EXCEEDED":
+            num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
+            self._check_capacity(num_tokens, name, submit.is_failover)
+        elif reason == "DEADLINE_UNREACHABLE":
+            assert submit.remaining_ms, name
+
+    def _check_capacity(self, num_tokens: int, name: str, is_failover: bool = False) -> None:
+        """Nobody has room for another token: only where the larger workers are gone, the smaller ones count.
+
+        Those count as gone that have not joined yet, except for a request that a scheduler had before.
+        """
+        lengths = [min(self.swarm.max_model_len, (worker.num_blocks - 1) * 16) for worker in self.workers]
+        has_loss = any(self.counts[loss] for loss in (*DEATHS, "poison", "clock_jump"))
+        if not is_failover or self.swarm.token_s:  # a worker joins again when its long step is through
+            has_loss |= self.now - self.start < 0.1 or any(self.counts[restart] for restart in RESTARTS)
+        assert num_tokens >= (min(lengths) if has_loss else max(lengths)), name
+
+    def _count_deadlines(self) -> None:
+        """How often a request with a deadline was in time, late or refused; among faults or not."""
+        where = " among faults" if any(event.action != "submit" for event in self.swarm.script) else ""
+        for call in self.calls:
+            if call.submit.remaining_ms and not call.is_again:
+                if call.ending == "finished":
+                    self.count(f"deadline met{where}")
+                elif call.ending in ("QUEUE_TIMEOUT", "GENERATION_TIMEOUT"):
+                    self.count(f"deadline missed{where}")
+                elif call.ending == "DEADLINE_UNREACHABLE":
+                    self.count(f"deadline refused{where}")
+
+    def refused_for_deadline(self) -> set[str]:
+        """Return the names of the requests that were refused because of their deadline."""
+        return {call.submit.request_id for call in self.calls if call.ending == "DEADLINE_UNREACHABLE"}
+
+    def in_time(self) -> set[str]:
+        """Return the names of the requests that have finished."""
+        return {call.submit.request_id for call in self.calls if call.ending == "finished" and not call.is_again}
 
     def _check_end(self) -> None:
+        self._check_books()
         self._count_preemptions()
-        load = self.node.core.load(self.now)
+        self._count_deadlines()
+        load = self.node.core.load(self.clock)
         assert load.kv_blocks_free == load.kv_blocks_total, "blocks are lost"
         for call in self.calls:
-            name = call.submit.request_id
+            name, submit = call.submit.request_id, call.submit
             if call.ending == "finished":
                 for index, finished in call.finished.items():
                     is_whole = finished.reason != common_pb2.FINISH_REASON_CONTEXT_LIMIT
-                    assert not is_whole or call.tokens[index] == self.expected(call, index), f"{name} ended early"
-            else:
-                assert call.ending in LEGITIMATE, f"{name} ended with {call.ending}"
-                cause = LEGITIMATE[call.ending]
-                assert not cause or self.counts[cause], f"{name} ended with {call.ending} without a {cause}"
-            if call.ending == "QUARANTINED":
-                died = (
-                    "worker_crash",
-                    "worker_hang",
-                    "worker_fault",
-                    "partition",
-                    "lost frame",
-                    "worker_slow",
-                    "reordered frame",
-                )
-                innocent = POISON not in call.submit.prompt_token_ids
-                assert not innocent or any(self.counts[fault] for fault in died), f"{name} was blamed for nothing"
+                    if is_whole:
+                        assert call.tokens[index] == self.expected(call, index), f"{name} ended early"
+                    else:
+                        self._check_capacity(len(submit.prompt_token_ids) + len(call.tokens[index]), f"{name} was cut")
+                continue
+            assert call.ending in LEGITIMATE, f"{name} ended with {call.ending}"
+            causes = LEGITIMATE[call.ending]
+            if call.ending == "NO_WORKERS" and self.swarm.token_s:
+                causes += RESTARTS  # they join again when their long steps are through
+            assert any(self.counts[cause] for cause in causes), f"{name} ended with {call.ending} without a cause"
+            if call.ending == "KV_CAPACITY_EXCEEDED":
+                longest = max(map(len, call.tokens.values()), default=0)
+                self._check_capacity(len(submit.prompt_token_ids) + longest, f"{name} ended with {call.ending}")
+            elif call.ending == "QUARANTINED" and POISON not in submit.prompt_token_ids:
+                assert any(self.counts[death] for death in DEATHS), f"{name} was blamed for nothing"
+            elif call.ending in ("QUEUE_TIMEOUT", "GENERATION_TIMEOUT"):
+                assert submit.remaining_ms or self.counts["clock_jump"], f"{name} has no deadline"
 
 
 def quiet() -> None:

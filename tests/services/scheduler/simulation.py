@@ -95,10 +95,10 @@ class FakeWorker:
             self.slots[update.slot] = Slot(update.seed, update.candidate_index, width, prompt, update.prompt_logprobs)
         new_blocks = iter(array("I", plan.block_ids))
         for row, count in zip(array("I", plan.block_table_rows), array("I", plan.block_table_counts), strict=True):
-            self.slots[row].block_table += [next(new_blocks) for _ in range(count)]
+            blocks = [next(new_blocks) for _ in range(count)]
+            assert all(0 < block < self.num_blocks for block in blocks)
+            self.slots[row].block_table += blocks
         assert next(new_blocks, None) is None
-        held = [block for slot in self.slots.values() for block in slot.block_table]
-        assert all(0 < block < self.num_blocks for block in held)
         return self._step(plan)
 
     def _step(self, plan: worker_pb2.StepPlan) -> worker_pb2.StepResult:

@@ -121,6 +121,19 @@ def test_a_step_may_take_a_thousand_times_as_long_as_usual_on_a_busy_machine() -
     assert not deployment.failed
 
 
+def test_time_in_which_nobody_looked_is_not_held_against_a_step() -> None:
+    deployment = Deployment()
+    deployment.submit(max_new_tokens=100)
+    for _ in range(20):
+        assert deployment.run(0.05, share=1.0, progress=0)
+        deployment.answer()
+    for _ in range(2):
+        deployment.now += 7200.0  # the machine was suspended
+        assert deployment.run(0.5, share=1.0, progress=0)
+    assert not deployment.run(10.0, share=1.0, progress=0), "a hang is still found"
+    assert deployment.fenced[0].startswith("hangs")
+
+
 def test_a_request_whose_worker_makes_no_progress_twice_is_quarantined() -> None:
     deployment = warmed_up()
     for _ in range(2):

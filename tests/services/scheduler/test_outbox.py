@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import fields
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.engine import GatewayConnection
 from octavo.services.scheduler.outputs import Outbox
 
 
@@ -51,3 +53,15 @@ def test_vectors_follow_each_other() -> None:
     assert message.step_outputs.vectors == b"abcd" + b"x" * 8
     assert message.step_outputs.vector_sizes == [1, 2]
     assert box.take(step_id=4) is None
+
+
+def test_nothing_is_sent_after_what_had_no_room() -> None:
+    connection = GatewayConnection("g")
+    connection.unsent = asyncio.Queue(1)
+    messages = [scheduler_pb2.AttachResponse(load=scheduler_pb2.Load(running=number)) for number in range(3)]
+    connection.send(messages[0])
+    connection.send(messages[1])
+    assert connection.closed.is_set()
+    assert connection.unsent.get_nowait() == messages[0]
+    connection.send(messages[2])
+    assert connection.unsent.empty()

@@ -40,6 +40,19 @@ def test_the_culprit_is_found_by_bisection_and_the_others_finish(position: int, 
         assert stream.tokens[0] == expected_output(list(stream.submit.prompt_token_ids), 20)
 
 
+def test_suspects_run_apart_also_where_the_queue_is_searched_twice() -> None:
+    world = World()
+    suspects = [world.submit([9] * 40), world.submit([5] * 40)]
+    world.step()  # both are in flight
+    world.lose(GROUP, crashed=True)
+    world.submit([5] * 41)  # is passed over until its prefix is computed, for which the queue is searched again
+    num_plans = len(world.plans)
+    world.join(GROUP)
+    assert [plan.num_sequences for plan in world.plans[num_plans:]] == [2, 2]  # a suspect, and what is none
+    world.run()
+    assert all(stream.finished for stream in suspects)
+
+
 def test_a_request_that_was_blamed_is_refused_for_a_while() -> None:
     world = World()
     poison = world.submit([9] * 20, max_new_tokens=5, sampling={"seed": 3})

@@ -45,6 +45,17 @@ def test_a_sequence_that_outgrows_its_worker_goes_on_at_a_larger_one() -> None:
         assert stream.finished[0].reason == common_pb2.FINISH_REASON_MAX_TOKENS
 
 
+def test_what_a_restarted_scheduler_is_given_again_waits_for_the_large_worker() -> None:
+    world = World(groups=0)
+    join_small(world)
+    again = world.submit([1] * 200, 20, is_failover=True)
+    assert again.admitted
+    assert world.submit([2] * 200, 20).rejected is not None
+    join_large(world)
+    world.run()
+    assert again.tokens[0] == expected_output([1] * 200, 20)
+
+
 @pytest.mark.parametrize("num_prompt", [40, 200])
 def test_what_no_worker_can_run_waits_for_one_and_holds_nobody_up(num_prompt: int) -> None:
     world = World(groups=0, max_running=1)
