@@ -31,6 +31,7 @@ LATE_PART = 0.01  # of the admitted requests: the margin is held where so many m
 MARGIN_STEP = 0.02  # by which a late one raises the margin
 MARGIN_MEMORY_S = 20.0  # after which a raised margin is back at a third
 DEMAND_WINDOW_S = 3.0
+MAX_DEMANDING = 10_000  # tenants in a window: those beyond are not limited by turns
 EXCESS = 1.15  # what is let try, of what the machine can do: some of it is not in time
 SPARE_PART = 0.25  # of the places: where so many are free, nobody is turned away for others' sake
 BIAS_MEMORY = 64  # sequences that waited, after which one counts for a third
@@ -146,7 +147,8 @@ class Demand:
             is_next = now - self._since < 2 * DEMAND_WINDOW_S
             self._before, self._now, self._since = (self._now if is_next else {}), {}, now
             self._turns = {name: turn for name, turn in self._turns.items() if name in self._before}
-        self._now[tenant] = self._now.get(tenant, 0.0) + seconds
+        if tenant in self._now or len(self._now) < MAX_DEMANDING:
+            self._now[tenant] = self._now.get(tenant, 0.0) + seconds
 
     def per_s(self, tenant: str, now: float) -> float:
         """Return the seconds a second that a tenant asks for."""
@@ -157,7 +159,8 @@ class Demand:
         """Take a tenant's turn, of which there is one for this part of its requests."""
         turn = self._turns.get(tenant, 1.0) + part
         may = turn >= 1.0
-        self._turns[tenant] = turn - may
+        if tenant in self._now:
+            self._turns[tenant] = turn - may
         return may
 
 
