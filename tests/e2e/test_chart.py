@@ -17,6 +17,7 @@ import envoy
 import pytest
 import yaml
 
+from octavo.services.cli import demo_model
 from octavo.services.client import Client
 from tests.helm.chart import Object, find, template
 
@@ -98,9 +99,9 @@ class Release:
         return Load(self.address, self.expected)
 
 
-def render(model: Path) -> list[Object]:
+def render() -> list[Object]:
     values = [
-        f"model.fetch.source={model}", "engine.replicas=2", "gateway.drain.preStopSeconds=2",
+        "engine.replicas=2", "gateway.drain.preStopSeconds=2",
         "engine.worker.settings.kv_cache_memory=64MiB", "engine.worker.settings.num_threads=1",
     ]  # fmt: skip
     done = template(["values-cpu.yaml"], values, "1.37")
@@ -135,15 +136,18 @@ async def proxied(release: Release) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def installed(model: Path) -> AsyncIterator[Release]:
+async def installed(demo: Path) -> AsyncIterator[Release]:
     """Install: the Job fetches the model, pods wait for it, all get ready."""
+    objects = render()
     folder = Path(tempfile.mkdtemp(prefix="octavo-chart-"))
-    objects = render(model)
     release = Release(Cluster(folder, objects), objects)
     starting: list[asyncio.Task[Pod]] = []
     try:
         (job,) = (each for each in objects if each["kind"] == "Job")
         fetch = Pod(release.cluster, "fetch", job["spec"]["template"])
+        cache = demo_model.cache_dir({"XDG_CACHE_HOME": str(fetch.volumes["scratch"] / ".cache")})
+        cache.mkdir(parents=True)
+        (cache / demo.name).symlink_to(demo)  # as if it had been downloaded
         names = ["demo-engine-0", "demo-engine-1", "demo-gateway-a", "demo-gateway-b"]
         starting = [asyncio.create_task(release.start(name)) for name in names]
         assert await fetch.run_to_end() == 0, fetch.containers["fetch"].log

@@ -14,6 +14,7 @@ from octavo.services.client import Client, OctavoError, Stream
 from .stack import Answer, Stack, answer, open_stream, read, references, until_idle
 
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "repetition_penalty": 1.1, "ignore_end_of_sequence": True}
+FILENAME = 6  # a token that no story has
 
 
 def open_all(client: Client) -> list[Stream]:
@@ -100,8 +101,9 @@ async def test_cancel_generation_ends_a_stream_with_what_there_is(stack: Stack) 
 
 async def test_a_deadline_stops_the_work_and_a_soft_limit_keeps_it(stack: Stack) -> None:
     async with stack.client() as client:
+        stop = {"stop_token_ids": [FILENAME], "seed": 0}  # it might end in time, so it is let try
         with pytest.raises(OctavoError) as caught:
-            await answer(client, "Once upon a time", max_new_tokens=6000, timeout_s=0.4, **SAMPLED)
+            await answer(client, "Once upon a time", max_new_tokens=6000, timeout_s=0.4, **stop, **SAMPLED)
         assert caught.value.code.name == "DEADLINE_EXCEEDED"
         await until_idle(client)
         kept = await answer(client, "Once upon a time", max_new_tokens=6000, soft_time_limit_ms=300, **SAMPLED)

@@ -31,11 +31,13 @@ FLAGS = {
 }
 MODEL = "smollm2-135m-instruct"
 STORY: dict[str, Any] = {"prompt": "Once upon a time", "temperature": 0.9, "max_new_tokens": 24}
+FILENAME = 6  # a token that no story has; since it could come, no deadline is certain to be missed
 LONG: dict[str, Any] = {
     "prompt": "Once upon a time",
     "temperature": 0.9,
     "max_new_tokens": 1500,
-    "min_new_tokens": 1500,
+    "ignore_end_of_sequence": True,
+    "stop_token_ids": [FILENAME],
 }
 
 

@@ -488,11 +488,14 @@ def test_one_thread_builds_every_engine_and_starts_every_step(
 ) -> None:
     """Graphs of a GPU refer to memory that a library keeps for the thread that captured them."""
     threads: dict[str, set[threading.Thread]] = {"build": set(), "compute": set(), "idle": set()}
+    was_idle = threading.Event()
     build, compute, idle = worker.make_engine, ReferenceDevice.forward, HostMemory.use_idle_time
 
     def noted(kind: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
             threads[kind].add(threading.current_thread())
+            if kind == "idle":
+                was_idle.set()
             return function(*args)
 
         return call
@@ -501,9 +504,11 @@ def test_one_thread_builds_every_engine_and_starts_every_step(
     monkeypatch.setattr(ReferenceDevice, "forward", noted("compute", compute))
     monkeypatch.setattr(HostMemory, "use_idle_time", noted("idle", idle))
     for epoch, kv_blocks in ((1, 20), (2, 19)):
+        was_idle.clear()
         running.scheduler.join(epoch, kv_blocks=kv_blocks)
         running.scheduler.send(epoch, step_plan=prompt())
         running.scheduler.expect("step_result")
+        assert was_idle.wait(TIMEOUT_MS / 1000)
         running.scheduler.send(epoch, step_plan=next_token(9, 9))  # a gap
         running.scheduler.expect("worker_fault")
 
