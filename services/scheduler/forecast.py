@@ -172,7 +172,8 @@ class _Places:
     ends_s: list[float] = field(default_factory=list)
     by_tenant: dict[str, list[float]] = field(default_factory=dict)
     token_s: float = 0.0  # what a prompt's token takes: all groups together
-    turn_s: float = 0.0  # from one end to the next, once those that run now have ended
+    output_s: float = 0.0  # and an output's, with all places taken
+    turn_s: float = 0.0  # from one end to the next, with all places taken
 
 
 class Forecast:
@@ -334,8 +335,8 @@ class Forecast:
         each  the work of each of its sequences
         """
         places = self._look(now)
-        turn_s = places.turn_s * each.output / self._mean.output
-        self._demand.came(tenant, num_sequences * (each.prompt * places.token_s + turn_s), now)
+        each_s = each.prompt * places.token_s + (each.output + TURNOVER_STEPS) * places.output_s
+        self._demand.came(tenant, num_sequences * each_s, now)
         num_places = len(places.ends_s) + places.num_free
         share = self.share(tenant, now)
         if not self._groups or (places.num_free > SPARE_PART * num_places and share >= 1.0):
@@ -433,7 +434,7 @@ class Forecast:
 
     def _measure(self, now: float) -> _Places:
         places, promised = _Places(), self._least_promised()
-        prompts_per_s = ends_per_s = 0.0
+        prompts_per_s = outputs_per_s = ends_per_s = 0.0
         for group in self._groups.values():
             num_running = max(group.num_running, 1)
             step_s = self._step_s(group.cost, num_running, group.row_tokens)
@@ -451,12 +452,16 @@ class Forecast:
             allowed = most - group.num_running
             blocks = (self._mean.prompt + self._mean.output) / BLOCK_SIZE + 1
             allowed = min(allowed, group.pool.num_free / blocks)
-            places.num_free += min(allowed, len(group.free_slots))
-            if group.cost.token_s:
-                prompts_per_s += 1 / group.cost.token_s
-            if step_s:
-                ends_per_s += num_running / (step_s * (self._mean.output + TURNOVER_STEPS))
+            num_free = min(allowed, len(group.free_slots))
+            places.num_free += num_free
+            if group.cost.is_known:  # of what it does once all places are taken
+                num_full = max(group.num_running + num_free, 1.0)
+                full_s = self._step_s(group.cost, num_full, group.row_tokens)
+                ends_per_s += num_full / (full_s * (self._mean.output + TURNOVER_STEPS))
+                outputs_per_s += num_full * group.row_tokens / group.cost.seconds(num_full)
+                prompts_per_s += 1 / group.cost.token_s if group.cost.token_s else 0.0
         places.token_s = 1 / prompts_per_s if prompts_per_s else 0.0
+        places.output_s = 1 / outputs_per_s if outputs_per_s else 0.0
         places.turn_s = 1 / ends_per_s if ends_per_s else 0.0
         places.ends_s.sort()
         for ends in places.by_tenant.values():

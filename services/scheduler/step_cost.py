@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 SHAPE_STEPS = 1024  # after so many, a step counts for a third in how the time grows with the tokens
 SPEED_STEPS = 24  # and after so many, in how fast the machine is now
+LEAST_SIZE = 0.25  # of the mean: what smaller steps take, for which all weights are read, tells no speed of larger ones
 OUTLIER = 4.0  # times what was expected: what a step takes longer than that says nothing of others
 MIN_SPREAD = 1e-4  # of the sizes' squares: with less, nothing is known of other sizes
 
@@ -64,8 +65,9 @@ class StepCost:
             growth = num_tokens * self._shape.steps / self._shape.tokens  # of larger steps less is known
             seconds = min(seconds, OUTLIER * max(growth, 1.0) * self.seconds(num_tokens))
         self._shape.add(num_tokens, seconds, SHAPE_STEPS)
-        self._speed.add(num_tokens, seconds, SPEED_STEPS)
         shape = self._shape
+        if num_tokens * shape.steps >= LEAST_SIZE * shape.tokens:
+            self._speed.add(num_tokens, seconds, SPEED_STEPS)
         mean_tokens, mean_s = shape.tokens / shape.steps, shape.seconds / shape.steps
         variance = shape.tokens_squared / shape.steps - mean_tokens**2
         slope = 0.0

@@ -55,7 +55,7 @@ def test_where_more_is_asked_for_than_there_is_long_requests_get_their_part_too(
         [Asking("one", 4 * tokens_per_s / 116, prompt, output, deadline_s=2 * call_s)], 40.0
     )
     parts = [outcome.in_time_by_length[length] / outcome.calls_by_length[length] for length in LENGTHS["output"]]
-    assert max(parts) < 0.6
+    assert max(parts) < 0.7
     assert min(parts) > 0.15, parts
 
 
