@@ -454,11 +454,11 @@ class Forecast:
             allowed = min(allowed, group.pool.num_free / blocks)
             num_free = min(allowed, len(group.free_slots))
             places.num_free += num_free
-            if group.cost.is_known:  # of what it does once all places are taken
-                num_full = max(group.num_running + num_free, 1.0)
-                full_s = self._step_s(group.cost, num_full, group.row_tokens)
-                ends_per_s += num_full / (full_s * (self._mean.output + TURNOVER_STEPS))
-                outputs_per_s += num_full * group.row_tokens / group.cost.seconds(num_full)
+            num_full = max(group.num_running + num_free, 1.0)  # once all places are taken
+            if full_s := group.cost.seconds(num_full):
+                turn_s = self._step_s(group.cost, num_full, group.row_tokens) * (self._mean.output + TURNOVER_STEPS)
+                ends_per_s += num_full / turn_s
+                outputs_per_s += num_full * group.row_tokens / full_s
                 prompts_per_s += 1 / group.cost.token_s if group.cost.token_s else 0.0
         places.token_s = 1 / prompts_per_s if prompts_per_s else 0.0
         places.output_s = 1 / outputs_per_s if outputs_per_s else 0.0
