@@ -54,3 +54,26 @@ def _do(task: _Task | None) -> bool:
     except BaseException as error:  # whoever waits for the future raises it again
         future.set_exception(error)
     return True
+
+
+class HostThreads(DeviceThread):
+    """Builds in a thread that ends, and does the rest in the thread that asks: for devices that compute on the CPU.
+
+    Each thread that calls torch has a team of its own, and two living teams slow each other down by half.
+    """
+
+    def __init__(self) -> None:
+        pass
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Do it in the background; what it raises is the future's."""
+        future: Future[T] = Future()
+        threading.Thread(target=_do, args=((future, function),), name="prepare", daemon=True).start()
+        return future
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Do it, and return what it returns or raise what it raises."""
+        return function()
+
+    def close(self) -> None:
+        """Do nothing: no thread is kept."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from octavo.common.v1 import common_pb2
 from octavo.gpu_worker.config import WorkerConfig
-from octavo.gpu_worker.device_thread import DeviceThread
+from octavo.gpu_worker.device_thread import DeviceThread, HostThreads
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
 from octavo.gpu_worker.lifetime import Lifetime
@@ -84,7 +84,7 @@ class Worker:
         self._link = Link(config.worker_endpoint, worker_id.encode(), read_curve_keys(config))
         self._tokenizer: str | None = None  # what gateways compare; None until the first engine is built
         self._pulse = Pulse(self._beat, _REPORT_S / 2)
-        self._device = DeviceThread()
+        self._device = DeviceThread() if config.device.startswith("cuda") else HostThreads()
         self._engine: Engine | None = None  # built, and its steps started, in that thread
         self._wanted = worker_pb2.WorkerConfig()  # the newest
         self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for

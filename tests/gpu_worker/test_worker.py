@@ -483,8 +483,13 @@ def test_two_plans_run_before_the_first_has_a_result(running: Running, monkeypat
     assert len(held[0].steps) == 3
 
 
+@pytest.fixture
+def threads_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "HostThreads", worker.DeviceThread)
+
+
 def test_one_thread_builds_every_engine_and_starts_every_step(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    threads_of_a_gpu: None, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Graphs of a GPU refer to memory that a library keeps for the thread that captured them."""
     threads: dict[str, set[threading.Thread]] = {"build": set(), "compute": set(), "idle": set()}
