@@ -14,7 +14,8 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-KERNELS = Path(__file__).parent / "kernels" / "cpu"
+# As a source distribution has them, too: there src/octavo holds folders, not links.
+KERNELS = Path(__file__).parent / "src" / "octavo" / "kernels" / "cpu"
 
 
 def native_build() -> ModuleType:

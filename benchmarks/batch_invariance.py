@@ -22,9 +22,9 @@ from collections.abc import Callable
 import torch
 from cpu_step import BLOCK_TOKENS, MAX_POSITIONS, RandomModel, make_step
 
-from octavo.gpu_worker.devices.cpu import CpuDevice
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.ops import Linear
-from octavo.kernels.cpu.library import available_cores
+from octavo.kernels.machine import available_cores
 
 LINEAR_PHASES = ("norm_linear", "linear_residual", "norm_gated_linear", "rowwise", "logits")
 STEPS = {1: (1, 128, 1), 8: (8, 128, 1), 32: (32, 128, 1), 512: (1, 512, 512)}  # rows: batch, context, new tokens each

@@ -4,8 +4,10 @@
         [--lengths 1 64 500 2000 8000] [--hangs 3] [--limit-s 600]
 
 For each device and each number of busy processes, which compute at normal priority beside it, `octavo serve demo`
-runs `--requests` requests, three at a time, with prompts of the lengths given. Then its worker is stopped (SIGSTOP),
-and made to compute for ever, `--hangs` times each while a stream runs. Each part is given up after `--limit-s`.
+runs `--requests` requests, three at a time, with prompts of the lengths given (on `reference` the longest two take
+minutes each, and hold up those beside them: `--lengths 1 64 500` shows as much sooner). Then its worker is stopped
+(SIGSTOP), and made to compute for ever, `--hangs` times each while a stream runs. Each part is given up after
+`--limit-s`.
 
 Prints for each: requests that ended well, that were quarantined, that failed otherwise, and that were not through in
 time; workers that were lost or killed meanwhile, which must be none; and how long it took until the scheduler had

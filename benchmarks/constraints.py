@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks import schemas
-from octavo.gpu_worker.grammars import Grammars
 from octavo.gpu_worker.protocol import NOT_READY_TOKEN
-from octavo.gpu_worker.sampling_settings import read_sampling_update
-from octavo.gpu_worker.vocabulary import read_vocabulary
-from octavo.services.gateway.constraint_grammar import grammar_of_schema
+from octavo.gpu_worker.sampling.grammars import Grammars
+from octavo.gpu_worker.sampling.settings import read_sampling_update
+from octavo.gpu_worker.sampling.vocabulary import read_vocabulary
+from octavo.services.gateway.constraints.grammar import grammar_of_schema
 from octavo.worker.v1 import worker_pb2
 
 _TOKENS = 100

@@ -17,7 +17,7 @@ import time
 import numpy as np
 import torch
 
-from octavo.gpu_worker.devices.cpu import CpuDevice
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.ops import Experts, Heads, Linear, Norm, Ops, StepInput, Value
 
 HIDDEN, INNER, NUM_EXPERTS, NUM_CHOSEN, LAYERS, VOCAB = 2048, 768, 32, 8, 2, 256
@@ -43,11 +43,11 @@ class Layers:
         x = ops.embed(self.embedding)
         for layer in self.layers:
             if isinstance(layer, Experts):
-                x = ops.norm_experts_residual(x, self.norm, layer, "silu")
+                x = ops.add_experts(x, ops.norm(x, self.norm), layer, "silu")
             else:
                 gate, up, down = layer
-                x = ops.linear_residual(ops.norm_gated_linear(x, self.norm, gate, up, "silu"), down, x)
-        return ops.logits(x, self.norm, Linear(self.embedding))
+                x = ops.add(x, ops.linear(ops.gated_linear(ops.norm(x, self.norm), gate, up, "silu"), down))
+        return ops.logits(ops.norm(x, self.norm), Linear(self.embedding))
 
 
 def _random(rows: int, columns: int) -> torch.Tensor:

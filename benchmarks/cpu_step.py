@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from octavo.gpu_worker.devices.cpu import CpuDevice
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.ops import Draw, Heads, Linear, Norm, Ops, Rotary, StepInput, Value
 from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu.runtime import Arena, Runtime
@@ -89,11 +89,11 @@ class RandomModel:
         x = ops.embed(self.embedding)
         for index, (qkv, output, gate, up, down) in enumerate(self.layers):
             queries = ops.rotary_write_kv(
-                ops.norm_linear(x, self.norm, qkv), index, HEADS, self.rotary, q_norm=None, k_norm=None
+                ops.linear(ops.norm(x, self.norm), qkv), index, HEADS, self.rotary, q_norm=None, k_norm=None
             )
-            x = ops.linear_residual(ops.paged_attention(queries, index, HEADS, 0.125, 0), output, x)
-            x = ops.linear_residual(ops.norm_gated_linear(x, self.norm, gate, up, "silu"), down, x)
-        return ops.logits(x, self.norm, Linear(self.embedding))
+            x = ops.add(x, ops.linear(ops.paged_attention(queries, index, HEADS, 0.125, 0), output))
+            x = ops.add(x, ops.linear(ops.gated_linear(ops.norm(x, self.norm), gate, up, "silu"), down))
+        return ops.logits(ops.norm(x, self.norm), Linear(self.embedding))
 
 
 def _random(rows: int, columns: int) -> Linear:

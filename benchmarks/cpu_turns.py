@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from cpu_step import BLOCK_TOKENS, MAX_POSITIONS, RandomModel, fill_cache, make_step
 
-from octavo.gpu_worker.devices.cpu import CpuDevice
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.ops import StepInput
 from octavo.kernels.cpu import build, library
 

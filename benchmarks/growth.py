@@ -23,13 +23,14 @@ from typing import Any
 from octavo.admin.v1 import admin_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.admin import AdminServicer
-from octavo.services.scheduler.block_pool import BlockPool
-from octavo.services.scheduler.cache_feed import CacheFeed
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.effects import SendPlan
-from octavo.services.scheduler.free_blocks import Block
-from octavo.services.scheduler.policy import choose_group
-from octavo.services.scheduler.scheduler import Scheduler
+from octavo.services.scheduler.core.effects import SendPlan
+from octavo.services.scheduler.core.scheduler import Scheduler
+from octavo.services.scheduler.groups.worker_group import GroupLimits
+from octavo.services.scheduler.kv_cache.block_pool import BlockPool
+from octavo.services.scheduler.kv_cache.cache_events import CacheEvents
+from octavo.services.scheduler.kv_cache.free_blocks import Block
+from octavo.services.scheduler.queueing.policy import ShortestFirst
 from octavo.worker.v1 import worker_pb2
 
 SIZES = (10, 100, 1_000, 10_000)
@@ -56,8 +57,8 @@ class Core:
         self.num_submitted = 0
         self.plans: list[worker_pb2.StepPlan] = []
         limits = {"max_waiting": 1 << 20, "max_waiting_tokens": 1 << 30, **settings}
-        self.core = Scheduler(SchedulerConfig(max_running=NUM_RUNNING, **limits), self.now)
-        self.core.worker_joined("group", 1, NUM_RUNNING * 64, 1 << 14, self.now)
+        self.core = Scheduler(SchedulerConfig(max_num_seqs=NUM_RUNNING, **limits), self.now)
+        self.core.worker_joined("group", 1, GroupLimits(NUM_RUNNING * 64, 1 << 14), self.now)
         for number in range(NUM_RUNNING):
             self.submit(f"tenant {number % num_tenants}", max_new_tokens=900)
         for _ in range(4):
@@ -171,27 +172,27 @@ def take_block(pool: BlockPool) -> Seconds:
     number = len(pool._blocks)
     for each in range(1000):
         taken: list[Block] = []
-        took_s = cpu_s(lambda taken=taken: taken.extend(pool.take(1)))  # type: ignore[misc]
+        took_s = cpu_s(lambda taken=taken: taken.extend(pool.get_new_blocks(1)))  # type: ignore[misc]
         number += 1
-        pool.remember(taken[0], number.to_bytes(32, "little"), owners[each % len(owners)])
-        yield took_s + cpu_s(lambda taken=taken: pool.release(taken))  # type: ignore[misc]
+        pool.cache_full_block(taken[0], number.to_bytes(32, "little"), owners[each % len(owners)])
+        yield took_s + cpu_s(lambda taken=taken: pool.free_blocks(taken))  # type: ignore[misc]
 
 
 def place(core: Core) -> Seconds:
     """Choose between two groups for a prompt of 4,096 tokens, half of which one of them has cached."""
-    core.core.worker_joined("other group", 2, NUM_RUNNING * 64, 1 << 14, core.now)
-    groups = core.core._groups
+    core.core.worker_joined("other group", 2, GroupLimits(NUM_RUNNING * 64, 1 << 14), core.now)
+    groups, policy = core.core._groups, ShortestFirst(0.0)
     submit = scheduler_pb2.Submit(handle=1 << 20, prompt_token_ids=range(4096), stop={"max_new_tokens": 1})
     core.core.submit("other gateway", submit, core.now)
     request = core.core._requests.get("other gateway", 1 << 20)
     assert request is not None
     seq, pool = request.sequences[0], groups["other group"].pool
-    groups["other group"].allocator.cached_blocks(seq)  # which names its blocks
-    for block, name in zip(pool.take(128), seq.block_hashes, strict=False):
-        pool.remember(block, name, "tenant 0")
+    groups["other group"].allocator.get_computed_blocks(seq)  # which names its blocks
+    for block, name in zip(pool.get_new_blocks(128), seq.block_hashes, strict=False):
+        pool.cache_full_block(block, name, "tenant 0")
     for _ in range(NUM_REPEATS):
-        num_behind = {group: group.num_behind() for group in groups.values()}
-        yield cpu_s(lambda num_behind=num_behind: choose_group(seq, groups.values(), num_behind))  # type: ignore[misc]
+        ahead = {group: group.num_uncomputed_tokens() for group in groups.values()}
+        yield cpu_s(lambda ahead=ahead: policy.choose_group(seq, groups.values(), ahead))  # type: ignore[misc]
 
 
 def waiting(n: int) -> Core:
@@ -233,11 +234,11 @@ def kept(n: int) -> Core:
 
 
 def cached(n: int, num_tenants: int = 1) -> BlockPool:
-    pool = BlockPool(n + 1, CacheFeed(), {})
-    blocks = pool.take(n)
+    pool = BlockPool(n + 1, CacheEvents(), {})
+    blocks = pool.get_new_blocks(n)
     for number, block in enumerate(blocks):
-        pool.remember(block, number.to_bytes(32, "little"), f"tenant {number % num_tenants}")
-    pool.release(blocks)
+        pool.cache_full_block(block, number.to_bytes(32, "little"), f"tenant {number % num_tenants}")
+    pool.free_blocks(blocks)
     return pool
 
 

@@ -33,9 +33,10 @@ from octavo.services.bench.server import Server
 from octavo.services.cli import addresses
 from octavo.services.client import Client
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.effects import SendPlan
-from octavo.services.scheduler.scheduler import Scheduler
-from octavo.services.scheduler.tally import Tally
+from octavo.services.scheduler.core.effects import SendPlan
+from octavo.services.scheduler.core.metrics import SchedulerMetrics
+from octavo.services.scheduler.core.scheduler import Scheduler
+from octavo.services.scheduler.groups.worker_group import GroupLimits
 from octavo.services.telemetry import catalog
 from octavo.services.telemetry.exposition import METRICS_PATH, MetricsServer
 from octavo.services.telemetry.store import Store
@@ -163,8 +164,8 @@ def measure_recording(streams: int, rounds: int) -> None:
 
 def core_with(store: Store, streams: int) -> Scheduler:
     """Return a scheduler with so many running sequences that do not end."""
-    core = Scheduler(SchedulerConfig(), now=0.0, tally=Tally(store))
-    core.worker_joined("worker", 1, streams * 4096 + 1, 1 << 20, now=0.0)
+    core = Scheduler(SchedulerConfig(), now=0.0, metrics=SchedulerMetrics(store))
+    core.worker_joined("worker", 1, GroupLimits(streams * 4096 + 1, 1 << 20), now=0.0)
     for handle in range(1, streams + 1):
         prompt = [handle] * 64
         submit = scheduler_pb2.Submit(handle=handle, prompt_token_ids=prompt, stop={"max_new_tokens": 60_000})

@@ -6,14 +6,16 @@ A gateway, a scheduler with its default limits, and a CPU worker; the client, wh
 First `--callers` of them ask again and again without a deadline: that is the peak, and how long a call takes then.
 After that calls come at a multiple of the peak's rate, whatever becomes of them, each with a deadline of so many times
 what a call of the peak took. Two tenants, whose weights are 1 and 3, ask for the same; `--mixed` draws the lengths of
-prompts and outputs. For each pair of factor and deadline a line says:
+prompts and outputs, and a call's deadline is then so many times what calls of its length took in the peak.
+For each pair of factor and deadline a line says:
 
 - goodput: tokens of answers that came by their deadline, in parts of the peak (at least 0.9; 0.8 with the shortest)
 - late: calls that were admitted and not answered by their deadline, in parts of the admitted (at most 0.02)
 - refused: calls, the 99th percentile of the time that took, and the tenants' tokens, which should be 1:3
 
 Then how soon a single call is as fast as before again (within 5 s), and whether the memory of gateway and scheduler
-grew by more than 5 % since the first line. Exits with 1 if anything did not hold.
+grew by more than 5 % since the last line of the first deadline, when as many calls as ever had been open at once.
+Exits with 1 if anything did not hold.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +72,7 @@ class Figures:
 
     tokens: Counter[str] = field(default_factory=Counter)  # by tenant, of answers in time
     took: list[float] = field(default_factory=list)  # of answers in time
+    took_by_length: dict[int, list[float]] = field(default_factory=dict)  # by tokens of the output
     refusals: list[float] = field(default_factory=list)
     num_late: int = 0  # admitted, and not answered in time
     failures: Counter[str] = field(default_factory=Counter)
@@ -109,9 +113,10 @@ class Callers:
         generation.stop.ignore_end_of_sequence = True
         return generation
 
-    async def call(self, tenant: str, figures: Figures, deadline_s: float | None = None) -> None:
-        """Make a call, whatever becomes of it."""
+    async def call(self, tenant: str, figures: Figures, deadlines_s: Mapping[int, float] | None = None) -> None:
+        """Make a call, whatever becomes of it; `deadlines_s` is by tokens of the output."""
         generation = self._generation()
+        deadline_s = deadlines_s[generation.stop.max_new_tokens] if deadlines_s else None
         figures.num_calls += 1
         request = generation_pb2.GenerateRequest(generation=generation)
         metadata = (("authorization", f"Bearer {self._keys[tenant]}"),)
@@ -127,6 +132,7 @@ class Callers:
                 figures.failures[f"{error.code().name} {error.details()}"] += 1
         else:
             figures.took.append(time.monotonic() - started)
+            figures.took_by_length.setdefault(generation.stop.max_new_tokens, []).append(figures.took[-1])
             figures.tokens[tenant] += generation.stop.max_new_tokens
 
     async def ready(self) -> None:
@@ -152,7 +158,7 @@ class Callers:
         await asyncio.gather(*(ask(list(WEIGHTS)[number % 2]) for number in range(num_callers)))
         return figures
 
-    async def flood(self, calls_per_s: float, seconds: float, deadline_s: float) -> Figures:
+    async def flood(self, calls_per_s: float, seconds: float, deadlines_s: Mapping[int, float]) -> Figures:
         """Make calls at a rate, of both tenants in turn; return when all have ended."""
         figures = Figures()
         running: set[asyncio.Task[None]] = set()
@@ -160,7 +166,7 @@ class Callers:
         for number in range(int(calls_per_s * seconds)):
             await asyncio.sleep(max(0.0, begun + number / calls_per_s - time.monotonic()))
             if len(running) < MOST_OPEN:
-                task = asyncio.create_task(self.call(list(WEIGHTS)[number % 2], figures, deadline_s))
+                task = asyncio.create_task(self.call(list(WEIGHTS)[number % 2], figures, deadlines_s))
                 running.add(task)
                 task.add_done_callback(running.discard)
         await asyncio.gather(*running)
@@ -243,9 +249,8 @@ async def measure(args: argparse.Namespace, callers: Callers, scheduler: Process
     is_well = True
     for deadline in args.deadlines:
         for factor in args.factors:
-            figures = await callers.flood(factor * calls_per_s, args.seconds, deadline * took_s)
-            if not before:
-                before = {process.name: memory(process) for process in (gateway, scheduler)}
+            deadlines_s = {length: deadline * sum(took) / len(took) for length, took in peak.took_by_length.items()}
+            figures = await callers.flood(factor * calls_per_s, args.seconds, deadlines_s)
             recovery_s = await callers.recovery_s(percentile(alone.took, 0.5))
             goodput = sum(figures.tokens.values()) / args.seconds / peak_rate
             share = figures.tokens["three"] / max(1, figures.tokens["one"])
@@ -259,6 +264,7 @@ async def measure(args: argparse.Namespace, callers: Callers, scheduler: Process
                 "recovery_s": recovery_s,
             })  # fmt: skip
             print(describe(deadline, factor, goodput, share, max(recovery_s, 0.0), figures, holds), flush=True)
+        before = before or {process.name: memory(process) for process in (gateway, scheduler)}
     for process in (gateway, scheduler):
         now = memory(process)
         holds = now <= 1.05 * before[process.name] + 2

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 from octavo.services.bench import cases
 from octavo.services.cli import demo_model
-from octavo.services.gateway.chunk_encoder import ChunkEncoder
-from octavo.services.gateway.model_files import read_model
+from octavo.services.gateway.tokenization.chunk_encoder import ChunkEncoder
+from octavo.services.gateway.tokenization.model_files import read_model
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import statistics
 import time
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway import router as routing
-from octavo.services.gateway.routing import RouteRequest
+from octavo.services.gateway.schedulers import router as routing
+from octavo.services.gateway.schedulers.routing import RouteRequest
 
 
 def main() -> None:

@@ -25,14 +25,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway.prefix_index import prompt_block_hashes
-from octavo.services.gateway.router import Route, Router
-from octavo.services.gateway.routing import RouteRequest
-from octavo.services.gateway.session_ring import SessionRing
+from octavo.services.gateway.schedulers.consistent_hash import SessionRing
+from octavo.services.gateway.schedulers.prefix_index import prompt_block_hashes
+from octavo.services.gateway.schedulers.router import Route, Router
+from octavo.services.gateway.schedulers.routing import RouteRequest
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
-from octavo.services.scheduler.effects import SendPlan
-from octavo.services.scheduler.scheduler import Scheduler
-from octavo.services.scheduler.tally import Tally
+from octavo.services.scheduler.core.effects import SendPlan
+from octavo.services.scheduler.core.metrics import SchedulerMetrics
+from octavo.services.scheduler.core.scheduler import Scheduler
+from octavo.services.scheduler.groups.worker_group import GroupLimits
 from octavo.worker.v1 import worker_pb2
 
 REPORT_S = 0.2  # loads and cache events, as in production
@@ -49,7 +50,7 @@ class Replica:
 
     number: int
     core: Scheduler
-    tally: Tally
+    metrics: SchedulerMetrics
     plans: deque[worker_pb2.StepPlan] = field(default_factory=deque)
     computing: bool = False
     busy_s: float = 0.0
@@ -65,7 +66,7 @@ class Request(NamedTuple):
 
     handle: int
     prompt: list[int]
-    num_output: int
+    num_output_tokens: int
     session: int
 
 
@@ -151,10 +152,10 @@ class Clients:
         else:
             conversation = Conversation(list(rng.choices(self._system, self._weights)[0]), handle)
         prompt = conversation.tokens + self._text(rng.randrange(32, 160))
-        num_output = rng.randrange(24, 72)
+        num_output_tokens = rng.randrange(24, 72)
         if len(prompt) < 6000:
-            self._open.append(Conversation(prompt + [ANSWER] * num_output, conversation.session))
-        return Request(handle, prompt, num_output, conversation.session)
+            self._open.append(Conversation(prompt + [ANSWER] * num_output_tokens, conversation.session))
+        return Request(handle, prompt, num_output_tokens, conversation.session)
 
     def _text(self, length: int) -> list[int]:
         return [self._rng.randrange(10, 50_000) for _ in range(length)]
@@ -182,10 +183,10 @@ class Simulation:
         self.num_moved = self.num_finished = self.num_reports = 0
 
     def _replica(self, number: int) -> Replica:
-        tally = Tally()
-        core = Scheduler(SchedulerConfig(check_every_steps=0), now=0.0, tally=tally)
-        core.worker_joined("worker", 1, self._options.blocks, 1 << 17, now=0.0)
-        return Replica(number, core, tally)
+        metrics = SchedulerMetrics()
+        core = Scheduler(SchedulerConfig(check_every_steps=0), now=0.0, metrics=metrics)
+        core.worker_joined("worker", 1, GroupLimits(self._options.blocks, 1 << 17), now=0.0)
+        return Replica(number, core, metrics)
 
     def run(self) -> None:
         """Let all requests arrive, and everything end."""
@@ -227,7 +228,7 @@ class Simulation:
         known = next((n for n, each in enumerate(hashes) if each not in self._giant), len(hashes))
         self.giant_hits += known * BLOCK_SIZE
         self.looked_up += len(prompt)
-        whole = scheduler_pb2.Submit(prompt_token_ids=[*prompt, *[ANSWER] * request.num_output])
+        whole = scheduler_pb2.Submit(prompt_token_ids=[*prompt, *[ANSWER] * request.num_output_tokens])
         self._giant.update(prompt_block_hashes(whole, BLOCK_SIZE))
         self._arrived[request.handle] = now
         self._send(request, self._rng.choice(self._gateways), hashes, 0, now)
@@ -242,7 +243,7 @@ class Simulation:
             request_id=str(request.handle),
             prompt_token_ids=request.prompt,
             continue_token_ids=[ANSWER] * num_done,
-            stop={"max_new_tokens": request.num_output},
+            stop={"max_new_tokens": request.num_output_tokens},
         )
         self._running[request.handle] = request, number, num_done
         self.replicas[number].core.submit("gateway", submit, now)
@@ -279,7 +280,7 @@ class Simulation:
                 load = replica.core.load(now)
                 if self._is_steady:
                     replica.sequences += load.running + load.waiting
-                events = list(replica.core.cache_feed.flush())
+                events = list(replica.core.cache_events.flush())
                 for gateway in self._gateways:
                     gateway.report(replica.number, load, events)
 
@@ -307,7 +308,7 @@ class Simulation:
             self._running[handle] = request, number, num_done + count
         for finished in outputs.finished:
             request, _, num_done = self._running.pop(finished.handle)
-            assert num_done == request.num_output, (finished.handle, num_done, request.num_output)
+            assert num_done == request.num_output_tokens, (finished.handle, num_done, request.num_output_tokens)
             self.num_finished += 1
 
     def _step_done(self, replica: Replica, now: float) -> None:
@@ -321,12 +322,12 @@ class Simulation:
 
     def describe(self, name: str) -> float:
         """Print a line; return the hit rate."""
-        hits = sum(replica.tally.cached_tokens for replica in self.replicas)
-        computed = [replica.tally.prompt_tokens + replica.tally.output_tokens for replica in self.replicas]
+        hits = sum(replica.metrics.cached_tokens for replica in self.replicas)
+        computed = [replica.metrics.prompt_tokens + replica.metrics.output_tokens for replica in self.replicas]
         busy = sum(replica.busy_s for replica in self.replicas) / len(self.replicas) / self.span_s
         lives = [(each, (each.died if not each.alive else self.num_reports) - each.born) for each in self.replicas]
         load = [each.sequences / reports for each, reports in lives if reports > self.num_reports / 2]
-        rate = hits / sum(replica.tally.looked_up_tokens for replica in self.replicas)
+        rate = hits / sum(replica.metrics.looked_up_tokens for replica in self.replicas)
         ttft = statistics.quantiles(self.first_token_s, n=100)
         p99 = statistics.quantiles(load, n=100, method="inclusive")[98]
         print(

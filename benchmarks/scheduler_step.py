@@ -17,8 +17,9 @@ from array import array
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.effects import SendPlan
-from octavo.services.scheduler.scheduler import Scheduler
+from octavo.services.scheduler.core.effects import SendPlan
+from octavo.services.scheduler.core.scheduler import Scheduler
+from octavo.services.scheduler.groups.worker_group import GroupLimits
 from octavo.worker.v1 import worker_pb2
 
 
@@ -29,8 +30,8 @@ def main() -> None:
     options = parser.parse_args()
     rng = random.Random(0)
     blocks_each = (options.steps + 256) // 16 + 2
-    core = Scheduler(SchedulerConfig(max_running=options.running, max_batch_tokens=8192), now=0.0)
-    core.worker_joined("group", 1, options.running * blocks_each + 1, 1 << 20, now=0.0)
+    core = Scheduler(SchedulerConfig(max_num_seqs=options.running, max_num_batched_tokens=8192), now=0.0)
+    core.worker_joined("group", 1, GroupLimits(options.running * blocks_each + 1, 1 << 20), now=0.0)
     for handle in range(options.running):
         submit = scheduler_pb2.Submit(
             handle=handle + 1,

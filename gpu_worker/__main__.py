@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from octavo.gpu_worker.config import WorkerConfig
 
 if TYPE_CHECKING:
-    from octavo.gpu_worker.loading import LoadedModel
+    from octavo.gpu_worker.loading.loading import LoadedModel
     from octavo.gpu_worker.progress import Progress
 
 log = logging.getLogger("octavo.worker")
@@ -36,14 +36,17 @@ def run(config: WorkerConfig) -> int:
         signal.signal(number, lambda *_: stop.set())
     with contextlib.suppress(OSError):  # for people who look at `ps`; not every system has it
         Path("/proc/self/comm").write_text("octavo worker")
+    # Torch's threads wait for each other after each product. By default they compute meanwhile, for nothing, and where
+    # other processes want the processors too, that is time in which the one that is waited for could have run.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Imported late: it takes a while, and a wrong flag should be told at once.
     import zmq
 
-    from octavo.gpu_worker.devices import device_of_ranks
-    from octavo.gpu_worker.errors import DeviceError, ModelError, RankError, SettingError
-    from octavo.gpu_worker.loading import load_for_device
+    from octavo.gpu_worker.devices import check_cuda, device_of_ranks
+    from octavo.gpu_worker.errors import DeviceError, ModelError, RankError, SettingError, one_line
+    from octavo.gpu_worker.loading.loading import device_of, load_for_device
+    from octavo.gpu_worker.loading.sharding import Sharding
     from octavo.gpu_worker.progress import Progress
-    from octavo.gpu_worker.sharding import Sharding
 
     if config.alive_file:  # of the process that was here before: this one has no model yet
         Path(config.alive_file).unlink(missing_ok=True)
@@ -51,13 +54,18 @@ def run(config: WorkerConfig) -> int:
     sharding = Sharding(config.rank, config.world_size)
     status = 1
     try:
-        if config.world_size > 1:
-            config = dataclasses.replace(config, device=device_of_ranks(config.device))
+        # Once, and before the weights are read: what is missing is told at once, and not again.
+        device = (
+            device_of_ranks(config.device) if config.world_size > 1 else device_of(config.device, Path(config.model))
+        )
+        if device == "cuda":
+            check_cuda()
+        config = dataclasses.replace(config, device=device)
         loaded = load_for_device(config, progress.loaded, sharding)
         log.info("loaded %s: %s, version %s", config.model, loaded.architecture, loaded.model_version)
         status = _work(config, loaded, progress, stop)
     except (ModelError, DeviceError) as error:
-        log.error("cannot load the model: %s", error)
+        log.error("cannot load the model: %s", one_line(error))
     except RankError as error:
         log.error("the group cannot start: %s", error)
     except SettingError as error:
@@ -80,8 +88,8 @@ def _work(config: WorkerConfig, loaded: LoadedModel, progress: Progress, stop: t
 
     ranks = None
     if config.world_size > 1:  # needs torch, which a worker alone may do without
-        from octavo.gpu_worker.follower import Follower
-        from octavo.gpu_worker.ranks import Ranks
+        from octavo.gpu_worker.distributed.follower import Follower
+        from octavo.gpu_worker.distributed.ranks import Ranks
 
         if config.rank > 0:
             return Follower(config, loaded, stop).run()

@@ -9,7 +9,9 @@ from octavo.gpu_worker import quantization
 from octavo.services.telemetry.config import TelemetryConfig
 
 MAX_RANKS = 64
+HOST_KV_MEMORY = 512 << 20  # where nothing else is asked for: other processes want memory too
 MAX_SPECULATIVE_TOKENS = 15
+MAX_ADAPTERS = 4096
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class WorkerConfig(TelemetryConfig):
     rank: int = field(default=0, metadata={"help": "its number among the processes that hold one copy of the model"})
     world_size: int = field(
         default=1, metadata={"help": "how many processes hold one copy of the model together (tensor parallelism)"}
+    )
+    local_ranks: int = field(
+        default=1,
+        metadata={
+            "help": "how many of these processes `octavo worker` starts on this machine, each with a GPU of its own; "
+            "they live and end together"
+        },
+    )
+    node_rank: int = field(
+        default=0, metadata={"help": "with local_ranks: the number of this machine among those of the world"}
     )
     rendezvous: str = field(
         default="tcp://127.0.0.1:29500",
@@ -88,7 +100,11 @@ class WorkerConfig(TelemetryConfig):
         metadata={"help": "keep weights on disk as the CPU kernels read them, so that the next start needs no packing"},
     )
     packed_cache_dir: str = field(
-        default="", metadata={"help": "where to keep them; empty: octavo/packed in the user's cache folder"}
+        default="",
+        metadata={
+            "help": "where to keep them, a folder that no other user may write to; empty: octavo/packed in the user's "
+            "cache folder"
+        },
     )
     packed_cache_limit: int = field(
         default=8 << 30,
@@ -100,6 +116,13 @@ class WorkerConfig(TelemetryConfig):
             "help": "most tokens of a sequence that are guessed from what it repeats and computed in one step, on CPUs "
             "and where that pays; 0: none. What is generated stays the same"
         },
+    )
+    max_adapters: int = field(
+        default=64, metadata={"help": "most LoRA adapters that are in memory at once; 0: no request may have one"}
+    )
+    adapter_memory: int = field(
+        default=1 << 30,
+        metadata={"help": "most memory that adapters take together", "kind": "bytes", "metavar": "BYTES"},
     )
     num_threads: int = field(default=0, metadata={"help": "threads that compute; 0: one for each core"})
     log_level: str = field(
@@ -133,6 +156,8 @@ class WorkerConfig(TelemetryConfig):
             )
         if self.world_size > 1:
             self._check_ranks()
+        elif self.local_ranks != 1:
+            raise ValueError("local_ranks needs world_size: how many ranks there are on all machines")
         if problem := quantization.problem(self.quantization, self.device):
             raise ValueError(problem)
         self.check_telemetry()
@@ -140,7 +165,9 @@ class WorkerConfig(TelemetryConfig):
             raise ValueError("curve_key and curve_server_key go together: give both, or neither")
         if not 0 <= self.drain_s < 86_400:
             raise ValueError(f"drain_s must be from 0 to a day, not {self.drain_s:g}")
-        for name in ("kv_cache_memory", "max_model_len", "num_threads", "packed_cache_limit"):
+        if not 0 <= self.max_adapters <= MAX_ADAPTERS:
+            raise ValueError(f"max_adapters must be from 0 to {MAX_ADAPTERS}, not {self.max_adapters}")
+        for name in ("kv_cache_memory", "max_model_len", "num_threads", "packed_cache_limit", "adapter_memory"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.speculative_tokens <= MAX_SPECULATIVE_TOKENS:
@@ -153,6 +180,13 @@ class WorkerConfig(TelemetryConfig):
             raise ValueError(
                 "device cpu does not split a model over processes: it uses all cores of a machine in one; "
                 "take away world_size, or try device reference"
+            )
+        if not 1 <= self.local_ranks <= self.world_size or self.world_size % self.local_ranks:
+            raise ValueError(f"local_ranks must divide world_size ({self.world_size}), not {self.local_ranks}")
+        if not 0 <= self.node_rank < self.world_size // self.local_ranks:
+            raise ValueError(
+                f"node_rank must be below world_size / local_ranks ({self.world_size // self.local_ranks}), not "
+                f"{self.node_rank}"
             )
         if self.rank_timeout_s <= 0:
             raise ValueError(f"rank_timeout_s must be positive, not {self.rank_timeout_s:g}")

@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from octavo.gpu_worker.batch import Limits, Slots
+from octavo.gpu_worker.adapters import Adapters
 from octavo.gpu_worker.config import WorkerConfig
-from octavo.gpu_worker.devices import make_runner
+from octavo.gpu_worker.devices import choose_device, make_runner
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.grammars import PATIENCE_S, make_grammars
-from octavo.gpu_worker.loading import LoadedModel, vocabulary_reader
+from octavo.gpu_worker.loading.loading import LoadedModel, positions_in_reach, vocabulary_reader
 from octavo.gpu_worker.ops import Int32Array
 from octavo.gpu_worker.protocol import BLOCK_SIZE
-from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Outcome, Runner, Running
-from octavo.gpu_worker.speculation import Speculation
+from octavo.gpu_worker.sampling.grammars import PATIENCE_S, make_grammars
+from octavo.gpu_worker.steps.batch import Limits, Slots
+from octavo.gpu_worker.steps.runner import MAX_STEPS_IN_FLIGHT, Outcome, Runner, Running
+from octavo.gpu_worker.steps.speculation import Speculation
 from octavo.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:  # it needs torch
-    from octavo.gpu_worker.collectives import Collectives
+    from octavo.gpu_worker.distributed.collectives import Collectives
 
 log = logging.getLogger("octavo.worker")
 
@@ -57,8 +58,10 @@ class Engine:
         step_limit_s: float = 0.0,
         *,
         takes_grammars: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         self.runner = runner
+        self.adapters = Adapters(runner, 0, 0) if adapters is None else adapters
         self.scores_prompts = runner.scores_prompts
         self.limits = limits
         self.max_model_len = max_model_len
@@ -66,14 +69,15 @@ class Engine:
         self.max_batch_tokens = limits.max_batch_tokens
         self._step_limit_s = step_limit_s
         self._in_flight: deque[_Started] = deque()
-        self._slots = Slots(limits)
+        self._slots = Slots(limits, self.adapters.ids)
 
     def reset(self) -> None:
         """Forget every slot and drop what is in flight; weights and KV memory stay."""
         self._in_flight.clear()
         with self._limited_time():
             self.runner.reset()
-        self._slots = Slots(self.limits)
+            self.adapters.reset()
+        self._slots = Slots(self.limits, self.adapters.ids)
 
     def close(self) -> None:
         """Give back all of the device's memory; nothing else may be called then."""
@@ -155,7 +159,11 @@ def make_engine(
     """
     max_batch_tokens = wanted.max_batch_tokens or _DEFAULT_MAX_BATCH_TOKENS
     max_running = wanted.max_running or _DEFAULT_MAX_RUNNING
-    max_blocks_per_sequence = -(-loaded.max_model_len // BLOCK_SIZE)
+    context = loaded.max_model_len
+    if loaded.pooling is None:
+        model = loaded.model
+        context = positions_in_reach(config, choose_device(config.device), context, model.num_layers, model.heads)
+    max_blocks_per_sequence = -(-context // BLOCK_SIZE)
     vocab_size = loaded.model.vocab_size
     # Ranks must not differ in what they find late: they wait.
     patience_s = PATIENCE_S if collectives is None else None
@@ -198,7 +206,10 @@ def make_engine(
         log.info("%s limits the context to %d of %d tokens", what, max_model_len, loaded.max_model_len)
     # The collectives' own time-out comes first, where there is a host that waits for them.
     step_limit_s = 2 * config.rank_timeout_s if collectives is not None else 0.0
-    return Engine(runner, limits, max_model_len, step_limit_s, takes_grammars=grammars is not None)
+    takes_grammars = grammars is not None and grammars.prepare()
+    takes_adapters = collectives is None and loaded.pooling is None
+    adapters = Adapters(runner, config.max_adapters if takes_adapters else 0, config.adapter_memory)
+    return Engine(runner, limits, max_model_len, step_limit_s, takes_grammars=takes_grammars, adapters=adapters)
 
 
 def count_blocks(kv_cache_memory: int, block_bytes: int, wanted: int) -> int:
@@ -210,7 +221,7 @@ def count_blocks(kv_cache_memory: int, block_bytes: int, wanted: int) -> int:
         least = (_MIN_CONTEXT // BLOCK_SIZE + 1) * block_bytes
         raise ModelError(
             f"the KV cache has room for {max(num_blocks - 1, 0) * BLOCK_SIZE} tokens, too few to be of use: raise "
-            f"kv_cache_memory from {kv_cache_memory} to {least} bytes or more"
+            f"--kv-cache-memory from {kv_cache_memory} to {least} bytes or more"
             + (f", and the scheduler's kv_blocks from {wanted}" if wanted else "")
         )
     return num_blocks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class ModelError(Exception):
     """A model cannot be loaded or held. The message says which file or setting, and what to change."""
@@ -21,3 +23,20 @@ class PlanError(Exception):
 
 class RankError(Exception):
     """A rank of this process's tensor-parallel group is gone, hangs or does not fit; the group must start anew."""
+
+
+_MAX_LINE = 1000
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
+
+
+def shown(value: object) -> str:
+    """Return what a file holds for a message: a value may be as long and as deep as a file."""
+    return _SHOWN.repr(value)
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message as one line: names that a file holds may be of any length, with line ends in them."""
+    text = " ".join(str(error).split())
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= _MAX_LINE else text[:_MAX_LINE] + " ..."

@@ -10,11 +10,15 @@ Shapes: T tokens in the step, S sequences, R rows that need logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+from octavo.kernels.draw import Draw as Draw
+from octavo.kernels.routing import PLAIN_ROUTING, Routing
 
 if TYPE_CHECKING:  # a worker whose weights are packed never needs torch, which takes a second to import
     import torch
@@ -31,15 +35,44 @@ Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear layer: y = x @ weight.T + bias.
+class Module:
+    """A linear layer as the checkpoint has it: how many outputs it has, and its name there.
 
-    weight  [out_features, in_features], any float type, contiguous
-    bias    [out_features] or None
+    The name is empty if no adapter can add to it: its outputs are in another order here.
+    """
+
+    name: str
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: y = x @ weight.T + bias, to which the adapter of a row adds; see `LoraPair`.
+
+    weight      [out_features, in_features], any float type, contiguous
+    bias        [out_features] or None
+    is_partial  whether the ranks of a split model each have some of its inputs: their results are summed
+    modules     what it was joined of, in the order of its outputs; empty if that is not known
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
+    is_partial: bool = False
+    modules: tuple[Module, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """What an adapter adds to a module's outputs: scale * b @ (a @ x), float32, every value finite.
+
+    a  [rank, in_features]
+    b  [out_features, rank]
+    """
+
+    module: str
+    a: Float32Array
+    b: Float32Array
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -75,9 +108,10 @@ class Experts:
     A row's logits are router(h). Of the first `num_routed` experts it takes the `num_chosen` with the
     highest logits, the lower index on a tie, and weighs them by the softmax over all routed ones, or
     over the chosen ones if `is_normalized`. The other experts are shared: each row takes them all,
-    weighed by the sigmoid of its last logit.
+    weighed by the sigmoid of its last logit. `routing` says where this is otherwise.
 
-    router    [num_routed, hidden_size], one row more if there are shared experts; any float type
+    router    [num_routed, hidden_size], one row more if shared experts have a gate; any float type
+    bias      [num_routed] float32, added to scores for the choice; or None
     gate, up  of each expert [intermediate_size, hidden_size], any float type
     down      of each expert [hidden_size, intermediate_size]
     """
@@ -89,6 +123,13 @@ class Experts:
     num_chosen: int
     num_shared: int
     is_normalized: bool
+    routing: Routing = PLAIN_ROUTING
+    bias: torch.Tensor | None = None
+
+    @property
+    def has_shared_logit(self) -> bool:
+        """Whether the router has a row for what shared experts are weighed by."""
+        return self.num_shared > 0 and self.routing.has_shared_gate
 
     @property
     def num_routed(self) -> int:
@@ -122,6 +163,7 @@ class StepInput:
     block_tables     [S, max_blocks] block ids of each sequence, 0 beyond its end
     logits_rows      [R] tokens (indexes into T) whose logits, or hidden states, are wanted, ascending
     segments         [T] 0 or 1: which of two texts a token is of; None if no sequence has two
+    adapter_ids      [T] the adapter of each token's row, 0 for none; None if no row has one
     """
 
     token_ids: Int32Array
@@ -132,6 +174,84 @@ class StepInput:
     block_tables: Int32Array
     logits_rows: Int32Array
     segments: Int32Array | None = None
+    adapter_ids: Int32Array | None = None
+
+
+class Ops(Protocol):
+    """The operations that forward passes are written in. The residual stream is float32 everywhere.
+
+    A device may join neighbours, such as a norm and the layers that read it, or a layer and the sum that takes it.
+    So a value is used up by what it goes into, but for the residual stream and a norm's result: the first is read
+    until something is added to it, the second by any number of layers before that.
+    """
+
+    def embed(self, table: torch.Tensor, scale: float = 1.0) -> Value:
+        """Look up the step's tokens in `table` [vocab_size, hidden_size]; return them, times `scale`: [T, hidden_size].
+
+        `scale` is rounded to float32.
+        """
+
+    def norm(self, x: Value, norm: Norm) -> Value:
+        """Norm each row of `x`: [T, hidden_size]."""
+
+    def linear(self, x: Value, linear: Linear) -> Value:
+        """Multiply each row of `x`, and add what its adapter adds: [T, out_features]. So do others that take a layer.
+
+        The base's product is the same for all rows. A row's bits depend on its own adapter alone.
+        """
+
+    def gated_linear(self, x: Value, gate: Linear, up: Linear, activation: Activation) -> Value:
+        """Return activation(gate(x)) * up(x): [T, intermediate_size]."""
+
+    def add(self, residual: Value, x: Value) -> Value:
+        """Return residual + x. The old residual must not be used afterwards."""
+
+    def add_experts(self, residual: Value, x: Value, experts: Experts, activation: Activation) -> Value:
+        """Return residual + the weighted sum of down(activation(gate(x)) * up(x)) over a row's experts.
+
+        The terms are added in the order of the experts, to the residual first. The old residual must not be used
+        afterwards.
+        """
+
+    def rotary_write_kv(
+        self, qkv: Value, layer: int, heads: Heads, rotary: Rotary, q_norm: Norm | None, k_norm: Norm | None
+    ) -> Value:
+        """Norm (if given) and rotate queries and keys, write keys and values to the cache.
+
+        A norm whose weight is [head_dim] is that of each head, one of [heads * head_dim] that of all of them at once.
+
+        `qkv` is [T, (num_heads + 2 * num_kv_heads) * head_dim]: queries, keys, values.
+        Returns the queries, [T, num_heads * head_dim].
+        """
+
+    def paged_attention(
+        self, queries: Value, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
+    ) -> Value:
+        """Attend causally over the cache of `layer`; return [T, num_heads * head_dim].
+
+        With window > 0 a query at position p sees positions p - window + 1 .. p, else 0 .. p. With soft_cap > 0
+        scaled scores x become soft_cap * tanh(x / soft_cap).
+        """
+
+    def logits(self, x: Value, head: Linear | None, soft_cap: float = 0.0) -> Value:
+        """Return head(x) of the rows in `logits_rows`: [R, vocab_size] float32. `x` is a norm's result.
+
+        With soft_cap > 0 logits are capped as the scores of attention are.
+        Without a head that is x, the hidden states that vectors are made of: [R, hidden_size].
+        """
+
+
+class ModuleOps(Ops, Protocol):
+    """What models that compute with modules of torch need besides. Their values are tensors of so many rows.
+
+    `logits` without a head returns the rows in `logits_rows` of logits that such a module made.
+    """
+
+    def module(self, module: Any) -> Any:
+        """Return a module with its weights where it is computed, and of the type that is computed in."""
+
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens and their positions, both int64, padded to as many rows as values have."""
 
 
 class EncoderOps(Protocol):
@@ -162,64 +282,24 @@ class EncoderOps(Protocol):
     def gated_linear(self, x: Value, gate: Linear, up: Linear, activation: Activation) -> Value:
         """Return activation(gate(x)) * up(x): [T, intermediate_size]."""
 
-    def rotate(self, qkv: Value, heads: Heads, rotary: Rotary) -> Value:
-        """Return `qkv` with its queries and keys rotated by their positions. The old one must not be used afterwards.
+    def rotate(
+        self, qkv: Value, heads: Heads, rotary: Rotary, q_norm: Norm | None = None, k_norm: Norm | None = None
+    ) -> Value:
+        """Return `qkv` with its queries and keys normed (if given) and rotated by their positions.
 
-        `qkv` is [T, 3 * num_heads * head_dim]: queries, keys, values.
+        `qkv` is [T, (num_heads + 2 * num_kv_heads) * head_dim]: queries, keys, values. The old one must not be used
+        afterwards.
         """
 
     def self_attention(self, qkv: Value, heads: Heads, scale: float, reach: int = 0) -> Value:
         """Attend among all tokens of each sequence; return [T, num_heads * head_dim].
 
-        `qkv` is [T, 3 * num_heads * head_dim]: queries, keys, values. With reach > 0 a token sees only those at
-        most `reach` places away from it.
+        `qkv` is [T, (num_heads + 2 * num_kv_heads) * head_dim]: queries, keys, values. With reach > 0 a token sees
+        only those at most `reach` places away from it.
         """
 
     def hidden(self, x: Value) -> Value:
         """Return x of the rows in `logits_rows`: [R, hidden_size] float32."""
-
-
-class Ops(Protocol):
-    """The fused operations of a forward pass. The residual stream is float32 everywhere."""
-
-    def embed(self, table: torch.Tensor) -> Value:
-        """Look up the step's tokens in `table` [vocab_size, hidden_size]; return [T, hidden_size]."""
-
-    def norm_linear(self, x: Value, norm: Norm, linear: Linear) -> Value:
-        """Return linear(norm(x)): [T, out_features]."""
-
-    def rotary_write_kv(
-        self, qkv: Value, layer: int, heads: Heads, rotary: Rotary, q_norm: Norm | None, k_norm: Norm | None
-    ) -> Value:
-        """Norm (per head, if given) and rotate queries and keys, write keys and values to the cache.
-
-        `qkv` is [T, (num_heads + 2 * num_kv_heads) * head_dim]: queries, keys, values.
-        Returns the queries, [T, num_heads * head_dim].
-        """
-
-    def paged_attention(self, queries: Value, layer: int, heads: Heads, scale: float, window: int) -> Value:
-        """Attend causally over the cache of `layer`; return [T, num_heads * head_dim].
-
-        With window > 0 a query at position p sees positions p - window + 1 .. p, else 0 .. p.
-        """
-
-    def linear_residual(self, x: Value, linear: Linear, residual: Value) -> Value:
-        """Return residual + linear(x). The old residual must not be used afterwards."""
-
-    def norm_gated_linear(self, x: Value, norm: Norm, gate: Linear, up: Linear, activation: Activation) -> Value:
-        """Return activation(gate(h)) * up(h) with h = norm(x): [T, intermediate_size]."""
-
-    def norm_experts_residual(self, x: Value, norm: Norm, experts: Experts, activation: Activation) -> Value:
-        """Return x + the weighted sum of down(activation(gate(h)) * up(h)) over a row's experts, h = norm(x).
-
-        The terms are added in the order of the experts, to x first. `x` must not be used afterwards.
-        """
-
-    def logits(self, x: Value, norm: Norm, head: Linear | None) -> Value:
-        """Return head(norm(x)) of the rows in `logits_rows`: [R, vocab_size] float32.
-
-        Without a head that is norm(x), the hidden states that vectors are made of: [R, hidden_size].
-        """
 
 
 class Model(Protocol):
@@ -238,6 +318,14 @@ class Model(Protocol):
         """Run one step through `ops`; return the logits [R, vocab_size] or hidden states [R, hidden_size]."""
 
 
+@runtime_checkable
+class CheckedModel(Protocol):
+    """A model that tries out on its device whether what it computes is right, before it serves."""
+
+    def check(self, device: Device) -> None:
+        """Raise ModelError if it is not. The device's cache is to be allocated anew then."""
+
+
 class EncoderModel(Protocol):
     """A model in which all tokens of a sequence see each other. As `Model`, with num_layers 0 and hidden states.
 
@@ -254,21 +342,47 @@ class EncoderModel(Protocol):
         """Run one step through `ops`; return the hidden states, [R, output_size]."""
 
 
-@dataclass(frozen=True)
-class Draw:
-    """How one row's token is drawn from its processed logits (`gpu_worker/sampler.py`).
+class ModuleList:
+    """An `Ops` that computes nothing and lists the modules that a model's forward pass goes through.
 
-    temperature 0 is greedy: the highest logit, the lowest id on a tie. `position` is the absolute
-    position of the token to be drawn, prompt included.
+    shapes  (out_features, in_features) by name
     """
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    candidate_index: int
-    position: int
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, int]] = {}
+
+    def add_linear(self, linear: Linear) -> None:
+        """List a layer's modules."""
+        columns = linear.weight.shape[1]
+        self.shapes.update({module.name: (module.out_features, columns) for module in linear.modules if module.name})
+
+    def linear(self, x: Value, linear: Linear) -> None:  # noqa: ARG002
+        """See `Ops`."""
+        self.add_linear(linear)
+
+    def gated_linear(self, x: Value, gate: Linear, up: Linear, activation: Activation) -> None:  # noqa: ARG002
+        """See `Ops`."""
+        self.add_linear(gate)
+        self.add_linear(up)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None  # all other operations
+
+
+class NoAdapters:
+    """The part of a device, or of a runner, that takes no adapters."""
+
+    def adapter_modules(self) -> dict[str, tuple[int, int]]:
+        """There are none."""
+        return {}
+
+    def pack_adapter(self, pairs: Iterable[LoraPair]) -> Any:  # noqa: ARG002
+        """Never called."""
+        raise AssertionError("takes no adapters")
+
+    def set_adapter(self, adapter_id: int, packed: Any | None) -> None:  # noqa: ARG002
+        """Never called with an adapter."""
+        assert packed is None, "takes no adapters"
 
 
 class Device(Protocol):
@@ -307,6 +421,15 @@ class Device(Protocol):
 
     def copy_blocks(self, pairs: Int32Array) -> None:
         """Copy blocks, pairs [N, 2] of (from, to), in order."""
+
+    def adapter_modules(self) -> dict[str, tuple[int, int]]:
+        """Return (out_features, in_features) of the modules that adapters can add to; empty: it takes no adapters."""
+
+    def pack_adapter(self, pairs: Iterable[LoraPair]) -> Any:
+        """Return an adapter in the form that the device computes with. Called by any thread, also while steps run."""
+
+    def set_adapter(self, adapter_id: int, packed: Any | None) -> None:
+        """Have rows of `adapter_id`, at least 1, take a packed adapter from now on; None: no row may have it."""
 
     def mask(self, row: Float32Array, allowed: UInt32Array) -> None:
         """Set the logits of `row` [vocab_size] to -inf whose bit is not set, in place.

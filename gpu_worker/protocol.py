@@ -16,3 +16,6 @@ NOTHING_ALLOWED_TOKEN: Final = 0xFFFFFFFD
 TOO_COMPLEX_TOKEN: Final = 0xFFFFFFFC
 # They are this or above; token ids are below.
 FIRST_NO_TOKEN: Final = TOO_COMPLEX_TOKEN
+
+SCHEDULER_STOPS = "the scheduler stops"
+"""Reason of a Fenced frame that ends every membership in good order: nothing is wrong with the worker."""

@@ -20,6 +20,9 @@ class Quantization(StrEnum):
     FP8 = "fp8"  # float8_e4m3fn
 
 
+MIN_BYTES_OF_CODES = 256 << 20
+"""A smaller quantised file is computed in bfloat16: its model loses more to activations of eight bits, and fits."""
+
 QUANTIZATIONS: Final = tuple(scheme.value for scheme in Quantization)
 
 _SCHEMES: Final[dict[str, tuple[Quantization, ...]]] = {
@@ -28,6 +31,11 @@ _SCHEMES: Final[dict[str, tuple[Quantization, ...]]] = {
     "reference": (),
 }
 """The schemes of each device, besides none."""
+
+
+def takes_codes(dtype: str, num_bytes: int) -> bool:
+    """Return whether device cpu computes from the codes of a quantised file of so many bytes, without a scheme."""
+    return dtype == "auto" and num_bytes >= MIN_BYTES_OF_CODES
 
 
 def problem(scheme: str, device: str) -> str:

@@ -48,7 +48,7 @@ class WorkerTelemetry:
         self._traced: dict[int, _TracedSlot] = {}
         self._server: MetricsServer | None = None
         try:
-            self._tracer = open_tracer(config.otlp_endpoint, "worker", worker_id, __version__)
+            self._tracer = open_tracer(config, "worker", worker_id, __version__)
             if config.metrics_address:
                 from octavo.services.telemetry.exposition import METRICS_PATH, MetricsServer, describe_process
 

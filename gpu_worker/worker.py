@@ -8,6 +8,7 @@ says hello again and gets the next one. Weights and KV memory outlive epochs.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -24,25 +25,27 @@ from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
 from octavo.gpu_worker.lifetime import Lifetime
 from octavo.gpu_worker.link import Link, read_curve_keys
-from octavo.gpu_worker.loading import LoadedModel, tokenizer_of
+from octavo.gpu_worker.loading.loading import LoadedModel, tokenizer_of
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.progress import Progress
-from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION
+from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION, SCHEDULER_STOPS
 from octavo.gpu_worker.pulse import Pulse
-from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT
+from octavo.gpu_worker.steps.runner import MAX_STEPS_IN_FLIGHT
 from octavo.gpu_worker.telemetry import WorkerTelemetry
 from octavo.worker.v1 import worker_pb2
 
 if TYPE_CHECKING:  # it needs torch
-    from octavo.gpu_worker.ranks import Ranks
+    from octavo.gpu_worker.distributed.ranks import Ranks
 
 log = logging.getLogger("octavo.worker")
 
 _REPORT_S = 0.1  # a hello or a heartbeat at least so often, also while a step runs
 _JOINING_S = 0.01  # how often to look, while joining: start-up waits for it
+_LOADING_S = 0.002  # the same, while an adapter is loaded
 _POLL_S = 50e-6  # how often to look for a step's result and for the next plan, while steps run
 _QUIET_S = 0.02  # after a step: the next plan may be on its way, and a piece of idle work takes some milliseconds
 _SILENCE_S = 5.0  # a scheduler sends a heartbeat forty times a second, if its machine lets it
+_ALONE_S = 5.0  # without a scheduler, after there was one
 _MAX_RECEIVED = 1000  # frames that are taken in while a step runs: plans in flight, and what is no heartbeat
 # Of google.rpc.Code.
 _RESOURCE_EXHAUSTED, _FAILED_PRECONDITION, _ABORTED, _INVALID_ARGUMENT, _INTERNAL = 8, 9, 10, 3, 13
@@ -90,6 +93,7 @@ class Worker:
         self._prepared = worker_pb2.WorkerConfig()  # what the engine was built for
         self._preparation: _Preparation | None = None
         self._epoch = 0  # 0: in no membership
+        self._left_at = math.inf  # when the last one ended, until that was told
         self._last_step_id = 0  # started
         self._last_done_id = 0  # answered, at `_answered_at`
         self._answered_at = float("-inf")
@@ -122,6 +126,7 @@ class Worker:
                     log.warning("the scheduler is silent; joining again")
                     self._end_epoch()
                 self._finish_preparation()
+                self._finish_adapters()
         finally:
             self._pulse.close()
             self._device.close()
@@ -136,6 +141,8 @@ class Worker:
         """How long to wait for a frame before looking at other things."""
         if self._engine is not None and self._engine.num_in_flight:
             return 0.0
+        if self._engine is not None and self._engine.adapters.is_loading:
+            return _LOADING_S
         if self._idle_work:
             return max(0.0, self._answered_at + _QUIET_S - time.monotonic())
         return _REPORT_S / 2 if self._epoch and not self._preparation else _JOINING_S
@@ -155,8 +162,13 @@ class Worker:
             self._heard_at = time.monotonic()
             if kind == "step_plan":
                 self._compute(frame.step_plan)
+            elif kind == "adapter_load" and self._engine is not None:
+                self._engine.adapters.load(frame.adapter_load)
+            elif kind == "adapter_drop" and self._engine is not None:
+                self._engine.adapters.drop(frame.adapter_drop.adapter_id)
             elif kind == "fenced":
-                log.warning("fenced by the scheduler (%s); joining again", frame.fenced.reason)
+                level = logging.INFO if frame.fenced.reason == SCHEDULER_STOPS else logging.WARNING
+                log.log(level, "fenced by the scheduler (%s); joining again", frame.fenced.reason)
                 self._end_epoch()
                 self._reported_at = float("-inf")
             elif kind == "shutdown":
@@ -223,8 +235,10 @@ class Worker:
         elif isinstance(error, RankError):
             self._lose_ranks(0, error)
         elif error is not None:
-            log.error("the device cannot be prepared", exc_info=error)
-            self._end(0, *_device_fault(error))
+            fault = _device_fault(error)
+            if fault[0] == _INTERNAL:  # a bug; of the others the message says all there is to know
+                log.error("the device cannot be prepared", exc_info=error)
+            self._end(0, *fault)
         elif done.wanted != self._wanted:
             self._prepare(self._wanted)
         else:
@@ -232,6 +246,13 @@ class Worker:
             self._prepared = done.wanted
             if self._epoch:
                 self._ready(self._engine, time.monotonic() - done.started)
+
+    def _finish_adapters(self) -> None:
+        """Tell of adapters that were loaded: the next plans may have them."""
+        for loaded in self._engine.adapters.finished() if self._engine is not None else ():
+            if loaded.problem and not loaded.is_full:
+                log.warning("an adapter cannot be loaded: %s", loaded.problem)
+            self._send(worker_pb2.WorkerFrame(adapter_loaded=loaded))
 
     def _ready(self, engine: Engine, took_s: float) -> None:
         limits = engine.limits
@@ -244,10 +265,14 @@ class Worker:
             task=common_pb2.MODEL_TASK_GENERATE if limits.pooling is None else limits.pooling.task,
             vector_size=0 if limits.pooling is None else limits.pooling.vector_size,
             whole_sequences=not limits.has_cache,
+            vectors_of_last_token=limits.has_cache and limits.pooling is not None and limits.pooling.mode == "last",
             structured_output=engine.takes_grammars,
             prompt_logprobs=engine.scores_prompts,
             max_row_tokens=engine.runner.max_row_tokens,
             tokenizer_sha256=self._tokenizer or "",
+            max_adapters=engine.adapters.max_adapters,
+            adapter_memory_bytes=engine.adapters.memory_bytes,
+            notes=self._loaded.notes,
         )
         log.info(
             "joined with epoch %d: device %s, %d KV blocks, context %d",
@@ -363,10 +388,13 @@ class Worker:
             if self._engine is None or not self._engine.num_in_flight:
                 self._telemetry.idle()
             if not self._send_heartbeat():
-                log.warning("the scheduler is gone; joining the next one")
+                log.info("the scheduler is gone; joining the next one")
                 self._end_epoch()
         elif not self._send(worker_pb2.WorkerFrame(worker_hello=self._hello())):
             self._reported_at -= _REPORT_S - _JOINING_S  # not connected yet: try again soon
+            if time.monotonic() - self._left_at > _ALONE_S:  # sooner it is an ordinary stop or restart
+                self._left_at = math.inf
+                log.warning("no scheduler at %s for %g s", self._config.worker_endpoint, _ALONE_S)
 
     def _beat(self) -> None:
         """Show life while the main thread computes, and take in what comes.
@@ -430,6 +458,7 @@ class Worker:
     def _end_epoch(self) -> None:
         """Be in no membership: what is in flight is nobody's."""
         self._epoch = 0
+        self._left_at = time.monotonic()
         self._telemetry.left()
         if self._engine is not None:
             self._engine.reset()
@@ -446,5 +475,6 @@ def _device_fault(error: BaseException) -> tuple[int, str, str]:
     # By name: this must not import torch, whose own class is for GPUs only.
     is_torchs = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in message
     if isinstance(error, MemoryError) or is_torchs:
-        return _RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", f"{message}; lower kv_cache_memory or max_batch_tokens"
+        advice = "lower --kv-cache-memory or --max-batch-tokens"
+        return _RESOURCE_EXHAUSTED, "OUT_OF_MEMORY", f"{str(error) or message}; {advice}"
     return _INTERNAL, "DEVICE_FAULT", message

@@ -32,20 +32,24 @@ OWNED = {
     | {
         "model", "model_name", "grpc_address", "local_address", "scheduler_addresses", "admin_address", "http_address",
         "health_address", "metrics_address", "gateway_id", "resume_key_file", "grace_s", "api_keys", "jwt_jwks",
+        "admin_keys", "batch_dir", "progress_fd",
     },
     "scheduler": SECURITY
     | {
         "scheduler_address", "worker_endpoint", "worker_curve_key", "worker_curve_allowed", "admin_address",
         "admin_keys", "trusted_network",
-        "health_address", "metrics_address", "scheduler_id", "grace_s", "progress_fd",
+        "health_address", "metrics_address", "scheduler_id", "grace_s", "tenants_file", "progress_fd",
     },
     "worker": {
         "model", "worker_endpoint", "curve_key", "curve_server_key", "worker_id", "group_id", "rank", "world_size",
-        "rendezvous", "alive_file", "drain_s", "packed_cache_dir", "metrics_address", "progress_fd",
+        "local_ranks", "node_rank", "rendezvous", "alive_file", "drain_s", "packed_cache_dir", "metrics_address",
+        "progress_fd",
     },
 }  # fmt: skip
 SIZE = "^[0-9]+(\\.[0-9]+)? ?([kKmMgGtT]i?)?[bB]?$"
 TIME = "^[0-9]+(\\.[0-9]+)? ?(us|ms|s|m|h)$"
+COUNT = {"type": "number", "minimum": 0}
+WEIGHT = {"type": "number", "exclusiveMinimum": 0}
 QUANTITY = "^[0-9]+(\\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$"
 
 
@@ -141,7 +145,10 @@ def definitions() -> dict[str, Any]:
         "quantity": {"type": "string", "pattern": QUANTITY},
         "amount": {"anyOf": [{"type": "integer", "minimum": 0}, {"$ref": "#/$defs/quantity"}]},
         "intOrPercent": {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": "^[0-9]+%$"}]},
-        "resources": closed({"requests": amounts, "limits": amounts}),
+        "resources": closed({"requests": amounts, "limits": amounts, "claims": {"$ref": "#/$defs/objects"}}),
+        "tenant": closed({"maxRequests": COUNT, "tokensPerSecond": COUNT, "weight": WEIGHT}),
+        "tenants": {"type": "object", "additionalProperties": {"$ref": "#/$defs/tenant"}},
+        "alertLimits": closed(dict.fromkeys(alert_limits(), WEIGHT)),
         "image": closed(
             {
                 "repository": {"type": "string", "pattern": "^([a-z0-9.-]+(:[0-9]+)?/)?[a-z0-9._/-]*$"},
@@ -150,9 +157,16 @@ def definitions() -> dict[str, Any]:
             }
         ),
     } | {
-        f"{process}Settings": closed({each.name: setting_schema(each) for each in settings(process)})
+        f"{process}Settings": closed({name: setting_schema(each) for each in settings(process) for name in each.names})
         for process in PROCESSES
     }
+
+
+def alert_limits() -> list[str]:
+    """Return the names of the limits that alerts have, which values may set."""
+    groups = yaml.safe_load((CHART / "files/rules.yaml").read_text())["groups"]
+    names = [rule.get("record", "") for group in groups for rule in group["rules"]]
+    return [name.removeprefix("octavo:limit:") for name in names if name.startswith("octavo:limit:")]
 
 
 def schema_text(values: list[Value]) -> str:

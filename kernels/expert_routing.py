@@ -18,54 +18,109 @@ import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
 from octavo.kernels.configs import ExpertsConfig, power_of_two
+from octavo.kernels.routing import PLAIN_ROUTING, Routing
 
 _SORT_BLOCK = 1024  # assignments that the sort looks at in one go
+
+
+@triton.jit
+def _in_best_groups(
+    choices,
+    expert,
+    NUM_ROUTED: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    NUM_CHOSEN_GROUPS: tl.constexpr,
+    NUM_BEST: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Return what experts are chosen by, [PADDED], -inf outside of the best groups."""
+    SIZE: tl.constexpr = NUM_ROUTED // NUM_GROUPS
+    group = expert // SIZE
+    of_group = tl.full([PADDED], float("-inf"), tl.float32)  # each expert's group's
+    for number in tl.static_range(NUM_GROUPS):
+        is_mine = group == number
+        mine = tl.where(is_mine, choices, float("-inf"))
+        best = tl.max(mine)
+        if NUM_BEST > 1:
+            first = tl.min(tl.where(is_mine & (mine == best), expert, PADDED))
+            best += tl.max(tl.where(expert == first, float("-inf"), mine))
+        of_group = tl.where(is_mine, tl.where(best != best, float("inf"), best), of_group)
+    is_chosen = tl.zeros([PADDED], tl.int32)
+    for _ in tl.static_range(NUM_CHOSEN_GROUPS):
+        left = tl.where((is_chosen == 0) & (expert < NUM_ROUTED), of_group, float("-inf"))
+        is_best = (is_chosen == 0) & (expert < NUM_ROUTED) & (left == tl.max(left))
+        is_chosen = tl.where(group == tl.min(tl.where(is_best, group, PADDED)), 1, is_chosen)
+    return tl.where(is_chosen != 0, choices, float("-inf"))
 
 
 @triton.jit
 def _choose(
     logits_ptr,
     slot_mapping_ptr,
+    bias_ptr,
     expert_ids_ptr,
     weights_ptr,
+    scale,
     NUM_ROUTED: tl.constexpr,
     NUM_CHOSEN: tl.constexpr,
     NUM_SHARED: tl.constexpr,
     IS_NORMALIZED: tl.constexpr,
+    IS_SIGMOID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHARED_GATE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    NUM_CHOSEN_GROUPS: tl.constexpr,
+    NUM_BEST: tl.constexpr,
     PADDED: tl.constexpr,
     PADDED_SHARED: tl.constexpr,
 ):
     """Choose the experts of one row. Grid (T,).
 
-    logits        [T, NUM_ROUTED], one column more if there are shared experts
+    logits        [T, NUM_ROUTED], one column more if shared experts have a gate
+    bias          [NUM_ROUTED] float32, read with HAS_BIAS
     slot_mapping  [T] int32, negative for padding, which takes no expert
     expert_ids    [T, NUM_CHOSEN + NUM_SHARED] int32, ascending, -1 for padding;  weights the same, float32
     PADDED, PADDED_SHARED = NUM_ROUTED, NUM_SHARED rounded up to powers of two.
     """
     row = tl.program_id(0).to(tl.int64)
     TAKEN: tl.constexpr = NUM_CHOSEN + NUM_SHARED
-    NUM_LOGITS: tl.constexpr = NUM_ROUTED + (1 if NUM_SHARED > 0 else 0)
+    NUM_LOGITS: tl.constexpr = NUM_ROUTED + (1 if NUM_SHARED > 0 and HAS_SHARED_GATE else 0)
     is_real = tl.load(slot_mapping_ptr + row) >= 0
     expert = tl.arange(0, PADDED)
     is_expert = expert < NUM_ROUTED
     logits = tl.load(logits_ptr + row * NUM_LOGITS + expert, mask=is_expert, other=float("-inf")).to(tl.float32)
-    powers = tl.where(is_expert, tl.exp2((logits - tl.max(logits)) * 1.4426950408889634), 0.0)
+    if IS_SIGMOID:
+        powers = tl.where(is_expert, 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * logits)), 0.0)
+        total = 1.0
+    else:
+        powers = tl.where(is_expert, tl.exp2((logits - tl.max(logits)) * 1.4426950408889634), 0.0)
+        total = tl.sum(powers)
+    choices = logits
+    if HAS_BIAS or NUM_GROUPS > 1:
+        choices = powers / total
+        if HAS_BIAS:
+            choices += tl.load(bias_ptr + expert, mask=is_expert, other=0.0)
+    if NUM_GROUPS > 1:
+        choices = _in_best_groups(choices, expert, NUM_ROUTED, NUM_GROUPS, NUM_CHOSEN_GROUPS, NUM_BEST, PADDED)
     # Each turn takes the best of those left. NaN counts as best, so that there is always one.
-    keys = tl.where(logits != logits, float("inf"), logits)
+    keys = tl.where(choices != choices, float("inf"), choices)
     is_chosen = tl.zeros([PADDED], tl.int32)
     for _ in tl.static_range(NUM_CHOSEN):
         is_left = is_expert & (is_chosen == 0)
         best = tl.max(tl.where(is_left, keys, float("-inf")))
         first = tl.min(tl.where(is_left & (keys == best), expert, PADDED))
         is_chosen = tl.where(expert == first, 1, is_chosen)
-    total = tl.sum(tl.where(is_chosen != 0, powers, 0.0)) if IS_NORMALIZED else tl.sum(powers)
+    if IS_NORMALIZED:
+        total = tl.sum(tl.where(is_chosen != 0, powers, 0.0))
     place = row * TAKEN + tl.cumsum(is_chosen) - 1
     tl.store(expert_ids_ptr + place, tl.where(is_real, expert, -1), mask=is_chosen != 0)
-    tl.store(weights_ptr + place, powers / total, mask=is_chosen != 0)
+    tl.store(weights_ptr + place, powers / total * scale, mask=is_chosen != 0)
     if NUM_SHARED > 0:
         shared = tl.arange(0, PADDED_SHARED)
-        logit = tl.load(logits_ptr + row * NUM_LOGITS + NUM_ROUTED).to(tl.float32)
-        weight = tl.zeros([PADDED_SHARED], tl.float32) + 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * logit))
+        weight = tl.zeros([PADDED_SHARED], tl.float32) + 1.0
+        if HAS_SHARED_GATE:
+            logit = tl.load(logits_ptr + row * NUM_LOGITS + NUM_ROUTED).to(tl.float32)
+            weight = weight / (1.0 + tl.exp2(-1.4426950408889634 * logit))
         place = row * TAKEN + NUM_CHOSEN + shared
         tl.store(expert_ids_ptr + place, tl.where(is_real, NUM_ROUTED + shared, -1), mask=shared < NUM_SHARED)
         tl.store(weights_ptr + place, weight, mask=shared < NUM_SHARED)
@@ -135,6 +190,7 @@ class Mixture:
     gate_up  [num_experts, 2 * intermediate_size, hidden_size]: gate, then up
     down     [num_experts, hidden_size, intermediate_size], of the same type
     gate_up_scales, down_scales  [num_experts, rows] float32 if the weights are int8 or float8_e4m3fn
+    bias     [num_routed] float32, added to scores for the choice; or None
     """
 
     gate_up: torch.Tensor
@@ -144,6 +200,13 @@ class Mixture:
     is_normalized: bool
     gate_up_scales: torch.Tensor | None = None
     down_scales: torch.Tensor | None = None
+    routing: Routing = PLAIN_ROUTING
+    bias: torch.Tensor | None = None
+
+    @property
+    def num_logits(self) -> int:
+        """Columns of the router's logits."""
+        return self.num_routed + (self.num_shared > 0 and self.routing.has_shared_gate)
 
     @property
     def num_taken(self) -> int:
@@ -189,7 +252,14 @@ def assign(
     num_tokens, num_experts = len(logits), len(mixture.down)
     num_assignments, tiles = num_tokens * mixture.num_taken, num_tiles(num_tokens, mixture, config)
     _choose[(num_tokens,)](
-        logits, slot_mapping, work.expert_ids, work.weights, **_choose_constants(mixture), num_warps=1
+        logits,
+        slot_mapping,
+        work.weights if mixture.bias is None else mixture.bias,
+        work.expert_ids,
+        work.weights,
+        mixture.routing.scale,
+        **_choose_constants(mixture),
+        num_warps=1,
     )
     _count[(num_experts,)](work.expert_ids, work.counts, num_assignments, BLOCK=_SORT_BLOCK, num_warps=4)
     _sort[(num_experts,)](
@@ -214,21 +284,32 @@ def _choose_constants(mixture: Mixture) -> dict[str, int | bool]:
         "NUM_CHOSEN": mixture.num_chosen,
         "NUM_SHARED": mixture.num_shared,
         "IS_NORMALIZED": mixture.is_normalized,
+        "IS_SIGMOID": mixture.routing.scores == "sigmoid",
+        "HAS_BIAS": mixture.bias is not None,
+        "HAS_SHARED_GATE": mixture.routing.has_shared_gate,
+        "NUM_GROUPS": mixture.routing.num_groups,
+        "NUM_CHOSEN_GROUPS": mixture.routing.num_chosen_groups,
+        "NUM_BEST": mixture.routing.num_best,
         "PADDED": power_of_two(mixture.num_routed),
         "PADDED_SHARED": power_of_two(max(mixture.num_shared, 1)),
     }
 
 
-def _choose_spec(num_routed: int, num_chosen: int, num_shared: int) -> AotSpec:
-    mixture = Mixture(torch.empty(0), torch.empty(num_routed + num_shared, 0, 0), num_chosen, num_shared, True)
+def _choose_spec(num_routed: int, num_chosen: int, num_shared: int, routing: Routing | None = None) -> AotSpec:
+    down, bias = torch.empty(num_routed + num_shared, 0, 0), None if routing is None else torch.empty(0)
+    routing = routing or PLAIN_ROUTING
+    mixture = Mixture(torch.empty(0), down, num_chosen, num_shared, True, None, None, routing, bias)
+    shared, groups = f", {num_shared} shared" if num_shared else "", ", groups" if bias is not None else ""
     return AotSpec(
         function="_choose",
-        label=f"{num_chosen} of {num_routed}{f', {num_shared} shared' if num_shared else ''}",
+        label=f"{num_chosen} of {num_routed}{shared}{groups}",
         signature={
             "logits_ptr": "*fp32:16",
             "slot_mapping_ptr": "*i32:16",
+            "bias_ptr": "*fp32:16",
             "expert_ids_ptr": "*i32:16",
             "weights_ptr": "*fp32:16",
+            "scale": "fp32",
         },
         constexprs=_choose_constants(mixture),
         num_warps=1,
@@ -237,6 +318,7 @@ def _choose_spec(num_routed: int, num_chosen: int, num_shared: int) -> AotSpec:
 
 AOT_SPECS = [
     *(_choose_spec(*sizes) for sizes in ((8, 2, 0), (128, 8, 0), (60, 4, 4))),
+    _choose_spec(256, 8, 1, Routing("sigmoid", 8, 4, has_shared_gate=False)),
     AotSpec(
         function="_count",
         label="",

@@ -160,7 +160,7 @@ def add_experts(
         assert scales is None or scales.shape == weight.shape[:2], (scales.shape, weight.shape)
         assert scales is None or (scales.is_contiguous() and scales.dtype == torch.float32), "scales are float32"
     assert residual.dtype == torch.float32, residual.dtype
-    assert logits.shape == (num_tokens, num_routed + (mixture.num_shared > 0)), (logits.shape, num_routed)
+    assert logits.shape == (num_tokens, mixture.num_logits), (logits.shape, num_routed)
     assert slot_mapping.shape == (num_tokens,), slot_mapping.shape
     assert slot_mapping.dtype == torch.int32, slot_mapping.dtype
     assert activation in ACTIVATIONS, f"{activation} is none of {ACTIVATIONS}"

@@ -3,7 +3,7 @@
 """The noise of the draw: -log(-log(u)), with u from a counter-based generator.
 
 It is specified to the bit: float32, rounded after every operation, in the order written here, and
-equal to that of `gpu_worker/draw.py`. Kernels that call it must be compiled without fused
+equal to that of `gpu_worker/sampling/draw.py`. Kernels that call it must be compiled without fused
 multiply-add (`enable_fp_fusion=False`), and division is the IEEE one (`tl.div_rn`).
 """
 

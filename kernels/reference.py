@@ -13,6 +13,8 @@ import math
 
 import torch
 
+from octavo.kernels.routing import PLAIN_ROUTING, Routing
+
 _BLOCK_SIZE = 16
 _FP8_MAX = 448.0
 _INT8_MAX = 127.0
@@ -118,6 +120,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + eps) * weight.float()
 
 
+def _norm_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Norm [T, heads, head_dim] head by head, or with a longer weight all heads of a token at once."""
+    if weight.numel() == x.shape[-1]:
+        return rms_norm(x, weight, eps)
+    return rms_norm(x.flatten(1), weight.flatten(), eps).view(x.shape)
+
+
 def rotary_write_kv(
     qkv: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -143,9 +152,9 @@ def rotary_write_kv(
     num_kv_heads = kv_cache.shape[3]
     queries, keys, values = qkv.float().split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None:
-        queries = rms_norm(queries, q_norm, eps)
+        queries = _norm_heads(queries, q_norm, eps)
     if k_norm is not None:
-        keys = rms_norm(keys, k_norm, eps)
+        keys = _norm_heads(keys, k_norm, eps)
     c, s = cos[positions.long()][:, None], sin[positions.long()][:, None]
     queries, keys = _rotate(queries, c, s), _rotate(keys, c, s)
     written = slot_mapping >= 0
@@ -214,24 +223,35 @@ def experts(
     num_chosen: int,
     num_shared: int = 0,
     is_normalized: bool = True,
+    routing: Routing = PLAIN_ROUTING,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weighted sum of a mixture of experts, [T, hidden_size] float32.
 
     x        [T, hidden_size]
-    logits   [T, num_routed], one column more if there are shared experts
+    logits   [T, num_routed], one column more if shared experts have a gate
     gate_up  [num_experts, 2 * intermediate_size, hidden_size];  down [num_experts, hidden_size, intermediate_size]
 
     A row takes the routed experts with the highest logits, the lower index on a tie, weighed by their
     softmax (over the chosen ones if `is_normalized`), and the last `num_shared` experts weighed by the
-    sigmoid of its last logit.
+    sigmoid of its last logit; `routing` and `bias` [num_routed] say where this is otherwise.
     """
     num_routed = len(down) - num_shared
     routed = logits[:, :num_routed].double()
-    chosen = routed.sort(dim=1, descending=True, stable=True).indices[:, :num_chosen]
-    weights = torch.zeros_like(routed).scatter_(1, chosen, routed.softmax(dim=1).gather(1, chosen))
+    scores = routed.sigmoid() if routing.scores == "sigmoid" else routed.softmax(dim=1)
+    choices = routed if bias is None and routing.num_groups == 1 else scores + (0 if bias is None else bias.double())
+    if routing.num_groups > 1:
+        groups = choices.reshape(len(choices), routing.num_groups, -1)
+        best = groups.topk(routing.num_best, dim=2).values.sum(dim=2).topk(routing.num_chosen_groups, dim=1).indices
+        is_best = torch.zeros(groups.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, best, True)
+        choices = groups.masked_fill(~is_best[..., None], -torch.inf).flatten(1)
+    chosen = choices.sort(dim=1, descending=True, stable=True).indices[:, :num_chosen]
+    weights = torch.zeros_like(routed).scatter_(1, chosen, scores.gather(1, chosen))
     if is_normalized:
         weights /= weights.sum(dim=1, keepdim=True)
-    weights = torch.cat([weights, logits[:, num_routed:].double().sigmoid().repeat(1, num_shared)], dim=1)
+    weights *= routing.scale
+    shared = logits[:, num_routed:].double().sigmoid() if routing.has_shared_gate else torch.ones_like(weights[:, :1])
+    weights = torch.cat([weights, shared.repeat(1, num_shared)], dim=1)
     output = torch.zeros(x.shape, device=x.device)
     for expert, weight in enumerate(weights.float().T):
         inner = gated(x.float() @ gate_up[expert].float().T, activation)
@@ -269,28 +289,6 @@ def process_logits(
         row = torch.where(seen, torch.where(row > 0, row / repetition, row * repetition), row)
     row = row - counts.float() * frequency
     return row - (counts > 0) * presence
-
-
-def kept_tokens(scaled: torch.Tensor, top_k: int, top_p: float, min_p: float) -> torch.Tensor:
-    """Return which of the logits [V], divided by the temperature, top-k, top-p and min-p leave: [V] bool.
-
-    top_k = 0, top_p = 1 and min_p = 0 leave all. On a tie at the edge of top-k or top-p the lower
-    ids stay. A token of -inf never stays.
-    """
-    order = scaled.double().sort(descending=True, stable=True)
-    count = int((scaled > -math.inf).sum())
-    if 0 < top_k < count:
-        count = top_k
-    weights = (order.values[:count] - order.values[0]).exp()
-    if top_p < 1:
-        sums = weights.cumsum(0)
-        count = int((sums < top_p * sums[-1]).sum()) + 1
-    kept = torch.zeros(scaled.shape, dtype=torch.bool)
-    kept[order.indices[:count]] = True
-    if min_p > 0:
-        log_min_p = torch.tensor(math.log(min_p), dtype=torch.float32)
-        kept &= scaled >= scaled.max() + log_min_p
-    return kept
 
 
 def logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -89,14 +89,15 @@ def add_rms_norm(
     )
 
 
-def _spec(hidden_size: int, *, has_update: bool) -> AotSpec:
+def _spec(hidden_size: int, *, has_update: bool, weight: str = "bf16") -> AotSpec:
     config = norm_config(hidden_size)
     return AotSpec(
         function="_add_rms_norm",
-        label=f"{hidden_size}{' update' if has_update else ''}",
+        label=f"{hidden_size}{' update' if has_update else ''}{'' if weight == 'bf16' else ' ' + weight}",
         signature={
             "residual_ptr": "*fp32:16",
-            **dict.fromkeys(("update_ptr", "weight_ptr", "output_ptr"), "*bf16:16"),
+            **dict.fromkeys(("update_ptr", "output_ptr"), "*bf16:16"),
+            "weight_ptr": f"*{weight}:16",
             "eps": "fp32",
         },
         constexprs={"HIDDEN": hidden_size, "COLS": config.block, "HAS_UPDATE": has_update},
@@ -106,4 +107,9 @@ def _spec(hidden_size: int, *, has_update: bool) -> AotSpec:
     )
 
 
-AOT_SPECS = [_spec(576, has_update=True), _spec(4096, has_update=False), _spec(16384, has_update=True)]
+AOT_SPECS = [
+    _spec(576, has_update=True),
+    _spec(640, has_update=True, weight="fp32"),
+    _spec(4096, has_update=False),
+    _spec(16384, has_update=True),
+]

@@ -48,6 +48,8 @@ def _rotary_write_kv(
     HALF_PADDED: tl.constexpr,
     REST_PADDED: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    NORMS_ROW: tl.constexpr,
+    ROW_PIECE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
 ):
@@ -60,7 +62,8 @@ def _rotary_write_kv(
     cache         [num_blocks, 2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM], written
     positions     [T] int32;  slot_mapping [T] int32: block_id * BLOCK_SIZE + offset, or -1 for padding
     cos, sin      [max_positions, HALF] float32
-    q_norm, k_norm  [HEAD_DIM], read with HAS_NORM
+    q_norm, k_norm  [HEAD_DIM], read with HAS_NORM; with NORMS_ROW [NUM_HEADS, HEAD_DIM] and [NUM_KV_HEADS, HEAD_DIM]:
+                    then the heads of a token are normed all at once
     key_factor, value_factor  1 / scale of an fp8 cache
     HALF = rotary_dim / 2. What is beyond the rotary dimensions of a head is REST_PADDED wide, 0 if none.
     """
@@ -83,7 +86,25 @@ def _rotary_write_kv(
         rest_dim = tl.arange(0, REST_PADDED)
         rest_mask = is_head[:, None] & (rest_dim < REST)[None, :]
         rest = tl.load(source_ptr + 2 * HALF + rest_dim[None, :], mask=rest_mask, other=0.0).to(tl.float32)
-    if HAS_NORM:
+    if NORMS_ROW:
+        row_size = tl.where(is_query, NUM_HEADS, NUM_KV_HEADS) * HEAD_DIM
+        row_start = token * (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM + tl.where(is_query, 0, NUM_HEADS * HEAD_DIM)
+        sums = tl.zeros([ROW_PIECE], tl.float32)
+        for start in range(0, NUM_HEADS * HEAD_DIM, ROW_PIECE):
+            piece = start + tl.arange(0, ROW_PIECE)
+            row = tl.load(qkv_ptr + row_start + piece, mask=piece < row_size, other=0.0).to(tl.float32)
+            sums += row * row
+        row_inverse = 1.0 / tl.sqrt(tl.sum(sums, axis=0) / row_size + eps)
+        weight_ptr = k_norm_ptr
+        if is_query:
+            weight_ptr = q_norm_ptr
+        weight_ptrs = weight_ptr + head[:, None] * HEAD_DIM
+        one = one * row_inverse * tl.load(weight_ptrs + half[None, :], mask=mask, other=0.0).to(tl.float32)
+        two = two * row_inverse * tl.load(weight_ptrs + HALF + half[None, :], mask=mask, other=0.0).to(tl.float32)
+        if REST > 0:
+            row_weight = tl.load(weight_ptrs + 2 * HALF + rest_dim[None, :], mask=rest_mask, other=0.0)
+            rest = rest * row_inverse * row_weight.to(tl.float32)
+    elif HAS_NORM:
         squares = tl.sum(one * one, axis=1) + tl.sum(two * two, axis=1)
         if REST > 0:
             squares += tl.sum(rest * rest, axis=1)
@@ -154,7 +175,8 @@ def rotary_write_kv(
     cos, sin      [max_positions, rotary_dim / 2] float32; the first rotary_dim dimensions of a head are
                   rotated, dimension i with i + rotary_dim / 2
     config        `configs.ROTARY` of the target
-    q_norm, k_norm  [head_dim] of the same type, both or neither
+    q_norm, k_norm  [head_dim] of the same type, both or neither; or [num_heads * head_dim] and
+                  [num_kv_heads * head_dim]: then the heads of a token are normed all at once
     """
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads, half = kv_cache.shape[3], cos.shape[1]
@@ -169,12 +191,14 @@ def rotary_write_kv(
     for tensor in (qkv, queries, kv_cache, positions, slot_mapping, cos, sin, q_norm, k_norm):
         assert tensor is None or tensor.is_contiguous(), "every tensor must be contiguous"
         assert tensor is None or tensor.device == qkv.device, (tensor.device, qkv.device)
+    norms_row = q_norm is not None and q_norm.numel() != head_dim
     if q_norm is not None and k_norm is not None:
-        assert q_norm.shape == k_norm.shape == (head_dim,), (q_norm.shape, k_norm.shape)
+        sizes = (num_heads * head_dim, num_kv_heads * head_dim) if norms_row else (head_dim, head_dim)
+        assert (q_norm.numel(), k_norm.numel()) == sizes, (q_norm.shape, k_norm.shape)
         assert q_norm.dtype == k_norm.dtype, (q_norm.dtype, k_norm.dtype)
     if num_tokens == 0:
         return
-    heads = _heads(config, half)
+    heads = _heads(config, head_dim, half)
     groups = -(-num_heads // heads) + -(-num_kv_heads // heads)
     _rotary_write_kv[(num_tokens, groups)](
         qkv,
@@ -189,20 +213,30 @@ def rotary_write_kv(
         eps,
         1 / key_scale,
         1 / value_scale,
-        **_shape(num_heads, num_kv_heads, head_dim, half, has_norm=q_norm is not None, heads=heads),
+        **_shape(
+            num_heads, num_kv_heads, head_dim, half, has_norm=q_norm is not None, heads=heads, norms_row=norms_row
+        ),
         num_warps=config.num_warps,
         num_stages=2,
         enable_fp_fusion=True,
     )
 
 
-def _heads(config: RowConfig, half: int) -> int:
-    """How many heads a program takes."""
-    return max(config.block // power_of_two(half), 1)
+def _heads(config: RowConfig, head_dim: int, half: int) -> int:
+    """How many heads a program takes. Where next to nothing is rotated, the rest counts."""
+    rest = head_dim - 2 * half
+    return max(config.block // max(power_of_two(half), power_of_two(rest) // 2 if rest else 0), 1)
 
 
 def _shape(
-    num_heads: int, num_kv_heads: int, head_dim: int, half: int, *, has_norm: bool, heads: int
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    half: int,
+    *,
+    has_norm: bool,
+    heads: int,
+    norms_row: bool = False,
 ) -> dict[str, int]:
     rest = head_dim - 2 * half
     return {
@@ -213,25 +247,27 @@ def _shape(
         "HALF_PADDED": power_of_two(half),
         "REST_PADDED": power_of_two(rest) if rest else 0,
         "HAS_NORM": has_norm,
+        "NORMS_ROW": norms_row,
+        "ROW_PIECE": 1024,
         "BLOCK_SIZE": BLOCK_SIZE,
         "HEADS": heads,
     }
 
 
-def _spec(label: str, target: str, head_dim: int, half: int, *, has_norm: bool = False, cache: str = "bf16") -> AotSpec:
+def _spec(label: str, target: str, head_dim: int, half: int, *, norm: str = "", cache: str = "bf16") -> AotSpec:
     config = ROTARY[target]
-    pointers = ("qkv_ptr", "query_ptr", "q_norm_ptr", "k_norm_ptr")
     return AotSpec(
         function="_rotary_write_kv",
         label=label,
         signature={
-            **dict.fromkeys(pointers, "*bf16:16"),
+            **dict.fromkeys(("qkv_ptr", "query_ptr"), "*bf16:16"),
+            **dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), f"*{norm or 'bf16'}:16"),
             "cache_ptr": f"*{cache}:16",
             **dict.fromkeys(("positions_ptr", "slot_mapping_ptr"), "*i32:16"),
             **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32:16"),
             **dict.fromkeys(("eps", "key_factor", "value_factor"), "fp32"),
         },
-        constexprs=_shape(32, 8, head_dim, half, has_norm=has_norm, heads=_heads(config, half)),
+        constexprs=_shape(32, 8, head_dim, half, has_norm=bool(norm), heads=_heads(config, head_dim, half)),
         num_warps=config.num_warps,
         targets=(target,),
         require={"ld128": 2},
@@ -243,7 +279,8 @@ def _specs() -> list[AotSpec]:
     for target in ROW_TARGETS:
         specs += [
             _spec("D=64", target, 64, 32),
-            _spec("D=128 norm", target, 128, 64, has_norm=True),
+            _spec("D=128 norm", target, 128, 64, norm="bf16"),
+            _spec("D=256 fp32 norm", target, 256, 128, norm="fp32"),
             _spec("D=128 rotary 64", target, 128, 32),
         ]
         if target in FP8_TARGETS:

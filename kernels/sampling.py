@@ -1,9 +1,9 @@
-"""From logits to tokens on the GPU: masks, biases, penalties, temperature, top-k, top-p, min-p, draw.
+"""From logits to tokens on the GPU: masks, biases, penalties, temperature, rules of the draw, draw.
 
 Five small kernels, of which a step launches those that its rows need:
 
     process_logits  masks, biases, bans and penalties; one program for each piece of each row
-    find_edge       what top-k, top-p and min-p leave of a row, as its worst token; one program a row
+    find_edge       what the rules of `draw.kept_token_ids` leave of a row, as its edges; one program a row
     draw_piece      the best token of a piece: Gumbel-max, or greedy; one program for each piece of each row
     pick_token      the best piece of a row, and the penalty counts of the token; one program a row
     token_logprobs  log probability and rank of the token among the raw logits; one program a row
@@ -11,9 +11,9 @@ Five small kernels, of which a step launches those that its rows need:
 Noise is a function of (seed, candidate index, position, token id). It, the division by the
 temperature and the penalties are specified to the bit, float32 rounded after every operation: so
 division is the IEEE one, and these kernels are compiled without fused multiply-add; `aot.py` looks
-for what would break that. The same logits give the same token as `gpu_worker/draw.py`, with one
-exception: top-p sums float32 weights in a fixed order of its own, so a token whose cumulative share
-lies within rounding of top_p may fall to either side.
+for what would break that. The same logits give the same token as `gpu_worker/sampling/draw.py`, with one
+exception: top-p, typical-p and top-n-sigma sum float32 values in a fixed order of their own, so a token
+that lies within rounding of the edge may fall to either side.
 
 Top-k and top-p need no sort. Floats are mapped to unsigned integers of the same order, and the edge is
 found two bits at a time: each of 16 passes weighs what is at least as good as each of four candidates.
@@ -21,13 +21,23 @@ found two bits at a time: each of 16 passes weighs what is at least as good as e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from octavo.kernels.configs import RowConfig, power_of_two
-from octavo.kernels.sampling_kernels import LIST, draw_piece, find_edge, pick_token, process_logits, token_logprobs
+from octavo.kernels.draw import COLUMNS, FLOATS
+from octavo.kernels.sampling_kernels import (
+    EDGES,
+    LIST,
+    draw_piece,
+    find_edge,
+    pick_token,
+    process_logits,
+    token_logprobs,
+)
 
 NOT_FINITE = -1
 """The token of a row with a NaN, with +inf, or with nothing that may be drawn."""
@@ -71,22 +81,14 @@ class DrawSettings:
     slots            [R] int32, index into `LogitRules`, no slot twice; -1 is a padding row, whose token
                      is NOT_FINITE and counted nowhere
     positions        [R] int32, absolute position of the token to be drawn
-    temperature      [R] float32; 0 is greedy: the highest logit, the lowest id on a tie
-    top_k            [R] int32; 0 is all
-    top_p            [R] float32; 1 is all
-    log_min_p        [R] float32, the logarithm of min_p; -inf is all
+    columns          by name, each of `draw.COLUMNS`: [R] float32 or int32
     seeds            [R, 2] int32: low and high half of the 64 bits
-    candidate_index  [R] int32
     """
 
     slots: torch.Tensor
     positions: torch.Tensor
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    log_min_p: torch.Tensor
+    columns: Mapping[str, torch.Tensor]
     seeds: torch.Tensor
-    candidate_index: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,12 @@ class Workspace:
     """Memory of `sample` for up to R rows; contents mean nothing between calls.
 
     processed    [R, V] float32
-    edge_key     [R] int32;  edge_id  [R] int32;  lowest  [R] float32
+    edges        [len(EDGES), R] int32; floats by their bits
     piece_score  [R, pieces] float32;  piece_id  [R, pieces] int32
     """
 
     processed: torch.Tensor
-    edge_key: torch.Tensor
-    edge_id: torch.Tensor
-    lowest: torch.Tensor
+    edges: torch.Tensor
     piece_score: torch.Tensor
     piece_id: torch.Tensor
 
@@ -118,9 +118,7 @@ def make_workspace(max_rows: int, vocab_size: int, config: RowConfig, device: to
     pieces = _pieces(vocab_size, config)
     return Workspace(
         processed=floats(max_rows, vocab_size),
-        edge_key=ints(max_rows),
-        edge_id=ints(max_rows),
-        lowest=floats(max_rows),
+        edges=ints(len(EDGES), max_rows),
         piece_score=floats(max_rows, pieces),
         piece_id=ints(max_rows, pieces),
     )
@@ -140,7 +138,7 @@ def sample(
 
     rules      None if no row has any: then no logits are copied and no token is counted
     config     `configs.LOGITS` of the target
-    has_edges  whether a row may have a top-k, top-p or min-p
+    has_edges  whether a row may have one: see `Draw.has_edges`
     Nothing waits for the GPU or allocates. A row that is not finite gets NOT_FINITE.
     """
     num_rows, vocab_size = logits.shape
@@ -156,30 +154,33 @@ def sample(
     if rules is not None:
         _apply_rules(logits, settings, rules, workspace.processed, config)
         logits = workspace.processed
-    edges = (workspace.edge_key, workspace.edge_id, workspace.lowest)
+    edges = {
+        f"{name}_ptr": row.view(torch.float32) if kind == "fp32" else row
+        for (name, kind), row in zip(EDGES.items(), workspace.edges, strict=True)
+    }
     if has_edges:
-        find_edge[(num_rows,)](
-            logits,
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
-            settings.log_min_p,
-            *edges,
-            **_launch(vocab_size, config),
-        )
+        find_edges(logits, settings.columns, edges, config)
     draw_piece[(num_rows, _pieces(vocab_size, config))](
         logits,
         settings.positions,
-        settings.temperature,
+        settings.columns["temperature"],
         settings.seeds,
-        settings.candidate_index,
-        *edges,
-        workspace.piece_score,
-        workspace.piece_id,
+        settings.columns["candidate_index"],
+        piece_score_ptr=workspace.piece_score,
+        piece_id_ptr=workspace.piece_id,
+        **edges,
         HAS_EDGES=has_edges,
         **_launch(vocab_size, config),
     )
     _pick(settings, rules, workspace, token_ids, vocab_size)
+
+
+def find_edges(
+    logits: torch.Tensor, columns: Mapping[str, torch.Tensor], edges: Mapping[str, torch.Tensor], config: RowConfig
+) -> None:
+    """Write `edges`, arguments of `find_edge` by name, of logits [R, V]; `columns` as in `DrawSettings`."""
+    arguments = {f"{name}_ptr": columns[name] for name in COLUMNS if f"{name}_ptr" in find_edge.arg_names}
+    find_edge[(len(logits),)](logits, **arguments, **edges, **_launch(logits.shape[1], config))
 
 
 def logprobs(
@@ -238,7 +239,7 @@ def _pick(
 ) -> None:
     pieces = workspace.piece_id.shape[1]
     if rules is None:  # these are not read
-        state = (token_ids, token_ids, workspace.lowest, workspace.lowest, workspace.lowest)
+        state = (token_ids, token_ids, *[workspace.piece_score] * 3)
     else:
         state = (rules.counts, rules.seen, rules.repetition, rules.frequency, rules.presence)
     pick_token[(len(token_ids),)](
@@ -273,10 +274,10 @@ def _check(tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> 
 
 
 def _check_settings(settings: DrawSettings, num_rows: int) -> None:
-    for ints in (settings.slots, settings.positions, settings.top_k, settings.candidate_index):
+    for ints in (settings.slots, settings.positions):
         _check(ints, torch.int32, (num_rows,))
-    for floats in (settings.temperature, settings.top_p, settings.log_min_p):
-        _check(floats, torch.float32, (num_rows,))
+    for name in COLUMNS:
+        _check(settings.columns[name], torch.float32 if name in FLOATS else torch.int32, (num_rows,))
     _check(settings.seeds, torch.int32, (num_rows, 2))
 
 

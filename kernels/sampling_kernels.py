@@ -9,10 +9,14 @@ import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
 from octavo.kernels.configs import LOGITS, TARGETS
+from octavo.kernels.draw import COLUMNS, FLOATS
 from octavo.kernels.noise import gumbel_noise
 
 LIST = 16
 """Entries of a bias or ban list that are compared with a piece at once."""
+
+EDGES = {"edge_key": "i32", "edge_id": "i32", "lowest": "fp32", "center": "fp32", "radius": "fp32"}
+"""What `find_edge` writes of each row and `draw_piece` reads, and its type."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -169,7 +173,70 @@ def _search(
         ties += tl.sum(is_tie)
     # What top-k took away stays away, should rounding ask for more ties than it left.
     last = tl.where(found == edge_key, tl.minimum(last, edge_id), last)
-    return found, last
+    is_enough = found < edge_key  # what was left weighs less than the target: all of it stays
+    return tl.where(is_enough, edge_key, found), tl.where(is_enough, edge_id, last)
+
+
+@triton.jit
+def _standard_deviation(logits_ptr, temperature, best, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+    """Return that of all scaled logits that are not -inf; what is summed are distances from the best one."""
+    count = tl.full((), 0.0, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in tl.range(0, VOCAB, BLOCK):
+        x = _scaled(logits_ptr, start + tl.arange(0, BLOCK), temperature, VOCAB)
+        is_some = x > float("-inf")
+        count += tl.sum(tl.where(is_some, 1.0, 0.0))
+        total += tl.sum(tl.where(is_some, x - best, 0.0))
+    mean = tl.div_rn(total, tl.maximum(count, 1.0))
+    squares = tl.full((), 0.0, tl.float32)
+    for start in tl.range(0, VOCAB, BLOCK):
+        x = _scaled(logits_ptr, start + tl.arange(0, BLOCK), temperature, VOCAB)
+        difference = tl.where(x > float("-inf"), x - best - mean, 0.0)
+        squares += tl.sum(difference * difference)
+    return tl.sqrt_rn(tl.div_rn(squares, tl.maximum(count, 1.0)))
+
+
+@triton.jit
+def _typical(
+    logits_ptr,
+    temperature,
+    best,
+    edge_key,
+    edge_id,
+    lowest,
+    typical_p,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the expected scaled logit of what the other rules leave, and how far from it `typical_p` of it lies."""
+    total = tl.full((), 0.0, tl.float32)
+    depths = tl.full((), 0.0, tl.float32)
+    for start in tl.range(0, VOCAB, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        x = _scaled(logits_ptr, token, temperature, VOCAB)
+        weight = tl.where(x >= lowest, _weigh(x, _order(x), token, best, edge_key, edge_id, True), 0.0)
+        total += tl.sum(weight)
+        depths += tl.sum(tl.where(weight > 0, weight * (x - best), 0.0))
+    center = best + tl.div_rn(depths, total)
+
+    # The largest distance within which, itself left out, too little lies. The bits of distances are in their order.
+    found = tl.full((), 0, tl.uint32)
+    digits = tl.arange(0, 4).to(tl.uint32)
+    shift = tl.full((), 32, tl.uint32)
+    for _ in tl.range(0, 16):
+        shift -= 2
+        candidate = found + (digits << shift)
+        weights = tl.zeros([4], tl.float32)
+        for start in tl.range(0, VOCAB, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            x = _scaled(logits_ptr, token, temperature, VOCAB)
+            weight = tl.where(x >= lowest, _weigh(x, _order(x), token, best, edge_key, edge_id, True), 0.0)
+            distance = tl.abs(x - center).to(tl.uint32, bitcast=True)
+            weights += tl.sum(tl.where(distance[:, None] < candidate[None, :], weight[:, None], 0.0), axis=0)
+        digit = tl.maximum(tl.sum((weights < typical_p * total).to(tl.int32)) - 1, 0)
+        found += digit.to(tl.uint32) << shift
+    found = tl.minimum(found, 0x7F800000)  # infinite, should rounding ask for more than there is
+    return center, found.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -179,17 +246,22 @@ def find_edge(
     top_k_ptr,
     top_p_ptr,
     log_min_p_ptr,
+    top_n_sigma_ptr,
+    typical_p_ptr,
     edge_key_ptr,
     edge_id_ptr,
     lowest_ptr,
+    center_ptr,
+    radius_ptr,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Find what top-k, top-p and min-p leave of one row. Grid (R,).
+    """Find what top-n-sigma, top-k, top-p, min-p and typical-p leave of one row. Grid (R,).
 
     logits         [R, VOCAB] float32, processed
     edge_key, edge_id  [R] written: a token stays if its key is above, or equal and its id not above
     lowest         [R] float32 written: a token stays if its scaled logit is not below
+    center, radius [R] float32 written: a token stays if its scaled logit is not farther from the center
     """
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * VOCAB
@@ -197,15 +269,23 @@ def find_edge(
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
     log_min_p = tl.load(log_min_p_ptr + row)
+    top_n_sigma = tl.load(top_n_sigma_ptr + row)
+    typical_p = tl.load(typical_p_ptr + row)
     edge_key = tl.full((), 0, tl.uint32)
     edge_id = tl.full((), VOCAB, tl.int32)
     lowest = tl.full((), float("-inf"), tl.float32)
+    center = tl.full((), 0.0, tl.float32)
+    radius = tl.full((), float("inf"), tl.float32)
     has_top_k = (top_k > 0) & (top_k < VOCAB)
-    if (temperature > 0) & (has_top_k | (top_p < 1.0) | (log_min_p > float("-inf"))):
+    has_edges = has_top_k | (top_p < 1.0) | (log_min_p > float("-inf")) | (top_n_sigma > 0.0) | (typical_p < 1.0)
+    if (temperature > 0) & has_edges:
         best = tl.full((), float("-inf"), tl.float32)
         for start in tl.range(0, VOCAB, BLOCK):
             token = start + tl.arange(0, BLOCK)
             best = tl.maximum(best, tl.max(_scaled(logits_ptr, token, temperature, VOCAB)))
+        if top_n_sigma > 0.0:
+            sigma = _standard_deviation(logits_ptr, temperature, best, VOCAB, BLOCK)
+            edge_key = _order(best - top_n_sigma * sigma)
         if has_top_k:
             edge_key, edge_id = _search(
                 logits_ptr, temperature, best, edge_key, edge_id, top_k.to(tl.float32), False, VOCAB, BLOCK
@@ -220,9 +300,13 @@ def find_edge(
                 logits_ptr, temperature, best, edge_key, edge_id, top_p * mass, True, VOCAB, BLOCK
             )
         lowest = best + log_min_p
+        if typical_p < 1.0:
+            center, radius = _typical(logits_ptr, temperature, best, edge_key, edge_id, lowest, typical_p, VOCAB, BLOCK)
     tl.store(edge_key_ptr + row, edge_key.to(tl.int32, bitcast=True))
     tl.store(edge_id_ptr + row, edge_id)
     tl.store(lowest_ptr + row, lowest)
+    tl.store(center_ptr + row, center)
+    tl.store(radius_ptr + row, radius)
 
 
 @triton.jit
@@ -235,6 +319,8 @@ def draw_piece(
     edge_key_ptr,
     edge_id_ptr,
     lowest_ptr,
+    center_ptr,
+    radius_ptr,
     piece_score_ptr,
     piece_id_ptr,
     VOCAB: tl.constexpr,
@@ -271,6 +357,7 @@ def draw_piece(
             edge_key = tl.load(edge_key_ptr + row).to(tl.uint32, bitcast=True)
             kept = (key > edge_key) | ((key == edge_key) & (token <= tl.load(edge_id_ptr + row)))
             kept = kept & (scaled >= tl.load(lowest_ptr + row))
+            kept = kept & (tl.abs(scaled - tl.load(center_ptr + row)) <= tl.load(radius_ptr + row))
             score = tl.where(kept, score, float("-inf"))
     best = tl.max(score)
     best_id = tl.min(tl.where(score == best, token, VOCAB))  # the lowest id on a tie
@@ -381,27 +468,35 @@ def _spec(function: str, label: str, target: str, pointers: dict[str, str], **co
     )
 
 
+def _pieces(target: str) -> dict[str, int]:
+    """Return the pieces of a row of 128256 logits."""
+    pieces = -(-128256 // LOGITS[target].block)
+    return {"PIECES": pieces, "PIECES_PADDED": triton.next_power_of_2(pieces)}
+
+
 def _specs() -> list[AotSpec]:
     penalties = "repetition frequency presence"
+    float_edges, int_edges = (" ".join(name for name, kind in EDGES.items() if kind == k) for k in ("fp32", "i32"))
+    float_columns = " ".join(name for name in COLUMNS if name in FLOATS)
     specs = []
     for target in TARGETS:
         draw = {
-            "fp32": "logits temperature lowest piece_score",
-            "i32": "positions seeds candidate_index edge_key edge_id piece_id",
+            "fp32": f"logits temperature piece_score {float_edges}",
+            "i32": f"positions seeds candidate_index piece_id {int_edges}",
         }
         process = {
             "fp32": f"logits output bias_values {penalties}",
             "i32": "slots positions allowed has_mask bias_ids num_biases banned_ids num_banned banned_until counts",
             "i8": "seen",
         }
-        edge = {"fp32": "logits temperature top_p log_min_p lowest", "i32": "top_k edge_key edge_id"}
+        edge = {"fp32": f"logits {float_columns} {float_edges}", "i32": f"top_k {int_edges}"}
         pick = {"fp32": f"piece_score {penalties}", "i32": "piece_id token_ids slots counts", "i8": "seen"}
         specs += [
             _spec("process_logits", "", target, process, WORDS=4008, LIST=LIST),
             _spec("find_edge", "", target, edge),
             _spec("draw_piece", "", target, draw, HAS_EDGES=False),
             _spec("draw_piece", "edges", target, draw, HAS_EDGES=True),
-            _spec("pick_token", "", target, pick, PIECES=126, PIECES_PADDED=128, HAS_RULES=True),
+            _spec("pick_token", "", target, pick, **_pieces(target), HAS_RULES=True),
             _spec("token_logprobs", "", target, {"fp32": "logits logprobs", "i32": "token_ids ranks"}),
         ]
     return specs

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.aot_spec import AotSpec
+from octavo.kernels.draw import COLUMNS
 
 BLOCK_SIZE = 16
 LAST_TOKEN = -1
 """In the tokens that the host sends: the last token of the row's slot."""
 
-FIELDS = ("temperature", "top_k", "top_p", "log_min_p", "candidate_index", "seed_low", "seed_high")
+FIELDS = (*COLUMNS, "seed_low", "seed_high")
 """The first rows of the settings table, in order; `row_settings` gathers these."""
 
 _WORDS, _TOKENS, _ROWS = 256, 128, 64
@@ -87,15 +88,25 @@ def _prepare_rows(
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_rows", "max_rows"])
-def _row_settings(table_ptr, slots_ptr, rows_ptr, seeds_ptr, num_slots, num_rows, max_rows, ROWS: tl.constexpr):
+def _row_settings(
+    table_ptr,
+    slots_ptr,
+    rows_ptr,
+    seeds_ptr,
+    num_slots,
+    num_rows,
+    max_rows,
+    NUM_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Gather the settings of ROWS rows. Grid (ceil(num_rows / ROWS),). Arguments as in `row_settings`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = row < num_rows
     slot = tl.maximum(tl.load(slots_ptr + row, mask=mask, other=0), 0)
-    for field in tl.static_range(0, 5):
+    for field in tl.static_range(0, NUM_COLUMNS):
         tl.store(rows_ptr + field * max_rows + row, tl.load(table_ptr + field * num_slots + slot, mask=mask), mask=mask)
     for half in tl.static_range(0, 2):
-        seed = tl.load(table_ptr + (5 + half) * num_slots + slot, mask=mask)
+        seed = tl.load(table_ptr + (NUM_COLUMNS + half) * num_slots + slot, mask=mask)
         tl.store(seeds_ptr + row * 2 + half, seed, mask=mask)
 
 
@@ -186,14 +197,15 @@ def row_settings(
 ) -> None:
     """Gather settings by slot. All int32; floats by their bits.
 
-    table  [at least 7, M]: FIELDS of each slot
+    table  [at least len(FIELDS), M]: FIELDS of each slot
     slots  [R]; -1 gets the settings of slot 0
-    rows   [5, max_rows] written in the first R columns;  seeds [max_rows, 2] written in the first R rows
+    rows   [len(COLUMNS), max_rows] written in the first R columns;  seeds [max_rows, 2] written in the first R rows
     """
     _check(table, slots, rows, seeds)
     if num_rows:
         grid = (-(-num_rows // _ROWS),)
-        _row_settings[grid](table, slots, rows, seeds, table.shape[1], num_rows, rows.shape[1], ROWS=_ROWS, num_warps=1)
+        sizes = (table.shape[1], num_rows, rows.shape[1])
+        _row_settings[grid](table, slots, rows, seeds, *sizes, NUM_COLUMNS=len(COLUMNS), ROWS=_ROWS, num_warps=1)
 
 
 def record_tokens(token_ids: torch.Tensor, slots: torch.Tensor, last_tokens: torch.Tensor) -> None:
@@ -234,6 +246,13 @@ AOT_SPECS = [
         BLOCK_SIZE=BLOCK_SIZE,
         TOKENS=_TOKENS,
     ),
-    _spec("_row_settings", "table slots rows seeds", "num_slots num_rows max_rows", 1, ROWS=_ROWS),
+    _spec(
+        "_row_settings",
+        "table slots rows seeds",
+        "num_slots num_rows max_rows",
+        1,
+        NUM_COLUMNS=len(COLUMNS),
+        ROWS=_ROWS,
+    ),
     _spec("_record_tokens", "token_ids slots last_tokens", "num_rows", 1, ROWS=_ROWS),
 ]

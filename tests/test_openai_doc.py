@@ -17,6 +17,7 @@ from octavo.services.gateway.http.chat_request import read_chat_call
 from octavo.services.gateway.http.completion_request import read_completion_call
 from octavo.services.gateway.http.fields import OBJECTS, Field, Support
 from octavo.services.gateway.http.openapi import openapi_document
+from octavo.services.gateway.http.params import Ignored
 from octavo.services.gateway.http.responses_request import read_responses_call
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "openai.md"
@@ -73,19 +74,29 @@ def test_what_the_table_says_is_what_happens(name: str, field: str) -> None:
     each = OBJECTS[name][field]
     wrong = WRONG.get(each.schema.get("type", ""), 5)
 
-    def refusal(value: Any) -> str | None:
+    def refusal(value: Any, *, refuses: bool = False) -> str | None:
         """Return which field is refused when this one has a value."""
         try:
-            read({**base, field: value}, {})
+            read({**base, field: value}, {}, Ignored(refuses=refuses))
         except ServingError as error:
             return error.violations[0].field if error.violations else error.message
         return None
 
-    if each.support is Support.REFUSED:
-        assert (refusal(wrong) or "").startswith(field)
-        assert all(refusal(value) is None for value in each.allowed)
+    def ignored(value: Any) -> str:
+        """Return what is ignored when this one has a value."""
+        found = Ignored()
+        read({**base, field: value}, {}, found)
+        return found.header
+
+    assert all(refusal(value, refuses=refuses) is None for value in each.allowed for refuses in (False, True))
+    assert not any(ignored(value) for value in each.allowed)
+    if each.support is Support.HINT:
+        assert ignored(wrong) == field
+        assert refusal(wrong, refuses=True) == field
     else:
-        assert (refusal(wrong) or "").startswith(field)
+        assert (refusal(wrong) or "").startswith((field, each.alias_of or field))
+    if each.support is Support.IGNORED:
+        assert ignored({} if each.schema["type"] == "object" else "x") == field
 
 
 if __name__ == "__main__":

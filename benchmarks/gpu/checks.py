@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from lab import Lab
 from report import Row
 
-from octavo.gpu_worker.draw import draw_tokens
 from octavo.gpu_worker.ops import Draw
+from octavo.gpu_worker.sampling.draw import draw_tokens
 from octavo.kernels import reference, sampling
 from octavo.kernels.configs import LOGITS
+from octavo.kernels.draw import COLUMNS, FLOATS, column_values
 from octavo.kernels.problems import (
     Problem,
     attention_problem,
@@ -137,23 +139,20 @@ def check_sampling(lab: Lab) -> Iterator[Row]:
 def sampling_launch(lab: Lab, logits: torch.Tensor, draws: list[Draw]) -> Callable[[], torch.Tensor]:
     """Return what draws a token for each row, [R] int32, without allocating."""
 
-    def ints(values: list[int]) -> torch.Tensor:
+    def ints(values: list[Any]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64).to(torch.int32).to(lab.device)
 
     def floats(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=lab.device)
 
     halves = torch.tensor([[d.seed & 0xFFFFFFFF, d.seed >> 32] for d in draws], dtype=torch.int64)
-    min_p = torch.tensor([d.min_p for d in draws], dtype=torch.float64).log().float()
     settings = sampling.DrawSettings(
         slots=ints(list(range(len(draws)))),
         positions=ints([d.position for d in draws]),
-        temperature=floats([d.temperature for d in draws]),
-        top_k=ints([d.top_k for d in draws]),
-        top_p=floats([d.top_p for d in draws]),
-        log_min_p=min_p.to(lab.device),
+        columns={
+            name: (floats if name in FLOATS else ints)([column_values(d)[name] for d in draws]) for name in COLUMNS
+        },
         seeds=halves.to(torch.int32).to(lab.device),
-        candidate_index=ints([d.candidate_index for d in draws]),
     )
     config = LOGITS[lab.target]
     workspace = sampling.make_workspace(len(draws), logits.shape[1], config, lab.device)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
-from octavo.gpu_worker.batch import Limits
 from octavo.gpu_worker.engine import Engine
-from octavo.gpu_worker.loading import LoadedModel
+from octavo.gpu_worker.loading.loading import LoadedModel
 from octavo.gpu_worker.protocol import BLOCK_SIZE
-from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT, Runner
+from octavo.gpu_worker.steps.batch import Limits
+from octavo.gpu_worker.steps.runner import MAX_STEPS_IN_FLIGHT, Runner
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.worker.v1 import worker_pb2
 
@@ -39,8 +39,9 @@ def provide_status_codes() -> None:
 provide_status_codes()
 
 from octavo.services.scheduler.config import SchedulerConfig  # noqa: E402 - after the codes are there
-from octavo.services.scheduler.effects import SendPlan, SendToGateway  # noqa: E402
-from octavo.services.scheduler.scheduler import Scheduler  # noqa: E402
+from octavo.services.scheduler.core.effects import SendPlan, SendToGateway  # noqa: E402
+from octavo.services.scheduler.core.scheduler import Scheduler  # noqa: E402
+from octavo.services.scheduler.groups.worker_group import GroupLimits  # noqa: E402
 
 MAX_BATCH_TOKENS = 8192
 
@@ -163,12 +164,12 @@ def replay(engine: Engine, plans: Sequence[worker_pb2.StepPlan]) -> Trace:
 def _core(engine: Engine) -> Scheduler:
     limits = engine.limits
     config = SchedulerConfig(
-        max_running=limits.max_running,
-        max_batch_tokens=limits.max_batch_tokens,
+        max_num_seqs=limits.max_running,
+        max_num_batched_tokens=limits.max_batch_tokens,
         max_prefill_tokens=limits.max_batch_tokens,
     )
     core = Scheduler(config, now=0.0)
-    core.worker_joined("group", 1, limits.num_blocks, engine.max_model_len, now=0.0)
+    core.worker_joined("group", 1, GroupLimits(limits.num_blocks, engine.max_model_len), now=0.0)
     return core
 
 

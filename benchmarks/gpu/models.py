@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from lab import Lab
 
-from octavo.gpu_worker.loading import LoadedModel, load_model
+from octavo.gpu_worker.loading.loading import LoadedModel, load_model
 from octavo.gpu_worker.models.config import ModelConfig, RopeConfig
-from octavo.gpu_worker.models.llama import LlamaModel, tensor_shapes
+from octavo.gpu_worker.models.decoder import Decoder, tensor_shapes
 from octavo.gpu_worker.ops import Heads
 
 
@@ -73,10 +73,10 @@ def random_model(lab: Lab, shape: Shape, context: int, dtype: torch.dtype | None
         tie_word_embeddings=shape.tied,
     )
     tensors = {}
-    for name, size in tensor_shapes(config).items():
+    for name, size in tensor_shapes(config):
         tensor = torch.empty(size, device=lab.device, dtype=dtype or lab.dtype)
         tensors[name] = tensor.fill_(1.0) if name.endswith("norm.weight") else tensor.normal_(std=size[-1] ** -0.5)
-    return LoadedModel(LlamaModel(config, tensors, context), "LlamaForCausalLM", context, shape.name)
+    return LoadedModel(Decoder(config, tensors, context), "LlamaForCausalLM", context, shape.name)
 
 
 def loaded_model(path: Path) -> LoadedModel:

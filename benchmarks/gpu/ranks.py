@@ -17,9 +17,9 @@ from report import Row
 from small_models import DENSE, EXPERTS, save_small_model
 from tokens import Settings, device_engine, tokens_of
 
-from octavo.gpu_worker.devices.cuda_parallel import over_ranks
-from octavo.gpu_worker.loading import load_model
-from octavo.gpu_worker.sharding import Sharding
+from octavo.gpu_worker.devices.cuda.parallel import over_ranks
+from octavo.gpu_worker.loading.loading import load_model
+from octavo.gpu_worker.loading.sharding import Sharding
 from octavo.worker.v1 import worker_pb2
 
 _WORLD_SIZE = 2
@@ -79,8 +79,8 @@ def run_rank(lab: Lab, folder: Path, rank: int, world_size: int) -> list[list[in
     loaded = load_model(folder, "auto", 0, lambda *_: None, Sharding(rank, world_size))
     settings: Settings = {}
     if world_size > 1:
-        from octavo.gpu_worker.collectives import Collectives
-        from octavo.gpu_worker.rendezvous import open_store
+        from octavo.gpu_worker.distributed.collectives import Collectives
+        from octavo.gpu_worker.distributed.rendezvous import open_store
 
         store = open_store(f"file:{folder / 'store'}", world_size, _SECONDS)
         collectives = Collectives(store, rank, world_size, "127.0.0.1", _SECONDS)

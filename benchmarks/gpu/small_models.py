@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from octavo.gpu_worker.loading import LoadedModel
+from octavo.gpu_worker.loading.loading import LoadedModel
 from octavo.gpu_worker.models.config import ModelConfig, from_json
 from octavo.gpu_worker.models.registry import Architecture, find_architecture
 from octavo.gpu_worker.ops import Model
@@ -83,5 +83,5 @@ def _tensors(config: ModelConfig, architecture: Architecture) -> dict[str, torch
         name: torch.ones(size)
         if name.endswith("norm.weight")
         else torch.randn(size, generator=random) * size[-1] ** -0.5
-        for name, size in architecture.tensor_shapes(config).items()
+        for name, size in architecture.tensor_shapes(config)
     }

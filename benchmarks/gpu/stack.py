@@ -20,7 +20,7 @@ from report import Row
 from steps import largest_engine, steady
 
 from octavo.gpu_worker.config import WorkerConfig
-from octavo.gpu_worker.loading import LoadedModel
+from octavo.gpu_worker.loading.loading import LoadedModel
 from octavo.gpu_worker.progress import Progress
 
 _NEEDED = ("zmq", "uvloop", "grpc_health", "google.rpc")
@@ -68,7 +68,7 @@ def _through_the_stack(
             [
                 *(sys.executable, "-m", "octavo.services.scheduler", "--log-level=error"),
                 *(f"--scheduler-address={address}", f"--worker-endpoint={endpoint}"),
-                *(f"--max-running={limits.max_running}", f"--max-batch-tokens={limits.max_batch_tokens}"),
+                *(f"--max-num-seqs={limits.max_running}", f"--max-num-batched-tokens={limits.max_batch_tokens}"),
                 f"--max-prefill-tokens={limits.max_batch_tokens}",
             ]
         )

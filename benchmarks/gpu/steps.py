@@ -13,9 +13,9 @@ from loop import MAX_BATCH_TOKENS, make_engine, plans_of, replay, requests_of, s
 from models import LLAMA_8B, SMOLLM2, TINY, Shape, loaded_model, random_model
 from report import Row
 
-from octavo.gpu_worker.devices.cuda import CudaRunner
+from octavo.gpu_worker.devices.cuda.runner import CudaRunner
 from octavo.gpu_worker.engine import Engine
-from octavo.gpu_worker.loading import LoadedModel
+from octavo.gpu_worker.loading.loading import LoadedModel
 
 CONTEXT, NUM_NEW = 1024, 96
 BATCHES = (1, 8, 32, 128, 256)

@@ -16,11 +16,11 @@ from small_models import DENSE, EXPERTS, small_model
 from vectors import check_vectors
 
 from octavo.gpu_worker.devices import make_runner
-from octavo.gpu_worker.devices.cuda import CudaRunner
+from octavo.gpu_worker.devices.cuda.runner import CudaRunner
 from octavo.gpu_worker.engine import Engine
-from octavo.gpu_worker.loading import LoadedModel
+from octavo.gpu_worker.loading.loading import LoadedModel
 from octavo.gpu_worker.ops import Ops
-from octavo.gpu_worker.runner import MAX_STEPS_IN_FLIGHT
+from octavo.gpu_worker.steps.runner import MAX_STEPS_IN_FLIGHT
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.worker.v1 import worker_pb2
 

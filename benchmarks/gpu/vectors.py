@@ -14,13 +14,13 @@ from report import Row
 from small_models import DENSE, headless_model
 
 from octavo.common.v1 import common_pb2
-from octavo.gpu_worker.batch import Limits, Slots
-from octavo.gpu_worker.devices.cuda_pooling import CudaPoolingRunner
-from octavo.gpu_worker.devices.reference import ReferenceDevice
+from octavo.gpu_worker.devices.cuda.pooling_runner import CudaPoolingRunner
+from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.models.bert import BertConfig, BertModel
-from octavo.gpu_worker.pooler import Pooling
-from octavo.gpu_worker.pooling_runner import PoolingRunner
-from octavo.gpu_worker.runner import Runner
+from octavo.gpu_worker.steps.batch import Limits, Slots
+from octavo.gpu_worker.steps.pooler import Pooling
+from octavo.gpu_worker.steps.pooling_runner import PoolingRunner
+from octavo.gpu_worker.steps.runner import Runner
 from octavo.worker.v1 import worker_pb2
 
 _SIZES = {
@@ -100,7 +100,7 @@ def _texts(sizes: tuple[int, int]) -> list[list[int]]:
 
 
 def _encoder(sizes: dict[str, int]) -> BertModel:
-    config = BertConfig.from_json(sizes, "BertModel", "here")
+    config = BertConfig.from_json(sizes, "BertModel", 1, "here")
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(shape, generator=generator) * shape[-1] ** -0.5

@@ -34,7 +34,7 @@ from case_floors import STEP_TOKENS, Work
 from cpu_step import BLOCK_TOKENS, MAX_POSITIONS, RandomModel, Roofline, make_step
 from run import PORT, prepare, serving
 
-from octavo.gpu_worker.devices.cpu import CpuDevice
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.ops import StepInput
 from octavo.services.bench import cases
 

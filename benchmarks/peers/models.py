@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType, dequantize
 from safetensors.torch import save_file
 
-from octavo.gpu_worker.gguf_model import load_gguf
+from octavo.gpu_worker.loading.gguf_model import load_gguf
 
 _MADE_BY_WRITER = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 

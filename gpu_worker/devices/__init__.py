@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from octavo.gpu_worker.errors import DeviceError
-from octavo.gpu_worker.grammars import Grammars
-from octavo.gpu_worker.host_runner import HostRunner
-from octavo.gpu_worker.ops import Device, EncoderModel, Model
-from octavo.gpu_worker.pooler import Pooling
-from octavo.gpu_worker.pooling_runner import PoolingRunner
-from octavo.gpu_worker.runner import Runner
-from octavo.gpu_worker.speculation import Speculation
+from octavo.gpu_worker.ops import CheckedModel, Device, EncoderModel, Model
+from octavo.gpu_worker.sampling.grammars import Grammars
+from octavo.gpu_worker.steps.host_runner import HostRunner
+from octavo.gpu_worker.steps.pooler import Pooling
+from octavo.gpu_worker.steps.pooling_runner import PoolingRunner
+from octavo.gpu_worker.steps.runner import Runner
+from octavo.gpu_worker.steps.speculation import Speculation
 
 if TYPE_CHECKING:  # torch and native code, which not every device needs
-    from octavo.gpu_worker.collectives import Collectives
-    from octavo.gpu_worker.devices.cpu import CpuDevice
-    from octavo.gpu_worker.devices.packed_model import PackedModel
+    from octavo.gpu_worker.devices.cpu.device import CpuDevice
+    from octavo.gpu_worker.devices.cpu.packed_model import PackedModel
+    from octavo.gpu_worker.distributed.collectives import Collectives
 
     _AnyModel = Model | EncoderModel | PackedModel
 
@@ -86,16 +86,16 @@ def make_runner(
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     device = choose_device(name)
     if device == "cuda":
-        _check_cuda()
+        check_cuda()
         if pooling is not None:
-            from octavo.gpu_worker.devices.cuda_pooling import CudaPoolingRunner
+            from octavo.gpu_worker.devices.cuda.pooling_runner import CudaPoolingRunner
 
             return CudaPoolingRunner(_unpacked(model), *limits, pooling, kv_cache_dtype=kv_cache_dtype)
         return _cuda(_decoder(model), *limits, kv_cache_dtype, quantization, collectives, grammars)
     if kv_cache_dtype != "auto":
         raise DeviceError(f"kv_cache_dtype {kv_cache_dtype} is for device cuda; use auto")
     if collectives is not None:
-        from octavo.gpu_worker.parallel import ParallelModel
+        from octavo.gpu_worker.distributed.parallel import ParallelModel
 
         model = ParallelModel(_decoder(model), collectives)
     is_exact = pooling is not None and (model.num_layers == 0 or dtype != "bfloat16")
@@ -127,23 +127,26 @@ def make_device(
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     # Imported late: the one loads native code, the other torch.
     if name == "cpu":
-        from octavo.gpu_worker.devices.cpu import CpuDevice
-        from octavo.gpu_worker.devices.packed_model import PackedModel
+        from octavo.gpu_worker.devices.cpu.device import CpuDevice
+        from octavo.gpu_worker.devices.cpu.packed_model import PackedModel
 
         if isinstance(model, PackedModel):
             return CpuDevice(model, *limits, num_threads=num_threads)
         if is_exact:
-            from octavo.gpu_worker.devices.cpu_encoder import CpuEncoder
+            from octavo.gpu_worker.devices.cpu.encoder import CpuEncoder
 
             return CpuEncoder(model, *limits, num_threads=num_threads)
         return CpuDevice(_decoder(model), *limits, num_threads=num_threads)
     assert name == "reference", f"{name} does not compute in the host's memory"
-    from octavo.gpu_worker.devices.reference import ReferenceDevice
+    from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 
-    return ReferenceDevice(_unpacked(model), *limits)
+    reference = ReferenceDevice(_unpacked(model), *limits)
+    if isinstance(model, CheckedModel):
+        model.check(reference)
+    return reference
 
 
-def _check_cuda() -> None:
+def check_cuda() -> None:
     """Raise DeviceError if there is no GPU, or nothing to compile kernels with."""
     import torch
 
@@ -166,8 +169,8 @@ def _cuda(
 ) -> Runner:
     import torch
 
-    from octavo.gpu_worker.devices.cuda import CudaRunner
-    from octavo.gpu_worker.devices.cuda_parallel import largest_over_ranks, over_ranks
+    from octavo.gpu_worker.devices.cuda.parallel import largest_over_ranks, over_ranks
+    from octavo.gpu_worker.devices.cuda.runner import CudaRunner
 
     limits = (model, max_batch_tokens, max_running, max_blocks_per_sequence)
     if collectives is None:
@@ -210,7 +213,7 @@ def _has_gpu() -> bool:
 
 
 def _unpacked(model: _AnyModel) -> Model | EncoderModel:
-    from octavo.gpu_worker.devices.packed_model import PackedModel
+    from octavo.gpu_worker.devices.cpu.packed_model import PackedModel
 
     assert not isinstance(model, PackedModel), "the model is packed for the cpu device"
     return model

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.models.classifier import Classifier, ClassifierLayer, read_activation
 from octavo.gpu_worker.models.config import MAX_LAYERS, MAX_POSITIONS, Json, Values
 from octavo.gpu_worker.ops import Activation, EncoderOps, Heads, LayerNorm, Linear, Value
+
+if TYPE_CHECKING:  # what a model needs of memory is known without torch
+    import torch
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class BertConfig:
     position_offset: int
     layer_norm_eps: float
     activation: Activation
+    num_labels: int
 
     @property
     def max_position_embeddings(self) -> int:
@@ -39,11 +42,12 @@ class BertConfig:
         is_bert = self.architecture.startswith("Bert")
         inner, outer = ("bert.pooler.dense", "classifier") if is_bert else ("classifier.dense", "classifier.out_proj")
         return Classifier(
-            "cls", (ClassifierLayer(inner, self.hidden_size, activation="tanh"), ClassifierLayer(outer, 1))
+            "cls",
+            (ClassifierLayer(inner, self.hidden_size, activation="tanh"), ClassifierLayer(outer, self.num_labels)),
         )
 
     @classmethod
-    def from_json(cls, values: Json, architecture: str, where: str) -> BertConfig:
+    def from_json(cls, values: Json, architecture: str, num_labels: int, where: str) -> BertConfig:
         """Read a parsed config.json; `where` names the file in messages. Raises ModelError."""
         read = Values(values, where)
         if values.get("position_embedding_type", "absolute") not in ("absolute", None):
@@ -64,6 +68,7 @@ class BertConfig:
             position_offset=0 if architecture.startswith("Bert") else read.integer("pad_token_id", 1) + 1,
             layer_norm_eps=read.number("layer_norm_eps", 1e-12),
             activation=read_activation(values, "hidden_act", where),
+            num_labels=num_labels,
         )
         sizes = (config.vocab_size, hidden, config.intermediate_size, config.num_layers, config.num_segments)
         if min(*sizes, config.max_position_embeddings) < 1:
@@ -151,6 +156,8 @@ def _tensor_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _layer(config: BertConfig, tensors: dict[str, torch.Tensor], prefix: str) -> _Layer:
+    import torch
+
     def linear(name: str) -> Linear:
         return Linear(tensors[f"{prefix}{name}.weight"], tensors[f"{prefix}{name}.bias"])
 

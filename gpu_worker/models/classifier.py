@@ -1,4 +1,4 @@
-"""What encoders with a head of one label have behind their hidden states, as their config.json says."""
+"""What models with a head for labels have behind their hidden states, as their config.json says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.errors import ModelError, shown
 from octavo.gpu_worker.models.config import Json
 from octavo.gpu_worker.ops import Activation
 
@@ -15,6 +15,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+
+MAX_LABELS = 65536
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ClassifierLayer:
 
 @dataclass(frozen=True)
 class Classifier:
-    """How a score is made of hidden states: pooled, then layer after layer, the last of which has one output."""
+    """How a score is made of hidden states: pooled, then layer after layer, the last of which has an output a label."""
 
     pooling: Literal["cls", "mean"]
     layers: tuple[ClassifierLayer, ...]
@@ -56,6 +58,15 @@ class Classifier:
                 if layer.norm.has_bias:
                     yield f"{layer.norm.name}.bias", (layer.out_features,)
             in_features = layer.out_features
+
+
+def num_labels_of(values: Json, where: str) -> int:
+    """Return how many labels a classifier tells apart; one is a score. Raises ModelError."""
+    named = values.get("id2label")
+    count = values.get("num_labels") or (len(named) if isinstance(named, dict) and named else 2)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_LABELS:
+        raise ModelError(f"{where}: the classifier has {shown(count)} labels, expected 1 to {MAX_LABELS}")
+    return count
 
 
 def read_activation(values: Json, key: str, where: str) -> Activation:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.models.classifier import Classifier, ClassifierLayer, ClassifierNorm, read_activation
 from octavo.gpu_worker.models.config import MAX_LAYERS, MAX_POSITIONS, Json, RopeConfig, Values
 from octavo.gpu_worker.models.rope import make_rotary
 from octavo.gpu_worker.ops import Activation, EncoderOps, Heads, LayerNorm, Linear, Rotary, Value
+
+if TYPE_CHECKING:  # what a model needs of memory is known without torch
+    import torch
 
 _FULL, _LOCAL = "full_attention", "sliding_attention"
 _DEFAULT_THETA = {_FULL: 160000.0, _LOCAL: 10000.0}
@@ -44,7 +46,7 @@ class ModernBertConfig:
     classifier: Classifier
 
     @classmethod
-    def from_json(cls, values: Json, where: str) -> ModernBertConfig:
+    def from_json(cls, values: Json, num_labels: int, where: str) -> ModernBertConfig:
         """Read a parsed config.json; `where` names the file in messages. Raises ModelError."""
         read = Values(values, where)
         num_layers = read.integer("num_hidden_layers")
@@ -69,7 +71,7 @@ class ModernBertConfig:
             attention_bias=read.flag("attention_bias"),
             mlp_bias=read.flag("mlp_bias"),
             activation=read_activation(values, "hidden_activation", where),
-            classifier=_classifier(values, read, hidden, where),
+            classifier=_classifier(values, read, hidden, num_labels, where),
         )
         sizes = (config.vocab_size, hidden, config.intermediate_size, config.max_position_embeddings)
         if min(sizes) < 1 or (reach < 1 and any(kind == _LOCAL for kind in kinds)):
@@ -186,14 +188,14 @@ def _theta(values: Json, kind: str, where: str) -> float:
     return _DEFAULT_THETA[kind] if theta is None else theta
 
 
-def _classifier(values: Json, read: Values, hidden: int, where: str) -> Classifier:
+def _classifier(values: Json, read: Values, hidden: int, num_labels: int, where: str) -> Classifier:
     pooling = values.get("classifier_pooling", "cls")
     if pooling not in ("cls", "mean"):
         raise ModelError(f"{where}: classifier_pooling {pooling!r} is not supported; cls and mean are")
     activation = str(values.get("classifier_activation", "gelu"))
     norm = ClassifierNorm("head.norm", read.flag("norm_bias"), read.number("norm_eps", 1e-5))
     head = ClassifierLayer("head.dense", hidden, read.flag("classifier_bias"), activation, norm)
-    return Classifier(pooling, (head, ClassifierLayer("classifier", 1)))
+    return Classifier(pooling, (head, ClassifierLayer("classifier", num_labels)))
 
 
 def _layer(config: ModernBertConfig, tensors: dict[str, torch.Tensor], index: int, rotary: Rotary) -> _Layer:

@@ -14,6 +14,11 @@ inline Vec times_sigmoid(Vec x, Vec y) {
 
 inline Vec silu(Vec x) { return times_sigmoid(x, x); }
 
+// cap * tanh(x * scale / cap), as 2 sigmoid(2 y) - 1 = tanh(y).
+inline Vec soft_capped(Vec x, float scale, float cap) {
+  return times_sigmoid(broadcast(2.0f * cap), x * broadcast(2.0f * scale / cap)) - broadcast(cap);
+}
+
 // 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), with 0.5 (1 + tanh(y)) = sigmoid(2 y).
 inline Vec gelu_tanh(Vec x) {
   const Vec cubic = multiply_add(broadcast(0.044715f) * x * x, x, x);

@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 #include "simd.h"
 
@@ -13,14 +15,30 @@ constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kMappingSize = size_t{64} << 20;
 constexpr size_t kSmallPage = 4096;  // larger ones are touched more than once
 constexpr size_t kAlignment = 64;
+constexpr size_t kMostBytes = size_t{1} << 62;  // what is more cannot be rounded up
 
 }  // namespace
 
+#if defined(__SANITIZE_ADDRESS__)
+// Each piece is memory of its own, so that the sanitizer notices who reads or writes beside one.
+Arena::~Arena() {
+  for (const Mapping& piece : mappings_) std::free(piece.data);
+}
+
+void* Arena::allocate(size_t num_bytes) {
+  void* memory = nullptr;
+  if (num_bytes > kMostBytes || posix_memalign(&memory, kAlignment, std::max<size_t>(num_bytes, 1)) != 0) return nullptr;
+  std::memset(memory, 0, num_bytes);
+  mappings_.push_back({static_cast<char*>(memory), num_bytes, num_bytes, num_bytes});
+  return memory;
+}
+#else
 Arena::~Arena() {
   for (const Mapping& mapping : mappings_) munmap(mapping.data, mapping.size);
 }
 
 void* Arena::allocate(size_t num_bytes) {
+  if (num_bytes > kMostBytes) return nullptr;
   const size_t size = round_up(num_bytes, kAlignment);
   if (mappings_.empty() || mappings_.back().size - mappings_.back().used < size) {
     if (!add_mapping(size)) return nullptr;
@@ -30,6 +48,7 @@ void* Arena::allocate(size_t num_bytes) {
   mapping.used += size;
   return result;
 }
+#endif
 
 bool Arena::touch(ThreadPool& threads) {
   std::vector<char*> pages;

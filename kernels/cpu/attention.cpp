@@ -10,6 +10,7 @@
 #else
 #include "attention_vectors.h"
 #endif
+#include "activation.h"
 #include "dispatch.h"
 #include "elementwise.h"
 
@@ -235,7 +236,8 @@ class RowsAttention {
     Activation* const weights = weights_[tile % kInWork];
     float* const factors = factors_[tile % kInWork];
     const int start = start_of(tile), num_keys = tiles_[tile % kTilesKnown].num_pages * kBlockTokens;
-    const float scale = op_.scale * 1.44269504f;
+    const float scale = (op_.soft_cap > 0.0f ? 1.0f : op_.scale) * 1.44269504f;
+    if (op_.soft_cap > 0.0f) cap_scores(scores, num_keys);
     for (int row = 0; row < kRows; ++row)
       hide_keys(scores + row * kTileKeys, std::clamp(rows_[row].begin - start, 0, num_keys),
                 std::clamp(rows_[row].end - start, 0, num_keys), num_keys);
@@ -251,6 +253,12 @@ class RowsAttention {
         products_.run(kRows + 3 * (row + 1), 4 * kRows);
       }
     });
+  }
+
+  void cap_scores(float* scores, int num_keys) const {
+    for (int row = 0; row < kRows; ++row)
+      for (float* score = scores + row * kTileKeys; score < scores + row * kTileKeys + num_keys; score += kLanes)
+        store(score, soft_capped(load(score), op_.scale, op_.soft_cap));
   }
 
   // After a tile's values: if it is the last one of a piece, add this to those before.

@@ -17,6 +17,9 @@ bool check_tokens(const OctavoStep& step, const OctavoCache& cache, const Octavo
       return error("positions[%d] is %d of %d positions", t, step.positions[t], max_positions);
     if (step.slot_mapping[t] < 0 || step.slot_mapping[t] / kBlockTokens >= cache.num_blocks)
       return error("slot_mapping[%d] is %d, with %d blocks", t, step.slot_mapping[t], cache.num_blocks);
+    const int32_t adapter = step.adapter_ids == nullptr ? 0 : step.adapter_ids[t];
+    if (adapter != 0 && (adapter < 0 || adapter >= step.num_adapters || step.adapters[adapter] == nullptr))
+      return error("adapter_ids[%d] is %d, which is none of the %d adapters", t, adapter, step.num_adapters);
   }
   return true;
 }
@@ -51,6 +54,8 @@ bool check_step(const OctavoStep& step, const OctavoCache& cache, const OctavoPr
                 const IndexError& error) {
   if (step.num_tokens > info.max_batch_tokens)
     return error("%d tokens in a step, more than max_batch_tokens %d", step.num_tokens, info.max_batch_tokens);
+  if (step.num_logits_rows > info.max_batch_tokens)
+    return error("%d logits_rows in a step, more than max_batch_tokens %d", step.num_logits_rows, info.max_batch_tokens);
   if (step.num_sequences > info.max_running)
     return error("%d sequences in a step, more than max_running %d", step.num_sequences, info.max_running);
   if (!check_tokens(step, cache, info, max_positions, error)) return false;

@@ -9,6 +9,7 @@
 
 #include "aligned.h"
 #include "gemm.h"
+#include "guard.h"
 #include "handles.h"
 
 namespace octavo {
@@ -126,11 +127,14 @@ using namespace octavo;
 int32_t octavo_compress(OctavoPool* pool, const uint8_t* packed, int32_t num_blocks, int32_t in_features,
                         uint8_t* compressed) {
   std::atomic<bool> fits{true};
-  pool->threads.for_each(num_blocks, [&](int64_t block, int) {
+  const auto compress = [&](int64_t block, int) {
     const uint8_t* weights = packed + block * block_bytes(OCTAVO_WEIGHT_BF16, in_features);
     if (fits && !compress_block(reinterpret_cast<const bf16*>(weights), in_features,
                                 compressed + block * compressed_block_bytes(in_features)))
       fits = false;
+  };
+  return guarded<int32_t>(OCTAVO_FAILED, [&] {
+    pool->threads.for_each(num_blocks, compress);
+    return static_cast<int32_t>(fits.load());
   });
-  return fits;
 }

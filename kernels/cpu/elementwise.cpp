@@ -51,9 +51,24 @@ void norm_head(const OctavoNorm& norm, Head& head) {
     store(head.values + i, load(head.values + i) * factor * load(norm.weight + i));
 }
 
-// Norm and rotate a head, and hand it over: `take`(i, dimensions from i on).
+// What heads that are normed all at once are multiplied by, besides the weight; 0 where they are not. A row of them
+// need not end at a multiple of kRowMultiple, and others follow it.
+float factor_of_heads(const OctavoOp& op, const OctavoNorm& norm, const float* heads) {
+  if (norm.weight == nullptr || norm.size == op.head_dim) return 0.0f;
+  Vec sum = {};
+  for (int i = 0; i < norm.size; i += kLanes) {
+    const Vec value = load(heads + i);
+    sum = multiply_add(value, value, sum);
+  }
+  return 1.0f / std::sqrt(sum_lanes(sum) / static_cast<float>(norm.size) + norm.eps);
+}
+
+// Norm and rotate head `h` of `heads`, and hand it over: `take`(i, dimensions from i on). `factor` is that of
+// factor_of_heads.
 template <class Take>
-void rotate_head(const OctavoOp& op, const float* source, const OctavoNorm& norm, int32_t position, const Take& take) {
+void rotate_head(const OctavoOp& op, const float* heads, int h, const OctavoNorm& norm, float factor, int32_t position,
+                 const Take& take) {
+  const float* const source = heads + h * op.head_dim;
   const int half = op.rotary_dim / 2;
   const float* const cos = op.cos + static_cast<int64_t>(position) * half;
   const float* const sin = op.sin + static_cast<int64_t>(position) * half;
@@ -69,7 +84,12 @@ void rotate_head(const OctavoOp& op, const float* source, const OctavoNorm& norm
   Head head;
   std::copy_n(source, op.head_dim, head.values);
   std::fill(head.values + op.head_dim, head.values + round_up(op.head_dim, kRowMultiple), 0.0f);
-  if (norm.weight != nullptr) norm_head(norm, head);
+  if (norm.weight != nullptr && norm.size == op.head_dim) norm_head(norm, head);
+  if (norm.weight != nullptr && norm.size != op.head_dim) {
+    const float* const weight = norm.weight + h * op.head_dim;
+    for (int i = 0; i < op.head_dim; i += kLanes)
+      store(head.values + i, load(head.values + i) * broadcast(factor) * load(weight + i));
+  }
   rotate_halves(head.values, cos, sin, half);
   for (int i = 0; i < op.head_dim; i += kLanes) take(i, load(head.values + i));
 }
@@ -92,9 +112,18 @@ void rotate_halves(float* first, const float* cos, const float* sin, int half) {
 }
 
 void embed_token(const OctavoOp& op, int32_t token_id, float* output) {
-  if (op.table_stride == 0) return unpack_column(op.linear, token_id, output);
+  if (op.table_stride == 0) {
+    unpack_column(op.linear, token_id, output);
+    // What an earlier token of this row was may be no number, in the padding too.
+    const int64_t size = op.linear.in_features;
+    std::fill(output + size, output + round_up(size, kRowMultiple), 0.0f);
+    if (op.scale != 1.0f)
+      for (int64_t i = 0; i < size; ++i) output[i] *= op.scale;
+    return;
+  }
   const bf16* row = op.table + static_cast<int64_t>(token_id) * op.table_stride;
-  for (int i = 0; i < op.table_stride; i += kLanes) store(output + i, load_bf16(row + i));
+  const Vec scale = broadcast(op.scale);  // times 1 changes no bit
+  for (int i = 0; i < op.table_stride; i += kLanes) store(output + i, load_bf16(row + i) * scale);
 }
 
 void norm_row(const OctavoNorm& norm, const float* x, Activation* output) {
@@ -111,18 +140,27 @@ void norm_row_exact(const OctavoNorm& norm, const float* x, float* output) {
   for (; i < norm.size; ++i) output[i] = x[i] * factor * norm.weight[i];
 }
 
+void add_norm_row(const OctavoNorm& norm, const float* x, float* residual) {
+  const int64_t padded_size = round_up(norm.size, kRowMultiple);
+  const Vec factor = broadcast(inverse_rms(norm, x, padded_size));
+  for (int64_t i = 0; i < padded_size; i += kLanes)
+    store(residual + i, load(residual + i) + load(x + i) * factor * load(norm.weight + i));
+}
+
 void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int first_kv_head, int num_kv_heads,
                      bf16* pages, int offset, Activation* queries) {
   const int head_dim = op.head_dim;
   const int group = op.num_heads / op.num_kv_heads;
   const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
+  const float* const keys = qkv + op.num_heads * head_dim;
+  const float query_factor = factor_of_heads(op, op.q_norm, qkv), key_factor = factor_of_heads(op, op.k_norm, keys);
   for (int h = first_kv_head * group; h < (first_kv_head + num_kv_heads) * group; ++h)
-    rotate_head(op, qkv + h * head_dim, op.q_norm, position,
+    rotate_head(op, qkv, h, op.q_norm, query_factor, position,
                 [&](int i, Vec some) { store_activation(queries + h * head_dim + i, some); });
   for (int h = first_kv_head; h < first_kv_head + num_kv_heads; ++h) {
     bf16* const key_page = pages + h * 2 * page_size;
     alignas(64) bf16 key[kMaxHeadDim];
-    rotate_head(op, qkv + (op.num_heads + h) * head_dim, op.k_norm, position,
+    rotate_head(op, keys, h, op.k_norm, key_factor, position,
                 [&](int i, Vec some) { store_bf16(key + i, make_finite(some)); });
     for (int i = 0; i < head_dim; i += 2)
       std::memcpy(key_page + i * kBlockTokens + offset * 2, key + i, 2 * sizeof(bf16));

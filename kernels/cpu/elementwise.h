@@ -12,7 +12,7 @@ constexpr int kBlockTokens = 16;   // tokens in a KV block
 constexpr int kMaxHeadDim = 256;
 constexpr int kRowMultiple = 32;   // buffer rows are padded to this many elements
 
-// Look up one token: a row of the table, or of the packed layer that is one, to float32.
+// Look up one token: a row of the table, or of the packed layer that is one, to float32; times op.scale.
 void embed_token(const OctavoOp& op, int32_t token_id, float* output);
 
 // output = bf16(x / sqrt(mean(x^2) + eps) * weight), padding included (zeros stay zeros).
@@ -21,11 +21,14 @@ void norm_row(const OctavoNorm& norm, const float* x, Activation* output);
 // The same without rounding, and without the padding.
 void norm_row_exact(const OctavoNorm& norm, const float* x, float* output);
 
+// residual += x / sqrt(mean(x^2) + eps) * weight, padding included (zeros stay zeros).
+void add_norm_row(const OctavoNorm& norm, const float* x, float* residual);
+
 // Rotate a head in place: dimension i of its first `half` with i + half, by cos[i] and sin[i].
 void rotate_halves(float* first, const float* cos, const float* sin, int half);
 
-// Norm (if the op has norms) and rotate some heads of one token: the kv heads [first_kv_head,
-// first_kv_head + num_kv_heads) and the query heads that belong to them. Keys and values go to
+// Norm (if the op has norms: of each head, or as long as all heads at once) and rotate some heads of one token: the kv
+// heads [first_kv_head, first_kv_head + num_kv_heads) and the query heads that belong to them. Keys and values go to
 // place `offset` of the block's pages, queries to `queries`.
 //
 // qkv      [op.num_heads + 2 * op.num_kv_heads, head_dim]

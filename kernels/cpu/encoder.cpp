@@ -7,6 +7,7 @@
 #include "encoder_abi.h"
 #include "encoder_ops.h"
 #include "gemm_f32.h"
+#include "guard.h"
 #include "handles.h"
 #include "simd.h"
 
@@ -14,6 +15,7 @@ namespace octavo {
 namespace {
 
 constexpr int kRowsPerItem = 8;  // of what works on one row at a time
+constexpr int kFewestUnitsPerThread = 4;  // of attention; each unit puts all keys of a head in columns first
 
 // Keep the sentence; always -1, so that a check can return it.
 [[gnu::format(printf, 3, 4)]] int32_t fail(char* error, size_t size, const char* format, ...) {
@@ -70,6 +72,7 @@ class EncoderJob : public Job {
   Encoder& encoder_;
   const OctavoEncoderStep& step_;
   float* const hidden_;
+  int pieces_per_head_ = 1;  // of attention; the same for all sequences
   std::vector<GemmF32> gemms_;  // by phase; unused for other operations
   std::vector<int> items_per_phase_;
 };
@@ -129,8 +132,12 @@ int EncoderJob::num_items(const OctavoEncoderOp& op) {
                            output.stride, step_.num_tokens, encoder_.threads_.num_threads());
       return gemm.count();
     }
-    case OCTAVO_ENCODER_SELF_ATTENTION:
-      return step_.num_sequences * op.num_heads;
+    case OCTAVO_ENCODER_SELF_ATTENTION: {
+      const int num_units = std::max(step_.num_sequences * op.num_heads, 1);
+      const int wanted = kFewestUnitsPerThread * encoder_.threads_.num_threads();
+      pieces_per_head_ = static_cast<int>(divide_up(wanted, num_units));
+      return step_.num_sequences * op.num_heads * pieces_per_head_;
+    }
     case OCTAVO_ENCODER_HIDDEN:
       return static_cast<int>(divide_up(step_.num_rows, kRowsPerItem));
     default:
@@ -178,6 +185,9 @@ void EncoderJob::run_rows(const OctavoEncoderOp& op, int begin, int end) {
       case OCTAVO_ENCODER_GATE:
         gate_row(op, row(op.input, i), row(op.output, i));
         break;
+      case OCTAVO_ENCODER_ADD:
+        add_row(op, row(op.input, i), row(op.output, i));
+        break;
       default: {
         const float* source = row(op.input, step_.logits_rows[i]);
         std::copy(source, source + op.columns, hidden_ + int64_t{i} * op.columns);
@@ -187,11 +197,12 @@ void EncoderJob::run_rows(const OctavoEncoderOp& op, int begin, int end) {
 }
 
 void EncoderJob::attend(const OctavoEncoderOp& op, int item, int thread) {
-  const int sequence = item / op.num_heads;
+  const int piece = item % pieces_per_head_, unit = item / pieces_per_head_;
+  const int sequence = unit / op.num_heads;
   const int32_t begin = step_.query_start_loc[sequence];
   const int32_t num_tokens = step_.query_start_loc[sequence + 1] - begin;
   if (num_tokens == 0) return;
-  attend_sequence(op, item % op.num_heads, num_tokens, row(op.input, begin), encoder_.buffers_[op.input].stride,
+  attend_sequence(op, unit % op.num_heads, num_tokens, piece, pieces_per_head_, row(op.input, begin), encoder_.buffers_[op.input].stride,
                   row(op.output, begin), encoder_.buffers_[op.output].stride, encoder_.scratch_[thread]);
 }
 
@@ -204,7 +215,7 @@ struct OctavoEncoder {
 };
 
 OctavoEncoder* octavo_encoder_create(OctavoPool* pool, const OctavoEncoderInfo* info) {
-  return new OctavoEncoder{Encoder(pool->threads, *info)};
+  return guarded<OctavoEncoder*>(nullptr, [&] { return new OctavoEncoder{Encoder(pool->threads, *info)}; });
 }
 
 void octavo_encoder_destroy(OctavoEncoder* encoder) { delete encoder; }
@@ -212,6 +223,5 @@ void octavo_encoder_destroy(OctavoEncoder* encoder) { delete encoder; }
 int32_t octavo_encoder_run(OctavoEncoder* encoder, const OctavoEncoderStep* step, float* hidden, char* error,
                            size_t error_size) {
   if (encoder->encoder.check(*step, error, error_size) != 0) return -1;
-  encoder->encoder.run(*step, hidden);
-  return 0;
+  return guarded([&] { encoder->encoder.run(*step, hidden); });
 }

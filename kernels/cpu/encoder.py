@@ -8,10 +8,10 @@ import weakref
 import numpy as np
 import numpy.typing as npt
 
-from octavo.kernels.cpu.library import Buffer, Norm
+from octavo.kernels.cpu.library import Buffer, Norm, declare
 from octavo.kernels.cpu.runtime import Arena, Runtime
 
-EMBED_SUM, LAYER_NORM, LINEAR, LINEAR_RESIDUAL, SELF_ATTENTION, HIDDEN, RMS_NORM, ROTATE, GATE = range(9)
+EMBED_SUM, LAYER_NORM, LINEAR, LINEAR_RESIDUAL, SELF_ATTENTION, HIDDEN, RMS_NORM, ROTATE, GATE, ADD = range(10)
 ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 ALL_TOKENS = 2**31 - 1  # before or behind a token
 ROW_MULTIPLE = 32  # rows of buffers, and outputs of linear layers, are padded to this
@@ -92,13 +92,10 @@ class EncoderProgram:
         self._runtime = runtime
         self._memory = Arena(runtime)
         self._library = runtime.library
-        self._library.octavo_encoder_create.restype = c.c_void_p
-        self._library.octavo_encoder_create.argtypes = (c.c_void_p, c.POINTER(_Info))
-        self._library.octavo_encoder_destroy.restype = None
-        self._library.octavo_encoder_destroy.argtypes = (c.c_void_p,)
-        run = self._library.octavo_encoder_run
-        run.restype = c.c_int32
-        run.argtypes = (c.c_void_p, c.POINTER(EncoderStep), c.c_void_p, c.c_char_p, c.c_size_t)
+        declare(self._library, "octavo_encoder_create", c.c_void_p, c.c_void_p, c.POINTER(_Info))
+        declare(self._library, "octavo_encoder_destroy", None, c.c_void_p)
+        step_arguments = (c.c_void_p, c.POINTER(EncoderStep), c.c_void_p, c.c_char_p, c.c_size_t)
+        declare(self._library, "octavo_encoder_run", c.c_int32, *step_arguments)
         strides = [-(-width // ROW_MULTIPLE) * ROW_MULTIPLE for width in columns]
         buffers = (Buffer * len(columns))(
             *(Buffer(self._memory.allocate(4 * stride * max_batch_tokens), stride) for stride in strides)
@@ -106,6 +103,7 @@ class EncoderProgram:
         info = _Info((EncoderOp * len(ops))(*ops), buffers, len(ops), len(buffers), max_batch_tokens)
         self._handle = self._library.octavo_encoder_create(runtime.pool, info)
         self._release = weakref.finalize(self, self._library.octavo_encoder_destroy, self._handle)
+        self._release.atexit = False  # see Runtime
 
     def run(self, step: EncoderStep, hidden: npt.NDArray[np.float32]) -> None:
         """Run a step into `hidden` [R, columns]. Raises ValueError, before anything is written, on a bad index."""

@@ -17,6 +17,7 @@ enum OctavoEncoderOpKind : int32_t {
   OCTAVO_ENCODER_RMS_NORM = 6,
   OCTAVO_ENCODER_ROTATE = 7,
   OCTAVO_ENCODER_GATE = 8,
+  OCTAVO_ENCODER_ADD = 9,
 };
 
 enum OctavoEncoderActivation : int32_t {
@@ -33,11 +34,11 @@ struct OctavoTable {
   int32_t stride;
 };
 
-// One operation of a recorded program: see gpu_worker/devices/whole_recorder.py. Unused fields are zero.
+// One operation of a recorded program: see gpu_worker/devices/cpu/whole_recorder.py. Unused fields are zero.
 struct OctavoEncoderOp {
   int32_t kind;     // OctavoEncoderOpKind
   int32_t input;    // number of the buffer read, -1 for OCTAVO_ENCODER_EMBED_SUM
-  int32_t output;   // number of the buffer written (added to, for the residual; changed in place, for the
+  int32_t output;   // number of the buffer written (added to, for the residual and the sum; changed in place, for the
                     // rotation); -1 for OCTAVO_ENCODER_HIDDEN
   int32_t columns;  // of the result
   OctavoTable words;
@@ -91,7 +92,7 @@ typedef struct OctavoEncoder OctavoEncoder;
 OCTAVO_EXPORT OctavoEncoder* octavo_encoder_create(OctavoPool* pool, const OctavoEncoderInfo* info);
 OCTAVO_EXPORT void octavo_encoder_destroy(OctavoEncoder* encoder);
 // Run one step and write hidden states [num_rows, columns of the last operation]. Returns 0, or -1 with a
-// sentence in `error` when an index of the step is out of range; then nothing was written.
+// sentence in `error` when an index of the step is out of range; then nothing was written. Or OCTAVO_FAILED.
 OCTAVO_EXPORT int32_t octavo_encoder_run(OctavoEncoder* encoder, const OctavoEncoderStep* step, float* hidden,
                                          char* error, size_t error_size);
 

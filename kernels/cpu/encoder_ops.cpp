@@ -175,14 +175,21 @@ void rotate_row(const OctavoEncoderOp& op, int32_t position, float* qkv) {
   }
 }
 
+void add_row(const OctavoEncoderOp& op, const float* x, float* output) {
+  for (int64_t i = 0; i < round_up(op.columns, kRowMultiple); i += kLanes) store(output + i, load(output + i) + load(x + i));
+}
+
 void gate_row(const OctavoEncoderOp& op, const float* x, float* output) {
   const int64_t padded = round_up(op.columns, kRowMultiple);
   for (int64_t i = 0; i < padded; i += kLanes)
     store(output + i, activate(op.activation, load(x + i)) * load(x + padded + i));
 }
 
-void attend_sequence(const OctavoEncoderOp& op, int head, int num_tokens, const float* qkv, int64_t qkv_stride,
-                     float* output, int64_t output_stride, AttentionScratch& scratch) {
+void attend_sequence(const OctavoEncoderOp& op, int head, int num_tokens, int piece, int num_pieces, const float* qkv,
+                     int64_t qkv_stride, float* output, int64_t output_stride, AttentionScratch& scratch) {
+  const int64_t num_tiles = divide_up(num_tokens, kMaxTileRows);
+  const int64_t begin = num_tiles * piece / num_pieces, end = num_tiles * (piece + 1) / num_pieces;
+  if (begin == end) return;
   const int head_dim = op.head_dim;
   const int64_t padded = round_up(num_tokens, kLanes);
   const int kv_head = head / (op.num_heads / op.num_kv_heads);
@@ -193,11 +200,10 @@ void attend_sequence(const OctavoEncoderOp& op, int head, int num_tokens, const 
   if (static_cast<int64_t>(scratch.scores.size()) < kMaxTileRows * padded) scratch.scores.resize(kMaxTileRows * padded);
   transpose_keys(keys, qkv_stride, num_tokens, head_dim, padded, scratch.keys.data());
   const Vec scale = broadcast(op.scale * 1.44269504f);
-  const int num_tiles = static_cast<int>(divide_up(num_tokens, kMaxTileRows));
-  for (int tile = 0; tile < num_tiles; ++tile) {
-    const int first = num_tokens * tile / num_tiles;
-    const int count = num_tokens * (tile + 1) / num_tiles - first;
-    dispatch_rows(count, [&](auto constant) {
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = num_tokens * tile / num_tiles;
+    const int64_t count = num_tokens * (tile + 1) / num_tiles - first;
+    dispatch_rows(static_cast<int>(count), [&](auto constant) {
       constexpr int kRows = constant();
       constexpr int kVectors = dims_at_once<kRows>();
       float* scores = scratch.scores.data();

@@ -1,6 +1,7 @@
 #include "experts.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "activation.h"
 #include "elementwise.h"
@@ -26,6 +27,41 @@ int64_t gated_stride(const OctavoExperts& experts) {
   return row_stride<Activation>(round_up(experts.gated.out_features, kRowMultiple));
 }
 
+bool chooses_by_score(const OctavoExperts& experts) { return experts.bias != nullptr || experts.num_groups > 1; }
+
+// The best experts, best first. A later one passes an earlier one only with a higher value.
+void choose_best(const float* values, int num_values, int num_chosen, int* chosen) {
+  for (int expert = 0; expert < num_values; ++expert) {
+    int place = std::min(expert, num_chosen);
+    while (place > 0 && values[expert] > values[chosen[place - 1]]) --place;
+    if (place == num_chosen) continue;
+    std::copy_backward(chosen + place, chosen + std::min(expert, num_chosen - 1),
+                       chosen + std::min(expert, num_chosen - 1) + 1);
+    chosen[place] = expert;
+  }
+}
+
+// Set the values of experts outside of the best groups to -inf. `of_groups` is memory for a number for each group.
+void drop_groups(const OctavoExperts& experts, float* values, float* of_groups) {
+  constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+  const int size = num_routed(experts) / experts.num_groups;
+  for (int group = 0; group < experts.num_groups; ++group) {
+    const float* const value = values + group * size;
+    float first = kMinusInfinity, second = kMinusInfinity;
+    for (int i = 0; i < size; ++i) {
+      second = std::max(second, std::min(first, value[i]));
+      first = std::max(first, value[i]);
+    }
+    of_groups[group] = experts.num_best > 1 ? first + second : first;
+  }
+  for (int group = 0; group < experts.num_groups; ++group) {
+    int num_better = 0;
+    for (int other = 0; other < experts.num_groups; ++other)
+      num_better += of_groups[other] > of_groups[group] || (of_groups[other] == of_groups[group] && other < group);
+    if (num_better >= experts.num_chosen_groups) std::fill_n(values + group * size, size, kMinusInfinity);
+  }
+}
+
 // One expert's layer: they lie one behind the other.
 OctavoLinear layer_of(const OctavoLinear& first, int64_t num_blocks, int expert) {
   OctavoLinear layer = first;
@@ -45,6 +81,7 @@ int64_t ExpertsWork::logits_stride(const OctavoOp& op) { return round_up(op.line
 void ExpertsWork::reserve(const OctavoOp& op, int max_rows) {
   const int64_t num_assignments = int64_t{max_rows} * taken_by_row(op.experts);
   grow(logits_, max_rows * logits_stride(op));
+  if (chooses_by_score(op.experts)) grow(choices_, 2 * max_rows * logits_stride(op));
   grow(chosen_, num_assignments);
   grow(chosen_weights_, num_assignments);
   grow(next_, op.experts.num_experts);
@@ -57,9 +94,8 @@ void ExpertsWork::reserve(const OctavoOp& op, int max_rows) {
   groups_.reserve(op.experts.num_experts);
 }
 
-void ExpertsWork::choose(const OctavoOp& op, int num_rows) {
-  for (int row = 0; row < num_rows; ++row) choose_for_row(op, row);
-  sort_assignments(op, num_rows);
+void ExpertsWork::choose(const OctavoOp& op, int begin, int end) {
+  for (int row = begin; row < end; ++row) choose_for_row(op, row);
 }
 
 void ExpertsWork::choose_for_row(const OctavoOp& op, int row) {
@@ -69,36 +105,42 @@ void ExpertsWork::choose_for_row(const OctavoOp& op, int row) {
   int* chosen = chosen_.data() + int64_t{row} * taken_by_row(experts);
   float* weights = chosen_weights_.data() + int64_t{row} * taken_by_row(experts);
 
-  // The best so far, best first. A later expert passes an earlier one only with a higher logit.
-  for (int expert = 0; expert < routed; ++expert) {
-    int place = std::min(expert, num_chosen);
-    while (place > 0 && logits[expert] > logits[chosen[place - 1]]) --place;
-    if (place == num_chosen) continue;
-    std::copy_backward(chosen + place, chosen + std::min(expert, num_chosen - 1),
-                       chosen + std::min(expert, num_chosen - 1) + 1);
-    chosen[place] = expert;
-  }
+  const bool by_score = chooses_by_score(experts), is_sigmoid = experts.is_sigmoid != 0;
+  if (!by_score) choose_best(logits, routed, num_chosen, chosen);
 
-  const float shared_weight = experts.num_shared == 0 ? 0.0f : times_sigmoid(broadcast(1.0f), broadcast(logits[routed]))[0];
-  const float best = logits[chosen[0]];
+  float shared_weight = 1.0f;
+  if (experts.num_shared > 0 && experts.has_shared_gate != 0)
+    shared_weight = times_sigmoid(broadcast(1.0f), broadcast(logits[routed]))[0];
+  const float best = by_score ? *std::max_element(logits, logits + routed) : logits[chosen[0]];
   const int64_t padded = round_up(routed, kLanes);
   std::fill(logits + routed, logits + padded, best);
-  for (int64_t i = 0; i < padded; i += kLanes)
-    store(logits + i, exp2((load(logits + i) - broadcast(best)) * broadcast(1.44269504f)));
-  float sum = 0.0f;
-  if (experts.is_normalized != 0) {
-    for (int i = 0; i < num_chosen; ++i) sum += logits[chosen[i]];
-  } else {
-    for (int expert = 0; expert < routed; ++expert) sum += logits[expert];
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const Vec logit = load(logits + i);
+    store(logits + i, is_sigmoid ? times_sigmoid(broadcast(1.0f), logit)
+                                 : exp2((logit - broadcast(best)) * broadcast(1.44269504f)));
   }
-  for (int i = 0; i < num_chosen; ++i) weights[i] = logits[chosen[i]] / sum;
+  float sum = is_sigmoid ? 1.0f : 0.0f;  // of what a row's scores are a share of
+  if (!is_sigmoid && (by_score || experts.is_normalized == 0))
+    for (int expert = 0; expert < routed; ++expert) sum += logits[expert];
+  if (by_score) {
+    float* const choices = choices_.data() + 2 * row * logits_stride(op);
+    for (int expert = 0; expert < routed; ++expert)
+      choices[expert] = logits[expert] / sum + (experts.bias == nullptr ? 0.0f : experts.bias[expert]);
+    if (experts.num_groups > 1) drop_groups(experts, choices, choices + logits_stride(op));
+    choose_best(choices, routed, num_chosen, chosen);
+  }
+  if (experts.is_normalized != 0) {
+    sum = 0.0f;
+    for (int i = 0; i < num_chosen; ++i) sum += logits[chosen[i]];
+  }
+  for (int i = 0; i < num_chosen; ++i) weights[i] = logits[chosen[i]] / sum * experts.scale;
   for (int i = 0; i < experts.num_shared; ++i) {
     chosen[num_chosen + i] = routed + i;
     weights[num_chosen + i] = shared_weight;
   }
 }
 
-void ExpertsWork::sort_assignments(const OctavoOp& op, int num_rows) {
+void ExpertsWork::sort(const OctavoOp& op, int num_rows) {
   const OctavoExperts& experts = op.experts;
   const int taken = taken_by_row(experts), num_assignments = num_rows * taken;
   std::fill(next_.begin(), next_.end(), 0);

@@ -11,8 +11,8 @@
 
 namespace octavo {
 
-// Memory of an OCTAVO_EXPERTS operation, and its work after the router's product, in four phases:
-// `choose`, `gather`, the items of `gated`, the items of `down`. One object serves all layers.
+// Memory of an OCTAVO_EXPERTS operation, and its work after the router's product, in five phases:
+// `choose` for some rows each, `sort`, `gather`, the items of `gated`, the items of `down`. One object serves all layers.
 //
 // Rows are sorted by expert, so that an expert's weights are read once for all rows that chose it,
 // and those of an expert that nobody chose are not read. A pair of a row and an expert it takes is
@@ -29,7 +29,8 @@ class ExpertsWork {
   float* logits() { return logits_.data(); }
   static int64_t logits_stride(const OctavoOp& op);
 
-  void choose(const OctavoOp& op, int num_rows);
+  void choose(const OctavoOp& op, int begin, int end);
+  void sort(const OctavoOp& op, int num_rows);
 
   // Copy the rows [num_rows, stride] of some assignments next to each other; items of kPerGather.
   static int num_gather_items(const OctavoOp& op, int num_rows);
@@ -57,11 +58,11 @@ class ExpertsWork {
   };
 
   void choose_for_row(const OctavoOp& op, int row);
-  void sort_assignments(const OctavoOp& op, int num_rows);
   Place place_of_cost(int64_t cost, int64_t num_blocks) const;
   int64_t cost_before(int group) const { return group == 0 ? 0 : groups_[group - 1].cost; }
 
   std::vector<float> logits_;
+  std::vector<float> choices_;          // [num_rows, twice as wide as logits]: what experts are chosen by, then groups
   std::vector<int> chosen_;             // [num_rows, experts a row takes]
   std::vector<float> chosen_weights_;   // the same
   std::vector<Group> groups_;

@@ -129,12 +129,16 @@ void store_gated(Activation* output, const float* sums) {
 
 void finish_rows(const Gemm& gemm, int64_t row, int num_rows, int64_t block, float* sums) {
   if (gemm.linear->bias != nullptr) add_bias(sums, num_rows, gemm.linear->bias + block * kBlockColumns);
+  if (gemm.adapters != nullptr) add_adapters(*gemm.adapters, row, num_rows, block, sums, kBlockColumns);
   char* const place = output_of(gemm, row, block);
   float* const output = reinterpret_cast<float*>(place);
   Activation* const activations = reinterpret_cast<Activation*>(place);
   const int64_t stride = gemm.output_stride, num_columns = gemm.num_columns - block * kBlockColumns;
   switch (gemm.epilogue) {
     case Epilogue::kLogits:
+      if (gemm.soft_cap > 0.0f)
+        for (int i = 0; i < num_rows * kBlockColumns; i += kLanes)
+          store(sums + i, soft_capped(load(sums + i), 1.0f, gemm.soft_cap));
       return store_logits(gemm, row, num_rows, block, std::min<int64_t>(num_columns, kBlockColumns), sums);
     case Epilogue::kStore:
       if (num_columns >= kBlockColumns)
@@ -170,7 +174,7 @@ GemmItems::GemmItems(int rows, const OctavoLinear& linear, bool gated, int num_t
   num_block_items = static_cast<int>(divide_up(num_blocks, blocks_per_item));
 }
 
-bool is_quantized(int32_t format) { return format == OCTAVO_WEIGHT_INT8 || format == OCTAVO_WEIGHT_INT4; }
+bool is_quantized(int32_t format) { return format != OCTAVO_WEIGHT_BF16 && format != OCTAVO_WEIGHT_COMPRESSED; }
 bool is_quantized(const OctavoLinear& linear) { return is_quantized(linear.format); }
 
 int64_t block_bytes(int32_t format, int64_t in_features) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "abi.h"
+#include "adapters.h"
 #include "quantized.h"
 #include "row_best.h"
 #include "simd.h"
@@ -42,7 +43,9 @@ struct Gemm {
   const int32_t* output_rows;  // for kAddWeighted
   const float* row_weights;
   RowBest* best;      // for kLogits, [num_rows]
+  float soft_cap;     // for kLogits; 0: none
   bool skips_caches;  // for kLogits: they are not read soon, and rows begin with a cache line
+  const AdapterRows* adapters;  // what is added to the sums of each row; null if nothing is
 };
 
 // A Gemm is cut into items that threads take one by one: a range of rows times a range of blocks.

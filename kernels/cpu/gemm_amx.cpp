@@ -151,6 +151,11 @@ struct SumsPlace {
   const bool start_from_output;
 };
 
+// The others grow as they would without adapters: a row that has none knows nothing of those beside it.
+void add_adapters_in_place(const Gemm& gemm, int64_t row, int num_rows, int64_t block, float* output) {
+  if (gemm.adapters != nullptr) add_adapters(*gemm.adapters, row, num_rows, block, output, gemm.output_stride);
+}
+
 // Up to kRowsPerTile rows from `row` on, of some blocks.
 template <bool kHasSecond, class Weights>
 void run_amx_tile(const Gemm& gemm, int64_t row, int num_rows, const BlockRange& blocks, int64_t bytes_per_step) {
@@ -171,6 +176,7 @@ void run_amx_tile(const Gemm& gemm, int64_t row, int num_rows, const BlockRange&
     multiply_amx<kHasSecond>(rows, num_rows, gemm.linear->in_features, steps, soon, sums);
     if (place.grow_in_place) {
       store_amx_sums<kHasSecond>(output, gemm.output_stride);
+      add_adapters_in_place(gemm, row, num_rows, block, output);
     } else {
       store_amx_sums<kHasSecond>(sums.start(row, block), kBlockColumns);
     }
@@ -213,6 +219,8 @@ void run_amx_tiles(const Gemm& gemm, int64_t begin, int64_t end, const BlockRang
         }
         const bool is_ready = input + num_inputs == in_features && !place.grow_in_place;
         store_amx_sums<true>(is_ready ? sums.start(row, block) : sums_so_far, stride);
+        if (place.grow_in_place && input + num_inputs == in_features)
+          add_adapters_in_place(gemm, row, kRowsPerTile, block, sums_so_far);
       }
     }
   }

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import ctypes as c
 import functools
-import math
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from octavo.kernels.cpu import build
+from octavo.kernels.group_codes import CodeShape, holds
 
-ABI_REVISION = 13
+ABI_REVISION = 19
+FAILED = -2
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
-BF16, F16, F32, Q8_0, Q4_0, Q4_1, Q4_K = range(7)
+BF16, F16, F32, CODES = range(4)
 WEIGHT_BF16, WEIGHT_INT8, WEIGHT_INT4, WEIGHT_COMPRESSED = range(4)
+_IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+CODE_FORMATS = {
+    9: CodeShape(4, 32, table=_IQ4_VALUES),
+    10: CodeShape(4, 32, table=_MXFP4_VALUES),
+    WEIGHT_INT4: CodeShape(4, 32, has_minimum=True),
+    4: CodeShape(5, 32, offset=16),
+    7: CodeShape(4, 16, has_minimum=True),
+    5: CodeShape(5, 32, has_minimum=True),
+    6: CodeShape(6, 16, offset=32),
+    WEIGHT_INT8: CodeShape(8, 32, offset=128),
+    8: CodeShape(8, 16, offset=128, has_minimum=True),
+}
+"""What codes mean by their OctavoWeightFormat, smallest first."""
 EMBED, NORM_LINEAR, ROTARY_WRITE_KV, PAGED_ATTENTION, LINEAR_RESIDUAL, NORM_GATED_LINEAR, LOGITS = range(7)
-NORM_EXPERTS_RESIDUAL, HIDDEN = 7, 8
+NORM_EXPERTS_RESIDUAL, HIDDEN, LINEAR, NORM_RESIDUAL = 7, 8, 9, 10
 PROFILE_ROWWISE, PROFILE_PREPARE, PROFILE_SIZE = 14, 15, 16
 PROFILE_NAMES = {
     EMBED: "embed",
@@ -30,10 +45,19 @@ PROFILE_NAMES = {
     LOGITS: "logits",
     NORM_EXPERTS_RESIDUAL: "norm_experts_residual",
     HIDDEN: "hidden",
+    LINEAR: "linear",
+    NORM_RESIDUAL: "norm_residual",
     PROFILE_ROWWISE: "rowwise",
     PROFILE_PREPARE: "prepare",
 }
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+
+
+def format_of(shapes: Sequence[CodeShape]) -> int:
+    """Return the smallest format that holds codes of all `shapes`; WEIGHT_BF16 if none does."""
+    enough = (number for number, own in CODE_FORMATS.items() if all(holds(own, shape) for shape in shapes))
+    return next(enough, WEIGHT_BF16)
+
 
 # What a CPU must have for a variant, as /proc/cpuinfo names it.
 _AVX2 = {"avx2", "fma", "f16c"}
@@ -56,10 +80,23 @@ NEEDED_FLAGS = {
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
-class Matrix(c.Structure):
-    """OctavoMatrix."""
+class KernelError(Exception):
+    """The system refused the kernels something other than memory; the message says what."""
 
-    _fields_ = (("data", c.c_void_p), ("type", c.c_int32), ("rows", c.c_int32), ("columns", c.c_int32))
+
+class Matrix(c.Structure):
+    """OctavoMatrix. `keeps` is what has the memory that it points to."""
+
+    keeps: object = None
+    _fields_ = (
+        ("data", c.c_void_p),
+        ("scales", c.c_void_p),
+        ("minima", c.c_void_p),
+        ("type", c.c_int32),
+        ("rows", c.c_int32),
+        ("columns", c.c_int32),
+        ("group", c.c_int32),
+    )
 
 
 class Norm(c.Structure):
@@ -90,6 +127,13 @@ class Experts(c.Structure):
         ("num_chosen", c.c_int32),
         ("num_shared", c.c_int32),
         ("is_normalized", c.c_int32),
+        ("bias", c.c_void_p),
+        ("is_sigmoid", c.c_int32),
+        ("num_groups", c.c_int32),
+        ("num_chosen_groups", c.c_int32),
+        ("num_best", c.c_int32),
+        ("scale", c.c_float),
+        ("has_shared_gate", c.c_int32),
     )
 
 
@@ -111,6 +155,7 @@ class Op(c.Structure):
         ("head_dim", c.c_int32),
         ("scale", c.c_float),
         ("window", c.c_int32),
+        ("soft_cap", c.c_float),
         ("table", c.c_void_p),
         ("table_stride", c.c_int32),
         ("vocab_size", c.c_int32),
@@ -146,6 +191,25 @@ class ProgramInfo(c.Structure):
     )
 
 
+class AdapterStripe(c.Structure):
+    """OctavoAdapterStripe."""
+
+    _fields_ = (("b", c.c_void_p), ("first_rank", c.c_int32), ("num_ranks", c.c_int32))
+
+
+class AdapterLayer(c.Structure):
+    """OctavoAdapterLayer."""
+
+    _fields_ = (
+        ("a", c.c_void_p),
+        ("scales", c.c_void_p),
+        ("stripes", c.c_void_p),
+        ("num_ranks", c.c_int32),
+        ("a_stride", c.c_int32),
+        ("num_blocks", c.c_int32),
+    )
+
+
 class Step(c.Structure):
     """OctavoStep."""
 
@@ -157,6 +221,9 @@ class Step(c.Structure):
         ("seq_lens", c.c_void_p),
         ("block_tables", c.c_void_p),
         ("logits_rows", c.c_void_p),
+        ("adapter_ids", c.c_void_p),
+        ("adapters", c.c_void_p),
+        ("num_adapters", c.c_int32),
         ("num_tokens", c.c_int32),
         ("num_sequences", c.c_int32),
         ("num_logits_rows", c.c_int32),
@@ -170,19 +237,12 @@ class Cache(c.Structure):
     _fields_ = (("data", c.c_void_p), ("num_blocks", c.c_int32))
 
 
-# OctavoDraw, as a numpy type.
-DRAW_FIELDS = [
-    ("top_p", "f8"),
-    ("min_p", "f8"),
-    ("seed", "u8"),
-    ("temperature", "f4"),
-    ("top_k", "i4"),
-    ("candidate_index", "u4"),
-    ("position", "u4"),
-]
+# Of these a null is an answer.
+_NEVER_FAIL = ("octavo_last_error", "octavo_pool_progress", "octavo_arena_allocate")
 
 _MatrixPointer = c.POINTER(Matrix)
 _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "octavo_last_error": (c.c_int32, (c.c_char_p, c.c_size_t)),
     "octavo_abi_revision": (c.c_int32, ()),
     "octavo_activation_bytes": (c.c_int32, ()),
     "octavo_rows_at_once": (c.c_int32, (c.c_int32,)),
@@ -194,11 +254,14 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_arena_allocate": (c.c_void_p, (c.c_void_p, c.c_size_t)),
     "octavo_arena_touch": (c.c_int32, (c.c_void_p, c.c_void_p)),
     "octavo_packed_weight_size": (c.c_size_t, (c.c_int32, c.c_int32, c.c_int32)),
-    "octavo_pack_linear": (None, (c.c_void_p, c.c_int32, _MatrixPointer, c.c_int32, c.c_void_p)),
-    "octavo_pack_gated": (None, (c.c_void_p, c.c_int32, _MatrixPointer, _MatrixPointer, c.c_void_p)),
+    "octavo_pack_linear": (c.c_int32, (c.c_void_p, c.c_int32, _MatrixPointer, c.c_int64, c.c_void_p)),
+    "octavo_pack_gated": (
+        c.c_int32,
+        (c.c_void_p, c.c_int32, _MatrixPointer, _MatrixPointer, c.c_int64, c.c_void_p),
+    ),
     "octavo_reads_compressed": (c.c_int32, ()),
     "octavo_compress": (c.c_int32, (c.c_void_p, c.c_void_p, c.c_int32, c.c_int32, c.c_void_p)),
-    "octavo_to_bf16": (None, (c.c_void_p, _MatrixPointer, c.c_void_p, c.c_int32)),
+    "octavo_to_bf16": (c.c_int32, (c.c_void_p, _MatrixPointer, c.c_void_p, c.c_int32)),
     "octavo_read_file": (
         c.c_int32,
         (c.c_void_p, c.c_int32, c.c_int64, c.c_size_t, c.c_void_p, c.c_void_p),
@@ -216,10 +279,10 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_measure_integer_dot": (c.c_int64, (c.c_void_p, c.c_int32)),
     "octavo_mask": (None, (c.c_void_p, c.c_void_p, c.c_int32)),
     "octavo_draw": (
-        None,
+        c.c_int32,
         (c.c_void_p, c.c_void_p, c.c_int64, c.c_int32, c.c_int32, c.c_void_p, c.c_void_p),
     ),
-    "octavo_argmax": (None, (c.c_void_p, c.c_void_p, c.c_int64, c.c_int32, c.c_int32, c.c_void_p)),
+    "octavo_argmax": (c.c_int32, (c.c_void_p, c.c_void_p, c.c_int64, c.c_int32, c.c_int32, c.c_void_p)),
 }
 
 
@@ -240,29 +303,39 @@ def runnable_variants() -> list[str]:
 def load(variant: str = "") -> c.CDLL:
     """Load the kernels: `variant`, or the best that this CPU can run.
 
-    Compiles them first where no ready library is found. Raises build.BuildError without a
-    compiler, ValueError for a variant that this CPU cannot run.
+    Compiles them first where no ready library is found. Raises build.BuildError without a compiler and
+    for a library that cannot be loaded, ValueError for a variant that this CPU cannot run.
     """
     runnable = runnable_variants()
     if variant and variant not in runnable:
         raise ValueError(f"CPU kernels {variant!r}: this machine can run {', '.join(runnable)}")
-    library = c.CDLL(str(build.library_path(variant or runnable[0])))
+    path = build.library_path(variant or runnable[0])
+    try:
+        library = c.CDLL(str(path))
+    except OSError as error:
+        raise build.BuildError(f"the CPU kernels in {path} cannot be loaded: {error}") from error
     for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+        declare(library, name, result, *arguments)
     revision = library.octavo_abi_revision()
     assert revision == ABI_REVISION, f"library.py mirrors revision {ABI_REVISION} of abi.h, not {revision}"
     return library
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use: its affinity mask, cut to the cgroup's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):  # no cgroup v2
-        return cores
-    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+def declare(library: c.CDLL, name: str, result: type | None, *arguments: type) -> None:
+    """Say how a function is called: its calls raise MemoryError or KernelError where the system refuses something."""
+    function = getattr(library, name)
+    function.restype, function.argtypes = result, arguments
+    if name in _NEVER_FAIL:
+        return
+
+    def check(value: int | None, _function: object, _arguments: object) -> int | None:
+        if value == FAILED or (value is None and result is c.c_void_p):
+            text = c.create_string_buffer(256)
+            is_memory = library.octavo_last_error(text, len(text))
+            raise (MemoryError if is_memory else KernelError)(f"{name}: {text.value.decode(errors='replace')}")
+        return value
+
+    function.errcheck = check
 
 
 @functools.cache

@@ -27,6 +27,11 @@ NeededRows::NeededRows(const OctavoStep& step) : step_(step) {
     const auto s = sequence_of(row);
     logits_rows_.push_back(query_start_loc_[s] + row - first_rows[s]);
   }
+  if (step.adapter_ids != nullptr) {
+    for (const Stretch& stretch : stretches_)
+      adapter_ids_.insert(adapter_ids_.end(), step.adapter_ids + stretch.from, step.adapter_ids + stretch.from + stretch.count);
+    step_.adapter_ids = adapter_ids_.data();
+  }
   step_.num_tokens = query_start_loc_.back();
   step_.query_start_loc = query_start_loc_.data();
   step_.logits_rows = logits_rows_.data();

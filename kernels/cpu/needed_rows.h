@@ -43,6 +43,7 @@ class NeededRows {
   bool are_fewer_ = false;
   std::vector<int32_t> query_start_loc_;
   std::vector<int32_t> logits_rows_;
+  std::vector<int32_t> adapter_ids_;
   std::vector<Stretch> stretches_;
 };
 

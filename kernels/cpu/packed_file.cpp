@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "abi.h"
+#include "guard.h"
 #include "handles.h"
 #include "simd.h"
 
@@ -62,14 +63,17 @@ int32_t octavo_read_file(OctavoPool* pool, int32_t file, int64_t offset, size_t 
                          uint64_t* checksums) {
   std::atomic<int> failure{0};
   const int num_chunks = static_cast<int>(divide_up(size, OCTAVO_CHUNK_BYTES));
-  pool->threads.for_each(num_chunks, [&](int64_t chunk, int) {
+  const auto read_chunk = [&](int64_t chunk, int) {
     const int64_t start = chunk * OCTAVO_CHUNK_BYTES;
     const size_t length = std::min<size_t>(OCTAVO_CHUNK_BYTES, size - start);
     char* target = static_cast<char*>(memory) + start;
     if (const int error = read_all(file, offset + start, length, target)) failure = error;
     checksums[chunk] = checksum(target, length);
+  };
+  return guarded<int32_t>(OCTAVO_FAILED, [&] {
+    pool->threads.for_each(num_chunks, read_chunk);
+    return failure.load();
   });
-  return failure;
 }
 
 void octavo_checksums(const void* memory, size_t size, uint64_t* checksums) {

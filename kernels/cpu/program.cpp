@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "guard.h"
 #include "handles.h"
 #include "step_job.h"
 
@@ -57,7 +58,7 @@ int64_t Program::bytes_passed(const OctavoOp& op) const {
   const OctavoOp* const next = &op + 1;
   const OctavoOp* const end = ops_.data() + ops_.size();
   if (next == end || next->input != op.output) return 0;
-  if (next->kind != OCTAVO_ROTARY_WRITE_KV && next->kind != OCTAVO_LINEAR_RESIDUAL) return 0;
+  if (next->kind != OCTAVO_ROTARY_WRITE_KV && !reads_activations(*next)) return 0;
   for (const OctavoOp* later = next + 1; later < end; ++later) {
     if (later->input == op.output) return 0;
     if (later->output == op.output) break;
@@ -82,7 +83,7 @@ struct OctavoProgram {
 };
 
 OctavoProgram* octavo_program_create(OctavoPool* pool, const OctavoProgramInfo* info) {
-  return new OctavoProgram{Program(pool->threads, *info)};
+  return guarded<OctavoProgram*>(nullptr, [&] { return new OctavoProgram{Program(pool->threads, *info)}; });
 }
 
 void octavo_program_destroy(OctavoProgram* program) { delete program; }
@@ -90,8 +91,7 @@ void octavo_program_destroy(OctavoProgram* program) { delete program; }
 int32_t octavo_program_run(OctavoProgram* program, const OctavoStep* step, const OctavoCache* cache, float* logits,
                            int32_t* best_tokens, char* error, size_t error_size) {
   if (!program->program.check(*step, *cache, IndexError(error, error_size))) return -1;
-  program->program.run(*step, *cache, logits, best_tokens);
-  return 0;
+  return guarded([&] { program->program.run(*step, *cache, logits, best_tokens); });
 }
 
 void octavo_program_profile(OctavoProgram* program, int32_t on, int64_t* ns, int64_t* num_phases) {

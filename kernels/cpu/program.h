@@ -15,7 +15,8 @@
 
 namespace octavo {
 
-// So few rows are normed and quantised by every thread for itself: cheaper than one more wait for each other.
+// At most so many rows are normed and quantised by every thread for itself, where that is cheaper than one more wait of
+// all for each other: see StepJob::prepares_for_itself.
 constexpr int kPrivateRows = 32;
 
 // Where time goes: see octavo_program_profile.
@@ -75,6 +76,8 @@ class Program {
   std::vector<PrivateRows> private_rows_;  // by thread
   int rows_at_once_ = 0;                   // of kRowwise
   ExpertsWork experts_;
+  LineVector<float> adapter_products_;  // of the operation that is computed
+  LineVector<float> adapter_sums_;      // the same
   PieceSums piece_sums_;
 };
 

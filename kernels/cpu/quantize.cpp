@@ -12,6 +12,9 @@ constexpr int kLargestInt4 = 15;
 // Ranges that are tried for a group of 4-bit codes, as shares of the range of its weights: leaving out
 // the outermost weight can bring the others nearer.
 constexpr float kShares[] = {1.0f, 0.96f, 0.92f, 0.88f, 0.84f, 0.8f};
+constexpr int kNumRanges = sizeof kShares / sizeof *kShares;
+using Lanes = float __attribute__((vector_size(32)));
+static_assert(kNumRanges <= static_cast<int>(sizeof(Lanes) / sizeof(float)));
 
 struct Weights {
   float values[kGroup];
@@ -22,87 +25,28 @@ struct Weights {
   }
 };
 
-// ---------------------------------------------------------------- groups of a GGUF file
-
-uint16_t half_at(const uint8_t* bytes) {
-  uint16_t half;
-  std::memcpy(&half, bytes, sizeof half);
-  return half;
-}
-
-// Sixteen bytes: in their low halves the first codes, in their high ones the others.
-void split_nibbles(const uint8_t* bytes, GroupCodes& group) {
-  for (int i = 0; i < kGroup / 2; ++i) {
-    group.codes[i] = static_cast<int8_t>(bytes[i] & 15);
-    group.codes[i + kGroup / 2] = static_cast<int8_t>(bytes[i] >> 4);
-  }
-}
-
-// A group of the eight of a block: scale and minimum have six bits each, and the block a factor for either.
-GroupCodes read_q4_k(const uint8_t* block, int group_of_block) {
-  const uint8_t* packed = block + 4;
-  int scale, minimum;
-  if (group_of_block < 4) {
-    scale = packed[group_of_block] & 63;
-    minimum = packed[group_of_block + 4] & 63;
-  } else {
-    scale = (packed[group_of_block + 4] & 15) | packed[group_of_block - 4] >> 6 << 4;
-    minimum = packed[group_of_block + 4] >> 4 | packed[group_of_block] >> 6 << 4;
-  }
+// Codes of the format as they are.
+GroupCodes read_group(const OctavoMatrix& matrix, const CodeFormat& format, int64_t row, int64_t index) {
   GroupCodes group{};
-  group.scale = float_to_half(half_to_float(half_at(block)) * static_cast<float>(scale));
-  group.minimum = float_to_half(-half_to_float(half_at(block + 2)) * static_cast<float>(minimum));
-  const uint8_t* bytes = block + 16 + group_of_block / 2 * kGroup;  // of this group and the one beside it
-  for (int i = 0; i < kGroup; ++i)
-    group.codes[i] = static_cast<int8_t>(group_of_block % 2 == 0 ? bytes[i] & 15 : bytes[i] >> 4);
+  const int64_t first = index * kGroup, end = std::min<int64_t>(first + kGroup, matrix.columns);
+  const int64_t groups = divide_up(matrix.columns, matrix.group);
+  for (int i = 0; i < format.num_scales(); ++i) {
+    const int64_t column = std::min<int64_t>(first + i * format.group, matrix.columns - 1);
+    const int64_t place = row * groups + column / matrix.group;
+    group.scales[i] = float_to_half(matrix.scales[place]);
+    if (format.has_minimum) group.minima[i] = float_to_half(matrix.minima[place]);
+  }
+  const int zero = format.has_minimum ? 0 : format.offset;
+  std::fill(group.codes, group.codes + kGroup, static_cast<uint8_t>(zero));
+  const auto* codes = static_cast<const uint8_t*>(matrix.data) + row * matrix.columns;
+  std::copy(codes + first, codes + end, group.codes);
   return group;
 }
-
-// The codes of a matrix that has some.
-GroupCodes read_group(const OctavoMatrix& matrix, int64_t row, int64_t index) {
-  const int64_t number = row * (matrix.columns / kGroup) + index;
-  const auto* data = static_cast<const uint8_t*>(matrix.data);
-  GroupCodes group{};
-  switch (matrix.type) {
-    case OCTAVO_Q8_0: {
-      const uint8_t* bytes = data + number * 34;
-      group.scale = half_at(bytes);
-      std::memcpy(group.codes, bytes + 2, kGroup);
-      break;
-    }
-    case OCTAVO_Q4_0: {
-      const uint8_t* bytes = data + number * 18;
-      group.scale = half_at(bytes);
-      group.minimum = float_to_half(-8.0f * half_to_float(group.scale));
-      split_nibbles(bytes + 2, group);
-      break;
-    }
-    case OCTAVO_Q4_1: {
-      const uint8_t* bytes = data + number * 20;
-      group.scale = half_at(bytes);
-      group.minimum = half_at(bytes + 2);
-      split_nibbles(bytes + 4, group);
-      break;
-    }
-    default:
-      return read_q4_k(data + number / 8 * 144, static_cast<int>(number % 8));
-  }
-  return group;
-}
-
-bool has_codes(const OctavoMatrix& matrix) { return matrix.type >= OCTAVO_Q8_0; }
 
 // ---------------------------------------------------------------- groups of numbers
 
 Weights weights_of(const OctavoMatrix& matrix, int64_t row, int64_t group) {
   Weights weights{};
-  if (has_codes(matrix)) {
-    const GroupCodes codes = read_group(matrix, row, group);
-    weights.count = kGroup;
-    for (int i = 0; i < kGroup; ++i)
-      weights.values[i] = half_to_float(codes.scale) * codes.codes[i] + half_to_float(codes.minimum);
-    return weights;
-  }
   weights.count = static_cast<int>(std::min<int64_t>(kGroup, matrix.columns - group * kGroup));
   for (int i = 0; i < weights.count; ++i) weights.values[i] = matrix_element(matrix, row, group * kGroup + i);
   return weights;
@@ -111,37 +55,86 @@ Weights weights_of(const OctavoMatrix& matrix, int64_t row, int64_t group) {
 // A half number that a code can be multiplied with: never infinite.
 uint16_t finite_half(float value) { return float_to_half(std::clamp(value, -65504.0f, 65504.0f)); }
 
-// The codes nearest to the weights, for a scale and a minimum; return the sum of squared distances.
-float round_to_int4(const Weights& weights, GroupCodes& group) {
-  const float scale = half_to_float(group.scale), minimum = half_to_float(group.minimum);
-  const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-  float error = 0.0f;
-  for (int i = 0; i < weights.count; ++i) {
-    const float code = std::clamp(std::nearbyint((weights.values[i] - minimum) * inverse), 0.0f, 15.0f);
-    group.codes[i] = static_cast<int8_t>(code);
-    const float distance = scale * code + minimum - weights.values[i];
-    error += distance * distance;
+// All ranges that are tried, side by side: one of each lane. Each is one chain of sums.
+struct Ranges {
+  Lanes scale, minimum, error;
+  Lanes codes[kGroup];
+
+  void set(int range, float new_scale, float new_minimum) {
+    scale[range] = half_to_float(finite_half(new_scale));
+    minimum[range] = half_to_float(finite_half(new_minimum));
   }
-  return error;
+  void round(const Weights& weights);
+  void fit(const Weights& weights);
+};
+
+// The codes nearest to the weights, and the sums of squared distances.
+void Ranges::round(const Weights& weights) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Lanes lowest = {}, highest = lowest + float{kLargestInt4};
+  const Lanes inverse = scale == lowest ? lowest : 1.0f / scale;
+  error = lowest;
+  for (int i = 0; i < weights.count; ++i) {
+    Lanes code = (weights.values[i] - minimum) * inverse;
+    code = code < lowest ? lowest : code;
+    code = code > highest ? highest : code;
+    code = (code + kMagic) - kMagic;
+    const Lanes distance = scale * code + minimum - weights.values[i];
+    error += distance * distance;
+    codes[i] = code;
+  }
 }
 
-// The scale and the minimum that bring given codes nearest to the weights (least squares).
-void fit_to_codes(const Weights& weights, GroupCodes& group) {
-  float codes = 0.0f, squares = 0.0f, values = 0.0f, products = 0.0f;
+// The scales and the minima that bring the codes nearest to the weights (least squares).
+void Ranges::fit(const Weights& weights) {
+  Lanes sums = {}, squares = {}, products = {};
+  float values = 0.0f;
   for (int i = 0; i < weights.count; ++i) {
-    const float code = group.codes[i], value = weights.values[i];
-    codes += code;
-    squares += code * code;
-    values += value;
-    products += code * value;
+    values += weights.values[i];
+    sums += codes[i];
+    squares += codes[i] * codes[i];
+    products += codes[i] * weights.values[i];
   }
   const float count = static_cast<float>(weights.count);
-  const float spread = count * squares - codes * codes;
-  if (spread <= 0.0f) return;
-  const float scale = (count * products - codes * values) / spread;
-  if (scale <= 0.0f) return;
-  group.scale = finite_half(scale);
-  group.minimum = finite_half((values - scale * codes) / count);
+  const Lanes spread = count * squares - sums * sums;
+  const Lanes new_scale = (count * products - sums * values) / spread;
+  const Lanes new_minimum = (values - new_scale * sums) / count;
+  for (int range = 0; range < kNumRanges; ++range)
+    if (!(spread[range] <= 0.0f) && !(new_scale[range] <= 0.0f)) set(range, new_scale[range], new_minimum[range]);
+}
+
+GroupCodes int8_group(const OctavoMatrix& matrix, int64_t row, int64_t index) {
+  const Weights weights = weights_of(matrix, row, index);
+  float largest = 0.0f;
+  for (float value : weights.values) largest = std::max(largest, std::abs(value));
+  GroupCodes group{};
+  if (!weights.are_finite()) return {{kNoNumber}, {}, {}};
+  group.scales[0] = finite_half(largest / kLargestInt8);
+  const float scale = half_to_float(group.scales[0]);
+  const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
+  for (int i = 0; i < kGroup; ++i)
+    group.codes[i] = static_cast<uint8_t>(128 + std::clamp(std::nearbyint(weights.values[i] * inverse), -127.0f, 127.0f));
+  return group;
+}
+
+GroupCodes int4_group(const OctavoMatrix& matrix, int64_t row, int64_t index) {
+  const Weights weights = weights_of(matrix, row, index);
+  if (!weights.are_finite()) return {{kNoNumber}, {}, {}};
+  const auto [lowest, highest] = std::minmax_element(weights.values, weights.values + weights.count);
+  Ranges ranges{};
+  for (int r = 0; r < kNumRanges; ++r) {
+    const float cut = 0.5f * (1.0f - kShares[r]) * (*highest - *lowest);
+    ranges.set(r, (*highest - *lowest - 2.0f * cut) / kLargestInt4, *lowest + cut);
+  }
+  ranges.round(weights);
+  ranges.fit(weights);
+  ranges.round(weights);
+  int nearest = 0;
+  for (int r = 1; r < kNumRanges; ++r)
+    if (ranges.error[r] < ranges.error[nearest]) nearest = r;
+  GroupCodes best{{finite_half(ranges.scale[nearest])}, {finite_half(ranges.minimum[nearest])}, {}};
+  for (int i = 0; i < weights.count; ++i) best.codes[i] = static_cast<uint8_t>(ranges.codes[i][nearest]);
+  return best;
 }
 
 }  // namespace
@@ -158,42 +151,9 @@ float matrix_element(const OctavoMatrix& matrix, int64_t row, int64_t column) {
   }
 }
 
-GroupCodes int8_group(const OctavoMatrix& matrix, int64_t row, int64_t index) {
-  if (matrix.type == OCTAVO_Q8_0) return read_group(matrix, row, index);
-  const Weights weights = weights_of(matrix, row, index);
-  float largest = 0.0f;
-  for (float value : weights.values) largest = std::max(largest, std::abs(value));
-  GroupCodes group{};
-  if (!weights.are_finite()) return {kNoNumber, 0, {}};
-  group.scale = finite_half(largest / kLargestInt8);
-  const float scale = half_to_float(group.scale);
-  const float inverse = scale == 0.0f ? 0.0f : 1.0f / scale;
-  for (int i = 0; i < weights.count; ++i)
-    group.codes[i] = static_cast<int8_t>(std::clamp(std::nearbyint(weights.values[i] * inverse), -127.0f, 127.0f));
-  return group;
-}
-
-GroupCodes int4_group(const OctavoMatrix& matrix, int64_t row, int64_t index) {
-  if (has_codes(matrix) && matrix.type != OCTAVO_Q8_0) return read_group(matrix, row, index);
-  const Weights weights = weights_of(matrix, row, index);
-  if (!weights.are_finite()) return {kNoNumber, 0, {}};
-  const auto [lowest, highest] = std::minmax_element(weights.values, weights.values + weights.count);
-  GroupCodes best{};
-  float least_error = -1.0f;
-  for (const float share : kShares) {
-    const float cut = 0.5f * (1.0f - share) * (*highest - *lowest);
-    GroupCodes group{};
-    group.scale = finite_half((*highest - *lowest - 2.0f * cut) / kLargestInt4);
-    group.minimum = finite_half(*lowest + cut);
-    round_to_int4(weights, group);
-    fit_to_codes(weights, group);
-    const float error = round_to_int4(weights, group);
-    if (least_error < 0.0f || error < least_error) {
-      best = group;
-      least_error = error;
-    }
-  }
-  return best;
+GroupCodes group_of(const OctavoMatrix& matrix, int32_t format, int64_t row, int64_t index) {
+  if (matrix.type == OCTAVO_CODES) return read_group(matrix, code_format(format), row, index);
+  return format == OCTAVO_WEIGHT_INT8 ? int8_group(matrix, row, index) : int4_group(matrix, row, index);
 }
 
 }  // namespace octavo

@@ -8,20 +8,18 @@
 
 namespace octavo {
 
-// A group of one output: weight = scale * code + minimum, of half precision. For 8 bits there is no
-// minimum and codes are in [-128, 127], for 4 bits in [0, 15].
+// The codes of 32 inputs of one output, with the scales and minima of half precision that their format has: see quantized.h.
 struct GroupCodes {
-  uint16_t scale;
-  uint16_t minimum;
-  int8_t codes[kGroup];
+  uint16_t scales[2];
+  uint16_t minima[2];
+  uint8_t codes[kGroup];
 };
 
 // An element of a matrix of numbers.
 float matrix_element(const OctavoMatrix& matrix, int64_t row, int64_t column);
 
-// The codes of columns [32 * group, 32 * group + 32) of a row; those beyond the end are zeros.
-// The scale is not a number if one of the weights is not finite.
-GroupCodes int8_group(const OctavoMatrix& matrix, int64_t row, int64_t group);
-GroupCodes int4_group(const OctavoMatrix& matrix, int64_t row, int64_t group);
+// Columns [32 * index, 32 * index + 32) of a row in a format; those beyond the end are zeros. Of numbers the scale is not a number
+// if one of them is not finite.
+GroupCodes group_of(const OctavoMatrix& matrix, int32_t format, int64_t row, int64_t index);
 
 }  // namespace octavo

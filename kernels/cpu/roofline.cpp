@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "guard.h"
 #include "handles.h"
 #include "simd.h"
 
@@ -99,19 +100,25 @@ void multiply_quads(int64_t num_dots) {
 using namespace octavo;
 
 int64_t octavo_measure_read(OctavoPool* pool, const void* data, int64_t num_bytes) {
-  const int num_items = static_cast<int>(num_bytes / kBytesPerItem);
-  pool->threads.for_each(num_items, [&](int64_t item, int) {
-    read_bytes(static_cast<const char*>(data) + item * kBytesPerItem, kBytesPerItem);
+  return guarded<int64_t>(OCTAVO_FAILED, [&] {
+    const int num_items = static_cast<int>(num_bytes / kBytesPerItem);
+    pool->threads.for_each(num_items, [&](int64_t item, int) {
+      read_bytes(static_cast<const char*>(data) + item * kBytesPerItem, kBytesPerItem);
+    });
+    return num_items * kBytesPerItem;
   });
-  return num_items * kBytesPerItem;
 }
 
 int64_t octavo_measure_dot(OctavoPool* pool, int32_t num_items) {
-  pool->threads.for_each(num_items, [&](int64_t, int) { multiply_pairs(kDotsPerItem); });
-  return num_items * kDotsPerItem * kOperationsPerDot;
+  return guarded<int64_t>(OCTAVO_FAILED, [&] {
+    pool->threads.for_each(num_items, [&](int64_t, int) { multiply_pairs(kDotsPerItem); });
+    return num_items * kDotsPerItem * kOperationsPerDot;
+  });
 }
 
 int64_t octavo_measure_integer_dot(OctavoPool* pool, int32_t num_items) {
-  pool->threads.for_each(num_items, [&](int64_t, int) { multiply_quads(kQuadsPerItem); });
-  return num_items * kQuadsPerItem * kLanes * 8;  // a quad takes four multiplications and four additions
+  return guarded<int64_t>(OCTAVO_FAILED, [&] {
+    pool->threads.for_each(num_items, [&](int64_t, int) { multiply_quads(kQuadsPerItem); });
+    return num_items * kQuadsPerItem * kLanes * 8;  // a quad takes four multiplications and four additions
+  });
 }

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.kernels.cpu import library
+from octavo.kernels.machine import available_cores
 
 BLOCK_COLUMNS = 32  # outputs in a packed block; rows of all buffers are padded to this as well
 GATED_COLUMNS = 16  # outputs of a gated pair in a packed block
@@ -22,11 +23,16 @@ class Runtime:
     """One loaded library with its threads. Not for use by several threads at once."""
 
     def __init__(self, variant: str = "", num_threads: int = 0) -> None:
-        """Load `variant` ("": the best) and start threads (0: one for each core that may be used)."""
+        """Load `variant` ("": the best) and start threads (0: one for each core that may be used).
+
+        Raises library.KernelError where the system refuses a thread.
+        """
         self.library = library.load(variant)
-        self.num_threads = num_threads or library.available_cores()
+        self.num_threads = num_threads or available_cores()
         self.pool = self.library.octavo_pool_create(self.num_threads)
         self._release = weakref.finalize(self, self.library.octavo_pool_destroy, self.pool)
+        # A daemon thread may run a step until the process is gone, which ends the threads anyway.
+        self._release.atexit = False
 
     @property
     def identity(self) -> str:
@@ -71,7 +77,7 @@ class Runtime:
         self.library.octavo_mask(row.ctypes.data, allowed.ctypes.data, len(row))
 
     def draw(self, logits: npt.NDArray[np.float32], draws: npt.NDArray[np.void]) -> npt.NDArray[np.int32]:
-        """Draw a token for each row; `draws` [N] of library.DRAW_FIELDS. -1 where no token can be drawn."""
+        """Draw a token for each row; `draws` [N] of draw.STRUCT. -1 where no token can be drawn."""
         rows = _as_rows(logits)
         assert len(draws) == len(rows), f"{len(draws)} draws for {len(rows)} rows of logits"
         token_ids = np.empty(len(rows), np.int32)
@@ -122,7 +128,7 @@ def read_file(runtime: Runtime, file: int, offset: int, address: int, num_bytes:
     """Read a part of an open file to `address` with all threads; return its checksums. Raises OSError."""
     checksums = np.empty(math.ceil(num_bytes / library.CHUNK_BYTES), np.uint64)
     error = runtime.library.octavo_read_file(runtime.pool, file, offset, num_bytes, address, checksums.ctypes.data)
-    if error:
+    if error != 0:
         raise OSError(error, os.strerror(error))
     return checksums.tolist()
 
@@ -145,6 +151,7 @@ class Program:
         self._handle = self._library.octavo_program_create(runtime.pool, info)
         self._error = ctypes.create_string_buffer(256)
         self._release = weakref.finalize(self, self._library.octavo_program_destroy, self._handle)
+        self._release.atexit = False  # see Runtime
 
     def run(
         self,

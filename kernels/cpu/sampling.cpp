@@ -8,6 +8,7 @@
 
 #include "abi.h"
 #include "gumbel.h"
+#include "guard.h"
 #include "handles.h"
 #include "row_best.h"
 
@@ -45,6 +46,12 @@ struct Candidate {
   int32_t token_id;
 };
 
+// A candidate's share of the probability, and how far its logit lies from the expected one.
+struct Weight {
+  float distance;
+  double weight;
+};
+
 bool is_before(const Candidate& a, const Candidate& b) {
   return a.value != b.value ? a.value > b.value : a.token_id < b.token_id;
 }
@@ -61,7 +68,7 @@ double exp_of_negative(double x) {
   constexpr double kFactors[] = {479001600.0, 39916800.0, 3628800.0, 362880.0, 40320.0, 5040.0, 720.0,
                                  120.0,       24.0,       6.0,       2.0,      1.0,     1.0};
   for (double factor : kFactors) power = power * r + 1.0 / factor;
-  int64_t exponent, word;
+  uint64_t exponent, word;
   std::memcpy(&exponent, &shifted, sizeof exponent);
   std::memcpy(&word, &power, sizeof word);
   word += exponent << 52;
@@ -78,6 +85,7 @@ class RowSampler {
  private:
   void scale(const float* logits, float temperature);
   void filter(const OctavoDraw& draw);
+  double standard_deviation() const;
   void collect(float lowest);
   float lower_bound_of_top_k(int32_t top_k);
   void keep_top_k(int32_t top_k);
@@ -86,6 +94,7 @@ class RowSampler {
   double sum_of_weights(size_t count, const ValueAt& value_at) const;
   double sum_of_weights(const Candidate* begin, const Candidate* end) const;
   bool cut_at(double top_p, double total);
+  void keep_typical(double typical_p);
   void drop_all_but_candidates();
   int32_t argmax_with_noise(const NoiseKey& key);
   void limit_words(float bar);
@@ -97,6 +106,7 @@ class RowSampler {
   std::vector<float> word_limit_;     // by block: no word above it brings enough noise
   std::vector<float> order_;
   std::vector<Candidate> candidates_;
+  std::vector<Weight> weights_;  // of candidates_
 };
 
 int32_t RowSampler::draw(const float* logits, int32_t vocab_size, const OctavoDraw& draw) {
@@ -124,7 +134,12 @@ void RowSampler::filter(const OctavoDraw& draw) {
   const bool has_top_k = draw.top_k > 0 && draw.top_k < vocab_size_;
   const bool has_top_p = draw.top_p < 1.0;
   const bool has_min_p = draw.min_p > 0.0;
-  if (!has_top_k && !has_top_p && !has_min_p) return;
+  if (draw.top_n_sigma > 0.0) {
+    collect(largest_ - static_cast<float>(draw.top_n_sigma * standard_deviation()));
+    drop_all_but_candidates();
+  }
+  const bool has_typical_p = draw.typical_p < 1.0;
+  if (!has_top_k && !has_top_p && !has_min_p && !has_typical_p) return;
   const float min_p_floor = has_min_p ? largest_ + static_cast<float>(std::log(draw.min_p)) : kMinusInfinity;
   if (has_top_k) {
     keep_top_k(draw.top_k);
@@ -140,7 +155,26 @@ void RowSampler::filter(const OctavoDraw& draw) {
   }
   const auto is_too_low = [min_p_floor](const Candidate& c) { return c.value < min_p_floor; };
   candidates_.erase(std::remove_if(candidates_.begin(), candidates_.end(), is_too_low), candidates_.end());
+  if (has_typical_p && !candidates_.empty()) keep_typical(draw.typical_p);
   drop_all_but_candidates();
+}
+
+// Of all logits that are not -inf, in an order that no instruction set changes.
+double RowSampler::standard_deviation() const {
+  double count = 0.0, sum = 0.0, squares = 0.0;  // of the distances from the largest one
+  for (int32_t i = 0; i < vocab_size_; ++i) {
+    if (scaled_[i] == kMinusInfinity) continue;
+    const double distance = static_cast<double>(scaled_[i]) - largest_;
+    count += 1.0;
+    sum += distance;
+  }
+  const double mean = sum / count;
+  for (int32_t i = 0; i < vocab_size_; ++i) {
+    if (scaled_[i] == kMinusInfinity) continue;
+    const double difference = static_cast<double>(scaled_[i]) - largest_ - mean;
+    squares += difference * difference;
+  }
+  return std::sqrt(squares / count);
 }
 
 // Make candidates_ of all tokens at or above `lowest`, in the order of their ids.
@@ -230,6 +264,39 @@ bool RowSampler::cut_at(double top_p, double total) {
   return true;
 }
 
+// Keep the candidates whose logits lie nearest to the expected one, which are those whose information lies nearest to the
+// entropy: as few as reach typical_p of the total with their weights, and all that are as near as the last of them.
+void RowSampler::keep_typical(double typical_p) {
+  weights_.clear();
+  double total = 0.0, sum_of_depths = 0.0;
+  for (const Candidate& c : candidates_) {
+    const double depth = static_cast<double>(c.value) - largest_;
+    weights_.push_back({0.0f, exp_of_negative(depth)});
+    total += weights_.back().weight;
+    sum_of_depths += weights_.back().weight * depth;
+  }
+  const float expected = static_cast<float>(largest_ + sum_of_depths / total);
+  for (size_t i = 0; i < candidates_.size(); ++i) weights_[i].distance = std::fabs(candidates_[i].value - expected);
+  const auto is_nearer = [](const Weight& a, const Weight& b) { return a.distance < b.distance; };
+  auto begin = weights_.begin(), end = weights_.end();  // the last one to be kept is among these
+  double sum = 0.0;                                      // of those before, which are kept
+  while (end - begin > 1) {
+    const auto middle = begin + (end - begin) / 2;
+    std::nth_element(begin, middle, end, is_nearer);
+    double sum_of_half = sum;
+    for (auto each = begin; each < middle; ++each) sum_of_half += each->weight;
+    if (sum_of_half >= typical_p * total) {
+      end = middle;
+    } else {
+      sum = sum_of_half;
+      begin = middle;
+    }
+  }
+  const float radius = begin->distance;
+  const auto is_too_far = [=](const Candidate& c) { return std::fabs(c.value - expected) > radius; };
+  candidates_.erase(std::remove_if(candidates_.begin(), candidates_.end(), is_too_far), candidates_.end());
+}
+
 void RowSampler::drop_all_but_candidates() {
   std::fill(scaled_.begin(), scaled_.end(), kMinusInfinity);
   std::fill(block_largest_.begin(), block_largest_.end(), kMinusInfinity);
@@ -304,6 +371,7 @@ int32_t RowSampler::argmax_with_noise(const NoiseKey& key) {
   // What the most likely block reaches is a bar: of blocks that miss it with the largest noise there is no words are computed,
   // and of those that miss it with the noise of their words no noise.
   const int32_t likeliest = argmax(block_largest_.data(), num_blocks);
+  if (likeliest == kNoToken) return kNoToken;  // a filter has left nothing
   LaneBest of_likeliest[4];
   offer_block(key, scaled_.data() + int64_t{likeliest} * kNoiseTokens, likeliest, kAnyWord, of_likeliest);
   const float bar = best_of(of_likeliest).value;
@@ -332,19 +400,23 @@ void octavo_mask(float* logits, const uint32_t* allowed, int32_t size) {
   }
 }
 
-void octavo_draw(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows, int32_t vocab_size,
-                 const OctavoDraw* draws, int32_t* token_ids) {
-  std::vector<RowSampler> samplers(pool->threads.num_threads());
-  pool->threads.for_each(num_rows, [&](int64_t row, int thread) {
-    token_ids[row] = samplers[thread].draw(logits + row * stride, vocab_size, draws[row]);
+int32_t octavo_draw(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows, int32_t vocab_size,
+                    const OctavoDraw* draws, int32_t* token_ids) {
+  return guarded([&] {
+    std::vector<RowSampler> samplers(pool->threads.num_threads());
+    pool->threads.for_each(num_rows, [&](int64_t row, int thread) {
+      token_ids[row] = samplers[thread].draw(logits + row * stride, vocab_size, draws[row]);
+    });
   });
 }
 
-void octavo_argmax(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows, int32_t vocab_size,
-                   int32_t* token_ids) {
-  pool->threads.for_each(num_rows, [&](int64_t row, int) {
-    RowBest best;
-    best.take(logits + row * stride, vocab_size, 0);
-    token_ids[row] = best.token();
+int32_t octavo_argmax(OctavoPool* pool, const float* logits, int64_t stride, int32_t num_rows, int32_t vocab_size,
+                      int32_t* token_ids) {
+  return guarded([&] {
+    pool->threads.for_each(num_rows, [&](int64_t row, int) {
+      RowBest best;
+      best.take(logits + row * stride, vocab_size, 0);
+      token_ids[row] = best.token();
+    });
   });
 }

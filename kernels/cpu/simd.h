@@ -299,6 +299,21 @@ inline Bytes load_table(const uint8_t* source) {
 #endif
 }
 
+inline Bytes load_bytes(const uint8_t* source) {
+  Bytes bytes;
+  std::memcpy(&bytes, source, sizeof bytes);
+  return bytes;
+}
+
+// Bits by `count` places, from each byte into those beside it as well: these are to be masked away.
+typedef uint16_t BytePlaces __attribute__((vector_size(kLanes * 4)));
+inline Bytes shift_left(Bytes bytes, int count) {
+  return reinterpret_cast<Bytes>(reinterpret_cast<BytePlaces>(bytes) << count);
+}
+inline Bytes shift_right(Bytes bytes, int count) {
+  return reinterpret_cast<Bytes>(reinterpret_cast<BytePlaces>(bytes) >> count);
+}
+
 // The table's byte number `index`, which is below kTableBytes, for each byte.
 inline Bytes look_up(Bytes table, Bytes index) {
 #if defined(OCTAVO_AVX512)
@@ -613,6 +628,13 @@ inline IntVec dot_quads(IntVec sum, Quads weights, QuadActivations x) {
 }
 #endif
 
+// Weights that lie in a vector as `load_quads` finds them in memory.
+inline Quads quads_of(Bytes bytes) {
+  alignas(64) uint8_t stored[sizeof bytes];
+  std::memcpy(stored, &bytes, sizeof bytes);
+  return load_quads(stored);
+}
+
 // `count` integers, a multiple of 4, within [-127, 127].
 inline void store_quads(ByteActivation* target, const int8_t* source, int count) {
   if constexpr (sizeof(ByteActivation) == 1) {
@@ -703,6 +725,15 @@ class DefaultFloatMode {
 
  private:
   unsigned saved_;
+#elif defined(__aarch64__)
+  DefaultFloatMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(uint64_t{0}));
+  }
+  ~DefaultFloatMode() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
 #else
   DefaultFloatMode() {}
 #endif

@@ -9,8 +9,6 @@
 namespace octavo {
 namespace {
 
-constexpr int kRowsPerItem = 4;  // of embedding, norm and rotary
-
 // Where each thread has so many rows, what is done row by row between two attentions is one phase: see kRowwise.
 constexpr int kFewestRowwiseRows = 256;
 // In tiles, rows are multiplied so fast that weights for so few cannot arrive in time.
@@ -19,6 +17,18 @@ constexpr bool kJoinsRowwise = false;
 #else
 constexpr bool kJoinsRowwise = true;
 #endif
+
+// What it takes to norm and to quantise an element, and all threads to wait for each other: the more there are, the more each
+// has to look at. Measured with the rows in the cache.
+constexpr double kNsOfNorm = 0.08, kNsOfQuantising = 0.19, kNsOfWait = 1000.0, kNsOfWaitPerThread = 50.0;
+
+constexpr int kRowsChosenByOneThread = 16;  // experts for more are worth a wait
+
+// With fewer rows for each thread, the ranks of a row are dealt out as well.
+constexpr int kFewestAdapterRows = 4;
+constexpr int kRanksPerItem = 16;
+// With more rows, B of an adapter stays in the first cache while the rows of a block pass, and sums would take more room than that.
+constexpr int kMostSummedRows = 256;
 
 constexpr size_t kBytesFetchedAhead = 256 << 10;  // by a thread that waits; a fraction of its cache
 constexpr size_t kBytesFetchedBeforeRows = 2 << 10;
@@ -53,9 +63,18 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
       ahead_(program.threads_.num_threads()) {
   if (needed_rows_.are_fewer())
     last_attention_.emplace(needed_rows_.step(), program.threads_.num_threads(), program.piece_sums_);
+  if (step.adapter_ids != nullptr) {
+    adapter_rows_ = rows_by_adapter(step);
+    if (needed_rows_.are_fewer()) needed_adapter_rows_ = rows_by_adapter(needed_rows_.step());
+    adapters_.resize(program.ops_.size());  // before phases point to them
+  }
   const OctavoOp* end = program.ops_.data() + program.ops_.size();
   for (const OctavoOp& op : program.ops_) add_phases(op, &op + 1 == end ? nullptr : &op + 1);
-  if constexpr (kJoinsRowwise) join_rowwise_phases();
+  for (AdapterRows& rows : adapters_) {  // whose memory no longer grows
+    rows.products = program.adapter_products_.data();
+    rows.sums = rows.sums_stride > 0 ? program.adapter_sums_.data() : nullptr;
+  }
+  if (kJoinsRowwise && adapters_.empty()) join_rowwise_phases();
   plan_ahead();
 }
 
@@ -65,7 +84,7 @@ void StepJob::join_rowwise_phases() {
   const auto can_join = [&](const Phase& phase) {
     if (phase.op->kind == OCTAVO_LOGITS || phase.op->kind == OCTAVO_NORM_EXPERTS_RESIDUAL) return false;
     return phase.kind == PhaseKind::kEmbed || phase.kind == PhaseKind::kPrepare || phase.kind == PhaseKind::kGemm ||
-           phase.kind == PhaseKind::kRotary;
+           phase.kind == PhaseKind::kRotary || phase.kind == PhaseKind::kNormResidual;
   };
   std::vector<Phase> phases;
   std::vector<int> items_per_phase;
@@ -123,10 +142,15 @@ void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
       add_phase(at_once ? PhaseKind::kRotaryAttention : PhaseKind::kAttention, op, num_tokens, plan_of(op).prepare(op));
       break;
     }
+    case OCTAVO_NORM_RESIDUAL:
+      add_phase(PhaseKind::kNormResidual, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
+      break;
+    case OCTAVO_LINEAR:
     case OCTAVO_LINEAR_RESIDUAL:
       if (is_quantized(op.linear)) {
         add_prepared_gemm(op, num_tokens);
       } else {
+        add_multiply_ranks(op, false);
         add_gemm(PhaseKind::kGemm, op, num_tokens);
       }
       break;
@@ -145,12 +169,96 @@ void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
 }
 
 void StepJob::add_prepared_gemm(const OctavoOp& op, int num_rows) {
-  if (num_rows <= kPrivateRows) {
+  if (prepares_for_itself(op, num_rows)) {
+    const int first = static_cast<int>(phases_.size());
+    add_multiply_ranks(op, true);
     add_gemm(PhaseKind::kPrepareGemm, op, num_rows);
+    for (size_t phase = first; phase < phases_.size(); ++phase) phases_[phase].prepared_by = first;
   } else {
-    add_phase(PhaseKind::kPrepare, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
+    add_prepare(op, num_rows);
+    add_multiply_ranks(op, false);
     add_gemm(PhaseKind::kGemm, op, num_rows);
   }
+}
+
+// The most ranks that an adapter of one of its rows adds to `op`.
+int64_t StepJob::ranks_of(const OctavoOp& op) const {
+  int32_t most = 0;
+  const std::vector<int>& rows = adapter_rows_of(op);
+  const int32_t* const ids = step_of(op).adapter_ids;
+  for (size_t i = 0; i < rows.size(); ++i)
+    if (i == 0 || ids[rows[i]] != ids[rows[i - 1]])
+      most = std::max(most, step_.adapters[ids[rows[i]]][&op - program_.ops_.data()].num_ranks);
+  return most;
+}
+
+// Nothing, where no adapter adds to `op`.
+void StepJob::add_multiply_ranks(const OctavoOp& op, bool reads_private_rows) {
+  if (adapters_.empty() || op.kind == OCTAVO_LOGITS) return;
+  const int64_t stride = ranks_of(op), num_rows = static_cast<int64_t>(adapter_rows_of(op).size());
+  if (stride == 0) return;
+  const int64_t op_number = &op - program_.ops_.data(), num_threads = program_.threads_.num_threads();
+  LineVector<float>& products = program_.adapter_products_;
+  if (static_cast<int64_t>(products.size()) < step_of(op).num_tokens * stride) products.resize(step_of(op).num_tokens * stride);
+  const bool are_few = num_rows < kFewestAdapterRows * num_threads;
+  adapters_[op_number] = {step_of(op).adapter_ids, step_.adapters, op_number, nullptr, stride, nullptr, 0};
+  if (!are_few && step_of(op).num_tokens <= kMostSummedRows) {
+    const int64_t sums_stride = divide_up(op.linear.out_features, is_gated(op) ? kGatedColumns : kBlockColumns) * kBlockColumns;
+    adapters_[op_number].sums_stride = sums_stride;
+    LineVector<float>& sums = program_.adapter_sums_;
+    if (static_cast<int64_t>(sums.size()) < step_of(op).num_tokens * sums_stride) sums.resize(step_of(op).num_tokens * sums_stride);
+  }
+  const int64_t rows_per_item = are_few || adapters_[op_number].sums_stride > 0 ? 1 : kRowsPerItem;
+  const int64_t parts = are_few ? divide_up(stride, kRanksPerItem) : 1;
+  add_phase(PhaseKind::kMultiplyRanks, op, static_cast<int>(num_rows), static_cast<int>(divide_up(num_rows, rows_per_item) * parts));
+  phases_.back().rows_per_item = static_cast<int>(rows_per_item);
+  phases_.back().reads_private_rows = reads_private_rows;
+}
+
+// Items are in the order of the rows, and of the ranks of each where they are dealt out as well.
+void StepJob::run_multiply_ranks(int index, int item, int thread) {
+  const Phase& phase = phases_[index];
+  const OctavoOp& op = *phase.op;
+  const AdapterRows& adapters = adapters_[&op - program_.ops_.data()];
+  const std::vector<int>& rows = adapter_rows_of(op);
+  const int num_parts = items_per_phase_[index] / static_cast<int>(divide_up(phase.num_rows, phase.rows_per_item));
+  const int begin = item / num_parts * phase.rows_per_item, end = std::min(begin + phase.rows_per_item, phase.num_rows);
+  const int first_rank = item % num_parts * kRanksPerItem;
+  const int last_rank = num_parts == 1 ? std::numeric_limits<int>::max() : first_rank + kRanksPerItem;
+  const Activation* input = program_.prepared_.normed.data();
+  int64_t stride = program_.normed_stride_;
+  if (reads_activations(op)) {
+    input = row<Activation>(op.input, 0);
+    stride = program_.buffers_[op.input].stride;
+  } else if (phase.reads_private_rows) {
+    input = private_rows(index, 0, thread).normed.data();
+  }
+  for (int i = begin; i < end; ++i) {
+    const OctavoAdapterLayer* const layer = adapters.layer_of(rows[i]);
+    if (layer == nullptr) continue;
+    float* const products = program_.adapter_products_.data() + rows[i] * adapters.stride;
+    multiply_ranks(*layer, input + rows[i] * stride, first_rank, last_rank, products);
+    if (adapters.sums != nullptr)
+      multiply_products(*layer, products, program_.adapter_sums_.data() + rows[i] * adapters.sums_stride);
+  }
+}
+
+// Whether each thread takes less time for all rows than for its share of them and one more wait.
+bool StepJob::prepares_for_itself(const OctavoOp& op, int num_rows) const {
+  if (num_rows > kPrivateRows) return false;
+  const double threads = program_.threads_.num_threads();
+  const double ns_of_element =
+      (op.norm.weight != nullptr ? kNsOfNorm : 0.0) + (is_quantized(op.linear) ? kNsOfQuantising : 0.0);
+  const double ns_of_others = ns_of_element * op.linear.in_features * num_rows * (threads - 1) / threads;
+  return ns_of_others <= kNsOfWait + kNsOfWaitPerThread * threads;
+}
+
+// Few rows are dealt out one by one, so that many threads have some.
+void StepJob::add_prepare(const OctavoOp& op, int num_rows) {
+  const int64_t share = divide_up(num_rows, program_.threads_.num_threads());
+  const int rows_per_item = static_cast<int>(std::clamp<int64_t>(share, 1, kRowsPerItem));
+  add_phase(PhaseKind::kPrepare, op, num_rows, static_cast<int>(divide_up(num_rows, rows_per_item)));
+  phases_.back().rows_per_item = rows_per_item;
 }
 
 void StepJob::add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items) {
@@ -163,7 +271,7 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
   gemm.num_rows = num_rows;
   gemm.linear = &op.linear;
   gemm.epilogue = epilogue_of(op);
-  if (op.kind == OCTAVO_LINEAR_RESIDUAL) {
+  if (reads_activations(op)) {
     gemm.input = row<Activation>(op.input, 0);
     gemm.input_stride = program_.buffers_[op.input].stride;
   } else {
@@ -172,11 +280,14 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
   }
   if (is_quantized(op.linear))
     gemm.quantized_input = {program_.prepared_.quantized.data(), program_.quantized_stride_};
+  if (!phases_.empty() && phases_.back().kind == PhaseKind::kMultiplyRanks)
+    gemm.adapters = &adapters_[&op - program_.ops_.data()];
   if (op.kind == OCTAVO_NORM_EXPERTS_RESIDUAL) {  // the router
     gemm.output = program_.experts_.logits();
     gemm.output_stride = gemm.num_columns = static_cast<int>(ExpertsWork::logits_stride(op));
   } else if (op.kind == OCTAVO_LOGITS) {
     gemm.output = logits_;
+    gemm.soft_cap = op.soft_cap;
     gemm.output_stride = gemm.num_columns = op.linear.out_features;
     const bool fill_lines = reinterpret_cast<uintptr_t>(logits_) % kLineBytes == 0 && gemm.output_stride % kLanes == 0;
     gemm.skips_caches = num_rows > kRowsOfLogitsInCache && fill_lines;
@@ -192,9 +303,14 @@ void StepJob::add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows) {
 void StepJob::add_experts(const OctavoOp& op, int num_rows) {
   const int num_threads = program_.threads_.num_threads();
   if (num_rows == 0) return;
-  add_phase(PhaseKind::kPrepare, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
+  add_prepare(op, num_rows);
   add_gemm(PhaseKind::kGemm, op, num_rows);
-  add_phase(PhaseKind::kChoose, op, num_rows, 1);
+  if (num_rows <= kRowsChosenByOneThread) {
+    add_phase(PhaseKind::kChooseAndSort, op, num_rows, 1);
+  } else {
+    add_phase(PhaseKind::kChoose, op, num_rows, static_cast<int>(divide_up(num_rows, kRowsPerItem)));
+    add_phase(PhaseKind::kSort, op, num_rows, 1);
+  }
   add_phase(PhaseKind::kGather, op, num_rows, ExpertsWork::num_gather_items(op, num_rows));
   add_phase(PhaseKind::kExpertsGated, op, num_rows, ExpertsWork::num_gated_items(op, num_rows, num_threads));
   add_phase(PhaseKind::kExpertsDown, op, num_rows, ExpertsWork::num_down_items(op, num_threads));
@@ -217,6 +333,10 @@ void StepJob::run_items(int index, int begin, int end, int thread) {
     case PhaseKind::kRowwise:
       for (int item = begin; item < end; ++item) run_rowwise_item(index, item, thread);
       break;
+    case PhaseKind::kMultiplyRanks:
+      for (int item = begin; item < end; ++item) run_multiply_ranks(index, item, thread);
+      program_.threads_.moved(thread);
+      break;
     default:
       for (int item = begin; item < end; ++item) {
         run_item(index, item);
@@ -228,8 +348,8 @@ void StepJob::run_items(int index, int begin, int end, int thread) {
 void StepJob::run_item(int index, int item) {
   const Phase& phase = phases_[index];
   const OctavoOp& op = *phase.op;
-  const int begin = item * kRowsPerItem;
-  const int end = std::min(begin + kRowsPerItem, phase.num_rows);
+  const int begin = item * phase.rows_per_item;
+  const int end = std::min(begin + phase.rows_per_item, phase.num_rows);
   switch (phase.kind) {
     case PhaseKind::kEmbed:
       for (int t = begin; t < end; ++t) embed_token(op, step_.token_ids[t], row<float>(op.output, t));
@@ -239,6 +359,7 @@ void StepJob::run_item(int index, int item) {
       break;
     case PhaseKind::kGemm:
     case PhaseKind::kPrepareGemm:
+    case PhaseKind::kMultiplyRanks:
     case PhaseKind::kRowwise:  // see run_items
       break;
     case PhaseKind::kRotary:
@@ -254,7 +375,14 @@ void StepJob::run_item(int index, int item) {
       keep_needed_rows(op, item);
       break;
     case PhaseKind::kChoose:
-      program_.experts_.choose(op, phase.num_rows);
+      program_.experts_.choose(op, begin, end);
+      break;
+    case PhaseKind::kSort:
+      program_.experts_.sort(op, phase.num_rows);
+      break;
+    case PhaseKind::kChooseAndSort:
+      program_.experts_.choose(op, 0, phase.num_rows);
+      program_.experts_.sort(op, phase.num_rows);
       break;
     case PhaseKind::kGather:
       program_.experts_.gather(program_.prepared_.normed.data(), program_.normed_stride_, item);
@@ -265,6 +393,9 @@ void StepJob::run_item(int index, int item) {
     case PhaseKind::kExpertsDown:
       program_.experts_.run_down(op, row<float>(op.output, 0), program_.buffers_[op.output].stride, item,
                                  items_per_phase_[index]);
+      break;
+    case PhaseKind::kNormResidual:
+      for (int t = begin; t < end; ++t) add_norm_row(op.norm, row<float>(op.input, t), row<float>(op.output, t));
       break;
     case PhaseKind::kHidden:
       for (int r = begin; r < end; ++r)
@@ -345,11 +476,17 @@ void StepJob::run_rows(const Phase& part, int begin, int end, PrivateRows& rows,
     case PhaseKind::kRotary:
       run_rotary(op, input, begin, end, 0, op.num_kv_heads);
       break;
+    case PhaseKind::kNormResidual: {
+      const float* rows_to_norm = reinterpret_cast<const float*>(input);
+      for (int t = begin; t < end; ++t, rows_to_norm += program_.buffers_[op.input].stride)
+        add_norm_row(op.norm, rows_to_norm, row<float>(op.output, t));
+      break;
+    }
     default: {
       Gemm gemm = part.gemm;
       gemm.num_rows = end - begin;
       gemm.input = rows.prepared.normed.data();
-      if (op.kind == OCTAVO_LINEAR_RESIDUAL) gemm.input = reinterpret_cast<const Activation*>(input);
+      if (reads_activations(op)) gemm.input = reinterpret_cast<const Activation*>(input);
       if (is_quantized(op.linear)) gemm.quantized_input.data = rows.prepared.quantized.data();
       gemm.output = passes ? rows.passed.data() : output_row(op, begin);
       run_gemm_blocks(gemm, 0, part.gemm_items.num_blocks, ahead);
@@ -357,16 +494,24 @@ void StepJob::run_rows(const Phase& part, int begin, int end, PrivateRows& rows,
   }
 }
 
-void StepJob::run_private_gemm(int index, int begin, int end, int thread) {
-  const Phase& phase = phases_[index];
+// All rows of the operation, which this thread prepares for itself where it has not yet. `item` is the first that it runs then.
+PreparedRows& StepJob::private_rows(int index, int item, int thread) {
+  const int prepared_by = phases_[index].prepared_by;
   PreparedRows& rows = program_.private_rows_[thread].prepared;
-  if (private_phase_[thread] != index) {
+  if (private_phase_[thread] != prepared_by) {
+    const Phase& phase = phases_[index].kind == PhaseKind::kPrepareGemm ? phases_[index] : phases_[index + 1];
     // This waits for rows that another thread has just written; the weights set out meanwhile.
-    const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, begin);
+    const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, item);
     for (size_t i = 0; i < std::min(weights.size, kBytesFetchedBeforeRows); i += 64) prefetch_l2(weights.begin + i);
     prepare_rows(phase, 0, phase.num_rows, rows);
-    private_phase_[thread] = index;
+    private_phase_[thread] = prepared_by;
   }
+  return rows;
+}
+
+void StepJob::run_private_gemm(int index, int begin, int end, int thread) {
+  const Phase& phase = phases_[index];
+  PreparedRows& rows = private_rows(index, begin, thread);
   Gemm gemm = phase.gemm;
   gemm.input = rows.normed.data();
   if (is_quantized(*gemm.linear)) gemm.quantized_input.data = rows.quantized.data();

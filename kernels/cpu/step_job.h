@@ -18,19 +18,25 @@ namespace octavo {
 enum class PhaseKind {
   kEmbed,
   kPrepare,       // norm and quantise the rows that a Gemm reads
+  kMultiplyRanks,  // A of each row's adapter times these rows
   kGemm,          // over rows that are ready
   kPrepareGemm,   // over rows that each thread prepares for itself
   kRotary,
   kAttention,
   kRotaryAttention,
   kKeepNeededRows,
-  kChoose,
+  kChoose,         // experts for each row
+  kSort,           // the rows by expert
+  kChooseAndSort,  // both at once, by one thread
   kGather,
   kExpertsGated,
   kExpertsDown,
   kHidden,
+  kNormResidual,
   kRowwise,  // some of these, one after the other over a few rows, whose values stay in a thread's cache
 };
+
+constexpr int kRowsPerItem = 4;  // of embedding, norm and rotary
 
 // What the threads do between two barriers. An operation becomes one phase or more.
 struct Phase {
@@ -41,8 +47,13 @@ struct Phase {
   GemmItems gemm_items;
   const OctavoOp* ahead = nullptr;  // the attention whose pages a Gemm fetches; null: none
   std::vector<Phase> parts = {};    // of kRowwise
+  int rows_per_item = kRowsPerItem;  // of what works row by row
+  int prepared_by = -1;  // the phase whose rows, which each thread prepares for itself, are those of this one
+  bool reads_private_rows = false;  // of kMultiplyRanks
 };
 
+// Whether the rows that `op` multiplies are activations as they come, not the norm of a residual.
+inline bool reads_activations(const OctavoOp& op) { return op.kind == OCTAVO_LINEAR_RESIDUAL || op.kind == OCTAVO_LINEAR; }
 inline bool is_gated(const OctavoOp& op) { return op.kind == OCTAVO_NORM_GATED_LINEAR; }
 
 // One step: the phases of the program for this batch, and the code of their items.
@@ -63,7 +74,13 @@ class StepJob : public Job {
   void add_phases(const OctavoOp& op, const OctavoOp* next);
   void add_phase(PhaseKind kind, const OctavoOp& op, int num_rows, int num_items);
   void add_gemm(PhaseKind kind, const OctavoOp& op, int num_rows);
+  bool prepares_for_itself(const OctavoOp& op, int num_rows) const;
+  void add_prepare(const OctavoOp& op, int num_rows);
   void add_prepared_gemm(const OctavoOp& op, int num_rows);
+  int64_t ranks_of(const OctavoOp& op) const;
+  void add_multiply_ranks(const OctavoOp& op, bool reads_private_rows);
+  void run_multiply_ranks(int phase, int item, int thread);
+  PreparedRows& private_rows(int phase, int item, int thread);
   void add_experts(const OctavoOp& op, int num_rows);
   void join_rowwise_phases();
   void prepare_rows(const Phase& phase, int begin, int end, PreparedRows& output) const;
@@ -86,6 +103,10 @@ class StepJob : public Job {
   // What `op` computes: after the last keys and values are written, only rows that logits come from.
   const OctavoStep& step_of(const OctavoOp& op) const {
     return program_.is_after_last_kv(op) ? needed_rows_.step() : step_;
+  }
+  // The rows of it that have adapters.
+  const std::vector<int>& adapter_rows_of(const OctavoOp& op) const {
+    return drops_rows(op) ? needed_adapter_rows_ : adapter_rows_;
   }
   bool drops_rows(const OctavoOp& op) const { return needed_rows_.are_fewer() && program_.is_after_last_kv(op); }
   AttentionPlan& plan_of(const OctavoOp& op) { return drops_rows(op) ? *last_attention_ : attention_; }
@@ -116,6 +137,9 @@ class StepJob : public Job {
   const NeededRows needed_rows_;
   AttentionPlan attention_;
   std::optional<AttentionPlan> last_attention_;  // of the last layer, where it drops rows
+  std::vector<int> adapter_rows_;         // that have adapters, by adapter
+  std::vector<int> needed_adapter_rows_;  // the same of the needed rows
+  std::vector<AdapterRows> adapters_;     // by number of the operation
   int measured_phase_ = -1;  // began at phase_start_
   std::chrono::steady_clock::time_point phase_start_;
   std::vector<LineVector<RowBest>> best_;  // by thread: of each row of logits

@@ -6,6 +6,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <utility>
 
 #include "simd.h"
 
@@ -28,13 +32,23 @@ void spin_pause() {
 #endif
 }
 
-// Threads of the pool take no signals: the interpreter's handlers belong on its own threads.
+// Some systems give a thread 128 KiB by default, which is little for tiles on the stack.
+constexpr size_t kStackBytes = size_t{4} << 20;
+
+int checked(int num_threads) {
+  if (num_threads > 0) return num_threads;
+  throw std::invalid_argument("a pool has at least one thread, not " + std::to_string(num_threads));
+}
+
+// Threads of the pool take no signals: the interpreter's handlers belong on its own threads. But a fault of their own is
+// theirs, or nobody would say where it was; and a profiler asks each thread.
 class BlockedSignals {
  public:
   BlockedSignals() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &saved_);
+    sigset_t signals;
+    sigfillset(&signals);
+    for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGPROF}) sigdelset(&signals, own);
+    pthread_sigmask(SIG_SETMASK, &signals, &saved_);
   }
   ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &saved_, nullptr); }
 
@@ -45,9 +59,31 @@ class BlockedSignals {
 }  // namespace
 
 ThreadPool::ThreadPool(int num_threads)
-    : num_threads_(num_threads), owner_process_(getpid()), shares_(num_threads), progress_(num_threads) {
+    : num_threads_(checked(num_threads)), owner_process_(getpid()), shares_(num_threads), progress_(num_threads) {
+  for (int thread = 1; thread < num_threads; ++thread) workers_.push_back({this, thread});
+  threads_.reserve(workers_.size());
   BlockedSignals inherited_by_the_threads;
-  for (int thread = 1; thread < num_threads; ++thread) threads_.emplace_back([this, thread] { work(thread); });
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, kStackBytes);
+  int error = 0;
+  for (Worker& worker : workers_) {
+    pthread_t thread;
+    error = pthread_create(&thread, &attributes, start, &worker);
+    if (error != 0) break;
+    threads_.push_back(thread);
+  }
+  pthread_attr_destroy(&attributes);
+  if (error == 0) return;
+  const std::string refused = std::to_string(threads_.size() + 2) + " of " + std::to_string(num_threads);
+  stop();
+  throw std::system_error(error, std::generic_category(),
+                          "the system refuses thread " + refused + "; ask for fewer, or raise its limit of processes or memory");
+}
+
+void* ThreadPool::start(void* worker) {
+  static_cast<Worker*>(worker)->pool->work(static_cast<Worker*>(worker)->thread);
+  return nullptr;
 }
 
 uint64_t ThreadPool::progress() const {
@@ -58,13 +94,15 @@ uint64_t ThreadPool::progress() const {
 
 bool ThreadPool::is_forked() const { return getpid() != owner_process_; }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     std::lock_guard<std::mutex> lock(sleep_mutex_);
     stop_ = true;
   }
   wake_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
+  for (const pthread_t thread : threads_) pthread_join(thread, nullptr);
 }
 
 void ThreadPool::run(Job& job, const std::vector<int>& items_per_phase) {
@@ -83,12 +121,14 @@ void ThreadPool::run(Job& job, const std::vector<int>& items_per_phase) {
   job_ = &job;
   items_per_phase_ = &items_per_phase;
   phase_ = -1;
+  has_failed_.store(false);
   running_.store(true);
   start_next_phase();
   const auto ended = [this] { return !running_.load(); };
   while (!ended()) {
     if (!run_items(0)) wait_until(0, [&] { return ended() || has_items(); });
   }
+  if (has_failed_.load()) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 void ThreadPool::work(int thread) {
@@ -110,7 +150,7 @@ bool ThreadPool::run_items(int thread) {
       // Until the items taken are counted, the phase and with it the fields below do not change.
       num_items = (*items_per_phase_)[phase_];
       const int begin = first_item(num_items, owner + 1) - static_cast<int>(items_left);
-      job_->run_items(phase_, begin, begin + num_taken, thread);
+      run_taken(begin, begin + num_taken, thread);
       moved(thread);
       num_run += num_taken;
     }
@@ -118,6 +158,16 @@ bool ThreadPool::run_items(int thread) {
   if (num_run == 0) return false;
   if (num_finished_.fetch_add(num_run, std::memory_order_acq_rel) + num_run == num_items) start_next_phase();
   return true;
+}
+
+// Items count as run whatever comes of them: the others wait for that.
+void ThreadPool::run_taken(int begin, int end, int thread) {
+  if (has_failed_.load(std::memory_order_relaxed)) return;
+  try {
+    job_->run_items(phase_, begin, end, thread);
+  } catch (...) {
+    if (!has_failed_.exchange(true)) failure_ = std::current_exception();
+  }
 }
 
 // Take items from the front of a share, and return how many; `items_left` counts them still.

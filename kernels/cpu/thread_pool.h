@@ -1,12 +1,14 @@
 // Threads that run the items of one phase after the other.
 #pragma once
 
+#include <pthread.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <mutex>
-#include <thread>
 #include <vector>
 
 namespace octavo {
@@ -49,6 +51,7 @@ class Job {
 // and then sleeps.
 class ThreadPool {
  public:
+  // Throws std::system_error, and leaves no thread behind, where the system refuses one.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -61,7 +64,8 @@ class ThreadPool {
   bool is_forked() const;
 
   // Run all phases of `job`; the calling thread takes part. Calls from several threads take turns.
-  // After a fork the child has no threads but its own, and runs everything on it.
+  // After a fork the child has no threads but its own, and runs everything on it. Throws what the first of the items
+  // threw that did: those that had not begun by then are not run.
   void run(Job& job, const std::vector<int>& items_per_phase);
 
   // A thread has done a piece of work. Jobs whose items take long say so oftener than at the end of a run of items.
@@ -104,7 +108,16 @@ class ThreadPool {
     std::atomic<uint64_t> count{0};
   };
 
+  // What a thread of the pool is started with.
+  struct Worker {
+    ThreadPool* pool;
+    int thread;
+  };
+
+  static void* start(void* worker);
+  void stop();
   void work(int thread);
+  void run_taken(int begin, int end, int thread);
   bool run_items(int thread);
   static int take_items(Share& share, uint32_t& items_left);
   void start_next_phase();
@@ -119,7 +132,8 @@ class ThreadPool {
 
   const int num_threads_;
   const int owner_process_;
-  std::vector<std::thread> threads_;
+  std::vector<Worker> workers_;     // all threads but the caller's
+  std::vector<pthread_t> threads_;  // of workers_, as far as they were started
   std::mutex run_mutex_;
 
   // Written by the thread that starts a phase, while no item is left or running.
@@ -132,6 +146,8 @@ class ThreadPool {
   std::vector<Progress> progress_;  // by thread
   alignas(64) std::atomic<int> num_finished_{0};
   alignas(64) std::atomic<bool> running_{false};  // whether a job has phases left
+  std::atomic<bool> has_failed_{false};           // whether an item of the job has thrown
+  std::exception_ptr failure_;                    // written by the thread that set the flag
 
   alignas(64) std::atomic<int> num_sleeping_{0};
   std::atomic<bool> stop_{false};

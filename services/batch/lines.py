@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ class Line:
     index       counts the file's lines from 0; empty lines count, and are no requests
     custom_id   the client's name for the request; `line-N`, N from 1, if it has none
     end_offset  where the next line begins in the file, in bytes
+    checksum    of what is asked for: the line's bytes, and the defaults; 0 if nobody made one
     """
 
     index: int
@@ -30,6 +32,7 @@ class Line:
     body: dict[str, Any]
     end_offset: int
     fault: str = ""
+    checksum: int = 0
 
 
 def read_lines(path: Path, defaults: Mapping[str, Any], only_endpoint: str = "") -> Iterator[Line]:
@@ -38,6 +41,7 @@ def read_lines(path: Path, defaults: Mapping[str, Any], only_endpoint: str = "")
     defaults       fields for bodies that do not have them
     only_endpoint  the url that every line must have; any if empty
     """
+    seed = zlib.crc32(json.dumps(dict(defaults), sort_keys=True).encode())
     with path.open("rb", buffering=1 << 20) as file:
         offset = 0
         index = 0
@@ -47,7 +51,8 @@ def read_lines(path: Path, defaults: Mapping[str, Any], only_endpoint: str = "")
             if too_long and not data.endswith(b"\n"):
                 offset += _skip_rest(file)
             if data.strip():
-                yield _parse(index, data, too_long, offset, defaults, only_endpoint)
+                line = _parse(index, data, too_long, offset, defaults, only_endpoint)
+                yield replace(line, checksum=zlib.crc32(data.strip(), seed))
             index += 1
 
 

@@ -57,7 +57,8 @@ class BatchRun:
     """One run over `lines`, those that have a result left out.
 
     window      most requests on their way at once; with `ordered`, results that wait for earlier ones count as well
-    give_up_s   how long the run goes on while nothing at all is answered
+    give_up_s   how long the run goes on while nothing at all is answered, unless the server is busy with its requests.
+                A request that was refused (429, 503) while others were answered, and then alone for so long, fails
     on_result   is called after each result was kept
     """
 
@@ -82,6 +83,8 @@ class BatchRun:
         self._order: deque[Line] = deque()
         self._early: dict[int, Answer] = {}
         self._answered_at = 0.0
+        self._succeeded_at = 0.0  # when a request was last answered as it wanted
+        self._num_sent = 0  # requests that the server has and has not answered
 
     async def run(self) -> None:
         """Return when every line has its result. Raises GaveUpError, ResultsError, OSError."""
@@ -124,16 +127,24 @@ class BatchRun:
         loop = asyncio.get_running_loop()
         failures = 0
         attempt = 0
+        refused_at = 0.0
         while True:
             try:
-                answer = await self._send(line)
+                self._num_sent += 1
+                try:
+                    answer = await self._send(line)
+                finally:
+                    self._num_sent -= 1
             except TryAgain as again:
                 failures += not again.blameless
-                if failures == _MAX_FAILURES:
+                refused_at = refused_at or loop.time()
+                if failures == _MAX_FAILURES or self._is_too_much(again.answer, refused_at):
                     answer = again.answer
                 else:
                     silent_s = loop.time() - self._answered_at
-                    if silent_s > self._give_up_s:
+                    # A server that has no room because it computes what it got from here is alive.
+                    is_alive = again.answer.status in _BUSY and self._num_sent > 0
+                    if silent_s > self._give_up_s and not is_alive:
                         raise GaveUpError(f"nothing was answered for {silent_s:.0f} s: {again}") from None
                     least, longest = _PAUSE_S
                     pause_s = min(max(again.retry_after_s, least * 2 ** min(attempt, 10)), longest)
@@ -141,7 +152,15 @@ class BatchRun:
                     attempt += 1
                     continue
             self._answered_at = loop.time()
+            if not answer.failed:
+                self._succeeded_at = loop.time()
             return answer
+
+    def _is_too_much(self, refused: Answer, refused_at: float) -> bool:
+        """Whether a server took other requests, has none of this run left, and yet has no room for this one."""
+        now = asyncio.get_running_loop().time()
+        is_idle = refused.status in _BUSY and self._num_sent == 0
+        return is_idle and refused_at < self._succeeded_at < now - self._give_up_s
 
 
 @asynccontextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import aiohttp
 
@@ -31,11 +32,19 @@ class Transport(Protocol):
 
 
 class GrpcTransport:
-    """Octavo's own API."""
+    """Octavo's own API. The client is closed with it."""
 
-    def __init__(self, address: str, model: str = "") -> None:
-        self._client = Client(address, timeout_s=_REQUEST_TIMEOUT_S)
+    OPTIONS: ClassVar[Mapping[str, Any]] = {"timeout_s": _REQUEST_TIMEOUT_S}
+    """Those of the client."""
+
+    def __init__(self, client: Client, model: str = "") -> None:
+        self._client = client
         self._model = model
+
+    @classmethod
+    def client(cls, address: str) -> Client:
+        """Return a client of a server without keys and TLS."""
+        return Client(address, **cls.OPTIONS)
 
     async def generate(self, prompt: Prompt) -> Outcome:
         """See Transport."""
@@ -72,9 +81,20 @@ class OpenAITransport:
     """POST /v1/completions with server-sent events; `extra` is added to each body.
 
     url  of the server, without /v1, for example http://127.0.0.1:8000
+    tls  for https; None: the system's authorities
     """
 
-    def __init__(self, url: str, model: str, extra: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._headers = dict(headers or {})
+        self._tls: ssl.SSLContext | bool = True if tls is None else tls
         self._url = f"{url.rstrip('/')}/v1/completions"
         self._body = {"model": model, "temperature": 0, "stream": True, "ignore_eos": True}
         self._body |= {"stream_options": {"include_usage": True}, **(extra or {})}
@@ -82,9 +102,11 @@ class OpenAITransport:
 
     async def __aenter__(self) -> Self:
         # A connection for each request: some servers close idle ones in the middle of the next request.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=self._tls)
         timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, read_bufsize=1 << 20)
+        self._session = aiohttp.ClientSession(
+            connector=connector, timeout=timeout, read_bufsize=1 << 20, headers=self._headers
+        )
         return self
 
     async def __aexit__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import importlib.util
 import sys
 import time
@@ -12,20 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from octavo.services.cli import server_options
 from octavo.services.cli.errors import CommandError
-from octavo.services.common import config as config_loader
+from octavo.services.cli.server_options import AccessConfig
 
 if TYPE_CHECKING:
     from octavo.services.batch.lines import Line
     from octavo.services.batch.results import Answer, ResultFile
 
+_USAGE = "usage: octavo batch run [MODEL] --in FILE --out FILE [options]"
 _SERVER = "server"
 _DEFAULTS = "defaults of requests"
 _SAY_S = 10.0
+_MAX_NAMES = 100_000  # whose repetition is noticed: memory does not grow with the file
 
 
-@dataclass(frozen=True)
-class BatchConfig:
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig(AccessConfig):
     """Settings of `octavo batch run`."""
 
     model: str = field(
@@ -35,16 +39,16 @@ class BatchConfig:
             "help": "start `octavo serve MODEL` for the run; without it the server at --url is used",
         },
     )
-    input: Path = field(
-        default=Path(),
+    input: Path | None = field(
+        default=None,
         metadata={
             "help": "the requests: OpenAI's batch format, or a prompt or a request's body a line",
             "also": ("--in",),
             "metavar": "FILE",
         },
     )
-    output: Path = field(
-        default=Path(),
+    output: Path | None = field(
+        default=None,
         metadata={
             "help": "the results, in OpenAI's batch format; those that a killed run left there are kept and not "
             "computed again",
@@ -55,15 +59,17 @@ class BatchConfig:
     ordered: bool = field(
         default=False, metadata={"help": "write results in the order of the requests instead of as they are done"}
     )
+    retry_failed: bool = field(
+        default=False, metadata={"help": "send requests again whose results of an earlier run are failures"}
+    )
     window: int = field(default=256, metadata={"help": "most requests on their way at once"})
     give_up_s: float = field(
         default=300.0, metadata={"help": "stop when nothing at all was answered for so long; what is done is kept"}
     )
 
     url: str = field(
-        default="http://127.0.0.1:8000", metadata={"group": _SERVER, "help": "a running server, without /v1"}
+        default="http://127.0.0.1:8000", metadata={"group": _SERVER, "help": "a running server's HTTP API"}
     )
-    api_key: str = field(default="", metadata={"group": _SERVER, "help": "its API key; better as OCTAVO_API_KEY"})
     serve_flag: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -82,19 +88,26 @@ class BatchConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("input", "output"):
-            if getattr(self, name) == Path():
-                raise ValueError(f"--{name} is missing: octavo batch run --in requests.jsonl --out results.jsonl")
+        super().__post_init__()
+        for name, flag in (("input", "--in"), ("output", "--out")):
+            if getattr(self, name) is None:
+                raise ValueError(f"{flag} is missing: octavo batch run --in requests.jsonl --out results.jsonl")
+        if not self.model:
+            self.check_url(self.url)
         if self.window < 1 or self.give_up_s <= 0:
             raise ValueError("--window and --give-up-s must be positive")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a batch; `argv[0]` is the command's name. Return 0 if all succeeded, 3 if some failed, 1 if it stopped."""
+    if argv[1:2] in (["-h"], ["--help"]):
+        print(f"{_USAGE}\n\n`octavo batch run --help` shows the options.")
+        return 0
     if len(argv) < 2 or argv[1] != "run":
-        print("usage: octavo batch run [MODEL] --in FILE --out FILE [options]", file=sys.stderr)
-        return 0 if argv[1:2] in (["-h"], ["--help"]) else 2
-    config = config_loader.load(
+        near = difflib.get_close_matches(argv[1], ["run"]) if len(argv) > 1 else []
+        print(f"octavo batch: unknown command {argv[1]!r}; did you mean `run`?" if near else _USAGE, file=sys.stderr)
+        return 2
+    config = server_options.load(
         BatchConfig, argv[2:], prog="octavo batch run", description="Answers the requests of a file."
     )
     from octavo.services.batch.results import ResultsError
@@ -103,7 +116,8 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         if importlib.util.find_spec("aiohttp") is None:
-            raise CommandError('aiohttp is missing: pip install "octavo[batch]"')
+            raise CommandError("aiohttp is missing: pip install aiohttp")
+        assert config.input is not None, "checked"
         if not config.input.is_file():
             raise CommandError(f"there is no file {config.input}")
         return asyncio.run(_run(config))
@@ -124,21 +138,24 @@ async def _run(config: BatchConfig) -> int:
     from octavo.services.offline.http_sender import HttpSender
     from octavo.services.offline.local_server import LocalServer
 
+    assert config.input is not None, "checked"
+    assert config.output is not None, "checked"
     async with AsyncExitStack() as stack:
-        results = stack.enter_context(ResultFile(config.output))
-        url = config.url
+        results = stack.enter_context(ResultFile(config.output, retry_failed=config.retry_failed))
         if config.model:
             url = stack.enter_context(LocalServer(config.model, config.serve_flag)).url
-        send = await stack.enter_async_context(HttpSender(url, config.api_key))
+        else:
+            url = config.check_url(config.url)
+        send = await stack.enter_async_context(HttpSender(url, config.token(), config.ssl_context()))
         try:
             model = config.served_model or await send.only_model()
         except (aiohttp.ClientError, TimeoutError, OSError, LookupError, ValueError) as error:
-            raise CommandError(f"{url} does not answer: {error}; start a server there, or name a MODEL") from None
+            raise CommandError(f"{config.explain_http(error, url)}; or name a MODEL to start a server") from None
         defaults = {"model": model, "max_tokens": config.max_tokens, "temperature": config.temperature}
         given = {name: value for name, value in defaults.items() if value is not None}
         report = stack.enter_context(_reporting(config.input.stat().st_size, results))
         run = BatchRun(
-            read_lines(config.input, given),
+            _named_once(read_lines(config.input, given)),
             results,
             send,
             window=config.window,
@@ -149,6 +166,21 @@ async def _run(config: BatchConfig) -> int:
         await run.run()
     print(report.summary())
     return 3 if results.num_failed else 0
+
+
+def _named_once(lines: Iterator[Line]) -> Iterator[Line]:
+    """Yield the lines; say so, once, if two of the first have the same custom_id."""
+    seen: set[str] = set()
+    for line in lines:
+        if line.custom_id in seen:
+            what = f"line {line.index + 1} has the custom_id {line.custom_id!r} of an earlier one"
+            print(f"octavo batch: {what}: only the order can tell their results apart", file=sys.stderr)
+            yield line
+            break
+        if len(seen) < _MAX_NAMES:
+            seen.add(line.custom_id)
+        yield line
+    yield from lines
 
 
 class _Report:

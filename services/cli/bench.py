@@ -14,20 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.services.cli import addresses
+from octavo.services.cli import addresses, server_options
 from octavo.services.cli.errors import CommandError
-from octavo.services.common import config as config_loader
+from octavo.services.cli.server_options import ServerConfig
 
 if TYPE_CHECKING:
     from octavo.services.bench.outcomes import Run
     from octavo.services.bench.server import Server
+    from octavo.services.bench.transports import Transport
 
 _LOAD = "load"
 _RESULT = "result"
 
 
-@dataclass(frozen=True)
-class BenchConfig:
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(ServerConfig):
     """Settings of `octavo bench`."""
 
     model: str = field(
@@ -37,9 +38,6 @@ class BenchConfig:
             "help": "start `octavo serve MODEL` for the measurement, and measure its start-up, processor time and "
             "memory too; without it the server at --address or --url is measured",
         },
-    )
-    address: str = field(
-        default="127.0.0.1:50051", metadata={"help": "a running server's gRPC address: host:port or unix:PATH"}
     )
     url: str = field(
         default="",
@@ -86,6 +84,9 @@ class BenchConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.url:
+            self.check_url(self.url)
         if self.model and self.url:
             raise ValueError("--url names a running server: leave MODEL out")
         if self.http and not self.model:
@@ -98,13 +99,13 @@ class BenchConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Measure and print; `argv[0]` is the command's name. Return 1 if a request failed or nothing could be measured."""
-    config = config_loader.load(
+    config = server_options.load(
         BenchConfig, argv[1:], prog="octavo bench", description="Measures a server as its clients see it."
     )
     try:
-        for module in ("aiohttp", "psutil"):
+        for module in ("aiohttp", "psutil") if config.model else ("aiohttp",):
             if importlib.util.find_spec(module) is None:
-                raise CommandError(f'{module} is missing: pip install "octavo[bench]"')
+                raise CommandError(f"{module} is missing: pip install {module}")
         if config.plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise CommandError("--plot needs matplotlib: pip install matplotlib")
         return asyncio.run(_measure(config))
@@ -117,18 +118,19 @@ async def _measure(config: BenchConfig) -> int:
     from octavo.services.bench import report
     from octavo.services.bench.cases import Plan, check_case, run_case
     from octavo.services.bench.outcomes import Objective
-    from octavo.services.bench.server import ServerError
-    from octavo.services.bench.transports import GrpcTransport, OpenAITransport, Transport
 
     for case in config.case:
         check_case(case)
     limits = [math.inf if value is None else value / 1000 for value in (config.slo_ttft_ms, config.slo_tpot_ms)]
     plan = Plan(config.requests, config.max_tokens, config.seed, config.prompts, Objective(*limits))
     runs: dict[str, list[Run]] = {case: [] for case in config.case}
-    facts: dict[str, object] = {"settings": {key: str(value) for key, value in vars(config).items()}}
+    settings = {name: str(value) for name, value in vars(config).items() if name != "api_key"}
+    facts: dict[str, object] = {"settings": settings}
     async with AsyncExitStack() as stack:
-        server, address, url = None, config.address, config.url
+        server, address, url = None, "", config.url and config.check_url(config.url)
         if config.model:
+            from octavo.services.bench.server import ServerError
+
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="octavo-bench-")))
             server, address, url = _octavo(config, folder / "server.log")
             try:
@@ -136,17 +138,17 @@ async def _measure(config: BenchConfig) -> int:
             except ServerError as error:
                 log = (folder / "server.log").read_text(errors="replace").strip().splitlines()
                 raise CommandError(f"{error}: {log[-1] if log else 'it said nothing'}") from None
-        transport: Transport = (
-            OpenAITransport(url, config.served_model or await _only_model(url))
-            if config.url or config.http
-            else GrpcTransport(address, config.served_model)
-        )
+        over_http = bool(config.url or config.http)
+        transport = await _http(config, url) if over_http else await _grpc(config, address)
         await stack.enter_async_context(transport)
         # Every case once, then again: a machine that slows down then slows every case down.
         for repeat in range(config.repeats):
             for case in config.case:
                 runs[case].append(await run_case(case, repeat, transport, plan, server.cpu_seconds if server else _nan))
                 _say_errors(runs[case][-1])
+                if sys.stderr.isatty():
+                    rate = runs[case][-1].output_rate
+                    print(f"{case}, {repeat + 1} of {config.repeats}: {rate:,.0f} tokens/s", file=sys.stderr)
         if server is not None:
             facts |= {"ready_s": server.ready_s, "peak_memory_bytes": server.peak_memory}
     print(report.table(runs))
@@ -169,18 +171,55 @@ def _octavo(config: BenchConfig, log: Path) -> tuple[Server, str, str]:
     return Server(command, f"http://{http}/health", log), grpc, f"http://{http}"
 
 
-async def _only_model(url: str) -> str:
-    """Return the name of the one model of a server. Raises CommandError."""
+async def _grpc(config: BenchConfig, address: str) -> Transport:
+    """Return what sends requests, once the server has said that it is there. Raises CommandError.
+
+    address  of a server of our own; empty: the one of the settings
+    """
+    from octavo.services.bench.transports import GrpcTransport
+    from octavo.services.client import OctavoError
+
+    client = GrpcTransport.client(address) if address else config.client(**GrpcTransport.OPTIONS)
+    try:
+        models = await client.models()
+        wanted = [m for m in models if not config.served_model or config.served_model in (m.name, *m.aliases)]
+        if len(wanted) != 1:
+            what = (
+                f"there is no model {config.served_model}" if config.served_model else "say which with --served-model"
+            )
+            raise CommandError(f"{what}: the server has {', '.join(model.name for model in models) or 'none'}")
+    except (OctavoError, CommandError) as error:
+        await client.close()
+        raise CommandError(config.explain(error)) from None
+    return GrpcTransport(client, wanted[0].name)
+
+
+async def _http(config: BenchConfig, url: str) -> Transport:
+    """Return what sends requests, once the server has said that it is there. Raises CommandError."""
     import aiohttp
 
+    from octavo.services.bench.transports import OpenAITransport
+
+    key, tls = config.token(), config.ssl_context()
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    connector = aiohttp.TCPConnector(ssl=True if tls is None else tls)
+    model = config.served_model
     try:
-        async with aiohttp.ClientSession() as session, session.get(f"{url.rstrip('/')}/v1/models") as response:
-            names = [model["id"] for model in (await response.json())["data"]]
-    except (aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
+        async with (
+            aiohttp.ClientSession(connector=connector, headers=headers) as session,
+            session.get(f"{url}/v1/models") as response,
+        ):
+            if not model:
+                response.raise_for_status()
+                names = [str(each["id"]) for each in (await response.json())["data"]]
+                if len(names) != 1:
+                    raise CommandError(f"say which with --served-model: the server has {', '.join(names) or 'none'}")
+                model = names[0]
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise CommandError(config.explain_http(error, url)) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise CommandError(f"{url}/v1/models does not say which models there are: {error}") from None
-    if len(names) != 1:
-        raise CommandError(f"say which with --served-model: the server has {', '.join(names) or 'none'}")
-    return str(names[0])
+    return OpenAITransport(url, model, headers=headers, tls=tls)
 
 
 def _nan() -> float:

@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.services.cli import terminal
+from octavo.services.cli import server_options, terminal
 from octavo.services.cli.client_config import ClientConfig
-from octavo.services.common import config as config_loader
 
 if TYPE_CHECKING:
-    from octavo.services.client import Client, Stream
+    from octavo.services.client import Client, OctavoError, Stream
 
 _HISTORY_LINES = 1000
+_LEAST_DECODE_S = 0.25
 HELP = """/help          show this
 /reset         forget the conversation
 /system TEXT   tell the model something first, and start over; without TEXT, nothing
 /exit          end (or Ctrl-D)
-Ctrl-C stops an answer."""
+Ctrl-C stops an answer. A line that ends with \\ goes on in the next one; pasted lines are one question."""
+_CONTEXT_FULL = "CONTEXT_LENGTH_EXCEEDED"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
 
     Return 0, or 1 if no server answers or if a turn of a piped conversation fails.
     """
-    config = config_loader.load(
+    config = server_options.load(
         ChatConfig, argv[1:], prog="octavo chat", description="Talks to a server in the terminal."
     )
     # One loop for all turns, run only while an answer comes: between turns the terminal is readline's.
@@ -70,7 +71,7 @@ class Chat:
             print(terminal.dim(f"{self._model} at {self._config.address}. /help lists the commands, Ctrl-D ends."))
         while True:
             try:
-                line = input("> ").strip() if self._interactive else _read_line()
+                line = _ask() if self._interactive else terminal.read_line()
             except KeyboardInterrupt:  # at the prompt it only clears the line
                 print()
                 continue
@@ -101,9 +102,7 @@ class Chat:
         return True
 
     async def _open(self) -> str:
-        from octavo.services.client import Client
-
-        self._client = Client(self._config.address)
+        self._client = self._config.client()
         models = await self._client.models()
         wanted = [m for m in models if not self._config.model or self._config.model in (m.name, *m.aliases)]
         names = ", ".join(model.name for model in models) or "none"
@@ -142,9 +141,11 @@ class Chat:
         messages = [*system, *self._turns, {"role": "user", "content": line}]
         stream = self._client.stream(messages=messages, model=self._model, **self._config.options())
         pieces: list[str] = []
+        answer = terminal.Answer()
+        stream.on_retry = lambda error: self._say_retry(answer, error)
         started = time.monotonic()
         try:
-            self._runner.run(_print_answer(stream, pieces))
+            self._runner.run(_print_answer(stream, pieces, answer))
         except KeyboardInterrupt:
             print("\n" + terminal.dim("stopped"))
         except (OctavoError, ValueError, TypeError) as error:
@@ -159,16 +160,21 @@ class Chat:
         self._turns += [{"role": "user", "content": line}, {"role": "assistant", "content": "".join(pieces)}]
         return True
 
+    def _say_retry(self, answer: terminal.Answer, error: OctavoError) -> None:
+        if self._interactive:
+            what = terminal.one_line(error.message) if error.reason else "connection lost"
+            answer.remark(f"{what}; trying again (Ctrl-C stops)")
+
     def _complain(self, error: Exception) -> None:
-        line = terminal.hint(error, getattr(error, "reason", ""), self._config.address)
-        print(f"octavo chat: {line}", file=sys.stderr)
+        is_full = getattr(error, "reason", "") == _CONTEXT_FULL
+        print(f"octavo chat: {self._config.explain(error)}{'; /reset starts over' if is_full else ''}", file=sys.stderr)
 
 
-async def _print_answer(stream: Stream, pieces: list[str]) -> None:
+async def _print_answer(stream: Stream, pieces: list[str], answer: terminal.Answer) -> None:
     """Print the answer as it comes, and collect it in `pieces`. Cancelling this ends the call."""
     async with stream:
         async for delta in stream:
-            terminal.write(delta.text)
+            answer.write(delta.text)
             pieces.append(delta.text)
 
 
@@ -177,17 +183,18 @@ def summary(stream: Stream, wall_s: float) -> str:
     assert stream.completed is not None, "the answer has not ended"
     usage, timing = stream.completed.usage, stream.completed.timing
     decode_s = timing.decode_us / 1e6
-    # The first token comes out of the prompt's computation: its time is not the decoding's.
-    rate = (usage.output_tokens - 1) / decode_s if decode_s > 0 else usage.output_tokens / max(wall_s, 1e-9)
+    # The first token comes out of the prompt's computation: its time is not the decoding's. A moment has no rate.
+    rate = f" ({(usage.output_tokens - 1) / decode_s:.1f} tokens/s)" if decode_s >= _LEAST_DECODE_S else ""
     cached = f", {usage.cached_prompt_tokens} of them cached" if usage.cached_prompt_tokens else ""
-    return f"{usage.output_tokens} tokens, {rate:.1f} tokens/s; prompt {usage.prompt_tokens} tokens{cached}"
+    return f"{usage.output_tokens} tokens in {wall_s:.1f} s{rate}; prompt {usage.prompt_tokens} tokens{cached}"
 
 
-def _read_line() -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.strip()
+def _ask() -> str:
+    """Return what a person types, or pastes, as a question. Raises EOFError."""
+    line = input("> ")
+    while line.endswith("\\"):
+        line = f"{line[:-1]}\n{input('. ')}"
+    return terminal.as_text(line).strip()
 
 
 def _start_readline() -> None:
@@ -197,6 +204,8 @@ def _start_readline() -> None:
         import readline
     except ImportError:  # a Python without it can still chat
         return
+    if "libedit" not in (readline.__doc__ or ""):
+        readline.parse_and_bind("set enable-bracketed-paste on")  # which Python switches off
     folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "octavo"
     path = folder / "chat_history"
     readline.set_history_length(_HISTORY_LINES)

@@ -7,12 +7,10 @@ import contextlib
 import json
 import os
 import signal
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 _MAX_LINE_BYTES = 16_384
-_KEPT_LINES = 40
 _DRAIN_S = 1.0
 
 
@@ -45,10 +43,10 @@ class Child:
         on_progress: Callable[[str, Mapping[str, object]], None],
     ) -> None:
         self.spec = spec
-        self.last_lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._on_line = on_line
         self._on_progress = on_progress
         self._process: asyncio.subprocess.Process | None = None
+        self._has_group = False  # there may be processes in its group
         self._output: _LineReader | None = None
 
     @property
@@ -64,7 +62,6 @@ class Child:
     async def start(self) -> None:
         """Start the process; OSError if that cannot be done."""
         assert not self.running, f"{self.spec.name} is running"
-        self.last_lines.clear()
         self._output = _LineReader(self._take_line)
         command = list(self.spec.command)
         write_ends = [self._output.write_end]
@@ -82,6 +79,7 @@ class Child:
                 pass_fds=write_ends[1:],
                 start_new_session=True,  # Ctrl-C in the terminal is the supervisor's to pass on, in order
             )
+            self._has_group = True
         finally:
             for write_end in write_ends:
                 os.close(write_end)
@@ -92,6 +90,7 @@ class Child:
         assert self._output is not None
         status = await self._process.wait()
         self.kill()  # what it started itself, if anything, is still in its group
+        self._has_group = False  # the number may be another group's from now on
         # A grandchild that left the group can hold the output open: it is not waited for.
         await asyncio.wait({self._output.ended}, timeout=_DRAIN_S)
         self._output.close()
@@ -105,14 +104,12 @@ class Child:
 
     def kill(self) -> None:
         """End the process, if it has not ended, and all that it started."""
-        if self._process is not None:
+        if self._process is not None and self._has_group:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _take_line(self, line: bytes) -> None:
-        text = line.decode(errors="replace").rstrip()
-        self.last_lines.append(text)
-        self._on_line(self.spec.name, text)
+        self._on_line(self.spec.name, line.decode(errors="replace").rstrip())
 
     def _take_progress(self, line: bytes) -> None:
         with contextlib.suppress(ValueError):  # half a line of a child that was killed

@@ -5,17 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from octavo.services.cli.server_options import ServerConfig
+
 if TYPE_CHECKING:
     from octavo.services.client import GenerationOptions
 
 _SAMPLING = "sampling"
+# By the field of the request: what a person typed.
+_FLAGS = {
+    "generation.stop.max_new_tokens": "--max-tokens",
+    "generation.stop.stop_sequences": "--stop",
+    "generation.sampling.temperature": "--temperature",
+    "generation.sampling.top_p": "--top-p",
+    "generation.sampling.top_k": "--top-k",
+    "generation.sampling.seed": "--seed",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientConfig:
+class ClientConfig(ServerConfig):
     """Which server, which model, and how it chooses tokens. None means the model's own default."""
 
-    address: str = field(default="127.0.0.1:50051", metadata={"help": "the server: host:port or unix:PATH"})
     model: str = field(
         default="", metadata={"help": "which model; not needed if the server has one", "metavar": "NAME"}
     )
@@ -43,6 +53,13 @@ class ClientConfig:
             "verbatim": True,
         },
     )
+
+    def explain(self, error: Exception) -> str:
+        """See ServerConfig; options are called as on the command line."""
+        text = super().explain(error)
+        for name, flag in _FLAGS.items():
+            text = text.replace(name, flag)
+        return text
 
     def options(self) -> GenerationOptions:
         """Return the options that are set, for the client."""

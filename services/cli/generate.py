@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from octavo.services.cli import terminal
+from octavo.services.cli import server_options, terminal
 from octavo.services.cli.client_config import ClientConfig
-from octavo.services.common import config as config_loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,26 +21,30 @@ class GenerateConfig(ClientConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.raw and self.system:
             raise ValueError("--system needs a chat: leave --raw out")
 
 
 def main(argv: Sequence[str]) -> int:
     """Stream one answer; `argv[0]` is the command's name. Return 1, with one line on stderr, if that fails."""
-    config = config_loader.load(
+    config = server_options.load(
         GenerateConfig, argv[1:], prog="octavo generate", description="Streams one answer to standard output."
     )
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    prompt = terminal.read_all() if config.prompt == "-" else terminal.as_text(config.prompt)
+    if not prompt.strip():
+        print("octavo generate: the prompt is empty", file=sys.stderr)
+        return 2
     return asyncio.run(_generate(config, prompt))
 
 
 async def _generate(config: GenerateConfig, prompt: str) -> int:
-    from octavo.services.client import Client, OctavoError
+    from octavo.services.client import OctavoError
 
     system = [{"role": "system", "content": config.system}] if config.system else []
     messages = [*system, {"role": "user", "content": prompt}]
     last = ""
-    async with Client(config.address) as client:
+    async with config.client() as client:
         try:
             stream = (
                 client.stream(prompt, model=config.model, **config.options())
@@ -55,8 +58,7 @@ async def _generate(config: GenerateConfig, prompt: str) -> int:
         except (OctavoError, ValueError, TypeError) as error:
             if last:
                 terminal.write("\n")
-            line = terminal.hint(error, getattr(error, "reason", ""), config.address)
-            print(f"octavo generate: {line}", file=sys.stderr)
+            print(f"octavo generate: {config.explain(error)}", file=sys.stderr)
             return 1
     if not last.endswith("\n"):
         terminal.write("\n")

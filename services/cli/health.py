@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -10,43 +11,47 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.services.common import config as config_loader
+from octavo.services.cli import server_options
+from octavo.services.cli.server_options import DEFAULT_ADDRESS, ServerConfig
 
 if TYPE_CHECKING:
     import grpc
 
 _PROMPT = "The capital of France is"
+_PACKAGES = {"grpc_health": "grpcio-health-checking", "grpc_reflection": "grpcio-reflection"}
 _REFLECTION = "grpc.reflection.v1alpha.ServerReflection"
 
 
-@dataclass(frozen=True)
-class HealthConfig:
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig(ServerConfig):
     """Settings of `octavo health`."""
 
+    address: str = field(
+        default="",
+        metadata={
+            "group": "server",
+            "help": "a gateway, or any process's --health-address: host:port or unix:PATH; without this and "
+            f"--alive-file it is {DEFAULT_ADDRESS}",
+        },
+    )
     alive_file: Path | None = field(
         default=None, metadata={"help": "a worker's --alive-file: it must be younger than --max-age"}
     )
     max_age_s: float = field(default=60.0, metadata={"help": "how old that file may be"})
-    address: str = field(default="", metadata={"help": "a gateway, or any process's --health-address: host:port"})
     service: str = field(default="", metadata={"help": "which service must be SERVING there; empty: all of it"})
     reflection: bool = field(default=False, metadata={"help": "reflection must be answered as well"})
     generate: int = field(default=0, metadata={"help": "stream so many tokens as well; 0: none"})
     model: str = field(default="", metadata={"help": "of which model; not needed if there is one", "metavar": "NAME"})
-    tls_ca: Path | None = field(default=None, metadata={"help": "PEM authorities of the server: switches TLS on"})
-    tls_certificate: Path | None = field(default=None, metadata={"help": "PEM chain that the server is shown"})
-    tls_key: Path | None = field(default=None, metadata={"help": "its key"})
-    token_file: Path | None = field(default=None, metadata={"help": "file with an API key or token"})
     timeout_s: float = field(default=10.0, metadata={"help": "how long all of it may take"})
 
     def __post_init__(self) -> None:
         if self.alive_file is None and not self.address:
-            raise ValueError("give --address, --alive-file or both: there is nothing to ask")
+            object.__setattr__(self, "address", DEFAULT_ADDRESS)
+        super().__post_init__()
         if self.timeout_s <= 0 or self.max_age_s <= 0:
             raise ValueError("--timeout-s and --max-age-s must be positive")
         if self.generate < 0:
             raise ValueError("--generate must not be negative")
-        if (self.tls_certificate is None) != (self.tls_key is None) or (self.tls_key and self.tls_ca is None):
-            raise ValueError("--tls-certificate and --tls-key go together, and need --tls-ca")
 
 
 class _UnwellError(Exception):
@@ -55,14 +60,18 @@ class _UnwellError(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Ask; `argv[0]` is the command's name. Return 1, with one line on stderr, unless all is well."""
-    config = config_loader.load(
+    config = server_options.load(
         HealthConfig, argv[1:], prog="octavo health", description="Asks a process whether it is well."
     )
     try:
         if config.alive_file is not None:
             _check_alive(config.alive_file, config.max_age_s)
         if config.address:
+            for module, package in _PACKAGES.items():
+                if importlib.util.find_spec(module) is None and (module != "grpc_reflection" or config.reflection):
+                    raise _UnwellError(f"{package} is missing: pip install {package}")
             asyncio.run(_check(config))
+            print(f"{config.address}: {config.service or 'the server'} is SERVING")
     except (_UnwellError, OSError) as error:
         print(f"octavo health: {error}", file=sys.stderr)
         return 1
@@ -83,34 +92,26 @@ async def _check(config: HealthConfig) -> None:
 
     try:
         async with asyncio.timeout(config.timeout_s):
-            credentials = _credentials(config)
-            await _check_serving(config, credentials)
+            await _check_serving(config)
             if config.generate:
-                await _check_generating(config, credentials)
+                await _check_generating(config)
     except TimeoutError:
         raise _UnwellError(f"{config.address} took longer than {config.timeout_s:g} s") from None
     except grpc.aio.AioRpcError as error:
-        raise _UnwellError(f"{config.address}: {error.code().name}: {error.details()}") from None
+        from octavo.services.client.errors import from_rpc_error
+
+        raise _UnwellError(config.explain(from_rpc_error(error))) from None
 
 
-def _credentials(config: HealthConfig) -> grpc.ChannelCredentials | None:
-    import grpc
-
-    if config.tls_ca is None:
-        return None
-    chain = None if config.tls_certificate is None else config.tls_certificate.read_bytes()
-    key = None if config.tls_key is None else config.tls_key.read_bytes()
-    return grpc.ssl_channel_credentials(config.tls_ca.read_bytes(), key, chain)
-
-
-async def _check_serving(config: HealthConfig, credentials: grpc.ChannelCredentials | None) -> None:
+async def _check_serving(config: HealthConfig) -> None:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+    credentials = config.channel_credentials()
     if credentials is None:
-        connecting = grpc.aio.insecure_channel(config.address)
+        connecting = grpc.aio.insecure_channel(config.target)
     else:
-        connecting = grpc.aio.secure_channel(config.address, credentials)
+        connecting = grpc.aio.secure_channel(config.target, credentials)
     async with connecting as channel:
         request = health_pb2.HealthCheckRequest(service=config.service)
         answer = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=config.timeout_s)
@@ -118,7 +119,7 @@ async def _check_serving(config: HealthConfig, credentials: grpc.ChannelCredenti
             name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
             raise _UnwellError(f"{config.address}: {config.service or 'the server'} is {name}")
         if config.reflection:
-            await _check_reflection(channel, _token(config))
+            await _check_reflection(channel, config.token())
 
 
 async def _check_reflection(channel: grpc.aio.Channel, token: str) -> None:
@@ -135,12 +136,12 @@ async def _check_reflection(channel: grpc.aio.Channel, token: str) -> None:
     raise _UnwellError("reflection lists no services")
 
 
-async def _check_generating(config: HealthConfig, credentials: grpc.ChannelCredentials | None) -> None:
-    from octavo.services.client import Client, OctavoError
+async def _check_generating(config: HealthConfig) -> None:
+    from octavo.services.client import OctavoError
 
     num_tokens = 0
     try:
-        async with Client(config.address, credentials=credentials, token=_token(config)) as client:
+        async with config.client() as client:
             async for delta in client.stream(
                 _PROMPT,
                 model=config.model,
@@ -151,11 +152,7 @@ async def _check_generating(config: HealthConfig, credentials: grpc.ChannelCrede
             ):
                 num_tokens += len(delta.token_ids)
     except OctavoError as error:
-        raise _UnwellError(f"{config.address}: no stream: {error}") from None
+        raise _UnwellError(f"{config.address}: no stream: {config.explain(error)}") from None
     if num_tokens != config.generate:
         raise _UnwellError(f"{config.address}: the stream had {num_tokens} tokens, not {config.generate}")
     print(f"{num_tokens} tokens from {config.address}")
-
-
-def _token(config: HealthConfig) -> str:
-    return "" if config.token_file is None else config.token_file.read_text(encoding="utf-8").strip()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from octavo.services.common import config as config_loader
+from octavo.services.common.folders import locked, sync
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ def main(argv: Sequence[str]) -> int:
 def _add(config: KeysConfig) -> None:
     from octavo.services.common.api_keys import make_key
 
+    if not config.tenant:
+        raise ValueError("--tenant is missing: whose requests the key makes")
     key, entry = make_key(config.tenant, is_admin=config.admin)
-    _write(config.file, [*_read(config.file), entry])
+    with _changing(config.file) as file:
+        _write(file, [*_read(file), entry])
     print(key)
 
 
@@ -63,11 +69,22 @@ def _list(config: KeysConfig) -> None:
 
 
 def _remove(config: KeysConfig) -> None:
-    entries = _read(config.file)
-    left = [entry for entry in entries if entry["id"] != config.id]
-    if len(left) == len(entries):
-        raise ValueError(f"no key has the id {config.id!r}; `octavo keys list` shows them")
-    _write(config.file, left)
+    if not config.id:
+        raise ValueError("--id is missing: what stands after oct_ in the key, as `octavo keys list` shows it")
+    with _changing(config.file) as file:
+        entries = _read(file)
+        left = [entry for entry in entries if entry["id"] != config.id]
+        if len(left) == len(entries):
+            raise ValueError(f"no key has the id {config.id!r}; `octavo keys list` shows them")
+        _write(file, left)
+
+
+@contextlib.contextmanager
+def _changing(path: Path) -> Iterator[Path]:
+    """Keep other changes of the file waiting; return where it is, behind any links."""
+    path = path.resolve()
+    with locked(path.parent):
+        yield path
 
 
 def _curve(config: KeysConfig) -> None:
@@ -92,11 +109,30 @@ def _read(path: Path) -> list[dict[str, object]]:
 
 
 def _write(path: Path, entries: list[dict[str, object]]) -> None:
-    """Replace the file as a whole, so that a server never reads half of it."""
+    """Replace the file as a whole, so that a server never reads half of it. Who may read it stays as it is."""
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)
     _write_private(part, yaml.safe_dump(entries, sort_keys=False).encode())
-    part.replace(path)
+    try:
+        if path.exists():
+            _make_alike(part, path.stat())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def _make_alike(path: Path, about: os.stat_result) -> None:
+    """Give a file the owner and mode of another. Raises ValueError."""
+    try:
+        os.chown(path, about.st_uid, about.st_gid)
+    except PermissionError:
+        raise ValueError(
+            f"the file belongs to user {about.st_uid} and group {about.st_gid}: change it as that user, or a server "
+            "that may read it now could not any more"
+        ) from None
+    path.chmod(stat.S_IMODE(about.st_mode))
 
 
 def _write_private(path: Path, data: bytes) -> None:

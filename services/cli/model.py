@@ -1,5 +1,7 @@
 """`octavo model ACTION FOLDER`: models in folders that several machines read, sealed with checksums.
 
+`octavo model check` is in `model_check.py`.
+
 A folder is sealed by `octavo-manifest.json`, written last: whoever finds it finds all files there, and
 `verify` compares their sizes and SHA-256 before anything reads them. It says what the model is, too: the
 source that was fetched, and its revision. A folder holds one model for good; another one gets a folder of its own.
@@ -13,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +27,18 @@ from octavo.services.cli import model_source
 from octavo.services.cli.demo_model import sha256_of
 from octavo.services.cli.errors import CommandError
 from octavo.services.common import config as config_loader
+from octavo.services.common.folders import sync
 
 MANIFEST = "octavo-manifest.json"
 EXIT_CORRUPT = 78  # sysexits.h: EX_CONFIG. Trying again does not help
+_DESCRIPTION = (
+    "Looks after a model's folder. `octavo model check PATH|ID` says whether a model is served, and what it takes, "
+    "before it is fetched or loaded: see octavo model check --help."
+)
 _THREADS = 8
 _POLL_S = 1.0
+_TELL_S = 30.0
+_TELL_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,9 @@ class ModelConfig:
     only: tuple[str, ...] = field(
         default=(), metadata={"help": "verify these files only, for example *.json; empty: all", "metavar": "GLOB"}
     )
+    sizes_only: bool = field(
+        default=False, metadata={"help": "verify sizes only: files are not read, as they were when they were sealed"}
+    )
     wait_s: float = field(default=0.0, metadata={"help": "how long to wait for a folder that is being filled"})
 
     def __post_init__(self) -> None:
@@ -77,7 +90,11 @@ class _WrongFolderError(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Do it; `argv[0]` is the command's name. Return the exit status."""
-    config = config_loader.load(ModelConfig, argv[1:], prog="octavo model", description="Looks after a model's folder.")
+    if argv[1:2] == ["check"]:  # about models that need no folder here: it has options of its own
+        from octavo.services.cli import model_check
+
+        return model_check.main(argv[1:])
+    config = config_loader.load(ModelConfig, argv[1:], prog="octavo model", description=_DESCRIPTION)
     try:
         if config.action == "fetch":
             _fetch(config.source, config.folder)
@@ -103,7 +120,8 @@ def _fetch(source: str, folder: Path) -> None:
             _check_source(folder, manifest, source)
             print(f"{folder} is sealed already, with {_origin(manifest)}: nothing to fetch")
             return
-        model = model_source.find(source, lambda _what, _done, _total: None)
+        with _progress(folder):
+            model = model_source.find(source, lambda _what, _done, _total: None)
         found = [model.path] if model.path.is_file() else _files(model.path)
         files = {
             folder / ("model.gguf" if file is model.path else file.relative_to(model.path)): file
@@ -115,12 +133,52 @@ def _fetch(source: str, folder: Path) -> None:
         for target, file in files.items():
             target.parent.mkdir(exist_ok=True)
             partial = target.with_name(f".{target.name}.partial")
-            shutil.copyfile(file, partial)
+            partial.unlink(missing_ok=True)
+            _link_or_copy(file, partial)
             with partial.open("rb+") as copy:
                 os.fsync(copy.fileno())
             partial.rename(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
         _seal(folder, {"source": source, "revision": model.revision})
+
+
+def _link_or_copy(file: Path, target: Path) -> None:
+    """Make `target` the same file, if it was downloaded onto the same disk, so that it takes its space once."""
+    downloads = os.environ.get("HF_HOME", "")
+    file = file.resolve()
+    if downloads and file.is_relative_to(Path(downloads).resolve()):
+        with contextlib.suppress(OSError):  # another disk, or one without links
+            target.hardlink_to(file)
+            return
+    shutil.copyfile(file, target)
+
+
+@contextlib.contextmanager
+def _progress(folder: Path) -> Iterator[None]:
+    """Say every half a minute how much is on the disk that downloads go to, for whoever reads the log."""
+    where = Path(os.environ.get("HF_HOME") or folder)
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(_TELL_S):
+            print(f"downloading: {_size(where) / 1e9:.1f} GB in {where}", flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of all files in a folder; some may go meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_size
+    return total
 
 
 @contextlib.contextmanager
@@ -174,16 +232,8 @@ def _seal(folder: Path, origin: dict[str, str]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(folder / MANIFEST)
-    _sync_folder(folder)
+    sync(folder)
     print(f"{folder}: {len(entries)} files sealed")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_manifest(folder: Path) -> _Manifest:
@@ -197,11 +247,7 @@ def _read_manifest(folder: Path) -> _Manifest:
 
 def _verify(config: ModelConfig) -> None:
     """Compare a folder with its manifest."""
-    deadline = time.monotonic() + config.wait_s
-    while not (config.folder / MANIFEST).exists():
-        if time.monotonic() >= deadline:
-            raise CommandError(f"{config.folder} is not sealed: there is no {MANIFEST} (`octavo model seal` writes it)")
-        time.sleep(_POLL_S)
+    _wait_until_sealed(config.folder, config.wait_s)
     manifest = _read_manifest(config.folder)
     if config.source:
         _check_source(config.folder, manifest, config.source)
@@ -211,17 +257,33 @@ def _verify(config: ModelConfig) -> None:
         if not config.only or any(fnmatch(name, glob) for glob in config.only)
     }
     with ThreadPoolExecutor(_THREADS) as pool:
-        checks = pool.map(lambda item: _difference(config.folder / item[0], *item[1]), chosen.items())
+        checks = pool.map(
+            lambda item: _difference(config.folder / item[0], *item[1], sizes_only=config.sizes_only), chosen.items()
+        )
         differences = [difference for difference in checks if difference]
     if differences:
         raise _WrongFolderError("\noctavo model: ".join(differences))
     print(f"{config.folder}: {len(chosen)} files are as sealed")
 
 
-def _difference(path: Path, size: int, sha256: str) -> str:
+def _wait_until_sealed(folder: Path, wait_s: float) -> None:
+    """Wait for a folder's manifest, and say so at once and every minute. Raises CommandError."""
+    deadline = time.monotonic() + wait_s
+    tell_at = float("-inf")
+    while not (folder / MANIFEST).exists():
+        now = time.monotonic()
+        if now >= deadline:
+            raise CommandError(f"{folder} is not sealed: there is no {MANIFEST} (`octavo model seal` writes it)")
+        if now >= tell_at:
+            tell_at = now + _TELL_WAIT_S
+            print(f"waiting up to {deadline - now:.0f} s for {folder / MANIFEST}, which is written last", flush=True)
+        time.sleep(_POLL_S)
+
+
+def _difference(path: Path, size: int, sha256: str, *, sizes_only: bool) -> str:
     """Return how a file differs from what was sealed, or nothing."""
     if not path.is_file():
         return f"{path} is missing"
     if path.stat().st_size != size:
         return f"{path} has {path.stat().st_size} bytes, not {size}"
-    return "" if sha256_of(path) == sha256 else f"{path} has another SHA-256 than was sealed"
+    return "" if sizes_only or sha256_of(path) == sha256 else f"{path} has another SHA-256 than was sealed"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import importlib
+import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +49,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the process named by `argv[0]` with the options after it, until it ends."""
     name, options = argv[0], list(argv[1:])
     process.set_name(f"octavo {name}", options)
+    with contextlib.suppress(RuntimeError, io.UnsupportedOperation):  # without a stderr, or one that is no file
+        # For one that hangs: `kill -USR1` has it say where.
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
     # Removed, so that whatever this process starts does not take it for itself.
     if supervisor := os.environ.pop(SUPERVISOR_PID, ""):
         process.die_with_parent(int(supervisor))
@@ -54,6 +61,10 @@ def main(argv: Sequence[str]) -> int:
         config = config_loader.load(config_class, options, prog=f"octavo {name}", description=kind.description)
         fmt = os.environ.get(LOG_FORMAT, "auto")
         log_setup.setup(config.log_level, name, fmt=cast(log_setup.Format, fmt))
+        if getattr(config, "local_ranks", 1) > 1:
+            from octavo.services.cli import ranks
+
+            return ranks.run(config, {SUPERVISOR_PID: str(os.getpid())})
         # Its libraries are imported here or, if they are slow, once it runs.
         status: int = importlib.import_module(f"{kind.package}.__main__").run(config)
     except ModuleNotFoundError as error:

@@ -1,19 +1,53 @@
-"""Settings of `octavo serve`: those of a whole deployment."""
+"""Settings of `octavo serve`: those of a whole deployment, and those that it passes on to its processes."""
+
+# ruff: noqa: RUF009 - what `_as_in` returns is a field, not its value
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from octavo.gpu_worker import quantization
-from octavo.gpu_worker.config import MAX_SPECULATIVE_TOKENS
-from octavo.services.gateway.output_formats import NONE, REASONING_FORMATS, TOOL_CALL_FORMATS
+from octavo.gpu_worker.config import MAX_SPECULATIVE_TOKENS, WorkerConfig
+from octavo.services.common.config import Setting, settings_of
+from octavo.services.gateway.config import GatewayConfig
+from octavo.services.scheduler.config import SchedulerConfig
 
 _LISTENING = "listening"
 _PROCESSES = "processes"
 _OBSERVING = "observing"
 _SCHEDULING = "scheduling"
 _SECURITY = "security"
+
+PROCESSES: Mapping[str, type[Any]] = {"gateway": GatewayConfig, "scheduler": SchedulerConfig, "worker": WorkerConfig}
+# What each process of a kind has for itself: one value cannot be that of several.
+_OWN = {
+    "gateway": {"model", "gateway_id", "admin_address", "health_address"},
+    "scheduler": {"scheduler_id", "worker_endpoint", "admin_address", "health_address"},
+    "worker": {
+        "model", "worker_id", "worker_endpoint", "group_id", "rank", "world_size", "rendezvous", "alive_file",
+        "drain_s",
+    },
+}  # fmt: skip
+
+
+def _as_in(config: type[Any], name: str, **metadata: object) -> Any:
+    """Return the field of a process's own configuration, with other metadata where some is given."""
+    (theirs,) = (each for each in fields(config) if each.name == name)
+    return field(default=theirs.default, metadata={**theirs.metadata, **metadata})
+
+
+def passed_on() -> list[Setting]:
+    """Return the settings of the processes that are no settings of `octavo serve`, but are taken and passed on."""
+    taken = {each.name for each in fields(ServeConfig)}
+    found: dict[str, Setting] = {}
+    for kind, config in PROCESSES.items():
+        for setting in settings_of(config):
+            if setting.name not in taken | _OWN[kind] and not setting.metadata.get("hidden"):
+                found.setdefault(setting.name, setting)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -24,53 +58,23 @@ class ServeConfig:
         metadata={"positional": True, "help": "a folder, a .gguf file, a hub id such as org/name, demo or demo-embed"}
     )
     model_name: str = field(default="", metadata={"help": "the name that clients use; by default made from MODEL"})
-    device: str = field(
-        default="auto",
-        metadata={"help": "what computes", "choices": ("auto", "cuda", "cpu", "reference"), "metavar": "DEVICE"},
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "type that weights are converted to; auto: as stored",
-            "choices": ("auto", "bfloat16", "float16", "float32"),
-            "metavar": "TYPE",
-        },
-    )
+    device: str = _as_in(WorkerConfig, "device", help="what computes", metavar="DEVICE")
+    dtype: str = _as_in(WorkerConfig, "dtype", metavar="TYPE")
     kv_cache_memory: int | None = field(
         default=None,
         metadata={"kind": "bytes", "help": "memory for the KV cache of each worker, such as 2GiB"},
     )
-    kv_cache_dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "type of the KV cache on a GPU; auto: that of the weights",
-            "choices": ("auto", "fp8"),
-            "metavar": "TYPE",
-        },
-    )
-    quantization: str = field(
-        default="none",
-        metadata={
-            "help": "quantise the weights of linear layers while they are loaded; none: keep them as they are",
-            "choices": quantization.QUANTIZATIONS,
-            "metavar": "SCHEME",
-        },
-    )
+    kv_cache_dtype: str = _as_in(WorkerConfig, "kv_cache_dtype", metavar="TYPE")
+    quantization: str = _as_in(WorkerConfig, "quantization", metavar="SCHEME")
     max_model_len: int | None = field(
         default=None, metadata={"help": "most tokens of prompt and output together; by default what the model allows"}
     )
 
-    packed_cache: bool = field(
-        default=True,
-        metadata={"help": "keep weights on disk as the CPU kernels read them, which makes the next start faster"},
-    )
-    speculative_tokens: int = field(
-        default=11,
-        metadata={
-            "help": "on a CPU: guess at most so many tokens from what a text repeats, where that pays, and compute "
-            "them at once; 0: do not. The text stays the same"
-        },
-    )
+    adapter: tuple[str, ...] = _as_in(GatewayConfig, "adapter")
+    adapter_dir: Path | None = _as_in(GatewayConfig, "adapter_dir")
+    max_adapters: int = _as_in(WorkerConfig, "max_adapters")
+    packed_cache: bool = _as_in(WorkerConfig, "packed_cache")
+    speculative_tokens: int = _as_in(WorkerConfig, "speculative_tokens")
 
     grpc_address: str = field(
         default="127.0.0.1:50051",
@@ -87,47 +91,16 @@ class ServeConfig:
             "it. Empty: nowhere",
         },
     )
-    http_cors_origins: tuple[str, ...] = field(
-        default=(),
-        metadata={"group": _LISTENING, "help": "origins whose web pages may call the HTTP API, * for all; empty: none"},
-    )
-    ui: bool = field(
-        default=False, metadata={"group": _LISTENING, "help": "serve a page to chat with the model over HTTP, at /ui"}
-    )
-    tool_call_format: str = field(
-        default="auto",
-        metadata={
-            "group": _LISTENING,
-            "help": "how the model writes tool calls; auto: as its chat template says, none: they stay text",
-            "choices": ("auto", NONE, *TOOL_CALL_FORMATS),
-            "metavar": "FORMAT",
-        },
-    )
-    reasoning_format: str = field(
-        default="auto",
-        metadata={
-            "group": _LISTENING,
-            "help": "what is around the model's reasoning; auto: as its chat template says, none: it stays text",
-            "choices": ("auto", NONE, *REASONING_FORMATS),
-            "metavar": "FORMAT",
-        },
-    )
-    reflection: bool = field(
-        default=True, metadata={"group": _LISTENING, "help": "let tools such as grpcurl ask for the API's description"}
-    )
+    http_cors_origins: tuple[str, ...] = _as_in(GatewayConfig, "http_cors_origins", group=_LISTENING)
+    ui: bool = _as_in(GatewayConfig, "ui", group=_LISTENING)
+    tool_call_format: str = _as_in(GatewayConfig, "tool_call_format", group=_LISTENING, metavar="FORMAT")
+    reasoning_format: str = _as_in(GatewayConfig, "reasoning_format", group=_LISTENING, metavar="FORMAT")
+    reflection: bool = _as_in(GatewayConfig, "reflection", group=_LISTENING)
 
-    api_keys: Path | None = field(
-        default=None,
-        metadata={"group": _SECURITY, "help": "file of API keys, made by `octavo keys add`: every call needs one"},
-    )
-    tls_certificate: Path | None = field(
-        default=None, metadata={"group": _SECURITY, "help": "PEM chain for gRPC and HTTP; without it they are plain"}
-    )
-    tls_key: Path | None = field(default=None, metadata={"group": _SECURITY, "help": "its key"})
-    tls_client_ca: Path | None = field(
-        default=None,
-        metadata={"group": _SECURITY, "help": "PEM authorities: clients need a certificate of theirs"},
-    )
+    api_keys: Path | None = _as_in(GatewayConfig, "api_keys", group=_SECURITY)
+    tls_certificate: Path | None = _as_in(GatewayConfig, "tls_certificate", group=_SECURITY)
+    tls_key: Path | None = _as_in(GatewayConfig, "tls_key", group=_SECURITY)
+    tls_client_ca: Path | None = _as_in(GatewayConfig, "tls_client_ca", group=_SECURITY)
 
     gateways: int = field(
         default=1,
@@ -148,14 +121,7 @@ class ServeConfig:
             "help": "where the one scheduler listens for gateways that are elsewhere: host:port. Port 0: any free port",
         },
     )
-    trusted_network: bool = field(
-        default=False,
-        metadata={
-            "group": _PROCESSES,
-            "help": "let gateways of other machines attach without certificates: only where nothing else reaches "
-            "--scheduler-address",
-        },
-    )
+    trusted_network: bool = _as_in(SchedulerConfig, "trusted_network", group=_PROCESSES)
     scheduler_addresses: tuple[str, ...] = field(
         default=(),
         metadata={
@@ -190,14 +156,10 @@ class ServeConfig:
         },
     )
 
-    max_running: int | None = field(default=None, metadata={"group": _SCHEDULING, "help": "most sequences in a step"})
-    max_waiting: int | None = field(
-        default=None, metadata={"group": _SCHEDULING, "help": "most requests in the queue; more are refused"}
-    )
-    max_batch_tokens: int | None = field(default=None, metadata={"group": _SCHEDULING, "help": "most tokens in a step"})
-    max_prefill_tokens: int | None = field(
-        default=None, metadata={"group": _SCHEDULING, "help": "most prompt tokens in a step that also decodes"}
-    )
+    max_num_seqs: int = _as_in(SchedulerConfig, "max_num_seqs", group=_SCHEDULING)
+    max_waiting: int = _as_in(SchedulerConfig, "max_waiting", group=_SCHEDULING)
+    max_num_batched_tokens: int = _as_in(SchedulerConfig, "max_num_batched_tokens", group=_SCHEDULING)
+    max_prefill_tokens: int = _as_in(SchedulerConfig, "max_prefill_tokens", group=_SCHEDULING)
 
     metrics_address: str = field(
         default="",
@@ -234,6 +196,9 @@ class ServeConfig:
         default=0, metadata={"hidden": True, "help": "stop when this process is no longer the parent; 0: never"}
     )
 
+    passed: Mapping[str, object] = field(default_factory=dict, metadata={"internal": True})
+    """Values of `passed_on()`, by name."""
+
     def __post_init__(self) -> None:
         for name, least in (("gateways", 0), ("schedulers", 0), ("workers", 1), ("tensor_parallel", 1)):
             if not least <= getattr(self, name) <= 64:
@@ -247,7 +212,7 @@ class ServeConfig:
             raise ValueError(
                 f"--speculative-tokens must be from 0 to {MAX_SPECULATIVE_TOKENS}, not {self.speculative_tokens}"
             )
-        for name in ("max_model_len", "max_running", "max_waiting", "max_batch_tokens", "max_prefill_tokens"):
+        for name in ("max_model_len", "max_num_seqs", "max_waiting", "max_num_batched_tokens", "max_prefill_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")

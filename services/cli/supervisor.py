@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +15,6 @@ from octavo.services.cli.child import Child, ChildSpec, describe_exit
 from octavo.services.cli.usable_time import UsableTime
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_SHOWN_LINES = 12
 _KILLED_WAIT_S = 10.0
 _LOOK_S = 0.1
 
@@ -24,20 +23,20 @@ _LOOK_S = 0.1
 class Limits:
     """How patient a supervisor is. Times are seconds.
 
-    A child that has worked for `steady_s`, since it was ready or, if it does not tell that, since its start, is
-    started again at once when it ends. One that ends sooner has failed. Before it is started again there is a pause,
-    from `backoff_s` up to `max_backoff_s`, doubling; if it fails `max_failures` times within `failure_window_s` it is
-    given up, and all with it.
+    A child that has worked for `steady_s` since it was ready or, if it does not tell that, for `untold_steady_s` since
+    its start, is started again at once when it ends. One that ends sooner has failed. Before it is started again there
+    is a pause, from `backoff_s` up to `max_backoff_s`, doubling; if it fails `max_failures` times in a row, however
+    long each took, it is given up, and all with it.
     `start_s` bounds the first start; `grace_s` bounds how long each child may take to stop, and
     `unit_grace_s` how long after another one of its unit has ended; `hung_s` is how long a child
     that is said to hang may take to show life, in time that other processes leave it.
     """
 
     max_failures: int = 12  # finding a request that kills workers costs up to ten of them
-    failure_window_s: float = 60.0
     backoff_s: float = 0.2
     max_backoff_s: float = 5.0
     steady_s: float = 3.0
+    untold_steady_s: float = 30.0  # some of it is the start
     start_s: float = 1800.0
     grace_s: float = 30.0
     unit_grace_s: float = 2.0
@@ -80,7 +79,7 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._kill = asyncio.Event()
         self._doubts: dict[str, asyncio.Task[None]] = {}  # children that are said to hang
-        self._ready_at: dict[str, float] = {}  # children that tell when they are ready, monotonic
+        self._ready_at: dict[str, float] = {}  # children that tell when they are ready; infinity: not yet this time
 
     def doubt(self, name: str) -> None:
         """Somebody says that a child or unit hangs: kill it, and so restart it, unless `trust` is called soon."""
@@ -90,7 +89,8 @@ class Supervisor:
 
     def trust(self, name: str) -> None:
         """A child is ready, and so is its unit."""
-        self._ready_at[name] = time.monotonic()
+        # A worker that joins another scheduler, or the same one again, has been at work before.
+        self._ready_at[name] = min(time.monotonic(), self._ready_at.get(name, math.inf))
         units = [child.spec.unit for child in self._children if child.spec.name == name]
         for doubted in (name, *units):
             if doubt := self._doubts.pop(doubted, None):
@@ -138,7 +138,8 @@ class Supervisor:
         if not self._stop.is_set():
             self._say("stopping (again to stop at once)")
             self._stop.set()
-        else:
+        elif not self._kill.is_set():
+            self._say("stopping at once")
             self._kill.set()
 
     async def _watch(self, tasks: list[asyncio.Task[None]], stop: asyncio.Task[bool]) -> None:
@@ -167,39 +168,39 @@ class Supervisor:
 
     async def _keep(self, unit: list[Child]) -> None:
         """Start the children of a unit, and start them again whenever one ends."""
-        failures: deque[float] = deque(maxlen=self._limits.max_failures)
+        num_failures = 0  # since it last worked
         backoff_s = self._limits.backoff_s
         while True:
             started = time.monotonic()
             for child in unit:
+                if child.spec.name in self._ready_at:
+                    self._ready_at[child.spec.name] = math.inf
                 try:
                     await child.start()
                 except OSError as error:
                     raise _GaveUpError(f"{child.spec.name} cannot be started: {error}") from None
             child, reason = await self._end_of(unit)
-            now = time.monotonic()
             if not self.ready:
-                raise _GaveUpError(_epitaph(child, f"failed while starting ({reason})"))
+                raise _GaveUpError(f"{child.spec.name} failed while starting ({reason}): giving up")
             what = "it" if len(unit) == 1 else f"all of {unit[0].spec.unit}"
-            if now - self._working_since(unit, started) >= self._limits.steady_s:
+            if self._has_worked(unit, started):
                 self._say(f"{child.spec.name} ended ({reason}); restarting {what}")
-                backoff_s = self._limits.backoff_s
+                num_failures, backoff_s = 0, self._limits.backoff_s
                 continue
-            failures.append(now)
-            if len(failures) == self._limits.max_failures and now - failures[0] < self._limits.failure_window_s:
-                raise _GaveUpError(
-                    _epitaph(child, f"failed {len(failures)} times in {now - failures[0]:.0f} s ({reason})")
-                )
+            num_failures += 1
+            if num_failures == self._limits.max_failures:
+                raise _GaveUpError(f"{child.spec.name} failed {num_failures} times in a row ({reason}): giving up")
             self._say(f"{child.spec.name} ended ({reason}); restarting {what} in {backoff_s:g} s")
             await asyncio.sleep(backoff_s)
             backoff_s = min(backoff_s * 2, self._limits.max_backoff_s)
 
-    def _working_since(self, unit: list[Child], started: float) -> float:
-        """Return since when a unit that was started works; infinity if it does not."""
+    def _has_worked(self, unit: list[Child], started: float) -> bool:
+        """Return whether a unit that was started then, and has ended now, worked for long enough in between."""
         told = [self._ready_at[child.spec.name] for child in unit if child.spec.name in self._ready_at]
+        now = time.monotonic()
         if not told:
-            return started
-        return max(told) if max(told) >= started else float("inf")
+            return now - started >= self._limits.untold_steady_s
+        return now - max(told) >= self._limits.steady_s
 
     async def _end_of(self, unit: list[Child]) -> tuple[Child, str]:
         """Wait until a child of a unit ends, and end the others; return which it was and why it ended."""
@@ -237,13 +238,7 @@ class Supervisor:
         await asyncio.wait({ended, kill}, timeout=self._limits.grace_s, return_when=asyncio.FIRST_COMPLETED)
         for child in children:
             if child.running:
-                self._say(f"{child.spec.name} did not stop in time: killing it")
+                if not kill.done():  # else that is what was asked for
+                    self._say(f"{child.spec.name} did not stop in time: killing it")
                 child.kill()
         await asyncio.wait({ended}, timeout=_KILLED_WAIT_S)  # SIGKILL can wait for the disk, but not for ever
-
-
-def _epitaph(child: Child, what: str) -> str:
-    """Return why all has to stop, with the last lines that the child printed."""
-    lines = [line for line in child.last_lines if line][-_SHOWN_LINES:]
-    text = f"{child.spec.name} {what}: giving up"
-    return text if not lines else text + "; its last lines:\n" + "\n".join(f"    {line}" for line in lines)

@@ -2,8 +2,8 @@
 
 from octavo.services.client.batch import BatchResult
 from octavo.services.client.client import Client
-from octavo.services.client.embeddings import Embeddings, Ranked
-from octavo.services.client.errors import OctavoError, ProtocolError, Violation
+from octavo.services.client.embeddings import Embeddings, Labelled, Ranked
+from octavo.services.client.errors import ClientClosedError, OctavoError, ProtocolError, Violation
 from octavo.services.client.request import BatchItem, GenerationOptions
 from octavo.services.client.stream import Result, Stream
 from octavo.services.client.sync import SyncClient, SyncStream
@@ -12,8 +12,10 @@ __all__ = [
     "BatchItem",
     "BatchResult",
     "Client",
+    "ClientClosedError",
     "Embeddings",
     "GenerationOptions",
+    "Labelled",
     "OctavoError",
     "ProtocolError",
     "Ranked",

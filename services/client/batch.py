@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import grpc
 
 from octavo.inference.v1 import generation_pb2
-from octavo.services.client.calls import pause
+from octavo.services.client.calls import Endpoints
 from octavo.services.client.errors import OctavoError, ProtocolError, from_rpc_error, from_status
 from octavo.services.client.request import BatchItem, RequestOptions, split_options
 from octavo.services.client.stream import Result
@@ -19,6 +19,7 @@ MAX_UNANSWERED = 1024
 """Items that are sent and whose results were not given out: what a broken call may have to send again."""
 
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
+_LAST: Any = object()
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class BatchResult:
 class BatchRun:
     """One run over `items`; `results` yields once for each of them.
 
-    open_call  starts a BatchGenerate call, at whichever address is next
+    open_call  starts a BatchGenerate call, at whichever of `endpoints` is next
+    timeout_s  how long all of it may take, as `open_call` knows
     model      is asked for the model of items that name none
     ordered    results come in the order of the items, not of their ends
     """
@@ -41,16 +43,20 @@ class BatchRun:
     def __init__(
         self,
         items: Iterable[BatchItem] | AsyncIterable[BatchItem],
+        endpoints: Endpoints,
         open_call: Callable[[], Any],
         model: Callable[[], Awaitable[str]],
         resume_for_s: float,
         ordered: bool,
+        timeout_s: float | None,
     ) -> None:
         self._items = aiter(items) if isinstance(items, AsyncIterable) else _each(items)
+        self._endpoints = endpoints
         self._open_call = open_call
         self._model = model
         self._resume_for_s = resume_for_s
         self._ordered = ordered
+        self._timeout_s = timeout_s
         self._early: dict[int, BatchResult] = {}
         self._num_given = 0
         self._unanswered: dict[str, generation_pb2.BatchGenerateRequest] = {}
@@ -82,13 +88,14 @@ class BatchRun:
                     if feeding.done() and not feeding.cancelled() and (failure := feeding.exception()):
                         raise failure from None  # an item was wrong: the call was cancelled for it
                     if not isinstance(broken, grpc.aio.AioRpcError):
+                        self._endpoints.check_open()
                         raise
-                    error = from_rpc_error(broken)
+                    error = from_rpc_error(broken, self._timeout_s)
                     if not error.is_broken_call or self._resume_for_s <= 0:
                         raise error from None
                     if attempt == 0:
                         give_up_at = loop.time() + self._resume_for_s
-                    await pause(attempt, error, give_up_at)
+                    await self._endpoints.pause(attempt, error, give_up_at)
                     attempt += 1
                 finally:
                     feeding.cancel()
@@ -121,11 +128,15 @@ class BatchRun:
     async def _next_request(self) -> generation_pb2.BatchGenerateRequest | None:
         """Return the next item as a request, once there is room for it; None after the last."""
         await self._room.acquire()
-        item = await anext(self._items, None)
-        if item is None:
+        item = await anext(self._items, _LAST)
+        if item is _LAST:
             self._all_read = True
             self._room.release()
             return None
+        if not isinstance(item, Mapping):
+            raise TypeError(
+                f'item {self._num_items} must be a mapping, such as {{"prompt": "Hello"}}, not {item!r:.80}'
+            )
         options = dict(item)
         prompt = cast(str | None, options.pop("prompt", None))
         try:
@@ -133,7 +144,8 @@ class BatchRun:
             if call_options:
                 raise TypeError(f"{', '.join(call_options)} can only be given to the batch as a whole")
         except (TypeError, ValueError) as error:
-            raise type(error)(f"item {self._num_items}: {error}") from None
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"item {self._num_items}: {error}") from None
         generation.model = generation.model or await self._model()
         request = generation_pb2.BatchGenerateRequest(item_id=str(self._num_items), generation=generation)
         self._num_items += 1

@@ -15,7 +15,15 @@ from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import embedding_pb2, generation_pb2, load_pb2, model_pb2, tokenizer_pb2
 from octavo.services.client.batch import BatchResult, BatchRun
 from octavo.services.client.calls import Endpoint, Endpoints, first_of, unary
-from octavo.services.client.embeddings import Embeddings, EmbedOptions, Ranked, embed_requests, gather
+from octavo.services.client.embeddings import (
+    Embeddings,
+    EmbedOptions,
+    Labelled,
+    Ranked,
+    embed_requests,
+    gather,
+    labelled,
+)
 from octavo.services.client.errors import ProtocolError
 from octavo.services.client.request import (
     BatchItem,
@@ -66,7 +74,7 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connections; calls that still run are cancelled."""
+        """Close the connections. Calls that still run raise ClientClosedError, as do those that come later."""
         await self._endpoints.close()
 
     def stream(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> Stream:
@@ -79,9 +87,10 @@ class Client:
 
         async def calls() -> _StreamCalls:
             generation.model = generation.model or await self._default_model()
-            return _StreamCalls(self._endpoints, self._call(call))
+            return _StreamCalls(self._endpoints, self._call(call), stream)
 
-        return Stream(calls, generation, self._resume_for_s)
+        stream = Stream(calls, generation, self._resume_for_s)
+        return stream
 
     async def generate(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> Result:
         """Generate and return the whole output. Arguments are those of `stream`."""
@@ -114,7 +123,10 @@ class Client:
             return self._endpoints.pick().generation.BatchGenerate(**call.options())
 
         call = self._call({"timeout_s": timeout_s, "request_id": request_id})
-        return BatchRun(items, open_call, self._default_model, self._resume_for_s, ordered).results()
+        run = BatchRun(
+            items, self._endpoints, open_call, self._default_model, self._resume_for_s, ordered, call.timeout_s
+        )
+        return run.results()
 
     async def embed(
         self,
@@ -159,6 +171,37 @@ class Client:
             lambda endpoint: endpoint.embedding.Rerank, request, {"timeout_s": timeout_s}
         )
         return [Ranked(result.index, result.relevance_score) for result in response.results]
+
+    async def score(
+        self,
+        queries: str | Sequence[str],
+        documents: Sequence[str],
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
+    ) -> list[float]:
+        """Return how well each document answers its query; a text is the query of all."""
+        given = [queries] if isinstance(queries, str) else queries
+        request = embedding_pb2.ScoreRequest(
+            model=model or await self._default_model(), queries=given, documents=documents
+        )
+        response: embedding_pb2.ScoreResponse = await self._unary(
+            lambda endpoint: endpoint.embedding.Score, request, {"timeout_s": timeout_s}
+        )
+        return list(response.scores)
+
+    async def classify(
+        self, texts: str | Sequence[str | tuple[str, str]], *, model: str = "", timeout_s: float | None = None
+    ) -> list[Labelled]:
+        """Return the labels of each text, or pair of texts."""
+        request = embedding_pb2.ClassifyRequest(model=model or await self._default_model())
+        for each in [texts] if isinstance(texts, str) else texts:
+            text, second = (each, "") if isinstance(each, str) else each
+            request.inputs.add(text=text, text_pair=second)
+        response: embedding_pb2.ClassifyResponse = await self._unary(
+            lambda endpoint: endpoint.embedding.Classify, request, {"timeout_s": timeout_s}
+        )
+        return labelled(response)
 
     async def cancel(self, request_id: str) -> generation_pb2.CancelGenerationResponse:
         """End a request by its id, whoever started it."""
@@ -231,7 +274,8 @@ class Client:
         call = self._call(options or CallOptions())
         generation = request.generation if isinstance(request, generation_pb2.GenerateRequest) else None
         return await self._endpoints.call(
-            lambda endpoint: unary(method(endpoint)(request, **call.options(generation))), call.deadline
+            lambda endpoint: unary(method(endpoint)(request, **call.options(generation)), call.timeout_s),
+            call.deadline,
         )
 
     def _call(self, options: CallOptions) -> _Call:
@@ -246,6 +290,7 @@ class _Call:
 
     def __init__(self, metadata: Sequence[tuple[str, str]], timeout_s: float | None) -> None:
         self._metadata = metadata
+        self.timeout_s = timeout_s
         self.deadline = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
 
     def options(self, generation: generation_pb2.Generation | None = None) -> dict[str, Any]:
@@ -258,22 +303,32 @@ class _Call:
 class _StreamCalls:
     """The calls of one stream; see StreamCalls."""
 
-    def __init__(self, endpoints: Endpoints, call: _Call) -> None:
+    def __init__(self, endpoints: Endpoints, call: _Call, stream: Stream) -> None:
         self._endpoints = endpoints
         self._call = call
+        self._stream = stream  # whose `on_retry` is told
+        self.timeout_s = call.timeout_s
+        self.check_open = endpoints.check_open
+        self.pause = endpoints.pause
 
     async def generate(self, generation: generation_pb2.Generation) -> tuple[Any, Any]:
         request = generation_pb2.GenerateStreamRequest(generation=generation)
         return await self._endpoints.call(
-            lambda endpoint: first_of(endpoint.generation.GenerateStream(request, **self._call.options(generation))),
+            lambda endpoint: first_of(
+                endpoint.generation.GenerateStream(request, **self._call.options(generation)), self.timeout_s
+            ),
             self._call.deadline,
+            self._stream.on_retry,
         )
 
     async def resume(self, token: str, cursors: Sequence[generation_pb2.Cursor]) -> tuple[Any, Any]:
         request = generation_pb2.ResumeStreamRequest(resume_token=token, cursors=cursors)
         return await self._endpoints.call(
-            lambda endpoint: first_of(endpoint.generation.ResumeStream(request, **self._call.options())),
+            lambda endpoint: first_of(
+                endpoint.generation.ResumeStream(request, **self._call.options()), self.timeout_s
+            ),
             self._call.deadline,
+            self._stream.on_retry,
         )
 
     async def cancel(self, request_id: str) -> None:

@@ -92,8 +92,18 @@ class ProtocolError(OctavoError):
         super().__init__(grpc.StatusCode.INTERNAL, message, reason="PROTOCOL_ERROR", request_id=request_id)
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError) -> OctavoError:
-    """Return what `error` says, with the details that the server attached, if any."""
+class ClientClosedError(OctavoError):
+    """The client was closed, before the call or while it ran."""
+
+    def __init__(self) -> None:
+        super().__init__(grpc.StatusCode.CANCELLED, "this client is closed", reason="CLIENT_CLOSED")
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError, timeout_s: float | None = None) -> OctavoError:
+    """Return what `error` says, with the details that the server attached, if any.
+
+    timeout_s  the call's own limit, which a deadline that passed is told by
+    """
     status = status_pb2.Status()
     trailers: Any = error.trailing_metadata() or ()
     for key, value in trailers:
@@ -102,7 +112,10 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> OctavoError:
                 status.ParseFromString(value.encode() if isinstance(value, str) else value)
             except DecodeError:  # a proxy's own idea of details: the plain status still stands
                 status.Clear()
-    return _from_details(error.code(), error.details() or error.code().name, status)
+    message = error.details() or error.code().name
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and timeout_s is not None and not status.details:
+        message = f"took longer than timeout_s={timeout_s:g}"
+    return _from_details(error.code(), message, status)
 
 
 def from_status(serialized: bytes) -> OctavoError:

@@ -6,20 +6,23 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, TypeVar, cast
+
+from google.protobuf.message import Message
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 
 _HEADER_VALUE = re.compile(r"[!-~]([ -~]*[!-~])?")
 
+M = TypeVar("M", bound=Message)
 MessageLike = generation_pb2.Message | Mapping[str, str]
 
 
 class GenerationOptions(TypedDict, total=False):
     """Keyword arguments of Client.stream and Client.generate, named after the fields of the API.
 
-    A field left out means the model's own default. `stop` are stop strings; `json_schema` and
+    A field left out means the model's own default. `stop` are stop strings, or one; `json_schema` and
     `tools` are JSON texts or what json.dumps takes. `tool_choice` is as in OpenAI's API: "auto", "none",
     "required", or {"type": "function", "function": {"name": "..."}} for the one tool that is called.
     """
@@ -28,6 +31,8 @@ class GenerationOptions(TypedDict, total=False):
     top_p: float
     top_k: int
     min_p: float
+    top_n_sigma: float
+    typical_p: float
     presence_penalty: float
     frequency_penalty: float
     repetition_penalty: float
@@ -37,7 +42,7 @@ class GenerationOptions(TypedDict, total=False):
 
     max_new_tokens: int
     min_new_tokens: int
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_end_of_sequence: bool
     include_stop_sequence: bool
@@ -111,6 +116,7 @@ _TOOL_CHOICES: Mapping[str, generation_pb2.ToolChoice.Mode] = {
     "required": generation_pb2.ToolChoice.MODE_REQUIRED,
 }
 _PROMPTS: Mapping[str, Any] = {"model": "", "messages": None, "token_ids": None}
+_OPTIONS: Mapping[str, str] = {"stop_sequences": "stop", "token_ids": "return_token_ids"}  # by the field's name
 _OTHER = frozenset({"continue_output", "candidate_count", "adapter", "idempotency_key"})
 
 
@@ -139,7 +145,8 @@ def build_generation(
         raise TypeError("give exactly one of prompt, messages and token_ids")
     values: dict[str, Any] = dict(options)
     if "stop" in values:
-        values["stop_sequences"] = values.pop("stop")
+        stop = values.pop("stop")
+        values["stop_sequences"] = [stop] if isinstance(stop, str) else stop
     if "return_token_ids" in values:
         values["token_ids"] = values.pop("return_token_ids")
     known = _SAMPLING | _STOP | _CONSTRAINT | _OUTPUT | _SCHEDULING | _CHAT | _OTHER
@@ -150,10 +157,9 @@ def build_generation(
 
     generation = generation_pb2.Generation(model=model)
     if prompt is not None:
-        generation.text = prompt
+        generation.MergeFrom(make_message(generation_pb2.Generation, {"text": prompt}, "prompt"))
     elif token_ids is not None:
-        generation.token_ids.ids.extend(token_ids)
-        generation.token_ids.SetInParent()  # an empty list is still a list
+        generation.token_ids.CopyFrom(make_message(common_pb2.TokenIds, {"ids": token_ids}, "token_ids"))
     else:
         assert messages is not None
         generation.chat.CopyFrom(build_chat(messages, _pick(values, _CHAT)))
@@ -161,21 +167,39 @@ def build_generation(
         raise TypeError(f"{', '.join(misplaced)} can only be given with messages")
 
     if sampling := _pick(values, _SAMPLING):
-        generation.sampling.CopyFrom(common_pb2.SamplingParams(**sampling))
-    if stop := _pick(values, _STOP):
-        generation.stop.CopyFrom(common_pb2.StopCriteria(**stop))
+        generation.sampling.CopyFrom(make_message(common_pb2.SamplingParams, sampling))
+    if stops := _pick(values, _STOP):
+        generation.stop.CopyFrom(make_message(common_pb2.StopCriteria, stops))
     if output := _pick(values, _OUTPUT):
-        generation.output.CopyFrom(generation_pb2.OutputOptions(**output))
+        generation.output.CopyFrom(make_message(generation_pb2.OutputOptions, output))
     if scheduling := _pick(values, _SCHEDULING):
-        generation.scheduling.CopyFrom(generation_pb2.Scheduling(**scheduling))
+        generation.scheduling.CopyFrom(make_message(generation_pb2.Scheduling, scheduling))
     if constraint := _pick(values, _CONSTRAINT):
         generation.constraint.CopyFrom(_constraint(constraint))
-    generation.candidate_count = values.get("candidate_count", 0)
-    generation.adapter = values.get("adapter", "")
-    generation.idempotency_key = values.get("idempotency_key", "")
+    generation.MergeFrom(make_message(generation_pb2.Generation, _pick(values, _OTHER - {"continue_output"})))
     if "continue_output" in values:
-        generation.continue_output.ids.extend(values["continue_output"])
+        generation.continue_output.CopyFrom(
+            make_message(common_pb2.TokenIds, {"ids": values["continue_output"]}, "continue_output")
+        )
     return generation
+
+
+def make_message(kind: type[M], values: Mapping[str, Any], option: str = "") -> M:
+    """Return a message of these fields. Raises TypeError or ValueError that names the option whose value is wrong.
+
+    option  what the caller calls the only field; empty: options are called as the fields are
+    """
+    try:
+        return kind(**values)
+    except (TypeError, ValueError):
+        for name, value in values.items():
+            try:
+                kind(**{name: value})
+            except (TypeError, ValueError) as error:
+                name = option or _OPTIONS.get(name, name)
+                kind_of_error = TypeError if isinstance(error, TypeError) else ValueError  # not one of its subclasses
+                raise kind_of_error(f"{name}={value!r:.80} is not possible: {error}") from None
+        raise
 
 
 def routing_headers(generation: generation_pb2.Generation) -> list[tuple[str, str]]:
@@ -201,7 +225,8 @@ def _message(message: MessageLike) -> generation_pb2.Message:
         return message
     if set(message) != {"role", "content"}:
         raise TypeError(f"a message has the keys 'role' and 'content', not {sorted(message)}")
-    return generation_pb2.Message(role=message["role"], parts=[generation_pb2.Part(text=message["content"])])
+    part = make_message(generation_pb2.Part, {"text": message["content"]}, "content")
+    return generation_pb2.Message(role=message["role"], parts=[part])
 
 
 def _tool_choice(value: str | Mapping[str, Any]) -> generation_pb2.ToolChoice:
@@ -220,10 +245,10 @@ def _constraint(values: dict[str, Any]) -> common_pb2.OutputConstraint:
         raise TypeError(f"give only one of {', '.join(values)}")
     ((kind, value),) = values.items()
     if kind == "choices":
-        return common_pb2.OutputConstraint(choices=common_pb2.Choices(values=value))
-    constraint = common_pb2.OutputConstraint()
-    setattr(constraint, kind, _json(value) if kind == "json_schema" else value)
-    return constraint
+        if isinstance(value, str):
+            raise TypeError(f"choices={value!r:.80} is not possible: give a list of texts")
+        return common_pb2.OutputConstraint(choices=make_message(common_pb2.Choices, {"values": value}, "choices"))
+    return make_message(common_pb2.OutputConstraint, {kind: _json(value) if kind == "json_schema" else value})
 
 
 def _json(value: object) -> str:

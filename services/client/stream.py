@@ -13,7 +13,6 @@ import grpc
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
-from octavo.services.client.calls import pause
 from octavo.services.client.errors import OctavoError, from_rpc_error
 from octavo.services.client.progress import Progress
 
@@ -25,6 +24,16 @@ _BUSY = (Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED)
 
 class StreamCalls(Protocol):
     """Makes the calls of a stream. Each returns the call and its first message. Raises OctavoError."""
+
+    @property
+    def timeout_s(self) -> float | None:
+        """How long all of them may take together; None: as long as they do."""
+
+    def check_open(self) -> None:
+        """See Endpoints."""
+
+    async def pause(self, attempt: int, error: OctavoError, deadline: float | None) -> None:
+        """See Endpoints."""
 
     async def generate(self, generation: generation_pb2.Generation) -> tuple[Any, Any]:
         """Start a request."""
@@ -61,6 +70,8 @@ class Stream:
         self._cancelled = False
         self._ending: asyncio.Task[None] | None = None
         self.num_resumed = 0
+        self.on_retry: Callable[[OctavoError], None] | None = None
+        """Is called with what happened when a call broke or found no server, and is about to be tried again."""
         if resume_for_s > 0:
             request.output.token_ids = True
 
@@ -111,9 +122,11 @@ class Stream:
                 except grpc.aio.AioRpcError as error:
                     if self._cancelled:
                         return
-                    self._call, response = await self._recover(from_rpc_error(error))
+                    self._call, response = await self._recover(from_rpc_error(error, self._calls.timeout_s))
         except asyncio.CancelledError:
-            if not self._cancelled:  # it is the caller's task that was cancelled
+            if not self._cancelled:  # the client was closed, or it is the caller's task that was cancelled
+                if self._calls is not None:
+                    self._calls.check_open()
                 raise
         finally:
             self._end_call()
@@ -158,6 +171,8 @@ class Stream:
         """Return a call that goes on where the last one broke; raise `failure` if that is not possible."""
         if self._resume_for_s <= 0 or not failure.is_broken_call or self._calls is None:
             raise failure
+        if self.on_retry is not None:
+            self.on_retry(failure)
         deadline = asyncio.get_running_loop().time() + self._resume_for_s
         token = self.started.resume_token if self.started else ""
         leave_out = 0
@@ -182,17 +197,23 @@ class Stream:
                 elif error.has_ended_already and not leave_out:
                     leave_out = 1  # all tokens are here, their ending is not: produce the last one again
                 elif error.code in _BUSY or error.is_broken_call:
-                    await pause(attempt, error, deadline)
+                    await self._calls.pause(attempt, error, deadline)
                     attempt += 1
                 else:
                     raise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """A whole answer. The properties are those of the first candidate; `response` has everything."""
 
     response: generation_pb2.GenerateResponse
+
+    def __repr__(self) -> str:
+        others = len(self.response.candidates) - 1
+        more = f", and {others} more candidates in response" if others > 0 else ""
+        tokens = f"output_tokens={self.usage.output_tokens}"
+        return f"Result({self.text!r}, finish_reason={self.finish_reason!r}, {tokens}{more})"
 
     @property
     def text(self) -> str:

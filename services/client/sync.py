@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
+import os
+import queue
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -12,8 +16,10 @@ import grpc
 
 from octavo.inference.v1 import generation_pb2, load_pb2, model_pb2
 from octavo.services.client.batch import BatchResult
+from octavo.services.client.calls import check_not_forked
 from octavo.services.client.client import Client
-from octavo.services.client.embeddings import Embeddings, EmbedOptions, Ranked
+from octavo.services.client.embeddings import Embeddings, EmbedOptions, Labelled, Ranked
+from octavo.services.client.errors import ClientClosedError
 from octavo.services.client.request import BatchItem, MessageLike, RequestOptions
 from octavo.services.client.stream import Result, Stream
 
@@ -21,7 +27,7 @@ T = TypeVar("T")
 
 
 class SyncClient:
-    """`with SyncClient("127.0.0.1:50051") as client: print(client.generate("Hello").text)`.
+    """`with SyncClient("127.0.0.1:50051") as client: print(client.generate("Hello", max_new_tokens=16).text)`.
 
     Arguments are those of Client, which runs on an event loop in a thread of its own. Any threads may call at once.
     """
@@ -35,8 +41,14 @@ class SyncClient:
         timeout_s: float | None = None,
         resume_for_s: float = 30.0,
     ) -> None:
+        check_not_forked()
         self._loop = asyncio.new_event_loop()
         self._finishing: set[asyncio.Task[None]] = set()
+        # What starts work looks at `_is_closed`, and `close` sets it. The garbage collector can end a stream at any
+        # point of a thread, so also where the thread has the lock already.
+        self._lock = threading.RLock()
+        self._is_closed = False
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._loop.run_forever, name="octavo-client", daemon=True)
         self._thread.start()
 
@@ -49,6 +61,9 @@ class SyncClient:
             self._stop_loop()
             raise
 
+    def __repr__(self) -> str:
+        return f"<SyncClient{' (closed)' if self._is_closed else ''}>"
+
     def __enter__(self) -> Self:
         return self
 
@@ -58,10 +73,30 @@ class SyncClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connections; calls that still run are cancelled. Nothing happens the second time."""
-        if self._thread.is_alive():
-            self._run(self._client.close())
+        """Close the connections. Calls of other threads that still run, and all later ones, raise ClientClosedError.
+
+        Nothing happens the second time.
+        """
+        if os.getpid() != self._pid:
+            return  # a fork has neither the connections nor the thread
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+        try:
+            closing.result()
+        finally:
             self._stop_loop()
+
+    async def _close(self) -> None:
+        """End the client and everything that runs on the loop, so that whoever waits for it is told."""
+        await self._client.close()
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:  # the end of one may start another
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
     def stream(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> SyncStream:
         """Start to generate; iterate over the result. Arguments are those of Client.stream."""
@@ -74,17 +109,21 @@ class SyncClient:
     def batch(
         self, items: Iterable[BatchItem], *, ordered: bool = False, timeout_s: float | None = None
     ) -> Iterator[BatchResult]:
-        """Generate for many requests over one call; see Client.batch. `items` is read in the client's thread."""
+        """Generate for many requests over one call; see Client.batch.
+
+        `items` are read in a thread of their own: they may wait, and may call this client.
+        """
 
         async def start() -> AsyncIterator[BatchResult]:
-            return self._client.batch(items, ordered=ordered, timeout_s=timeout_s)
+            return self._client.batch(reader, ordered=ordered, timeout_s=timeout_s)
 
-        results: Any = self._run(start())
-        try:
-            while (result := self._run(_following(results))) is not None:
-                yield result
-        finally:
-            self._finish(_closed(results))
+        with contextlib.closing(_Reader(items)) as reader:
+            results: Any = self._run(start())
+            try:
+                while (result := self._run(_following(results))) is not None:
+                    yield result
+            finally:
+                self._finish(_closed(results))
 
     def embed(
         self,
@@ -101,6 +140,14 @@ class SyncClient:
     ) -> list[Ranked]:
         """Return the documents by how well they answer the query, best first."""
         return self._run(self._client.rerank(query, documents, model=model, top_n=top_n))
+
+    def score(self, queries: str | Sequence[str], documents: Sequence[str], *, model: str = "") -> list[float]:
+        """Return how well each document answers its query; see Client.score."""
+        return self._run(self._client.score(queries, documents, model=model))
+
+    def classify(self, texts: str | Sequence[str | tuple[str, str]], *, model: str = "") -> list[Labelled]:
+        """Return the labels of each text, or pair of texts."""
+        return self._run(self._client.classify(texts, model=model))
 
     def cancel(self, request_id: str) -> generation_pb2.CancelGenerationResponse:
         """End a request by its id, whoever started it."""
@@ -134,28 +181,90 @@ class SyncClient:
         return self._run(self._client.load())
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the thread; if the caller is interrupted, cancel it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Run a coroutine in the thread; if the caller is interrupted, cancel it. Raises what it does."""
+        try:
+            check_not_forked()
+            assert threading.current_thread() is not self._thread, "the client's thread waits for itself"
+            with self._lock:
+                if self._is_closed:
+                    raise ClientClosedError
+                future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except BaseException:
+            work.close()
+            raise
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise ClientClosedError from None  # nothing else cancels what a caller waits for
         except BaseException:
             future.cancel()
             raise
 
     def _finish(self, work: Coroutine[Any, Any, None]) -> None:
         """Run what cleans up after an iteration; the garbage collector ends an abandoned one, in any thread."""
-        if self._loop.is_closed():
-            work.close()  # closing the client has ended the call
-        elif threading.current_thread() is self._thread:
+        if threading.current_thread() is self._thread:
             self._finishing.add(task := self._loop.create_task(work))
             task.add_done_callback(self._finishing.discard)
+        elif os.getpid() != self._pid:
+            work.close()  # a fork has the parent's calls, and no thread that could end them
         else:
-            self._run(work)
+            with contextlib.suppress(ClientClosedError):  # closing the client has ended the call
+                self._run(work)
 
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+class _Reader(AsyncIterator[BatchItem]):
+    """Reads an iterable in a thread of its own, an item when one is asked for; a context of `contextlib.closing`.
+
+    The thread is a daemon: items that never come keep no program from ending.
+    """
+
+    def __init__(self, items: Iterable[BatchItem]) -> None:
+        self._items = items
+        self._asked: queue.SimpleQueue[asyncio.Future[BatchItem] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    async def __anext__(self) -> BatchItem:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._read, name="octavo-items", daemon=True)
+            self._thread.start()
+        future: asyncio.Future[BatchItem] = asyncio.get_running_loop().create_future()
+        self._asked.put(future)
+        return await future
+
+    def close(self) -> None:
+        """Have the thread end when its item has come."""
+        self._asked.put(None)
+
+    def _read(self) -> None:
+        items: Iterator[BatchItem] | None = None
+        while (future := self._asked.get()) is not None:
+            item: Any = None
+            failure: Exception | None = None
+            try:
+                items = iter(self._items) if items is None else items
+                item = next(items)
+            except StopIteration:
+                failure = StopAsyncIteration()
+            except Exception as error:
+                failure = error
+            except BaseException as error:  # in a task it would end the loop, and with it every other call
+                failure = RuntimeError(f"the items ended with {error!r}")
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                future.get_loop().call_soon_threadsafe(_settle, future, item, failure)
+
+
+def _settle(future: asyncio.Future[T], value: T, failure: Exception | None) -> None:
+    if future.done():  # nobody waits any more
+        return
+    if failure is None:
+        future.set_result(value)
+    else:
+        future.set_exception(failure)
 
 
 async def _following(items: AsyncIterator[T]) -> T | None:
@@ -194,11 +303,11 @@ class SyncStream:
     def __exit__(
         self, exc_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._run(self._leave())
+        self._finish(self._leave())
 
     def cancel(self) -> None:
         """End the request; iteration ends without an error."""
-        self._run(self._leave())
+        self._finish(self._leave())
 
     async def _leave(self) -> None:
         async with self.stream:

@@ -6,11 +6,12 @@ the file given by `--config`. Flags win over the environment, that over the file
 field's default. Types: str, int, float, bool, Path, tuple[str, ...], and each of them `| None`.
 
 Metadata of a field: `help`; `choices`; `positional` (a bare argument instead of a flag); `group`
-(heading in the help); `metavar`; `also` (further names of the flag, a tuple); `hidden` (not in the
-help); `verbatim` (the items of a tuple are not split at commas); `kind`, which is "bytes" (512MiB,
-2GB, 4096) or "duration" (30s, 250ms, 5m; the field holds seconds, or milliseconds if its name ends
-with `_ms`). Fields whose name ends with `_s`, `_ms` or `_bytes`, or whose `unit` is "s", "ms" or
-"bytes", are of that kind anyway.
+(heading in the help); `metavar`; `also` (further names of the flag, a tuple); `was` (an old name of the
+field, which goes on working everywhere); `hidden` (not in the help); `internal` (no setting at all: the
+program sets it); `verbatim` (the items of a tuple are not split at commas); `kind`, which is "bytes"
+(512MiB, 2GB, 4096) or "duration" (30s, 250ms, 5m; the
+field holds seconds, or milliseconds if its name ends with `_ms`). Fields whose name ends with `_s`,
+`_ms` or `_bytes`, or whose `unit` is "s", "ms" or "bytes", are of that kind anyway.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -42,6 +43,8 @@ _BYTE_UNITS = {
     "ti": 2**40,
 }
 _DURATION_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+# What the cluster sets for each of its services, whatever they are called.
+_OF_KUBERNETES = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_(TCP|UDP)(_\w+)?)?)$")
 _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -79,23 +82,64 @@ def parse(
     description: str = "",
 ) -> T:
     """Do what `load` does, but raise ConfigError for a wrong setting."""
-    settings = settings_of(cls)
+    return parse_with(cls, (), argv, prog=prog, env_prefix=env_prefix, environ=environ, description=description)[0]
+
+
+def parse_with(
+    cls: type[T],
+    others: Sequence[Setting],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    env_prefix: str = "OCTAVO_",
+    environ: Mapping[str, str] | None = None,
+    description: str = "",
+) -> tuple[T, dict[str, object]]:
+    """Do what `parse` does, and return the values that flags and file give to `others`, by name.
+
+    Those are settings of processes that this one starts. The help is silent about them. They inherit the environment,
+    so that what it sets is left to them.
+    """
+    own = settings_of(cls)
+    settings = [*own, *others]
     environ = os.environ if environ is None else environ
-    given = vars(_parser(settings, prog, env_prefix, description).parse_args(list(argv)))
+    given = vars(_parser(own, prog, env_prefix, description, others).parse_args(list(argv)))
     path = given.pop("config", None)
     values = {} if path is None else _read_file(Path(path), settings)
-    for setting in settings:
-        if environ.get(env_prefix + setting.name.upper()):
-            name = env_prefix + setting.name.upper()
+    passed: dict[str, object] = {}
+    for setting in others:
+        value = values.pop(setting.name, None)
+        if given.get(setting.name) is not None:
+            passed[setting.name] = setting.read(given[setting.name], setting.title)
+        elif value is not None and not _variable(setting, environ, env_prefix):
+            passed[setting.name] = value
+    for setting in own:
+        if name := _variable(setting, environ, env_prefix):
             values[setting.name] = setting.read(environ[name], name)
         if given.get(setting.name) is not None:
             values[setting.name] = setting.read(given[setting.name], setting.title)
         if setting.required and setting.name not in values:
             raise ConfigError(f"{setting.title} is missing: {setting.help}")
     try:
-        return cls(**values)
+        return cls(**values), passed
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from error
+
+
+def _variable(setting: Setting, environ: Mapping[str, str], env_prefix: str) -> str:
+    """Return the variable that sets a setting, its new name first; empty if there is none."""
+    return next((name for each in setting.names if environ.get(name := env_prefix + each.upper())), "")
+
+
+def unknown_variables(known: Collection[str], environ: Mapping[str, str], env_prefix: str = "OCTAVO_") -> list[str]:
+    """Return a line for each variable that looks like a setting and is none of `known`, which are names of settings."""
+    lines = []
+    for variable in sorted(environ):
+        name = variable.removeprefix(env_prefix).lower()
+        if variable.startswith(env_prefix) and name not in known and not _OF_KUBERNETES.search(variable):
+            hint = _did_you_mean(name, list(known), lambda near: env_prefix + near.upper())
+            lines.append(f"{variable} in the environment is no setting{hint}")
+    return lines
 
 
 def flags(values: Mapping[str, object]) -> list[str]:
@@ -152,6 +196,12 @@ class Setting:
     metadata: Mapping[str, Any]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, and the old one if it has one."""
+        was = self.metadata.get("was")
+        return (self.name, str(was)) if was else (self.name,)
+
+    @property
     def required(self) -> bool:
         """Whether it has no default."""
         return self.default is dataclasses.MISSING
@@ -169,7 +219,8 @@ class Setting:
     @property
     def help(self) -> str:
         """What it is, for people."""
-        return str(self.metadata.get("help", self.name.replace("_", " ")))
+        text = str(self.metadata.get("help", self.name.replace("_", " ")))
+        return text + "".join(f"; its old name {old} works as well" for old in self.names[1:])
 
     def read(self, value: object, source: str) -> object:
         """Return the value that `value`, from a flag, variable or file, stands for; ConfigError names `source`."""
@@ -238,7 +289,8 @@ def settings_of(cls: type[Any]) -> list[Setting]:
     """Return the settings that a configuration class has, in order."""
     assert dataclasses.is_dataclass(cls), f"{cls} is not a dataclass"
     hints = typing.get_type_hints(cls)
-    return [_setting(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
+    fields = (field for field in dataclasses.fields(cls) if field.init and not field.metadata.get("internal"))
+    return [_setting(field, hints[field.name]) for field in fields]
 
 
 def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
@@ -328,20 +380,21 @@ def _read_file(path: Path, settings: list[Setting]) -> dict[str, object]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"--config: {path} must hold a mapping of settings, such as `log_level: info`")
-    by_name = {setting.name: setting for setting in settings}
+    by_name = {name: setting for setting in settings for name in setting.names}
     values: dict[str, object] = {}
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name not in by_name:
             raise ConfigError(f"{path}: unknown setting {str(key)!r}{_did_you_mean(name, list(by_name))}")
-        if name in values:
-            raise ConfigError(f"{path}: {name} is set twice")
-        values[name] = by_name[name].read(value, f"{path}: {key}")
+        setting = by_name[name]
+        if setting.name in values:
+            raise ConfigError(f"{path}: {setting.name} is set twice")
+        values[setting.name] = setting.read(value, f"{path}: {key}")
     return values
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
+def _did_you_mean(word: str, known: Sequence[str], form: Callable[[str], str] = str) -> str:
+    near = [form(each) for each in difflib.get_close_matches(word, known, n=2, cutoff=0.6)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
@@ -361,7 +414,9 @@ class _Parser(argparse.ArgumentParser):
         return values
 
 
-def _parser(settings: list[Setting], prog: str, env_prefix: str, description: str) -> _Parser:
+def _parser(
+    settings: list[Setting], prog: str, env_prefix: str, description: str, others: Sequence[Setting]
+) -> _Parser:
     positional = [setting for setting in settings if setting.positional]
     usage = " ".join([prog, "[options]", *(s.metavar if s.required else f"[{s.metavar}]" for s in positional)])
     parser = _Parser(
@@ -380,24 +435,28 @@ def _parser(settings: list[Setting], prog: str, env_prefix: str, description: st
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         _add(groups[title], setting)
+    for setting in others:
+        _add(parser, setting, is_hidden=True)
     general = parser.add_argument_group("general")
     general.add_argument("--config", metavar="FILE", help="a YAML file with these options as keys")
     general.add_argument("-h", "--help", action="help", help="show this help")
     return parser
 
 
-def _add(group: Any, setting: Setting) -> None:
+def _add(group: Any, setting: Setting, is_hidden: bool = False) -> None:
     default = setting.default_text()
     text = (setting.help + (f" (default: {default})" if default else "")).replace("%", "%%")
     if setting.choices:
         text = f"{text.rstrip(')')}; " if default else f"{text} ("
         text += f"one of {', '.join(setting.choices)})"
-    options: dict[str, Any] = {"help": argparse.SUPPRESS if setting.metadata.get("hidden") else text, "default": None}
+    is_hidden = is_hidden or bool(setting.metadata.get("hidden"))
+    options: dict[str, Any] = {"help": argparse.SUPPRESS if is_hidden else text, "default": None}
     if setting.positional:
         group.add_argument(setting.name, nargs="?", metavar=setting.metavar, **options)
     elif setting.type is bool:
         group.add_argument(setting.title, dest=setting.name, action=argparse.BooleanOptionalAction, **options)
     else:
         action = "append" if setting.type is tuple else "store"
-        names = (setting.title, *setting.metadata.get("also", ()))
+        old = ("--" + name.replace("_", "-") for name in setting.names[1:])
+        names = (setting.title, *setting.metadata.get("also", ()), *old)
         group.add_argument(*names, dest=setting.name, action=action, metavar=setting.metavar, **options)

@@ -191,9 +191,10 @@ def invalid_field(field: str, description: str) -> ServingError:
     return invalid_fields([FieldViolation(field, description)])
 
 
-def feature_disabled(feature: str, message: str) -> ServingError:
+def feature_disabled(feature: str, message: str, field: str = "") -> ServingError:
     """Return the error for something that this server does not do; `message` says what instead."""
-    return ServingError(Reason.FEATURE_DISABLED, message, feature=feature)
+    violations = [FieldViolation(field, message)] if field else []
+    return ServingError(Reason.FEATURE_DISABLED, message, feature=feature, violations=violations)
 
 
 def _short(text: str, limit: int = _MAX_TEXT_BYTES) -> str:

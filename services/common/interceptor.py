@@ -34,6 +34,8 @@ _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9._:/@+=-]")
 
 _RECEIVE_S = 120.0  # for the only request of a call
 _STREAM_WAIT_S = 600.0  # for memory: running items of a batch give it back as they end
+# What a generated servicer sets before it raises NotImplementedError: a bug does not.
+_UNIMPLEMENTED = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNIMPLEMENTED.value[0])  # gRPC gives one or other
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
 
 Authorize = Callable[[str, Any], str]
@@ -139,7 +141,11 @@ async def _guard(call: Callable[[str], Awaitable[Any]], context: Any, method: st
         await _abort(context, error)
     except aio.AbortError:
         raise
-    except Exception:
+    except Exception as error:
+        if isinstance(error, NotImplementedError) and context.code() in _UNIMPLEMENTED:
+            message = f"{method} is not implemented here"
+            code = grpc.StatusCode.UNIMPLEMENTED
+            await _abort(context, ServingError(Reason.FEATURE_DISABLED, message, code=code))
         _log.exception("%s of request %s failed", method, request_id())
         message = "the server failed; its log has the details under this request id"
         await _abort(context, ServingError(Reason.INTERNAL, message))

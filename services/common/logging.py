@@ -11,6 +11,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Literal, TextIO
 
+from octavo.services.common.output import QueuedWriter, descriptor_of
+
 Format = Literal["auto", "text", "json"]
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -32,30 +34,59 @@ _MAX_LINES, _LINES_S = 50, 10.0  # of one message, whatever its arguments
 
 
 def setup(level: str, process: str, *, fmt: Format = "auto", stream: TextIO | None = None) -> None:
-    """Send every log record of this process to `stream` (default: stderr), in place of what was set up before.
+    """Send every log record of this process to `stream`, in place of what was set up before.
+
+    By default that is stderr, through a thread: nothing of this process waits for whoever reads it, and what is not
+    read in time is left out and counted. `logging.shutdown`, at the process's end, waits a little for the rest.
 
     `level` is one of LEVELS; `process` names the process in each JSON line. "auto" means text if
     `stream` is a terminal, else JSON.
     """
-    stream = sys.stderr if stream is None else stream
-    text = fmt == "text" or (fmt == "auto" and stream.isatty())
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(TextFormatter() if text else JsonFormatter(process))
+    if fmt == "auto":
+        is_terminal = sys.stderr is not None and sys.stderr.isatty() if stream is None else stream.isatty()
+        fmt = "text" if is_terminal else "json"
+    formatter = TextFormatter() if fmt == "text" else JsonFormatter(process)
+    handler = _StderrHandler(formatter) if stream is None else logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
     handler.addFilter(RepeatFilter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    set_level(level)
+
+
+def set_level(level: str) -> None:
+    """Log what is as severe as `level`, one of LEVELS, from now on."""
+    logging.getLogger().setLevel(level.upper())
     # Libraries report each request or connection at "info": that is our debug.
     for chatty in ("asyncio", "grpc", "httpx", "urllib3", "filelock", "huggingface_hub"):
         logging.getLogger(chatty).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
 
 
+class _StderrHandler(logging.StreamHandler[QueuedWriter]):
+    """Writes to the process's stderr without waiting for it."""
+
+    def __init__(self, formatter: logging.Formatter) -> None:
+        super().__init__(
+            QueuedWriter(descriptor_of(sys.stderr), lambda count: f"{formatter.format(_left_out(count))}\n")
+        )
+
+    def close(self) -> None:
+        """Wait for what is not written yet, as long as somebody reads."""
+        self.stream.drain()
+        super().close()
+
+
+def _left_out(count: int) -> logging.LogRecord:
+    message = "%d lines of this log are missing: they were not read in time"
+    return logging.LogRecord(__name__, logging.WARNING, "", 0, message, (count,), None)
+
+
 class TextFormatter(logging.Formatter):
-    """`14:03:07.123 message`, with the level before the message unless it is info."""
+    """`2026-02-01 14:03:07.123 message`, with the level before the message unless it is info."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line, and its traceback, if any, below it."""
-        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         line = f"{clock}.{int(record.msecs):03d} {level}{record.getMessage()}"
         request_id, fields = current_request_id.get(), getattr(record, "fields", {})

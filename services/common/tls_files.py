@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,3 +31,15 @@ def check_tls_options(what: str, certificate: Path | None, key: Path | None, ca:
         if path is not None and not path.is_file():
             raise ValueError(f"--{what}-...: {path} is no file")
     return TlsFiles(certificate, key, ca)
+
+
+def certificate_ends(files: Mapping[str, TlsFiles | None]) -> dict[tuple[str, ...], float]:
+    """Return when the certificates end, as Unix times, by what they are for; those that cannot be read are left out."""
+    ends: dict[tuple[str, ...], float] = {}
+    for use, each in files.items():
+        if each is not None:
+            # The module has no public way to read a certificate that nobody has shown.
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                about = ssl._ssl._test_decode_cert(str(each.certificate))  # type: ignore[attr-defined]
+                ends[use,] = float(ssl.cert_time_to_seconds(about["notAfter"]))
+    return ends

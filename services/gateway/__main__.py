@@ -13,10 +13,11 @@ from typing import Any
 
 from octavo.services.common import logging as logs
 from octavo.services.common.config import load
+from octavo.services.common.reports import Reports
 from octavo.services.gateway.app import BindError, Gateway
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.model_files import ModelError
-from octavo.services.gateway.resume_token import KeyFileError
+from octavo.services.gateway.schedulers.resume_token import KeyFileError
+from octavo.services.gateway.tokenization.model_files import ModelError
 
 # How long a thread with long work may compute before the event loop gets the GIL: a call asks for it a dozen times.
 _SWITCH_S = 0.0005
@@ -37,12 +38,18 @@ async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = Non
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await gateway.start()
+    try:
+        await gateway.start()
+    except ModelError as error:
+        _log.error("%s", error)
+        return 1
     gc.collect()
     sys.setswitchinterval(_SWITCH_S)
     gc.freeze()  # what lives as long as the process need not be looked at by the collector again
     also = f" and http://{config.http_address}" if config.http_address else ""
     _log.info("gateway ready on %s%s, model %s", config.grpc_address, also, config.served_name)
+    reports = Reports(config.progress_fd)
+    reports.ready()
     if on_ready is not None:
         on_ready()
     crashed = asyncio.create_task(gateway.schedulers.wait_crashed())
@@ -52,6 +59,7 @@ async def serve(config: GatewayConfig, on_ready: Callable[[], None] | None = Non
         if crashed.done():
             crashed.result()
         _log.info("stopping; running calls have %g s", config.grace_s)
+        reports.draining(gateway.num_requests, config.grace_s)
         await gateway.stop(config.grace_s)
     finally:
         crashed.cancel()

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from starlette.types import ASGIApp
 
 from octavo.admin.v1 import admin_pb2_grpc
+from octavo.common.adapter_files import AdapterError
 from octavo.inference.v1 import (
     embedding_pb2_grpc,
     generation_pb2_grpc,
@@ -24,20 +25,17 @@ from octavo.inference.v1 import (
     model_pb2_grpc,
     tokenizer_pb2_grpc,
 )
+from octavo.services.common.admin_keys import AdminKeys
 from octavo.services.common.grpc_options import SMALL_MESSAGE_BYTES, public_server_options
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.probes import ProbeServer
 from octavo.services.common.request_memory import RequestMemory
 from octavo.services.common.tls import listen, server_credentials
-from octavo.services.gateway.admin import AdminServicer
 from octavo.services.gateway.authentication import Authenticator
-from octavo.services.gateway.batch import BatchLimits
-from octavo.services.gateway.calls import GenerateCalls
-from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.constraints import Constraints
-from octavo.services.gateway.constraints import available as constraints_available
-from octavo.services.gateway.embedding_service import EmbeddingServicer
-from octavo.services.gateway.health import SERVICE_NAMES, HealthMonitor
+from octavo.services.gateway.config import REFUSE, GatewayConfig, parse_adapters
+from octavo.services.gateway.constraints.checker import Constraints
+from octavo.services.gateway.constraints.checker import available as constraints_available
+from octavo.services.gateway.http.adapters import AdapterEndpoints
 from octavo.services.gateway.http.app import make_app
 from octavo.services.gateway.http.batches import BatchService
 from octavo.services.gateway.http.embed import EmbedEndpoints
@@ -46,21 +44,27 @@ from octavo.services.gateway.http.generate import GenerateEndpoints
 from octavo.services.gateway.http.info import InfoEndpoints
 from octavo.services.gateway.http.listener import HttpListener
 from octavo.services.gateway.http.ui_endpoints import UiEndpoints
-from octavo.services.gateway.load_service import LoadServicer
 from octavo.services.gateway.mesh import MeshHeaders
-from octavo.services.gateway.model import Models, ServedModel
-from octavo.services.gateway.model_files import ModelError
-from octavo.services.gateway.model_identity import ModelIdentity
-from octavo.services.gateway.model_service import ModelServicer
-from octavo.services.gateway.output_formats import detect_reasoning_format, detect_tool_call_format
-from octavo.services.gateway.resume_token import ResumeTokens
-from octavo.services.gateway.scheduler_pool import SchedulerPool
-from octavo.services.gateway.server import GenerationServicer
+from octavo.services.gateway.output.formats import detect_reasoning_format, detect_tool_call_format
+from octavo.services.gateway.requests.adapters import Adapters
+from octavo.services.gateway.requests.calls import GenerateCalls
+from octavo.services.gateway.requests.model import Models, ServedModel
+from octavo.services.gateway.requests.vector_calls import VectorCalls
+from octavo.services.gateway.rpc.admin import AdminServicer
+from octavo.services.gateway.rpc.batch import BatchLimits
+from octavo.services.gateway.rpc.embedding_service import EmbeddingServicer
+from octavo.services.gateway.rpc.generation_service import GenerationServicer
+from octavo.services.gateway.rpc.health import SERVICE_NAMES, HealthMonitor
+from octavo.services.gateway.rpc.load_service import LoadServicer
+from octavo.services.gateway.rpc.model_service import ModelServicer
+from octavo.services.gateway.rpc.tokenizer_service import TokenizerServicer
+from octavo.services.gateway.schedulers.pool import SchedulerPool
+from octavo.services.gateway.schedulers.resume_token import ResumeTokens
 from octavo.services.gateway.telemetry import GatewayTelemetry
-from octavo.services.gateway.tokenizer import ModelTokenizer
-from octavo.services.gateway.tokenizer_service import TokenizerServicer
+from octavo.services.gateway.tokenization.model_files import ModelError
+from octavo.services.gateway.tokenization.model_identity import ModelIdentity
+from octavo.services.gateway.tokenization.tokenizer import ModelTokenizer
 from octavo.services.gateway.validation import RequestValidator
-from octavo.services.gateway.vector_calls import VectorCalls
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +99,13 @@ class Gateway:
             max_tries=config.scheduler_tries,
             min_usable_share=config.min_usable_schedulers,
         )
+        if self._tokenizer.vector_files is None:
+            models.adapters = Adapters((model.name, *model.aliases), config.adapter_dir, self.schedulers)
+        elif config.adapter or config.adapter_dir is not None:
+            raise ModelError(
+                f"{config.model} makes vectors, and takes no adapters: leave --adapter and --adapter-dir out"
+            )
+        self._adapters = models.adapters
         self._health = HealthMonitor(self.schedulers)
         self._telemetry = GatewayTelemetry(config, gateway_id, self.schedulers)
         accounting = self._telemetry.accounting
@@ -138,8 +149,12 @@ class Gateway:
         self._admin: aio.Server | None = None
         self.admin_port = 0
         if config.admin_address:
-            admin = AdminServicer(self._calls, self._health, self.schedulers, validator, gateway_id, config.grace_s)
-            authorize = partial(authenticator.authorize, admin=True)
+            admin = AdminServicer(
+                self._calls, self._health, self.schedulers, validator, gateway_id, config.grace_s, self._adapters
+            )
+            authorize: Callable[[str, Any], str] = partial(authenticator.authorize, admin=True)
+            if config.admin_keys is not None:
+                authorize = AdminKeys(config.admin_keys).authorize
             self._admin = aio.server(
                 interceptors=[ErrorInterceptor(authorize, memory)],
                 options=public_server_options(SMALL_MESSAGE_BYTES, config.max_concurrent_streams),
@@ -147,7 +162,8 @@ class Gateway:
             _add(self._admin, admin_pb2_grpc.add_AdminServiceServicer_to_server, admin)
             self.admin_port = _bind(self._admin, config.admin_address, credentials)
 
-        self._probes = _bind_probes(config.health_address, self._ready)
+        self._was_ready = False
+        self._probes = _bind_probes(config.health_address, self._takes_calls)
         self._http: HttpListener | None = None
         self._batches: BatchService | None = None
         self.http_port = 0
@@ -170,8 +186,13 @@ class Gateway:
                 config.http_max_body_bytes,
                 memory,
                 config.http_cors_origins,
-                [*([] if self._batches is None else self._batches.routes), *([] if ui is None else ui.routes)],
+                [
+                    *([] if self._batches is None else self._batches.routes),
+                    *([] if ui is None else ui.routes),
+                    *([] if self._adapters is None else AdapterEndpoints(self._adapters, authenticator).routes),
+                ],
                 [] if ui is None else ui.public_routes,
+                refuses_unknown=config.unknown_fields == REFUSE,
             )
             self._http = _bind_http(config, http_app)
             self.http_port = self._http.port
@@ -183,7 +204,13 @@ class Gateway:
         self.metrics_port = self._telemetry.port
 
     async def start(self) -> None:
-        """Connect to the schedulers and take calls; does not wait for the schedulers."""
+        """Connect to the schedulers and take calls; does not wait for the schedulers. Raises ModelError."""
+        await self._tokenizer.start()
+        if self._adapters is not None:
+            try:
+                await self._adapters.start(parse_adapters(self._config.adapter))
+            except AdapterError as error:
+                raise ModelError(f"--adapter: {error}") from None
         self.schedulers.start()
         if self._constraints is not None:
             self._constraints.start()
@@ -197,6 +224,11 @@ class Gateway:
             await self._admin.start()
         if self._probes is not None:
             await self._probes.start()
+
+    @property
+    def num_requests(self) -> int:
+        """Calls that run now."""
+        return self._calls.num_requests
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, let running ones go on for `grace_s`, then end everything.
@@ -224,7 +256,7 @@ class Gateway:
             await self._probes.stop()
         if self._constraints is not None:
             await self._constraints.close()
-        self._tokenizer.close()
+        await self._tokenizer.stop()
         await asyncio.to_thread(self._telemetry.close)
 
     async def _idle_within(self, seconds: float) -> bool:
@@ -238,6 +270,16 @@ class Gateway:
 
     def _ready(self) -> bool:
         return self._health.ready() and not self._calls.draining
+
+    def _takes_calls(self) -> bool:
+        """Whether clients are to be sent here, which the first scheduler decides.
+
+        A gateway that loses the last one stays: it lists models, makes tokens, says how long to wait, and holds calls
+        for the one that comes back. Nobody answers at all if all gateways leave. What is served is the health of the
+        services, for proxies that ask each gateway.
+        """
+        self._was_ready = self._was_ready or self._health.ready()
+        return self._was_ready and not self._calls.draining
 
 
 def _add(server: aio.Server, register: Callable[[Any, aio.Server], None], servicer: Any) -> None:
@@ -262,6 +304,7 @@ def _load_model(config: GatewayConfig) -> ServedModel:
         detect_tool_call_format(template) if tool_calls == "auto" else tool_calls,
         detect_reasoning_format(template) if reasoning == "auto" else reasoning,
         _constraints(tokenizer, config.constraint_processes),
+        config.clamp_max_tokens,
     )
 
 

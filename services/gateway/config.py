@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from octavo.services.common.adapter_names import is_name
+from octavo.services.common.addresses import is_exposed_address
 from octavo.services.common.grpc_options import MAX_MESSAGE_BYTES
 from octavo.services.gateway.mesh import parse_objectives
-from octavo.services.gateway.output_formats import NONE, REASONING_FORMATS, TOOL_CALL_FORMATS
+from octavo.services.gateway.output.formats import NONE, REASONING_FORMATS, TOOL_CALL_FORMATS
 from octavo.services.gateway.security_config import SecurityConfig
 from octavo.services.telemetry.config import TelemetryConfig
+
+IGNORE, REFUSE = "ignore", "refuse"
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,28 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         default="",
         metadata={"help": "use only schedulers whose workers have these weights, as workers log them; empty: any"},
     )
+    adapter: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "LoRA adapters that requests can name, in PEFT's layout, which workers see under the same paths",
+            "metavar": "NAME=PATH,...",
+        },
+    )
+    adapter_dir: Path | None = field(
+        default=None,
+        metadata={
+            "help": "a folder of further adapters, each in a folder that has its name: they are loaded when a request "
+            "names them",
+            "metavar": "FOLDER",
+        },
+    )
     model_aliases: tuple[str, ...] = field(default=(), metadata={"help": "further names that work as well"})
     max_model_len: int = field(
         default=0, metadata={"help": "most tokens of prompt and output together; 0: what the model allows"}
+    )
+    clamp_max_tokens: bool = field(
+        default=False,
+        metadata={"help": "cut max_tokens to what fits the context beside the prompt; else such calls are refused"},
     )
     grpc_address: str = field(default="127.0.0.1:50051", metadata={"help": "where to listen: host:port or unix:PATH"})
     local_address: str = field(
@@ -42,6 +65,13 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     admin_address: str = field(
         default="", metadata={"help": "where to listen for operators (octavo.admin.v1); empty: nowhere"}
     )
+    admin_keys: Path | None = field(
+        default=None,
+        metadata={
+            "help": "file of API keys for octavo.admin.v1, made by `octavo keys add --admin`; without one those of "
+            "api_keys count"
+        },
+    )
     http_address: str = field(
         default="",
         metadata={"help": "where to listen for the OpenAI-compatible HTTP API: host:port; empty: nowhere"},
@@ -53,6 +83,13 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     )
     http_cors_origins: tuple[str, ...] = field(
         default=(), metadata={"help": "origins whose web pages may call the HTTP API, * for all; empty: none"}
+    )
+    unknown_fields: str = field(
+        default=IGNORE,
+        metadata={
+            "help": "what happens to fields of HTTP requests that are not known, or are hints for other servers",
+            "choices": (IGNORE, REFUSE),
+        },
     )
     health_address: str = field(
         default="",
@@ -114,7 +151,9 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         default=1800,
         metadata={"help": "close connections after so long, so that new replicas get their share; 0: never"},
     )
-    tokenizer_threads: int = field(default=2, metadata={"help": "threads for long texts and chat templates"})
+    tokenizer_threads: int = field(
+        default=2, metadata={"help": "threads for long texts, and chat templates rendered at once"}
+    )
     constraint_processes: int = field(
         default=2,
         metadata={"help": "most schemas, regular expressions and grammars tried out at once; 0: none are taken"},
@@ -123,7 +162,7 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         default=None,
         metadata={
             "help": "file with a secret that all gateways share, so that each can resume the others' streams; without "
-            "one only this process can resume its own",
+            "one only this process can resume its own. Of several lines the first signs, and each is believed",
             "metavar": "FILE",
         },
     )
@@ -164,10 +203,16 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         metadata={"help": "least severe messages to log", "choices": ("debug", "info", "warning", "error")},
     )
 
+    progress_fd: int = field(
+        default=-1,
+        metadata={"help": "file descriptor for reports to a supervisor, as JSON lines", "hidden": True},
+    )
+
     def __post_init__(self) -> None:
         self.check_security()
         self.check_telemetry()
         parse_objectives(self.mesh_objectives)
+        parse_adapters(self.adapter)
         if self.local_address and not self.local_address.startswith("unix:"):
             raise ValueError(f"--local-address must be unix:PATH, not {self.local_address!r}")
         for name in (
@@ -209,6 +254,11 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
         for address in self.scheduler_addresses:
             if not address.startswith("file:"):
                 _check_address("--scheduler-addresses", address, may_be_empty=False)
+        if self.admin_keys is None and not self.authentication.is_required and is_exposed_address(self.admin_address):
+            raise ValueError(
+                f"--admin-address {self.admin_address} can be reached from other machines: give --admin-keys (`octavo "
+                "keys add --admin` makes them), or use a loopback address"
+            )
         if self.batch_dir is not None and not self.http_address:
             raise ValueError("--batch-dir is for the HTTP API: give --http-address as well")
         if self.http_address.startswith("unix:"):
@@ -224,6 +274,17 @@ class GatewayConfig(SecurityConfig, TelemetryConfig):
     def served_name(self) -> str:
         """The model's name for clients."""
         return self.model_name or self.model.resolve().name.removesuffix(".gguf")
+
+
+def parse_adapters(values: tuple[str, ...]) -> dict[str, Path]:
+    """Return the adapters of NAME=PATH, .... Raises ValueError."""
+    given: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not path or not is_name(name) or name in given:
+            raise ValueError(f"--adapter must be NAME=PATH, each name once, not {value!r}")
+        given[name] = Path(path)
+    return given
 
 
 def _check_address(flag: str, address: str, may_be_empty: bool) -> None:

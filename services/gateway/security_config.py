@@ -33,6 +33,11 @@ class AuthenticationConfig:
     token_prefix: str = ""
     certificate_prefix: str = ""
 
+    @property
+    def is_required(self) -> bool:
+        """Calls need a credential."""
+        return self.api_keys is not None or self.jwks is not None or self.certificates
+
 
 @dataclass(frozen=True, kw_only=True)
 class SecurityConfig:
@@ -114,7 +119,8 @@ class SecurityConfig:
 
     def check_security(self) -> None:
         """Raise ValueError if the settings contradict each other or a file is missing."""
-        if self.certificate_tenants and (self.tls is None or self.tls.ca is None):
+        tls = self.tls  # in any case: it checks the files
+        if self.certificate_tenants and (tls is None or tls.ca is None):
             raise ValueError("--certificate-tenants needs --tls-certificate, --tls-key and --tls-client-ca")
         if self.hop_tls is not None and self.hop_tls.ca is None:
             raise ValueError("--hop-certificate needs --hop-ca: schedulers are known by their certificate")

@@ -8,11 +8,12 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from octavo import __version__
-from octavo.services.gateway.accounting import Accounting
-from octavo.services.gateway.calls import GenerateCalls
+from octavo.services.common.tls_files import certificate_ends
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.mesh import LoadReports
-from octavo.services.gateway.scheduler_pool import SchedulerPool
+from octavo.services.gateway.requests.accounting import Accounting
+from octavo.services.gateway.requests.calls import GenerateCalls
+from octavo.services.gateway.schedulers.pool import SchedulerPool
 from octavo.services.telemetry import catalog
 from octavo.services.telemetry.store import Store
 from octavo.services.telemetry.tracing import open_tracer
@@ -31,10 +32,11 @@ class GatewayTelemetry:
         """Raises ValueError if traces are wanted and the library is missing."""
         enabled = bool(config.metrics_address)
         self._address = config.metrics_address
+        self._certificates = {"tls": config.tls, "hop": config.hop_tls}
         self._gateway_id = gateway_id
         self._store = Store((*catalog.COMMON, *catalog.GATEWAY), model=config.served_name, enabled=enabled)
         self._picker = Store(catalog.PICKER, model=config.served_name, enabled=enabled)
-        self._tracer = open_tracer(config.otlp_endpoint, "gateway", gateway_id, __version__)
+        self._tracer = open_tracer(config, "gateway", gateway_id, __version__)
         self.load_reports = LoadReports(lambda: [peer.load for peer in schedulers.peers], time.monotonic)
         self.accounting = Accounting(
             self._store, self._tracer, config.metrics_max_tenants, config.access_log, self.load_reports.call_ended
@@ -59,7 +61,7 @@ class GatewayTelemetry:
             self._read_load(schedulers)
 
         stores = {METRICS_PATH: self._store, PICKER_PATH: self._picker}
-        self._server = MetricsServer(self._address, stores, on_loop(asyncio.get_running_loop(), refresh))
+        self._server = MetricsServer(self._address, stores, on_loop(asyncio.get_running_loop(), self._store, refresh))
 
     def close(self) -> None:
         """Serve no more, and send the traces that are left."""
@@ -76,6 +78,7 @@ class GatewayTelemetry:
         versions = Counter(peer.load.model_version for peer in peers if peer.load.model_version)
         store.replace_all(catalog.MODEL_SCHEDULERS, {(version,): num for version, num in versions.items()})
         store.value(catalog.SCHEDULERS, "unusable").set(schedulers.num_unfit)
+        store.replace_all(catalog.CERTIFICATE_END, certificate_ends(self._certificates))
 
     def _read_load(self, schedulers: SchedulerPool) -> None:
         picker, loads = self._picker, [peer.load for peer in schedulers.peers]

@@ -257,7 +257,8 @@ def _number(low: float | None, high: float | None, exclusive_min: bool, floating
         if floating and not math.isfinite(value):
             report(path, f"must be a finite number{wanted}; it is {value}")
         elif not least <= value <= most or (exclusive_min and value == least):
-            report(path, f"must be a number{wanted}; it is {value:g}")
+            is_near = least <= float(f"{value:g}") <= most  # a limit, if it were rounded
+            report(path, f"must be a number{wanted}; it is {value:{'.9g' if is_near else 'g'}}")
 
     return check
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import ssl
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,9 +22,11 @@ class HttpSender:
 
     url  of the server, without /v1
     key  sent as `authorization: Bearer KEY`
+    tls  for https; None: the system's authorities
     """
 
-    def __init__(self, url: str, key: str = "") -> None:
+    def __init__(self, url: str, key: str = "", tls: ssl.SSLContext | None = None) -> None:
+        self._tls: ssl.SSLContext | bool = True if tls is None else tls
         self._url = url.rstrip("/")
         self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._run_id = secrets.token_hex(6)
@@ -31,7 +34,7 @@ class HttpSender:
 
     async def __aenter__(self) -> Self:
         timeout = aiohttp.ClientTimeout(total=_TOTAL_S, sock_connect=_CONNECT_S)
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, ssl=self._tls)
         self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, headers=self._headers)
         return self
 
@@ -63,8 +66,9 @@ async def _object(response: aiohttp.ClientResponse) -> dict[str, Any]:
     """Return the body, made an object if it is something else."""
     try:
         value = await response.json(content_type=None)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):
         return value
-    return {"error": {"message": (await response.text())[:1000], "code": "no_json"}}
+    # A proxy's page need not be in the alphabet that it says.
+    return {"error": {"message": (await response.text(errors="replace"))[:1000], "code": "no_json"}}

@@ -8,9 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
 
-from octavo.services.client import BatchItem, BatchResult, GenerationOptions, OctavoError, Result, SyncClient
+from octavo.services.client import (
+    BatchItem,
+    BatchResult,
+    GenerationOptions,
+    OctavoError,
+    Result,
+    SyncClient,
+    SyncStream,
+)
+from octavo.services.client.calls import check_not_forked
 from octavo.services.client.embeddings import EmbedOptions
-from octavo.services.client.request import MessageLike
+from octavo.services.client.request import MessageLike, RequestOptions
 from octavo.services.offline.local_server import LocalServer
 
 Prompt = str | Sequence[int]
@@ -18,7 +27,10 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """Runs a model and generates with it: `with LLM("demo") as llm: print(llm.generate("Hello")[0].text)`.
+    """Runs a model and generates with it.
+
+        with LLM("demo") as llm:
+            print(llm.generate("The capital of France is", max_new_tokens=16)[0].text)
 
     The work is done by a server of its own (`octavo serve`: scheduler, workers, gateway), which is started here and
     stops when the LLM is closed or this program ends. Prompts are batched there, whatever thread they come from. If a
@@ -32,6 +44,8 @@ class LLM:
     """
 
     def __init__(self, model: str, *, verbose: bool = False, **options: str | float | bool) -> None:
+        check_not_forked()  # before a server is started for nothing
+        self._model = str(model)
         with contextlib.ExitStack() as stack:
             self._server = server = stack.enter_context(LocalServer(str(model), option_flags(options), verbose=verbose))
             self.client = stack.enter_context(SyncClient(server.address))
@@ -39,6 +53,9 @@ class LLM:
             self.server_pid = server.pid
             """The process that looks after the server's processes."""
             self._closing = stack.pop_all()
+
+    def __repr__(self) -> str:
+        return f"<LLM {self._model!r} at {self._server.address}{'' if self.is_running else ' (closed)'}>"
 
     @property
     def is_running(self) -> bool:
@@ -57,6 +74,13 @@ class LLM:
     ) -> Iterator[BatchResult]:
         """Yield a BatchResult for each prompt as it is done. `prompts` is read as there is room: it may be endless."""
         return self.client.batch((_item(prompt, options) for prompt in prompts), ordered=ordered)
+
+    def stream(self, prompt: str | None = None, **options: Unpack[RequestOptions]) -> SyncStream:
+        """Start to generate; iterate over the result: `for delta in llm.stream("Hello", max_new_tokens=16): ...`.
+
+        For a chat give `messages`, for token ids `token_ids`, instead of the prompt.
+        """
+        return self.client.stream(prompt, **options)
 
     def chat(
         self,
@@ -90,7 +114,7 @@ class LLM:
         return self.client.embed(inputs, **options).vectors
 
     def close(self) -> None:
-        """Stop the server. Nothing happens the second time."""
+        """Stop the server. Calls of other threads raise ClientClosedError. Nothing happens the second time."""
         self._closing.close()
 
     def __enter__(self) -> Self:

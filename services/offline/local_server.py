@@ -15,7 +15,12 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-_READY = re.compile(r"ready in [^,]*((?:, \w+ [^,]+)+) \(")
+# From the end: a model's name, which stands before the places, may hold anything.
+_READY = re.compile(r"^ready in .*?((?:, \w+ [^,]+)+) \(Ctrl-C stops\)$")
+_ADVICE = re.compile("(octavo serve: )?`octavo model check ")  # what it says last of a model that it refuses
+_FAILED = re.compile(r"octavo serve: (\S+) failed .*: giving up$")
+# What stands before the message in a child's line, as `octavo serve` shows it: name, time, level.
+_PREFIX = re.compile(r"^\S+ +\| (?:[\d-]+ [\d:.]+ (?:(?:warning|error|critical): )?)?")
 _PLACE = re.compile(r", (\w+) ([^,]+)")
 _STOP_S = 40.0
 _KEPT_LINES = 20
@@ -65,7 +70,7 @@ class LocalServer:
     def __enter__(self) -> Self:
         """Return once it serves. Raises LocalServerError."""
         if importlib.util.find_spec("zmq") is None or importlib.util.find_spec("tokenizers") is None:
-            raise LocalServerError('what a server needs is not installed: pip install "octavo[serve]"')
+            raise LocalServerError('what a server needs is not installed: pip install -e ".[serve]" in a checkout')
         # A session of its own: Ctrl-C goes to this process, which stops the server when it has finished.
         self._process = subprocess.Popen(
             self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -105,8 +110,15 @@ class LocalServer:
                 self.metrics = places.get("metrics", "").split()
                 return
         self._process.wait(_STOP_S)
-        said = self._last_lines[-1] if self._last_lines else "it said nothing"
-        raise LocalServerError(f"the server did not start: {said.removeprefix('octavo serve: ')}")
+        raise LocalServerError(f"the server did not start: {self._reason()}")
+
+    def _reason(self) -> str:
+        """Return what it ended for: its last words, or those of the process that failed."""
+        lines = [line for line in self._last_lines if line.strip() and not _ADVICE.match(line)] or ["it said nothing"]
+        if failed := _FAILED.match(lines[-1]):
+            said = [_PREFIX.sub("", line) for line in lines if line.split(" ")[0] == failed[1]]
+            return said[-1].strip() if said else lines[-1]
+        return lines[-1].removeprefix("octavo serve: ")
 
     def _read_on(self) -> None:
         for _ in self._lines():

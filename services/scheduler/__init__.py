@@ -1,1 +1,1 @@
-"""The scheduler process: the rules and every block of KV cache. No torch, no tensors, no text."""
+"""The scheduler process owns the rules and every block of KV cache. It knows no torch, no tensors and no text."""

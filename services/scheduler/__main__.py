@@ -16,6 +16,7 @@ from grpc import aio
 
 from octavo.admin.v1 import admin_pb2_grpc
 from octavo.scheduler.v1 import scheduler_pb2_grpc
+from octavo.services.common.admin_keys import AdminKeys
 from octavo.services.common.config import load
 from octavo.services.common.grpc_options import SMALL_MESSAGE_BYTES, public_server_options, server_options
 from octavo.services.common.interceptor import ErrorInterceptor
@@ -23,7 +24,7 @@ from octavo.services.common.logging import setup
 from octavo.services.common.probes import ProbeServer
 from octavo.services.common.request_memory import RequestMemory
 from octavo.services.common.tls import listen, server_credentials
-from octavo.services.scheduler.admin import AdminKeys, AdminServicer
+from octavo.services.scheduler.admin import AdminServicer
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.engine import Engine
 from octavo.services.scheduler.server import SchedulerServicer
@@ -37,9 +38,9 @@ async def serve(config: SchedulerConfig) -> int:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    engine = Engine(config)
     servers: list[aio.Server | ProbeServer] = []
     try:
+        engine = Engine(config)
         engine.start()
         if config.health_address:
             servers.append(ProbeServer(config.health_address, lambda: engine.is_ready))
@@ -67,6 +68,7 @@ async def serve(config: SchedulerConfig) -> int:
     gc.collect()
     gc.freeze()  # what lives as long as the process need not be looked at by the collector again
     log.info("scheduler %s: gateways at %s, workers at %s", engine.scheduler_id, *_addresses(config))
+    engine.reports.ready()
     await stopping.wait()
     log.info("stopping; running requests have %.0f s", config.grace_s)
     await engine.stop()

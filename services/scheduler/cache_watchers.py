@@ -1,4 +1,4 @@
-"""Hands the changes of the prefix cache to the gateways that watch it."""
+"""The watchers of the cache are gateways that are told of each change of the prefix cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.scheduler.cache_feed import CacheFeed
+from octavo.services.scheduler.kv_cache.cache_events import CacheEvents
 
 MAX_UNSENT = 64  # messages; a watcher that reads more slowly gets everything anew
 MAX_WATCHERS = 256
@@ -16,7 +16,7 @@ QUIET_S = 5.0  # without a change, an empty message is sent
 class CacheWatchers:
     """The calls of WatchCache. Everything runs on one event loop."""
 
-    def __init__(self, feed: CacheFeed) -> None:
+    def __init__(self, feed: CacheEvents) -> None:
         self._feed = feed
         self._queues: dict[asyncio.Queue[scheduler_pb2.WatchCacheResponse], None] = {}
         self._next_sign = 0.0

@@ -1,12 +1,13 @@
-"""What a scheduler process can be told."""
+"""The configuration of a scheduler process is one frozen dataclass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from octavo.services.common.addresses import is_exposed_address
 from octavo.services.common.tls_files import TlsFiles, check_tls_options
-from octavo.services.scheduler.worker_endpoint import CurveFiles, is_exposed, is_exposed_address
+from octavo.services.scheduler.worker_endpoint import CurveFiles, is_exposed
 from octavo.services.telemetry.config import TelemetryConfig
 
 BLOCK_SIZE = 16  # tokens in a KV block: fixed, the kernels' page layout depends on it
@@ -60,8 +61,10 @@ class SchedulerConfig(TelemetryConfig):
     )
     model_name: str = field(default="", metadata={"help": "the model's name, for the label that vLLM's metrics have"})
     scheduler_id: str = field(default="", metadata={"help": "this scheduler's name; empty: made from the process id"})
-    max_running: int = field(default=256, metadata={"help": "most sequences in a step"})
-    max_batch_tokens: int = field(default=2048, metadata={"help": "most tokens in a step"})
+    max_num_seqs: int = field(default=256, metadata={"help": "most sequences in a step", "was": "max_running"})
+    max_num_batched_tokens: int = field(
+        default=2048, metadata={"help": "most tokens in a step", "was": "max_batch_tokens"}
+    )
     max_prefill_tokens: int = field(
         default=512,
         metadata={"help": "most prompt tokens in a step that also decodes: bounds inter-token latency"},
@@ -97,6 +100,13 @@ class SchedulerConfig(TelemetryConfig):
     tenant_quotas: tuple[str, ...] = field(
         default=(), metadata={"help": "other quotas of single tenants, as NAME=REQUESTS:TOKENS_PER_S"}
     )
+    tenants_file: Path | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file with quotas and weights of tenants, which is followed: what it says counts from then on",
+            "metavar": "FILE",
+        },
+    )
     step_timeout_s: float = field(
         default=60.0,
         metadata={"help": "a GPU worker that owes a step for longer is given up, and sooner once steps were measured"},
@@ -105,7 +115,7 @@ class SchedulerConfig(TelemetryConfig):
         default=15.0, metadata={"help": "how long requests are still queued after the last worker went"}
     )
     check_every_steps: int = field(
-        default=1000, metadata={"help": "verify all bookkeeping after so many steps; 0: only when idle"}
+        default=1000, metadata={"help": "steps between two checks of all bookkeeping; 0: only when idle"}
     )
     grace_s: float = field(default=30.0, metadata={"help": "how long running requests may take on shutdown"})
     log_level: str = field(
@@ -114,17 +124,23 @@ class SchedulerConfig(TelemetryConfig):
 
     progress_fd: int = field(
         default=-1,
-        metadata={"help": "file descriptor that workers given up are reported to, as JSON lines", "hidden": True},
+        metadata={"help": "file descriptor for reports to a supervisor, as JSON lines", "hidden": True},
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_batch_tokens", "max_prefill_tokens", "max_waiting", "max_waiting_tokens"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_prefill_tokens",
+            "max_waiting",
+            "max_waiting_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_batch_tokens < self.max_running:
+        if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_running ({self.max_running}): "
-                "every running sequence gets a token in every step"
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}): every running sequence gets a token in every step"
             )
         if self.step_timeout_s <= 0 or self.grace_s < 0 or self.worker_grace_s < 0:
             raise ValueError("step_timeout_s must be positive, grace_s and worker_grace_s not negative")

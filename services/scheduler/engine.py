@@ -1,4 +1,4 @@
-"""The shell around a Node: connects it to gateways and workers on one event loop.
+"""The engine is the shell around a Node: it connects it to gateways and workers on one event loop.
 
 Events are handled as they arrive and change the scheduler at once; planning happens once for all
 events of one turn of the loop. Nothing here decides anything about a request or a worker.
@@ -11,25 +11,28 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.adapter_names import AdapterNames, key_of
+from octavo.services.common.files import WatchedFile
+from octavo.services.common.reports import Reports
 from octavo.services.scheduler.cache_watchers import CacheWatchers
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.effects import SendToGateway
-from octavo.services.scheduler.membership import HEARTBEAT_S
+from octavo.services.scheduler.core.effects import SendToGateway
 from octavo.services.scheduler.node import Node
-from octavo.services.scheduler.reports import Reports
+from octavo.services.scheduler.queueing.tenants import Tenants, parse_tenants
 from octavo.services.scheduler.telemetry import SchedulerTelemetry
-from octavo.services.scheduler.worker_link import WorkerLink
+from octavo.services.scheduler.workers.membership import HEARTBEAT_S
+from octavo.services.scheduler.workers.worker_link import WorkerLink
 from octavo.worker.v1 import worker_pb2
 
 log = logging.getLogger("octavo.scheduler")
 
 LOAD_INTERVAL_S = 0.2
 PROBE_S = 0.001
-MAX_UNSENT_MESSAGES = 10_000  # a gateway that does not read so many is cut off
+MAX_UNSENT_MESSAGES = 10_000  # to a gateway that does not read: then it is cut off
 IDLE_CHECK_S = 1.0
 
 Parameters = ParamSpec("Parameters")
@@ -62,7 +65,12 @@ class Engine:
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
+        """Raises ValueError if a file that the settings name cannot be used."""
         self._config = config
+        self._tenants_file: WatchedFile[Tenants] | None = None
+        if config.tenants_file is not None:
+            base = Tenants.of(config)
+            self._tenants_file = WatchedFile(config.tenants_file, lambda data: parse_tenants(data, base))
         self.scheduler_id = config.scheduler_id or f"scheduler-{os.getpid()}"
         self.link = WorkerLink(
             config.worker_endpoint,
@@ -70,7 +78,7 @@ class Engine:
             self._on_disconnect,
             config.curve_files,
         )
-        self._reports = Reports(config.progress_fd)
+        self.reports = Reports(config.progress_fd)
         self.telemetry = SchedulerTelemetry(config, self.scheduler_id)
         self.node = Node(
             config,
@@ -80,12 +88,15 @@ class Engine:
             send=self.link.send,
             deliver=self._send,
             changed=self._on_workers_changed,
-            fenced=self._reports.fenced,
-            tally=self.telemetry.tally,
+            fenced=self.reports.fenced,
+            metrics=self.telemetry.metrics,
         )
         self.core = self.node.core
-        self.cache_watchers = CacheWatchers(self.core.cache_feed)
+        self.cache_watchers = CacheWatchers(self.core.cache_events)
+        self._tenants_seen = self.core.tenants
+        self._follow_tenants(time.monotonic())
         self._gateways: dict[str, GatewayConnection] = {}
+        self._adapter_names = AdapterNames()
         self._pump_scheduled = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.Task[None] | None = None
@@ -100,11 +111,12 @@ class Engine:
         """Bind the worker endpoint and begin to tick. Must be called in a running loop. Raises OSError."""
         self._loop = asyncio.get_running_loop()
         self.link.open(self._loop)
-        self.telemetry.serve(self.load)
+        self.telemetry.serve(self.load, lambda: len(self.core.quarantine.quarantined(time.monotonic())))
         self._ticker = asyncio.create_task(self._tick_forever())
 
     async def stop(self) -> None:
         """Refuse new requests, let the running ones end for `grace_s`, then close everything."""
+        self.reports.draining(self.core.num_requests, self._config.grace_s)
         await self.drain(self._config.grace_s)
         if self._ticker is not None:
             self._ticker.cancel()
@@ -114,6 +126,27 @@ class Engine:
         if self._loop is not None:
             self.link.close(self._loop)
         await asyncio.to_thread(self.telemetry.close)
+
+    def undrain(self) -> None:
+        """Take new requests again, and tell the gateways."""
+        self.core.undrain()
+        self._broadcast_load()
+
+    def change_tenants(self, tenants: Tenants) -> None:
+        """Let other quotas and weights count, until the file of tenants changes."""
+        self._enter(self.core.change_tenants, tenants, time.monotonic())
+
+    def end_requests(self, request_ids: Iterable[str], tenant: str | None) -> int:
+        """End requests by id or tenant; return how many."""
+        ended = self._enter(self.core.end_requests, request_ids, tenant)
+        self._pump_soon()
+        return ended
+
+    def evict(self, worker_id: str, hold_s: float) -> int:
+        """Take a worker out; return how many requests it had, or -1 if there is none of this name."""
+        running = {load.worker_id: load.running for load in self.load().workers}
+        group_id = self._enter(self.node.members.evict, worker_id, hold_s, time.monotonic())
+        return running.get(group_id, 0) if group_id else -1
 
     async def drain(self, grace_s: float) -> int:
         """Refuse new requests, wait until the running ones have ended or time is up; return how many are left."""
@@ -142,6 +175,9 @@ class Engine:
         connection = self._gateways[hello.gateway_id] = GatewayConnection(hello.gateway_id)
         welcome = self.node.welcome(hello.protocol_revision, time.monotonic())
         connection.send(scheduler_pb2.AttachResponse(welcome=welcome))
+        known = self._adapter_names.all()
+        if known.names:
+            connection.send(scheduler_pb2.AttachResponse(adapter_names=known))
         return connection
 
     def detach(self, connection: GatewayConnection) -> None:
@@ -159,8 +195,22 @@ class Engine:
         """Hand one message of a gateway to the scheduler."""
         if connection.closed.is_set():
             return
-        self._enter(self.node.on_gateway_message, connection.gateway_id, message, time.monotonic())
+        if message.HasField("adapter_names"):
+            self._enter(self._on_adapter_names, connection, message.adapter_names)
+        else:
+            self._enter(self.node.on_gateway_message, connection.gateway_id, message, time.monotonic())
         self._pump_soon()
+
+    def _on_adapter_names(self, connection: GatewayConnection, names: scheduler_pb2.AdapterNames) -> None:
+        """Pass what is new on to the other gateways, and let adapters go whose names are gone."""
+        new = self._adapter_names.merge(names.names)
+        for entry in new:
+            if entry.is_removed:
+                self.core.forget_adapter(key_of(entry.name, entry.sha256))
+        for other in self._gateways.values() if new else ():
+            if other is not connection:
+                message = scheduler_pb2.AdapterNames(names=new)
+                other.send(scheduler_pb2.AttachResponse(adapter_names=message))
 
     # -- workers ---------------------------------------------------------------------------------
 
@@ -243,16 +293,23 @@ class Engine:
             self.telemetry.send_spans()
         if now >= self._next_idle_check:
             self._next_idle_check = now + IDLE_CHECK_S
+            self._follow_tenants(now)
             self._check_books()
 
     def _check_books(self) -> None:
-        """Verify the scheduler's invariants, when idle and after so many steps."""
+        """Verify the scheduler's invariants, when idle and every `check_every_steps`."""
         every = self._config.check_every_steps
         is_due = bool(every) and self.node.num_steps - self._steps_checked >= every
         if is_due or (self.core.is_idle and not self._checked_idle):
             self.core.check_invariants()
             self._steps_checked = self.node.num_steps
             self._checked_idle = self.core.is_idle
+
+    def _follow_tenants(self, now: float) -> None:
+        """Take over what the file of tenants says, when that has changed."""
+        if self._tenants_file is not None and (tenants := self._tenants_file.get()) is not self._tenants_seen:
+            self._tenants_seen = tenants
+            self.core.change_tenants(tenants, now)
 
     def load(self) -> scheduler_pb2.Load:
         """Describe the state of the scheduler."""
@@ -277,4 +334,5 @@ class Engine:
         Gateways and workers find the next one.
         """
         log.critical("the scheduler has a bug and ends: %s", error, exc_info=error)
+        logging.shutdown()
         os._exit(70)

@@ -1,4 +1,4 @@
-"""All of a scheduler process that is not a socket or a clock: the core, its workers, its gateways.
+"""The node is all of a scheduler process that is not a socket or a clock: the core, its workers, its gateways.
 
 Pure, like the core: the engine runs it on real sockets, the simulation on simulated ones.
 """
@@ -9,15 +9,16 @@ from collections.abc import Callable
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
-from octavo.services.scheduler.effects import SendPlan, SendToGateway
-from octavo.services.scheduler.membership import MemberEvents, Membership
-from octavo.services.scheduler.model_facts import ModelFacts
-from octavo.services.scheduler.outputs import WorkerMisbehavedError
-from octavo.services.scheduler.scheduler import Scheduler
-from octavo.services.scheduler.tally import Tally
+from octavo.services.scheduler.core.effects import SendFrame, SendPlan, SendToGateway
+from octavo.services.scheduler.core.metrics import SchedulerMetrics
+from octavo.services.scheduler.core.output_processor import WorkerMisbehavedError
+from octavo.services.scheduler.core.scheduler import Scheduler
+from octavo.services.scheduler.groups.worker_group import GroupLimits, ModelInfo
+from octavo.services.scheduler.workers.membership import MemberEvents, Membership
 from octavo.worker.v1 import worker_pb2
 
-EPOCHS_OF_WORKERS = 16  # bits: each start of a scheduler has so many
+EPOCHS_OF_WORKERS = 16  # bits that number the workers of one start of a scheduler
+MAX_ADAPTERS = 1 << 16  # of a worker
 AWAY_S = 1.0  # without a look at the time, which is looked at every 25 ms: this machine was suspended, or busy
 
 
@@ -28,7 +29,7 @@ class Node:
     send    delivers a frame to a worker; False if it cannot be
     deliver is given every message to a gateway, in order
     changed is called when a worker came or went
-    tally   counts what happens
+    metrics   counts what happens
     fenced  is told the id of a worker that was given up, and why; it may be alive
     """
 
@@ -43,15 +44,18 @@ class Node:
         deliver: Callable[[SendToGateway], None],
         changed: Callable[[], None],
         fenced: Callable[[str, str], None],
-        tally: Tally | None = None,
+        metrics: SchedulerMetrics | None = None,
     ) -> None:
         self._config = config
         self._scheduler_id = scheduler_id
         self._epoch = epoch
         self._deliver = deliver
         self._changed = changed
-        self.core = Scheduler(config, now, epoch, tally)
-        events = MemberEvents(send, self._on_ready, self._on_lost, self._on_step_done, fenced, self.core.cannot_compute)
+        self.core = Scheduler(config, now, epoch, metrics)
+        events = MemberEvents(
+            send, self._on_ready, self._on_lost, self._on_step_done, fenced, self.core.cannot_compute,
+            self.core.adapter_loaded,
+        )  # fmt: skip
         self.members = Membership(config, epoch << EPOCHS_OF_WORKERS, events)
         self.num_steps = 0
         self.num_plans = 0
@@ -67,7 +71,7 @@ class Node:
             epoch=self._epoch,
             kv_block_size=BLOCK_SIZE,
             kv_blocks_total=load.kv_blocks_total,
-            max_running=self._config.max_running,
+            max_running=self._config.max_num_seqs,
             protocol_revision=revision,
             load=load,
         )
@@ -77,6 +81,7 @@ class Node:
         load = self.core.load(now)
         load.model_version = self.members.model_version
         load.tokenizer_sha256 = self.members.tokenizer_sha256
+        load.notes.extend(self.members.notes)
         return load
 
     def on_gateway_message(self, gateway_id: str, message: scheduler_pb2.AttachRequest, now: float) -> None:
@@ -88,6 +93,8 @@ class Node:
             self.core.cancel(gateway_id, message.cancel, now)
         elif kind == "detach":
             self.core.detach(gateway_id, message.detach.handle, now)
+        elif kind == "check_adapter":
+            self.core.check_adapter(gateway_id, message.check_adapter)
         elif kind == "reattach":
             self.core.reattach(gateway_id, message.reattach, now)
 
@@ -103,9 +110,17 @@ class Node:
         self.members.handle(identity, frame, now)
 
     def _on_ready(self, group_id: str, epoch: int, ready: worker_pb2.WorkerReady, now: float) -> None:
-        limits = (ready.kv_blocks, ready.max_model_len, now, ready.max_batch_tokens)
-        features = ready.structured_output, ready.prompt_logprobs, ready.max_row_tokens or 1
-        self.core.worker_joined(group_id, epoch, *limits, ModelFacts.of(ready), *features)
+        limits = GroupLimits(
+            num_blocks=ready.kv_blocks,
+            max_model_len=ready.max_model_len,
+            max_num_batched_tokens=ready.max_batch_tokens,
+            takes_grammars=ready.structured_output,
+            scores_prompts=ready.prompt_logprobs,
+            max_row_tokens=ready.max_row_tokens or 1,
+            max_adapters=min(ready.max_adapters, MAX_ADAPTERS),
+            adapter_memory=ready.adapter_memory_bytes,
+        )
+        self.core.worker_joined(group_id, epoch, limits, now, ModelInfo.of(ready))
         self._changed()
 
     def _on_lost(self, group_id: str, crashed: bool, now: float) -> None:
@@ -148,5 +163,7 @@ class Node:
             if isinstance(effect, SendPlan):
                 self.num_plans += 1
                 self.members.send_plan(effect.group_id, effect.epoch, effect.plan, now)
+            elif isinstance(effect, SendFrame):
+                self.members.send_frame(effect.group_id, effect.epoch, effect.frame, now)
             else:
                 self._deliver(effect)

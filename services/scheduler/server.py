@@ -1,4 +1,4 @@
-"""The gRPC end of the scheduler: gateways attach here."""
+"""The gRPC server of the scheduler is where gateways attach."""
 
 from __future__ import annotations
 

@@ -36,6 +36,16 @@ class Metric:
 BUILD_INFO = Metric("octavo_build_info", "gauge", "always 1; what runs", ("process", "name", "version"))
 STARTED = Metric("octavo_start_time_seconds", "gauge", "when the process started, as a Unix time")
 
+LOOP_LAG = Metric(
+    "octavo_event_loop_lag_seconds", "gauge", "how long a gateway's or scheduler's event loop let the last scrape wait"
+)
+CERTIFICATE_END = Metric(
+    "octavo_certificate_end_seconds",
+    "gauge",
+    "when a certificate that the process shows ends, as a Unix time: tls to clients, hop between processes",
+    ("use",),
+)
+
 # -- gateway: what clients see -----------------------------------------------------------------------
 
 REQUESTS = Metric(
@@ -133,6 +143,7 @@ CACHE_CONFIG = Metric(
 WORKERS_READY = Metric("octavo_workers_ready", "gauge", "workers that compute")
 STEP_AGE = Metric("octavo_oldest_step_seconds", "gauge", "age of the oldest unanswered step; 0 if none is out")
 DRAINING = Metric("octavo_draining", "gauge", "1 while no new requests are taken")
+QUARANTINED = Metric("octavo_quarantined_requests", "gauge", "requests that are refused because workers died of them")
 ADMISSIONS = Metric("octavo_admissions_total", "counter", "requests that entered the queue")
 REFUSALS = Metric(
     "octavo_scheduler_refusals_total",
@@ -190,6 +201,8 @@ CACHE_HITS = Metric(
     "of these, tokens that were there",
     alias="vllm:prefix_cache_hits_total",
 )
+ADAPTERS = Metric("octavo_adapters", "gauge", "LoRA adapters that the workers hold, or load")
+ADAPTER_LOADS = Metric("octavo_adapter_loads_total", "counter", "times that a worker has loaded an adapter")
 ACCEPTED_TOKENS = Metric(
     "octavo_speculative_accepted_tokens_total",
     "counter",
@@ -246,7 +259,7 @@ PICKER_CACHE_CONFIG = Metric(
     ("block_size", "num_gpu_blocks"),
 )
 
-COMMON = (BUILD_INFO, STARTED)
+COMMON = (BUILD_INFO, STARTED, LOOP_LAG, CERTIFICATE_END)
 GATEWAY = (
     REQUESTS, REQUESTS_RUNNING, REJECTIONS, INTERRUPTIONS, FINISHES, PROMPT_TOKENS, CACHED_TOKENS, OUTPUT_TOKENS, TTFT,
     DURATION, FAILOVERS, SCHEDULERS, MODEL_SCHEDULERS,
@@ -254,7 +267,8 @@ GATEWAY = (
 SCHEDULER = (
     RUNNING, WAITING, WAITING_TOKENS, QUEUE_ESTIMATE, KV_USAGE, KV_BLOCKS, CACHE_CONFIG, WORKERS_READY, STEP_AGE,
     DRAINING, ADMISSIONS, REFUSALS, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, ITL, COMPUTED_TOKENS, CACHE_QUERIES,
-    CACHE_HITS, ACCEPTED_TOKENS, PREEMPTIONS, WORKER_LOSSES, RECOVERIES, STEPS, STEP_TIME, STEP_TOKENS,
+    CACHE_HITS, ACCEPTED_TOKENS, PREEMPTIONS, WORKER_LOSSES, RECOVERIES, STEPS, STEP_TIME, STEP_TOKENS, ADAPTERS,
+    ADAPTER_LOADS, QUARANTINED,
 )  # fmt: skip
 WORKER = (
     WORKER_JOINED, WORKER_JOINS, WORKER_STEPS, WORKER_TOKENS, WORKER_BUSY, WORKER_FAULTS, WORKER_MEMORY,

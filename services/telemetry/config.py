@@ -21,12 +21,19 @@ class TelemetryConfig:
         },
     )
 
+    otlp_sample_ratio: float = field(
+        default=1.0,
+        metadata={"help": "share of traces that are recorded, of those that no caller has decided about: 0 to 1"},
+    )
+
     def check_telemetry(self) -> None:
         """Raise ValueError if an address is none."""
         if self.metrics_address:
             split_address(self.metrics_address)
         if self.otlp_endpoint and not self.otlp_endpoint.startswith(("http://", "https://")):
             raise ValueError(f"otlp_endpoint must be http://host:port or https://host:port, not {self.otlp_endpoint!r}")
+        if not 0 <= self.otlp_sample_ratio <= 1:
+            raise ValueError(f"otlp_sample_ratio must be from 0 to 1, not {self.otlp_sample_ratio:g}")
 
 
 def split_address(address: str) -> tuple[str, int]:

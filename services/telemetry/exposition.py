@@ -8,10 +8,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from octavo.services.telemetry.catalog import BUILD_INFO, STARTED, Metric
+from octavo.services.telemetry.catalog import BUILD_INFO, LOOP_LAG, STARTED, Metric
 from octavo.services.telemetry.config import split_address
 from octavo.services.telemetry.store import Histogram, Store, Value
 
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from prometheus_client.core import Metric as Family
 
 METRICS_PATH = "/metrics"
-_CLIENT_S = 5.0  # for a scraper to send its request and to read the answer
+_CLIENT_S = 5.0  # for a scraper to send its request and to read the answer, all in all
+_MAX_CLIENTS = 8  # at once; one more ends the oldest
 _REFRESH_S = 2.0
 
 
 class MetricsServer:
-    """Answers GET for the stores' paths, one request at a time.
+    """Answers GET for the stores' paths. A thread for each client reads and writes; answers are made one at a time.
 
     A process whose event loop hangs answers with 503, so that its target is down and not frozen.
     """
@@ -38,6 +40,7 @@ class MetricsServer:
         from prometheus_client import CollectorRegistry, make_wsgi_app
 
         self._refresh = refresh
+        self._answering = threading.Lock()
         self._apps: dict[str, Any] = {}
         for path, store in stores.items():
             registry = CollectorRegistry()
@@ -59,24 +62,29 @@ class MetricsServer:
         if app is None:
             start_response("404 Not Found", [("content-type", "text/plain")])
             return [f"there is {' and '.join(self._apps)}\n".encode()]
-        try:
-            self._refresh()
-        except TimeoutError:
-            start_response("503 Service Unavailable", [("content-type", "text/plain")])
-            return [b"the process does not answer\n"]
-        answer: Iterable[bytes] = app(environ, start_response)
-        return answer
+        with self._answering:
+            try:
+                self._refresh()
+            except TimeoutError:
+                start_response("503 Service Unavailable", [("content-type", "text/plain")])
+                return [b"the process does not answer\n"]
+            answer: Iterable[bytes] = app(environ, start_response)
+            return answer
 
 
-def on_loop(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> Callable[[], None]:
-    """Return a function for other threads that runs `function` on the loop and waits; it raises TimeoutError."""
+def on_loop(loop: asyncio.AbstractEventLoop, store: Store, function: Callable[[], None]) -> Callable[[], None]:
+    """Return a function for other threads that runs `function` on the loop and waits; it raises TimeoutError.
 
-    async def run() -> None:
+    How long the loop let it wait is the process's lag, in `store`.
+    """
+
+    async def run(asked_at: float) -> None:
+        store.value(LOOP_LAG).set(time.monotonic() - asked_at)
         function()
 
     def call() -> None:
         try:
-            asyncio.run_coroutine_threadsafe(run(), loop).result(_REFRESH_S)
+            asyncio.run_coroutine_threadsafe(run(time.monotonic()), loop).result(_REFRESH_S)
         except RuntimeError:  # the loop is closed
             raise TimeoutError from None
 
@@ -161,11 +169,16 @@ def _cumulative(histogram: Histogram) -> list[tuple[str, float]]:
     return buckets
 
 
-class _Server(WSGIServer):
-    """Bound like gRPC's listeners: a second process at the same port fails."""
+class _Server(ThreadingMixIn, WSGIServer):
+    """Bound like gRPC's listeners: a second process at the same port fails. No client keeps others waiting."""
+
+    daemon_threads = True
+    block_on_close = False
 
     def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
         self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
+        self._began: dict[socket.socket, float] = {}  # by connection, oldest first
+        self._lock = threading.Lock()
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
@@ -175,6 +188,33 @@ class _Server(WSGIServer):
         self.server_address = self.socket.getsockname()
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread; of too many connections the oldest ends."""
+        with self._lock:
+            self._began[request] = time.monotonic()
+            for oldest in list(self._began)[:-_MAX_CLIENTS]:
+                self._end(oldest)
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """End the connections whose time is over; called twice a second, and after each new one."""
+        with self._lock:
+            for request, began in list(self._began.items()):
+                if time.monotonic() - began > _CLIENT_S:
+                    self._end(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget and close a connection."""
+        with self._lock:
+            self._began.pop(request, None)
+        super().shutdown_request(request)
+
+    def _end(self, request: socket.socket) -> None:
+        """Have the thread of a connection find it closed."""
+        del self._began[request]
+        with contextlib.suppress(OSError):  # the client has gone
+            request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: a scraper went away."""

@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from octavo.services.telemetry.config import TelemetryConfig
+
 Attributes = Mapping[str, str | int | float | bool]
 
 _TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-(?P<flags>[0-9a-f]{2})")
@@ -68,16 +70,16 @@ def is_sampled(traceparent: str) -> bool:
     return match is not None and bool(int(match["flags"], 16) & 1)
 
 
-def open_tracer(endpoint: str, process: str, name: str, version: str) -> Tracer:
-    """Return a tracer that sends to `endpoint`, or one that does nothing if that is empty. Raises ValueError.
+def open_tracer(config: TelemetryConfig, process: str, name: str, version: str) -> Tracer:
+    """Return a tracer that sends to the configured endpoint; without one it does nothing. Raises ValueError.
 
     process   "gateway", "scheduler" or "worker"; traces show "octavo-PROCESS"
     name      which one of them
     """
-    if not endpoint:
+    if not config.otlp_endpoint:
         return Tracer()
     try:
-        return _OtlpTracer(endpoint, process, name, version)
+        return _OtlpTracer(config.otlp_endpoint, config.otlp_sample_ratio, process, name, version)
     except ModuleNotFoundError as error:
         raise ValueError(f"otlp_endpoint needs {error.name}: pip install 'octavo[otel]'") from None
 
@@ -103,18 +105,18 @@ class _OtlpSpan(Span):
 class _OtlpTracer(Tracer):
     enabled = True
 
-    def __init__(self, endpoint: str, process: str, name: str, version: str) -> None:
+    def __init__(self, endpoint: str, ratio: float, process: str, name: str, version: str) -> None:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
+        from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         about = {"service.name": f"octavo-{process}", "service.instance.id": name, "service.version": version}
         self._provider = TracerProvider(
             # A caller that does not record its trace decides for us, too.
-            sampler=ParentBased(ALWAYS_ON), resource=Resource.create(about), shutdown_on_exit=False
+            sampler=ParentBased(TraceIdRatioBased(ratio)), resource=Resource.create(about), shutdown_on_exit=False
         )  # fmt: skip
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_FLUSH_MS / 1000)
         self._provider.add_span_processor(

@@ -7,16 +7,21 @@ The folders of the repository appear here under one name: `octavo.services`, `oc
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from octavo.services.client import Client, OctavoError, SyncClient
+    from octavo.services.client import Client, ClientClosedError, OctavoError, SyncClient
     from octavo.services.offline.llm import LLM
 
-__all__ = ["LLM", "Client", "OctavoError", "SyncClient", "__version__"]
+__all__ = ["LLM", "Client", "ClientClosedError", "OctavoError", "SyncClient", "__version__"]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """Return what is imported when it is first asked for, too: for completion and help()."""
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING"})
 
 
 def __getattr__(name: str) -> object:
     """Import the client when it is first asked for: it needs gRPC, which `octavo --help` does not."""
-    if name in ("Client", "OctavoError", "SyncClient"):
+    if name in ("Client", "ClientClosedError", "OctavoError", "SyncClient"):
         from octavo.services import client
 
         return getattr(client, name)

@@ -14,12 +14,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton")
 
 
 @pytest.fixture
@@ -146,3 +147,11 @@ def test_the_floor_of_a_step_is_the_table_of_the_documentation(script: ModuleTyp
     h100 = {"copy": 3350.0, "bf16": 800.0}
     assert models.SMOLLM2.floor_us(1, 1024, h100) == pytest.approx(87, rel=0.02)
     assert models.LLAMA_8B.floor_us(256, 1024, h100) == pytest.approx(14700, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and a torch that finds it: make gpu-check")
+def test_the_gpu_of_this_machine_computes_what_the_reference_does() -> None:
+    done = run("check")
+    assert done.returncode == 0, done.stdout + done.stderr

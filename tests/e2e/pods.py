@@ -68,6 +68,11 @@ class Cluster:
         ids = {(each["kind"], each["metadata"]["name"]): each for each in self._objects}
         return {key: base64.b64decode(value) for key, value in ids["Secret", name]["data"].items()}
 
+    def config_map(self, name: str) -> dict[str, str]:
+        ids = {(each["kind"], each["metadata"]["name"]): each for each in self._objects}
+        data: dict[str, str] = ids["ConfigMap", name]["data"]
+        return data
+
     def update_names(self) -> None:
         """Write which addresses each Service has now. In place: the file is mounted."""
         lines = ["127.0.0.1 localhost"]
@@ -255,6 +260,8 @@ class Pod:
         folder.mkdir()
         for key, value in self.cluster.secret(volume["secret"]["secretName"]).items() if "secret" in volume else ():
             (folder / key).write_bytes(value)
+        for key, text in self.cluster.config_map(volume["configMap"]["name"]).items() if "configMap" in volume else ():
+            (folder / key).write_text(text)
         if volume["name"] == "cache":
             (folder / "octavo").symlink_to(cache_folder())  # an image has the compiled kernels
         return folder

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import yaml
 
-from .stack import free_port
+from tests.ports import free_port
 
 
 class Prometheus:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from .stack import free_port
+from tests.ports import free_port
 
 
 class Relay:

@@ -21,18 +21,12 @@ import psutil
 
 from octavo.services.client import Client
 from octavo.services.client.stream import Stream
+from tests.ports import free_port
 
 REFERENCES = Path(__file__).resolve().parent.parent / "data" / "reference_smollm2.jsonl"
 NEAR_TIE = 0.25  # logits closer than this may change places between float32 and bfloat16
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Stack:

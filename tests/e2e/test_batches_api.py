@@ -165,7 +165,7 @@ def test_bad_uploads(deployment: Stack, form: Any, message: str) -> None:
         {"input_file_id": "x", "endpoint": "/v1/files"},
         {"input_file_id": "x", "endpoint": "/v1/completions", "completion_window": "soon"},
         {"input_file_id": "x", "endpoint": "/v1/completions", "metadata": {"a": 1}},
-        {"input_file_id": "x", "endpoint": "/v1/completions", "unknown": 1},
+        {"input_file_id": "x", "endpoint": "/v1/completions", "input_file": 1},
     ],
 )
 def test_bad_batches(deployment: Stack, body: Any) -> None:

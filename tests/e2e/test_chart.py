@@ -20,9 +20,10 @@ import yaml
 from octavo.services.cli import demo_model
 from octavo.services.client import Client
 from tests.helm.chart import Object, find, template
+from tests.ports import free_port
 
 from .pods import Cluster, Pod, private_hosts, why_not
-from .stack import answer, free_port
+from .stack import answer
 
 DEPLOY = Path(__file__).resolve().parent.parent.parent / "deploy"
 PROMPTS = [

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from .stack import Stack, free_port
+from tests.ports import free_port
+
+from .stack import Stack
 
 
 def octavo(*arguments: str, stdin: str | None = None, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:

@@ -53,7 +53,7 @@ async def test_seeded_requests_do_not_depend_on_company_chunks_or_preemption(smo
             await until_idle(client)
     finally:
         assert stack.stop() == 0
-    tiny = "--kv-cache-memory 45MiB --max-running 16 --max-batch-tokens 40 --max-prefill-tokens 24"
+    tiny = "--kv-cache-memory 45MiB --max-num-seqs 16 --max-num-batched-tokens 40 --max-prefill-tokens 24"
     stack = Stack(smollm2, "--device", device, *tiny.split())
     try:
         async with stack.client() as client:

@@ -77,7 +77,7 @@ async def test_vectors_are_those_of_sentence_transformers(embedder: Stack) -> No
     assert [each.input_tokens for each in response.embeddings] == [len(row["input_ids"]) for row in ROWS]
     assert response.usage.prompt_tokens == sum(len(row["input_ids"]) for row in ROWS)
     assert response.model_version == model.version
-    assert list(model.features) == ["embed", "rerank"]
+    assert list(model.features) == ["embed", "rerank", "score"]
 
 
 async def test_a_text_has_the_same_bits_alone_as_tokens_and_among_many(embedder: Stack) -> None:
@@ -192,7 +192,7 @@ async def test_a_decoder_in_a_folder_of_sentence_transformers_makes_vectors(dtyp
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
     rows = [np.random.default_rng(length).integers(0, 258, length).tolist() for length in (1, 90, 250)]
-    stack = Stack(tmp_path, "--device", "cpu", "--dtype", dtype, "--max-batch-tokens", "256")
+    stack = Stack(tmp_path, "--device", "cpu", "--dtype", dtype, "--max-num-batched-tokens", "256")
     request = embedding_pb2.EmbedRequest(normalize=True)
     for row in [*rows, rows[0] * 300] if dtype == "bfloat16" else rows:
         request.inputs.add().token_ids.ids.extend(row)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from octavo.services.client import Client
 
-from ..gpu_worker.tiny import make_checkpoint  # noqa: TID252 - tests are no package with a name
+from ..gpu_worker.tiny import make_checkpoint, write_tokenizer  # noqa: TID252 - tests are no package with a name
 from .stack import Stack, answer, until_idle
 
 NUM_TOKENS = 32
@@ -25,12 +23,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[lis
     """A tiny Qwen3-MoE with a tokenizer of bytes, and the greedy tokens that transformers gives PROMPTS."""
     folder: Path = tmp_path_factory.mktemp("qwen3-moe")
     model = make_checkpoint(folder, "qwen3_moe", tie_word_embeddings=False)
-    names = ["<|end|>", "<|start|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    write_tokenizer(folder)
     expected = []
     for prompt in PROMPTS:
         ids = list(prompt)
@@ -59,7 +52,7 @@ async def test_greedy_tokens_are_those_of_transformers(checkpoint: tuple[Path, l
 
 
 async def test_tokens_on_the_cpu_do_not_depend_on_company_or_chunks(checkpoint: tuple[Path, list[list[int]]]) -> None:
-    limits = "--kv-cache-memory 64MiB --max-running 16 --max-batch-tokens 40 --max-prefill-tokens 24"
+    limits = "--kv-cache-memory 64MiB --max-num-seqs 16 --max-num-batched-tokens 40 --max-prefill-tokens 24"
     stack = Stack(checkpoint[0], "--device", "cpu", *limits.split())
     try:
         async with stack.client() as client:

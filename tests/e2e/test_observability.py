@@ -170,7 +170,7 @@ def test_top_shows_schedulers_and_workers(observed: Stack) -> None:
 def prometheus(observed: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has the rules of the chart; only that alerts need not last."""
     if shutil.which("prometheus") is None:
-        pytest.skip("needs prometheus (package prometheus)")
+        pytest.skip("needs prometheus: apt-get install prometheus")
     rules = yaml.safe_load((FILES / "rules.yaml").read_text())
     for rule in itertools.chain.from_iterable(group["rules"] for group in rules["groups"]):
         rule.pop("for", None)

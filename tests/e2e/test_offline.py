@@ -74,7 +74,7 @@ def test_failures_are_results(stack: Stack, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--input is missing"),
+        ([], "--in is missing"),
         (["--in", "/nowhere", "--out", "x"], "there is no file /nowhere"),
         (["--in", __file__, "--out", "/proc/x", "--url", "http://127.0.0.1:9"], "cannot write /proc/x"),
         (["--in", __file__, "--out", "{tmp}/x", "--url", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),

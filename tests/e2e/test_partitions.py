@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from octavo.services.client import Client, OctavoError
+from tests.ports import free_port
 
 from .relay import Relay
-from .stack import STOP_TIMEOUT_S, Answer, answer, free_port, references, until_idle
+from .stack import STOP_TIMEOUT_S, Answer, answer, references, until_idle
 from .test_faults import SAMPLED, until_running
 
 NUM_STREAMS = 4

@@ -19,8 +19,9 @@ import httpx
 import pytest
 
 from octavo.services.client import Client, OctavoError
+from tests.ports import free_port
 
-from .stack import Stack, answer, free_port, until_idle
+from .stack import Stack, answer, until_idle
 
 DEPLOY = Path(__file__).resolve().parent.parent.parent / "deploy"
 FILES = {"envoy": "envoy.yaml", "nginx": "nginx.conf", "haproxy": "haproxy.cfg"}

@@ -90,7 +90,7 @@ async def test_with_so_small_a_pool_and_guesses(smollm2: Path) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("chunk", [7, 32, 300])
 async def test_with_prompts_computed_in_chunks(smollm2: Path, device: str, chunk: int) -> None:
-    flags = ["--max-running", "7", "--max-batch-tokens", str(max(chunk, 7)), "--max-prefill-tokens", str(chunk)]
+    flags = ["--max-num-seqs", "7", "--max-num-batched-tokens", str(max(chunk, 7)), "--max-prefill-tokens", str(chunk)]
     with serving(smollm2, device, "--kv-cache-memory", "256MiB", *flags) as stack:
         async with stack.client() as client:
             chosen = references() if device == "cpu" else references()[::3]

@@ -19,8 +19,7 @@ import zmq
 
 from octavo.services.client import Client, OctavoError
 from tests.certificates import Authority
-
-from .stack import free_port
+from tests.ports import free_port
 
 OCTAVO = [sys.executable, "-m", "octavo.services.cli"]
 START_S = 60

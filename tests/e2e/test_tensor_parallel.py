@@ -16,7 +16,7 @@ from octavo.services.client import Client
 
 from .stack import Stack, until_idle
 
-FLAGS = ("--device", "reference", "--kv-cache-memory", "8MiB", "--max-running", "8", "--max-batch-tokens", "128")
+FLAGS = ("--device", "reference", "--kv-cache-memory", "8MiB", "--max-num-seqs", "8", "--max-num-batched-tokens", "128")
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "ignore_end_of_sequence": True, "max_new_tokens": 60}
 
 

@@ -16,20 +16,20 @@ from octavo.inference.v1 import generation_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import ServingError, status_text, trailers
 from octavo.services.common.protocol import PROTOCOL_REVISION
-from octavo.services.gateway.answer import ask_for_whole_answer
 from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.chat_request import read_chat_call
 from octavo.services.gateway.http.completion_request import read_completion_call
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.requests import ApiCall
 from octavo.services.gateway.http.responses_request import read_responses_call
-from octavo.services.gateway.model import Models, ServedModel
-from octavo.services.gateway.prepare import check_headers, prepare
-from octavo.services.gateway.resume_token import ResumeToken, ResumeTokens
-from octavo.services.gateway.tokenizer import ModelTokenizer
+from octavo.services.gateway.requests.answer import ask_for_whole_answer
+from octavo.services.gateway.requests.model import Models, ServedModel
+from octavo.services.gateway.requests.prepare import check_headers, prepare
+from octavo.services.gateway.schedulers.resume_token import ResumeToken, ResumeTokens
+from octavo.services.gateway.tokenization.tokenizer import ModelTokenizer
 from octavo.services.gateway.validation import RequestValidator
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.effects import SendToGateway
+from octavo.services.scheduler.core.effects import SendToGateway
 from octavo.services.scheduler.node import Node
 from octavo.worker.v1 import worker_pb2
 from tests.services.gateway.conftest import write_model
@@ -164,7 +164,7 @@ def _node_with_work() -> tuple[Node, list[worker_pb2.WorkerFrame]]:
     def deliver(effect: SendToGateway) -> None:
         effect.message.SerializeToString()
 
-    config = SchedulerConfig(max_running=4, max_batch_tokens=64)
+    config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64)
     node = Node(
         config, "s", 1, 1000.0, send=send, deliver=deliver, changed=lambda: None, fenced=lambda *_: None
     )  # fmt: skip

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from octavo.gpu_worker.batch import LAST_TOKEN, Limits, Slots, Step
 from octavo.gpu_worker.errors import PlanError
-from octavo.gpu_worker.host_runner import Tables
 from octavo.gpu_worker.ops import StepInput
+from octavo.gpu_worker.steps.batch import LAST_TOKEN, Limits, Slots, Step
+from octavo.gpu_worker.steps.host_runner import Tables
 from octavo.worker.v1 import worker_pb2
 
 LIMITS = Limits(max_running=4, max_batch_tokens=64, max_blocks_per_sequence=4, num_blocks=10, vocab_size=100)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.gpu_worker.devices.cpu import CpuDevice
-from octavo.gpu_worker.loading import load_model
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
+from octavo.gpu_worker.loading.loading import load_model
 from octavo.gpu_worker.ops import Activation, Experts, Ops, Value
+from octavo.kernels.routing import PLAIN_ROUTING, Routing
 
 from .paged import MAX_BLOCKS, Paged
 from .test_cpu_device import (
@@ -39,6 +40,8 @@ class Mixture:
     num_shared: int = 0
     is_normalized: bool = True
     activation: Activation = "silu"
+    routing: Routing = PLAIN_ROUTING
+    has_bias: bool = False
 
 
 MIXTURES = {
@@ -49,6 +52,16 @@ MIXTURES = {
     "all of them": Mixture(num_routed=3, num_chosen=3),
     "one of two": Mixture(num_routed=2, num_chosen=1, is_normalized=False),
     "more columns than one item takes": Mixture(hidden=352, inner=400, num_routed=4),
+    "sigmoids, not normalized, a scale": Mixture(is_normalized=False, routing=Routing("sigmoid", scale=0.5)),
+    "sigmoids, a bias, the best groups, a shared one": Mixture(
+        num_routed=12,
+        num_chosen=3,
+        num_shared=2,
+        routing=Routing("sigmoid", 4, 2, scale=1.5, has_shared_gate=False),
+        has_bias=True,
+    ),
+    "softmax, a bias": Mixture(num_routed=7, has_bias=True),
+    "softmax, groups by their best expert": Mixture(is_normalized=False, routing=Routing("softmax", 2, 1, 1)),
 }
 
 
@@ -61,13 +74,18 @@ class ExpertsModel(TinyModel):
         self.activation: Activation = mixture.activation
         self.mixtures = [
             Experts(
-                router=4 * self._random(mixture.num_routed + (mixture.num_shared > 0), mixture.hidden),
+                router=4
+                * self._random(
+                    mixture.num_routed + (mixture.num_shared > 0 and mixture.routing.has_shared_gate), mixture.hidden
+                ),
                 gate=tuple(2 * self._random(mixture.inner, mixture.hidden) for _ in range(count)),
                 up=tuple(2 * self._random(mixture.inner, mixture.hidden) for _ in range(count)),
                 down=tuple(2 * self._random(mixture.hidden, mixture.inner) for _ in range(count)),
                 num_chosen=mixture.num_chosen,
                 num_shared=mixture.num_shared,
                 is_normalized=mixture.is_normalized,
+                routing=mixture.routing,
+                bias=self._random(mixture.num_routed).float() if mixture.has_bias else None,
             )
             for _ in range(layers)
         ]
@@ -75,12 +93,12 @@ class ExpertsModel(TinyModel):
     def forward(self, ops: Ops) -> Value:
         x = ops.embed(self.embedding)
         for index, (layer, experts) in enumerate(zip(self.layers, self.mixtures, strict=True)):
-            qkv = ops.norm_linear(x, layer["norm"], layer["qkv"])
+            qkv = ops.linear(ops.norm(x, layer["norm"]), layer["qkv"])
             queries = ops.rotary_write_kv(qkv, index, self.heads, self.rotary, None, None)
             attended = ops.paged_attention(queries, index, self.heads, 0.25, 0)
-            x = ops.linear_residual(attended, layer["output"], x)
-            x = ops.norm_experts_residual(x, layer["norm"], experts, self.activation)
-        return ops.logits(x, self.norm, self.head)
+            x = ops.add(x, ops.linear(attended, layer["output"]))
+            x = ops.add_experts(x, ops.norm(x, layer["norm"]), experts, self.activation)
+        return ops.logits(ops.norm(x, self.norm), self.head)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -99,11 +117,25 @@ def test_logits_are_those_of_plain_torch(name: str, variant: str) -> None:
     ops = WholeSequenceOps(sequence.token_ids)
     expected = model.forward(ops)
     # Where two experts are as good, rounding decides, and a different expert is a different result.
-    is_clear = ops.choice_margins > 0.1
-    assert is_clear.float().mean() > 0.5
+    # Scores lie closer together than logits, and what they choose may be weighed by small ones, which round by more.
+    by_score = MIXTURES[name].has_bias or MIXTURES[name].routing.num_groups > 1
+    is_clear = ops.choice_margins > (0.03 if by_score else 0.1)
+    assert is_clear.float().mean() > (0.3 if by_score else 0.5)
     assert expected.std() > 0.3
-    torch.testing.assert_close(logits[is_clear], expected[is_clear], atol=0.06, rtol=0.03)
+    torch.testing.assert_close(logits[is_clear], expected[is_clear], atol=0.1 if by_score else 0.06, rtol=0.03)
     assert (logits - expected)[is_clear].square().mean().sqrt() < 0.01 * expected.std()
+
+
+@pytest.mark.parametrize(("num_rows", "phases"), [(16, 6), (17, 7)])
+def test_experts_for_many_rows_are_chosen_by_all_threads(num_rows: int, phases: int) -> None:
+    device = make_device(ExpertsModel(Mixture()))
+    device.profile(True)
+
+    run(device, [(make_sequence(1, num_rows, [1, 2]), num_rows)])
+
+    # The router; choosing and sorting, in one or two; rows that are copied; the gated layers, and the others.
+    profile = device.profile(False)
+    assert profile["norm_experts_residual"][1] + profile["prepare"][1] == phases
 
 
 def test_of_equal_experts_the_first_are_chosen(variant: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.gpu_worker.devices.cpu import CpuDevice
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.ops import Heads, Linear, Ops, Value
 from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu import library
@@ -105,9 +105,10 @@ class FeedForwardModel(TinyModel):
         x = ops.embed(self.embedding)
         for layer in self.layers:
             weights: dict[str, Any] = layer
-            gated = ops.norm_gated_linear(x, weights["norm"], weights["gate"], weights["up"], self.shape.activation)
-            x = ops.linear_residual(gated, weights["down"], x)
-        return ops.logits(x, self.norm, self.head)
+            normed = ops.norm(x, weights["norm"])
+            gated = ops.gated_linear(normed, weights["gate"], weights["up"], self.shape.activation)
+            x = ops.add(x, ops.linear(gated, weights["down"]))
+        return ops.logits(ops.norm(x, self.norm), self.head)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

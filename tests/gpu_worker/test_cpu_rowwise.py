@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from octavo.gpu_worker.devices.cpu import CpuDevice
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.quantization import Quantization
 
 from .test_cpu_device import (

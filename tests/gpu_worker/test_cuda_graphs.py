@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from octavo.gpu_worker.devices.cuda_graphs import Graphs, common_sizes, graph_sizes
+from octavo.gpu_worker.devices.cuda.graphs import Graphs, common_sizes, graph_sizes
 
 
 @pytest.mark.parametrize(

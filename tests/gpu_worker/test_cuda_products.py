@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from octavo.gpu_worker.devices import cuda_products
-from octavo.gpu_worker.devices.cuda_products import GEMM_ROWS, find_unstable_products
+from octavo.gpu_worker.devices.cuda import products as cuda_products
+from octavo.gpu_worker.devices.cuda.products import GEMM_ROWS, find_unstable_products
 
 PLAIN, BIASED = torch.ones(8, 16), torch.ones(24, 16)
 LAYERS = [(PLAIN, None), (BIASED, torch.ones(24))]

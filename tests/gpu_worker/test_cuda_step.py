@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.gpu_worker.batch import LAST_TOKEN, Step
-from octavo.gpu_worker.devices.cuda_accelerator import HostAccelerator
-from octavo.gpu_worker.devices.cuda_step import Columns, Layout, Planner, Staging
-from octavo.gpu_worker.rows import Rows
+from octavo.gpu_worker.devices.cuda.accelerator import HostAccelerator
+from octavo.gpu_worker.devices.cuda.step import Columns, Layout, Planner, Staging
+from octavo.gpu_worker.steps.batch import LAST_TOKEN, Step
+from octavo.gpu_worker.steps.rows import Rows
 from octavo.kernels.configs import AttentionConfig
 
 CONFIG = AttentionConfig(16, 32, 4, 2, 64)

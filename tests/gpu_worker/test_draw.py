@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.gpu_worker.draw import draw_tokens, gumbel_noise, kept_token_ids, philox
 from octavo.gpu_worker.ops import Draw
+from octavo.gpu_worker.sampling.draw import draw_tokens, gumbel_noise, philox
+from octavo.kernels.draw import kept_token_ids
 
 F32 = np.float32
 PLAIN = Draw(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, candidate_index=0, position=0)
@@ -89,6 +91,9 @@ def test_noise_at_the_ends_is_finite(word: int) -> None:
 def stated_kept(scaled: np.ndarray, draw: Draw) -> set[int]:
     """The rules, said plainly."""
     order = sorted((i for i in range(len(scaled)) if scaled[i] > -np.inf), key=lambda i: (-scaled[i], i))
+    if draw.top_n_sigma:
+        sigma = statistics.pstdev([float(scaled[i]) for i in order])
+        order = [i for i in order if scaled[i] >= scaled[order[0]] - F32(draw.top_n_sigma * sigma)]
     if draw.top_k:
         order = order[: draw.top_k]
     weights = [math.exp(float(scaled[i]) - float(scaled[order[0]])) for i in order]
@@ -97,7 +102,23 @@ def stated_kept(scaled: np.ndarray, draw: Draw) -> set[int]:
         order = order[:count]
     if draw.min_p:
         order = [i for i in order if scaled[i] >= scaled[order[0]] + F32(math.log(draw.min_p))]
+    if draw.typical_p < 1:
+        order = stated_typical(scaled, order, draw.typical_p)
     return set(order)
+
+
+def stated_typical(scaled: np.ndarray, order: list[int], typical_p: float) -> list[int]:
+    """Locally typical sampling by its definition: |-log p - H|, in logits and rounded as they are."""
+    weights = [math.exp(float(scaled[i]) - float(scaled[order[0]])) for i in order]
+    probabilities = [weight / sum(weights) for weight in weights]
+    entropy = -sum(p * math.log(p) for p in probabilities)
+    logit_of_entropy = math.log(sum(weights)) + float(scaled[order[0]]) - entropy
+    distances = [round(abs(float(scaled[i]) - logit_of_entropy), 5) for i in order]
+    for radius in sorted(distances):
+        kept = [k for k, distance in enumerate(distances) if distance <= radius]
+        if sum(probabilities[k] for k in kept) >= typical_p - 1e-12:
+            break
+    return [order[k] for k in kept]
 
 
 @settings(max_examples=200, deadline=None)
@@ -106,13 +127,17 @@ def stated_kept(scaled: np.ndarray, draw: Draw) -> set[int]:
     top_k=st.sampled_from([0, 1, 2, 5, 40]),
     top_p=st.sampled_from([0.0, 0.3, 0.8, 0.95, 1.0]),
     min_p=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    top_n_sigma=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    typical_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
 )
-def test_what_is_kept_follows_the_rules(logits: list[float], top_k: int, top_p: float, min_p: float) -> None:
+def test_what_is_kept_follows_the_rules(
+    logits: list[float], top_k: int, top_p: float, min_p: float, top_n_sigma: float, typical_p: float
+) -> None:
     if max(logits) == -np.inf:
         return
     scaled = np.array(logits, F32)
-    draw = replace(PLAIN, top_k=top_k, top_p=top_p, min_p=min_p)
-    assert set(kept_token_ids(torch.from_numpy(scaled), draw).tolist()) == stated_kept(scaled, draw)
+    draw = replace(PLAIN, top_k=top_k, top_p=top_p, min_p=min_p, top_n_sigma=top_n_sigma, typical_p=typical_p)
+    assert set(kept_token_ids(scaled, draw).tolist()) == stated_kept(scaled, draw)
 
 
 def test_greedy_takes_the_lowest_of_equal_best() -> None:
@@ -140,3 +165,32 @@ def test_seed_candidate_and_position_each_give_another_stream() -> None:
     assert len({int(draw_tokens(logits.numpy(), [draw])[0]) for draw in draws}) == len(draws)
     alone = [int(draw_tokens(logits.numpy(), [draw])[0]) for draw in draws]
     assert draw_tokens(logits.expand(5, -1).numpy(), draws).tolist() == alone
+
+
+@pytest.mark.parametrize(("top_p", "num_kept"), [(0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_top_p_keeps_no_token_beyond_the_one_that_reaches_it_exactly(top_p: float, num_kept: int) -> None:
+    kept = kept_token_ids(np.zeros(4, F32), replace(PLAIN, top_p=top_p))
+
+    assert sorted(kept.tolist()) == list(range(num_kept))
+
+
+@pytest.mark.parametrize(("top_n_sigma", "kept"), [(0.5, [1, 3]), (1.0, [1, 3]), (1.99, [1, 3]), (2.0, [0, 1, 2, 3])])
+def test_top_n_sigma_keeps_what_lies_so_many_standard_deviations_below_and_no_further(
+    top_n_sigma: float, kept: list[int]
+) -> None:
+    logits = np.array([0, 2, 0, 2, -np.inf], F32)  # of those that can be drawn: 1
+
+    assert kept_token_ids(logits, replace(PLAIN, top_n_sigma=top_n_sigma)).tolist() == kept
+    halved = kept_token_ids(logits / F32(2), replace(PLAIN, top_n_sigma=top_n_sigma))
+    assert halved.tolist() == kept, "whatever the temperature"
+
+
+@pytest.mark.parametrize(
+    ("typical_p", "kept"), [(0.2, [0, 1]), (0.5, [0, 1]), (0.51, [0, 1, 2]), (0.999, [0, 1, 2, 3])]
+)
+def test_typical_p_keeps_what_is_nearest_to_the_entropy_with_all_its_ties(typical_p: float, kept: list[int]) -> None:
+    probabilities = np.array([0.25, 0.25, 0.4, 0.1])  # the entropy is 1.29; -log p is 1.39, 1.39, 0.92 and 2.3
+    logits = np.log(probabilities).astype(F32)
+    logits[0] = logits[1]
+
+    assert kept_token_ids(logits, replace(PLAIN, typical_p=typical_p)).tolist() == kept

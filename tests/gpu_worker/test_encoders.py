@@ -12,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from octavo.common.v1 import common_pb2
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import ModelError, PlanError
-from octavo.gpu_worker.loading import load_for_device
+from octavo.gpu_worker.loading.loading import load_for_device
 from octavo.worker.v1 import worker_pb2
 
 from .tiny import make_checkpoint
@@ -37,6 +38,7 @@ ENCODERS = {
     "bert": ("BertConfig", "BertModel", {}),
     "bert_tanh": ("BertConfig", "BertModel", {"hidden_act": "gelu_new"}),
     "xlm_roberta": ("XLMRobertaConfig", "XLMRobertaModel", {"type_vocab_size": 1, "pad_token_id": 1}),
+    "nomic_bert": ("NomicBertConfig", "NomicBertModel", {}),
     "modernbert": ("ModernBertConfig", "ModernBertModel", MODERN),
     "modernbert_masked": ("ModernBertConfig", "ModernBertForMaskedLM", MODERN),
     "modernbert_biased": (
@@ -52,6 +54,7 @@ SCORERS = {
         "XLMRobertaForSequenceClassification",
         {"type_vocab_size": 1, "pad_token_id": 1},
     ),
+    "nomic_bert": ("NomicBertConfig", "NomicBertForSequenceClassification", {"type_vocab_size": 1}),
     "modernbert": ("ModernBertConfig", "ModernBertForSequenceClassification", MODERN),
     "modernbert_mean": (
         "ModernBertConfig",
@@ -173,8 +176,6 @@ def test_a_cross_encoder_scores_pairs_as_transformers_does(name: str, device: st
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_modules_of_sentence_transformers_are_run_in_their_order(device: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     model = make_encoder(tmp_path, ENCODERS["bert"])
     modules(tmp_path, "Pooling", "Dense", "Normalize", word_embedding_dimension=48, pooling_mode_cls_token=True)
     weight, bias = torch.randn(20, 48), torch.randn(20)
@@ -318,8 +319,215 @@ def test_a_folder_that_pools_otherwise_is_refused(pooling: dict[str, Any], messa
         engine_of(tmp_path, "reference")
 
 
-def test_a_classifier_of_several_labels_is_refused(tmp_path: Path) -> None:
-    make_encoder(tmp_path, SCORERS["bert"], num_labels=3)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_classifier_gives_the_probabilities_of_its_labels(name: str, device: str, tmp_path: Path) -> None:
+    model = make_encoder(tmp_path, SCORERS[name], num_labels=3)
+    row = tokens(20, 1)
+    with torch.no_grad():
+        logits = model(torch.tensor([row])).logits[0]
 
-    with pytest.raises(ModelError, match="3 labels"):
+    engine = engine_of(tmp_path, device)
+
+    assert engine.limits.pooling is not None
+    assert (engine.limits.pooling.task, engine.limits.pooling.vector_size) == (common_pb2.MODEL_TASK_CLASSIFY, 3)
+    np.testing.assert_allclose(run(engine, 1, [row])[0], torch.softmax(logits, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "of_logits"),
+    [
+        ("single_label_classification", lambda logits: torch.softmax(logits, -1)),
+        ("multi_label_classification", torch.sigmoid),
+        ("regression", lambda logits: logits),
+    ],
+)
+def test_the_problem_type_says_what_is_made_of_logits(problem_type: str, of_logits: Any, tmp_path: Path) -> None:
+    model = make_encoder(tmp_path, SCORERS["bert"], num_labels=4, problem_type=problem_type)
+    row = tokens(9, 5)
+    with torch.no_grad():
+        true = of_logits(model(torch.tensor([row])).logits[0])
+
+    np.testing.assert_allclose(run(engine_of(tmp_path, "reference"), 1, [row])[0], true, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"problem_type": "ranking"}, "problem_type is 'ranking'"),
+        ({"num_labels": 1 << 40}, "1099511627776 labels, expected 1 to 65536"),
+        ({"num_labels": "3"}, "'3' labels"),
+        ({"num_labels": 4}, r"classifier.* has shape \[3, 48\], the config asks for \[4, 48\]"),
+    ],
+)
+def test_a_damaged_classifier_is_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_encoder(tmp_path, SCORERS["bert"], num_labels=3)
+    change_config(tmp_path, changed)
+
+    with pytest.raises(ModelError, match=message):
         engine_of(tmp_path, "reference")
+
+
+PUBLISHED_NOMIC = {
+    "activation_function": "swiglu",
+    "n_embd": 48,
+    "n_head": 3,
+    "n_inner": 80,
+    "n_layer": 3,
+    "n_positions": 130,
+    "layer_norm_epsilon": 1e-12,
+    "rotary_emb_base": 1000,
+    "rotary_emb_fraction": 1.0,
+    "rotary_scaling_factor": None,
+    "prenorm": False,
+    "qkv_proj_bias": False,
+    "type_vocab_size": 2,
+    "vocab_size": 320,
+}
+
+
+def change_config(folder: Path, changed: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+def test_nomic_bert_is_read_with_the_names_that_its_published_config_has(tmp_path: Path) -> None:
+    model = make_encoder(tmp_path, ENCODERS["nomic_bert"])
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NomicBertModel"], **PUBLISHED_NOMIC}))
+    row = tokens(33, 2)
+
+    (vector,) = run(engine_of(tmp_path, "reference"), 1, [row], normalize=False)
+
+    np.testing.assert_allclose(vector, hidden_states(model, row).mean(0), atol=2e-5)
+
+
+@pytest.mark.parametrize("changed", [{"moe_every_n_layers": 2}, {"qkv_proj_bias": True}, {"hidden_act": "gelu"}])
+def test_another_nomic_bert_is_refused(changed: dict[str, Any], tmp_path: Path) -> None:
+    make_encoder(tmp_path, ENCODERS["nomic_bert"])
+    change_config(tmp_path, changed)
+
+    with pytest.raises(ModelError, match=f"{next(iter(changed))} is .*not supported for NomicBert"):
+        engine_of(tmp_path, "reference")
+
+
+def make_embedding_gemma(folder: Path) -> Any:
+    """Save a Gemma 3 whose tokens see each other, in windowed layers 6 to either side; return transformers' model."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        **{**SIZES, "num_attention_heads": 4, "num_hidden_layers": 4},
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=12,
+        sliding_window_pattern=2,
+        use_bidirectional_attention=True,
+    )
+    model = transformers.Gemma3TextModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_bidirectional_gemma_gives_the_vectors_of_transformers(device: str, tmp_path: Path) -> None:
+    model = make_embedding_gemma(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["sliding_window"] == 12
+    modules(tmp_path, "Pooling", word_embedding_dimension=48, pooling_mode_mean_tokens=True)
+    engine = engine_of(tmp_path, device)
+    rows = [tokens(length, length) for length in (1, 2, 17, 90, 33)]
+
+    together = run(engine, 1, rows, normalize=False)
+
+    assert not engine.limits.has_cache
+    for place, row in enumerate(rows):
+        with torch.no_grad():
+            true = model(torch.tensor([row])).last_hidden_state[0].mean(0).numpy()
+        assert np.abs(together[place] - true).max() <= 1e-4 * np.abs(true).max()
+        (alone,) = run(engine, place + 2, [row], normalize=False)
+        assert alone.tobytes() == together[place].tobytes()
+
+
+def test_a_bidirectional_decoder_writes_no_text(tmp_path: Path) -> None:
+    make_embedding_gemma(tmp_path)
+    change_config(tmp_path, {"architectures": ["Gemma3ForCausalLM"]})
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+
+    with pytest.raises(ModelError, match="use_bidirectional_attention is of a model for vectors"):
+        engine_of(tmp_path, "reference")
+
+
+def logit_score(folder: Path, **settings: Any) -> None:
+    """Make a folder one whose score is made of the logits of words, as sentence-transformers saves it."""
+    kinds = ("base.modules.transformer.Transformer", "cross_encoder.modules.logit_score.LogitScore")
+    paths = ("", "1_LogitScore")
+    rows = [
+        {"idx": index, "path": path, "type": f"sentence_transformers.{kind}"}
+        for index, (kind, path) in enumerate(zip(kinds, paths, strict=True))
+    ]
+    (folder / "modules.json").write_text(json.dumps(rows))
+    (folder / "1_LogitScore").mkdir(exist_ok=True)
+    (folder / "1_LogitScore" / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "llama", "gemma3"])
+def test_a_score_of_two_words_is_that_of_their_logits(name: str, device: str, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, name, dtype="float32")
+    rows = [tokens(length, length) for length in (1, 40, 17)]
+    for true_id, false_id in ((31, 7), (31, None)):
+        logit_score(tmp_path, true_token_id=true_id, false_token_id=false_id)
+        engine = engine_of(tmp_path, device)
+        assert engine.limits.pooling is not None
+        assert engine.limits.pooling.task == common_pb2.MODEL_TASK_SCORE
+        has_cache = device == "reference"
+        scores = [in_chunks(engine, row, 64) for row in rows] if has_cache else run(engine, 1, rows)
+        for row, score in zip(rows, scores, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([row])).logits[0, -1]
+            true = logits[true_id] if false_id is None else logits[true_id] - logits[false_id]
+            assert abs(score[0] - torch.sigmoid(true)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"true_token_id": 1 << 20}, "expected two below"),
+        ({"false_token_id": 3}, "expected two below"),
+        ({"true_token_id": "yes"}, "a token id is 'yes'"),
+        ({"true_token_id": -1}, "expected two below"),
+    ],
+)
+def test_a_damaged_score_of_two_words_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "qwen3")
+    logit_score(tmp_path, **settings)
+
+    with pytest.raises(ModelError, match=message):
+        engine_of(tmp_path, "reference")
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_decoder_with_a_classifier_labels_the_last_token(device: str, num_labels: int, tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 4}
+    config = transformers.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=16, num_labels=num_labels)
+    config.pad_token_id = 0
+    model = transformers.Qwen3ForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    row = tokens(30, 3)
+    with torch.no_grad():
+        logits = model(torch.tensor([row])).logits[0]
+    engine = engine_of(tmp_path, device)
+
+    result = in_chunks(engine, row, 13) if device == "reference" else run(engine, 1, [row])[0]
+
+    true = torch.sigmoid(logits) if num_labels == 1 else torch.softmax(logits, -1)
+    np.testing.assert_allclose(result, true, atol=1e-4)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -11,38 +14,19 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
+from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.gguf_file import GgufFile
-from octavo.gpu_worker.gguf_model import load_gguf
-from octavo.gpu_worker.loading import load_model
-from octavo.gpu_worker.weights import Checkpoint, load_folder
+from octavo.gpu_worker.formats.gguf_file import GgufFile
+from octavo.gpu_worker.loading.gguf_architectures import GGUF_ARCHITECTURES
+from octavo.gpu_worker.loading.gguf_model import load_gguf
+from octavo.gpu_worker.loading.loading import load_model
+from octavo.gpu_worker.loading.weights import Checkpoint, load_folder
+from octavo.gpu_worker.quantization import Quantization
 
+from .paged import MAX_BLOCKS, Paged
+from .test_models import random_tokens
 from .tiny import make_checkpoint
-
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    module, _, suffix = name.rpartition(".")
-    if module in NAMES:
-        return f"{NAMES[module]}.{suffix}"
-    _, _, layer, rest = module.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest]}.{suffix}"
 
 
 def permuted(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
@@ -51,14 +35,57 @@ def permuted(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.floa
     return values.reshape(heads, 2, shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(shape)
 
 
+PERMUTED = (
+    "llama",
+    "mistral3",
+    "internlm2",
+    "granite",
+    "smollm3",
+    "ernie4_5",
+)  # llama.cpp rotates pairs of dimensions in them
+EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def published_tensors(source: Checkpoint) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Yield a checkpoint's tensors in the form that the converter's names are made of: experts in a stack."""
+    stacks: dict[str, list[npt.NDArray[np.float32]]] = {}
+    for name, tensor in source.tensors.items():
+        values = tensor.float().numpy()
+        if match := re.fullmatch(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)\.weight", name):
+            part = EXPERT_NAMES.get(match[2], match[2])
+            stacks.setdefault(f"{match[1]}.mlp.experts.{part}.weight", []).append(values)
+        elif name.endswith("shared_expert_gate.weight"):
+            yield name, values.squeeze()
+        else:
+            yield name, values
+    yield from ((name, np.stack(values)) for name, values in stacks.items())
+
+
+def fused(source: Checkpoint) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Yield a checkpoint's tensors as Phi 3 has them."""
+    parts = dict(published_tensors(source))
+    for layer in range(source.config.num_layers):
+        prefix = f"model.layers.{layer}."
+        qkv = [parts.pop(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"]
+        gated = [parts.pop(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up")]
+        parts[f"{prefix}self_attn.qkv_proj.weight"] = np.concatenate(qkv)
+        parts[f"{prefix}mlp.gate_up_proj.weight"] = np.concatenate(gated)
+    yield from parts.items()
+
+
 def write_gguf(
     path: Path,
     source: Checkpoint,
     family: str,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: dict[str, npt.NDArray[np.float32]] | None = None,
+    settings: Callable[[gguf.GGUFWriter], object] = lambda _: None,
 ) -> None:
-    """Write a checkpoint as llama.cpp's converter does, matrices as `kind`."""
+    """Write a checkpoint as llama.cpp's converter does, matrices as `kind`.
+
+    extra     tensors in addition
+    settings  writes metadata in addition
+    """
     config = source.config
     writer = gguf.GGUFWriter(str(path), family)
     writer.add_context_length(config.max_position_embeddings)
@@ -68,14 +95,44 @@ def write_gguf(
     writer.add_head_count(config.heads.num_heads)
     writer.add_head_count_kv(config.heads.num_kv_heads)
     writer.add_key_length(config.heads.head_dim)
+    writer.add_value_length(config.heads.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
+    if config.rope.rope_type == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope.factor)
+    if family == "granite":
+        writer.add_embedding_scale(config.embedding_scale)
+        writer.add_attention_scale(config.attention_scale)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_divisor)
+    if config.logits_soft_cap:
+        writer.add_attn_logit_softcapping(config.attention_soft_cap)
+        writer.add_final_logit_softcapping(config.logits_soft_cap)
+    if max(config.windows):
+        writer.add_sliding_window(max(config.windows))
+    if (experts := config.experts) is not None:
+        writer.add_expert_count(experts.num_experts)
+        writer.add_expert_used_count(experts.num_chosen)
+        if family != "llama":
+            writer.add_expert_feed_forward_length(experts.intermediate_size)
+        if experts.shared_intermediate_size:
+            writer.add_expert_shared_feed_forward_length(experts.shared_intermediate_size)
+    settings(writer)
     writer.add_token_list([f"token{i}" for i in range(config.vocab_size)])
-    for name, tensor in source.tensors.items():
-        values = tensor.numpy()
-        if family == "llama" and ("q_proj" in name or "k_proj" in name):
+    architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[family]
+    names = gguf.get_tensor_name_map(architecture, config.num_layers)
+    dense_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
+    for name, values in fused(source) if family == "phi3" else published_tensors(source):
+        if family in PERMUTED and ("q_proj" in name or "k_proj" in name):
             values = permuted(values, config.heads.num_heads if "q_proj" in name else config.heads.num_kv_heads)
-        add_tensor(writer, gguf_name(name), values, kind)
+        if family in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
+            values = values + 1
+        suffixes = (".weight", ".bias")
+        # No published mixture of Qwen has dense layers, and the package does not name their tensors.
+        gguf_name = names.get_name(name, suffixes) or dense_names.get_name(name, suffixes)
+        assert gguf_name is not None, name
+        add_tensor(writer, gguf_name, values, kind)
     for name, values in (extra or {}).items():
         add_tensor(writer, name, values, kind)
     writer.write_header_to_file()
@@ -118,9 +175,84 @@ def test_an_unquantised_file_gives_the_same_bits(tmp_path: Path, name: str, fami
     assert loaded.config.tie_word_embeddings == source.config.tie_word_embeddings
 
 
+GEMMA: dict[str, Any] = {
+    "num_hidden_layers": 7,
+    "layer_types": ["full_attention" if layer == 5 else "sliding_attention" for layer in range(7)],
+    "query_pre_attn_scalar": 32,
+}
+# The checkpoint that a file is made of, what is special in it, and the file's architecture.
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("llama_linear", {}, "llama"),
+    "llama, biased": ("llama_biased", {}, "llama"),
+    "mistral": ("mistral", {}, "llama"),
+    "mistral3": ("mistral", {"sliding_window": None}, "mistral3"),
+    "qwen2": ("qwen2", {"use_sliding_window": False}, "qwen2"),
+    "qwen3": ("qwen3", {}, "qwen3"),
+    "mixtral": ("mixtral", {}, "llama"),
+    "qwen2moe": ("qwen2_moe", {}, "qwen2moe"),
+    "qwen3moe": ("qwen3_moe", {}, "qwen3moe"),
+    "gemma": ("gemma", {}, "gemma"),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 32}, "gemma2"),
+    "gemma3": ("gemma3", GEMMA, "gemma3"),
+    "granite": ("granite", {}, "granite"),
+    "olmo2": ("olmo2", {}, "olmo2"),
+    "olmoe": ("olmoe", {}, "olmoe"),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 4, "num_hidden_layers": 4}, "smollm3"),
+    "ernie4_5": ("ernie4_5", {}, "ernie4_5"),
+    "phi3": ("llama_linear", {}, "phi3"),
+    "internlm2": ("llama_linear", {}, "internlm2"),
+    "exaone": ("llama_linear", {}, "exaone"),
+    "seed_oss": ("llama_linear", {"head_dim": 32}, "seed_oss"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_of_each_architecture_gives_the_logits_of_transformers(tmp_path: Path, case: str) -> None:
+    name, special, family = CASES[case]
+    model = make_checkpoint(tmp_path / "folder", name, **special)
+    write_gguf(tmp_path / "model.gguf", load_folder(tmp_path / "folder", "auto", lambda *_: None), family)
+    token_ids = random_tokens(150)  # several times as long as the sliding windows
+    with torch.no_grad():
+        true = model(torch.tensor([token_ids])).logits[0]
+
+    loaded = load_model(tmp_path / "model.gguf", "auto", 0, lambda *_: None)
+    paged = Paged(ReferenceDevice(loaded.model, 512, 8, MAX_BLOCKS))
+    logits = paged.compute(paged.new(token_ids), chunk=150)
+
+    assert (logits - true).abs().max() < 1e-4 * true.abs().max()
+
+
+def test_each_architecture_of_the_table_is_compared() -> None:
+    families = {family for _, _, family in CASES.values()}
+    assert families == {name.removesuffix(" with experts") for name in GGUF_ARCHITECTURES}
+
+
+def test_queries_of_the_largest_gemma_are_scaled_by_its_width(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "gemma3", num_hidden_layers=62, layer_types=None, query_pre_attn_scalar=16)
+    source = load_folder(tmp_path, "auto", lambda *_: None)
+    write_gguf(tmp_path / "model.gguf", source, "gemma3")
+    config = load(tmp_path / "model.gguf").config
+    assert (config.attention_scale, config.windows) == (source.config.attention_scale, source.config.windows)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "qwen3moe", "gemma3", "phi3"])
+def test_the_cpu_device_computes_the_same_from_a_file_as_from_a_folder(tmp_path: Path, case: str) -> None:
+    name, special, family = CASES[case]
+    make_checkpoint(tmp_path / "folder", name, dtype="bfloat16", **special)
+    source = load_folder(tmp_path / "folder", "auto", lambda *_: None)
+    write_gguf(tmp_path / "model.gguf", source, family)
+
+    def logits(path: Path) -> torch.Tensor:
+        model = load_model(path, "bfloat16", 0, lambda *_: None, packed_as=Quantization.NONE).model
+        paged = Paged(CpuDevice(model, 128, 8, MAX_BLOCKS, num_threads=1))
+        return paged.compute(paged.new(random_tokens(60)), chunk=60)
+
+    assert torch.equal(logits(tmp_path / "model.gguf"), logits(tmp_path / "folder"))
+
+
 def test_progress_ends_with_all_that_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a tensor is read in many pieces."""
-    monkeypatch.setattr("octavo.gpu_worker.gguf_model._PIECE_VALUES", 256)
+    monkeypatch.setattr("octavo.gpu_worker.loading.gguf_model._PIECE_VALUES", 256)
     write_gguf(tmp_path / "model.gguf", make(tmp_path, "llama"), "llama")
     steps: list[tuple[int, int]] = []
     load_gguf(tmp_path / "model.gguf", "auto", lambda _, done, total: steps.append((done, total)))
@@ -208,9 +340,58 @@ def test_damaged_headers_never_do_more_than_raise(tmp_path: Path) -> None:
 
 def test_other_architectures_and_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    write_gguf(path, make(tmp_path, "llama"), "gemma3")
-    with pytest.raises(ModelError, match="'gemma3' is not supported; supported are llama, qwen2, qwen3"):
+    write_gguf(path, make(tmp_path, "llama"), "xverse")
+    with pytest.raises(ModelError, match=r"'xverse' is not supported; supported are llama, .*qwen2, .*gemma3"):
         load(path)
     path.write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(ModelError, match="not a GGUF file"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("final_logit_softcapping", 30.0), ("attention.temperature_scale", 0.1), ("logit_scale", 8.0)]
+)
+def test_a_setting_that_would_change_what_is_computed_is_refused(tmp_path: Path, key: str, value: float) -> None:
+    path, source = tmp_path / "model.gguf", make(tmp_path, "llama")
+    write_gguf(path, source, "llama", settings=lambda writer: writer.add_float32(f"llama.{key}", value))
+    with pytest.raises(ModelError, match=rf"llama\.{key} is .* not supported"):
+        load(path)
+
+
+def test_a_stack_of_experts_has_as_many_as_the_metadata_says(tmp_path: Path) -> None:
+    path, source = tmp_path / "model.gguf", make(tmp_path, "mixtral")
+    write_gguf(path, source, "llama")
+    data = path.read_bytes()
+    key = b"llama.expert_count" + (4).to_bytes(4, "little")
+    assert data.count(key) == 1
+    for count, says in ((3, "the metadata asks for 3 experts"), (0, "that no supported architecture has|0 experts")):
+        path.write_bytes(data.replace(key + (4).to_bytes(4, "little"), key + count.to_bytes(4, "little")))
+        with pytest.raises(ModelError, match=says):
+            load(path)
+
+
+def test_a_file_says_which_layers_have_a_window(tmp_path: Path) -> None:
+    path, source = tmp_path / "model.gguf", make(tmp_path, "gemma3")
+    write_gguf(path, source, "gemma3", settings=lambda writer: writer.add_sliding_window_pattern([True, False, True]))
+    assert load(path).config.windows == (40, 0, 40)
+    write_gguf(path, source, "gemma3", settings=lambda writer: writer.add_sliding_window_pattern(2))
+    assert load(path).config.windows == (40, 0, 40)
+    write_gguf(path, source, "gemma3", settings=lambda writer: writer.add_sliding_window_pattern([True, False]))
+    with pytest.raises(ModelError, match="sliding_window_pattern names 2 layers"):
+        load(path)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gemma3", "phi3"])
+def test_damaged_metadata_of_any_architecture_does_no_more_than_raise(tmp_path: Path, case: str) -> None:
+    name, _, family = CASES[case]
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make(tmp_path, name), family)
+    data = path.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(data)
+        for at in random.integers(0, 1500, 3):
+            damaged[at] = random.integers(0, 256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(ModelError):
+            load(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from octavo.gpu_worker import grammars as grammars_module
-from octavo.gpu_worker.draw import best_tokens, draw_tokens
 from octavo.gpu_worker.errors import ModelError, PlanError
-from octavo.gpu_worker.grammars import Automaton, Grammars
 from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, UInt32Array
 from octavo.gpu_worker.protocol import NOT_READY_TOKEN, NOTHING_ALLOWED_TOKEN, TOO_COMPLEX_TOKEN
-from octavo.gpu_worker.sampler import Sampler
-from octavo.gpu_worker.sampling_settings import SamplingSettings, read_sampling_update
-from octavo.gpu_worker.vocabulary import Vocabulary
+from octavo.gpu_worker.sampling import grammars as grammars_module
+from octavo.gpu_worker.sampling.draw import best_tokens, draw_tokens
+from octavo.gpu_worker.sampling.grammars import Automaton, Grammars
+from octavo.gpu_worker.sampling.sampler import Sampler
+from octavo.gpu_worker.sampling.settings import SamplingSettings, read_sampling_update
+from octavo.gpu_worker.sampling.vocabulary import Vocabulary
 from octavo.worker.v1 import worker_pb2
 
 WORDS = [b'{"', b'":', b"true", b"false", b"null", b"ye", b"yes", b"maybe", b'"name', b"  "]
@@ -147,6 +148,17 @@ def test_a_grammar_that_takes_too_much_time_is_given_up(grammars: Grammars, monk
         automaton.advance(ord("a"))
 
     assert automaton.refusal == TOO_COMPLEX_TOKEN
+
+
+def test_the_tokenizer_has_the_priority_of_a_step_because_the_library_keeps_the_interpreter_meanwhile() -> None:
+    seen = []
+
+    def read() -> Vocabulary:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        raise ModelError("tokenizer.json: no decoder")
+
+    assert not Grammars(read, SIZE).prepare()  # so that the scheduler is told that there are none
+    assert seen == [os.getpriority(os.PRIO_PROCESS, os.getpid())]
 
 
 def test_a_vocabulary_that_cannot_be_read_gives_no_token_and_raises_nothing() -> None:

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from octavo.gpu_worker import collectives
-from octavo.gpu_worker.collectives import Collectives
-from octavo.gpu_worker.devices.reference import ReferenceDevice
+from octavo.gpu_worker.devices.reference.device import ReferenceDevice
+from octavo.gpu_worker.distributed import collectives
+from octavo.gpu_worker.distributed.collectives import Collectives
+from octavo.gpu_worker.distributed.parallel import ParallelModel
+from octavo.gpu_worker.distributed.rendezvous import new_store, open_store
 from octavo.gpu_worker.errors import RankError
-from octavo.gpu_worker.loading import load_model
-from octavo.gpu_worker.parallel import ParallelModel
-from octavo.gpu_worker.rendezvous import new_store, open_store
-from octavo.gpu_worker.sharding import Sharding
+from octavo.gpu_worker.loading.loading import load_model
+from octavo.gpu_worker.loading.sharding import Sharding
 
 from .paged import MAX_BLOCKS, Paged
 from .test_models import load, random_tokens
@@ -100,6 +100,13 @@ def load_part(folder: Path, collectives: Collectives) -> Paged:
         ("mixtral", 2, {}),
         ("qwen3_moe", 2, {}),
         ("qwen2_moe", 4, {}),
+        ("glm4_moe", 2, {}),
+        ("ernie4_5_moe", 2, {}),
+        ("gemma2", 2, {}),
+        ("gemma3", 2, {}),
+        ("phi3", 2, {}),
+        ("glm4", 2, {}),
+        ("ernie4_5", 2, {}),
         ("llama", 3, {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}),
     ],
 )

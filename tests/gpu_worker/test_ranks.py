@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,16 +14,17 @@ import psutil
 import pytest
 
 from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.distributed.follower import Follower
+from octavo.gpu_worker.distributed.ranks import Ranks
 from octavo.gpu_worker.engine import Engine
 from octavo.gpu_worker.errors import RankError
-from octavo.gpu_worker.follower import Follower
-from octavo.gpu_worker.loading import LoadedModel, load_model
+from octavo.gpu_worker.loading.loading import LoadedModel, load_model
+from octavo.gpu_worker.loading.sharding import Sharding
 from octavo.gpu_worker.progress import Progress
-from octavo.gpu_worker.ranks import Ranks
-from octavo.gpu_worker.sampler import Sampler
-from octavo.gpu_worker.sharding import Sharding
+from octavo.gpu_worker.sampling.sampler import Sampler
 from octavo.gpu_worker.worker import Worker
 from octavo.worker.v1 import worker_pb2
+from tests.ports import free_port
 
 from .test_batch import column
 from .test_worker import TIMEOUT_MS, Scheduler, generate, next_token, prompt, tokens
@@ -223,12 +223,6 @@ def test_a_rank_that_starts_over_ends_the_group(group: Group, parts: list[Loaded
     group.ranks.append(group.start(1, parts[1]))  # as after a crash that nobody noticed
     fault = group.scheduler.expect("worker_fault")
     assert (fault.reason, fault.message) == ("RANK_LOST", "rank 1 starts over")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.gpu_worker.draw import best_tokens, draw_tokens
 from octavo.gpu_worker.errors import PlanError
 from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array
-from octavo.gpu_worker.sampler import Sampled, Sampler
-from octavo.gpu_worker.sampling_settings import read_sampling_update
+from octavo.gpu_worker.sampling.draw import best_tokens, draw_tokens
+from octavo.gpu_worker.sampling.sampler import Sampled, Sampler
+from octavo.gpu_worker.sampling.settings import read_sampling_update
 from octavo.worker.v1 import worker_pb2
 
 VOCABULARY = 50

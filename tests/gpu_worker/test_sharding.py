@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices import device_of_ranks, gpu_of_rank
 from octavo.gpu_worker.errors import DeviceError, ModelError
-from octavo.gpu_worker.loading import load_model
+from octavo.gpu_worker.loading.loading import load_model
+from octavo.gpu_worker.loading.sharding import Sharding
+from octavo.gpu_worker.loading.weights import load_folder
 from octavo.gpu_worker.models.config import ExpertsConfig, ModelConfig, RopeConfig
-from octavo.gpu_worker.models.llama import tensor_shapes
+from octavo.gpu_worker.models.decoder import tensor_shapes
 from octavo.gpu_worker.ops import Heads
-from octavo.gpu_worker.sharding import Sharding
-from octavo.gpu_worker.weights import load_folder
 
 from .tiny import make_checkpoint
 
@@ -85,10 +85,10 @@ def cut(name: str, config: ModelConfig, ranks: int, whole: dict[str, torch.Tenso
 @hypothesis.given(splits())
 def test_the_parts_of_all_ranks_are_the_whole(split: tuple[ModelConfig, int]) -> None:
     config, ranks = split
-    whole = {name: torch.rand(shape) for name, shape in tensor_shapes(config).items()}
+    whole = {name: torch.rand(shape) for name, shape in tensor_shapes(config)}
     heads = config.heads
 
-    for name in tensor_shapes(Sharding(0, ranks).local_config(config)):
+    for name, _ in tensor_shapes(Sharding(0, ranks).local_config(config)):
         cuts = cut(name, config, ranks, whole)
         source = whole["model.embed_tokens.weight" if name == "lm_head.weight" and name not in whole else name]
         if name.endswith(("norm.weight", ".gate.weight", "expert_gate.weight")):
@@ -112,7 +112,7 @@ def test_a_query_head_is_with_its_key_head(split: tuple[ModelConfig, int]) -> No
     shared = heads.num_heads // heads.num_kv_heads
     of_queries = torch.arange(heads.num_heads).repeat_interleave(heads.head_dim) // shared
     of_keys = torch.arange(heads.num_kv_heads).repeat_interleave(heads.head_dim)
-    shapes = tensor_shapes(config)
+    shapes = dict(tensor_shapes(config))
 
     for rank in range(ranks):
         sharding = Sharding(rank, ranks)
@@ -216,3 +216,14 @@ def test_with_gpus_a_part_of_a_model_is_run_on_one_of_them(monkeypatch: pytest.M
     assert device_of_ranks("auto") == "cuda"
     assert [gpu_of_rank(rank, 4) for rank in (0, 3, 4, 6)] == ["cuda:0", "cuda:3", "cuda:0", "cuda:2"]
     assert gpu_of_rank(5, 1) == "cuda:0"
+
+
+@pytest.mark.parametrize("name", ["phi3", "glm4"])
+def test_matrices_that_a_checkpoint_holds_joined_are_split_like_others(name: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, name)
+    whole = load_folder(tmp_path, "auto", lambda *_: None).tensors
+    ranks = [load_folder(tmp_path, "auto", lambda *_: None, Sharding(rank, 2)).tensors for rank in range(2)]
+
+    for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        matrix = f"model.layers.1.{part}.weight"
+        assert torch.equal(torch.cat([tensors[matrix] for tensors in ranks]), whole[matrix]), part

@@ -6,18 +6,19 @@ import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from octavo.gpu_worker.batch import Limits, Slots
-from octavo.gpu_worker.devices.cpu import CpuDevice
-from octavo.gpu_worker.host_runner import HostRunner
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.ops import Float32Array, StepInput
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN, NOT_FINITE_TOKEN
-from octavo.gpu_worker.runner import Outcome
-from octavo.gpu_worker.speculation import MOST_MATCHED, MOST_TOKENS, Accuracy, Speculation, StepCost, Text
+from octavo.gpu_worker.steps.batch import Limits, Slots
+from octavo.gpu_worker.steps.host_runner import HostRunner
+from octavo.gpu_worker.steps.runner import Outcome
+from octavo.gpu_worker.steps.speculation import MOST_MATCHED, MOST_TOKENS, Accuracy, Speculation, StepCost, Text
 from octavo.worker.v1 import worker_pb2
 
 from .test_cpu_device import Shape, TinyModel
@@ -487,3 +488,31 @@ def test_what_a_draft_token_costs_is_learned(monkeypatch: pytest.MonkeyPatch) ->
     for _ in range(400):
         cost.learn(8, 0, 8.0)
     assert cost.of_draft(8) == pytest.approx(before, rel=0.3), "all alike: they tell nothing"
+
+
+def guessed(speculation: Speculation, slot: int, block: int) -> list[int]:
+    """What is guessed after token 1, which stands behind a full block."""
+    return speculation._text(slot, BLOCK_SIZE, 1, np.array([block, block + 1], np.int32)).draft(1)
+
+
+def test_guesses_are_made_from_a_copied_block_as_from_the_first_one() -> None:
+    speculation = Speculation(4, 64, 4, 16, MOST_TOKENS, 8)
+    speculation._cached_token_ids[3] = [1, 5, *range(20, 34)]
+    speculation._cached_token_ids[6] = [1, 9, *range(20, 34)]
+
+    speculation.copy_blocks(np.array([[3, 6]], np.int32))
+
+    assert guessed(speculation, 0, 3) == guessed(speculation, 1, 6) == [5]
+
+
+@pytest.mark.parametrize("changes", [{"freed_slots": [2]}, {"opened_slots": [2]}])
+def test_guesses_are_not_made_from_what_was_in_the_slot_before(changes: dict[str, list[int]]) -> None:
+    speculation = Speculation(4, 64, 4, 16, MOST_TOKENS, 8)
+    for number, following in enumerate((5, 9)):
+        if number:
+            freed, opened = np.array(changes.get("freed_slots", []), np.int32), changes.get("opened_slots", [])
+            step: Any = SimpleNamespace(freed_slots=freed, opened_slots=opened)
+            speculation.forget(step)
+        speculation._cached_token_ids[3] = [1, following, *range(20, 34)]
+
+        assert guessed(speculation, 2, 3) == [following]

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.vocabulary import read_vocabulary
+from octavo.gpu_worker.sampling.vocabulary import read_vocabulary
 from octavo.services.cli import demo_model
-from octavo.services.gateway.tokenizer import ModelTokenizer
+from octavo.services.gateway.tokenization.tokenizer import ModelTokenizer
 
 
 @pytest.fixture(scope="module")

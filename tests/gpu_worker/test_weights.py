@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.loading import LoadedModel, load_model
-from octavo.gpu_worker.weights import fingerprint_of, load_folder
+from octavo.gpu_worker.formats.checkpoint_files import fingerprint_of
+from octavo.gpu_worker.loading.loading import LoadedModel, load_model
+from octavo.gpu_worker.loading.weights import load_folder
 
 from .tiny import make_checkpoint
 
@@ -162,13 +163,13 @@ def test_pickled_weights_are_refused_unopened(folder: Path) -> None:
             "'GPT2LMHeadModel' is not supported; supported are LlamaForCausalLM, MistralForCausalLM",
         ),
         ({"architectures": None}, "none named"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type 'longrope' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor is missing"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers is '3', expected an integer"),
         ({"num_attention_heads": 0}, "0 attention heads"),
         ({"num_key_value_heads": 3}, "do not share"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised as .bitsandbytes."),
     ],
 )
 def test_a_config_that_cannot_be_run_is_refused(folder: Path, values: dict[str, Any], message: str) -> None:

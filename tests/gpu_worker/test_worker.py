@@ -21,18 +21,18 @@ import transformers
 import zmq
 
 from octavo.gpu_worker import worker
-from octavo.gpu_worker.batch import Step
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices import make_runner
-from octavo.gpu_worker.devices.reference import ReferenceDevice
+from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.engine import count_blocks
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.host_runner import HostMemory
-from octavo.gpu_worker.loading import LoadedModel, load_model
+from octavo.gpu_worker.loading.loading import LoadedModel, load_model
 from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import PROTOCOL_REVISION
-from octavo.gpu_worker.runner import Outcome, Runner
-from octavo.gpu_worker.runner import Running as RunningStep
+from octavo.gpu_worker.steps.batch import Step
+from octavo.gpu_worker.steps.host_runner import HostMemory
+from octavo.gpu_worker.steps.runner import Outcome, Runner
+from octavo.gpu_worker.steps.runner import Running as RunningStep
 from octavo.gpu_worker.worker import Worker
 from octavo.worker.v1 import worker_pb2
 
@@ -367,7 +367,7 @@ def test_another_protocol_revision_is_refused(running: Running) -> None:
         ({"kv_block_size": 32}, "hold 16 tokens"),
         ({"weights_sha256": "0" * 16}, "this worker's model is"),
         ({"dtype": "float16"}, "dtype"),
-        ({"kv_blocks": 4}, "raise kv_cache_memory"),
+        ({"kv_blocks": 4}, "raise --kv-cache-memory"),
     ],
 )
 def test_a_configuration_that_cannot_be_met_ends_the_worker(
@@ -597,6 +597,25 @@ def test_the_process_reports_progress_and_ends_on_sigterm(folder: Path, tmp_path
     assert name == "octavo worker"
     assert [line["phase"] for line in progress][-3:] == ["load", "join", "ready"]
     assert progress[-3]["done"] > 0
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_of_torch_are_told_not_to_compute_while_they_wait_before_torch_is_there(
+    given: dict[str, str], used: str
+) -> None:
+    code = """
+import os, sys
+from octavo.gpu_worker.__main__ import run
+from octavo.gpu_worker.config import WorkerConfig
+assert "torch" not in sys.modules
+run(WorkerConfig(model="/nonexistent", device="reference"))
+print(os.environ["OMP_WAIT_POLICY"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**environment, **given})
+
+    assert run.stdout == f"{used}\n", run.stderr
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_process_with_one_line(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ KINDS = {
     "policy/v1": {"poddisruptionbudgets": "PodDisruptionBudget"},
     "networking.k8s.io/v1": {"networkpolicies": "NetworkPolicy"},
     "autoscaling/v2": {"horizontalpodautoscalers": "HorizontalPodAutoscaler"},
+    "keda.sh/v1alpha1": {"scaledobjects": "ScaledObject"},
 }  # fmt: skip
 READY_AFTER_S = 0.05
 
@@ -106,22 +107,19 @@ class ApiServer:
     async def _replace(self, request: web.Request) -> web.Response:
         if _key(request) not in self.objects:
             return _status(404, "NotFound", request.path)
-        return web.json_response(
-            await self._store(request, _decode(await request.read(), request.content_type), "MODIFIED")
-        )
+        return await self._change(request, _decode(await request.read(), request.content_type))
 
     async def _patch(self, request: web.Request) -> web.Response:
         patch = yaml.safe_load(await request.text())
         old = self.objects.get(_key(request))
         if request.content_type == "application/apply-patch+yaml":
             assert request.query["fieldManager"]
-            kept = {} if old is None else {"status": old.get("status", {})}
-            return web.json_response(
-                await self._store(request, patch | kept, "MODIFIED" if old else "ADDED"), status=200 if old else 201
-            )
+            if old is not None:
+                return await self._change(request, patch | {"status": old.get("status", {})})
+            return web.json_response(await self._store(request, patch, "ADDED"), status=201)
         if old is None:
             return _status(404, "NotFound", request.path)
-        return web.json_response(await self._store(request, _merge(old, patch), "MODIFIED"))
+        return await self._change(request, _merge(old, patch))
 
     async def _delete(self, request: web.Request) -> web.Response:
         key = _key(request)
@@ -130,6 +128,16 @@ class ApiServer:
             return _status(404, "NotFound", request.path)
         await self._announce(key[0], "DELETED", gone)
         return web.json_response({"kind": "Status", "apiVersion": "v1", "status": "Success"})
+
+    async def _change(self, request: web.Request, new: Object) -> web.Response:
+        """Keep a changed object, unless what changed cannot be."""
+        kind = KINDS[_group_version(request)][request.match_info["plural"]]
+        old = self.objects[_key(request)]
+        fixed = immutable_changes(kind, old, new)
+        if fixed:
+            what = f"{kind} {old['metadata']['name']}: {fixed[0]}: field is immutable"
+            return _status(422, "Invalid", what)
+        return web.json_response(await self._store(request, new, "MODIFIED"))
 
     async def _store(self, request: web.Request, new: Object, event: str) -> Object:
         """Keep an object as a server would, and tell those who watch."""
@@ -243,6 +251,39 @@ STATUSES: dict[str, Callable[[Object], Object | None]] = {
     "StatefulSet": _workload,
     "PersistentVolumeClaim": lambda _: {"phase": "Bound"},
     "Job": lambda _: {"succeeded": 1, "conditions": [{"type": "Complete", "status": "True"}]},
+}
+
+
+def _same(old: Any, new: Any) -> bool:
+    return bool(old == new)
+
+
+def _at(it: Object, path: str) -> Any:
+    """Return what is at a path such as spec.selector; `spec-a,b` is the spec without a and b."""
+    path, _, without = path.partition("-")
+    place: Any = it
+    for key in path.split("."):
+        place = (place or {}).get(key)
+    return {key: value for key, value in (place or {}).items() if key not in without.split(",")} if without else place
+
+
+def immutable_changes(kind: str, old: Object, new: Object) -> list[str]:
+    """Return what of an object would change that a real server lets nobody change."""
+    return [path for path, same in IMMUTABLE.get(kind, {}).items() if not same(_at(old, path), _at(new, path))]
+
+
+# By kind: what a real server refuses to change, and whether two values count as the same. From Kubernetes' own
+# validation (ValidateStatefulSetUpdate and its like), as far as the chart has such fields.
+IMMUTABLE: dict[str, dict[str, Callable[[Any, Any], bool]]] = {
+    "Deployment": {"spec.selector": _same},
+    "StatefulSet": {
+        "spec-replicas,ordinals,template,updateStrategy,persistentVolumeClaimRetentionPolicy,minReadySeconds,"
+        "revisionHistoryLimit": _same,
+    },
+    "Job": {"spec.template": _same, "spec.selector": _same, "spec.completionMode": _same},
+    "PersistentVolumeClaim": {"spec-resources": _same},
+    "Service": {"spec.clusterIP": lambda old, new: _same(old, new) or not old},
+    "Secret": {"type": _same},
 }
 
 

@@ -16,21 +16,51 @@ from .tools import find_helm
 CHART = Path(__file__).resolve().parent.parent.parent / "helm" / "octavo"
 VERSIONS = [f"1.{minor}" for minor in range(29, 38)]
 DIGEST = "sha256:" + "0123456789abcdef" * 4
+DIGESTS = [f"images.{name}.digest={DIGEST}" for name in ("gateway", "scheduler", "worker")]
 # What a user has to name beside the values files that name no cluster.
 NAMED = [
-    "model.name=demo",
+    "model.name=mine",
     "model.claim.name=models",
-    *(f"images.{name}.digest={DIGEST}" for name in ("gateway", "scheduler", "worker")),
+    "model.claim.create=false",
+    "model.fetch.enabled=false",
+    *DIGESTS,
 ]
 # Name of a set of values: (files, --set).
 SETS: dict[str, tuple[list[str], list[str]]] = {
+    "default": ([], []),
     "cpu": (["values-cpu.yaml"], []),
     "gpu": (["values-gpu.yaml"], NAMED),
     "gpu-tensor-parallel": (["values-gpu-tensor-parallel.yaml"], NAMED),
     "multi-node": (["values-multi-node.yaml"], NAMED),
-    "cpu-production": (["values-cpu.yaml", "values-production.yaml"], []),
+    "cpu-production": (["values-cpu.yaml", "values-production.yaml"], DIGESTS),
     "multi-node-production": (["values-multi-node.yaml", "values-production.yaml"], NAMED),
-    "ranks-over-nodes": (["values-multi-node.yaml"], [*NAMED, "engine.workers=1", "engine.tensorParallel=4"]),
+    "ranks-over-nodes": (
+        ["values-multi-node.yaml"],
+        [*NAMED, "engine.workers=1", "engine.worker.gpus=2", "engine.tensorParallel=8"],
+    ),
+    "most": (["values-cpu.yaml"], [
+        *DIGESTS, "images.registry=registry.test/mine", "commonLabels.team=a", "clusterDomain=cluster.local",
+        "platform=openshift",
+        "admin.keysSecret=operators", 'networkPolicy.admins=[{"podSelector":{}}]', "networkPolicy.mesh=istio-ambient",
+        'networkPolicy.extraIngress.engine=[{"from":[{"podSelector":{}}]}]', "gateway.batch.claim=files",
+        'networkPolicy.extraEgress.gateway=[{"ports":[{"port":3128}]}]',
+        'networkPolicy.monitoring=[{"podSelector":{}}]',
+        "monitoring.enabled=true", "monitoring.operator=false", "monitoring.annotations=true",
+        "gateway.service.type=LoadBalancer", "gateway.service.spec.externalTrafficPolicy=Local",
+        "gateway.podSpec.schedulerName=mine", "engine.podSpec.dnsPolicy=ClusterFirst", "gateway.podLabels.a=b",
+        *(f'{place}.extraEnv=[{{"name":"A","value":"b"}}]' for place in (
+            "gateway", "engine.scheduler", "engine.worker", "model.fetch")),
+        *(f'{place}.extraEnvFrom=[{{"secretRef":{{"name":"proxy"}}}}]' for place in (
+            "gateway", "engine.scheduler", "engine.worker", "model.fetch")),
+        *(f'{place}.extraVolumes=[{{"name":"more","emptyDir":{{}}}}]' for place in (
+            "gateway", "engine", "model.fetch")),
+        *(f'{place}.extraVolumeMounts=[{{"name":"more","mountPath":"/more"}}]' for place in (
+            "gateway", "engine.scheduler", "engine.worker", "model.fetch")),
+        "hfToken.existingSecret=hub",
+        "engine.rollout.partition=1", "tenants.named.acme.maxRequests=3", "tenants.named.acme.tokensPerSecond=1000000",
+        'extraObjects=[{"apiVersion":"v1","kind":"ConfigMap","metadata":{"name":"{{ .Release.Name }}-x",'
+        '"namespace":"llm"}}]',
+    ]),
     "least": (
         [],
         [
@@ -76,6 +106,14 @@ def rendered_text(name: str, version: str = VERSIONS[-1]) -> str:
 def rendered(name: str, version: str = VERSIONS[-1]) -> list[Object]:
     """Return its objects; nobody may change them."""
     return [each for each in yaml.load_all(rendered_text(name, version), yaml.CSafeLoader) if each]
+
+
+def rendered_with(name: str, *values: str, version: str = VERSIONS[-1]) -> list[Object]:
+    """Return the objects of a set of values with others on top."""
+    files, own = SETS[name]
+    done = template(files, [*own, *values], version)
+    assert done.returncode == 0, done.stderr
+    return [each for each in yaml.load_all(done.stdout, yaml.CSafeLoader) if each]
 
 
 def find(objects: Sequence[Object], kind: str, name: str) -> Object:

@@ -52,6 +52,9 @@ _GRPC_METHOD = _closed(
     method={"type": "string", "pattern": "^[A-Za-z_][A-Za-z_0-9]*$"},
 )
 _PATH = _closed("type value", type={"enum": ["Exact", "PathPrefix"]}, value={"type": "string", "pattern": "^/"})
+_HEADERS = _list(_closed("name value", name={"type": "string"}, value={"type": "string", "minLength": 1}), 16)
+_COUNT_OR_PERCENT = {"anyOf": [_COUNT, {"type": "string", "pattern": "^[0-9]+%$"}]}
+_TARGET = _closed("group kind name", group={"type": "string"}, kind={"type": "string"}, name=_NAME)
 _TIMEOUTS = _closed("", request=_DURATION, backendRequest=_DURATION)
 
 
@@ -62,8 +65,18 @@ def _route(match: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 _POD = _closed("metadata spec", metadata={"type": "object"}, spec={"type": "object"})
 _SPECS = {
-    "GRPCRoute": _route(_closed("method", method=_GRPC_METHOD)),
-    "HTTPRoute": _route(_closed("path", path=_PATH), timeouts=_TIMEOUTS),
+    "GRPCRoute": _route(_closed("method", method=_GRPC_METHOD, headers=_HEADERS)),
+    "HTTPRoute": _route(_closed("path", path=_PATH, headers=_HEADERS), timeouts=_TIMEOUTS),
+    "BackendTrafficPolicy": _closed(
+        "targetRefs",
+        targetRefs=_list(_TARGET, 16),
+        timeout=_closed("", http=_closed("", requestTimeout=_DURATION)),
+    ),
+    "GCPBackendPolicy": _closed(
+        "default targetRef",
+        targetRef=_TARGET,
+        default=_closed("", timeoutSec={"type": "integer", "maximum": 2147483647}),
+    ),
     "LeaderWorkerSet": _closed(
         "leaderWorkerTemplate",
         replicas=_COUNT,
@@ -71,7 +84,9 @@ _SPECS = {
         rolloutStrategy=_closed(
             "type",
             type={"const": "RollingUpdate"},
-            rollingUpdateConfiguration=_closed("", maxUnavailable=_COUNT, maxSurge=_COUNT, partition=_COUNT),
+            rollingUpdateConfiguration=_closed(
+                "", maxUnavailable=_COUNT_OR_PERCENT, maxSurge=_COUNT_OR_PERCENT, partition=_COUNT
+            ),
         ),
         leaderWorkerTemplate=_closed(
             "workerTemplate size",
@@ -108,6 +123,8 @@ CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {
     ("gateway.networking.k8s.io", "GRPCRoute"): _own,
     ("gateway.networking.k8s.io", "HTTPRoute"): _own,
     ("leaderworkerset.x-k8s.io", "LeaderWorkerSet"): _own,
+    ("gateway.envoyproxy.io", "BackendTrafficPolicy"): _own,
+    ("networking.gke.io", "GCPBackendPolicy"): _own,
     ("keda.sh", "ScaledObject"): _model("keda.v1alpha1", "ScaledObject"),
     ("cert-manager.io", "Certificate"): _model("cert_manager.v1", "Certificate"),
     ("monitoring.coreos.com", "PodMonitor"): _model("prometheus_operator.v1", "PodMonitor"),

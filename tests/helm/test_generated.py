@@ -12,7 +12,7 @@ import pytest
 from .chart import CHART, rendered_text
 
 GOLDEN = Path(__file__).parent / "golden"
-REVIEWED = ["cpu", "gpu", "gpu-tensor-parallel", "cpu-production", "ranks-over-nodes", "least"]
+REVIEWED = ["default", "cpu", "gpu", "gpu-tensor-parallel", "cpu-production", "ranks-over-nodes", "least"]
 
 
 def test_the_schema_and_the_readme_are_current() -> None:

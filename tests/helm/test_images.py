@@ -43,8 +43,9 @@ def test_the_images_of_the_values_are_targets_that_do_not_run_as_root() -> None:
 
 
 def test_only_workers_have_torch() -> None:
-    with_torch = {name for name, text in stages().items() if "torch" in text.lower() or "[worker" in text}
+    with_torch = {name for name, text in stages().items() if re.search(r"ARG TORCH|\[worker", text)}
     assert with_torch == {"worker-cpu", "worker-cuda"}
+    assert re.search(r"^FROM worker-cpu AS demo$", DOCKERFILE, flags=re.M)
 
 
 def test_what_the_build_copies_is_not_ignored() -> None:

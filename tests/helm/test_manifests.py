@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from . import kubernetes
-from .chart import CHART, SETS, VERSIONS, Object, helm, pod_specs, rendered, rendered_text
+from .chart import CHART, SETS, VERSIONS, Object, helm, pod_specs, rendered, rendered_text, set_flags
 from .crds import CHECKS
 
 
@@ -72,7 +72,7 @@ def test_the_check_finds_a_field_that_there_is_not(kind: str, path: str, value: 
 @pytest.mark.parametrize("name", SETS)
 def test_lint_finds_nothing(name: str) -> None:
     files, values = SETS[name]
-    flags = [f"--values={CHART / file}" for file in files] + [part for value in values for part in ("--set", value)]
+    flags = [f"--values={CHART / file}" for file in files] + set_flags(values)
     done = helm("lint", "--strict", str(CHART), *flags)
     assert done.returncode == 0, done.stdout
     assert not re.search(r"\[(WARNING|ERROR)\]", done.stdout)

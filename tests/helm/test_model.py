@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+import yaml
 
-from .chart import SETS, Object, containers, find, pod_specs, rendered
+from octavo.services.cli.demo_model import SMOLLM2
+
+from .chart import CHART, Object, containers, find, pod_specs, rendered, rendered_with
 
 
 def with_values(*values: str) -> list[Object]:
     """Return the objects of values-cpu.yaml with other values."""
-    name = " ".join(("model", *values))
-    SETS[name] = (SETS["cpu"][0], list(values))
-    try:
-        return rendered(name)
-    finally:
-        del SETS[name]
+    return rendered_with("cpu", *values)
 
 
 def job(objects: list[Object]) -> Object:
@@ -36,25 +35,64 @@ def model_arguments(objects: list[Object]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("values", "folder"),
+    ("values", "folder", "file"),
     [
-        ([], "/models/demo"),
-        (["model.fetch.source=org/name"], "/models/org--name"),
-        (["model.fetch.source=org/name@refs/pr/1"], "/models/org--name@refs--pr--1"),
-        (["model.folder=mine"], "/models/mine"),
-        (["model.folder=mine", "model.fetch.enabled=false"], "/models/mine"),
-        (["model.fetch.enabled=false"], "/models"),
+        ([], "/models/demo", "/model.gguf"),
+        (["model.fetch.source=org/name"], "/models/org--name", ""),
+        (["model.fetch.source=org/name@refs/pr/1"], "/models/org--name@refs--pr--1", ""),
+        (["model.fetch.source=org/name", "model.file=model.gguf"], "/models/org--name", "/model.gguf"),
+        (["model.folder=mine"], "/models/mine", "/model.gguf"),
+        (["model.folder=mine", "model.fetch.enabled=false"], "/models/mine", ""),
+        (["model.fetch.enabled=false"], "/models", ""),
     ],
 )
-def test_all_pods_read_the_folder_of_what_is_fetched(values: list[str], folder: str) -> None:
+def test_all_pods_read_the_folder_of_what_is_fetched(values: list[str], folder: str, file: str) -> None:
+    path = f"{folder}{file}"
     arguments = model_arguments(with_values(*values))
     fetch = {"Job fetch": folder} if "model.fetch.enabled=false" not in values else {}
     assert arguments == fetch | {
         "Deployment verify-model": folder,
-        "Deployment gateway": f"{folder}/model.gguf",
+        "Deployment gateway": path,
         "StatefulSet verify-model": folder,
-        "StatefulSet worker-0": f"{folder}/model.gguf",
+        "StatefulSet worker-0": path,
     }
+
+
+def test_without_any_value_the_demo_is_served_on_cpus_by_the_images_of_this_version() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    objects = rendered("default")
+    names = {f"octavo-{name}:{chart['version']}" for name in ("gateway", "scheduler", "worker-cpu")}
+    assert {each["image"] for _, pod in pod_specs(objects) for each in containers(pod)} == names
+    gateway = find(objects, "Deployment", "demo-gateway")["spec"]["template"]["spec"]["containers"][0]
+    assert f"--model-name={SMOLLM2.name}" in gateway["args"]
+    assert "--source=demo" in job(objects)["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert not any("gpu" in str(each["resources"]) for _, pod in pod_specs(objects) for each in containers(pod))
+
+
+@pytest.mark.parametrize(
+    ("values", "is_one_node"),
+    [
+        ([], True),
+        (['model.claim.accessModes=["ReadWriteMany"]'], False),
+        (["model.claim.create=false", "model.claim.name=mine"], False),
+        (["model.source=builtin", "model.fetch.enabled=false"], False),
+    ],
+)
+def test_pods_that_mount_what_only_one_node_can_are_on_one_node(values: list[str], is_one_node: bool) -> None:
+    for title, pod in pod_specs(with_values(*values)):
+        if not title.startswith("Pod "):  # helm's test mounts nothing
+            (term,) = pod["spec"].get("affinity", {}).get("podAffinity", {}).get(
+                "requiredDuringSchedulingIgnoredDuringExecution"
+            ) or [None]
+            assert (term is not None) == is_one_node, title
+            # The first of them is let in because it is one of those it asks for.
+            assert not term or term["labelSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items(), title
+
+
+def test_a_given_affinity_takes_the_place_of_the_one_node() -> None:
+    given = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}}
+    objects = with_values(f"engine.affinity={json.dumps(given, separators=(',', ':'))}")
+    assert template(find(objects, "StatefulSet", "demo-engine"))["spec"]["affinity"] == given
 
 
 @pytest.mark.parametrize("folder", ["", "model.folder=mine"])
@@ -82,7 +120,7 @@ def test_pods_refuse_a_folder_that_another_source_was_fetched_into() -> None:
     "value",
     [
         "model.fetch.resources.limits.memory=8Gi",
-        "commonLabels.team=a",
+        "model.fetch.podLabels.team=a",
         "securityContext.runAsUser=1000",
         "images.pullPolicy=Always",
     ],

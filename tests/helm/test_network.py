@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import yaml
 
 from octavo.services.telemetry import catalog
 
-from .chart import SETS, Object, containers, find, pod_specs, rendered, template
+from .chart import SETS, Object, containers, find, pod_specs, rendered, rendered_with, template
 
 
 def policy(name: str, values: str) -> Object:
@@ -29,7 +30,9 @@ def test_schedulers_take_calls_from_gateways_only_and_engines_reach_nothing_but_
     (peer,) = rule["from"]
     assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
     assert ports([rule]) == {50052}
-    assert engine["egress"] == [{"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}]
+    assert engine["egress"] == [
+        {"ports": [{"port": port, "protocol": protocol} for port in (53, 5353) for protocol in ("UDP", "TCP")]}
+    ]
 
 
 def test_engines_over_nodes_reach_each_other_and_nothing_else() -> None:
@@ -46,7 +49,7 @@ def test_gateways_take_calls_from_whom_the_values_name() -> None:
     assert rule["from"][1]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "test"
     assert ports([rule]) == {50051, 8000}
     egress = policy("demo-gateway", "cpu-production")["egress"]
-    assert ports(egress) == {53, 50052}
+    assert ports(egress) == {53, 5353, 50052}
     assert all("to" in rule for rule in egress[1:])
 
 
@@ -66,7 +69,7 @@ def test_only_the_job_that_fetches_reaches_the_outside() -> None:
         each["metadata"]["name"]
         for each in rendered("cpu")
         if each["kind"] == "NetworkPolicy"
-        and any("to" not in rule and ports([rule]) != {53} for rule in each["spec"]["egress"])
+        and any("to" not in rule and ports([rule]) != {53, 5353} for rule in each["spec"]["egress"])
     ]
     assert outside == ["demo-fetch"]
 
@@ -88,7 +91,7 @@ def test_ports_say_what_is_spoken_and_lead_to_a_container(name: str) -> None:
         pod = pods[each["metadata"]["labels"]["app.kubernetes.io/component"]]
         open_ports = {port["name"]: port["containerPort"] for one in containers(pod) for port in one.get("ports", [])}
         for port in each["spec"]["ports"]:
-            assert port["name"].startswith("grpc-") == (port["appProtocol"] == "grpc")
+            assert port["name"].startswith("grpc-") == (port["appProtocol"] in ("grpc", "tls"))
             assert open_ports[port["targetPort"]] == port["port"]
             assert len(port["name"]) <= 15
     engines = find(objects, "Service", "demo-engine")["spec"]
@@ -141,6 +144,7 @@ def test_what_scales_is_a_metric_that_there_is() -> None:
         "octavo_sequences_waiting",
         "octavo_kv_cache_usage_ratio",
     }
+    assert {each["metadata"]["ignoreNullValues"] for each in scaled} == {"false"}, "no answer is not a zero"
     assert {"octavo_sequences_waiting", "octavo_kv_cache_usage_ratio", "octavo_requests_in_flight"} <= names
 
 
@@ -151,3 +155,111 @@ def test_a_route_lets_the_public_rpcs_through_and_no_others() -> None:
     assert {service.rpartition(".")[0] for service, _ in methods} == {"octavo.inference.v1", "grpc.health.v1"}
     http = find(rendered("cpu-production"), "HTTPRoute", "demo-http")["spec"]["rules"]
     assert all(rule["timeouts"] == {"request": "0s", "backendRequest": "0s"} for rule in http)
+
+
+@pytest.mark.parametrize("values", [[], ["gateway.service.type=LoadBalancer"], ["gateway.service.type=NodePort"]])
+def test_clients_from_anywhere_reach_the_public_ports_and_nothing_else(values: list[str]) -> None:
+    """A load balancer, a node port and a Gateway of another namespace are no pods of this one."""
+    objects = rendered_with("cpu", *values)
+    for name, open_ports in (("demo-gateway", {50051, 8000}), ("demo-engine", set())):
+        rules = find(objects, "NetworkPolicy", name)["spec"]["ingress"]
+        assert ports([rule for rule in rules if "from" not in rule]) == open_ports
+        peers = [peer for rule in rules for peer in rule.get("from", ())]
+        labels = [peer["podSelector"]["matchLabels"] for peer in peers]
+        assert {each["app.kubernetes.io/instance"] for each in labels} <= {"demo"}
+    assert ports(find(objects, "NetworkPolicy", "demo-engine")["spec"]["ingress"]) == {50052}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "let_in", "let_out"), [("istio-ambient", {15008}, {15008}), ("istio-sidecar", set(), {15012})]
+)
+def test_a_meshs_own_traffic_passes(mesh: str, let_in: set[int], let_out: set[int]) -> None:
+    objects = rendered_with("cpu", f"networkPolicy.mesh={mesh}")
+    before = rendered("cpu")
+    for name in ("demo-gateway", "demo-engine"):
+        spec, was = (find(each, "NetworkPolicy", name)["spec"] for each in (objects, before))
+        assert ports(spec["ingress"]) - ports(was["ingress"]) == let_in
+        assert ports(spec["egress"]) - ports(was["egress"]) == let_out
+        probes = {"from": [{"ipBlock": {"cidr": "169.254.7.127/32"}}]}
+        assert (probes in spec["ingress"]) == (mesh == "istio-ambient")
+
+
+def test_operators_reach_the_admin_port_from_where_the_values_say_and_rules_can_be_added() -> None:
+    objects = rendered("most")
+    for name in ("demo-gateway", "demo-engine"):
+        spec = find(objects, "NetworkPolicy", name)["spec"]
+        (rule,) = (each for each in spec["ingress"] if 50056 in ports([each]))
+        assert rule["from"] == [{"podSelector": {}}]
+    assert {"from": [{"podSelector": {}}]} in find(objects, "NetworkPolicy", "demo-engine")["spec"]["ingress"]
+    assert {"ports": [{"port": 3128}]} in find(objects, "NetworkPolicy", "demo-gateway")["spec"]["egress"]
+    for title, pod in pod_specs(objects):
+        for container in containers(pod):
+            served = container["name"] in ("gateway", "scheduler")
+            assert any(each.startswith("--admin-keys=") for each in container["args"]) == served, title
+    assert "--admin-address" not in str(rendered("cpu"))
+
+
+def test_the_fetch_reaches_the_ports_that_the_values_name() -> None:
+    rules = find(rendered_with("cpu", "networkPolicy.fetchPorts=[443,9000]"), "NetworkPolicy", "demo-fetch")["spec"]
+    assert ports(rules["egress"]) == {53, 5353, 443, 9000}
+
+
+def test_without_the_operator_metrics_are_served_and_annotated() -> None:
+    objects = rendered("most")
+    assert not [each for each in objects if "monitoring.coreos.com" in each["apiVersion"]]
+    for kind, name in (("Deployment", "demo-gateway"), ("StatefulSet", "demo-engine")):
+        annotations = find(objects, kind, name)["spec"]["template"]["metadata"]["annotations"]
+        assert annotations["prometheus.io/scrape"] == "true"
+        assert annotations["prometheus.io/port"] == "9090"
+
+
+@pytest.mark.parametrize(("values", "spoken"), [(["tls.enabled=true", "tls.existingSecret=s"], "tls"), ([], "grpc")])
+def test_a_port_says_tls_where_it_is_encrypted(values: list[str], spoken: str) -> None:
+    objects = rendered_with("cpu", *values)
+    for name in ("demo-gateway", "demo-gateway-headless"):
+        assert find(objects, "Service", name)["spec"]["ports"][0]["appProtocol"] == spoken
+    over_tls = rendered_with("cpu", "transport.tls.enabled=true", "transport.tls.existingSecret=s")
+    assert find(over_tls, "Service", "demo-engine")["spec"]["ports"][0]["appProtocol"] == "tls"
+    named = rendered_with("cpu", "gateway.service.appProtocol=kubernetes.io/h2c")
+    assert find(named, "Service", "demo-gateway")["spec"]["ports"][0]["appProtocol"] == "kubernetes.io/h2c"
+
+
+def test_a_public_issuer_makes_the_certificate_of_the_public_names_alone() -> None:
+    objects = rendered_with(
+        "cpu-production", "certManager.publicIssuerRef.name=acme", 'tls.dnsNames=["llm.example.com"]'
+    )
+    public = find(objects, "Certificate", "demo-tls")["spec"]
+    assert (public["dnsNames"], public["issuerRef"]["name"]) == (["llm.example.com"], "acme")
+    inner = find(objects, "Certificate", "demo-engine-hop-tls")["spec"]
+    assert inner["issuerRef"]["name"] == "octavo"
+    test = find(objects, "Pod", "demo-test-stream")["spec"]["containers"][0]["args"]
+    assert "--service=readiness" in test
+    assert not any(each.startswith("--tls") for each in test)
+    address = next(each for each in test if each.startswith("--address=")).rpartition(":")[2]
+    for name in ("demo-gateway", "demo-test"):
+        spec = find(objects, "NetworkPolicy", name)["spec"]
+        assert int(address) in ports(spec["ingress"] if name == "demo-gateway" else spec["egress"])
+
+
+@pytest.mark.parametrize(
+    ("implementation", "kind", "limit"),
+    [
+        ("envoy-gateway", "BackendTrafficPolicy", lambda spec: spec["timeout"]["http"]["requestTimeout"] == "0s"),
+        ("gke", "GCPBackendPolicy", lambda spec: spec["default"]["timeoutSec"] >= 86_400),
+    ],
+)
+def test_a_route_lifts_its_implementations_limit_on_streams(implementation: str, kind: str, limit: Any) -> None:
+    objects = rendered_with("cpu-production", f"route.implementation={implementation}")
+    spec = find(objects, kind, "demo-streams")["spec"]
+    assert limit(spec)
+    names = {(each["kind"], each["metadata"]["name"]) for each in objects}
+    targets = spec.get("targetRefs") or [spec["targetRef"]]
+    assert {(each["kind"], each["name"]) for each in targets} <= names
+
+
+def test_several_releases_share_a_host_by_the_models_name() -> None:
+    objects = rendered_with("cpu-production", "route.matchModel=true")
+    for kind, name in (("GRPCRoute", "demo-grpc"), ("HTTPRoute", "demo-http")):
+        matches = [match for rule in find(objects, kind, name)["spec"]["rules"] for match in rule["matches"]]
+        headers = [{"name": "x-model", "value": "smollm2-135m-instruct"}]
+        assert all(match["headers"] == headers for match in matches)

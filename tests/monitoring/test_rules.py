@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
+from octavo.services.cli.admin import AdminConfig
+from octavo.services.cli.serve_config import PROCESSES
+from octavo.services.common.config import settings_of
 from octavo.services.telemetry import catalog
+from tests.helm.chart import find, rendered_with
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "helm" / "octavo" / "files"
 RULES = FILES / "rules.yaml"
 RULES_TEST = Path(__file__).with_name("rules_test.yaml")
-needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (package prometheus)")
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="apt-get install prometheus: promtool")
 
 
 def rules() -> list[dict[str, Any]]:
@@ -59,7 +63,16 @@ def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not()
 
 
 @needs_promtool
-@pytest.mark.parametrize("change", [("octavo_workers_ready == 0", "octavo_workers_ready == 1"), ("> 0.01", "> 0.03")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("octavo_workers_ready == 0", "octavo_workers_ready == 1"),
+        ("vector(0.01)", "vector(0.03)"),
+        ("(max_over_time(octavo_workers_ready[1h]) > 0", "(octavo_workers_ready >= 0"),
+        ("vector(1800)", "vector(600)"),
+        ("sum by (namespace, job) (rate(octavo_requests_total[5m]))", "sum(rate(octavo_requests_total[5m]))"),
+    ],
+)
 def test_the_cases_find_a_rule_that_is_wrong(tmp_path: Path, change: tuple[str, str]) -> None:
     assert change[0] in RULES.read_text()
     assert run_promtool(tmp_path, RULES.read_text().replace(*change)).returncode != 0
@@ -71,7 +84,7 @@ def test_rules_and_dashboard_name_only_metrics_that_are_exposed() -> None:
     for query in queries:
         named = set(re.findall(r"\boctavo_[a-z_]+", query))
         assert named <= exposed_names(), query
-        recorded = set(re.findall(r"\boctavo:[a-z_]+:[a-z0-9]+", query))
+        recorded = set(re.findall(r"\boctavo:[a-z_]+:[a-z0-9_]+", query))
         assert recorded <= {rule.get("record") for rule in rules()}, query
 
 
@@ -81,8 +94,96 @@ def test_every_metric_is_on_the_dashboard_or_in_a_rule_or_is_for_looking_up() ->
         catalog.CACHE_CONFIG, catalog.WAITING_TOKENS, catalog.ADMISSIONS, catalog.REFUSALS, catalog.PREFILL_TIME,
         catalog.DECODE_TIME, catalog.WORKER_JOINED, catalog.WORKER_JOINS, catalog.WORKER_STEPS, catalog.WORKER_TOKENS,
         catalog.WORKER_FAULTS, catalog.WORKER_KV_BLOCKS, catalog.ACCEPTED_TOKENS, catalog.MODEL_SCHEDULERS,
+        catalog.ADAPTERS, catalog.ADAPTER_LOADS,
     }  # fmt: skip
     everything = (*catalog.COMMON, *catalog.GATEWAY, *catalog.SCHEDULER, *catalog.WORKER)
     assert [metric.name for metric in everything if metric.name not in shown] == [
         metric.name for metric in everything if metric in looked_up
     ]
+
+
+def release_rules(*values: str) -> str:
+    """Return what the chart makes of the rules for release `demo` in namespace `llm`."""
+    peers = 'networkPolicy.monitoring=[{"podSelector":{}}]'
+    objects = rendered_with("cpu", "monitoring.enabled=true", peers, *values)
+    return yaml.safe_dump(find(objects, "PrometheusRule", "demo")["spec"])
+
+
+RELEASE_TEST = """
+rule_files: [rules.yaml]
+evaluation_interval: 30s
+tests:
+  - interval: 30s
+    input_series:
+      - {series: 'octavo_workers_ready{namespace="llm", pod="demo-engine-0", job="llm/demo-engine", instance="a:1"}', values: "1x4 0x10"}
+      - {series: 'octavo_workers_ready{namespace="llm", pod="demo2-engine-0", job="llm/demo2-engine", instance="b:1"}', values: "1x4 0x10"}
+      - {series: 'octavo_workers_ready{namespace="other", pod="demo-engine-0", job="o", instance="c:1"}', values: "1x4 0x10"}
+      - {series: 'octavo_requests_total{namespace="llm", pod="demo-gateway-x", job="g", code="OK"}', values: "0+92x40"}
+      - {series: 'octavo_requests_total{namespace="llm", pod="demo-gateway-x", job="g", code="INTERNAL"}', values: "0+8x40"}
+      - {series: 'octavo_requests_total{namespace="llm", pod="demo2-gateway-x", job="g", code="INTERNAL"}', values: "0+800x40"}
+    alert_rule_test:
+      - alertname: OctavoSchedulerWithoutWorkers
+        eval_time: 5m
+        exp_alerts: [{exp_labels: {severity: critical, team: night, release: demo, model: smollm2-135m-instruct,
+          namespace: llm, pod: demo-engine-0, job: llm/demo-engine, instance: "a:1"}, exp_annotations: {
+          summary: "scheduler a:1 has no worker",
+          runbook_url: "https://wiki.test/runbooks/OctavoSchedulerWithoutWorkers.md",
+          description: "Its requests are queued for worker_grace_s and refused after that. Look at the workers' logs."}}]
+      - alertname: OctavoRequestsFail
+        eval_time: 12m
+        exp_alerts: [{exp_labels: {severity: critical, team: night, release: demo, model: smollm2-135m-instruct,
+          namespace: llm, job: g}, exp_annotations: {
+          summary: "8% of calls at g fail by fault of the server",
+          runbook_url: "https://wiki.test/runbooks/OctavoRequestsFail.md",
+          description: "octavo_interruptions_total and octavo_rejections_total have the reasons."}}]
+"""  # noqa: E501
+
+
+@needs_promtool
+def test_a_releases_alerts_are_about_its_own_pods_and_name_release_model_and_runbook(tmp_path: Path) -> None:
+    values = ["monitoring.alerts.labels.team=night", "monitoring.alerts.runbooks=https://wiki.test/runbooks"]
+    (tmp_path / "rules.yaml").write_text(release_rules(*values))
+    (tmp_path / "rules_test.yaml").write_text(RELEASE_TEST)
+    command = ["promtool", "test", "rules", str(tmp_path / "rules_test.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_release_has_limits_of_its_own() -> None:
+    limits = {
+        rule["record"]: (rule["expr"], rule["labels"]["release"])
+        for group in yaml.safe_load(release_rules("monitoring.alerts.limits.queue_seconds=60"))["groups"]
+        for rule in group["rules"]
+        if str(rule.get("record")).startswith("octavo:limit:")
+    }
+    assert limits["octavo:limit:queue_seconds"] == ("vector(60)", "demo")
+    assert limits["octavo:limit:refused_ratio"] == ("vector(0.05)", "demo")
+
+
+RUNBOOKS = ROOT / "docs" / "runbooks"
+INCIDENTS = {
+    "out-of-memory", "stuck-worker", "hot-tenant", "bad-node", "poison-request", "slow-model-store", "certificate",
+    "kv-pressure", "rollback", "overload",
+}  # fmt: skip
+
+
+def test_every_alert_has_a_runbook_and_every_runbook_an_alert_or_an_incident() -> None:
+    pages = {path.stem: path.read_text() for path in RUNBOOKS.glob("*.md")}
+    alerts = {rule["alert"] for rule in rules() if "alert" in rule}
+    assert pages.keys() == alerts | INCIDENTS
+    for name, text in pages.items():
+        assert text.startswith(f"# {name}\n"), name
+        assert "`" in text, f"{name} has no command"
+
+
+def test_runbooks_name_commands_settings_and_metrics_that_there_are() -> None:
+    actions = next(each for each in settings_of(AdminConfig) if each.name == "action").choices
+    for path in RUNBOOKS.glob("*.md"):
+        text = path.read_text()
+        for word in re.findall(r"octavo admin ([a-z-]+)", text):
+            assert word in actions, f"{path.name}: {word}"
+        for name in re.findall(r"`(octavo_[a-z_]+)`", text):
+            assert name in exposed_names() | {each.removesuffix("_bucket") for each in exposed_names()}, path.name
+        settings = {each.name for kind in PROCESSES.values() for each in settings_of(kind)}
+        for name in re.findall(r"`([a-z]+_[a-z_]+)`", text):
+            assert name in settings or name.startswith("octavo_"), f"{path.name}: {name}"

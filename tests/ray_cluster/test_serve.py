@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ray import serve
 
 import octavo.ray
 from octavo import Client, OctavoError
+from tests.ports import free_port
 
 from .processes import kill_tree, titled
 
@@ -32,13 +32,6 @@ class App:
     http: str
     grpc: str
     cluster: psutil.Process
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ class Call:
 
     submit: scheduler_pb2.Submit
     gateway: SimGateway
+    submitted_at: float  # for the first time
     tokens: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     finished: dict[int, scheduler_pb2.Finished] = field(default_factory=dict)
     handles: dict[int, int] = field(default_factory=dict)  # of each candidate at the scheduler, 0: none
@@ -222,7 +223,8 @@ class SimGateway:
                 call.admitted, call.epoch = True, self.epoch
         elif kind == "rejected":
             self.ended.add(message.rejected.handle)
-            self._on_end(message.rejected.handle, message.rejected.reason, retry=True)
+            rejected = message.rejected
+            self._on_end(rejected.handle, rejected.reason, retry=True, retry_s=rejected.retry_after_ms / 1000)
         elif kind == "failed":
             failed = message.failed
             self.ended.add(failed.handle)
@@ -255,7 +257,7 @@ class SimGateway:
                 if len(call.finished) == len(call.candidates):
                     call.end("finished")
 
-    def _on_end(self, handle: int, reason: str, retry: bool) -> None:
+    def _on_end(self, handle: int, reason: str, retry: bool, retry_s: float = 0.0) -> None:
         call = self.calls.pop(handle, None)
         if call is None or call.ending:
             return
@@ -266,7 +268,7 @@ class SimGateway:
             call.epoch = 0  # from here on by submitting it again
             self.resume(call, candidates)
         elif call.admitted and retry and reason not in ("QUARANTINED", "KV_CAPACITY_EXCEEDED"):
-            self.world.after(RESUBMIT_S, self.resume, call, candidates)
+            self.world.after(max(RESUBMIT_S, retry_s), self.resume, call, candidates)
         else:
             call.end(reason)
             for other in set(call.handles.values()) - {0}:

@@ -11,29 +11,30 @@ import pytest
 from google.rpc import code_pb2
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.scheduler.admission import Admission, reject
-from octavo.services.scheduler.block_pool import BlockPool
-from octavo.services.scheduler.early_ends import EarlyEnds
-from octavo.services.scheduler.effects import NOBODY, Effects, SendToGateway
+from octavo.services.scheduler.admission.admission import Admission
+from octavo.services.scheduler.admission.deadlines import DeadlineWatch
+from octavo.services.scheduler.admission.forecast import Forecast
+from octavo.services.scheduler.admission.validation import reject
+from octavo.services.scheduler.core.effects import NOBODY, Effects, SendToGateway
+from octavo.services.scheduler.core.lifecycle import Lifecycle
+from octavo.services.scheduler.core.output_processor import OutputProcessor
+from octavo.services.scheduler.core.plan_builder import PlanBuilder
+from octavo.services.scheduler.core.scheduler import Scheduler
 from octavo.services.scheduler.engine import GatewayConnection
-from octavo.services.scheduler.fair_share import FairShare
-from octavo.services.scheduler.free_blocks import Block
-from octavo.services.scheduler.live_requests import LiveRequests
-from octavo.services.scheduler.membership import Membership
+from octavo.services.scheduler.groups.worker_group import WorkerGroup
+from octavo.services.scheduler.kv_cache.block_pool import BlockPool
+from octavo.services.scheduler.kv_cache.free_blocks import Block
 from octavo.services.scheduler.node import Node
-from octavo.services.scheduler.outputs import length_reason
-from octavo.services.scheduler.plan_builder import PlanBuilder
-from octavo.services.scheduler.scheduler import Scheduler
-from octavo.services.scheduler.sequence import Request, Sequence
-from octavo.services.scheduler.step_digest import StepDigest
-from octavo.services.scheduler.takeover import Takeover
-from octavo.services.scheduler.worker_group import StepInFlight, WorkerGroup
+from octavo.services.scheduler.queueing.fair_share import FairShare
+from octavo.services.scheduler.requests.request_table import RequestTable
+from octavo.services.scheduler.requests.sequence import Request, Sequence
+from octavo.services.scheduler.workers.membership import Membership
 from octavo.worker.v1 import worker_pb2
 
 
 def leak_a_block_on_cancel(patch: pytest.MonkeyPatch) -> None:
     """A cancelled sequence's last block is not given back."""
-    cancel, release = Scheduler.cancel, BlockPool.release
+    cancel, release = Scheduler.cancel, BlockPool.free_blocks
     cancelling = False
 
     def leaky_cancel(self: Scheduler, gateway_id: str, message: scheduler_pb2.Cancel, now: float) -> None:
@@ -46,7 +47,7 @@ def leak_a_block_on_cancel(patch: pytest.MonkeyPatch) -> None:
         release(self, list(blocks)[1 if cancelling else 0 :])
 
     patch.setattr(Scheduler, "cancel", leaky_cancel)
-    patch.setattr(BlockPool, "release", leaky_release)
+    patch.setattr(BlockPool, "free_blocks", leaky_release)
 
 
 def accept_an_old_epoch(patch: pytest.MonkeyPatch) -> None:
@@ -84,7 +85,7 @@ def lose_the_continue_offset(patch: pytest.MonkeyPatch) -> None:
 
     def forgetful(self: Sequence, *arguments: Any) -> None:
         init(self, *arguments)
-        self.num_prompt = len(self.tokens)
+        self.num_prompt_tokens = len(self.tokens)
 
     patch.setattr(Sequence, "__init__", forgetful)
 
@@ -108,7 +109,7 @@ def apply_a_repeated_result_twice(patch: pytest.MonkeyPatch) -> None:
 
 def know_a_request_by_its_key(patch: pytest.MonkeyPatch) -> None:
     """A request that ended is taken for the one that has its handle now, at a gateway that started again."""
-    patch.setattr(LiveRequests, "holds", lambda self, request: request.key in self._by_key)
+    patch.setattr(RequestTable, "holds", lambda self, request: request.key in self._by_key)
 
 
 def fail_before_what_was_made_is_sent(patch: pytest.MonkeyPatch) -> None:
@@ -123,16 +124,16 @@ def fail_before_what_was_made_is_sent(patch: pytest.MonkeyPatch) -> None:
 
 def keep_a_takeover_secret(patch: pytest.MonkeyPatch) -> None:
     """The call that a request is taken from hears nothing more."""
-    patch.setattr(Takeover, "_tell_old_owner", lambda *_: None)
+    patch.setattr(Lifecycle, "_tell_old_owner", lambda *_: None)
 
 
 def end_what_outgrows_its_worker(patch: pytest.MonkeyPatch) -> None:
     """A sequence ends where its worker has no room for more, though another worker has."""
 
-    def hasty(self: StepDigest, seq: Sequence, now: float) -> None:
-        self._endings.finish(seq, length_reason(seq), now)
+    def hasty(self: OutputProcessor, seq: Sequence, now: float) -> None:
+        self._lifecycle.finish(seq, seq.length_reason(), now)
 
-    patch.setattr(StepDigest, "_at_full_length", hasty)
+    patch.setattr(OutputProcessor, "_at_full_length", hasty)
 
 
 def go_on_without_what_did_not_fit(patch: pytest.MonkeyPatch) -> None:
@@ -157,13 +158,14 @@ def take_a_leap_of_the_clock_for_a_hang(patch: pytest.MonkeyPatch) -> None:
 
 def divide_by_the_time_of_a_step(patch: pytest.MonkeyPatch) -> None:
     """A step that took no time on the clock has no rate."""
-    measure = WorkerGroup.measure
+    end_step = WorkerGroup.end_step
 
-    def careless(self: WorkerGroup, step: StepInFlight, now: float) -> float:
+    def careless(self: WorkerGroup, now: float) -> float:
+        step = self.in_flight[0]
         assert step.num_tokens / (now - self._started_at(step)) > 0
-        return measure(self, step, now)
+        return end_step(self, now)
 
-    patch.setattr(WorkerGroup, "measure", careless)
+    patch.setattr(WorkerGroup, "end_step", careless)
 
 
 def forget_tenants_when_there_are_many(patch: pytest.MonkeyPatch) -> None:
@@ -189,28 +191,33 @@ def swallow_exceptions(patch: pytest.MonkeyPatch) -> None:
 
 def refuse_for_no_reason(patch: pytest.MonkeyPatch) -> None:
     """The queue is called full when anybody waits."""
-    refuse = Admission._refuse_for_now
+    refuse = Admission.refuse
 
     def anxious(
         self: Admission, submit: scheduler_pb2.Submit, max_model_len: int, now: float
     ) -> scheduler_pb2.Rejected | None:
-        if self._states.num_waiting:
+        if self._waiting.num_sequences:
             return reject(submit, code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL", "")
         return refuse(self, submit, max_model_len, now)
 
-    patch.setattr(Admission, "_refuse_for_now", anxious)
+    patch.setattr(Admission, "refuse", anxious)
+
+
+def turn_away_who_asks_for_little(patch: pytest.MonkeyPatch) -> None:
+    """A tenant's requests with a deadline are refused as if it had asked for more than its part."""
+    patch.setattr(Forecast, "has_its_turn", lambda *_: False)
 
 
 def end_requests_that_have_no_deadline(patch: pytest.MonkeyPatch) -> None:
     """A request without a deadline is looked at as if it had one, a second after it came."""
-    push = EarlyEnds.add
+    push = DeadlineWatch.add
 
-    def hasty(self: EarlyEnds, request: Request, now: float) -> None:
+    def hasty(self: DeadlineWatch, request: Request, now: float) -> None:
         if not request.submit.remaining_ms:
             request.deadline = min(request.deadline, now + 1.0)
         push(self, request, now)
 
-    patch.setattr(EarlyEnds, "add", hasty)
+    patch.setattr(DeadlineWatch, "add", hasty)
 
 
 Bug = Callable[[pytest.MonkeyPatch], None]
@@ -232,5 +239,6 @@ BUGS: tuple[Bug, ...] = (
     forget_tenants_when_there_are_many,
     swallow_exceptions,
     refuse_for_no_reason,
+    turn_away_who_asks_for_little,
     end_requests_that_have_no_deadline,
 )

@@ -57,12 +57,12 @@ def draw(seed: int, more: bool = True) -> Swarm:
     Without `more` it is what the seed was before `_draw_more` was written.
     """
     rng = random.Random(seed)
-    max_running = rng.choice([1, 2, 4, 16])
+    max_num_seqs = rng.choice([1, 2, 4, 16])
     swarm = Swarm(
         seed,
         settings={
-            "max_running": max_running,
-            "max_batch_tokens": max(max_running, rng.choice([1, 8, 33, 100])),
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max(max_num_seqs, rng.choice([1, 8, 33, 100])),
             "max_prefill_tokens": rng.choice([1, 16, 50]),
             "max_waiting": rng.choice([3, 30]),
             "max_recoveries": 1000,
@@ -143,12 +143,13 @@ def _draw_small_pool(swarm: Swarm, rng: random.Random) -> None:
     """Outputs outgrow the pool: sequences are preempted, often with a step in flight."""
     swarm.num_blocks, swarm.max_model_len = rng.choice([8, 12]), 1000
     swarm.outputs = 24, 60, 90
-    swarm.settings |= {"max_running": 16, "max_batch_tokens": 33}
+    swarm.settings |= {"max_num_seqs": 16, "max_num_batched_tokens": 33}
     swarm.step_s = min(swarm.step_s, 0.01)
     for _ in range(rng.choice([2, 5])):
         _add(swarm, rng, "submit", 0.5)
     for _ in range(rng.choice([0, 1, 3])):
         _add(swarm, rng, "worker_crash")
+    swarm.script.append(Event(0.0, "crash_at_preemption", swarm.seed))
 
 
 def _draw_restarted_gateway(swarm: Swarm, rng: random.Random) -> None:
@@ -168,7 +169,7 @@ def _draw_long_steps(swarm: Swarm, rng: random.Random) -> None:
     """Prompts take up to minutes, on workers of different speed that changes."""
     swarm.token_s = rng.choice([0.05, 0.3, 1.0])
     swarm.outputs = 1, 2
-    swarm.settings |= {"max_batch_tokens": max(33, swarm.settings["max_running"])}
+    swarm.settings |= {"max_num_batched_tokens": max(33, swarm.settings["max_num_seqs"])}
     if not swarm.tells_progress:
         swarm.settings |= {"step_timeout_s": 200.0}
     swarm.patience_s = 3000.0
@@ -179,7 +180,12 @@ def _draw_long_steps(swarm: Swarm, rng: random.Random) -> None:
 def _draw_crowd(swarm: Swarm, rng: random.Random) -> None:
     """A thousand tenants come at once."""
     swarm.script.append(Event(rng.uniform(0.0, swarm.faults_end), "crowd", rng.getrandbits(30)))
-    swarm.settings |= {"max_waiting": 3000, "max_running": 16, "max_batch_tokens": 100, "max_prefill_tokens": 100}
+    swarm.settings |= {
+        "max_waiting": 3000,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 100,
+        "max_prefill_tokens": 100,
+    }
     swarm.num_blocks = max(swarm.num_blocks, 20)
     swarm.step_s = min(swarm.step_s, 0.01)
     swarm.check_every = 400

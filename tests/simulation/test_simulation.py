@@ -31,9 +31,10 @@ def test_every_request_gets_its_tokens_and_one_ending_whatever_happens() -> None
     for fault in (
         "lost frame", "doubled frame", "partition", "worker_hang", "scheduler_restart", "reattach", "poison",
         "preemption", "resume_again", "gateway cut off", "clock_jump", "clock_stop", "exception raised",
-        "deadline met", "deadline missed among faults", "deadline refused",
+        "deadline met", "deadline missed among faults", "deadline refused", "lost while settling",
     ):  # fmt: skip
         assert summary.counts[fault], f"no seed met a {fault}"
+    assert summary.counts["preemption"] > 50
 
 
 @pytest.mark.parametrize("seed", PAST_SEEDS)

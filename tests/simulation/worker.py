@@ -45,7 +45,7 @@ class SimWorker:
     def _reset(self) -> None:
         self.epoch = self.last_step_id = 0
         self.model = FakeWorker(self.num_blocks)
-        self.model.max_batch_tokens = self.world.config.max_batch_tokens
+        self.model.max_num_batched_tokens = self.world.config.max_num_batched_tokens
         self.model.is_row_late = self._is_row_late
         self.model.max_row_tokens = most = self.world.swarm.max_row_tokens
         self.model.num_guessed = lambda: self.rng.randrange(most)

@@ -16,9 +16,9 @@ from typing import Any
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.effects import SendToGateway
+from octavo.services.scheduler.core.effects import SendToGateway
+from octavo.services.scheduler.core.scheduler import Scheduler
 from octavo.services.scheduler.node import Node
-from octavo.services.scheduler.scheduler import Scheduler
 from octavo.worker.v1 import worker_pb2
 from tests.services.scheduler.simulation import expected_output
 
@@ -70,6 +70,7 @@ class World:
         self._skew_s = 0.0  # of the scheduler's clock
         self._stands_until = self._stands_at = 0.0
         self._bomb: Bomb | None = None
+        self._is_crash_due = False  # as soon as a preempted sequence waits for a step in flight
         self._is_pump_due = False
         self._unchecked = swarm.seed % swarm.check_every
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -133,6 +134,10 @@ class World:
         """Plan and deliver."""
         self._is_pump_due = False
         self._enter(False, self.node.pump, self.clock)
+        if self._is_crash_due and (awaiting := self.node.core._waiting.awaiting_output):
+            self._is_crash_due = False
+            self._by_identity[next(iter(awaiting)).group_id.encode()].die(restart_s=0.02)
+            self.count("worker_crash")
 
     def _pump_soon(self) -> None:
         """Plan and deliver after what happens at the same time, like the engine."""
@@ -168,12 +173,12 @@ class World:
     def _check_books(self) -> None:
         core = self.node.core
         core.check_invariants()
-        salts: dict[tuple[int, int], str] = {}
+        salts: dict[tuple[str, int], str] = {}
         for request in core.requests():
             for seq in request.sequences:
-                for block in seq.blocks:
+                for block in seq.block_table:
                     if block.ref_count > 1:
-                        salt = salts.setdefault((id(seq.group), block.id), request.submit.cache_salt)
+                        salt = salts.setdefault((seq.group_id, block.id), request.submit.cache_salt)
                         assert salt == request.submit.cache_salt, f"block {block.id} is shared by two tenants"
 
     # -- hops ------------------------------------------------------------------------------------
@@ -189,7 +194,7 @@ class World:
         setattr(core, "worker_lost", functools.partial(self._on_worker_lost, core))  # noqa: B010
         if self._is_unlimited:
             setattr(core._admission, "_refuse_for_deadline", lambda *_: None)  # noqa: B010
-            setattr(core._early_ends, "take", lambda _: ())  # noqa: B010
+            setattr(core._deadlines, "take", lambda _: ())  # noqa: B010
         for gateway in self.gateways:
             self.after(0.01 if self.epoch > 1 else 0.0, gateway.connect)
 
@@ -238,8 +243,8 @@ class World:
             self._pump_soon()
 
     def _on_worker_lost(self, core: Scheduler, group_id: str, now: float, crashed: bool = False) -> None:
-        group = core._groups[group_id]
-        self.counts["lost while settling"] += any(seq.group is group for seq in core._states.settling())
+        awaiting = core._waiting.awaiting_output
+        self.counts["lost while settling"] += any(seq.group_id == group_id for seq in awaiting)
         Scheduler.worker_lost(core, group_id, now, crashed)
 
     def _on_fenced(self, worker_id: str, reason: str) -> None:
@@ -283,7 +288,7 @@ class World:
         submit.chosen_logprob = rng.random() < 0.3
         submit.logprobs = rng.choice([0, 2]) if submit.chosen_logprob else 0
         self.counts["deadline"] += bool(submit.remaining_ms)
-        call = Call(submit, self.gateways[rng.randrange(len(self.gateways))])
+        call = Call(submit, self.gateways[rng.randrange(len(self.gateways))], self.now)
         self.calls.append(call)
         call.gateway.submit(call)
 
@@ -307,6 +312,10 @@ class World:
 
     def _do_worker_crash(self, rng: random.Random) -> None:
         rng.choice(self.workers).die(restart_s=rng.choice([0.02, 0.3]))
+
+    def _do_crash_at_preemption(self, _: random.Random) -> None:
+        """A worker dies while a sequence that was preempted waits for its step."""
+        self._is_crash_due = True
 
     def _do_worker_hang(self, rng: random.Random) -> None:
         rng.choice(self.workers).hangs_until = self.now + rng.choice([0.5, 3.0, 8.0])
@@ -339,6 +348,8 @@ class World:
         self._lose_gateway(gateway)
         gateway.die()
         for call in calls:
+            if call.ending:  # the scheduler has restarted over the loss, and the call with it
+                continue
             wanted = tuple(index for index in call.candidates if index not in call.finished)
             call.handles.clear()
             if call.submit.resume_window_ms and call.admitted:
@@ -358,7 +369,7 @@ class World:
                 prompt_token_ids=[rng.randrange(10, 40_000) for _ in range(rng.randrange(1, 8))],
                 stop={"max_new_tokens": 1}, end_of_sequence_ids=[7],  # type: ignore[arg-type]
             )  # fmt: skip
-            call = Call(submit, self.gateways[number % len(self.gateways)])
+            call = Call(submit, self.gateways[number % len(self.gateways)], self.now)
             self.calls.append(call)
             call.gateway.submit(call)
 
@@ -387,7 +398,8 @@ class World:
         ]  # fmt: skip
         if kept:
             first = rng.choice(kept)
-            call = Call(first.submit, rng.choice(self.gateways), admitted=True, epoch=first.epoch, is_again=True)
+            call = Call(first.submit, rng.choice(self.gateways), first.submitted_at, is_again=True)
+            call.admitted, call.epoch = True, first.epoch
             self.calls.append(call)
             call.gateway.resume(call, tuple(call.candidates))
 
@@ -433,7 +445,7 @@ class World:
         assert tokens == expected[: len(tokens)], f"{call.submit.request_id}/{index}: wrong, lost or repeated tokens"
 
     def _count_preemptions(self) -> None:
-        self.counts["preemption"] += self.node.core._tally.preemptions
+        self.counts["preemption"] += self.node.core._metrics.preemptions
 
     def _check_refusal(self, submit: scheduler_pb2.Submit, rejected: scheduler_pb2.Rejected) -> None:
         """A refusal needs a cause, in what the scheduler has at this moment."""
@@ -441,10 +453,12 @@ class World:
         name = f"{submit.request_id} was refused: {rejected.message}"
         if reason == "NO_WORKERS":
             assert not core._groups, name
+        elif reason == "QUEUE_FULL" and "by turns" in rejected.message:
+            self._check_turn(submit, name)
         elif reason == "QUEUE_FULL":
             tenants = len({call.submit.tenant for call in self.calls})
-            of_tenant = sum(seq.request.submit.tenant == submit.tenant for seq in core._states.without_slot())
-            assert core._states.num_waiting >= self.config.max_waiting or (
+            of_tenant = sum(seq.request.submit.tenant == submit.tenant for seq in core._waiting.everything())
+            assert core._waiting.num_sequences >= self.config.max_waiting or (
                 of_tenant and 2 * of_tenant * tenants >= self.config.max_waiting  # of those refused lately, about
             ), name
         elif reason == "QUOTA_EXCEEDED":
@@ -455,19 +469,28 @@ class World:
             assert not submit.is_failover, name
         elif reason == "KV_CAPACITY_EXCEEDED":
             num_tokens = len(submit.prompt_token_ids) + len(submit.continue_token_ids)
-            self._check_capacity(num_tokens, name, submit.is_failover)
+            self._check_capacity(num_tokens, name, self.now)
         elif reason == "DEADLINE_UNREACHABLE":
             assert submit.remaining_ms, name
 
-    def _check_capacity(self, num_tokens: int, name: str, is_failover: bool = False) -> None:
+    def _check_turn(self, submit: scheduler_pb2.Submit, name: str) -> None:
+        """Only who asks for much in a hurry is let in by turns, and not where all is free that nobody else wants."""
+        assert submit.remaining_ms, name
+        assert not submit.is_failover, name
+        in_a_hurry = [call for call in self.calls if call.submit.remaining_ms and not call.is_again]
+        assert sum(call.submit.tenant == submit.tenant for call in in_a_hurry) > 1, f"{name}, at its first request"
+        has_others = any(call.submit.tenant != submit.tenant for call in self.calls)
+        assert has_others or any(group.num_running for group in self.node.core._groups.values()), name
+
+    def _check_capacity(self, num_tokens: int, name: str, submitted_at: float) -> None:
         """Nobody has room for another token: only where the larger workers are gone, the smaller ones count.
 
-        Those count as gone that have not joined yet, except for a request that a scheduler had before.
+        Those count as gone that did not join in the time that a scheduler gives them after its start.
         """
         lengths = [min(self.swarm.max_model_len, (worker.num_blocks - 1) * 16) for worker in self.workers]
         has_loss = any(self.counts[loss] for loss in (*DEATHS, "poison", "clock_jump"))
-        if not is_failover or self.swarm.token_s:  # a worker joins again when its long step is through
-            has_loss |= self.now - self.start < 0.1 or any(self.counts[restart] for restart in RESTARTS)
+        if self.config.worker_grace_s < 1 or self.swarm.token_s:  # a worker joins again when its long step is through
+            has_loss |= submitted_at - self.start < 0.1 or any(self.counts[restart] for restart in RESTARTS)
         assert num_tokens >= (min(lengths) if has_loss else max(lengths)), name
 
     def _count_deadlines(self) -> None:
@@ -504,7 +527,8 @@ class World:
                     if is_whole:
                         assert call.tokens[index] == self.expected(call, index), f"{name} ended early"
                     else:
-                        self._check_capacity(len(submit.prompt_token_ids) + len(call.tokens[index]), f"{name} was cut")
+                        num_tokens = len(submit.prompt_token_ids) + len(call.tokens[index])
+                        self._check_capacity(num_tokens, f"{name} was cut", call.submitted_at)
                 continue
             assert call.ending in LEGITIMATE, f"{name} ended with {call.ending}"
             causes = LEGITIMATE[call.ending]
@@ -513,7 +537,8 @@ class World:
             assert any(self.counts[cause] for cause in causes), f"{name} ended with {call.ending} without a cause"
             if call.ending == "KV_CAPACITY_EXCEEDED":
                 longest = max(map(len, call.tokens.values()), default=0)
-                self._check_capacity(len(submit.prompt_token_ids) + longest, f"{name} ended with {call.ending}")
+                num_tokens = len(submit.prompt_token_ids) + longest
+                self._check_capacity(num_tokens, f"{name} ended with {call.ending}", call.submitted_at)
             elif call.ending == "QUARANTINED" and POISON not in submit.prompt_token_ids:
                 assert any(self.counts[death] for death in DEATHS), f"{name} was blamed for nothing"
             elif call.ending in ("QUEUE_TIMEOUT", "GENERATION_TIMEOUT"):

@@ -3,12 +3,13 @@
 {{- $root := .root -}}
 {{- $engine := $root.Values.engine -}}
 {{ include "octavo.podBase" $root }}
+{{- include "octavo.podSpec" $engine.podSpec }}
 terminationGracePeriodSeconds: {{ int $engine.drain.terminationGracePeriodSeconds }}
 {{- with $engine.runtimeClassName }}
 runtimeClassName: {{ . }}
 {{- end }}
 {{- include "octavo.placement" (list $root $engine "engine") }}
-{{- with include "octavo.verifyModel" (list $root (ternary (list $root.Values.model.file) list (ne $root.Values.model.file ""))) | trim }}
+{{- with printf "%s%s" (include "octavo.verifyModel" (list $root (without (list (include "octavo.modelFile" $root)) ""))) (include "octavo.more" $engine.extraInitContainers) | trim }}
 initContainers:
   {{- . | nindent 2 }}
 {{- end }}
@@ -19,10 +20,15 @@ containers:
   {{- range $number := until (int $engine.workers) }}
   {{- include "octavo.worker" (dict "root" $root "number" $number "hasScheduler" $.hasScheduler) | trim | nindent 2 }}
   {{- end }}
+  {{- include "octavo.more" $engine.extraContainers | nindent 2 }}
 volumes:
   {{- include "octavo.modelVolume" $root | trim | nindent 2 }}
   {{- if .hasScheduler }}
   {{- include "octavo.hopVolume" (list $root "engine") | nindent 2 }}
+  {{- include "octavo.adminVolume" $root | nindent 2 }}
+  - name: tenants
+    configMap:
+      name: {{ include "octavo.fullname" $root }}-tenants
   {{- end }}
   {{- if $root.Values.transport.curve.enabled }}
   - name: curve
@@ -44,6 +50,7 @@ volumes:
       sizeLimit: {{ $engine.cache.size }}
   {{- end }}
   {{- include "octavo.tmpVolume" $root | nindent 2 }}
+  {{- include "octavo.more" $engine.extraVolumes | nindent 2 }}
 {{- end }}
 
 {{- define "octavo.scheduler" -}}
@@ -68,11 +75,12 @@ volumes:
     {{- end }}
     - --health-address={{ .Values.listenAddress }}:50055
     - --grace-s={{ int $engine.drain.seconds }}s
+    - --tenants-file=/etc/octavo/tenants/tenants.yaml
+    {{- include "octavo.adminFlags" . | trim | nindent 4 }}
     {{- include "octavo.metricsFlag" (list . 9090) | trim | nindent 4 }}
     {{- include "octavo.hopFlags" . | trim | nindent 4 }}
     {{- include "octavo.flags" $engine.scheduler.settings | trim | nindent 4 }}
-  env:
-    {{- include "octavo.environment" . | nindent 4 }}
+  {{- include "octavo.containerEnvironment" (list . $engine.scheduler) | nindent 2 }}
   ports:
     - name: grpc-scheduler
       containerPort: 50052
@@ -82,6 +90,7 @@ volumes:
     - name: zmq-workers
       containerPort: 50053
     {{- end }}
+    {{- include "octavo.adminPort" . | nindent 4 }}
     {{- include "octavo.metricsPort" (list . 9090 "metrics") | nindent 4 }}
   {{- include "octavo.probes" . | nindent 2 }}
   {{- include "octavo.preStop" (list . $engine.drain.preStopSeconds) | nindent 2 }}
@@ -100,6 +109,11 @@ volumes:
       readOnly: true
     {{- end }}
     {{- include "octavo.hopMount" . | nindent 4 }}
+    {{- include "octavo.adminMount" . | nindent 4 }}
+    - name: tenants
+      mountPath: /etc/octavo/tenants
+      readOnly: true
+    {{- include "octavo.more" $engine.scheduler.extraVolumeMounts | nindent 4 }}
 {{- end }}
 
 {{/* Worker container `number` of a pod. All containers of a pod are told to stop at once, so a worker goes on until its scheduler is gone. */}}
@@ -132,17 +146,22 @@ volumes:
     {{- if gt $ranks 1 }}
     - --world-size={{ $ranks }}
     {{- if $overNodes }}
-    - --rank=$(NODE_NUMBER)
+    - --local-ranks={{ div $ranks (int $engine.nodes) }}
+    - --node-rank=$(NODE_NUMBER)
     - --rendezvous=tcp://{{ ternary "$(POD_IP)" "$(LWS_LEADER_ADDRESS)" .hasScheduler }}:29500
     {{- else }}
-    - --rank={{ mod .number $ranks }}
-    - --group-id=$(POD_NAME)-{{ div .number $ranks }}
-    - --rendezvous=ipc:///run/octavo/ranks-{{ div .number $ranks }}
+    # All ranks are processes of this container: NCCL uses NVLink only between GPUs that a process sees.
+    - --local-ranks={{ $ranks }}
+    - --rendezvous=ipc:///run/octavo/ranks-{{ .number }}
     {{- end }}
     {{- end }}
     - --alive-file=/run/octavo/alive-{{ .number }}
     - --drain-s={{ sub (int $engine.drain.terminationGracePeriodSeconds) 5 }}s
     - --packed-cache-dir=/var/cache/octavo/packed
+    {{- if not $worker.settings.packed_cache_limit }}
+    # Compiled kernels are there as well.
+    - --packed-cache-limit={{ include "octavo.share" (list $engine.cache.size 0.8) }}
+    {{- end }}
     {{- include "octavo.metricsFlag" (list $root (add 9100 .number)) | trim | nindent 4 }}
     {{- include "octavo.flags" $worker.settings | trim | nindent 4 }}
   env:
@@ -151,9 +170,11 @@ volumes:
       value: /var/cache/octavo
     - name: TRITON_CACHE_DIR
       value: /var/cache/octavo/triton
+    {{- if dig "limits" "cpu" "" $worker.resources }}
     - name: OCTAVO_NUM_THREADS
       valueFrom:
         resourceFieldRef: {containerName: worker-{{ .number }}, resource: limits.cpu}
+    {{- end }}
     {{- if $overNodes }}
     - name: POD_IP
       valueFrom:
@@ -162,6 +183,11 @@ volumes:
       valueFrom:
         fieldRef: {fieldPath: "metadata.labels['leaderworkerset.sigs.k8s.io/worker-index']"}
     {{- end }}
+    {{- include "octavo.more" $worker.extraEnv | nindent 4 }}
+  {{- with $worker.extraEnvFrom }}
+  envFrom:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   {{- with include "octavo.metricsPort" (list $root (add 9100 .number) (printf "metrics-%d" .number)) | trim }}
   ports:
     {{- . | nindent 4 }}
@@ -203,4 +229,11 @@ volumes:
       readOnly: true
     {{- end }}
     {{- include "octavo.modelMount" $root | trim | nindent 4 }}
+    {{- include "octavo.more" $worker.extraVolumeMounts | nindent 4 }}
+{{- end }}
+
+{{/* A part of a quantity, as a size of the processes' settings; the context is (list "10Gi" 0.8). */}}
+{{- define "octavo.share" -}}
+{{- $number := regexFind "^[0-9.]+" (index . 0) -}}
+{{- printf "%g%sB" (mulf (float64 $number) (index . 1)) (trimPrefix $number (index . 0)) -}}
 {{- end }}

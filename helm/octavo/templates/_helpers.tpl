@@ -19,6 +19,14 @@ app.kubernetes.io/instance: {{ (index . 0).Release.Name }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
+{{/* Labels of pods: of what a new version of the chart does not change, or it would roll every engine. The context is (list $ "component" values). */}}
+{{- define "octavo.podLabels" -}}
+{{ include "octavo.selector" . }}
+{{- with (index . 2).podLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
 {{- define "octavo.labels" -}}
 {{- $root := index . 0 -}}
 {{ include "octavo.selector" . }}
@@ -42,6 +50,7 @@ labels:
 {{/* An image's reference; the context is (list $ "gateway"). */}}
 {{- define "octavo.image" -}}
 {{- $root := index . 0 -}}
+{{- with $root.Values.images.registry }}{{ . }}/{{ end -}}
 {{- include "octavo.reference" (list $root (index $root.Values.images (index . 1)) (printf "images.%s" (index . 1))) -}}
 {{- end }}
 
@@ -75,12 +84,23 @@ labels:
 {{- end }}
 {{- end }}
 
+{{/* Not empty where the platform chooses users: in OpenShift each namespace has a range of its own. */}}
+{{- define "octavo.choosesUsers" -}}
+{{- $api := .Capabilities.APIVersions.Has "security.openshift.io/v1" -}}
+{{- if or (eq .Values.platform "openshift") (and $api (eq .Values.platform "auto")) }}true{{ end -}}
+{{- end }}
+
 {{- define "octavo.podSecurity" -}}
+{{- $user := include "octavo.choosesUsers" . | not -}}
 runAsNonRoot: true
+{{- if and $user .Values.securityContext.runAsUser }}
 runAsUser: {{ int64 .Values.securityContext.runAsUser }}
+{{- end }}
+{{- if and $user .Values.securityContext.runAsGroup }}
 runAsGroup: {{ int64 .Values.securityContext.runAsGroup }}
 fsGroup: {{ int64 .Values.securityContext.runAsGroup }}
 fsGroupChangePolicy: OnRootMismatch
+{{- end }}
 seccompProfile:
   type: RuntimeDefault
 {{- end }}
@@ -90,7 +110,9 @@ allowPrivilegeEscalation: false
 privileged: false
 readOnlyRootFilesystem: true
 runAsNonRoot: true
+{{- if and .Values.securityContext.runAsUser (include "octavo.choosesUsers" . | not) }}
 runAsUser: {{ int64 .Values.securityContext.runAsUser }}
+{{- end }}
 capabilities:
   drop: [ALL]
 seccompProfile:
@@ -112,9 +134,23 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{/* Affinity of pods that mount a claim which only one node can: to each other. The first goes anywhere. */}}
+{{- define "octavo.oneNode" -}}
+{{- if and (eq .Values.model.source "claim") .Values.model.claim.create (eq (join "," .Values.model.claim.accessModes) "ReadWriteOnce") -}}
+podAffinity:
+  requiredDuringSchedulingIgnoredDuringExecution:
+    - topologyKey: kubernetes.io/hostname
+      labelSelector:
+        matchLabels:
+          app.kubernetes.io/name: octavo
+          app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+{{- end }}
+
 {{/* Where pods run; the context is (list $ values-of-the-pod "component"). */}}
 {{- define "octavo.placement" -}}
 {{- $values := index . 1 -}}
+{{- $affinity := default (include "octavo.oneNode" (index . 0) | fromYaml) $values.affinity -}}
 {{- with $values.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
@@ -126,7 +162,7 @@ nodeSelector:
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with $values.affinity }}
+{{- with $affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -136,10 +172,26 @@ topologySpreadConstraints:
   - maxSkew: 1
     topologyKey: {{ . }}
     whenUnsatisfiable: ScheduleAnyway
+    {{- if eq (index $ 2) "gateway" }}
+    # During a roll-out the pods that go do not count.
+    matchLabelKeys: [pod-template-hash]
+    {{- end }}
     labelSelector:
       matchLabels:
         {{- include "octavo.selector" (list (index $ 0) (index $ 2)) | nindent 8 }}
   {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* What a values' key `pod` adds to a pod's spec. What the chart itself sets stays its own. */}}
+{{- define "octavo.podSpec" -}}
+{{- range $key, $value := . }}
+{{- if has $key (list "containers" "initContainers" "volumes" "securityContext" "serviceAccountName" "automountServiceAccountToken" "enableServiceLinks" "imagePullSecrets" "terminationGracePeriodSeconds" "restartPolicy" "priorityClassName" "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "runtimeClassName") }}
+{{- fail (printf "podSpec.%s is set by the chart itself, by a value of its own: containers, initContainers and volumes have extraContainers, extraInitContainers and extraVolumes" $key) }}
+{{- end }}
+{{- end }}
+{{- with . }}
+{{ toYaml . }}
 {{- end }}
 {{- end }}
 
@@ -188,6 +240,27 @@ readinessProbe:
     fieldRef: {fieldPath: metadata.name}
 {{- end }}
 
+{{/* `env` and `envFrom` of a container; the context is (list $ values). What the values name wins over what the chart sets. */}}
+{{- define "octavo.containerEnvironment" -}}
+{{- $values := index . 1 -}}
+env:
+  {{- include "octavo.environment" (index . 0) | nindent 2 }}
+  {{- with $values.extraEnv }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with $values.extraEnvFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{/* A list of the values as items of a list of the chart, or nothing. */}}
+{{- define "octavo.more" -}}
+{{- with . }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
 {{/* The model's folder. What is fetched has a folder of its own, so another source or revision is another path: it rolls all pods. */}}
 {{- define "octavo.modelFolder" -}}
 {{- $folder := .Values.model.folder -}}
@@ -196,7 +269,15 @@ readinessProbe:
 {{- end }}
 
 {{- define "octavo.modelPath" -}}
-{{- include "octavo.modelFolder" . }}{{ with .Values.model.file }}/{{ . }}{{ end -}}
+{{- include "octavo.modelFolder" . }}{{ with include "octavo.modelFile" . }}/{{ . }}{{ end -}}
+{{- end }}
+
+{{- define "octavo.modelFile" -}}
+{{- default (ternary "model.gguf" "" (eq "true" (include "octavo.isDemo" .))) .Values.model.file -}}
+{{- end }}
+
+{{- define "octavo.isDemo" -}}
+{{- if and .Values.model.fetch.enabled (eq .Values.model.fetch.source "demo") }}true{{ end -}}
 {{- end }}
 
 {{- define "octavo.claimName" -}}
@@ -238,8 +319,12 @@ readinessProbe:
     - {{ include "octavo.modelFolder" $root }}
     {{- if $root.Values.model.fetch.enabled }}
     - --source={{ $root.Values.model.fetch.source }}
-    {{- end }}
+    # Only a folder that a Job fills is waited for.
     - --wait-s={{ int $root.Values.model.waitSeconds }}s
+    {{- end }}
+    {{- if eq $root.Values.model.verifyBy "size" }}
+    - --sizes-only
+    {{- end }}
     {{- range index . 1 }}
     - --only={{ . }}
     {{- end }}
@@ -281,7 +366,71 @@ readinessProbe:
 - {{ $name }}
 - {{ $name }}.{{ $namespace }}
 - {{ $name }}.{{ $namespace }}.svc
-- {{ $name }}.{{ $namespace }}.svc.cluster.local
+- {{ $name }}.{{ $namespace }}.svc.{{ default "cluster.local" (index . 0).Values.clusterDomain }}
+{{- end }}
+
+{{/* The engines' Service as gateways dial it: with the cluster's domain, if that is known, it takes one look-up. */}}
+{{- define "octavo.engineHost" -}}
+{{ include "octavo.fullname" . }}-engine.{{ .Release.Namespace }}.svc{{ with .Values.clusterDomain }}.{{ . }}{{ end }}
+{{- end }}
+
+{{/* The listener for `octavo admin`, its port, and where its keys are. */}}
+{{- define "octavo.adminFlags" -}}
+{{- if .Values.admin.keysSecret }}
+- --admin-address={{ .Values.listenAddress }}:50056
+- --admin-keys=/etc/octavo/admin/api-keys.yaml
+{{- end }}
+{{- end }}
+
+{{- define "octavo.adminPort" -}}
+{{- if .Values.admin.keysSecret }}
+- name: grpc-admin
+  containerPort: 50056
+{{- end }}
+{{- end }}
+
+{{- define "octavo.adminMount" -}}
+{{- if .Values.admin.keysSecret }}
+- name: admin-keys
+  mountPath: /etc/octavo/admin
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "octavo.adminVolume" -}}
+{{- with .Values.admin.keysSecret }}
+- name: admin-keys
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
+{{- end }}
+
+{{/* Annotations that tell Prometheus what to scrape. */}}
+{{- define "octavo.scrapeAnnotations" -}}
+{{- if and .Values.monitoring.enabled .Values.monitoring.annotations }}
+prometheus.io/scrape: "true"
+prometheus.io/port: "9090"
+{{- end }}
+{{- end }}
+
+{{/* How many a workload has while it is scaled: as many as it has now, or switching that on would leave one. The context is (list $ "apps/v1" "Deployment" "gateway"). */}}
+{{- define "octavo.replicas" -}}
+{{- $root := index . 0 -}}{{- $values := index $root.Values (index . 3) -}}
+{{- if not $values.autoscaling.enabled }}
+replicas: {{ int $values.replicas }}
+{{- else }}
+{{- $name := printf "%s-%s" (include "octavo.fullname" $root) (index . 3) -}}
+{{- $now := lookup (index . 1) (index . 2) $root.Release.Namespace $name | default dict -}}
+{{- with dig "spec" "replicas" 0 $now }}
+replicas: {{ int . }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* Seconds until the first gateway can be ready: the model is fetched, then loaded. */}}
+{{- define "octavo.loadSeconds" -}}
+{{- add (ternary (int .Values.model.waitSeconds) 0 .Values.model.fetch.enabled) (int .Values.engine.worker.startupSeconds) 600 -}}
 {{- end }}
 
 {{- define "octavo.hopFlags" -}}

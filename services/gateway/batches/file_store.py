@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from octavo.services.common import folders
 from octavo.services.common.errors import Reason, Resource, ServingError
 from octavo.services.gateway.batches.index import Index, usage_of
 from octavo.services.gateway.batches.objects import StoredFile, StoreLimits
@@ -71,11 +72,7 @@ class FileWriter:
         """Have all of it on the disk, under its name. Raises OSError."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        folder = os.open(self._store.data_path(self.id).parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        folders.sync(self._store.data_path(self.id).parent)
 
     def keep(self, filename: str, purpose: str, expires_after_s: int | None = None) -> StoredFile:
         """Make it a file that its tenant sees. Raises QUOTA_EXCEEDED, OSError."""

@@ -124,6 +124,7 @@ class BatchJob:
             running.result()
         if batch.status == "in_progress":
             batch.enter("finalizing")
+        await asyncio.to_thread(results.sync)  # whoever goes on from there takes those that are missing for unasked
         await asyncio.to_thread(self._store.save, batch)
 
     def _count(self, results: ResultFile) -> None:

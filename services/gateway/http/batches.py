@@ -15,7 +15,7 @@ from octavo.services.gateway.authentication import Authenticator, caller
 from octavo.services.gateway.batches.jobs import BatchJobs, JobLimits
 from octavo.services.gateway.batches.objects import StoredBatch, StoreLimits
 from octavo.services.gateway.batches.store import BatchStore
-from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.config import REFUSE, GatewayConfig
 from octavo.services.gateway.http.endpoint import Endpoint, Handler, HttpRequest
 from octavo.services.gateway.http.files import FileEndpoints, check_expiry, page
 from octavo.services.gateway.http.in_process import InProcessSender
@@ -54,7 +54,10 @@ class BatchService:
         )
         store = self._store = BatchStore(folder, limits)
         endpoints = {
-            path: Endpoint(handler, config.http_max_body_bytes, None, memory) for path, handler in handlers.items()
+            path: Endpoint(
+                handler, config.http_max_body_bytes, None, memory, refuses_unknown=config.unknown_fields == REFUSE
+            )
+            for path, handler in handlers.items()
         }
 
         def make_sender(batch: StoredBatch) -> InProcessSender:
@@ -97,7 +100,7 @@ class BatchEndpoints:
 
     async def create(self, request: HttpRequest) -> Response:
         """Begin a batch."""
-        params = Params(await request.json())
+        params = Params(await request.json(), ignored=request.ignored)
         file_id = params.text("input_file_id") or ""
         endpoint = params.text("endpoint") or ""
         if endpoint not in self._endpoints:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from typing import Any, Final, NoReturn
 
 from octavo.services.common.errors import Reason, ServingError
-from octavo.services.gateway.long_json import count_marks, loads
+from octavo.services.gateway.offload.long_json import count_marks, loads
 
 MAX_MARKS: Final = 1 << 21
 """Most structural characters of a body, those in its texts included: so many values take some 150 MB."""
@@ -30,8 +31,10 @@ def parse_object(data: bytes) -> dict[str, Any]:
         body = loads(data, parse_constant=_refuse_constant)
     except RecursionError:
         raise _malformed("it is nested too deeply") from None
-    except ValueError as error:  # broken JSON, or broken UTF-8
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _malformed(str(error)) from None
+    except ValueError:
+        raise _malformed(f"it has a number of more than {sys.get_int_max_str_digits()} digits") from None
     if not isinstance(body, dict):
         raise _malformed("it must be a JSON object")
     if _SURROGATE.search(data):
@@ -44,7 +47,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+    raise _malformed(f"{name} is not JSON")
 
 
 def _malformed(why: str) -> ServingError:

@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from octavo.inference.v1 import generation_pb2
-from octavo.services.common.errors import feature_disabled
-from octavo.services.gateway import long_json
 from octavo.services.gateway.http.fields import CHAT, MESSAGE
-from octavo.services.gateway.http.params import Params
+from octavo.services.gateway.http.params import Ignored, Params
 from octavo.services.gateway.http.requests import (
     ApiCall,
     GenerateRequest,
+    prefer_tool_call,
     read_common,
     read_max_tokens,
     read_outputs,
     read_stream,
     want_logprobs,
 )
+from octavo.services.gateway.offload import long_json
 
 _Choice = generation_pb2.ToolChoice
 _TOOL_CHOICES = {"auto": _Choice.MODE_AUTO, "none": _Choice.MODE_NONE, "required": _Choice.MODE_REQUIRED}
-_MEDIA = ("image_url", "input_audio", "file", "input_image", "input_file")
+MEDIA = ("image_url", "input_audio", "file", "input_image", "input_file", "image", "document")
 
 
-def read_chat_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCall:
+def read_chat_call(body: Mapping[str, Any], headers: Mapping[str, str], ignored: Ignored | None = None) -> ApiCall:
     """Return what a body asks for. Raises ServingError that names OpenAI's parameters."""
-    params = Params(body, fields=CHAT)
+    params = Params(body, fields=CHAT, ignored=ignored)
     request = GenerateRequest()
     generation = request.generation
     names = read_common(params, generation, headers, params.object("response_format"), "response_format")
     read_outputs(params, generation)
-    stream, include_usage = read_stream(params)
+    stream, include_usage, continuous_usage = read_stream(params)
     limit_name, limit = read_max_tokens(params)
     if limit is not None:
         generation.stop.max_new_tokens = limit
@@ -42,6 +42,7 @@ def read_chat_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCa
         raise params.wrong("top_logprobs", "is only allowed when logprobs is true")
     token_ids = want_logprobs(generation.output, (top_logprobs or 0) if wants_logprobs else None)
     read_chat(params, generation.chat)
+    prefer_tool_call(generation, names, "response_format")
     generation.output.parsing.single_tool_call = params.boolean("parallel_tool_calls") is False
     include_reasoning = params.boolean("include_reasoning") is not False
     params.finish()
@@ -49,6 +50,7 @@ def read_chat_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCa
         requests=[request],
         stream=stream,
         include_usage=include_usage,
+        continuous_usage=continuous_usage,
         logprobs=(top_logprobs or 0) if wants_logprobs else None,
         token_ids=token_ids,
         names={**names, "generation.stop.max_new_tokens": limit_name, "max_new_tokens": limit_name},
@@ -62,14 +64,14 @@ def read_chat(params: Params, chat: generation_pb2.Chat) -> None:
     for index, message in enumerate(params.array("messages") or ()):
         if not isinstance(message, dict):
             raise params.wrong(f"messages[{index}]", "must be an object")
-        _read_message(Params(message, f"messages[{index}].", MESSAGE), chat.messages.add())
-    for index, tool in enumerate(params.array("tools") or ()):
-        if not isinstance(tool, dict) or tool.get("type", "function") != "function":
-            raise params.wrong(f"tools[{index}]", "must be an object of type function")
-        chat.tools_json.append(long_json.dumps(tool, ensure_ascii=False))
-    read_tool_choice(params, chat)
+        _read_message(params.inner(message, f"messages[{index}].", MESSAGE), chat.messages.add())
+    read_tools(params, chat, [tool for _, tool in function_tools(params)], params.take("tool_choice"))
     documents = params.array("documents")
-    read_template_options(chat, params.object("chat_template_kwargs"), params.text("reasoning_effort"), documents)
+    options = params.object("chat_template_kwargs") or {}
+    enable_thinking = params.boolean("enable_thinking")
+    if enable_thinking is not None:
+        options = {"enable_thinking": enable_thinking, **options}
+    read_template_options(chat, options, params.text("reasoning_effort"), documents)
     chat.continue_final_message = bool(params.boolean("continue_final_message"))
     add_generation_prompt = params.boolean("add_generation_prompt")
     if add_generation_prompt is chat.continue_final_message:
@@ -77,23 +79,55 @@ def read_chat(params: Params, chat: generation_pb2.Chat) -> None:
         raise params.wrong("add_generation_prompt", advice)
 
 
-def read_tool_choice(params: Params, chat: generation_pb2.Chat) -> None:
-    """Fill in which of the chat's tools may be called: a word, or the name of a function."""
-    choice = params.take("tool_choice")
+def function_tools(
+    params: Params, wanted: str = "function", default_type: str = "function"
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the functions of `tools`, each after its index; ignore, or refuse, tools of other types.
+
+    wanted        the type of functions
+    default_type  what a tool is that does not say it
+    """
+    for index, tool in enumerate(params.array("tools") or ()):
+        kind = tool.get("type", default_type) if isinstance(tool, dict) else None
+        if kind == wanted:
+            yield index, tool
+        elif params.ignored.refuses or not isinstance(kind, str) or not kind:
+            raise params.wrong(f"tools[{index}]", f"must be an object of type {wanted}; this server runs no tools")
+        else:
+            params.ignored.add(f"tools[type={kind}]")
+
+
+def read_tools(params: Params, chat: generation_pb2.Chat, tools: Sequence[Mapping[str, Any]], choice: Any) -> None:
+    """Fill in the tools, in the format of chat completions, and which of them may be called."""
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        choice = choice.get("allowed_tools", choice)  # chat completions have them in an object of their own
+        allowed = choice.get("tools") if isinstance(choice, dict) else None
+        if not isinstance(allowed, list) or choice.get("mode") not in ("auto", "required"):
+            raise params.wrong("tool_choice", "must have the allowed tools, and the mode auto or required")
+        names = {_function_name(each) for each in allowed}
+        tools = [tool for tool in tools if _function_name(tool) in names]
+        choice = choice["mode"]
+    chat.tools_json.extend(long_json.dumps(tool, ensure_ascii=False) for tool in tools)
     if choice is None:
         return
     if isinstance(choice, dict) and choice.get("type") == "function":
-        named = choice.get("function", choice)  # chat completions have it in `function`, responses beside `type`
-        name = named.get("name") if isinstance(named, dict) else None
-        if not isinstance(name, str) or not name:
+        name = _function_name(choice)
+        if not name:
             raise params.wrong("tool_choice", "must have the function's name")
         chat.tool_choice.mode, chat.tool_choice.name = _Choice.MODE_REQUIRED, name
     elif isinstance(choice, str) and choice in _TOOL_CHOICES:
         chat.tool_choice.mode = _TOOL_CHOICES[choice]
     else:
-        raise params.wrong("tool_choice", "must be auto, none, required or an object of type function")
+        raise params.wrong("tool_choice", "must be auto, none, required or an object of type function or allowed_tools")
     if chat.tool_choice.mode == _Choice.MODE_REQUIRED and not chat.tools_json:
         raise params.wrong("tool_choice", "needs tools to choose from; send tools, too")
+
+
+def _function_name(tool: Any) -> str | None:
+    """Return a function's name, None without one: chat completions have it in `function`, responses beside `type`."""
+    named = tool.get("function", tool) if isinstance(tool, dict) else None
+    name = named.get("name") if isinstance(named, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def read_template_options(
@@ -126,8 +160,8 @@ def read_parts(params: Params, name: str, types: Sequence[str] = ("text",)) -> l
         at = f"{name}[{index}]"
         kind = given.get("type") if isinstance(given, dict) else None
         if kind not in types:
-            if kind in _MEDIA:
-                raise feature_disabled("media", f"this server takes text only, not {kind}; leave that part out")
+            if kind in MEDIA:
+                raise params.unsupported(at, "media", f"this server takes text only, not {kind}; leave that part out")
             raise params.wrong(at, f'must be an object such as {{"type": "{types[0]}", "text": "..."}}')
         text = given.get("text")
         if not isinstance(text, str):
@@ -159,7 +193,7 @@ def _read_tool_call(params: Params, index: int, given: Any, call: generation_pb2
     function = given.get("function") if isinstance(given, dict) else None
     if not isinstance(function, dict):
         raise params.wrong(f"tool_calls[{index}]", "must be an object with a function")
-    fields = Params({"id": given.get("id"), **function}, f"tool_calls[{index}].")
+    fields = params.inner({"id": given.get("id"), **function}, f"tool_calls[{index}].")
     call.id = fields.text("id") or ""
     call.name = fields.text("name") or ""
     call.arguments_json = fields.text("arguments") or ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from octavo.services.gateway.http.fields import COMPLETION
-from octavo.services.gateway.http.params import Params, are_token_ids
+from octavo.services.gateway.http.params import Ignored, Params, are_token_ids
 from octavo.services.gateway.http.requests import (
     ApiCall,
     GenerateRequest,
@@ -22,14 +22,16 @@ _MAX_PROMPTS = 256
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, which clients of this old endpoint rely on
 
 
-def read_completion_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ApiCall:
+def read_completion_call(
+    body: Mapping[str, Any], headers: Mapping[str, str], ignored: Ignored | None = None
+) -> ApiCall:
     """Return what a body asks for. Raises ServingError that names OpenAI's parameters."""
-    params = Params(body, fields=COMPLETION)
+    params = Params(body, fields=COMPLETION, ignored=ignored)
     request = GenerateRequest()
     generation = request.generation
     names = read_common(params, generation, headers, params.object("response_format"), "response_format")
     read_outputs(params, generation)
-    stream, include_usage = read_stream(params)
+    stream, include_usage, continuous_usage = read_stream(params)
     limit_name, limit = read_max_tokens(params)
     echo = bool(params.boolean("echo"))
     omits_output = echo and limit == 0
@@ -52,6 +54,7 @@ def read_completion_call(body: Mapping[str, Any], headers: Mapping[str, str]) ->
         requests=requests,
         stream=stream,
         include_usage=include_usage,
+        continuous_usage=continuous_usage,
         logprobs=logprobs,
         token_ids=token_ids,
         echoed_prompts=prompts if echo else (),

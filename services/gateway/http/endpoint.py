@@ -19,10 +19,13 @@ from octavo.services.common.logging import current_request_id
 from octavo.services.common.request_memory import Hold, RequestMemory
 from octavo.services.gateway.authentication import Authenticator, caller
 from octavo.services.gateway.http.bodies import parse_object
-from octavo.services.gateway.http.errors import HttpError, error_response, http_error_response
+from octavo.services.gateway.http.errors import ErrorForm, HttpError, error_response, http_error_response, openai_error
+from octavo.services.gateway.http.params import Ignored
 from octavo.services.gateway.http.protocol import CERTIFICATE_NAMES
 
 T = TypeVar("T")
+IGNORED_HEADER = "x-ignored-fields"
+"""In an answer: the fields of the request that were ignored."""
 _log = logging.getLogger(__name__)
 _BODY_S = 120.0
 _DISCARD_S = 5.0
@@ -59,12 +62,23 @@ class _FormParser(MultiPartParser):
 class HttpRequest:
     """One request. A handler returns a response, or sends one itself and returns None."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body_bytes: int, memory: RequestMemory) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        max_body_bytes: int,
+        memory: RequestMemory,
+        *,
+        refuses_unknown: bool = False,
+    ) -> None:
         self.headers = Headers(scope=scope)
         self.path_params: dict[str, Any] = scope.get("path_params", {})
         self.query = QueryParams(scope.get("query_string", b""))
         self.request_id = choose_request_id(self.headers.get("x-request-id", ""))
         self.send = send
+        self.ignored = Ignored(refuses=refuses_unknown)
+        """The fields of the body that are ignored."""
         self.where = f"{scope['method']} {scope['path']}"
         self._receive = receive
         self._max_body_bytes = max_body_bytes
@@ -72,6 +86,12 @@ class HttpRequest:
         self._hold: Hold | None = None
         self._arrived = asyncio.get_running_loop().time()
         self._has_body = True  # which is not read to its end
+
+    @property
+    def extra_headers(self) -> dict[str, str]:
+        """Further headers of the answer, once the body is read."""
+        names = self.ignored.header
+        return {IGNORED_HEADER: names} if names else {}
 
     async def json(self) -> dict[str, Any]:
         """Return the body, a short JSON object. Raises HttpError, ServingError, ClientDisconnect."""
@@ -83,6 +103,7 @@ class HttpRequest:
         Its memory is counted as it comes, and held until `release`, with as much again for what is made of it. Raises
         HttpError, ServingError, ClientDisconnect.
         """
+        self._check_encoding()
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             message = f"the body must be application/json, not {kind or 'of no type'}; set the content-type header"
@@ -108,6 +129,7 @@ class HttpRequest:
 
         Raises HttpError, ClientDisconnect, and what `file` raises.
         """
+        self._check_encoding()
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "multipart/form-data":
             message = f"the body must be multipart/form-data, not {kind or 'of no type'}; set the content-type header"
@@ -156,6 +178,13 @@ class HttpRequest:
                 raise
             message = "the time in the header x-request-timeout-ms is over; allow more, or ask for less"
             raise ServingError(Reason.GENERATION_TIMEOUT, message) from None
+
+    def _check_encoding(self) -> None:
+        """Refuse a body that is packed: how long it is could only be known by unpacking it."""
+        encoding = self.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("", "identity"):
+            message = f"the content-encoding {encoding[:64]!r} is not supported; send the body as it is"
+            raise HttpError(415, message, "unsupported_media_type", {"accept-encoding": "identity"})
 
     async def _gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
@@ -222,9 +251,18 @@ class Endpoint:
     """An ASGI application around a handler: the one place where an exception becomes an HTTP response."""
 
     def __init__(
-        self, handler: Handler, max_body_bytes: int, authenticator: Authenticator | None, memory: RequestMemory
+        self,
+        handler: Handler,
+        max_body_bytes: int,
+        authenticator: Authenticator | None,
+        memory: RequestMemory,
+        *,
+        refuses_unknown: bool = False,
+        error_form: ErrorForm = openai_error,
     ) -> None:
         """`authenticator` None: everybody may call. `memory`: what bodies may take."""
+        self._error_form = error_form
+        self._refuses_unknown = refuses_unknown
         self._handler = handler
         self._max_body_bytes = max_body_bytes
         self._authenticator = authenticator
@@ -232,26 +270,35 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        request = HttpRequest(scope, receive, send, self._max_body_bytes, self._memory)
+        request = HttpRequest(
+            scope, receive, send, self._max_body_bytes, self._memory, refuses_unknown=self._refuses_unknown
+        )
         current_request_id.set(request.request_id)
         try:
             if self._authenticator is not None:
                 names = scope.get(CERTIFICATE_NAMES, ())
-                self._authenticator.enter(self._authenticator.identify(request.headers.get("authorization", ""), names))
+                self._authenticator.enter(self._authenticator.identify(_credential(request.headers), names))
             response = await self._handler(request)
         except ClientDisconnect:
             return
         except HttpError as error:
-            response = http_error_response(error, request.request_id)
+            response = http_error_response(error, request.request_id, self._error_form)
         except ServingError as error:
-            response = error_response(error, request.request_id)
+            response = error_response(error, request.request_id, self._error_form)
         except Exception:
-            response = error_response(internal_error(request), request.request_id)
+            response = error_response(internal_error(request), request.request_id, self._error_form)
         finally:
             request.release()
         if response is not None:
             response.headers.setdefault("x-request-id", request.request_id)
+            response.headers.update(request.extra_headers)
             await response(scope, receive, send)
+
+
+def _credential(headers: Headers) -> str:
+    """Return the authorization header, or what stands for it: Anthropic's clients send a key in one of their own."""
+    key = headers.get("x-api-key", "")
+    return headers.get("authorization", f"Bearer {key}" if key else "")
 
 
 def internal_error(request: HttpRequest) -> ServingError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -30,7 +30,17 @@ _STATUS: Mapping[grpc.StatusCode, int] = {
     _Code.DEADLINE_EXCEEDED: 504,
 }
 """The HTTP status of each code; 500 for all others."""
+_CODES: Mapping[str, str] = {Reason.UNAUTHENTICATED: "invalid_api_key"}  # OpenAI's, where its clients know one
+ErrorForm = Callable[[int, str, str | None, str | None], dict[str, Any]]
+"""Makes an API's JSON of a status, a message, a parameter and a code."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_MESSAGES_TYPES = {
+    **_TYPES,
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 # What a field of a request, or a phrase about it, is called in OpenAI's API, unless the request says otherwise.
 _PARAMETERS = {
@@ -123,14 +133,27 @@ def status_of(error: ServingError) -> int:
     return _STATUS.get(error.code, 500)
 
 
-def error_body(error: ServingError) -> dict[str, Any]:
-    """Return the error as OpenAI's JSON."""
+def openai_error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """Return an error as OpenAI's clients expect it."""
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def messages_error(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """Return an error as Anthropic's clients expect it."""
+    del param, code
+    kind = _MESSAGES_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def error_body(error: ServingError, form: ErrorForm = openai_error) -> dict[str, Any]:
+    """Return the error as an API's JSON."""
     status = status_of(error)
     param = error.violations[0].field if error.violations else "model" if error.resource is not None else None
-    return _body(status, error.message, param, error.reason.lower())
+    return form(status, error.message, param, _CODES.get(error.reason, error.reason.lower()))
 
 
-def error_response(error: ServingError, request_id: str) -> Response:
+def error_response(error: ServingError, request_id: str, form: ErrorForm = openai_error) -> Response:
     """Return the answer to a request that failed before anything of its output was sent."""
     status = status_of(error)
     headers = {"x-request-id": request_id}
@@ -138,21 +161,18 @@ def error_response(error: ServingError, request_id: str) -> Response:
         retry_after_ms = error.retry_after_ms or 1000
         headers["retry-after"] = str(math.ceil(retry_after_ms / 1000))
         headers["retry-after-ms"] = str(retry_after_ms)
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
     if status == 429:
         headers["x-ratelimit-remaining-requests"] = "0"
         headers["x-ratelimit-reset-requests"] = f"{retry_after_ms}ms"
-    return _response(status, error_body(error), headers)
+    return _response(status, error_body(error, form), headers)
 
 
-def http_error_response(error: HttpError, request_id: str) -> Response:
+def http_error_response(error: HttpError, request_id: str, form: ErrorForm = openai_error) -> Response:
     """Return the answer to a request that is wrong as HTTP."""
     headers = {**error.headers, "x-request-id": request_id}
-    return _response(error.status, _body(error.status, error.message, None, error.code), headers)
-
-
-def _body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return _response(error.status, form(error.status, error.message, None, error.code), headers)
 
 
 def _response(status: int, body: dict[str, Any], headers: Mapping[str, str]) -> Response:

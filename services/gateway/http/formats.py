@@ -16,7 +16,7 @@ from octavo.services.gateway.http.echo import Echo, after_echo, echo_of
 from octavo.services.gateway.http.errors import error_body
 from octavo.services.gateway.http.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from octavo.services.gateway.http.requests import ApiCall
-from octavo.services.gateway.long_json import to_json, to_json_in_pieces
+from octavo.services.gateway.offload.long_json import to_json, to_json_in_pieces
 
 _FINISH_REASONS: Mapping[int, str] = {
     common_pb2.FINISH_REASON_END_OF_SEQUENCE: "stop",
@@ -46,6 +46,7 @@ class ChunkFormat:
         self._created = int(time.time())
         self._head = ""  # of every chunk, up to the index of its choice
         self._tail = "}]" + (',"usage":null' if call.include_usage else "") + "}\n\n"
+        self._usages: list[common_pb2.Usage] = []  # so far, by candidate; only if every chunk has its own
 
     def start(self, started: generation_pb2.Started) -> None:
         """Learn the model's name and version, before any chunk is made."""
@@ -55,6 +56,11 @@ class ChunkFormat:
     def first_chunks(self, first_index: int, prompt_token_ids: Sequence[int]) -> str:
         """Return the chunks of a prompt's candidates before any output."""
         indexes = range(first_index, first_index + self._call.num_candidates)
+        if self._call.continuous_usage:
+            while len(self._usages) < indexes.stop:
+                self._usages.append(common_pb2.Usage())
+            for index in indexes:
+                self._usages[index].prompt_tokens = len(prompt_token_ids)
         return "".join(self._first_chunk(index, prompt_token_ids) for index in indexes)
 
     def prompt_chunks(self, first_index: int, started: generation_pb2.Started, prompt_token_ids: Sequence[int]) -> str:
@@ -65,6 +71,8 @@ class ChunkFormat:
     def delta(self, index: int, delta: generation_pb2.Delta) -> str:
         """Return the chunk for new output; nothing if there is nothing to show yet."""
         call = self._call
+        if call.continuous_usage:
+            self._usages[index].output_tokens += delta.token_count
         logprobs, rest, output = "null", "", self._output(delta)
         if call.logprobs is not None and delta.token_count:
             logprobs = to_json(self._logprobs(index, delta.token_ids, delta.logprobs))
@@ -74,13 +82,14 @@ class ChunkFormat:
             rest = f',"token_ids":{to_json(list(delta.token_ids))}'
         return (
             f'{self._head}{{"index":{index},{output or self._NO_OUTPUT},'
-            f'"logprobs":{logprobs},"finish_reason":null{rest}{self._tail}'
+            f'"logprobs":{logprobs},"finish_reason":null{rest}{self._end_of_chunk(index)}'
         )
 
     def finish(self, index: int, finished: generation_pb2.CandidateFinished) -> str:
         """Return the chunk that ends a candidate."""
         reason = _FINISH_REASONS[finished.finish_reason]
-        return f'{self._head}{{"index":{index},{self._NO_OUTPUT},"logprobs":null,"finish_reason":"{reason}"{self._tail}'
+        tail = self._end_of_chunk(index)
+        return f'{self._head}{{"index":{index},{self._NO_OUTPUT},"logprobs":null,"finish_reason":"{reason}"{tail}'
 
     def end(self, usages: Sequence[common_pb2.Usage]) -> str:
         """Return what ends a stream: the usage, if it was asked for, and the mark of the end."""
@@ -109,6 +118,12 @@ class ChunkFormat:
         if self._call.token_ids:
             self._add_prompts(body, prompts)
         return body
+
+    def _end_of_chunk(self, index: int) -> str:
+        """Return what ends a chunk after its only choice."""
+        if not self._call.continuous_usage:
+            return self._tail
+        return f'}}],"usage":{to_json(usage_object(self._usages[index]))}}}\n\n'
 
     def _learn_prompt(self, number: int, started: generation_pb2.Started, token_ids: Sequence[int]) -> None:
         """Learn about a prompt, before the choices of a whole answer are made."""
@@ -160,7 +175,7 @@ class ChatFormat(ChunkFormat):
     _NO_OUTPUT = '"delta":{}'
 
     def _first_chunk(self, index: int, prompt_token_ids: Sequence[int]) -> str:
-        tail = self._tail
+        tail = self._end_of_chunk(index)
         if self._call.token_ids:
             tail = f'}}],"prompt_token_ids":{to_json(list(prompt_token_ids))}{tail[2:]}'
         delta = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
@@ -218,7 +233,7 @@ class CompletionFormat(ChunkFormat):
         logprobs = to_json_in_pieces(echo.logprobs)
         shown = f'"text":{to_json(echo.text)},"logprobs":{logprobs},"finish_reason":null'
         indexes = range(first_index, first_index + self._call.num_candidates)
-        return "".join(f'{self._head}{{"index":{index},{shown}{self._tail}' for index in indexes)
+        return "".join(f'{self._head}{{"index":{index},{shown}{self._end_of_chunk(index)}' for index in indexes)
 
     def delta(self, index: int, delta: generation_pb2.Delta) -> str:
         """See ChunkFormat."""
@@ -241,7 +256,8 @@ class CompletionFormat(ChunkFormat):
         if not self._call.token_ids:
             return ""
         prompt = f'"prompt_token_ids":{to_json(list(prompt_token_ids))}'
-        return f'{self._head}{{"index":{index},"text":"","logprobs":null,"finish_reason":null,{prompt}{self._tail}'
+        shown = f'"text":"","logprobs":null,"finish_reason":null,{prompt}'
+        return f'{self._head}{{"index":{index},{shown}{self._end_of_chunk(index)}'
 
     def _output(self, delta: generation_pb2.Delta) -> str:
         return f'"text":{to_json(delta.text)}' if delta.text else ""

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions, /v1/completions and /v1/responses: the same calls as the GenerationService's."""
+"""The endpoints that make text: the same calls as the GenerationService's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from starlette.types import Send
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
-from octavo.services.gateway.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.authentication import caller
-from octavo.services.gateway.calls import GenerateCalls
-from octavo.services.gateway.generation import GenerationRun
 from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.chat_request import read_chat_call
 from octavo.services.gateway.http.completion_request import read_completion_call
@@ -25,15 +22,23 @@ from octavo.services.gateway.http.endpoint import HttpRequest, internal_error
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.formats import ChatFormat, CompletionFormat
 from octavo.services.gateway.http.logprobs import TokenTexts
+from octavo.services.gateway.http.messages_format import MessagesFormat
+from octavo.services.gateway.http.messages_request import read_messages_call
+from octavo.services.gateway.http.params import Ignored
 from octavo.services.gateway.http.requests import ApiCall, GenerateRequest
 from octavo.services.gateway.http.responses_format import ResponsesFormat
 from octavo.services.gateway.http.responses_request import read_responses_call
-from octavo.services.gateway.long_json import to_json_in_pieces
-from octavo.services.gateway.model import Models
-from octavo.services.gateway.tokenizer import INLINE_CHARS, INLINE_TOKENS
+from octavo.services.gateway.offload.long_json import to_json_in_pieces
+from octavo.services.gateway.requests.answer import ask_for_whole_answer, whole_answer
+from octavo.services.gateway.requests.calls import GenerateCalls
+from octavo.services.gateway.requests.generation import GenerationRun
+from octavo.services.gateway.requests.model import Models
+from octavo.services.gateway.tokenization.tokenizer import INLINE_CHARS, INLINE_TOKENS
 
 T = TypeVar("T")
 _LAST_EVENT_S = 1.0
+_KEEP_ALIVE_S = 15.0  # proxies close a connection on which nothing comes for a minute
+_COMMENT = b": the request is being computed\n\n"
 
 
 class Format(Protocol):
@@ -67,7 +72,7 @@ class Format(Protocol):
 
 
 C = TypeVar("C", bound=ApiCall)
-_Read = Callable[[Mapping[str, Any], Mapping[str, str]], C]
+_Read = Callable[[Mapping[str, Any], Mapping[str, str], Ignored], C]
 _MakeFormat = Callable[[C, str, TokenTexts], Format]
 
 
@@ -91,6 +96,10 @@ class GenerateEndpoints:
         """Answer a conversation, in items."""
         return await self._answer(request, read_responses_call, ResponsesFormat)
 
+    async def message(self, request: HttpRequest) -> Response | None:
+        """Answer a conversation, in Anthropic's blocks."""
+        return await self._answer(request, read_messages_call, MessagesFormat)
+
     async def _answer(self, request: HttpRequest, read: _Read[C], make_format: _MakeFormat[C]) -> Response | None:
         data = await request.body()
         names: Mapping[str, str] = {}
@@ -98,7 +107,7 @@ class GenerateEndpoints:
         def read_call() -> C:
             nonlocal names, data
             body, data = data, b""  # it is not kept while the call runs
-            call = read(parse_object(body), request.headers)
+            call = read(parse_object(body), request.headers, request.ignored)
             names = call.names
             for each in call.requests:
                 self._calls.validator.check(each)
@@ -107,7 +116,7 @@ class GenerateEndpoints:
         try:
             with self._calls.refusals_counted():
                 call = await self._calls.long_work.run(caller().tenant, read_call, len(data) > INLINE_CHARS)
-                model = self._models.get(self._calls.mesh.model(call.requests[0].generation.model, request.headers))
+                model = self._models.of(self._calls.mesh.model(call.requests[0].generation.model, request.headers))
             shape = make_format(call, request.request_id, self._texts[model.name])
             answering = _Answering(self._calls, request, call, shape)
             work = answering.stream() if call.stream else answering.whole()
@@ -148,6 +157,12 @@ class _Answering:
     async def stream(self) -> None:
         """Send chunks as they come. Once the response has begun, an error is its last event."""
         events = _EventStream(self._request, self._limits())
+        try:
+            await self._send_events(events)
+        finally:
+            events.abandon()
+
+    async def _send_events(self, events: _EventStream) -> None:
         all_admitted = _Gate(len(self._call.requests), events.start)
 
         async def one(number: int, run: GenerationRun) -> common_pb2.Usage:
@@ -248,9 +263,13 @@ class _EventStream:
         """`headers`: further ones of the response."""
         self._headers = headers
         self._send: Send = request.send
+        self._request = request
         self._request_id = request.request_id
         self._pending: list[str] = []
         self.started = False
+        self._is_idle = True  # since the last look
+        self._look: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Send the headers."""
@@ -260,10 +279,30 @@ class _EventStream:
             "cache-control": "no-cache",
             "x-accel-buffering": "no",  # nginx would gather events
             "x-request-id": self._request_id,
+            **self._request.extra_headers,
             **self._headers,
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": raw})
+        self._look = asyncio.get_running_loop().call_later(_KEEP_ALIVE_S, self._keep_alive)
+
+    def _keep_alive(self) -> None:
+        """Write a comment, which clients skip, if nothing else was written for a while, as while a prompt is read."""
+        if self._is_idle and (self._comment is None or self._comment.done()):
+            self._comment = asyncio.create_task(self._write(_COMMENT))
+        self._is_idle = True
+        self._look = asyncio.get_running_loop().call_later(_KEEP_ALIVE_S, self._keep_alive)
+
+    async def _write(self, body: bytes) -> None:
+        with contextlib.suppress(OSError):  # the client is gone, which is noticed elsewhere
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    def abandon(self) -> None:
+        """Write no comments any more."""
+        if self._look is not None:
+            self._look.cancel()
+        if self._comment is not None:
+            self._comment.cancel()
 
     def add(self, events: str) -> None:
         """Add events to the next write."""
@@ -275,9 +314,11 @@ class _EventStream:
         if self._pending:
             body = "".join(self._pending).encode()
             self._pending.clear()
+            self._is_idle = False
             await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def end(self) -> None:
         """Write what there is, and end the response."""
+        self.abandon()
         body = "".join(self._pending).encode()
         await self._send({"type": "http.response.body", "body": body, "more_body": False})

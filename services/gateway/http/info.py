@@ -19,12 +19,13 @@ from octavo.services.gateway.http.chat_request import read_chat
 from octavo.services.gateway.http.endpoint import HttpRequest
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.fields import DETOKENIZE, TOKENIZE
-from octavo.services.gateway.http.params import Params
-from octavo.services.gateway.long_json import to_json_in_pieces
-from octavo.services.gateway.model import Models
-from octavo.services.gateway.model_service import ModelServicer
-from octavo.services.gateway.tokenizer import INLINE_CHARS, INLINE_TOKENS
-from octavo.services.gateway.tokenizer_service import TokenizerServicer
+from octavo.services.gateway.http.messages_request import read_messages_call
+from octavo.services.gateway.http.params import Ignored, Params
+from octavo.services.gateway.offload.long_json import to_json_in_pieces
+from octavo.services.gateway.requests.model import Models
+from octavo.services.gateway.rpc.model_service import ModelServicer
+from octavo.services.gateway.rpc.tokenizer_service import TokenizerServicer
+from octavo.services.gateway.tokenization.tokenizer import INLINE_CHARS, INLINE_TOKENS
 
 _NO_CONTEXT: Any = None  # the servicers take nothing from their calls' contexts
 
@@ -49,12 +50,14 @@ class InfoEndpoints:
         """List every name that works."""
         del request
         listed = await self._model_servicer.ListModels(model_pb2.ListModelsRequest(), _NO_CONTEXT)
-        names = [(name, model) for model in listed.models for name in (model.name, *model.aliases)]
+        names = [(name, model) for model in listed.models for name in (model.name, *model.aliases, *model.adapters)]
         return _json({"object": "list", "data": [self._describe(name, model) for name, model in names]})
 
     async def get_model(self, request: HttpRequest) -> Response:
         """Describe one model."""
         name = request.path_params["model"]
+        if not name:  # /v1/models/
+            return await self.list_models(request)
         found = await self._model_servicer.GetModel(model_pb2.GetModelRequest(name=name), _NO_CONTEXT)
         return _json(self._describe(name, found.model))
 
@@ -63,12 +66,12 @@ class InfoEndpoints:
         data = await request.body()
         is_long = len(data) > INLINE_CHARS
         run = self._models.long_work.run
-        body, with_texts = await run(caller().tenant, lambda: _read_tokenize(data), is_long)
+        body, with_texts = await run(caller().tenant, lambda: _read_tokenize(data, request.ignored), is_long)
         try:
             answer = await self._tokenizer_servicer.Tokenize(body, _NO_CONTEXT)
         except ServingError as error:
             raise in_openai_words(error) from None
-        tokenizer = self._models.get(body.model).tokenizer
+        tokenizer = self._models.of(body.model).tokenizer
         described = (await self._model_servicer.GetModel(model_pb2.GetModelRequest(name=body.model), _NO_CONTEXT)).model
 
         def write() -> str:
@@ -86,10 +89,25 @@ class InfoEndpoints:
         content = await run(caller().tenant, write, len(answer.tokenizations[0].token_ids) > INLINE_TOKENS)
         return Response(content, media_type="application/json")
 
+    async def count_tokens(self, request: HttpRequest) -> Response:
+        """Return how many tokens a conversation in Anthropic's form has."""
+        data = await request.body()
+
+        def read() -> tokenizer_pb2.TokenizeRequest:
+            generation = read_messages_call(parse_object(data), request.headers, request.ignored).requests[0].generation
+            return tokenizer_pb2.TokenizeRequest(model=generation.model, chat=generation.chat)
+
+        body = await self._models.long_work.run(caller().tenant, read, len(data) > INLINE_CHARS)
+        try:
+            answer = await self._tokenizer_servicer.Tokenize(body, _NO_CONTEXT)
+        except ServingError as error:
+            raise in_openai_words(error) from None
+        return _json({"input_tokens": len(answer.tokenizations[0].token_ids)})
+
     async def detokenize(self, request: HttpRequest) -> Response:
         """Return the text of tokens."""
         data = await request.body()
-        read = partial(_read_detokenize, data)
+        read = partial(_read_detokenize, data, request.ignored)
         body = await self._models.long_work.run(caller().tenant, read, len(data) > INLINE_CHARS)
         try:
             answer = await self._tokenizer_servicer.Detokenize(body, _NO_CONTEXT)
@@ -115,12 +133,13 @@ class InfoEndpoints:
             "owned_by": "octavo",
             "root": model.name,
             "max_model_len": model.max_context_tokens,
+            **({"parent": model.name} if self._models.is_adapter(name) else {}),
         }
 
 
-def _read_tokenize(data: bytes) -> tuple[tokenizer_pb2.TokenizeRequest, bool]:
+def _read_tokenize(data: bytes, ignored: Ignored) -> tuple[tokenizer_pb2.TokenizeRequest, bool]:
     """Return what a body asks for, and whether with the text of each token."""
-    params = Params(parse_object(data), fields=TOKENIZE)
+    params = Params(parse_object(data), fields=TOKENIZE, ignored=ignored)
     body = tokenizer_pb2.TokenizeRequest(model=params.text("model") or "")
     prompt = params.text("prompt")
     with_texts = bool(params.boolean("return_token_strs"))
@@ -135,8 +154,8 @@ def _read_tokenize(data: bytes) -> tuple[tokenizer_pb2.TokenizeRequest, bool]:
     return body, with_texts
 
 
-def _read_detokenize(data: bytes) -> tokenizer_pb2.DetokenizeRequest:
-    params = Params(parse_object(data), fields=DETOKENIZE)
+def _read_detokenize(data: bytes, ignored: Ignored) -> tokenizer_pb2.DetokenizeRequest:
+    params = Params(parse_object(data), fields=DETOKENIZE, ignored=ignored)
     body = tokenizer_pb2.DetokenizeRequest(model=params.text("model") or "", keep_special_tokens=True)
     body.sequences.add(ids=params.token_ids("tokens") or ())
     params.finish()

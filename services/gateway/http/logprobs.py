@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from octavo.common.v1 import common_pb2
-from octavo.services.gateway.tokenizer import ModelTokenizer
+from octavo.services.gateway.tokenization.tokenizer import ModelTokenizer
 
 _LEAST = -9999.0  # JSON has no infinity
 _Alternatives = list[tuple[int, float]]

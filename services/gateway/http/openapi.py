@@ -29,7 +29,6 @@ def _schemas() -> dict[str, Schema]:
     for name, fields in OBJECTS.items():
         schemas[name] = {
             "type": "object",
-            "additionalProperties": False,
             "properties": {field: _property(each) for field, each in fields.items()},
             "required": list(REQUIRED.get(name, ())),
         }
@@ -40,6 +39,8 @@ def _property(field: Field) -> Schema:
     description = field.description
     if field.support is Support.IGNORED:
         description = f"Ignored: {description}"
+    elif field.support is Support.HINT:
+        description = f"A hint, which is ignored, or refused by strict servers: {description}"
     elif field.support is Support.REFUSED:
         values = " or ".join(json.dumps(value) for value in field.allowed)
         description = f"Refused{f' unless {values}' if values else ''}: {description}"
@@ -85,12 +86,28 @@ def openapi_document() -> Schema:
             },
             "/v1/completions": {"post": _operation("Continue prompts", "CompletionRequest", answer="events")},
             "/v1/responses": {"post": _operation("Answer, as items", "ResponsesRequest", answer="events")},
+            "/v1/messages": {"post": _operation("Answer, as Anthropic's API does", "MessagesRequest", answer="events")},
+            "/v1/messages/count_tokens": {"post": _operation("Count the tokens of a conversation", "MessagesRequest")},
             "/v1/embeddings": {"post": _operation("Embed texts", "EmbeddingsRequest")},
-            "/v1/rerank": {"post": _operation("Order documents by relevance", "RerankRequest")},
+            **{
+                f"{version}/rerank": {"post": _operation("Order documents by relevance", "RerankRequest")}
+                for version in ("", "/v1", "/v2")
+            },
+            **{
+                f"{version}/score": {"post": _operation("Score pairs of texts", "ScoreRequest")}
+                for version in ("", "/v1")
+            },
+            **{
+                f"{version}/classify": {"post": _operation("Label texts", "ClassifyRequest")} for version in ("", "/v1")
+            },
             "/v1/models": {"get": _operation("List the models")},
             "/v1/models/{model}": {"get": _operation("Describe a model", parameters=("model",))},
+            "/v1/load_lora_adapter": {"post": _operation("Give a LoRA adapter a name")},
+            "/v1/unload_lora_adapter": {"post": _operation("Take an adapter's name away")},
             "/tokenize": {"post": _operation("Turn text into tokens", "TokenizeRequest")},
             "/detokenize": {"post": _operation("Turn tokens into text", "DetokenizeRequest")},
+            "/": {"get": _operation("Which paths there are; browsers get to the page, where there is one")},
+            "/docs": {"get": _operation("The same as /")},
             "/health": {"get": _operation("Whether requests can be served now", answer="empty")},
             "/ping": {"get": _operation("The same as /health", answer="empty")},
             "/version": {"get": _operation("The version of the software")},

@@ -14,9 +14,11 @@ CERTIFICATE_NAMES = "octavo.certificate_names"
 """In the scope of a request: the URI names of the verified client certificate."""
 
 _MAX_HEAD_BYTES = 65_536
+_MAX_URL_BYTES = 16_384
 _HEAD_S = 30.0
 _STALLED_S = 60.0
 _REST_S = 30.0  # for the rest of a body whose request is answered already
+_REFUSED_S = 2.0  # for the rest of what is refused: a connection that is closed before it is read loses the answer
 _MAX_PIPELINED = 16  # requests that wait for the answers before theirs
 _PIECE_BYTES = 4096  # parsed in one go: some 200 requests at most
 
@@ -39,10 +41,12 @@ class LimitedProtocol(HttpToolsProtocol):
         # uvicorn's own check of the same setting counts requests, and answers with plain text.
         most, self.limit_concurrency = self.limit_concurrency, None
         self._head_bytes = 0
+        self.url = b""
         self._head_timer: asyncio.TimerHandle | None = None
         self._stalled_timer: asyncio.TimerHandle | None = None
         self._rest_timer: asyncio.TimerHandle | None = None
         self._unparsed = memoryview(b"")
+        self._is_refused = False  # nothing more is parsed
         self._is_body_only = False  # the parser was given a head of ours, for the body of a request that it dropped
         super().connection_made(transport)
         self.flow: _Flow = _Flow(transport)
@@ -51,6 +55,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._expect_head()
         if most is not None and len(self.connections) > most:
             self._refuse(b"503 Service Unavailable", "there are too many connections; try again later")
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the timers."""
@@ -59,11 +64,13 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came, as far as there is room for requests."""
+        if self._is_refused:
+            return
         self._unparsed = memoryview(bytes(self._unparsed) + data if self._unparsed else data)
         self._parse()
 
     def _parse(self) -> None:
-        while self._unparsed and len(self.pipeline) < _MAX_PIPELINED and not self.transport.is_closing():
+        while self._unparsed and len(self.pipeline) < _MAX_PIPELINED and not self._is_over():
             piece, self._unparsed = self._unparsed[:_PIECE_BYTES], self._unparsed[_PIECE_BYTES:]
             self._parse_piece(piece)
         self.flow.has_unparsed = bool(self._unparsed)
@@ -79,9 +86,11 @@ class LimitedProtocol(HttpToolsProtocol):
             self._go_on_without_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
-        if self._head_timer is not None and not self.transport.is_closing():
+        if self._head_timer is not None and not self._is_over():
             self._head_bytes += len(data)
-            if self._head_bytes > _MAX_HEAD_BYTES:
+            if len(self.url) > _MAX_URL_BYTES:
+                self._refuse_url()
+            elif self._head_bytes > _MAX_HEAD_BYTES:
                 message = f"path and headers are longer than {_MAX_HEAD_BYTES} bytes"
                 self._refuse(b"431 Request Header Fields Too Large", message)
 
@@ -120,16 +129,24 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Go on with the request."""
-        if self._is_body_only:
+        if self._is_body_only or self._is_refused:
             return
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        super().on_headers_complete()
+        if len(self.url) > _MAX_URL_BYTES:
+            self._refuse_url()
+        else:
+            super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a request's body."""
+        if not self._is_refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Go on: all of a request's body is there."""
-        if self.parser.should_upgrade():
+        if self._is_refused or self.parser.should_upgrade():
             return  # it is not: see `_go_on_without_upgrade`
         self._is_body_only = False
         super().on_message_complete()
@@ -164,6 +181,12 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer what is not HTTP."""
         self._refuse(b"400 Bad Request", msg)
 
+    def _refuse_url(self) -> None:
+        self._refuse(b"414 URI Too Long", f"the path is longer than {_MAX_URL_BYTES} bytes; send it in the body")
+
+    def _is_over(self) -> bool:
+        return self._is_refused or self.transport.is_closing()
+
     def _expect_head(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(_HEAD_S, self.transport.close)
@@ -175,7 +198,18 @@ class LimitedProtocol(HttpToolsProtocol):
         body = json.dumps({"error": error}).encode()
         head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (status, len(body)) + body)
-        self.transport.close()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.close()  # an earlier answer is not to follow
+            return
+        # What still comes is read and dropped, until the client, which has its answer, closes the connection.
+        self._is_refused = True
+        self._unparsed = memoryview(b"")
+        self.flow.has_unparsed = False
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._cancel_timers()
+        self._rest_timer = self.loop.call_later(_REFUSED_S, self.transport.close)
 
     def _cancel_timers(self) -> None:
         for timer in (self._head_timer, self._stalled_timer, self._rest_timer):

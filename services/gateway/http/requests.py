@@ -6,17 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from octavo.common.sampling import SAMPLING_FIELDS
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
-from octavo.services.gateway import long_json
-from octavo.services.gateway.http.fields import STREAM_OPTIONS
+from octavo.services.gateway.http.fields import STREAM_OPTIONS, STRUCTURED_OUTPUTS
 from octavo.services.gateway.http.params import Params
+from octavo.services.gateway.offload import long_json
 
 GenerateRequest = generation_pb2.GenerateRequest
 
-_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_TEXTS = [field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields if field.type == field.TYPE_STRING]
+_FLOATS = [name for name, field in SAMPLING_FIELDS.items() if field.is_float]
 _SESSION_HEADER = "x-session-id"
+_CONSTRAINT_VALUES = ("json_schema", "regex", "choices.values", "grammar")
 _MAX_ITEMS = 4096  # that are looked at; how many there may be is checked with the whole request
 
 
@@ -27,11 +30,14 @@ class ApiCall:
     requests: list[GenerateRequest]
     stream: bool
     include_usage: bool
+    """A last chunk has the usage; only in streams."""
     logprobs: int | None
     """Alternatives for each token; None: no log probabilities at all."""
     token_ids: bool
     names: Mapping[str, str]
     """OpenAI's names of our fields, where this request chose among several."""
+    continuous_usage: bool = False
+    """Every chunk has the usage up to it."""
     include_reasoning: bool = True
     """The answer has the model's reasoning."""
     echoed_prompts: Sequence[str | list[int]] = ()
@@ -60,7 +66,7 @@ def read_common(
     _read_sampling(params, generation.sampling)
     _read_stop(params, generation.stop)
     # vLLM serves small numbers first, this gateway large ones.
-    generation.scheduling.priority = -_default(params.integer("priority", -(2**31) + 1, 2**31 - 1), 0)
+    generation.scheduling.priority = -_default(params.integer("priority"), 0)
     generation.scheduling.cache_salt = params.text("cache_salt") or ""
     generation.scheduling.session_id = params.text("prompt_cache_key") or headers.get(_SESSION_HEADER, "")
     generation.output.keep_special_tokens = params.boolean("skip_special_tokens") is False
@@ -69,22 +75,23 @@ def read_common(
 
 def read_outputs(params: Params, generation: generation_pb2.Generation) -> None:
     """Fill in how many outputs are wanted and what they have in them."""
-    generation.candidate_count = _default(params.integer("n", low=1), 1)
+    generation.candidate_count = _default(params.integer("n"), 1)
     generation.output.token_ids = bool(params.boolean("return_token_ids"))
 
 
-def read_stream(params: Params) -> tuple[bool, bool]:
-    """Return whether to stream, and whether with the usage at the end."""
+def read_stream(params: Params) -> tuple[bool, bool, bool]:
+    """Return whether to stream, whether with the usage at the end, and whether in every chunk."""
     stream = bool(params.boolean("stream"))
     given = params.object("stream_options")
     if given is None:
-        return stream, False
+        return stream, False, False
     if not stream:
         raise params.wrong("stream_options", "is only allowed when stream is true")
-    options = Params(given, "stream_options.", STREAM_OPTIONS)
+    options = params.inner(given, "stream_options.", STREAM_OPTIONS)
     include_usage = bool(options.boolean("include_usage"))
+    is_continuous = bool(options.boolean("continuous_usage_stats"))
     options.finish()
-    return stream, include_usage
+    return stream, include_usage, include_usage and is_continuous
 
 
 def want_logprobs(output: generation_pb2.OutputOptions, logprobs: int | None) -> bool:
@@ -114,13 +121,20 @@ def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
         value = params.number(name)
         if value is not None:
             setattr(sampling, name, value)
-    top_k = params.integer("top_k", low=-1)
+    for name in _TEXTS:
+        getattr(sampling, name).extend(params.texts(name) or ())
+    top_k = params.integer("top_k")
     if top_k is not None:
         sampling.top_k = max(top_k, 0)  # vLLM says -1 for all
-    seed = params.integer("seed", low=-(2**63), high=2**64 - 1)
+    seed = params.integer("seed")
     if seed is not None:
         sampling.seed = seed % 2**64
-    sampling.allowed_token_ids.extend(params.token_ids("allowed_token_ids") or ())
+    allowed = params.token_ids("allowed_token_ids")
+    if allowed is not None and not allowed:
+        raise params.wrong(
+            "allowed_token_ids", "must not be empty: nothing could be produced; leave it out to allow all"
+        )
+    sampling.allowed_token_ids.extend(allowed or ())
     bias = params.object("logit_bias") or {}
     if len(bias) > _MAX_ITEMS:
         raise params.wrong("logit_bias", f"has {len(bias)} items; send at most {_MAX_ITEMS}")
@@ -155,15 +169,17 @@ def _read_constraint(
 ) -> dict[str, str]:
     """Read what the output must look like, however it is said; return the name it was said by."""
     found: list[tuple[str, str, Any]] = []  # parameter, kind, value
+    is_one_line: bool | None = None
     if response_format is not None:
-        found += _response_format(Params(response_format, f"{format_name}."), format_name)
+        found += _response_format(params.inner(response_format, f"{format_name}."), format_name)
     for kind in ("json", "regex", "choice", "grammar"):
         value = params.take(f"guided_{kind}")
         if value is not None:
             found.append((f"guided_{kind}", kind, value))
     structured = params.object("structured_outputs")
     if structured is not None:
-        options = Params(structured, "structured_outputs.")
+        options = params.inner(structured, "structured_outputs.", STRUCTURED_OUTPUTS)
+        is_one_line = options.boolean("disable_any_whitespace")
         for kind in ("json", "regex", "choice", "grammar", "json_object"):
             value = options.take(kind)
             if value is not None and value is not False:
@@ -174,8 +190,30 @@ def _read_constraint(
     name, kind, value = found[0]
     if len(found) > 1:
         raise params.wrong(found[1][0], f"cannot be given together with {name}")
+    if is_one_line is not None and kind in ("json", "json_object"):
+        kind, value = "json", _with_whitespace({"type": "object"} if kind == "json_object" else value, not is_one_line)
     _set_constraint(generation.constraint, kind, value, lambda why: params.wrong(name, why))
-    return {"generation.constraint": name}
+    names = {"generation.constraint": name}
+    if name != format_name:  # which has a json_schema in it, as ours has
+        names |= {f"generation.constraint.{inner}": name for inner in _CONSTRAINT_VALUES}
+    return names
+
+
+def _with_whitespace(schema: Any, is_flexible: bool) -> Any:
+    """Return a schema, as an object or its text, that says whether its texts may have line breaks and indentation."""
+    if isinstance(schema, str):
+        try:
+            schema = long_json.loads(schema)
+        except (ValueError, RecursionError):
+            return schema  # it is refused later, with the place
+    return {**schema, "x-guidance": {"whitespace_flexible": is_flexible}} if isinstance(schema, dict) else schema
+
+
+def prefer_tool_call(generation: generation_pb2.Generation, names: Mapping[str, str], format_name: str) -> None:
+    """Leave the format of texts out where a tool call is demanded: there will be no text."""
+    is_demanded = generation.chat.tool_choice.mode == generation_pb2.ToolChoice.MODE_REQUIRED
+    if is_demanded and names.get("generation.constraint") == format_name:
+        generation.ClearField("constraint")
 
 
 def _response_format(params: Params, name: str) -> list[tuple[str, str, Any]]:
@@ -185,9 +223,10 @@ def _response_format(params: Params, name: str) -> list[tuple[str, str, Any]]:
         if not isinstance(schema.get("schema"), dict):
             raise params.wrong("json_schema", "must have a schema, which is an object")
         return [(name, "json", schema["schema"])]
+    own = params.object("schema") if kind == "json_object" else None  # llama.cpp's way to give one
     params.finish()
     if kind == "json_object":
-        return [(name, "json_object", True)]
+        return [(name, "json_object", True)] if own is None else [(name, "json", own)]
     if kind != "text":
         raise params.wrong("type", "must be text, json_object or json_schema")
     return []

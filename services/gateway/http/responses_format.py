@@ -12,7 +12,7 @@ from octavo.services.common.errors import ServingError
 from octavo.services.gateway.http.errors import error_body
 from octavo.services.gateway.http.logprobs import TokenTexts, chat_logprobs
 from octavo.services.gateway.http.responses_request import ResponsesCall
-from octavo.services.gateway.long_json import to_json
+from octavo.services.gateway.offload.long_json import to_json
 
 _Item = dict[str, Any]
 _INCOMPLETE = (

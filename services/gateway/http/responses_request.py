@@ -8,14 +8,54 @@ from typing import Any
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import feature_disabled
-from octavo.services.gateway import long_json
-from octavo.services.gateway.http.chat_request import read_parts, read_template_options, read_tool_choice
-from octavo.services.gateway.http.fields import RESPONSES, STREAM_OPTIONS_OF_RESPONSES
-from octavo.services.gateway.http.params import Params
-from octavo.services.gateway.http.requests import ApiCall, GenerateRequest, read_common, want_logprobs
+from octavo.services.gateway.http.chat_request import (
+    function_tools,
+    read_parts,
+    read_template_options,
+    read_tools,
+)
+from octavo.services.gateway.http.fields import (
+    REASONING,
+    RESPONSES,
+    STREAM_OPTIONS_OF_RESPONSES,
+    TEXT_OF_RESPONSES,
+)
+from octavo.services.gateway.http.params import Ignored, Params
+from octavo.services.gateway.http.requests import (
+    ApiCall,
+    GenerateRequest,
+    prefer_tool_call,
+    read_common,
+    want_logprobs,
+)
+from octavo.services.gateway.offload.long_json import to_json
 
 _LOGPROBS = "message.output_text.logprobs"
-_NOTHING_STORED = ("reasoning.encrypted_content",)  # asked for by clients that send everything again, as they must here
+# What answers here have nothing of. The first is asked for by clients that send everything again, as they must here.
+_NEVER_THERE = (
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)
+# Items about what other servers' own tools did: a model here has no way to read them.
+_OTHERS_ITEMS = (
+    "web_search_call",
+    "file_search_call",
+    "code_interpreter_call",
+    "image_generation_call",
+    "computer_call",
+    "computer_call_output",
+    "mcp_list_tools",
+    "mcp_call",
+    "mcp_approval_request",
+    "mcp_approval_response",
+    "tool_search_call",
+    "tool_search_output",
+)
 _TEXT_PARTS = ("input_text", "output_text", "text")
 _ECHOED = ("instructions", "max_output_tokens", "metadata", "prompt_cache_key", "reasoning", "top_logprobs", "user")
 
@@ -27,14 +67,16 @@ class ResponsesCall(ApiCall):
     echoed: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_responses_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> ResponsesCall:
+def read_responses_call(
+    body: Mapping[str, Any], headers: Mapping[str, str], ignored: Ignored | None = None
+) -> ResponsesCall:
     """Return what a body asks for. Raises ServingError that names OpenAI's parameters."""
-    params = Params(body, fields=RESPONSES)
+    params = Params(body, fields=RESPONSES, ignored=ignored)
     request = GenerateRequest()
     generation = request.generation
-    text = Params(params.object("text") or {}, "text.")
-    text.only("verbosity", ("medium",), "is not known to models here; say it in the instructions")
-    names = read_common(params, generation, headers, _response_format(text), "text.format")
+    params.integer("n")
+    text = params.inner(params.object("text") or {}, "text.", TEXT_OF_RESPONSES)
+    names = read_common(params, generation, headers, read_format(text), "text.format")
     generation.candidate_count = 1
     limit = params.integer("max_output_tokens")
     if limit is not None:
@@ -43,8 +85,9 @@ def read_responses_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> 
     want_logprobs(generation.output, logprobs)
     generation.output.parsing.single_tool_call = params.boolean("parallel_tool_calls") is False
     stream = bool(params.boolean("stream"))
-    Params(params.object("stream_options") or {}, "stream_options.", STREAM_OPTIONS_OF_RESPONSES).finish()
+    params.inner(params.object("stream_options") or {}, "stream_options.", STREAM_OPTIONS_OF_RESPONSES).finish()
     _read_conversation(params, generation.chat)
+    prefer_tool_call(generation, names, "text.format")
     params.finish()
     return ResponsesCall(
         requests=[request],
@@ -63,8 +106,8 @@ def read_responses_call(body: Mapping[str, Any], headers: Mapping[str, str]) -> 
     )
 
 
-def _response_format(text: Params) -> dict[str, Any] | None:
-    """Return `text.format` in the shape of a chat's response_format."""
+def read_format(text: Params) -> dict[str, Any] | None:
+    """Return the field `format`, the last one of an object that is read, in the shape of a chat's response_format."""
     given = text.object("format")
     text.finish()
     if given is None or given.get("type") != "json_schema":
@@ -78,7 +121,7 @@ def _read_logprobs(params: Params) -> int | None:
     for index, item in enumerate(params.array("include") or ()):
         if item == _LOGPROBS:
             wants = True
-        elif item not in _NOTHING_STORED:
+        elif item not in _NEVER_THERE:
             raise params.wrong(f"include[{index}]", f"must be {_LOGPROBS}; nothing else can be included")
     if top and not wants:
         raise params.wrong("top_logprobs", f"needs {_LOGPROBS} in include")
@@ -98,17 +141,14 @@ def _read_conversation(params: Params, chat: generation_pb2.Chat) -> None:
     for index, item in enumerate(given):
         if not isinstance(item, dict):
             raise params.wrong(f"input[{index}]", "must be an object")
-        _read_item(Params(item, f"input[{index}]."), chat)
-    for index, tool in enumerate(params.array("tools") or ()):
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise params.wrong(f"tools[{index}]", "must be of type function; this server runs no tools itself")
+        _read_item(params.inner(item, f"input[{index}]."), chat)
+    tools = []
+    for _, tool in function_tools(params, default_type=""):
         function = {name: value for name, value in tool.items() if name != "type" and value is not None}
-        chat.tools_json.append(long_json.dumps({"type": "function", "function": function}, ensure_ascii=False))
-    read_tool_choice(params, chat)
-    reasoning = Params(params.object("reasoning") or {}, "reasoning.")
+        tools.append({"type": "function", "function": function})
+    read_tools(params, chat, tools, params.take("tool_choice"))
+    reasoning = params.inner(params.object("reasoning") or {}, "reasoning.", REASONING)
     effort = reasoning.text("effort")
-    for name in ("summary", "generate_summary"):
-        reasoning.only(name, ("auto",), "summaries are not made here; reasoning is in the output as it is")
     reasoning.finish()
     read_template_options(chat, params.object("chat_template_kwargs"), effort)
 
@@ -120,12 +160,15 @@ def _read_item(params: Params, chat: generation_pb2.Chat) -> None:
     params.text("status")
     if kind == "message":
         _read_message(params, chat)
-    elif kind == "function_call":
+    elif kind in ("function_call", "custom_tool_call"):
         call = _assistant(chat, ("reasoning", "text", "tool_call")).parts.add().tool_call
         call.id = params.text("call_id") or ""
         call.name = params.text("name") or ""
-        call.arguments_json = params.text("arguments") or ""
-    elif kind == "function_call_output":
+        if kind == "function_call":
+            call.arguments_json = params.text("arguments") or ""
+        else:
+            call.arguments_json = to_json({"input": params.text("input") or ""})
+    elif kind in ("function_call_output", "custom_tool_call_output"):
         result = chat.messages.add(role="tool").parts.add().tool_result
         result.id = params.text("call_id") or ""
         result.text = "".join(read_parts(params, "output", _TEXT_PARTS))
@@ -135,6 +178,9 @@ def _read_item(params: Params, chat: generation_pb2.Chat) -> None:
         texts = read_parts(params, "content", ("reasoning_text",))
         if texts:
             _assistant(chat, ()).parts.add(reasoning="".join(texts))
+    elif kind in _OTHERS_ITEMS and not params.ignored.refuses:
+        params.ignored.add(f"input[type={kind}]")
+        return
     elif kind == "item_reference":
         raise feature_disabled("storage", "nothing is stored here; send the item itself instead of a reference to it")
     else:
@@ -168,5 +214,9 @@ def _echo(body: Mapping[str, Any]) -> dict[str, Any]:
         "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
         "text": {"format": {"type": "text"}} | (body.get("text") or {}),
         "tool_choice": body.get("tool_choice") or "auto",
-        "tools": [{"strict": None, "parameters": None, **tool} for tool in body.get("tools") or ()],
+        "tools": [
+            {"strict": None, "parameters": None, **tool}
+            for tool in body.get("tools") or ()
+            if tool.get("type") == "function"
+        ],
     }

@@ -11,15 +11,17 @@ from starlette.responses import Response
 
 from octavo.inference.v1 import load_pb2
 from octavo.services.gateway.http.endpoint import Handler, HttpRequest
-from octavo.services.gateway.load_service import LoadServicer
-from octavo.services.gateway.model import Models
+from octavo.services.gateway.requests.model import Models
+from octavo.services.gateway.rpc.load_service import LoadServicer
 
-_FILES = {"/ui": "index.html", "/ui/app.js": "app.js", "/ui/style.css": "style.css"}
-_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
-_HEADERS = {
+_SCRIPTS = ("app.js", "api.js", "gauges.js", "markdown.js", "store.js")
+_FILES = {"/ui": "index.html", **{f"/ui/{name}": name for name in (*_SCRIPTS, "style.css", "icon.svg")}}
+_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+HEADERS = {
     "cache-control": "no-cache",
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "img-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'; "
+    "require-trusted-types-for 'script'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -77,6 +79,6 @@ def _file(name: str) -> Handler:
 
     async def send(request: HttpRequest) -> Response:
         del request
-        return Response(content, headers=_HEADERS, media_type=_TYPES[name.rpartition(".")[2]])
+        return Response(content, headers=HEADERS, media_type=_TYPES[name.rpartition(".")[2]])
 
     return send

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from octavo.services.client import BatchItem, BatchResult, OctavoError
+from octavo.services.client import BatchItem, BatchResult, ClientClosedError, OctavoError
 from octavo.services.client.request import split_options
 from octavo.services.offline.llm import LLM
 
@@ -17,6 +17,8 @@ _ATTEMPTS = 3  # servers that a row may lose
 
 class Engine:
     """An octavo.LLM for several threads, started again if its server is gone as a whole.
+
+    The thread that notices first closes the old one; the calls of the others then end with ClientClosedError.
 
     The server itself starts again what dies below it, so this is for a server that was killed, or gave up.
     """
@@ -124,7 +126,8 @@ class Embedder:
             try:
                 return self._engine.llm.embed(inputs, **cast(Any, self._options))
             except OctavoError as error:
-                if not error.is_broken_call or attempt + 1 == _ATTEMPTS:
+                is_lost = error.is_broken_call or isinstance(error, ClientClosedError)
+                if not is_lost or attempt + 1 == _ATTEMPTS:
                     raise
         raise AssertionError("the last attempt returns or raises")
 

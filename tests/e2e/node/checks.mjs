@@ -174,8 +174,8 @@ const checks = {
   async "a wrong parameter is named"() {
     await fails(OpenAI.BadRequestError, chat({ temperature: -1 }), "temperature");
   },
-  async "an unknown parameter is refused"() {
-    await fails(OpenAI.BadRequestError, chat({ magic: true }), "magic");
+  async "a misspelt parameter is refused"() {
+    await fails(OpenAI.BadRequestError, chat({ temprature: 1 }), "temprature");
   },
   async "a stored response is refused"() {
     await fails(OpenAI.BadRequestError, respond({ previous_response_id: "resp_1" }), "previous_response_id");

@@ -20,7 +20,7 @@ RELEASE = metadata.version("triton") if importlib.util.find_spec("triton") else 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # minutes on a busy machine
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton")
 @pytest.mark.skipif(not RELEASE.startswith("3.9."), reason=f"the interpreter is repaired in Triton 3.9, not {RELEASE}")
 def test_the_cuda_device_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
-    reason="triton is not installed, or interprets",
+    reason="needs triton (pip install triton), and no TRITON_INTERPRET",
 )
 SPEC = AotSpec("kernel", "", {}, {}, num_warps=4, require={"mma": 1})
 GOOD = Row("kernel", "cuda:90", registers=40, spills=0, shared=1024, blocks=8, counts={"mma": 2})

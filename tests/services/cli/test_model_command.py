@@ -194,3 +194,67 @@ def test_two_fetches_into_a_folder_take_turns(
     other.join()
     assert copies == 3
     assert main(["model", "verify", str(folder)]) == 0
+
+
+def test_sizes_alone_are_compared_without_a_look_at_what_is_in_the_files(
+    sealed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(sealed / WEIGHTS)
+    monkeypatch.setattr(model, "sha256_of", None)
+    assert main(["model", "verify", str(sealed), "--sizes-only"]) == 0
+    cut(sealed / WEIGHTS)
+    assert main(["model", "verify", str(sealed), "--sizes-only"]) == EXIT_CORRUPT
+    assert "2999 bytes, not 3000" in capsys.readouterr().err
+
+
+def test_who_waits_for_a_folder_says_so_at_once(
+    tmp_path: Path, sealed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, naps = tmp_path / "empty", []
+    folder.mkdir()
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            shutil.copytree(sealed, folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(model.time, "sleep", nap)
+    assert main(["model", "verify", str(folder), "--wait-s=9m"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line for line in told if line.startswith("waiting up to 540 s for")] == told[:1]
+
+
+def test_what_was_downloaded_onto_the_same_disk_takes_its_space_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloads = tmp_path / "claim" / ".octavo-downloads"
+    source = downloads / "snapshot"
+    source.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json"):
+        (source / name).write_text("{}")
+    (downloads / "blob").write_bytes(b"weights")
+    (source / WEIGHTS).symlink_to(downloads / "blob")
+    elsewhere = tmp_path / "mine"
+    shutil.copytree(source, elsewhere)
+    monkeypatch.setenv("HF_HOME", str(downloads))
+
+    for place, same in ((source, True), (elsewhere, False)):
+        folder = tmp_path / "claim" / place.name
+        assert main(["model", "fetch", str(folder), f"--source={place}"]) == 0
+        assert main(["model", "verify", str(folder)]) == 0
+        assert (folder / WEIGHTS).samefile(downloads / "blob") == same
+        assert not (folder / WEIGHTS).is_symlink()
+        assert not (folder / WEIGHTS).samefile(elsewhere / WEIGHTS), "a folder of somebody's is copied"
+
+
+def test_a_download_that_takes_long_says_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part").write_bytes(bytes(100))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(model, "_TELL_S", 0.001)
+    told = threading.Event()
+    monkeypatch.setattr(model, "_size", lambda folder: told.set() or 2_500_000_000)
+    with model._progress(tmp_path):
+        assert told.wait(10)
+    assert "downloading: 2.5 GB" in capsys.readouterr().out

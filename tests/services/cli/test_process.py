@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_a_log_for_people_is_a_time_and_a_message(keep_root_logger: None) -> Non
     logging.getLogger("octavo.test").warning("careful")
 
     (line,) = stream.getvalue().splitlines()
-    assert line.split(" ", 1)[1] == "warning: careful"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} warning: careful", line)
     assert os.linesep not in line
 
 

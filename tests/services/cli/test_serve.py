@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,8 +24,8 @@ from octavo.services.cli.deployment import Listen, child_specs, take_addresses
 from octavo.services.cli.errors import CommandError
 from octavo.services.cli.model_source import Model
 from octavo.services.cli.run_directory import run_directory
-from octavo.services.cli.serve_config import ServeConfig
-from octavo.services.common.config import parse
+from octavo.services.cli.serve_config import PROCESSES, ServeConfig, passed_on
+from octavo.services.common.config import parse, parse_with, settings_of
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.scheduler.config import SchedulerConfig
 
@@ -44,16 +45,17 @@ time.sleep(1000)
 """
 SERVE = """
 import json, sys
-from octavo.services.cli import serve
+from octavo.services.cli import deployment, serve
 from octavo.services.cli.child import ChildSpec
 
 commands = json.loads(sys.argv.pop())
 
-def stand_ins(config, model, listen, folder, metrics):
-    return [ChildSpec(name, tuple(part.replace("LISTEN", f"unix:{folder}/gateway-0.sock") for part in command), order)
+def stand_ins(config, model, listen, folder, metrics=()):
+    return [ChildSpec(name, tuple(part.replace("LISTEN", f"unix:{folder}/gateway-0.sock") for part in command), order,
+                      progress_flag="--progress-fd" if name == "gateway" else "")
             for order, (name, command) in enumerate(commands.items())]
 
-serve.child_specs = stand_ins
+deployment.child_specs = stand_ins
 sys.exit(serve.main(sys.argv))
 """
 
@@ -130,6 +132,32 @@ async def test_it_says_when_it_is_ready_and_leaves_nothing_when_stopped(run_fold
     assert list(run.run_folder.iterdir()) == []
 
 
+# What a gateway reports when it is ready, and when it is told to stop while two calls run.
+REPORTS = """
+import signal
+from octavo.services.common.reports import Reports
+reports = Reports(int(sys.argv[-1].split("=")[1]))
+def stop(*_):
+    reports.draining(2, 30.0)
+    sys.exit()
+signal.signal(signal.SIGTERM, stop)
+reports.ready()
+"""
+
+
+async def test_a_stop_says_how_many_requests_are_waited_for_and_how_long(run_folder: Path, model: Path) -> None:
+    reporting = GATEWAY.replace("time.sleep", f"{REPORTS}\ntime.sleep")
+    run = Serve(run_folder, model, "--grpc-address=127.0.0.1:0", gateway=[sys.executable, "-c", reporting, "LISTEN"])
+    assert (await run.ready_line()).startswith("ready in "), await run.end()
+
+    run.process.send_signal(signal.SIGINT)
+
+    assert await run.end() == (
+        0,
+        "octavo serve: stopping (again to stop at once)\noctavo serve: gateway waits up to 30 s for 2 requests\n",
+    )
+
+
 async def test_a_stop_before_it_is_ready_is_a_stop(run_folder: Path, model: Path) -> None:
     run = Serve(run_folder, model, "--grpc-address=127.0.0.1:0", worker=["sh", "-c", "echo up; sleep 1000"])
     assert run.process.stderr
@@ -151,7 +179,8 @@ async def test_a_child_that_fails_at_first_ends_it_with_its_words(run_folder: Pa
 
     assert status == 1
     assert '{"process": "worker", "message": "no memory"}' in err
-    assert "worker failed while starting (exit status 7): giving up; its last lines:" in err
+    assert "worker failed while starting (exit status 7): giving up" in err
+    assert err.count("no memory") == 1
     assert list(run.run_folder.iterdir()) == []
 
 
@@ -164,6 +193,17 @@ async def test_a_busy_port_is_one_line_and_nothing_is_started(run_folder: Path, 
             1,
             f"octavo serve: {address} is in use: stop what listens there, or choose another port\n",
         )
+
+
+async def test_a_busy_port_and_a_missing_model_are_told_together(run_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        run = Serve(run_folder, Path("/no/model"), f"--grpc-address=127.0.0.1:{port}", worker=["false"])
+
+        status, err = await run.end()
+
+    assert status == 1
+    assert [line.split(":")[1].split()[0] for line in err.splitlines()] == ["127.0.0.1", "there"]
 
 
 async def test_the_http_address_is_free_and_named_when_it_is_ready(run_folder: Path, model: Path) -> None:
@@ -209,7 +249,7 @@ async def test_a_missing_model_is_one_line_and_nothing_is_started(run_folder: Pa
 def test_every_option_reaches_its_process_and_is_known_there() -> None:
     config = ServeConfig(
         model="m", device="cpu", kv_cache_memory=1 << 30, max_model_len=512, reflection=False, gateways=2, workers=2,
-        max_running=16, max_waiting=5, max_batch_tokens=64, max_prefill_tokens=32, grace_s=7, log_level="debug",
+        max_num_seqs=16, max_waiting=5, max_num_batched_tokens=64, max_prefill_tokens=32, grace_s=7, log_level="debug",
         kv_cache_dtype="fp8",
     )  # fmt: skip
     listen = [Listen("127.0.0.1:1", "127.0.0.1:3"), Listen("127.0.0.1:2", "")]
@@ -225,7 +265,7 @@ def test_every_option_reaches_its_process_and_is_known_there() -> None:
         built[spec.name] = parse(cls, options, prog=kind, environ={})
     assert list(built) == ["scheduler", "worker-0", "worker-1", "gateway-0", "gateway-1"]
     scheduler, worker, gateway = built["scheduler"], built["worker-1"], built["gateway-1"]
-    assert (scheduler.max_running, scheduler.max_waiting, scheduler.max_batch_tokens) == (16, 5, 64)
+    assert (scheduler.max_num_seqs, scheduler.max_waiting, scheduler.max_num_batched_tokens) == (16, 5, 64)
     assert (scheduler.max_prefill_tokens, scheduler.grace_s, scheduler.log_level) == (32, 7, "debug")
     assert (worker.worker_id, worker.device, worker.kv_cache_memory) == ("worker-1", "cpu", 1 << 30)
     assert worker.kv_cache_dtype == "fp8"
@@ -237,6 +277,131 @@ def test_every_option_reaches_its_process_and_is_known_there() -> None:
     assert gateway.scheduler_addresses == (scheduler.scheduler_address,) == ("unix:/run/x/scheduler.sock",)
     order = sorted(specs, key=lambda spec: spec.stop_order)
     assert [spec.name.split("-")[0] for spec in order] == ["gateway", "gateway", "scheduler", "worker", "worker"]
+
+
+def test_options_of_the_processes_are_passed_on_by_flag_and_file_and_left_to_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("tenant-weights: [a=2, b=3]\nmax-recoveries: 5\nbatch-window: 7\n")
+    argv = ["m", "--batch-dir=/b", "--num-threads=3", f"--config={tmp_path}/c.yaml", "--no-access-log"]
+    environ = {"OCTAVO_BATCH_WINDOW": "9"}
+    config, passed = parse_with(ServeConfig, passed_on(), argv, prog="octavo serve", environ=environ)
+
+    specs = child_specs(
+        replace(config, passed=passed), Model(Path("/m"), "m"), [Listen("127.0.0.1:1", "127.0.0.1:2")], tmp_path
+    )
+
+    built: dict[str, Any] = {}
+    for spec in specs:
+        kind, *options = spec.command[spec.command.index("octavo.services.cli") + 1 :]
+        built[kind] = parse(PROCESSES[kind], options, prog=kind, environ=environ)
+    assert built["gateway"].batch_dir == Path("/b")
+    assert (built["gateway"].batch_window, built["gateway"].access_log) == (9, False)
+    assert (built["scheduler"].tenant_weights, built["scheduler"].max_recoveries) == (("a=2", "b=3"), 5)
+    assert built["worker"].num_threads == 3
+
+
+def test_what_each_process_has_for_itself_is_no_option_of_serve(tmp_path: Path) -> None:
+    specs = child_specs(
+        ServeConfig(model="m", workers=2), Model(Path("/m"), "m"), [Listen("127.0.0.1:1", "127.0.0.1:2")], tmp_path
+    )
+    set_here = {flag.split("=")[0][2:].replace("-", "_") for spec in specs for flag in spec.command}
+    own = {setting.name for setting in settings_of(ServeConfig)}
+
+    assert {setting.name for setting in passed_on()} & set_here == {"num_threads"}  # only where several share a machine
+    for name in ("gateway_id", "worker_id", "rank", "admin_address", "progress_fd", "local_address"):
+        assert name not in own | {setting.name for setting in passed_on()}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--api-keys=/nonexistent"], "cannot read /nonexistent: No such file or directory"),
+        (["--tls-certificate=/c.pem"], "--tls-certificate and --tls-key go together: give both, or neither"),
+        (
+            ["--max-num-seqs=9", "--max-num-batched-tokens=4"],
+            "max_num_batched_tokens (4) must be at least max_num_seqs (9)",
+        ),
+        (["--tenant-weights=x"], "tenant_weights"),
+        (["--batch-dri=x"], "unknown option --batch-dri; did you mean --batch-dir"),
+        (["--gateway-id=x"], "unknown option --gateway-id"),
+    ],
+)
+async def test_what_a_process_would_refuse_is_one_line_before_the_model_is_looked_for(
+    run_folder: Path, options: list[str], message: str
+) -> None:
+    run = Serve(run_folder, Path("/no/model"), *options, worker=["sh", "-c", "echo started"])
+
+    status, err = await run.end()
+
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+async def test_a_variable_that_nothing_reads_is_named_and_what_other_commands_read_is_not(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_DEVISE", "cpu")
+    monkeypatch.setenv("OCTAVO_API_KEY", "x")  # of `octavo top`
+    monkeypatch.setenv("OCTAVO_TEMPERATURE", "1")  # of `octavo chat`
+    monkeypatch.setenv("OCTAVO_TENANT_WEIGHTS", "a=2")  # of the scheduler
+    monkeypatch.setenv("OCTAVO_GATEWAY_PORT_50051_TCP_ADDR", "10.0.0.1")  # what a cluster sets
+    run = Serve(run_folder, Path("/no/model"), "--grpc-address=127.0.0.1:0", worker=["sh", "-c", "echo started"])
+
+    status, err = await run.end()
+
+    assert status == 1
+    first, second = err.splitlines()
+    assert first.startswith(
+        "octavo serve: warning: OCTAVO_DEVISE in the environment is no setting; did you mean OCTAVO_DEVICE"
+    )
+    assert "there is no /no/model" in second
+
+
+async def test_an_address_that_everybody_reaches_without_a_key_is_a_warning(run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("[]")
+    options = ["--grpc-address=0.0.0.0:0"]
+    open_to_all = Serve(run_folder, Path("/no/model"), *options, worker=["sh", "-c", "echo started"])
+    with_keys = Serve(run_folder, Path("/no/model"), *options, f"--api-keys={tmp_path}/keys", worker=["false"])
+
+    warned, silent = (await open_to_all.end())[1], (await with_keys.end())[1]
+
+    assert "warning: everybody who reaches 0.0.0.0:" in warned
+    assert "warning" not in silent
+
+
+async def test_what_to_try_next_is_told_below_the_ready_line(run_folder: Path, model: Path) -> None:
+    run = Serve(
+        run_folder, model, "--grpc-address=127.0.0.1:0", "--http-address=0.0.0.0:0", "--ui",
+        gateway=[sys.executable, "-c", GATEWAY, "LISTEN"],
+    )  # fmt: skip
+    line = await run.ready_line()
+    port = line.split("http 0.0.0.0:")[1].split()[0]
+    assert run.process.stdout
+
+    told = [run.process.stdout.readline().strip() for _ in range(3)]
+
+    assert told[0] == f"a page to chat:  http://127.0.0.1:{port}/ui"
+    assert told[1] == f"OpenAI base_url: http://127.0.0.1:{port}/v1"
+    assert told[2].startswith("in a terminal:   octavo chat --address 127.0.0.1:")
+
+
+async def test_a_stderr_that_nobody_reads_stops_nobody(run_folder: Path, model: Path, tmp_path: Path) -> None:
+    talker = f"import sys\nfor _ in range(30_000): print('y' * 99)\nopen({str(tmp_path / 'said')!r}, 'w').close()"
+    run = Serve(
+        run_folder, model, "--grpc-address=127.0.0.1:0",
+        gateway=[sys.executable, "-c", GATEWAY, "LISTEN"],
+        worker=["sh", "-c", f"{sys.executable} -c \"$0\"; exec sleep 1000", talker],
+    )  # fmt: skip
+    assert (await run.ready_line()).startswith("ready in ")
+    async with asyncio.timeout(60):
+        while not (tmp_path / "said").exists():  # noqa: ASYNC110 - 3 MB, of which a pipe holds 64 KiB
+            await asyncio.sleep(0.01)
+
+    run.process.send_signal(signal.SIGTERM)
+
+    assert await asyncio.to_thread(run.process.wait, 60) == 0
+    assert run.process.stderr
+    assert 0 < len(run.process.stderr.read()) <= 1 << 16
 
 
 def test_each_scheduler_has_workers_of_its_own_and_every_gateway_knows_all_schedulers(tmp_path: Path) -> None:
@@ -351,3 +516,14 @@ def test_the_folder_of_a_killed_run_is_removed_and_a_living_ones_is_not(
         with run_directory() as second:
             assert sorted(run_folder.iterdir()) == sorted([living, second])
     assert list(run_folder.iterdir()) == []
+
+
+def test_a_folder_that_is_refused_is_told_with_the_command_that_says_more(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "octavo.services.cli", "serve", str(tmp_path), "--device", "reference"]
+    command += ["--grpc-address", "127.0.0.1:0", "--http-address", ""]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    assert done.returncode == 1
+    assert "is not a model that can be served" in done.stderr
+    assert f"`octavo model check {tmp_path} --device reference` says whether this model is served here" in done.stderr

@@ -135,15 +135,20 @@ class FakeGateway(
 
 
 @asynccontextmanager
-async def serve() -> AsyncIterator[FakeGateway]:
-    """Run a fake gateway on a free port of 127.0.0.1."""
+async def serve(credentials: grpc.ServerCredentials | None = None) -> AsyncIterator[FakeGateway]:
+    """Run a fake gateway on a free port of 127.0.0.1, with TLS if there are credentials."""
     server = grpc.aio.server()
     gateway = FakeGateway()
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
     model_pb2_grpc.add_ModelServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
     tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
     load_pb2_grpc.add_LoadServiceServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
-    gateway.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    port = (
+        server.add_insecure_port("127.0.0.1:0")
+        if credentials is None
+        else server.add_secure_port("127.0.0.1:0", credentials)
+    )
+    gateway.address = f"127.0.0.1:{port}"
     await server.start()
     try:
         yield gateway

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -34,8 +35,8 @@ async def endpoints(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[calls.Endp
     async def no_pause(attempt: int, error: OctavoError, deadline: float | None) -> None:
         pass
 
-    monkeypatch.setattr(calls, "pause", no_pause)
     endpoints = calls.Endpoints(["unix:/nonexistent/socket"], None)
+    monkeypatch.setattr(endpoints, "pause", no_pause)
     yield endpoints
     await endpoints.close()
 
@@ -58,3 +59,17 @@ async def test_so_is_one_that_says_itself_why_it_cannot(endpoints: calls.Endpoin
     assert await endpoints.call(Script(NO_WORKER, 6), None) == "answer"
     with pytest.raises(OctavoError, match="no worker is ready"):
         await endpoints.call(Script(NO_WORKER, 7), None)
+
+
+async def test_an_address_that_just_failed_is_passed_over_while_there_is_another_one() -> None:
+    endpoints = calls.Endpoints(["unix:/nonexistent/a", "unix:/nonexistent/b"], None)
+    bad, good = endpoints.pick(), endpoints.pick()
+    now = asyncio.get_running_loop().time()
+
+    bad.failed_at = now
+    assert [endpoints.pick() for _ in range(4)] == [good] * 4
+    good.failed_at = now + 0.1  # both: whoever failed first has had the most time since
+    assert [endpoints.pick() for _ in range(2)] == [bad] * 2
+    bad.failed_at = good.failed_at = now - 2.0  # long ago
+    assert {endpoints.pick(), endpoints.pick()} == {bad, good}
+    await endpoints.close()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import pydoc
 import subprocess
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from octavo.inference.v1 import generation_pb2, model_pb2
-from octavo.services.client import Client, OctavoError, ProtocolError, Stream, calls
+from octavo.services.client import BatchResult, Client, OctavoError, ProtocolError, Stream, calls
 from octavo.services.client import client as client_module
 from octavo.services.client.request import build_generation
 
@@ -208,10 +209,10 @@ async def test_unavailable_is_retried_before_admission_only(gateway: Any, monkey
         assert await read(client.stream("Hi", model="fake")) == "Hello, world!"
         assert len(gateway.requests) == 3
 
-    async def first_of(call: Any) -> Any:
+    async def first_of(call: Any, timeout_s: float | None) -> Any:
         headers = asyncio.ensure_future(call.initial_metadata())
         headers.add_done_callback(lambda _: gateway.headers_arrived.set())
-        return await calls.first_of(call)
+        return await calls.first_of(call, timeout_s)
 
     monkeypatch.setattr(client_module, "first_of", first_of)
     async with Client(gateway.address, resume_for_s=0) as client:  # one that resumes would begin again: see test_resume
@@ -262,7 +263,10 @@ async def test_a_deadline_is_an_error(gateway: Any, fake: Any) -> None:
         with pytest.raises(OctavoError) as caught:
             await read(client.stream("Hi", model="fake"))
 
-    assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert str(caught.value) == "took longer than timeout_s=0.2 (DEADLINE_EXCEEDED)"
+        with pytest.raises(OctavoError, match=r"took longer than timeout_s=0.1 "):
+            await read(client.stream("Hi", model="fake", timeout_s=0.1))
 
 
 def test_every_option_reaches_its_field() -> None:
@@ -275,6 +279,7 @@ def test_every_option_reaches_its_field() -> None:
             "seed": 7,
             "logit_bias": {3: 1.5},
             "min_new_tokens": 2,
+            "stop": "END",
             "return_token_ids": True,
             "logprobs": 4,
             "priority": 3,
@@ -290,6 +295,7 @@ def test_every_option_reaches_its_field() -> None:
     assert generation.sampling.seed == 7
     assert generation.sampling.logit_bias[3] == 1.5
     assert generation.stop.min_new_tokens == 2
+    assert generation.stop.stop_sequences == ["END"]
     assert generation.output.token_ids
     assert generation.output.logprobs == 4
     assert generation.scheduling.priority == 3
@@ -302,6 +308,11 @@ def test_every_option_reaches_its_field() -> None:
     assert generation.candidate_count == 2
 
 
+def test_half_a_character_is_a_value_that_no_field_can_hold() -> None:
+    with pytest.raises(ValueError, match=r"prompt='.ud800' is not possible"):
+        build_generation("m", "\ud800", None, None, {})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -311,6 +322,16 @@ def test_every_option_reaches_its_field() -> None:
         ({"prompt": "a", "tools": []}, "only be given with messages"),
         ({"prompt": "a", "regex": "a", "any_json": True}, "give only one of"),
         ({"messages": [{"role": "user", "text": "x"}]}, "'role' and 'content'"),
+        ({"messages": [{"role": "user", "content": ["x"]}]}, r"content=\['x'\] is not possible"),
+        ({"prompt": 3}, "prompt=3 is not possible"),
+        ({"token_ids": ["a"]}, r"token_ids=\['a'\] is not possible"),
+        ({"prompt": "a", "temperature": "hot"}, "temperature='hot' is not possible"),
+        ({"prompt": "a", "temperature": 0, "max_new_tokens": 1.5}, "max_new_tokens=1.5 is not possible"),
+        ({"prompt": "a", "stop": [1]}, r"stop=\[1\] is not possible"),
+        ({"prompt": "a", "return_token_ids": "x"}, "return_token_ids='x' is not possible"),
+        ({"prompt": "a", "candidate_count": "x"}, "candidate_count='x' is not possible"),
+        ({"prompt": "a", "choices": "yes"}, "choices='yes' is not possible"),
+        ({"prompt": "a", "regex": 1}, "regex=1 is not possible"),
     ],
 )
 def test_a_wrong_argument_is_told_before_anything_is_sent(arguments: dict[str, Any], message: str) -> None:
@@ -334,6 +355,21 @@ def test_a_tool_choice_in_one_word(choice: str, mode: str) -> None:
 def test_a_tool_choice_that_is_none_is_told_before_anything_is_sent(choice: Any) -> None:
     with pytest.raises(ValueError, match="tool_choice is one of auto, none, required"):
         build_generation("m", None, [{"role": "user", "content": "Hi"}], None, {"tool_choice": choice})
+
+
+async def test_what_is_shown_of_a_result_is_its_text(gateway: Any) -> None:
+    async with Client(gateway.address) as client:
+        result = await client.generate("Hi")
+    shown = "Result('Hello, world!', finish_reason='END_OF_SEQUENCE', output_tokens=4)"
+    assert repr(result) == shown
+    assert repr(BatchResult(0, result, None)) == f"BatchResult(index=0, result={shown}, error=None)"
+
+
+def test_the_package_lists_what_it_has() -> None:
+    import octavo
+
+    assert set(octavo.__all__) <= set(dir(octavo))
+    assert "LLM" in pydoc.render_doc(octavo)
 
 
 def test_the_client_needs_no_torch_and_no_numpy() -> None:

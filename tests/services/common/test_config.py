@@ -47,6 +47,30 @@ def test_a_default_yields_to_the_file_that_to_the_environment_and_that_to_a_flag
     assert config.level == "info"
 
 
+@dataclass(frozen=True)
+class Renamed:
+    max_num_seqs: int = field(default=8, metadata={"help": "most sequences", "was": "max_running"})
+
+
+def test_a_setting_goes_on_working_under_its_old_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "octavo.yaml"
+    file.write_text("max-running: 2\n")
+
+    def read(*argv: str, **environ: str) -> int:
+        return parse(Renamed, argv, prog="octavo test", environ=environ).max_num_seqs
+
+    assert read("--max-running=3", OCTAVO_MAX_RUNNING="4") == 3
+    assert read("--config", str(file), OCTAVO_MAX_RUNNING="4") == 4
+    assert read(OCTAVO_MAX_RUNNING="4", OCTAVO_MAX_NUM_SEQS="5") == 5
+    assert read("--config", str(file)) == 2
+    file.write_text("max-running: 2\nmax_num_seqs: 3\n")
+    with pytest.raises(ConfigError, match="max_num_seqs is set twice"):
+        read("--config", str(file))
+    with pytest.raises(SystemExit):
+        read("--help")
+    assert "its old name max_running works as well" in " ".join(capsys.readouterr().out.split())
+
+
 def test_every_type_is_read_from_every_source(tmp_path: Path) -> None:
     file = tmp_path / "octavo.yaml"
     file.write_text(

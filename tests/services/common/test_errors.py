@@ -109,3 +109,30 @@ def test_an_error_of_another_process_keeps_code_and_reason_and_an_unknown_code_i
     assert error.metadata == {"waiting": "9"}
     assert (unknown.code, unknown.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
     assert ok.code is grpc.StatusCode.INTERNAL
+
+
+def test_what_a_client_does_about_each_reason_is_what_its_code_says() -> None:
+    """Client libraries know codes: who is told UNAVAILABLE sends again, of INTERNAL and ABORTED nobody does."""
+    reasons: dict[str, set[str]] = {}
+    for reason, code in CODES.items():
+        reasons.setdefault(code.name, set()).add(reason.value)
+
+    assert reasons == {
+        "INVALID_ARGUMENT": {
+            "INVALID_FIELD", "MALFORMED_REQUEST", "CONTEXT_LENGTH_EXCEEDED", "KV_CAPACITY_EXCEEDED",
+            "INVALID_CONSTRAINT",
+        },
+        "NOT_FOUND": {"MODEL_NOT_FOUND", "ADAPTER_NOT_FOUND", "REQUEST_NOT_FOUND"},
+        "ALREADY_EXISTS": {"IDEMPOTENCY_CONFLICT"},
+        "UNAUTHENTICATED": {"UNAUTHENTICATED"},
+        "PERMISSION_DENIED": {"PERMISSION_DENIED"},
+        "FAILED_PRECONDITION": {"FEATURE_DISABLED", "ADAPTER_NOT_LOADED", "PROTOCOL_REVISION"},
+        "RESOURCE_EXHAUSTED": {"QUEUE_FULL", "DEADLINE_UNREACHABLE", "QUOTA_EXCEEDED"},
+        "UNAVAILABLE": {"DRAINING", "SCHEDULER_UNREACHABLE", "NO_WORKERS"},
+        "ABORTED": {"STREAM_INTERRUPTED", "TAKEN_OVER"},
+        "DATA_LOSS": {"RESUME_STATE_LOST"},
+        "DEADLINE_EXCEEDED": {"QUEUE_TIMEOUT", "GENERATION_TIMEOUT"},
+        "CANCELLED": {"CLIENT_CANCELLED", "ADMIN_CANCELLED"},
+        "INTERNAL": {"WORKER_FAULT", "QUARANTINED", "INTERNAL"},
+    }  # fmt: skip
+    assert set(CODES) == set(Reason)

@@ -7,25 +7,27 @@ import dataclasses
 import logging
 import urllib.request
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import yaml
 from grpc import aio
 from prometheus_client.parser import text_string_to_metric_families
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.api_keys import make_key
 from octavo.services.common.logging import ACCESS
+from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
 
 
 @pytest.fixture
 async def measured(config: GatewayConfig, scheduler: Any, tools: Any) -> AsyncIterator[Any]:
     """A harness whose gateway has metrics."""
-    from octavo.services.gateway.app import Gateway
-
     gateway = Gateway(dataclasses.replace(config, metrics_address="127.0.0.1:0", max_requests=1))
     await gateway.start()
     async with aio.insecure_channel(f"127.0.0.1:{gateway.port}", [("grpc.enable_retries", 0)]) as channel:
@@ -86,6 +88,7 @@ async def test_a_call_is_counted_once_and_logged_in_one_line(measured: Any, capl
     }  # fmt: skip
     assert (line["prompt_tokens"], line["cached_tokens"]) == (usage.prompt_tokens, 2)
     assert line["output_tokens"] == usage.output_tokens
+    assert line["scheduler"] == measured.gateway.schedulers.peers[0].scheduler_id != ""
     assert 0 < line["ttft_ms"] <= line["duration_ms"]
 
 
@@ -195,3 +198,27 @@ async def test_an_item_of_a_batch_is_one_call_however_often_it_is_tried(
     assert not [name for name in samples if name.startswith("octavo_rejections_total") and samples[name]]
     (line,) = access_lines(caplog)
     assert (line["request_id"], line["code"]) == ("batch-0", "OK")
+
+
+async def test_so_many_tenants_have_metrics_of_their_own_and_the_others_share_one_name(
+    config: GatewayConfig, scheduler: Any, tools: Any, tmp_path: Path
+) -> None:
+    """Whoever makes keys must not fill the memory of the gateway, and of what scrapes it."""
+    made = {tenant: make_key(tenant) for tenant in ("first", "second", "third", "fourth")}
+    (tmp_path / "keys.yaml").write_text(yaml.safe_dump([entry for _, entry in made.values()]))
+    changes: dict[str, Any] = {"metrics_address": "127.0.0.1:0", "metrics_max_tenants": 2}
+    gateway = Gateway(dataclasses.replace(config, api_keys=tmp_path / "keys.yaml", **changes))
+    await gateway.start()
+    async with aio.insecure_channel(f"127.0.0.1:{gateway.port}", [("grpc.enable_retries", 0)]) as channel:
+        harness = tools.Harness(gateway, scheduler, channel, tools.make_tokenizer())
+        await tools.until(lambda: bool(gateway.schedulers.peers))
+        for key, _ in made.values():
+            call = harness.stream("hello", metadata=(("authorization", f"Bearer {key}"),))
+            submit = await harness.scheduler.next_admitted()
+            harness.scheduler.tokens(submit.handle, harness.ids("ok"), finish=common_pb2.FINISH_REASON_MAX_TOKENS)
+            assert [response async for response in call]
+        samples = await scrape(harness)
+    await gateway.stop(0)
+
+    calls = {name: value for name, value in samples.items() if name.startswith("octavo_requests_total")}
+    assert calls == {f"octavo_requests_total[OK][{name}]": n for name, n in (("first", 1), ("second", 1), ("other", 2))}

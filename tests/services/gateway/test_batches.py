@@ -478,6 +478,31 @@ async def test_results_are_on_the_disk_before_their_journal_goes(
     assert not journal.exists()
 
 
+async def test_results_are_on_the_disk_before_their_batch_says_that_all_are_there(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = add_batch(store)
+    journal = store.results_path(batch)
+    on_disk, seen = 0, []
+    save = store.save
+
+    def fsync(descriptor: int) -> None:
+        nonlocal on_disk
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(journal):
+            on_disk = os.fstat(descriptor).st_size
+
+    def check(saved: StoredBatch) -> None:
+        if saved.status == "finalizing":
+            seen.append((on_disk, journal.stat().st_size))
+        save(saved)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(store, "save", check)
+    await job(store, batch).run()
+    assert seen == [(seen[0][1], seen[0][1])]
+    assert seen[0][0] > 0
+
+
 def test_one_that_cannot_be_read_stops_no_other(store: BatchStore) -> None:
     odd, newer, sound = add_batch(store), add_batch(store, 1), add_file(store, 1)
     with store._index.change() as db:

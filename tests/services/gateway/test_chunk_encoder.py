@@ -10,14 +10,14 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
-from octavo.services.gateway.chunk_encoder import (
+from octavo.services.gateway.tokenization.chunk_encoder import (
     CHUNK_CHARS,
     MAX_REMEMBERED_CHARS,
     ChunkEncoder,
     chunks_of,
     cuts_at_words,
 )
-from octavo.services.gateway.gguf_tokenizer import WORD_PATTERNS
+from octavo.services.gateway.tokenization.gguf_tokenizer import WORD_PATTERNS
 
 _WORDS = """
 the The THE don't it's IT'S we'll a I naïve Straße e\u0301te\u0301 日本語 中 мир x2 2x 12345 3.14 _id foo_bar --- ...

@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 
+from octavo.services.gateway.offload.limited_server import ANSWER, REQUEST
+
 
 def test_a_trial_has_little_priority() -> None:
     tokens = [chr(byte) for byte in range(256)]
-    frames = [{"tokens": tokens, "special": []}, {"id": 1, "kind": "regex", "value": "a", "continued": ""}]
+    vocabulary = json.dumps({"tokens": tokens, "special": []}).encode()
+    request = json.dumps({"kind": "regex", "value": "a", "continued": ""}).encode()
     # In place of a trial's own work: an answer that says how it runs.
     code = """
 import os
 from pathlib import Path
-from octavo.services.gateway import constraint_process
+from octavo.services.gateway.constraints import process as constraint_process
 try_out = constraint_process.try_out
 parent = os.getpid()
 def niceness(*arguments):
@@ -32,12 +35,17 @@ constraint_process.main()
     assert process.stdout is not None
     answers = []
     with process:
-        for frame in frames:
-            text = json.dumps(frame).encode()
-            process.stdin.write(len(text).to_bytes(4, "big") + text)
+        for frame in (
+            len(vocabulary).to_bytes(4, "big") + vocabulary,
+            REQUEST.pack(len(request), 1) + request,
+        ):
+            process.stdin.write(frame)
             process.stdin.flush()
-            answers.append(json.loads(process.stdout.read(int.from_bytes(process.stdout.read(4), "big"))))
+            size, number, outcome = ANSWER.unpack(process.stdout.read(ANSWER.size))
+            answers.append((number, outcome, process.stdout.read(size)))
         process.stdin.close()
 
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert answers == [{"ready": True}, {"id": 1, "grammar": f"{min(own + 5, 19)} 5 True"}]
+    assert answers[0] == (0, 0, b"")
+    number, outcome, answer = answers[1]
+    assert (number, outcome, json.loads(answer)) == (1, 0, {"grammar": f"{min(own + 5, 19)} 5 True"})

@@ -19,9 +19,10 @@ import pytest_asyncio
 
 from octavo.common.v1 import common_pb2
 from octavo.services.common.errors import ServingError
-from octavo.services.gateway import constraints as module
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.constraints import Constraints
+from octavo.services.gateway.constraints import checker as module
+from octavo.services.gateway.constraints.checker import Constraints
+from octavo.services.gateway.constraints.grammar import grammar_of
 
 from .conftest import until
 
@@ -45,7 +46,7 @@ def schema(**fields: Any) -> common_pb2.OutputConstraint:
 
 def is_constraint_process(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):  # a zombie: what other tests left
-        return "octavo.services.gateway.constraint_process" in process.cmdline()
+        return "octavo.services.gateway.constraints.process" in process.cmdline()
     return False
 
 
@@ -78,7 +79,10 @@ async def test_each_kind_becomes_a_grammar(
         (common_pb2.OutputConstraint(json_schema="[1]"), "a schema must be an object"),
         (common_pb2.OutputConstraint(json_schema='{"a":' * 5000 + "1" + "}" * 5000), "nested too deeply"),
         (schema(type="strin"), "#: Invalid type: strin"),
-        (schema(properties={"a/b": {"items": {"uniqueItems": True}}}), "#/properties/a~1b/items: Unimplemented keys"),
+        (
+            schema(properties={"a/b": {"items": {"uniqueItems": True}}}),
+            "#/properties/a~1b/items: uniqueItems cannot be kept to while tokens are drawn; leave it out",
+        ),
         (schema(anyOf=[{"type": "string"}, {"type": "string", "pattern": "("}]), "#/anyOf/1: regex parse error"),
         (schema(**{"$ref": "#/$defs/gone"}), "does not exist"),
         (common_pb2.OutputConstraint(regex="(a"), "regex: invalid regex"),
@@ -111,6 +115,22 @@ async def test_a_hostile_constraint_is_refused_and_the_next_one_works(
     # Where the processor is somebody else's, a trial may not even get the time that it may take.
     assert caught.value.reason in ("INVALID_CONSTRAINT", "QUEUE_FULL")
     assert await constraints.grammar_of(schema(type="integer", title=constraint.WhichOneof("kind")))
+
+
+async def test_json_has_a_space_at_most_between_its_parts_unless_it_may_have_more() -> None:
+    flexible, one_line, default = (
+        grammar_of("json_schema", json.dumps({"type": "array", **options}))
+        for options in (
+            {"x-guidance": {"whitespace_flexible": True}},
+            {"x-guidance": {"whitespace_flexible": False}},
+            {},
+        )
+    )
+
+    assert r'"whitespace_pattern": "[ \\n\\r\\t]{0,24}"' in flexible
+    assert '"whitespace_pattern": " ?"' in one_line
+    assert default == one_line
+    assert '"whitespace_pattern": " ?"' in grammar_of("any_json", "")
 
 
 async def test_a_format_that_nobody_knows_is_no_constraint(constraints: Constraints) -> None:
@@ -150,6 +170,14 @@ async def test_nothing_is_left_of_a_process_that_was_not_ready_when_it_was_no_lo
     await made.close()
 
     assert set(psutil.Process().children()) <= before
+
+
+async def test_a_vocabulary_that_knows_no_json_has_constraints_too() -> None:
+    made = Constraints(lambda: ([b"a", b"b", b"<|end|>"], [2]), num_processes=1)
+
+    assert "start: /a+/" in await made.grammar_of(common_pb2.OutputConstraint(regex="a+"))
+
+    await made.close()
 
 
 async def test_equal_constraints_are_tried_out_once(constraints: Constraints, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from octavo.services.gateway.detokenizer import DetokenizerFactory
-from octavo.services.gateway.output import CandidateOutput, OutputSettings
-from octavo.services.gateway.output_parser import OutputPiece
-from octavo.services.gateway.stop_matcher import StopStrings
+from octavo.services.gateway.output.candidate_output import CandidateOutput, OutputSettings
+from octavo.services.gateway.output.parser import OutputPiece
+from octavo.services.gateway.output.stop_matcher import StopStrings
+from octavo.services.gateway.tokenization.detokenizer import DetokenizerFactory
 
 
 def byte_level() -> Tokenizer:
@@ -35,6 +35,14 @@ def sentencepiece(strip: bool = True) -> Tokenizer:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
     tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def bytes_in_words() -> Tokenizer:
+    """One whose tokens' bytes depend on their neighbours, and may be parts of characters."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a", "b"]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
 
 
@@ -197,3 +205,12 @@ def test_a_token_by_itself_has_its_bytes_and_a_special_one_its_name(make: Any, t
     tokenizer = make()
 
     assert DetokenizerFactory(tokenizer).token_bytes(tokenizer.token_to_id(token)) == text
+
+
+def test_a_character_of_several_tokens_is_held_back_until_it_is_whole_where_neighbours_count() -> None:
+    tokenizer = bytes_in_words()
+    ids = [tokenizer.token_to_id(token) for token in ("▁a", *(f"<0x{byte:02X}>" for byte in "日".encode()), "b")]
+
+    pieces = pushed(DetokenizerFactory(tokenizer), ids, prompt=(ids[-1],))
+
+    assert pieces == [" a", "", "", "日", "b", ""]

@@ -16,22 +16,18 @@ from tokenizers import Tokenizer
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2, tokenizer_pb2, tokenizer_pb2_grpc
 from octavo.services.common.errors import ServingError
-from octavo.services.gateway import (
-    calls,
-    chat,
-    chunk_encoder,
-    long_json,
-    prefix_index,
-    prepare,
-    scheduler_peers,
-    tokenizer_service,
-)
-from octavo.services.gateway.chat_template import ChatTemplate
-from octavo.services.gateway.chunk_encoder import ChunkEncoder, TooManyTokensError
 from octavo.services.gateway.http import bodies
-from octavo.services.gateway.input_encoder import InputEncoder
-from octavo.services.gateway.output import CandidateOutput
-from octavo.services.gateway.router import Router
+from octavo.services.gateway.offload import long_json
+from octavo.services.gateway.output.candidate_output import CandidateOutput
+from octavo.services.gateway.requests import calls, chat, prepare
+from octavo.services.gateway.rpc import tokenizer_service
+from octavo.services.gateway.schedulers import peers as scheduler_peers
+from octavo.services.gateway.schedulers import prefix_index
+from octavo.services.gateway.schedulers.router import Router
+from octavo.services.gateway.tokenization import chunk_encoder
+from octavo.services.gateway.tokenization.chat_template import TemplateFacts
+from octavo.services.gateway.tokenization.chunk_encoder import ChunkEncoder, TooManyTokensError
+from octavo.services.gateway.tokenization.input_encoder import InputEncoder
 from octavo.services.gateway.validation import RequestValidator, is_longer
 
 from .conftest import make_tokenizer, rejection
@@ -224,6 +220,43 @@ def test_a_text_of_more_tokens_than_the_limit_is_refused_before_all_are_made(
     assert encoder.encode(text, True, "", num_tokens) == make_tokenizer().encode(text).ids
 
 
+class Watched:
+    """Counts what a tokenizer is given and what it makes."""
+
+    def __init__(self, encoder: ChunkEncoder) -> None:
+        self._tokenizer, self.num_chars, self.most_tokens = encoder._tokenizer, 0, 0
+        encoder._tokenizer = self  # type: ignore[assignment]
+
+    def encode_batch_fast(self, texts: list[str], **options: Any) -> Any:
+        encodings = self._tokenizer.encode_batch_fast(texts, **options)
+        self.num_chars += sum(map(len, texts))
+        self.most_tokens = max(self.most_tokens, *map(len, encodings), 0)
+        return encodings
+
+
+def test_a_text_of_many_tokens_a_character_is_refused_before_they_fill_the_memory() -> None:
+    encoder = ChunkEncoder(make_tokenizer())
+    watched = Watched(encoder)
+
+    with pytest.raises(TooManyTokensError):
+        encoder.encode("\u0301\u200d🙂" * 100_000, True, "", 8192)
+
+    assert watched.most_tokens <= 4 << 15  # some 40 MB
+
+
+def test_pieces_of_few_tokens_hide_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunk_encoder, "_SLICE_CHARS", 2048)
+    monkeypatch.setattr(chunk_encoder, "_BORDER_TOKENS", 2000)
+    encoder = ChunkEncoder(make_tokenizer())
+    watched = Watched(encoder)
+    text = "the" * 6_827 + "\x01" * 20_480
+
+    with pytest.raises(TooManyTokensError):
+        encoder.encode(text, True, "", 100)
+
+    assert watched.num_chars < len(text)
+
+
 def test_cuts_are_found_across_windows_of_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["x" * length + " y" * 3 + "." * length + "a bc d " * 300 for length in range(500, 530)]
     whole = [list(chunk_encoder.chunks_of(text)) for text in texts]
@@ -246,15 +279,6 @@ def test_no_more_of_an_input_is_encoded_than_is_kept(text: str) -> None:
     assert list(single.token_ids) == plain.encode(text).ids
     assert list(pair.token_ids) == plain.encode("hello", text).ids
     assert (single.is_truncated, pair.is_truncated, short.is_truncated) == (True, True, False)
-
-
-def test_the_last_message_is_found_in_time_that_grows_with_its_length() -> None:
-    template = ChatTemplate("{% for m in messages %}[{{ m['content'] | trim }}]{% endfor %}", {})
-    messages = [{"role": "user", "content": text} for text in ("a " * 200_000, " b" + " a" * 100_000 + " ")]
-
-    prompt = template.render(messages, continue_final_message=True)  # a search from behind would take an hour
-
-    assert prompt.endswith("[b" + " a" * 100_000)
 
 
 # -- JSON ------------------------------------------------------------------------------------------
@@ -314,8 +338,14 @@ def test_many_values_are_never_parsed_or_written_in_one_go(monkeypatch: pytest.M
     assert max(written) < 40_000
 
 
+def test_a_long_text_is_written_in_pieces() -> None:
+    text = '"ü\U0001f600\ud800' * 100_000
+
+    assert json.loads(long_json.to_json_in_pieces({"a": [text]})) == {"a": [text]}
+
+
 def test_a_conversation_has_a_limit_on_all_its_json() -> None:
-    template = ChatTemplate("{{ messages }}{{ tools }}", {})
+    template = TemplateFacts("{{ messages }}{{ tools }}", True, False, frozenset())
     tool = '{"a":[' + "[]," * (chat.MAX_MARKS // 16) + "[]]}"
     message = generation_pb2.Message(role="user", parts=[{"text": "x"}])
     few = generation_pb2.Chat(messages=[message], tools_json=[tool] * 7)

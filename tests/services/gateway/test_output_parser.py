@@ -10,13 +10,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from octavo.services.gateway.output_formats import (
+from octavo.services.gateway.output.formats import (
     REASONING_FORMATS,
     TOOL_CALL_FORMATS,
     detect_reasoning_format,
     detect_tool_call_format,
 )
-from octavo.services.gateway.output_parser import OutputParser, ParserSettings
+from octavo.services.gateway.output.parser import OutputParser, ParserSettings
 
 HERMES = '<tool_call>\n{"name": "f", "arguments": {"x": "}"}}\n</tool_call>'
 

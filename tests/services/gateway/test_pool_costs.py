@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway import peer_inboxes, recovery
-from octavo.services.gateway.peer_inboxes import PeerInboxes
-from octavo.services.gateway.request_stream import RequestStream
-from octavo.services.gateway.scheduler_peer import SchedulerPeer
-from octavo.services.gateway.scheduler_pool import SchedulerPool
+from octavo.services.gateway.schedulers import inboxes as peer_inboxes
+from octavo.services.gateway.schedulers import recovery
+from octavo.services.gateway.schedulers.inboxes import PeerInboxes
+from octavo.services.gateway.schedulers.peer import SchedulerPeer
+from octavo.services.gateway.schedulers.pool import SchedulerPool
+from octavo.services.gateway.schedulers.request_stream import RequestStream
 
 
 class Many:

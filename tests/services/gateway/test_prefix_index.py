@@ -7,11 +7,16 @@ from array import array
 import pytest
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway.prefix_index import LostEventsError, PrefixIndex, prompt_block_hashes
-from octavo.services.scheduler.block_allocator import BlockAllocator
-from octavo.services.scheduler.cache_feed import CacheFeed
-from octavo.services.scheduler.outputs import Outbox
-from octavo.services.scheduler.sequence import Request, Sequence
+from octavo.services.gateway.schedulers.prefix_index import (
+    LostEventsError,
+    PrefixHolders,
+    PrefixIndex,
+    prompt_block_hashes,
+)
+from octavo.services.scheduler.groups.block_allocator import BlockAllocator
+from octavo.services.scheduler.kv_cache.cache_events import CacheEvents
+from octavo.services.scheduler.requests.outbox import Outbox
+from octavo.services.scheduler.requests.sequence import Request, Sequence
 
 
 def event(event_id: int, **fields: object) -> scheduler_pb2.WatchCacheResponse:
@@ -23,7 +28,7 @@ def test_blocks_have_the_names_that_the_scheduler_gives_them(num_tokens: int) ->
     submit = scheduler_pb2.Submit(prompt_token_ids=range(7, 7 + num_tokens), cache_salt="salt", adapter="a")
     request = Request(submit, "g", handle=1, arrival=1, admitted_at=0, deadline=1, soft_deadline=1)
     seq = Sequence(request, 0, array("I", request.submit.prompt_token_ids), 1000, 1000, Outbox())
-    BlockAllocator(8, CacheFeed(0), {}).cached_blocks(seq)
+    BlockAllocator(8, CacheEvents(0), {}).get_computed_blocks(seq)
 
     hashes = prompt_block_hashes(submit, 16)
 
@@ -70,3 +75,24 @@ def test_an_event_can_come_in_parts_and_signs_of_life_change_nothing() -> None:
 
 def test_a_request_that_bypasses_the_cache_has_no_prefix() -> None:
     assert prompt_block_hashes(scheduler_pb2.Submit(prompt_token_ids=range(64), bypass_prefix_cache=True), 16) == []
+
+
+def test_no_two_schedulers_stand_under_one_bit_though_others_have_left() -> None:
+    holders = PrefixHolders()
+    gone, stays = PrefixIndex(holders), PrefixIndex(holders)
+    holders.leave(gone)
+
+    new = [PrefixIndex(holders) for _ in range(3)]
+
+    assert len({index.bit for index in (stays, *new)}) == 4
+
+
+def test_who_lacks_the_start_of_a_prompt_has_nothing_of_it_whatever_follows() -> None:
+    holders = PrefixHolders()
+    whole, start, tail = (PrefixIndex(holders) for _ in range(3))
+    for index, blocks in ((whole, [1, 2, 3]), (start, [1]), (tail, [2, 3])):
+        index.apply(event(1, cleared=True, stored_block_hashes=blocks))
+
+    found = holders.cached([1, 2, 3, 4])
+
+    assert found == [(1, 1 << whole.bit | 1 << start.bit), (3, 1 << whole.bit)]

@@ -14,11 +14,12 @@ from grpc import aio
 
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
+from octavo.services.common import files
 from octavo.services.common.errors import ServingError
-from octavo.services.gateway import slow_readers
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.resume_token import KeyFileError, ResumeToken, ResumeTokens
+from octavo.services.gateway.schedulers import slow_readers
+from octavo.services.gateway.schedulers.resume_token import KeyFileError, ResumeToken, ResumeTokens
 
 Code = grpc.StatusCode
 MAX_TOKENS = common_pb2.FINISH_REASON_MAX_TOKENS
@@ -205,9 +206,50 @@ def test_a_token_is_of_its_tenant_and_short() -> None:
         tokens.read(tokens.sign(TOKEN), "other")
 
 
+def test_a_key_is_changed_without_a_token_that_is_refused(tmp_path: Path) -> None:
+    old, new, file = "o" * 32, "n" * 32, tmp_path / "resume.key"
+    file.write_text(old)
+    tokens = ResumeTokens.load(file)
+    of_old, of_new = tokens.sign(TOKEN), ResumeTokens(new.encode()).sign(TOKEN)
+
+    for lines, signs, believed in (
+        ([old, new], of_old, (of_old, of_new)),  # first it is known everywhere
+        ([new, old], of_new, (of_old, of_new)),
+        ([new], of_new, (of_new,)),
+    ):
+        file.write_text("\n".join(lines) + "\n")
+        tokens = ResumeTokens.load(file)
+        assert tokens.sign(TOKEN) == signs
+        for text in (of_old, of_new):
+            if text in believed:
+                assert tokens.read(text, TOKEN.tenant) == TOKEN
+            else:
+                with pytest.raises(ServingError, match="is not a token"):
+                    tokens.read(text, TOKEN.tenant)
+
+
+def test_a_file_of_keys_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_LOOK_S", -1.0)  # whenever it is asked
+    file = tmp_path / "resume.key"
+    file.write_text("o" * 32)
+    tokens = ResumeTokens.load(file)
+    file.write_text("n" * 32 + "\n" + "o" * 32)
+    assert tokens.sign(TOKEN) == ResumeTokens(b"n" * 32).sign(TOKEN)
+    file.write_text("short")
+    assert tokens.sign(TOKEN) == ResumeTokens(b"n" * 32).sign(TOKEN), "the last good ones stay in force"
+
+
+def test_a_key_of_bytes_is_one_whatever_is_in_it(tmp_path: Path) -> None:
+    key = b"\xff" + b"\n" * 3 + bytes(range(40, 70))
+    (tmp_path / "key").write_bytes(key)
+    assert ResumeTokens.load(tmp_path / "key").sign(TOKEN) == ResumeTokens(key).sign(TOKEN)
+
+
 def test_a_key_that_is_short_or_not_there_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "short").write_text("short\n")
-    for name in ("short", "none"):
+    (tmp_path / "long_and_short").write_text("k" * 32 + "\nshort\n")
+    (tmp_path / "many").write_text("\n".join(["k" * 32] * 17))
+    for name in ("short", "long_and_short", "many", "none"):
         with pytest.raises(KeyFileError, match=name):
             ResumeTokens.load(tmp_path / name)
 

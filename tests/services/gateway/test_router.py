@@ -6,9 +6,9 @@ import itertools
 import random
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway.prefix_index import PrefixHolders, PrefixIndex
-from octavo.services.gateway.router import COMPARE_ALL, PER_PREFIX, Route, Router
-from octavo.services.gateway.routing import RouteRequest
+from octavo.services.gateway.schedulers.prefix_index import PrefixHolders, PrefixIndex
+from octavo.services.gateway.schedulers.router import COMPARE_ALL, PER_PREFIX, Route, Router
+from octavo.services.gateway.schedulers.routing import RouteRequest
 
 MANY = 8 * COMPARE_ALL
 PROMPT = list(range(1000, 1020))
@@ -112,3 +112,34 @@ def test_a_choice_of_one_does_not_hash_the_prompt() -> None:
 
     assert router.choose(RouteRequest("r", 320), hashes, lambda _: True, 0.0) is route
     assert router.choose(RouteRequest("r", 320), hashes, lambda _: False, 0.0) is None
+
+
+def test_what_was_sent_is_counted_until_the_scheduler_counts_it_itself() -> None:
+    router = Router()
+    busy, idle = router.add("busy"), router.add("idle")
+    for route in (busy, idle):
+        route.open(route.address, 16)
+        route.take_load(load())
+    busy.sent(num_tokens=5000, num_requests=9)
+    assert chosen(router) is idle
+
+    busy.take_load(load())  # it has done all that since
+    idle.take_load(load(running=1, waiting_uncached_tokens=100))
+
+    assert chosen(router) is busy
+
+
+def test_a_scheduler_that_comes_back_is_not_avoided_for_what_it_refused_before() -> None:
+    router = Router()
+    back, busy = router.add("back"), router.add("busy")
+    for route in (back, busy):
+        route.open(route.address, 16)
+    back.take_load(load())
+    busy.take_load(load(running=20, waiting_uncached_tokens=10_000))
+    back.refused_until = 60.0
+    assert chosen(router) is busy
+
+    back.close()
+    back.open("back", 16)
+
+    assert chosen(router) is back

@@ -6,7 +6,13 @@ import dataclasses
 
 import pytest
 
-from octavo.services.gateway.routing import MIN_SESSION_TOKENS, RUNNING_TOKENS, RouteRequest, SchedulerView, choose
+from octavo.services.gateway.schedulers.routing import (
+    MIN_SESSION_TOKENS,
+    RUNNING_TOKENS,
+    RouteRequest,
+    SchedulerView,
+    choose,
+)
 
 IDLE = SchedulerView("idle", kv_blocks_free=1000)
 

@@ -11,7 +11,7 @@ from grpc import aio
 from octavo.scheduler.v1 import scheduler_pb2_grpc
 from octavo.services.common.tls import listen, server_credentials
 from octavo.services.common.tls_files import TlsFiles
-from octavo.services.gateway.scheduler_pool import SchedulerPool
+from octavo.services.gateway.schedulers.pool import SchedulerPool
 from tests.certificates import Authority
 
 from .conftest import FakeScheduler

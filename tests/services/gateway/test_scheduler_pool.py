@@ -12,10 +12,10 @@ from grpc import aio
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway import scheduler_link
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.scheduler_pool import SchedulerPool
+from octavo.services.gateway.schedulers import link as scheduler_link
+from octavo.services.gateway.schedulers.pool import SchedulerPool
 
 Code = grpc.StatusCode
 

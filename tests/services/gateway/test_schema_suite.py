@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from octavo.gpu_worker import grammars
-from octavo.services.gateway import constraint_process
-from octavo.services.gateway.constraint_grammar import ConstraintError
+from octavo.gpu_worker.sampling import grammars
+from octavo.services.gateway.constraints import process as constraint_process
+from octavo.services.gateway.constraints.grammar import ConstraintError
 
 SUITE = Path(__file__).parents[2] / "data" / "json_schema_test_suite.jsonl"
 TOKENIZER = constraint_process.make_tokenizer([bytes([byte]) for byte in range(256)], [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -24,6 +25,9 @@ from octavo.inference.v1 import (
     tokenizer_pb2_grpc,
 )
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.gateway.app import Gateway
+from octavo.services.gateway.config import GatewayConfig
+from octavo.services.gateway.rpc.health import SERVICE_NAMES
 
 Code = grpc.StatusCode
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -146,6 +150,10 @@ async def test_health_follows_the_scheduler_and_watch_sees_each_change(harness: 
     with pytest.raises(aio.AioRpcError) as unknown:
         await stub.Check(health_pb2.HealthCheckRequest(service="nobody"))
     assert unknown.value.code() is Code.NOT_FOUND
+    listed = (await stub.List(health_pb2.HealthListRequest())).statuses
+    assert {name: each.status for name, each in listed.items()} == {
+        name: (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status for name in ("", *SERVICE_NAMES)
+    }
 
 
 async def test_reflection_lists_the_services(harness: Any) -> None:
@@ -199,6 +207,37 @@ async def test_operators_see_requests_and_drain_the_gateway(harness: Any, tools:
     assert "".join(texts) == "ok"
 
 
+async def test_a_gateway_that_was_drained_takes_calls_again_when_it_is_told_to(harness: Any, tools: Any) -> None:
+    health = harness.service(health_pb2_grpc.HealthStub)
+
+    async def says(service: str) -> int:
+        status: int = (await health.Check(health_pb2.HealthCheckRequest(service=service))).status
+        return status
+
+    async with aio.insecure_channel(f"127.0.0.1:{harness.gateway.admin_port}") as channel:
+        stub = tools.Harness(harness.gateway, harness.scheduler, channel, None).service(admin_pb2_grpc.AdminServiceStub)
+        await stub.Drain(admin_pb2.DrainRequest(grace_ms=1))
+        harness.scheduler.set_load(scheduler_pb2.Load(workers_ready=0))
+        await tools.until(lambda: not harness.gateway.schedulers.ready)
+        harness.scheduler.set_load(scheduler_pb2.Load(workers_ready=1))
+        await tools.until(lambda: harness.gateway.schedulers.ready)
+        await asyncio.sleep(0.1)  # the monitor has looked: a scheduler that comes back ends no drain
+        assert [await says(name) for name in ("", *SERVICE_NAMES)] == [NOT_SERVING] * (1 + len(SERVICE_NAMES))
+
+        await stub.Undrain(admin_pb2.UndrainRequest())
+
+        assert [await says(name) for name in ("", *SERVICE_NAMES)] == [SERVING] * (1 + len(SERVICE_NAMES))
+        call = harness.stream("hello")
+        taken = await harness.scheduler.next_admitted()
+        harness.scheduler.tokens(taken.handle, harness.ids("ok"), finish=4)
+        assert (await call.read()) is not tools.EOF
+        refused = [
+            await tools.rejection(getattr(stub, name)(getattr(admin_pb2, f"{name}Request")()))
+            for name in ("SetTenant", "EvictWorker", "LiftQuarantine", "CancelRequests")
+        ]
+    assert {failure.reason for failure in refused} == {"FEATURE_DISABLED"}
+
+
 async def test_the_admin_service_is_not_on_the_public_address(harness: Any) -> None:
     stub = harness.service(admin_pb2_grpc.AdminServiceStub)
 
@@ -206,3 +245,39 @@ async def test_the_admin_service_is_not_on_the_public_address(harness: Any) -> N
         await stub.Drain(admin_pb2.DrainRequest())
 
     assert failure.value.code() is Code.UNIMPLEMENTED
+
+
+async def test_a_gateway_that_lost_its_last_scheduler_stays_for_what_it_can_do(
+    config: GatewayConfig, scheduler: Any, tools: Any, tmp_path: Path
+) -> None:
+    scheduler.set_load(scheduler_pb2.Load(workers_ready=0))
+    probes = f"unix:{tmp_path}/probes.sock"
+    gateway = Gateway(dataclasses.replace(config, health_address=probes, failover_s=0.0))
+    await gateway.start()
+    public = aio.insecure_channel(f"127.0.0.1:{gateway.port}")
+    try:
+        async with aio.insecure_channel(probes) as channel:
+
+            async def says(channel: Any, service: str = "") -> int:
+                asked = health_pb2.HealthCheckRequest(service=service)
+                return (await health_pb2_grpc.HealthStub(channel).Check(asked)).status
+
+            await tools.until(lambda: bool(gateway.schedulers.peers))
+            assert await says(channel, "readiness") == NOT_SERVING, "it has not served yet: others go on"
+
+            scheduler.set_load(scheduler_pb2.Load(workers_ready=1, model_version="w1"))
+            await tools.until(lambda: gateway.schedulers.ready)
+            assert await says(channel, "readiness") == SERVING
+
+            scheduler.set_load(scheduler_pb2.Load(workers_ready=0))
+            await tools.until(lambda: not gateway.schedulers.ready)
+            assert await says(channel, "readiness") == SERVING
+            async with asyncio.timeout(10):
+                while await says(public) != NOT_SERVING:  # noqa: ASYNC110 - it tells by answers
+                    await asyncio.sleep(0.01)
+            models = model_pb2_grpc.ModelServiceStub(public)
+            assert (await models.ListModels(model_pb2.ListModelsRequest())).models
+
+            await gateway.stop(0)
+    finally:
+        await public.close()

@@ -16,11 +16,11 @@ from grpc import aio
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2, load_pb2, load_pb2_grpc
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway import scheduler_peer
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.prefix_index import prompt_block_hashes
-from octavo.services.gateway.scheduler_addresses import AddressBook
+from octavo.services.gateway.schedulers import peer as scheduler_peer
+from octavo.services.gateway.schedulers.addresses import AddressBook
+from octavo.services.gateway.schedulers.prefix_index import prompt_block_hashes
 
 Code = grpc.StatusCode
 MAX_TOKENS = common_pb2.FINISH_REASON_MAX_TOKENS
@@ -203,6 +203,7 @@ async def test_a_scheduler_is_asked_again_unless_it_has_just_said_so(
         assert [response async for response in free]
     if change == "loss":
         await pair.first.stop()
+        await pair.tools.until(lambda: len(pair.harness.gateway.schedulers.peers) == 1)  # the loss was noticed
         await pair.first.start()
         await pair.tools.until(lambda: len(pair.harness.gateway.schedulers.peers) == 2)
 
@@ -442,3 +443,23 @@ async def test_a_file_stands_for_the_addresses_in_its_lines_and_keeps_them_while
     assert book.name_of("10.0.0.2:1") == ""
     both = ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.9:1"]
     assert seen == [both[2:], both, both, both[1:], both[2:]]
+
+
+async def test_a_request_that_goes_on_elsewhere_keeps_what_is_left_of_its_soft_time_limit(pair: Pair) -> None:
+    call = pair.harness.stream(stop={"soft_time_limit_ms": 60_000})
+    submit = await pair.first.next_admitted()
+    await call.read()
+    pair.first.tokens(submit.handle, pair.harness.ids("a"))
+    await call.read()
+    (stream,) = pair.harness.gateway.schedulers.streams
+    stream.submitted_at -= 50.0
+
+    await pair.first.stop()
+    again = await pair.second.next_admitted()
+    await finish(pair.second, again, pair.harness.ids("x"))
+    async with asyncio.timeout(10):
+        while await call.read() is not pair.tools.EOF:
+            pass
+
+    assert submit.stop.soft_time_limit_ms == 60_000
+    assert 1 <= again.stop.soft_time_limit_ms <= 10_000

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from octavo.services.common.errors import Reason, ServingError
-from octavo.services.gateway.long_work import LongWork
-from octavo.services.gateway.shares import Shares, Turns
+from octavo.services.gateway.offload.long_work import LongWork
+from octavo.services.gateway.offload.shares import Shares, Turns
 
 
 def busy() -> ServingError:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.services.gateway.stop_matcher import StopMatcher, StopStrings
+from octavo.services.gateway.output.stop_matcher import StopMatcher, StopStrings
 
 LETTERS = "aab\u20ac"
 STOPS = st.lists(st.text(LETTERS, min_size=1, max_size=5), min_size=1, max_size=4)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from octavo.services.gateway.gguf_metadata import GgufError, read_metadata
-from octavo.services.gateway.gguf_tokenizer import UnknownTokenizerError, build_tokenizer
-from octavo.services.gateway.model_files import ModelError, read_model
-from octavo.services.gateway.tokenizer import ModelTokenizer
+from octavo.services.gateway.tokenization.gguf_metadata import GgufError, read_head
+from octavo.services.gateway.tokenization.gguf_tokenizer import UnknownTokenizerError, build_tokenizer
+from octavo.services.gateway.tokenization.model_files import ModelError, read_model
+from octavo.services.gateway.tokenization.tokenizer import ModelTokenizer
 
 
 def test_a_long_text_encodes_like_a_short_one_and_decodes_back(model_path: Path) -> None:
@@ -183,6 +183,9 @@ def test_a_gguf_file_serves_like_the_folder_it_was_made_of(tools: Any, tmp_path:
         ("llama-bpe", ["Ġ", "123", "45"]),
         ("tekken", ["Ġ", "1", "2", "3", "4", "5"]),
         ("gpt-4o", ["Ġ", "123", "45"]),
+        ("falcon3", ["Ġ", "123", "45"]),
+        ("deepseek-coder", ["Ġ", "1", "2", "3", "4", "5"]),
+        ("deepseek-v3", ["Ġ", "123", "45"]),
     ],
 )
 def test_digits_are_cut_as_the_family_does(tools: Any, pre: str, pieces: list[str]) -> None:
@@ -225,11 +228,26 @@ def test_sentencepiece_merges_the_best_score_first_and_falls_back_to_bytes() -> 
     assert build_tokenizer(sentencepiece_metadata(prefix=False)).encode("ab").tokens == ["<s>", "ab"]
 
 
+def test_defined_tokens_are_merged_before_those_with_a_better_score() -> None:
+    """As runs of blanks in Gemma's files, which have the score of tokens that nothing is merged to."""
+    metadata = sentencepiece_metadata(prefix=False)
+    tokens = {"  ": -1000.0, "    ": -1000.0, "▁▁▁": -1000.0}  # kind and blanks as in a file
+    metadata["tokenizer.ggml.tokens"] += list(tokens)
+    metadata["tokenizer.ggml.scores"] += list(tokens.values())
+    metadata["tokenizer.ggml.token_type"] += [4, 4, 4]
+    tokenizer = build_tokenizer(metadata)
+
+    assert tokenizer.encode("    a", add_special_tokens=False).tokens == ["▁▁▁▁", "a"]
+    assert tokenizer.encode("   a", add_special_tokens=False).tokens == ["▁▁▁", "a"]
+    assert tokenizer.encode(" a", add_special_tokens=False).tokens == ["▁a"]
+    assert tokenizer.decode(tokenizer.encode("    a").ids) == "    a"
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"tokenizer.ggml.model": "bert"}, "bert"),
-        ({"tokenizer.ggml.pre": "klingon"}, "klingon"),
+        ({"tokenizer.ggml.pre": "klingon"}, "klingon.*one of .*llama-bpe, "),
         ({"tokenizer.ggml.tokens": []}, "no tokenizer"),
         ({"tokenizer.ggml.token_type": [1]}, "token types"),
         ({"tokenizer.ggml.model": "llama"}, "score"),
@@ -246,4 +264,4 @@ def test_a_damaged_gguf_file_is_an_error_and_no_crash(tools: Any, tmp_path: Path
     for data in (whole[:-7], whole[:30], b"GGUF" + b"\xff" * 60, b"GGUF\x01\0\0\0" + b"\0" * 16):
         path.write_bytes(data)
         with pytest.raises(GgufError):
-            read_metadata(path)
+            read_head(path)

@@ -14,15 +14,15 @@ import grpc
 import pytest
 
 from octavo.common.v1 import common_pb2
-from octavo.gpu_worker.vocabulary import tokenizer_sha256
+from octavo.gpu_worker.sampling.vocabulary import tokenizer_sha256
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.protocol import OLDEST_REVISION, PROTOCOL_REVISION, REVISIONS, choose_revision
-from octavo.services.gateway import scheduler_link
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.model_files import read_model
-from octavo.services.gateway.model_identity import ModelIdentity
-from octavo.services.gateway.scheduler_pool import SchedulerPool
+from octavo.services.gateway.schedulers import link as scheduler_link
+from octavo.services.gateway.schedulers.pool import SchedulerPool
+from octavo.services.gateway.tokenization.model_files import read_model
+from octavo.services.gateway.tokenization.model_identity import ModelIdentity
 
 MAX_TOKENS = common_pb2.FINISH_REASON_MAX_TOKENS
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from octavo.common.v1 import common_pb2
-from octavo.inference.v1 import generation_pb2, load_pb2, tokenizer_pb2
+from octavo.inference.v1 import embedding_pb2, generation_pb2, load_pb2, tokenizer_pb2
 from octavo.services.gateway.validation import RequestValidator
 
 VALIDATOR = RequestValidator()
@@ -54,6 +54,25 @@ def test_a_number_out_of_range_or_not_finite_is_named_with_its_path(field: str, 
 
     assert violation.field == f"generation.sampling.{field}"
     assert "must be a" in violation.description
+
+
+def test_a_number_just_beyond_a_limit_is_not_shown_as_the_limit() -> None:
+    (near,) = VALIDATOR.violations(generation(sampling={"typical_p": 1.0000001}))
+    (far,) = VALIDATOR.violations(generation(sampling={"typical_p": 1.1}))
+
+    assert near.description.endswith("it is 1.00000012")
+    assert far.description.endswith("it is 1.1")
+
+
+@pytest.mark.parametrize("priority", [-101, -100, 100, 101])
+def test_a_priority_has_the_same_limits_in_every_service(priority: int) -> None:
+    requests: list[Any] = [
+        generation(scheduling={"priority": priority}),
+        embedding_pb2.EmbedRequest(model="m", inputs=[{"text": "x"}], priority=priority),
+        embedding_pb2.RerankRequest(model="m", query="q", documents=["x"], priority=priority),
+    ]
+    refused = [[field.endswith("priority") for field in fields_of(request)] for request in requests]
+    assert refused == [[True] if abs(priority) > 100 else []] * 3
 
 
 def test_zero_is_checked_where_it_was_set_and_is_no_value_where_presence_is_unknown() -> None:

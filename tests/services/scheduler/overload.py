@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -73,12 +74,19 @@ class Overload(World):
         num_blocks: int = 400,
         fixed_s: float = FIXED_S,
         token_s: float = TOKEN_S,
+        context_s: float = 0.0,
+        refusal_s: float = 0.0,
         slowness: Callable[[float], float] = lambda _: 1.0,
         **settings: object,
     ) -> None:
-        """slowness: how many times as long steps take, by the seconds since the start."""
+        """Let a step take `fixed_s`, `token_s` for each token, and `context_s` for each that those attend to.
+
+        refusal_s  what a refusal takes of the machine's time
+        slowness   how many times as long steps take, by the seconds since the start
+        """
         super().__init__(num_blocks=num_blocks, check=False, **settings)  # type: ignore[arg-type]
-        self.fixed_s, self.token_s, self.slowness = fixed_s, token_s, slowness
+        self.fixed_s, self.token_s, self.context_s, self.slowness = fixed_s, token_s, context_s, slowness
+        self.refusal_s = refusal_s
         self.rng = random.Random(7)
         self.started_at = self.now
         self.step_began_at = self.now
@@ -86,7 +94,10 @@ class Overload(World):
     @property
     def step_ends_at(self) -> float:
         """When the step that runs is through."""
-        step_s = self.fixed_s + self.token_s * self.queues["group-0"][0].num_tokens
+        plan = self.queues["group-0"][0]
+        step_s = self.fixed_s + self.token_s * plan.num_tokens
+        if self.context_s:
+            step_s += self.context_s * sum(array("I", plan.context_lengths))
         return self.step_began_at + step_s * self.slowness(self.step_began_at - self.started_at)
 
     def advance(self) -> None:
@@ -98,7 +109,10 @@ class Overload(World):
         """Submit a request; if nothing ran, its first step begins now."""
         if not self.queues["group-0"]:
             self.step_began_at = self.now
-        return super().submit(*args, **fields)
+        stream = super().submit(*args, **fields)
+        if stream.rejected is not None:
+            self.step_began_at += self.refusal_s
+        return stream
 
     def run_calls(self, askers: list[Asking], seconds: float, measured_from_s: float = 0.0) -> Outcome:
         """Let all ask for so long, and everything end; what was asked before `measured_from_s` is not counted."""
@@ -107,26 +121,26 @@ class Overload(World):
         asked: list[tuple[Asking, Stream, int]] = []
         while calls or self.queues["group-0"]:
             if not self.queues["group-0"] or self.started_at + calls_at(calls) <= self.step_ends_at:
-                at, asker, num_prompt, num_output = calls.popleft()
+                at, asker, num_prompt_tokens, num_output_tokens = calls.popleft()
                 self.now = max(self.now, self.started_at + at)
-                stream = self.ask(asker, num_prompt, num_output)
+                stream = self.ask(asker, num_prompt_tokens, num_output_tokens)
                 if at >= measured_from_s:
-                    asked.append((asker, stream, num_output))
+                    asked.append((asker, stream, num_output_tokens))
             else:
                 self.advance()
             outcome.longest_queue = max(outcome.longest_queue, self.core.load(self.now).waiting)
-        for asker, stream, num_output in asked:
+        for asker, stream, num_output_tokens in asked:
             outcome.calls[asker.tenant] += 1
-            outcome.calls_by_length[num_output] += 1
+            outcome.calls_by_length[num_output_tokens] += 1
             if stream.rejected is not None:
                 outcome.refused[asker.tenant] += 1
             elif stream.failed is not None:
                 outcome.late[asker.tenant] += 1
             else:
                 outcome.in_time[asker.tenant] += 1
-                outcome.tokens[asker.tenant] += len(stream.submit.prompt_token_ids) + num_output
-                outcome.output_tokens += num_output
-                outcome.in_time_by_length[num_output] += 1
+                outcome.tokens[asker.tenant] += len(stream.submit.prompt_token_ids) + num_output_tokens
+                outcome.output_tokens += num_output_tokens
+                outcome.in_time_by_length[num_output_tokens] += 1
         return outcome
 
     def run_closed_loop(
@@ -147,13 +161,13 @@ class Overload(World):
                 took.append(self.now - call[1])
         return tokens / seconds, sum(took) / len(took)
 
-    def ask(self, asker: Asking, num_prompt: int, num_output: int) -> Stream:
-        """Make a call whose output will have `num_output` tokens, whatever it allows."""
-        prompt = [self.rng.randrange(10, 40_000) for _ in range(num_prompt)]
+    def ask(self, asker: Asking, num_prompt_tokens: int, num_output_tokens: int) -> Stream:
+        """Make a call whose output will have `num_output_tokens` tokens, whatever it allows."""
+        prompt = [self.rng.randrange(10, 40_000) for _ in range(num_prompt_tokens)]
         ends: list[int] = []
         if asker.limit:
-            ends = [expected_output(prompt, num_output)[-1]]
+            ends = [expected_output(prompt, num_output_tokens)[-1]]
         return self.submit(
-            prompt, max_new_tokens=asker.limit or num_output, tenant=asker.tenant,
+            prompt, max_new_tokens=asker.limit or num_output_tokens, tenant=asker.tenant,
             remaining_ms=int(1000 * asker.deadline_s), end_of_sequence_ids=ends,
         )  # fmt: skip

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.effects import SendPlan, SendToGateway
-from octavo.services.scheduler.scheduler import Scheduler
-from octavo.services.scheduler.tally import Tally
+from octavo.services.scheduler.core.effects import SendFrame, SendPlan, SendToGateway
+from octavo.services.scheduler.core.metrics import SchedulerMetrics
+from octavo.services.scheduler.core.scheduler import Scheduler
+from octavo.services.scheduler.groups.worker_group import GroupLimits
 from octavo.worker.v1 import worker_pb2
 
 VOCAB = 50_000
@@ -37,11 +38,16 @@ def next_token(state: int, seed: int, candidate: int) -> int:
     return (mixed * 2_862_933_555_777_941_757 >> 13) % VOCAB
 
 
+def of_adapter(sha256: str) -> int:
+    """What the fake model begins with in a sequence that has an adapter."""
+    return int(sha256[:15], 16)
+
+
 def expected_output(
-    prompt: list[int], count: int, seed: int = 0, candidate: int = 0, eos: int | None = None
+    prompt: list[int], count: int, seed: int = 0, candidate: int = 0, eos: int | None = None, adapter: str = ""
 ) -> list[int]:
-    """What the fake model makes of a prompt, computed alone."""
-    state = 0
+    """What the fake model makes of a prompt, computed alone; with the adapter of a SHA-256, if that is given."""
+    state = of_adapter(adapter) if adapter else 0
     for token in prompt:
         state = roll(state, token)
     output: list[int] = []
@@ -64,6 +70,7 @@ class Slot:
     last_sampled: int | None = None
     position: int = 0  # of that token
     is_late: bool = False
+    start: int = 0  # where its rolling hash begins
 
 
 class FakeWorker:
@@ -76,9 +83,10 @@ class FakeWorker:
         self.slots: dict[int, Slot] = {}
         self.steps = 0
         self.largest_step = 0
-        self.max_batch_tokens = 0  # of a step; 0: any number
+        self.max_num_batched_tokens = 0  # of a step; 0: any number
         self.not_finite_after: int | None = None
         self.max_row_tokens = 1
+        self.adapters: dict[int, str] = {}  # SHA-256 by number
         self.num_guessed: Callable[[], int] = lambda: 0  # asked for each row of one token: how many more it gets
         self.is_row_late: Callable[[], bool] = lambda: False  # asked for each row that could get a token
 
@@ -93,6 +101,8 @@ class FakeWorker:
             width = update.logprobs if update.chosen_logprob else -1
             prompt = array("I", update.history_token_ids)[: update.prompt_length if update.prompt_logprobs else 0]
             self.slots[update.slot] = Slot(update.seed, update.candidate_index, width, prompt, update.prompt_logprobs)
+            if update.adapter_id:
+                self.slots[update.slot].start = of_adapter(self.adapters[update.adapter_id])
         new_blocks = iter(array("I", plan.block_ids))
         for row, count in zip(array("I", plan.block_table_rows), array("I", plan.block_table_counts), strict=True):
             blocks = [next(new_blocks) for _ in range(count)]
@@ -106,7 +116,7 @@ class FakeWorker:
         contexts, known = array("I", plan.context_lengths), iter(array("I", plan.token_ids))
         assert len(slots) == len(set(slots)) == plan.num_sequences == len(lengths) == len(contexts)
         assert sum(lengths) == plan.num_tokens
-        assert plan.num_tokens <= self.max_batch_tokens or not self.max_batch_tokens, plan.num_tokens
+        assert plan.num_tokens <= self.max_num_batched_tokens or not self.max_num_batched_tokens, plan.num_tokens
         self.largest_step = max(self.largest_step, plan.num_tokens)
         result = worker_pb2.StepResult(step_id=plan.step_id)
         sampled_slots, tokens, counts, logprobs, ranks, ids, values = (
@@ -170,7 +180,7 @@ class FakeWorker:
         def cell(position: int) -> tuple[int, int]:
             return slot.block_table[position // self.block_size], position % self.block_size
 
-        state = self.cells[cell(context - 1)] if context else 0
+        state = self.cells[cell(context - 1)] if context else slot.start
         for offset, token in enumerate(query):
             state = roll(state, token)
             self.cells[cell(context + offset)] = state
@@ -204,19 +214,27 @@ class World:
         num_blocks: int = 64,
         groups: int = 1,
         max_model_len: int = 4096,
-        tally: Tally | None = None,
+        metrics: SchedulerMetrics | None = None,
         check: bool = True,
         scores_prompts: bool = True,
         max_row_tokens: int = 1,
+        max_adapters: int = 0,
+        adapter_memory: int = 1000,
         **settings: object,
     ) -> None:
-        """max_row_tokens: steps make so many tokens of a row, at random but always in the same way."""
+        """Make groups; a worker's adapters take 100 bytes each, and those whose path is "broken" cannot be loaded.
+
+        max_row_tokens: steps make so many tokens of a row, at random but always in the same way.
+        """
+        self.max_adapters, self.adapter_memory = max_adapters, adapter_memory
+        self.frames: dict[str, list[tuple[int, worker_pb2.WorkerFrame]]] = {}  # of adapters: after which plan
+        self.num_loads = 0
         self.scores_prompts = scores_prompts
         self.max_row_tokens = max_row_tokens
         self.config = SchedulerConfig(**settings)  # type: ignore[arg-type]
         self.check = check
         self.now = 1000.0
-        self.core = Scheduler(self.config, self.now, tally=tally)
+        self.core = Scheduler(self.config, self.now, metrics=metrics)
         self.streams: dict[tuple[str, int], Stream] = {}
         self.workers: dict[str, FakeWorker] = {}
         self.epochs: dict[str, int] = {}
@@ -230,24 +248,32 @@ class World:
         for index in range(groups):
             self.join(f"group-{index}")
 
-    def join(self, group_id: str, max_batch_tokens: int = 0, num_blocks: int = 0, max_model_len: int = 0) -> None:
+    def join(self, group_id: str, max_num_batched_tokens: int = 0, num_blocks: int = 0, max_model_len: int = 0) -> None:
         """Let a worker join, of its own size if that is given."""
         num_blocks, max_model_len = num_blocks or self.num_blocks, max_model_len or self.max_model_len
         self.epochs[group_id] = self.epochs.get(group_id, 0) + 1
         worker = self.workers[group_id] = FakeWorker(num_blocks)
-        worker.max_batch_tokens = max_batch_tokens or self.config.max_batch_tokens
+        worker.max_num_batched_tokens = max_num_batched_tokens or self.config.max_num_batched_tokens
         worker.max_row_tokens = self.max_row_tokens
         rng = random.Random(f"{group_id} {self.epochs[group_id]}")
         worker.num_guessed = lambda: rng.randrange(self.max_row_tokens)
         self.queues[group_id] = []
+        self.frames[group_id] = []
         epoch = self.epochs[group_id]
-        limits = num_blocks, max_model_len, self.now, max_batch_tokens
-        features = {"scores_prompts": self.scores_prompts, "max_row_tokens": self.max_row_tokens}
-        self.core.worker_joined(group_id, epoch, *limits, **features)  # type: ignore[arg-type]
+        limits = GroupLimits(
+            num_blocks,
+            max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            scores_prompts=self.scores_prompts,
+            max_row_tokens=self.max_row_tokens,
+            max_adapters=self.max_adapters,
+            adapter_memory=self.adapter_memory,
+        )
+        self.core.worker_joined(group_id, epoch, limits, self.now)
         self.settle()
 
     def lose(self, group_id: str, crashed: bool = False) -> None:
-        del self.workers[group_id], self.queues[group_id]
+        del self.workers[group_id], self.queues[group_id], self.frames[group_id]
         self.core.worker_lost(group_id, self.now, crashed)
         self.settle()
 
@@ -300,6 +326,10 @@ class World:
                 self.queues[effect.group_id].append(effect.plan)
                 self.plans.append(effect.plan)
                 assert len(self.queues[effect.group_id]) <= 2
+            elif isinstance(effect, SendFrame):
+                sent = [plan.step_id for plan in self.queues[effect.group_id]]
+                after = max(sent, default=self.workers[effect.group_id].steps)
+                self.frames[effect.group_id].append((after, effect.frame))
             else:
                 self.deliver(effect)
         if self.check:
@@ -343,12 +373,35 @@ class World:
             self.others.append(message)
 
     def step(self, group_id: str = "group-0") -> bool:
-        """Let a group execute its oldest plan; False if it has none."""
+        """Let a group execute its oldest plan, and load an adapter that it was told to; False if it has neither."""
+        self.load_adapter(group_id)
         if not self.queues.get(group_id):
-            return False
+            return bool(self.frames.get(group_id))
         self.now += 0.01
         self.answer(group_id)
         return True
+
+    def load_adapter(self, group_id: str) -> None:
+        """Let a group do what it was told of adapters before its oldest plan, up to the first one that it loads."""
+        worker, frames = self.workers.get(group_id), self.frames.get(group_id)
+        while worker is not None and frames and frames[0][0] <= worker.steps:
+            frame = frames.pop(0)[1]
+            if frame.HasField("adapter_drop"):
+                del worker.adapters[frame.adapter_drop.adapter_id]
+                continue
+            load = frame.adapter_load
+            assert load.adapter_id not in worker.adapters, "the number is in use"
+            answer = worker_pb2.AdapterLoaded(adapter_id=load.adapter_id, num_bytes=100)
+            if load.path == "broken":
+                answer.problem = "it is broken"
+            elif 100 * len(worker.adapters) + 100 > self.adapter_memory:
+                answer.problem, answer.is_full = "no room", True
+            else:
+                worker.adapters[load.adapter_id] = load.sha256
+                self.num_loads += 1
+            self.core.adapter_loaded(group_id, answer)
+            self.settle()
+            return
 
     def answer(self, group_id: str) -> None:
         """Let a group execute its oldest plan now."""

@@ -30,7 +30,7 @@ from octavo.services.scheduler.server import SchedulerServicer
 from octavo.worker.v1 import worker_pb2
 
 from .simulation import FakeWorker, World, expected_output
-from .test_cache_feed import names
+from .test_cache_events import names
 
 PROMPT = list(range(100, 140))
 
@@ -537,3 +537,17 @@ async def test_workers_are_told_when_their_scheduler_has_stopped(tmp_path: Path)
     frame = await worker.receive("fenced")
     assert (frame.epoch, frame.fenced.reason) == (worker.epoch, "the scheduler stops")
     worker.close()
+
+
+async def test_a_scheduler_that_starts_again_at_once_has_a_later_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else workers and gateways would take what belongs to its former life for its own."""
+    epochs = []
+    for now in (1000.000, 1000.002, 1001.5):
+        monkeypatch.setattr("octavo.services.scheduler.engine.time.time", lambda now=now: now)
+        process = Process(tmp_path)
+        epochs.append(process.engine.node.welcome(1, 0.0).epoch)
+        process.engine.link.close(asyncio.get_running_loop())
+
+    assert epochs == sorted(set(epochs))

@@ -6,14 +6,16 @@ from collections import Counter
 
 import pytest
 
-from octavo.services.scheduler.fair_share import MIN_KEPT, FairShare
+from octavo.services.scheduler.queueing.fair_share import MIN_KEPT, FairShare
 
 from .simulation import Stream, World
 
 
 def make_world(**settings: object) -> World:
     limits = {"max_waiting": 10_000, "max_waiting_tokens": 1 << 30, **settings}
-    return World(num_blocks=1000, max_running=16, max_batch_tokens=256, max_prefill_tokens=256, check=False, **limits)
+    return World(
+        num_blocks=1000, max_num_seqs=16, max_num_batched_tokens=256, max_prefill_tokens=256, check=False, **limits
+    )
 
 
 def flood(world: World, tenant: str, count: int = 200) -> list[Stream]:

@@ -10,8 +10,8 @@ import pytest
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.protocol import PROTOCOL_REVISION
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.membership import MAX_KV_BLOCKS
 from octavo.services.scheduler.node import Node
+from octavo.services.scheduler.workers.membership import MAX_KV_BLOCKS
 from octavo.worker.v1 import worker_pb2
 
 MOST = (1 << 64) - 1

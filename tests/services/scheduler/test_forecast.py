@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.services.scheduler.early_ends import MIN_KEPT
-from octavo.services.scheduler.step_cost import StepCost
+from octavo.services.scheduler.admission.deadlines import MIN_KEPT
+from octavo.services.scheduler.groups.step_cost import StepCost
 
 from .overload import Overload
 from .simulation import Stream, World
@@ -18,11 +18,31 @@ def until_idle(world: Overload) -> None:
         world.advance()
 
 
+# -- who runs beside others ---------------------------------------------------------------------------
+
+
+def test_a_sequence_waits_while_it_would_make_one_that_runs_late() -> None:
+    world = Overload(max_num_seqs=4, fixed_s=0.02, token_s=0.01)
+    for _ in range(2):
+        for n in range(3):  # of steps of one to three tokens
+            world.submit([n + 5] * 10, max_new_tokens=30)
+        until_idle(world)
+    hurried = world.submit([20] * 10, max_new_tokens=60, remaining_ms=2500)  # steps of 30 ms, of 40 beside another
+    for _ in range(3):
+        world.advance()
+    others = [world.submit([30 + n] * 10, max_new_tokens=60) for n in range(3)]
+    while not hurried.ended:
+        world.advance()
+    assert hurried.finished, hurried
+    until_idle(world)
+    assert all(other.finished for other in others)
+
+
 # -- what was learned does not stick ---------------------------------------------------------------
 
 
 def test_a_first_step_that_took_long_refuses_nobody_later() -> None:
-    world = Overload(max_running=4)
+    world = Overload(max_num_seqs=4)
     world.submit([5] * 10, max_new_tokens=1)
     world.now += 20.0  # the first step compiles
     world.answer("group-0")
@@ -32,7 +52,7 @@ def test_a_first_step_that_took_long_refuses_nobody_later() -> None:
 
 
 def test_a_step_that_took_long_refuses_nobody_later() -> None:
-    world = Overload(max_running=4)
+    world = Overload(max_num_seqs=4)
     for _ in range(5):
         world.submit([5] * 10, max_new_tokens=20)
         until_idle(world)
@@ -42,8 +62,24 @@ def test_a_step_that_took_long_refuses_nobody_later() -> None:
     assert not [call for call in (call_in_turn(world) for _ in range(10)) if not call.finished]
 
 
+def test_what_was_asked_of_a_slow_worker_turns_nobody_away_from_a_fast_one() -> None:
+    world = Overload(max_num_seqs=4)
+    world.submit([5] * 10, max_new_tokens=1)
+    world.now += 20.0  # the first step compiles
+    world.answer("group-0")
+    for _ in range(3):
+        world.submit([5] * 10, tenant="a", **IN_TIME)  # a step is thought to take 20 s
+    world.submit([5] * 10, max_new_tokens=9)
+    until_idle(world)
+    for _ in range(5):  # one of them waits
+        world.submit([5] * 10, max_new_tokens=20)
+    calls = [world.submit([5] * 10, tenant="a", **IN_TIME) for _ in range(2)]
+    until_idle(world)
+    assert all(call.finished for call in calls), [call.rejected for call in calls]
+
+
 def test_requests_that_run_survive_a_moment_in_which_nothing_went_on() -> None:
-    world = Overload(max_running=4)
+    world = Overload(max_num_seqs=4)
     world.submit([5] * 10, max_new_tokens=100)
     until_idle(world)
     call = world.submit([6] * 10, max_new_tokens=100, remaining_ms=4600)  # takes about two seconds
@@ -63,7 +99,7 @@ def call_in_turn(world: Overload) -> Stream:
 
 
 def test_who_is_let_try_says_nothing_of_predictions() -> None:
-    world = Overload(max_running=4)
+    world = Overload(max_num_seqs=4)
     world.submit([5] * 10, max_new_tokens=20)
     until_idle(world)
     before = world.core._forecast.margin(world.now)
@@ -83,10 +119,10 @@ def test_one_step_that_takes_long_is_not_the_speed_of_the_machine() -> None:
     for _ in range(100):
         cost.record(8, 0.01)
     cost.record(8, 5.0)
-    assert cost.seconds(8) < 0.02
+    assert cost.usual(0.0).seconds(8) < 0.02
     for _ in range(100):
         cost.record(8, 0.1)  # another process came, and stays
-    assert cost.seconds(8) == pytest.approx(0.1, rel=0.05)
+    assert cost.usual(0.0).seconds(8) == pytest.approx(0.1, rel=0.05)
 
 
 def test_a_worker_that_was_away_for_long_is_not_expected_to_be_again() -> None:
@@ -111,12 +147,12 @@ def test_requests_that_ended_are_not_kept_until_their_deadline() -> None:
     world.run()
     for _ in range(3 * MIN_KEPT):
         world.cancel(world.submit([5] * 10, remaining_ms=3_600_000))
-    assert len(world.core._early_ends._due) <= 2 * MIN_KEPT
+    assert len(world.core._deadlines._due) <= 2 * MIN_KEPT
     assert len(world.core._forecast._promised) <= 2 * MIN_KEPT
 
 
 def test_what_left_the_queue_is_not_kept_behind_one_that_waits() -> None:
-    world = World(check=False, max_running=1)
+    world = World(check=False, max_num_seqs=1)
     world.submit([5] * 10, max_new_tokens=1000)
     world.submit([5] * 10, max_new_tokens=1000, remaining_ms=60_000)  # has the least time of all that wait
     for _ in range(3 * MIN_KEPT):
@@ -141,7 +177,7 @@ def test_what_runs_is_looked_at_once_for_a_request_however_many_candidates_it_ha
 
 
 def test_who_takes_what_there_is_by_a_soft_limit_needs_no_more_time() -> None:
-    world = Overload(max_running=2)
+    world = Overload(max_num_seqs=2)
     world.submit([5] * 10, max_new_tokens=30)
     world.advance()
     soft = {"stop": {"soft_time_limit_ms": 1500}, "max_new_tokens": 4000, "remaining_ms": 2000}
@@ -152,7 +188,7 @@ def test_who_takes_what_there_is_by_a_soft_limit_needs_no_more_time() -> None:
 
 
 def test_long_prompts_and_short_outputs_of_others_make_steps_no_longer_than_they_can_be() -> None:
-    world = Overload(max_running=64, max_prefill_tokens=128)
+    world = Overload(max_num_seqs=64, max_prefill_tokens=128)
 
     def keep_busy() -> None:
         while world.core.load(world.now).running + world.core.load(world.now).waiting < 60:
@@ -171,7 +207,7 @@ def test_long_prompts_and_short_outputs_of_others_make_steps_no_longer_than_they
 
 
 def test_who_asks_for_what_cannot_be_takes_no_part_of_the_machine() -> None:
-    world = Overload(max_running=8)
+    world = Overload(max_num_seqs=8)
     for _ in range(6):
         world.submit([5] * 10, max_new_tokens=200, tenant="busy", remaining_ms=60_000)
     for _ in range(5):
@@ -184,8 +220,22 @@ def test_who_asks_for_what_cannot_be_takes_no_part_of_the_machine() -> None:
     assert world.submit([6] * 10, max_new_tokens=20, tenant="busy", remaining_ms=3000).admitted
 
 
+def test_a_tenant_that_was_refused_and_now_waits_has_one_part_of_the_queue() -> None:
+    world = World(max_num_seqs=1, max_waiting=1)
+    world.submit([5] * 10, max_new_tokens=100)
+    waits = world.submit([5] * 10)
+    assert world.submit([5] * 10, tenant="b").rejected
+    assert world.core._forecast.share("", world.now) == 1 / 2, "b would like to wait"
+    world.cancel(waits)
+    assert world.submit([5] * 10, tenant="b").admitted
+    assert world.core._forecast.share("", world.now) == 1 / 2
+    assert world.core._forecast.share("b", world.now) == 1.0
+    world.now += 60.0
+    assert world.core._forecast.share("b", world.now) == 1.0
+
+
 def test_who_gives_up_at_once_makes_nobody_else_need_more_time() -> None:
-    world = Overload(max_running=8)
+    world = Overload(max_num_seqs=8)
     world.submit([5] * 10, max_new_tokens=1000)
     for _ in range(20):
         world.advance()
@@ -199,7 +249,7 @@ def test_who_gives_up_at_once_makes_nobody_else_need_more_time() -> None:
 
 @pytest.mark.parametrize("num_more", [0, 20], ids=["alone", "and more of it waits"])
 def test_one_tenants_hurry_does_not_take_the_machine_from_others(num_more: int) -> None:
-    world = Overload(max_running=64)
+    world = Overload(max_num_seqs=64)
     world.submit([5] * 10, max_new_tokens=100)
     world.submit([5] * 100, max_new_tokens=30)
     until_idle(world)

@@ -8,7 +8,9 @@ from collections import Counter
 
 import pytest
 
-from octavo.services.scheduler.free_blocks import SIZE_STEPS, STALE_TURNS, Block, FreeBlocks
+from octavo.services.scheduler.kv_cache.free_blocks import SIZE_STEPS, STALE_TURNS, Block, FreeBlocks
+
+from .simulation import World
 
 
 def cached(block_id: int, owner: str) -> Block:
@@ -103,3 +105,14 @@ def test_a_tenant_whose_block_is_in_use_again_is_not_idle() -> None:
         block = free.take()
         assert block.owner == "large"
         free.add(cached(number, "large"))
+
+
+def test_of_a_prompt_that_is_pushed_out_the_head_stays_longest() -> None:
+    """A cache of tails alone would be of no use: a prompt is found from its start."""
+    world = World(num_blocks=12)
+    prompt = list(range(100, 181))  # five blocks and a token
+    for text in (prompt, [7] * 120, prompt):  # the second one needs eight of eleven blocks
+        stream = world.submit(text, max_new_tokens=1)
+        world.run()
+
+    assert 0 < stream.finished[0].usage.cached_prompt_tokens < 80

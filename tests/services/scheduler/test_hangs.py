@@ -7,7 +7,7 @@ import pytest
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.protocol import PROTOCOL_REVISION
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.effects import SendToGateway
+from octavo.services.scheduler.core.effects import SendToGateway
 from octavo.services.scheduler.node import Node
 from octavo.worker.v1 import worker_pb2
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.engine import GatewayConnection
-from octavo.services.scheduler.outputs import Outbox
+from octavo.services.scheduler.requests.outbox import Outbox
 
 
 def test_columns_have_the_names_of_the_message() -> None:

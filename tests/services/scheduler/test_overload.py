@@ -9,13 +9,13 @@ import pytest
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.scheduler import expected_output
-from octavo.services.scheduler.expected_output import ExpectedOutput
-from octavo.services.scheduler.step_cost import StepCost
+from octavo.services.scheduler.admission import admission
+from octavo.services.scheduler.admission.admission import OutputLengths
+from octavo.services.scheduler.groups.step_cost import StepCost
 
 from .overload import Asking, Outcome, Overload
 
-SETTINGS = {"max_running": 8, "tenant_weights": ("one=1", "three=3")}
+SETTINGS = {"max_num_seqs": 8, "tenant_weights": ("one=1", "three=3")}
 SECONDS = 60.0
 PEAK_CALLS_PER_S = 10.0  # of 32 tokens: what eight slots can do
 
@@ -79,6 +79,23 @@ def test_a_machine_that_loses_half_its_speed_serves_what_it_still_can() -> None:
     assert outcome.part_late <= 0.05, "those who were there when it became slow"
 
 
+# And one on which a token's context costs as much as itself after 180 tokens.
+MACHINE_WITH_CONTEXT = {"num_blocks": 8000, "fixed_s": 0.012, "token_s": 0.00022, "context_s": 0.0000012}
+
+
+@pytest.mark.parametrize(("deadline", "refusal_s"), [(2.0, 0.0), (1.25, 0.002)], ids=["context", "refusals"])
+def test_a_flood_that_begins_at_once_is_let_in_by_what_steps_will_take(deadline: float, refusal_s: float) -> None:
+    world = Overload(**MACHINE_WITH_CONTEXT, refusal_s=refusal_s)
+    tokens_per_s, call_s = world.run_closed_loop(64, 30.0, lambda: 35, lambda: 128)
+    while world.queues["group-0"]:
+        world.advance()
+    world.started_at = world.step_began_at = world.now
+    asked = Asking("one", 10 * tokens_per_s / 128, lambda _: 35, lambda _: 128, deadline_s=deadline * call_s)
+    outcome = world.run_calls([asked], 20.0)
+    assert outcome.part_late <= 0.02
+    assert outcome.output_tokens / 20.0 >= 0.8 * tokens_per_s
+
+
 def between(least: int, most: int) -> object:
     return lambda rng: rng.randint(least, most)
 
@@ -139,7 +156,7 @@ def test_a_tenant_that_comes_to_a_full_queue_gets_its_part_of_it() -> None:
 
 
 def test_a_request_is_judged_by_what_is_served_before_it() -> None:
-    world = Overload(max_running=1)
+    world = Overload(max_num_seqs=1)
     for _ in range(20):
         world.submit([5] * 10, max_new_tokens=30, priority=-1)
     while world.core.load(world.now).waiting == 19:
@@ -151,7 +168,7 @@ def test_a_request_is_judged_by_what_is_served_before_it() -> None:
 
 
 def test_steps_that_make_several_tokens_of_a_sequence_are_counted_on() -> None:
-    world = Overload(max_running=1, max_row_tokens=4)
+    world = Overload(max_num_seqs=1, max_row_tokens=4)
     world.workers["group-0"].num_guessed = lambda: 3
     world.submit([5] * 10, max_new_tokens=800)  # makes it known
     while world.core.num_requests:
@@ -166,7 +183,7 @@ def test_steps_that_make_several_tokens_of_a_sequence_are_counted_on() -> None:
 
 
 def test_what_cannot_be_in_time_on_an_idle_machine_is_refused_and_what_may_end_sooner_is_let_try() -> None:
-    world = Overload(max_running=2)
+    world = Overload(max_num_seqs=2)
     world.submit([5] * 10, max_new_tokens=30)
     world.advance()
     assert not world.submit([5] * 10, max_new_tokens=4000, remaining_ms=200).admitted
@@ -174,9 +191,9 @@ def test_what_cannot_be_in_time_on_an_idle_machine_is_refused_and_what_may_end_s
 
 
 def test_expected_is_the_average_of_the_tenants_outputs_within_the_limit() -> None:
-    outputs = ExpectedOutput()
+    outputs = OutputLengths()
     submit = scheduler_pb2.Submit(tenant="a", end_of_sequence_ids=[7])
-    assert outputs.tokens(submit, 4096) == expected_output.UNKNOWN_TOKENS
+    assert outputs.tokens(submit, 4096) == admission.UNKNOWN_TOKENS
     for length in (90, 110):
         outputs.ended("a", length, is_cut=False)
     assert outputs.tokens(submit, 4096) == pytest.approx(100, abs=1)
@@ -189,7 +206,7 @@ def test_expected_is_the_average_of_the_tenants_outputs_within_the_limit() -> No
 
 
 def test_an_output_that_was_cut_makes_those_to_come_no_shorter() -> None:
-    outputs = ExpectedOutput()
+    outputs = OutputLengths()
     submit = scheduler_pb2.Submit(tenant="a", end_of_sequence_ids=[7])
     outputs.ended("a", 100, is_cut=False)
     for _ in range(10):
@@ -198,20 +215,32 @@ def test_an_output_that_was_cut_makes_those_to_come_no_shorter() -> None:
 
 
 def test_what_is_remembered_of_tenants_is_bounded() -> None:
-    outputs = ExpectedOutput()
-    for number in range(expected_output.MAX_TENANTS + 10):
+    outputs = OutputLengths()
+    for number in range(admission.MAX_TENANTS + 10):
         outputs.ended(f"t{number}", 10, is_cut=False)
     submits = [scheduler_pb2.Submit(tenant=f"t{number}", end_of_sequence_ids=[7]) for number in (0, 9, 10)]
-    unknown = expected_output.UNKNOWN_TOKENS
+    unknown = admission.UNKNOWN_TOKENS
     assert [outputs.tokens(submit, 4096) for submit in submits] == [unknown, unknown, 10]
+
+
+def test_what_is_predicted_of_a_step_is_for_the_context_that_its_tokens_usually_have() -> None:
+    cost = StepCost()
+    for number in range(300):
+        tokens, context = 20 + number % 37, 100 + 10 * (number % 64)  # which grows from the start of a batch to its end
+        cost.record(tokens, 0.016 + 0.0005 * tokens + 0.00003 * context, context)
+    usual = cost.usual(context=20.0)  # of each token
+    assert usual.token_s == pytest.approx(0.0005, rel=0.05)
+    assert cost.seconds_with(20, 100) == pytest.approx(0.029, rel=0.01)
+    assert usual.seconds(20) == pytest.approx(0.038, rel=0.01)
+    assert usual.most_tokens(0.038) == pytest.approx(20, rel=0.02)
 
 
 def test_the_cost_of_a_step_is_a_fixed_part_and_one_for_each_token() -> None:
     cost = StepCost()
-    assert (cost.seconds(8), cost.token_s) == (0.0, 0.0)
+    assert (cost.usual(0.0).seconds(8), cost.usual(0.0).token_s) == (0.0, 0.0)
     cost.record(8, 0.02)
-    assert (cost.seconds(500), cost.token_s) == (0.02, 0.0)  # one size tells nothing about others
+    assert (cost.usual(0.0).seconds(500), cost.usual(0.0).token_s) == (0.02, 0.0)  # one size tells nothing about others
     for num_tokens in (8, 8, 520, 9, 8, 264):
         cost.record(num_tokens, 0.016 + 0.0005 * num_tokens)
-    assert cost.token_s == pytest.approx(0.0005)
-    assert cost.seconds(100) == pytest.approx(0.066)
+    assert cost.usual(0.0).token_s == pytest.approx(0.0005)
+    assert cost.usual(0.0).seconds(100) == pytest.approx(0.066)

@@ -11,20 +11,20 @@ from google.rpc import code_pb2
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.effects import SendPlan
-from octavo.services.scheduler.model_facts import GENERATOR, ModelFacts
-from octavo.services.scheduler.outputs import WorkerMisbehavedError
-from octavo.services.scheduler.scheduler import Scheduler
+from octavo.services.scheduler.core.effects import SendPlan
+from octavo.services.scheduler.core.output_processor import WorkerMisbehavedError
+from octavo.services.scheduler.core.scheduler import Scheduler
+from octavo.services.scheduler.groups.worker_group import GENERATOR, GroupLimits, ModelInfo
 from octavo.worker.v1 import worker_pb2
 
-ENCODER = ModelFacts(common_pb2.MODEL_TASK_EMBED, vector_size=4, whole_sequences=True)
-DECODER = ModelFacts(common_pb2.MODEL_TASK_EMBED, vector_size=4)
+ENCODER = ModelInfo(common_pb2.MODEL_TASK_EMBED, vector_size=4, whole_sequences=True)
+DECODER = ModelInfo(common_pb2.MODEL_TASK_EMBED, vector_size=4)
 
 
 class Bench:
     """A scheduler with workers of one model; `plans` and `messages` are what it sent."""
 
-    def __init__(self, model: ModelFacts = ENCODER, **settings: Any) -> None:
+    def __init__(self, model: ModelInfo = ENCODER, **settings: Any) -> None:
         self.now = 1.0
         self.core = Scheduler(SchedulerConfig(**settings), self.now)
         self.model = model
@@ -35,7 +35,7 @@ class Bench:
     def join(self, max_model_len: int = 64) -> None:
         self.epoch += 1
         blocks = 1 if self.model.whole_sequences else 32
-        self.core.worker_joined("w", self.epoch, blocks, max_model_len, self.now, 0, self.model)
+        self.core.worker_joined("w", self.epoch, GroupLimits(blocks, max_model_len), self.now, self.model)
         self.settle()
 
     def submit(self, *inputs: list[int], handle: int = 1, **fields: Any) -> None:
@@ -112,7 +112,7 @@ def test_each_input_is_a_sequence_and_gets_its_vector() -> None:
 
 
 def test_an_encoder_never_computes_a_part_of_a_sequence_and_fills_its_steps() -> None:
-    bench = Bench(max_batch_tokens=64, max_running=8)
+    bench = Bench(max_num_batched_tokens=64, max_num_seqs=8)
     bench.join()
     bench.submit(*([7] * length for length in (40, 30, 20, 10, 60)))
 
@@ -126,7 +126,7 @@ def test_an_encoder_never_computes_a_part_of_a_sequence_and_fills_its_steps() ->
 
 
 def test_a_decoder_computes_long_inputs_in_chunks_with_blocks() -> None:
-    bench = Bench(DECODER, max_batch_tokens=32, max_running=8)
+    bench = Bench(DECODER, max_num_batched_tokens=32, max_num_seqs=8)
     bench.join(max_model_len=512)
     bench.submit([7] * 80)
     for plan in bench.plans:
@@ -137,6 +137,35 @@ def test_a_decoder_computes_long_inputs_in_chunks_with_blocks() -> None:
     assert len(array("I", bench.plans[0].block_ids)) == 5
     assert bench.vectors() == {(1, 0): (16, 7)}
     assert bench.core.load(bench.now).kv_blocks_free == 31
+
+
+def test_a_prefix_is_computed_once_where_the_last_token_makes_the_vector() -> None:
+    """The pairs of a ranking begin with the same query; with other vectors all hidden states are needed."""
+    query = list(range(100, 140))  # two whole blocks, and a part
+    documents = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    computed = {}
+    for of_last_token in (False, True):
+        model = ModelInfo(common_pb2.MODEL_TASK_SCORE, vector_size=4, of_last_token=of_last_token)
+        bench = Bench(model, max_num_batched_tokens=256, max_num_seqs=8)
+        bench.join(max_model_len=256)
+        bench.submit(*(query + document for document in documents))
+        for plan in bench.plans:
+            bench.answer(plan)
+        computed[of_last_token] = sum(plan.num_tokens for plan in bench.plans)
+        assert len(bench.vectors()) == 3
+
+    assert computed == {False: 3 * 43, True: 43 + 2 * 11}
+
+
+def test_what_waits_for_a_worker_follows_its_model() -> None:
+    """Whether prefixes are cached is known when the model is."""
+    bench = Bench(ModelInfo(common_pb2.MODEL_TASK_SCORE, vector_size=4, of_last_token=True))
+    bench.submit(list(range(40)), [*range(39), 50])
+    bench.join()
+    for plan in bench.plans:
+        bench.answer(plan)
+
+    assert sum(plan.num_tokens for plan in bench.plans) == 40 + 8
 
 
 def test_a_lost_worker_costs_no_vector() -> None:
@@ -207,7 +236,7 @@ def test_an_answer_that_does_not_fit_costs_the_worker(changes: dict[str, bytes])
 
 def test_what_a_model_does_not_make_is_refused() -> None:
     generator = Bench(GENERATOR)
-    generator.core.worker_joined("w", 1, 32, 64, generator.now)
+    generator.core.worker_joined("w", 1, GroupLimits(32, 64), generator.now)
     generator.submit([1])
     encoder = Bench()
     encoder.join()
@@ -241,6 +270,7 @@ def test_what_came_before_the_first_worker_is_refused_when_that_one_says_what_it
 def test_a_wrong_request_is_refused(inputs: list[list[int]], fields: dict[str, Any], reason: str) -> None:
     bench = Bench()
     bench.join(max_model_len=64)
+    bench.now += 60.0  # no larger worker has joined by now
     bench.submit(*inputs, **fields)
     bench.submit([1] * 64, handle=2)
 
@@ -269,8 +299,8 @@ def run(bench: Bench, fixed_s: float = 0.005, token_s: float = 0.0001) -> None:
 
 
 @pytest.mark.parametrize("model", [ENCODER, DECODER], ids=["whole", "chunked"])
-def test_inputs_are_let_in_while_steps_can_compute_them_in_time(model: ModelFacts) -> None:
-    bench = Bench(model, max_batch_tokens=512, max_running=256)
+def test_inputs_are_let_in_while_steps_can_compute_them_in_time(model: ModelInfo) -> None:
+    bench = Bench(model, max_num_batched_tokens=512, max_num_seqs=256)
     bench.join(max_model_len=512)
     handles = iter(range(1, 10_000))
     for num_tokens in (8, 64, 8, 64, 128, 8) * 4:  # the steps' times are known
@@ -287,7 +317,7 @@ def test_inputs_are_let_in_while_steps_can_compute_them_in_time(model: ModelFact
 
 
 def test_an_inputs_deadline_keeps_no_other_input_from_its_step() -> None:
-    bench = Bench(max_batch_tokens=512, max_running=64)
+    bench = Bench(max_num_batched_tokens=512, max_num_seqs=64)
     bench.join(max_model_len=512)
     for handle in range(1, 30):
         assert in_time(bench, handle, 16 * (1 + handle % 2), 600_000)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from google.rpc import code_pb2
 
-from octavo.services.scheduler import forecast
-from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.quotas import BURST_S
+from octavo.common.v1 import common_pb2
+from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.admission import estimators
+from octavo.services.scheduler.config import Quota, SchedulerConfig
+from octavo.services.scheduler.queueing.quotas import BURST_S, Quotas
 
 from .simulation import World
 
@@ -64,7 +66,7 @@ def test_quotas_that_are_none_are_refused_at_the_start(entry: str) -> None:
 
 
 def test_the_wait_is_estimated_by_how_fast_the_queue_moves() -> None:
-    world = World(max_running=1, max_waiting=100, num_blocks=100)
+    world = World(max_num_seqs=1, max_waiting=100, num_blocks=100)
     for n in range(20):
         world.submit([n + 1000] * 32, max_new_tokens=10)
     for _ in range(100):
@@ -74,6 +76,30 @@ def test_the_wait_is_estimated_by_how_fast_the_queue_moves() -> None:
     late = world.submit([5] * 32, max_new_tokens=10, remaining_ms=load.estimated_queue_ms // 2)
     assert late.rejected is not None
     assert late.rejected.reason == "DEADLINE_UNREACHABLE"
-    through_ms = (late.rejected.retry_after_ms + load.estimated_queue_ms // 2) / forecast.FIRST_MARGIN
+    through_ms = (late.rejected.retry_after_ms + load.estimated_queue_ms // 2) / estimators.FIRST_MARGIN
     rest_and_own_ms = through_ms - load.estimated_queue_ms  # of who runs, and what it takes itself
     assert 100 <= rest_and_own_ms <= 260
+
+
+def test_each_candidate_may_produce_its_output_and_is_charged_for_it() -> None:
+    rate = 10.0
+    world = World(tenant_tokens_per_s=rate)
+    world.submit(PROMPT, tenant="a", candidate_count=4, max_new_tokens=200)
+
+    refused = world.submit(PROMPT, tenant="a").rejected
+
+    assert refused is not None
+    assert refused.retry_after_ms == pytest.approx(1000 * ((len(PROMPT) + 4 * 200) / rate - BURST_S), rel=0.01)
+
+
+def test_who_owes_tokens_owes_them_still_when_other_tenants_are_forgotten() -> None:
+    quotas = Quotas(Quota(tokens_per_s=1.0), {})
+    quotas._most_kept = 2
+    for tenant, max_new_tokens in (("debtor", 1000), ("quiet", 1), ("third", 1)):
+        submit = scheduler_pb2.Submit(tenant=tenant, stop=common_pb2.StopCriteria(max_new_tokens=max_new_tokens))
+        quotas.charge(submit, 0.0)
+        quotas.ended(submit, max_new_tokens)
+
+    assert quotas.shortage("debtor", 0.0)[1] > 0
+    assert quotas.shortage("quiet", 0.0)[1] == 0
+    assert set(quotas._accounts) == {"debtor", "third"}

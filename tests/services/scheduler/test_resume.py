@@ -6,7 +6,9 @@ import pytest
 from google.rpc import code_pb2
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.scheduler.resume import MAX_STATE_BYTES, MAX_UNREAD_TOKENS
+from octavo.services.scheduler.core.scheduler import Scheduler
+from octavo.services.scheduler.requests.resume import MAX_STATE_BYTES, MAX_UNREAD_TOKENS
+from octavo.services.scheduler.requests.sequence import Request
 
 from .simulation import Stream, World, expected_output
 
@@ -197,6 +199,18 @@ def test_a_request_of_another_epoch_or_without_a_window_is_not_taken_over() -> N
     assert world.core.num_requests == 1
 
 
+def test_a_request_that_has_not_got_as_far_as_the_gateway_has_seen_is_submitted_again() -> None:
+    """Two calls of one request went on, and the one that is kept is behind: nothing is said twice."""
+    world = World()
+    stream = started(world)
+    world.core.gateway_lost("a", world.now)
+    ahead = world.reattach(stream, "b", [len(stream.tokens[0]) + 3])
+    assert ahead.failed is not None
+    assert ahead.failed.reason == "RESUME_STATE_LOST"
+    world.run()
+    assert ahead.tokens[0] == []
+
+
 def test_log_probabilities_are_replayed_with_their_tokens() -> None:
     world = World()
     stream = started(world, logprobs=2, chosen_logprob=True)
@@ -264,3 +278,81 @@ def test_who_names_no_tenant_finds_nothing() -> None:
     assert refused.failed.reason == "RESUME_STATE_LOST"
     assert [message.cancelled.was_running for message in world.others if message.HasField("cancelled")] == [False]
     assert stream.tokens[0] == expected_output(PROMPT, 30)
+
+
+def test_log_probabilities_of_what_an_earlier_scheduler_made_are_not_taken_for_those_of_this_one() -> None:
+    world = World()
+    output = expected_output(PROMPT, 30)
+    stream = world.submit(
+        PROMPT, 30, "a", continue_token_ids=output[:9], resume_window_ms=1000, logprobs=1, chosen_logprob=True
+    )
+    for _ in range(6):
+        world.step()
+    made = len(stream.tokens[0])
+    assert made > 3
+
+    taken = world.reattach(stream, "b", [9 + 2])  # of what was made here, two tokens were read
+
+    (outputs,) = [message.step_outputs for message in world.messages if len(message.step_outputs.token_counts)]
+    assert list(outputs.token_ids) == taken.tokens[0] == output[11 : 9 + made]
+    assert [-float(token % 7) for token in outputs.token_ids] == list(outputs.logprobs)
+
+
+def test_a_look_at_the_time_costs_nothing_for_those_that_wait_without_a_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World(num_blocks=400, max_num_seqs=2, max_waiting=1000, check=False)
+    streams = [world.submit([n, 1, 2], 50, "a", resume_window_ms=1000) for n in range(500)]
+    world.step()
+    world.core.gateway_lost("a", world.now)
+    looked_at: list[object] = []
+    count = property(lambda request: looked_at.append(request) or 0)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Request, "num_output_tokens", count)
+
+    world.core.tick(world.now + 0.9)
+
+    assert len(looked_at) <= 2, "those that run"
+    world.core.tick(world.now + 1.1)
+    assert world.core.num_requests == 0
+    assert not any(stream.ended for stream in streams), "nobody hears of it"
+
+
+def test_who_is_taken_over_and_lost_again_has_the_whole_window_again() -> None:
+    world = World()
+    stream = started(world, 400)
+    world.core.gateway_lost("a", world.now)
+    world.now += 0.9
+    taken = world.reattach(stream, "b", [])
+    world.now += 0.2
+    world.core.gateway_lost("b", world.now)
+    world.now += 0.9
+    world.settle()
+    assert world.reattach(taken, "c", []).tokens
+    world.now += 60.0
+    world.settle()
+    assert not world.core.is_idle, "the windows of before are closed"
+
+
+def test_the_window_counts_from_the_moment_in_which_the_stream_broke() -> None:
+    world = World(num_blocks=400)
+    stream = started(world, count=4000)
+    for _ in range(300):  # three seconds: much longer than the window
+        world.step()
+    world.core.gateway_lost("a", world.now)
+    world.now += 0.9
+    world.settle()
+
+    assert world.core.num_requests == 1
+    assert world.reattach(stream, "b", [0]).failed is None
+
+
+@pytest.mark.parametrize("epoch", [4, 6])
+def test_what_another_life_of_the_scheduler_admitted_is_not_resumed(epoch: int) -> None:
+    """The same request may be here all the same: submitted again, it is another one."""
+    world = World()
+    world.core = Scheduler(world.config, world.now, epoch=5)
+    world.join("group-0")
+    stream = started(world)
+
+    assert world.reattach(stream, "b", [0], epoch=epoch).failed is not None
+    assert world.reattach(stream, "b", [0], epoch=5).failed is None

@@ -9,9 +9,9 @@ from google.rpc import code_pb2
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.scheduler.free_blocks import STALE_TURNS
-from octavo.services.scheduler.outputs import WorkerMisbehavedError
-from octavo.services.scheduler.step_planner import MAX_SCORED_TOKENS, MAX_SEARCHES
+from octavo.services.scheduler.core.output_processor import WorkerMisbehavedError
+from octavo.services.scheduler.core.step_planner import MAX_SCORED_TOKENS, MAX_SEARCHES
+from octavo.services.scheduler.kv_cache.free_blocks import STALE_TURNS
 from octavo.worker.v1 import worker_pb2
 
 from .simulation import World, expected_output
@@ -67,7 +67,7 @@ def test_a_stop_token_does_not_count_before_min_new_tokens() -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
 def test_a_long_prompt_is_computed_in_chunks_of_the_budget(chunk: int) -> None:
     prompt = list(range(1000, 1150))
-    world = World(max_batch_tokens=chunk, max_running=1, max_prefill_tokens=chunk)
+    world = World(max_num_batched_tokens=chunk, max_num_seqs=1, max_prefill_tokens=chunk)
     stream = world.submit(prompt, max_new_tokens=4)
     world.run()
     assert stream.tokens[0] == expected_output(prompt, 4)
@@ -75,7 +75,7 @@ def test_a_long_prompt_is_computed_in_chunks_of_the_budget(chunk: int) -> None:
 
 
 def test_prompts_share_what_decoding_leaves_of_a_step() -> None:
-    world = World(num_blocks=300, max_prefill_tokens=32, max_batch_tokens=512)
+    world = World(num_blocks=300, max_prefill_tokens=32, max_num_batched_tokens=512)
     decoding = world.submit(PROMPT, max_new_tokens=100)
     world.step()
     world.step()
@@ -89,7 +89,7 @@ def test_prompts_share_what_decoding_leaves_of_a_step() -> None:
 
 
 def test_a_short_prompt_overtakes_a_long_one_that_is_being_computed() -> None:
-    world = World(num_blocks=400, max_batch_tokens=64, max_running=8)
+    world = World(num_blocks=400, max_num_batched_tokens=64, max_num_seqs=8)
     long = world.submit(list(range(1000, 3000)), max_new_tokens=2)
     short = world.submit(list(range(50)), max_new_tokens=2)
     for _ in range(5):
@@ -101,7 +101,7 @@ def test_a_short_prompt_overtakes_a_long_one_that_is_being_computed() -> None:
 
 
 def test_an_aged_long_prompt_is_not_starved_by_short_ones() -> None:
-    world = World(num_blocks=1000, max_batch_tokens=64, max_running=8, ageing_tokens_per_s=10_000.0)
+    world = World(num_blocks=1000, max_num_batched_tokens=64, max_num_seqs=8, ageing_tokens_per_s=10_000.0)
     long = world.submit(list(range(1000, 3000)), max_new_tokens=1)
     for round_number in range(200):
         if long.ended:
@@ -112,7 +112,7 @@ def test_an_aged_long_prompt_is_not_starved_by_short_ones() -> None:
 
 
 def test_no_more_prompts_are_opened_than_fill_a_step() -> None:
-    world = World(max_running=8, max_batch_tokens=64, num_blocks=200)
+    world = World(max_num_seqs=8, max_num_batched_tokens=64, num_blocks=200)
     world.lose("group-0")
     for n in range(8):
         world.submit([10 + n] * 40, max_new_tokens=2)
@@ -132,7 +132,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 
 
 def test_behind_a_step_that_takes_long_the_next_is_planned_late() -> None:
-    world = World(num_blocks=400, max_batch_tokens=512)
+    world = World(num_blocks=400, max_num_batched_tokens=512)
     world.submit(list(range(1000, 1300)), max_new_tokens=5)
     world.now += 1.0  # what 300 tokens take
     world.answer("group-0")
@@ -153,7 +153,7 @@ def test_behind_a_step_that_takes_long_the_next_is_planned_late() -> None:
 
 def test_prompts_that_begin_alike_need_not_wait_for_another_step() -> None:
     prefix = list(range(5000, 5064))
-    world = World(num_blocks=400, max_batch_tokens=256, max_running=40)
+    world = World(num_blocks=400, max_num_batched_tokens=256, max_num_seqs=40)
     world.submit(PROMPT, max_new_tokens=9)  # keeps the worker busy, while the others come
     streams = [world.submit([*prefix, n], max_new_tokens=3) for n in range(20)]
     streams.append(world.submit([*prefix[:32], 7, 8], max_new_tokens=3))
@@ -169,7 +169,7 @@ def test_prompts_that_begin_alike_need_not_wait_for_another_step() -> None:
 
 def test_those_that_were_passed_over_add_nothing_to_prompts_that_have_their_share_of_a_step() -> None:
     prefix = list(range(5000, 5064))
-    world = World(num_blocks=400, max_batch_tokens=512, max_running=8)
+    world = World(num_blocks=400, max_num_batched_tokens=512, max_num_seqs=8)
     world.submit(PROMPT, max_new_tokens=9)  # keeps the worker busy, while the others come
     scored = world.submit(list(range(1000, 1300)), max_new_tokens=3, prompt_logprobs=1)
     streams = [world.submit([*prefix, n], max_new_tokens=3) for n in range(2)]
@@ -185,7 +185,7 @@ def test_those_that_were_passed_over_add_nothing_to_prompts_that_have_their_shar
 
 def test_a_burst_of_requests_with_one_prefix_computes_it_once() -> None:
     prefix = list(range(5000, 5128))
-    world = World(num_blocks=400, max_batch_tokens=64, max_running=40)
+    world = World(num_blocks=400, max_num_batched_tokens=64, max_num_seqs=40)
     streams = [world.submit([*prefix, n], max_new_tokens=3) for n in range(32)]
     world.run()
     assert sum(plan.num_tokens for plan in world.plans) < 128 + 32 * 8
@@ -219,7 +219,7 @@ def test_a_cached_prompt_still_computes_its_last_token() -> None:
 
 
 def test_a_full_pool_preempts_and_everybody_still_gets_the_right_tokens() -> None:
-    world = World(num_blocks=12, max_model_len=160, max_running=8)
+    world = World(num_blocks=12, max_model_len=160, max_num_seqs=8)
     prompts = [[n * 50 + k for k in range(20)] for n in range(6)]
     streams = [world.submit(prompt, max_new_tokens=60, sampling={"seed": n}) for n, prompt in enumerate(prompts)]
     world.run()
@@ -230,7 +230,7 @@ def test_a_full_pool_preempts_and_everybody_still_gets_the_right_tokens() -> Non
 
 
 def test_the_victim_has_the_lowest_priority() -> None:
-    world = World(num_blocks=7, max_model_len=96, max_running=3)
+    world = World(num_blocks=7, max_model_len=96, max_num_seqs=3)
     old = world.submit([1] * 20, max_new_tokens=40)
     low = world.submit([2] * 20, max_new_tokens=40, priority=-5)
     world.submit([3] * 15, max_new_tokens=2, priority=5)
@@ -253,7 +253,7 @@ def test_cancelling_frees_the_blocks_before_the_next_plan() -> None:
 @pytest.mark.parametrize("num_steps", range(8, 32))
 def test_cancelling_leaves_nothing_whatever_the_moment(num_steps: int) -> None:
     """Also between a preemption and the last results of the sequence that lost its blocks."""
-    world = World(num_blocks=12, max_model_len=160, max_running=8)
+    world = World(num_blocks=12, max_model_len=160, max_num_seqs=8)
     streams = [world.submit([n * 50 + k for k in range(20)], max_new_tokens=60) for n in range(6)]
     for _ in range(num_steps):
         world.step()
@@ -328,6 +328,7 @@ def test_the_context_limit_ends_a_sequence() -> None:
 
 def test_a_prompt_that_cannot_fit_is_refused() -> None:
     world = World(num_blocks=3)
+    world.now += world.config.worker_grace_s  # no larger worker has joined by now
     stream = world.submit(list(range(32)))
     assert stream.rejected is not None
     assert stream.rejected.code == code_pb2.INVALID_ARGUMENT
@@ -335,7 +336,7 @@ def test_a_prompt_that_cannot_fit_is_refused() -> None:
 
 
 def test_a_full_queue_refuses_with_a_retry_delay_and_keeps_its_promises() -> None:
-    world = World(max_running=1, max_batch_tokens=64, max_waiting=2)
+    world = World(max_num_seqs=1, max_num_batched_tokens=64, max_waiting=2)
     streams = [world.submit(PROMPT, max_new_tokens=4) for _ in range(5)]
     refused = [stream for stream in streams if stream.rejected]
     assert [stream.rejected.reason for stream in refused if stream.rejected] == ["QUEUE_FULL"] * 2
@@ -344,8 +345,30 @@ def test_a_full_queue_refuses_with_a_retry_delay_and_keeps_its_promises() -> Non
     assert all(stream.finished for stream in streams if not stream.rejected)
 
 
+@pytest.mark.parametrize("limits", [{"max_waiting": 2}, {"max_waiting_tokens": 100}])
+def test_whoever_is_refused_again_before_anything_ran_has_to_wait_twice_as_long(limits: dict[str, int]) -> None:
+    """Nothing is known of step times, and the first step takes half an hour."""
+    world = World(max_num_seqs=1, max_num_batched_tokens=64, **limits)
+    for _ in range(3):
+        world.submit(PROMPT, max_new_tokens=4)
+    begun, tries = world.now, 0
+    while world.now < begun + 1800.0:
+        rejected = world.submit(PROMPT).rejected
+        assert rejected is not None
+        assert rejected.retry_after_ms <= 60_000
+        world.now += rejected.retry_after_ms / 1000
+        tries += 1
+    assert tries < 60
+    world.run()
+    for _ in range(3):
+        world.submit(PROMPT, max_new_tokens=4)
+    rejected = world.submit(PROMPT).rejected
+    assert rejected is not None
+    assert rejected.retry_after_ms < 30_000, "the queue has moved since"
+
+
 def test_a_deadline_that_the_queue_cannot_meet_is_refused() -> None:
-    world = World(max_running=1, max_batch_tokens=16)
+    world = World(max_num_seqs=1, max_num_batched_tokens=16)
     world.submit(list(range(200)), max_new_tokens=50)
     world.step()  # the rate is known now: 16 tokens in 10 ms
     world.submit(list(range(300, 900)))
@@ -356,7 +379,7 @@ def test_a_deadline_that_the_queue_cannot_meet_is_refused() -> None:
 
 def test_a_refusal_says_after_how_long_a_request_of_the_tenant_would_begin() -> None:
     """So that a gateway refuses by itself what is refused here as well, and nothing else."""
-    world = World(max_running=1, max_batch_tokens=16)
+    world = World(max_num_seqs=1, max_num_batched_tokens=16)
     world.submit(list(range(200)), max_new_tokens=50)
     world.step()
     world.submit(list(range(300, 900)))
@@ -374,7 +397,7 @@ def test_a_refusal_says_after_how_long_a_request_of_the_tenant_would_begin() -> 
 
 
 def test_what_expires_in_the_queue_is_never_run() -> None:
-    world = World(max_running=1, max_batch_tokens=16)
+    world = World(max_num_seqs=1, max_num_batched_tokens=16)
     world.submit(PROMPT, max_new_tokens=60)
     late = world.submit(list(range(500, 520)), remaining_ms=1)
     world.now += 0.5
@@ -457,7 +480,7 @@ def test_a_scheduler_that_just_started_queues_requests_until_its_workers_are_bac
 
 
 def test_several_groups_share_the_work_and_prefer_a_cached_prefix() -> None:
-    world = World(groups=2, num_blocks=100, max_running=4)
+    world = World(groups=2, num_blocks=100, max_num_seqs=4)
     world.submit(PROMPT)
     world.run()
     used = next(group for group, worker in world.workers.items() if worker.steps)
@@ -472,7 +495,7 @@ def test_several_groups_share_the_work_and_prefer_a_cached_prefix() -> None:
 
 
 def test_a_sequence_is_placed_where_there_are_blocks_for_it() -> None:
-    world = World(num_blocks=129, max_running=64)
+    world = World(num_blocks=129, max_num_seqs=64)
     for first in (1, 2):  # their caches fill the first group
         world.submit([first] * 930, max_new_tokens=60)
     for _ in range(3):
@@ -492,8 +515,35 @@ def test_a_sequence_is_placed_where_there_are_blocks_for_it() -> None:
     assert all(stream.ended for stream in streams)
 
 
+def test_a_worker_that_does_not_answer_gets_nothing_that_another_one_could_begin() -> None:
+    world = World(groups=2)
+    world.cancel(world.submit([1] * 40))  # both steps that may be in flight are, on the first one
+    assert len(world.queues["group-0"]) == 2
+
+    stream = world.submit([2] * 40)
+
+    while world.step("group-1"):
+        pass
+    assert stream.ended
+
+
+def test_a_cached_prompt_does_not_wait_for_a_worker_whose_step_is_late() -> None:
+    world = World(groups=2)
+    world.submit(prompt := list(range(200)), max_new_tokens=20)
+    world.run()
+    world.cancel(world.submit([1] * 40))
+    assert len(world.queues["group-0"]) == 2
+    world.now += 5.0  # a step takes 0.01 s
+
+    stream = world.submit(prompt)
+
+    while world.step("group-1"):
+        pass
+    assert stream.ended
+
+
 def test_a_prompt_that_has_blocks_nowhere_is_not_overtaken_for_ever() -> None:
-    world = World(num_blocks=33, groups=2, max_running=8)
+    world = World(num_blocks=33, groups=2, max_num_seqs=8)
     for n in range(4):
         world.submit([n + 1] * 200, max_new_tokens=30)
     for group_id in world.workers:
@@ -509,7 +559,7 @@ def test_a_prompt_that_has_blocks_nowhere_is_not_overtaken_for_ever() -> None:
 
 
 def test_prompts_that_each_begin_like_the_one_before_do_not_hold_a_plan_up() -> None:
-    world = World(num_blocks=2000, max_running=128, max_batch_tokens=2048)
+    world = World(num_blocks=2000, max_num_seqs=128, max_num_batched_tokens=2048)
     world.lose("group-0")
     tokens = list(range(1000, 3000))
     for n in range(1, 60):
@@ -527,7 +577,7 @@ def test_prompts_that_each_begin_like_the_one_before_do_not_hold_a_plan_up() -> 
 
 
 def test_tenants_share_by_weight() -> None:
-    world = World(num_blocks=400, max_running=4, max_batch_tokens=64, tenant_weights=("gold=3", "plain=1"))
+    world = World(num_blocks=400, max_num_seqs=4, max_num_batched_tokens=64, tenant_weights=("gold=3", "plain=1"))
     for n in range(60):
         for tenant in ("gold", "plain"):
             world.submit([n * 7 + len(tenant)] * 40, max_new_tokens=8, tenant=tenant)
@@ -617,8 +667,8 @@ def test_tokens_that_took_no_step_of_their_own_are_counted() -> None:
     assert world.workers["group-0"].steps <= 1 + 3 + 2  # with those that were planned when the end was not known
     counts = [stream.finished[0].usage.speculative_accepted_tokens for stream in streams]
     assert counts == [6, 3]
-    assert world.core._tally.accepted_tokens == 9
-    assert world.core._tally.output_tokens == 16
+    assert world.core._metrics.accepted_tokens == 9
+    assert world.core._metrics.output_tokens == 16
 
 
 def test_what_comes_after_a_stop_token_in_the_same_step_is_dropped() -> None:
@@ -687,7 +737,7 @@ def test_logprobs_reach_the_requests_that_asked_for_them() -> None:
 @pytest.mark.parametrize("chunk", [2, 7, 16, 64, 512])
 def test_log_probabilities_of_a_prompt_come_once_and_before_the_first_token(chunk: int) -> None:
     prompt = list(range(1000, 1300))
-    world = World(max_batch_tokens=chunk, max_running=2, max_prefill_tokens=chunk)
+    world = World(max_num_batched_tokens=chunk, max_num_seqs=2, max_prefill_tokens=chunk)
     first = world.submit(prompt, max_new_tokens=3, prompt_logprobs=1, candidate_count=2)
     world.run()
     again = world.submit(prompt, max_new_tokens=3, prompt_logprobs=2)
@@ -721,7 +771,7 @@ def test_workers_that_give_no_log_probabilities_of_prompts_are_not_asked_for_the
 
 
 def test_progress_is_reported_to_those_who_asked() -> None:
-    world = World(max_running=1, max_batch_tokens=16)
+    world = World(max_num_seqs=1, max_num_batched_tokens=16)
     world.submit(list(range(100)), max_new_tokens=5)
     world.submit(list(range(200, 300)), max_new_tokens=5, progress_interval_ms=20)
     world.run()
@@ -731,7 +781,7 @@ def test_progress_is_reported_to_those_who_asked() -> None:
 
 
 def test_progress_is_reported_twenty_times_a_second_at_most() -> None:
-    world = World(max_running=1)
+    world = World(max_num_seqs=1)
     world.submit(list(range(100)), max_new_tokens=500)
     world.submit(list(range(200, 300)), max_new_tokens=5, progress_interval_ms=1)
     for _ in range(100):
@@ -740,7 +790,7 @@ def test_progress_is_reported_twenty_times_a_second_at_most() -> None:
 
 
 def test_progress_says_how_many_are_before_a_request() -> None:
-    world = World(max_running=1)
+    world = World(max_num_seqs=1)
     world.submit([5] * 40, max_new_tokens=500, tenant="t")
     for n in range(10):
         world.submit([10 + n] * 40, tenant="t", progress_interval_ms=50)
@@ -772,13 +822,13 @@ def test_flushing_the_prefix_cache_forgets_what_nobody_holds() -> None:
 
 
 def test_a_group_that_ran_out_of_memory_gets_smaller_steps() -> None:
-    world = World(num_blocks=400, max_batch_tokens=64, max_prefill_tokens=64, max_running=8)
+    world = World(num_blocks=400, max_num_batched_tokens=64, max_prefill_tokens=64, max_num_seqs=8)
     stream = world.submit(list(range(100, 200)), max_new_tokens=3)
     assert max(plan.num_tokens for plan in world.plans) == 64
     world.lose("group-0")
     world.plans.clear()
 
-    world.join("group-0", max_batch_tokens=16)
+    world.join("group-0", max_num_batched_tokens=16)
     world.run()
 
     assert stream.tokens[0] == expected_output(list(range(100, 200)), 3)
@@ -847,7 +897,7 @@ def test_the_blocks_of_a_worker_that_is_gone_are_in_no_cache() -> None:
     for _ in range(7):
         world.step()
     world.lose("group-0")
-    assert not world.core.cache_feed._counts
+    assert not world.core.cache_events._counts
 
 
 @pytest.mark.parametrize("fields", [{"candidate_count": 2**32 - 1}, {"first_candidate_index": 2**32 - 1}])
@@ -857,3 +907,25 @@ def test_candidates_that_no_plan_could_name_are_refused(fields: dict[str, int]) 
     rejected = world.submit(PROMPT, **{"candidate_count": 1, **fields}).rejected
     assert rejected is not None
     assert rejected.reason == "INVALID_FIELD"
+
+
+def test_a_stop_token_may_be_the_first_one_after_min_new_tokens_and_none_before() -> None:
+    output = expected_output(PROMPT, 10)
+    for place, num_tokens in ((2, 10), (3, 4)):
+        world = World()
+        stream = world.submit(PROMPT, 10, stop={"stop_token_ids": [output[place]], "min_new_tokens": 3})
+        world.run()
+        assert len(stream.tokens[0]) == num_tokens
+
+
+def test_waiting_prefill_and_decode_take_the_time_of_their_own_phase() -> None:
+    world = World(max_num_seqs=1, max_num_batched_tokens=16, max_prefill_tokens=16)
+    first = world.submit(PROMPT, max_new_tokens=10)
+    second = world.submit([5] * 64, max_new_tokens=20)
+    world.run()
+
+    timing, before = second.finished[0].timing, first.finished[0].timing
+    assert timing.queue_us >= before.prefill_us + before.decode_us
+    assert 3 * 10_000 - 10 <= timing.prefill_us <= 5 * 10_000  # four steps, of 10 ms each
+    assert 19 * 10_000 - 10 <= timing.decode_us <= 20 * 10_000
+    assert before.queue_us == 0

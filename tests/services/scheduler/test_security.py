@@ -17,8 +17,8 @@ from octavo.admin.v1 import admin_pb2, admin_pb2_grpc
 from octavo.services.common.api_keys import make_key
 from octavo.services.scheduler.__main__ import serve
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.curve import CurveServer
 from octavo.services.scheduler.worker_endpoint import CurveFiles
+from octavo.services.scheduler.workers.curve import CurveServer
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:50052", "10.0.0.5:1", "[::]:50052", "scheduler.local:50052"])

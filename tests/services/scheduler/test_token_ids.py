@@ -10,13 +10,13 @@ import pytest
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.admission.validation import vocabulary_mismatch as mismatch
 from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.membership import PAUSE_S, MemberEvents, Membership
-from octavo.services.scheduler.token_ids import mismatch
+from octavo.services.scheduler.workers.membership import PAUSE_S, MemberEvents, Membership
 from octavo.worker.v1 import worker_pb2
 
 from .simulation import expected_output
-from .test_engine import PROMPT, running
+from .test_engine import PROMPT, running, until
 
 VOCAB = 50_000
 
@@ -67,6 +67,7 @@ async def test_a_fault_of_one_slot_ends_its_request_and_not_the_worker(tmp_path:
         worker, gateway = await process.connect()
         await gateway.submit(2)
         await gateway.submit(1, cache_salt="bad")
+        await until(lambda: process.engine.core.num_requests == 2)  # else the first may be through before it is there
         plan = (await worker.receive("step_plan")).step_plan
         while 1 not in [update.slot for update in plan.sampling_updates]:
             await worker.send(step_result=worker.model.execute(plan))

@@ -8,12 +8,11 @@ from array import array
 import pytest
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.scheduler.fair_share import FairShare
-from octavo.services.scheduler.outputs import Outbox
-from octavo.services.scheduler.policy import ShortestFirst
-from octavo.services.scheduler.sequence import Request, Sequence
-from octavo.services.scheduler.waiting_queue import WaitingQueue
-from octavo.services.scheduler.work import Work
+from octavo.services.scheduler.queueing.fair_share import FairShare
+from octavo.services.scheduler.queueing.policy import ShortestFirst
+from octavo.services.scheduler.queueing.waiting_queue import TokenCounts, WaitingQueue
+from octavo.services.scheduler.requests.outbox import Outbox
+from octavo.services.scheduler.requests.sequence import Request, Sequence
 
 from .simulation import World
 
@@ -60,7 +59,7 @@ def test_a_tenants_order_is_blame_loss_priority_and_remaining_work_less_age_at_a
         def rank(seq: Sequence, now: float = now) -> tuple[float, ...]:
             stage = -seq.request.num_blames or not (seq.num_preemptions or seq.num_recoveries)
             age = AGEING * (now - seq.admitted_at)
-            return stage, -seq.request.submit.priority, seq.num_behind - age, seq.request.arrival
+            return stage, -seq.request.submit.priority, seq.num_uncomputed_tokens - age, seq.request.arrival
 
         assert in_order(queue) == sorted(sequences, key=rank)
 
@@ -81,7 +80,7 @@ def test_between_tenants_each_sequence_counts_as_served_when_the_next_is_chosen(
         tenant = min(lines, key=lambda name: (counters[name], joined[name]))
         seq = lines[tenant].pop(0)
         expected.append(seq)
-        counters[tenant] += len(seq.tokens) / share.weight(tenant)
+        counters[tenant] += len(seq.token_ids) / share.weight(tenant)
         if not lines[tenant]:
             del lines[tenant]
 
@@ -132,14 +131,14 @@ def test_the_work_that_waits_is_counted_by_tenant_and_priority() -> None:
         sequences.remove(seq)
     for tenant in ("a", "b", None):
         for priority in (-1, 0, 1, None):
-            expected = Work()
+            expected = TokenCounts()
             for seq in sequences:
                 submit = seq.request.submit
                 if tenant in (None, submit.tenant) and (priority is None or submit.priority >= priority):
-                    expected.add(Work.of(seq))
+                    expected.add(TokenCounts.of(seq))
             assert queue.work(tenant, priority) == expected
     assert len(queue) == 60
-    queue.work().add(Work(1, 1))  # the caller's own
+    queue.work().add(TokenCounts(1, 1))  # the caller's own
     queue.check_invariants()
 
 
@@ -158,7 +157,7 @@ def test_a_position_is_how_many_of_the_tenant_and_about_how_many_of_others_come_
 
 @pytest.mark.parametrize("crashed", [True, False])
 def test_who_lost_its_worker_or_is_blamed_for_that_is_served_first(crashed: bool) -> None:
-    world = World(max_running=1)
+    world = World(max_num_seqs=1)
     poison = world.submit([1] * 40, tenant="t")
     others = [world.submit([n] * 8, tenant="t") for n in range(2, 30)]
     world.lose("group-0", crashed)

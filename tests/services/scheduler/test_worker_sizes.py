@@ -8,6 +8,8 @@ import random
 import pytest
 
 from octavo.common.v1 import common_pb2
+from octavo.services.scheduler.groups.worker_group import WorkerGroup
+from octavo.services.scheduler.requests.sequence import Sequence
 
 from .simulation import Stream, World, expected_output, random_prompt
 
@@ -50,18 +52,63 @@ def test_what_a_restarted_scheduler_is_given_again_waits_for_the_large_worker() 
     join_small(world)
     again = world.submit([1] * 200, 20, is_failover=True)
     assert again.admitted
-    assert world.submit([2] * 200, 20).rejected is not None
     join_large(world)
     world.run()
     assert again.tokens[0] == expected_output([1] * 200, 20)
 
 
-@pytest.mark.parametrize("num_prompt", [40, 200])
-def test_what_no_worker_can_run_waits_for_one_and_holds_nobody_up(num_prompt: int) -> None:
-    world = World(groups=0, max_running=1)
+def test_what_outgrows_the_small_worker_after_a_restart_waits_for_the_large_one() -> None:
+    world = World(groups=0)
+    join_small(world)
+    again = world.submit([1] * 100, 80, is_failover=True)
+    world.run()
+    assert again.tokens[0] == expected_output([1] * 100, SMALL - 100)
+    join_large(world)
+    world.run()
+    assert again.tokens[0] == expected_output([1] * 100, 80)
+
+
+def test_what_outgrows_the_only_worker_after_a_restart_ends_when_no_larger_one_came() -> None:
+    world = World(groups=0)
+    join_small(world)
+    again = world.submit([1] * 100, 80, is_failover=True)
+    world.run()
+    for _ in range(2):
+        world.now += world.config.worker_grace_s
+        world.core.tick(world.now)
+        world.settle()
+    assert again.tokens[0] == expected_output([1] * 100, SMALL - 100)
+    assert again.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
+
+
+def test_who_comes_when_only_the_small_worker_has_joined_waits_for_the_large_one() -> None:
+    world = World(groups=0, worker_grace_s=5.0)
+    join_small(world)
+    long = world.submit([1] * 200, 20)
+    in_vain = world.submit([1] * (LARGE + 1), 20)
+    short = world.submit([2] * 20, 20)
+    world.run()
+    assert short.tokens[0] == expected_output([2] * 20, 20), "nobody is held up"
+    assert not long.ended
+    join_large(world)
+    world.run()
+    assert long.tokens[0] == expected_output([1] * 200, 20)
+    for _ in range(7):
+        world.now += 1.0
+        world.settle()
+    assert in_vain.failed is not None
+    assert in_vain.failed.reason == "KV_CAPACITY_EXCEEDED"
+    too_long = world.submit([1] * (LARGE + 1)).rejected
+    assert too_long is not None, "by now all workers have had their time to join"
+    assert too_long.reason == "KV_CAPACITY_EXCEEDED"
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [40, 200])
+def test_what_no_worker_can_run_waits_for_one_and_holds_nobody_up(num_prompt_tokens: int) -> None:
+    world = World(groups=0, max_num_seqs=1)
     join_large(world)
     join_small(world)
-    long = world.submit([1] * num_prompt, 300)
+    long = world.submit([1] * num_prompt_tokens, 300)
     for _ in range(20):
         world.step("large")
         world.step("small")
@@ -73,13 +120,14 @@ def test_what_no_worker_can_run_waits_for_one_and_holds_nobody_up(num_prompt: in
 
     join_large(world)
     world.run()
-    assert long.tokens[0] == expected_output([1] * num_prompt, 300)
+    assert long.tokens[0] == expected_output([1] * num_prompt_tokens, 300)
 
 
 def test_what_no_worker_can_run_for_long_ends_so_that_another_scheduler_can_go_on() -> None:
     world = World(groups=0, worker_grace_s=5.0)
     join_large(world)
     join_small(world)
+    world.now += 60.0  # long after the start
     long = world.submit([1] * 200, 300)
     for _ in range(20):
         world.step("large")
@@ -97,6 +145,35 @@ def test_what_no_worker_can_run_for_long_ends_so_that_another_scheduler_can_go_o
     assert world.core.load(world.now).max_model_len == SMALL
 
 
+def test_who_comes_after_its_worker_went_is_given_up_as_well() -> None:
+    world = World(groups=0, worker_grace_s=5.0)
+    join_large(world)
+    join_small(world)
+    world.now += 60.0  # long after the start
+    world.lose("large")
+    world.now += 2.0
+    world.settle()
+    late = world.submit([1] * 200)
+    assert late.admitted
+    for second in range(7):
+        assert not late.ended or second > 4
+        world.now += 1.0
+        world.settle()
+    assert late.failed is not None
+    assert late.failed.reason == "NO_WORKERS"
+
+
+def test_while_no_worker_comes_or_goes_those_that_wait_are_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(max_num_seqs=1, max_waiting=1000, check=False)
+    for n in range(500):
+        world.submit([n, 1, 2])
+    world.core.tick(world.now + 2.0)
+    looked_at: list[Sequence] = []
+    monkeypatch.setattr(WorkerGroup, "can_run", lambda _, seq: looked_at.append(seq) or True)  # type: ignore[func-returns-value]
+    world.core.tick(world.now + 4.0)
+    assert not looked_at
+
+
 def test_the_largest_worker_there_ever_was_ends_an_output_at_its_limit() -> None:
     """Even one that came when no worker was there to say how long it can get."""
     world = World(groups=0)
@@ -112,11 +189,11 @@ def test_the_largest_worker_there_ever_was_ends_an_output_at_its_limit() -> None
 def run_history(seed: int) -> World:
     """A small and a large worker that die and come back at random; returns when both are there and all has ended."""
     rng = random.Random(seed)
-    max_running = rng.choice([1, 2, 8])
+    max_num_seqs = rng.choice([1, 2, 8])
     world = World(
         groups=0,
-        max_running=max_running,
-        max_batch_tokens=rng.choice([64, 512]),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=rng.choice([64, 512]),
         max_recoveries=1000,
         worker_grace_s=rng.choice([0.3, 3.0, 1000.0]),
         max_row_tokens=rng.choice([1, 1, 4]),

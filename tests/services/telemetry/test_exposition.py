@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -77,7 +79,7 @@ async def test_gauges_are_read_on_the_event_loop_and_a_loop_that_hangs_is_a_fail
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(exposition, "_REFRESH_S", 0.5)
-    store = Store((catalog.WAITING,))
+    store = Store((catalog.WAITING, catalog.LOOP_LAG))
     threads: list[threading.Thread] = []
 
     def refresh() -> None:
@@ -85,11 +87,51 @@ async def test_gauges_are_read_on_the_event_loop_and_a_loop_that_hangs_is_a_fail
         store.value(catalog.WAITING).set(len(threads))
 
     loop = asyncio.get_running_loop()
-    with serving(store, on_loop(loop, refresh)) as url:
-        assert (await asyncio.to_thread(scrape, url))["octavo_sequences_waiting"] == 1
+    with serving(store, on_loop(loop, store, refresh)) as url:
+        samples = await asyncio.to_thread(scrape, url)
+        assert samples["octavo_sequences_waiting"] == 1
+        assert 0 <= samples["octavo_event_loop_lag_seconds"] < 0.5
         assert threads == [threading.current_thread()]
         with pytest.raises(urllib.error.HTTPError, match="503"):
             scrape(url)  # this blocks the loop
+
+
+def test_a_client_that_sends_byte_by_byte_keeps_no_other_waiting_and_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exposition, "_CLIENT_S", 1.0)
+    store = Store((catalog.WAITING,))
+    store.value(catalog.WAITING).set(1)
+    with serving(store) as url, socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as slow:
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                for _ in range(1200):
+                    slow.send(b"G")
+                    time.sleep(0.05)
+                is_cut_off.clear()
+
+        is_cut_off = threading.Event()
+        is_cut_off.set()
+        dripping = threading.Thread(target=drip, daemon=True)
+        dripping.start()
+        assert scrape(url)["octavo_sequences_waiting"] == 1
+        dripping.join(60)
+        assert is_cut_off.is_set()
+
+
+def test_of_too_many_clients_that_send_nothing_the_oldest_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exposition, "_CLIENT_S", 600.0)
+    monkeypatch.setattr(exposition._Handler, "timeout", 600.0)
+    store = Store((catalog.WAITING,))
+    store.value(catalog.WAITING).set(1)
+    with serving(store) as url, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        silent = [
+            stack.enter_context(socket.create_connection(address, timeout=30)) for _ in range(exposition._MAX_CLIENTS)
+        ]
+        assert scrape(url)["octavo_sequences_waiting"] == 1
+        assert silent[0].recv(1) == b""
 
 
 def test_another_path_is_not_found_and_a_client_that_sends_nothing_blocks_no_other_for_long(

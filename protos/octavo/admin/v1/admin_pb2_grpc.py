@@ -40,6 +40,11 @@ class AdminServiceStub:
                 request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
                 response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/Undrain',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.UndrainResponse.FromString,
+                _registered_method=True)
         self.ListRequests = channel.unary_unary(
                 '/octavo.admin.v1.AdminService/ListRequests',
                 request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListRequestsRequest.SerializeToString,
@@ -50,6 +55,61 @@ class AdminServiceStub:
                 request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.FlushPrefixCacheRequest.SerializeToString,
                 response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.FlushPrefixCacheResponse.FromString,
                 _registered_method=True)
+        self.CancelRequests = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/CancelRequests',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.CancelRequestsRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.CancelRequestsResponse.FromString,
+                _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/ListTenants',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
+        self.SetTenant = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/SetTenant',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.SetTenantRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.SetTenantResponse.FromString,
+                _registered_method=True)
+        self.ListQuarantine = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/ListQuarantine',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListQuarantineRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListQuarantineResponse.FromString,
+                _registered_method=True)
+        self.LiftQuarantine = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/LiftQuarantine',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.LiftQuarantineRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.LiftQuarantineResponse.FromString,
+                _registered_method=True)
+        self.EvictWorker = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/EvictWorker',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.EvictWorkerRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.EvictWorkerResponse.FromString,
+                _registered_method=True)
+        self.SetLogLevel = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/SetLogLevel',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
+                _registered_method=True)
+        self.DumpStacks = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/DumpStacks',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.DumpStacksRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.DumpStacksResponse.FromString,
+                _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/LoadAdapter',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/UnloadAdapter',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/octavo.admin.v1.AdminService/ListAdapters',
+                request_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -58,6 +118,13 @@ class AdminServiceServicer:
 
     def Drain(self, request, context):
         """Takes no new requests, lets running ones end, and answers when none is left or time is up.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Takes new requests again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -77,6 +144,83 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelRequests(self, request, context):
+        """Ends requests; their callers get CANCELLED (ADMIN_CANCELLED). Of schedulers only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """Shows the quotas and weights of tenants that are in force. Of schedulers only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTenant(self, request, context):
+        """Sets quota and weight of a tenant, until the process ends or its file of tenants changes. Of schedulers only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListQuarantine(self, request, context):
+        """Shows the requests that are refused because workers died of them. Of schedulers only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LiftQuarantine(self, request, context):
+        """Lets requests in again that were quarantined. Of schedulers only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvictWorker(self, request, context):
+        """Takes a worker out; its requests go on elsewhere. Of schedulers only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetLogLevel(self, request, context):
+        """Sets how much the process logs, until it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DumpStacks(self, request, context):
+        """Shows where each thread of the process is, and which tasks its event loop has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadAdapter(self, request, context):
+        """Gives a LoRA adapter a name, by which requests choose it; a gateway's. Workers have loaded it when this answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Takes a name away. Requests that run with the adapter go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """Lists the adapters that have names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +228,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.DrainRequest.FromString,
                     response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.DrainResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.UndrainRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.UndrainResponse.SerializeToString,
             ),
             'ListRequests': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRequests,
@@ -94,6 +243,61 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.FlushPrefixCache,
                     request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.FlushPrefixCacheRequest.FromString,
                     response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.FlushPrefixCacheResponse.SerializeToString,
+            ),
+            'CancelRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelRequests,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.CancelRequestsRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.CancelRequestsResponse.SerializeToString,
+            ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListTenantsRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListTenantsResponse.SerializeToString,
+            ),
+            'SetTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTenant,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.SetTenantRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.SetTenantResponse.SerializeToString,
+            ),
+            'ListQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuarantine,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListQuarantineRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListQuarantineResponse.SerializeToString,
+            ),
+            'LiftQuarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.LiftQuarantine,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.LiftQuarantineRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.LiftQuarantineResponse.SerializeToString,
+            ),
+            'EvictWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvictWorker,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.EvictWorkerRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.EvictWorkerResponse.SerializeToString,
+            ),
+            'SetLogLevel': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetLogLevel,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.SetLogLevelRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.SetLogLevelResponse.SerializeToString,
+            ),
+            'DumpStacks': grpc.unary_unary_rpc_method_handler(
+                    servicer.DumpStacks,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.DumpStacksRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.DumpStacksResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=octavo_dot_admin_dot_v1_dot_admin__pb2.ListAdaptersResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -124,6 +328,33 @@ class AdminService:
             '/octavo.admin.v1.AdminService/Drain',
             octavo_dot_admin_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
             octavo_dot_admin_dot_v1_dot_admin__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/Undrain',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.UndrainRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.UndrainResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -178,6 +409,303 @@ class AdminService:
             '/octavo.admin.v1.AdminService/FlushPrefixCache',
             octavo_dot_admin_dot_v1_dot_admin__pb2.FlushPrefixCacheRequest.SerializeToString,
             octavo_dot_admin_dot_v1_dot_admin__pb2.FlushPrefixCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/CancelRequests',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.CancelRequestsRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.CancelRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/ListTenants',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.ListTenantsRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.ListTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/SetTenant',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.SetTenantRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.SetTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/ListQuarantine',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.ListQuarantineRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.ListQuarantineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LiftQuarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/LiftQuarantine',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.LiftQuarantineRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.LiftQuarantineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/EvictWorker',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.EvictWorkerRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.EvictWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetLogLevel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/SetLogLevel',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.SetLogLevelRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.SetLogLevelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DumpStacks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/DumpStacks',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.DumpStacksRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.DumpStacksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/LoadAdapter',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/UnloadAdapter',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.admin.v1.AdminService/ListAdapters',
+            octavo_dot_admin_dot_v1_dot_admin__pb2.ListAdaptersRequest.SerializeToString,
+            octavo_dot_admin_dot_v1_dot_admin__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

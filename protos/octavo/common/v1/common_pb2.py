@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from octavo.common.v1 import rules_pb2 as octavo_dot_common_dot_v1_dot_rules__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doctavo/common/v1/common.proto\x12\x10octavo.common.v1\x1a\x1coctavo/common/v1/rules.proto\"!\n\x08TokenIds\x12\x15\n\x03ids\x18\x01 \x03(\rB\x08\x8a\xe8\x18\x04\x30\x80\x80@\"\xab\x05\n\x0eSamplingParams\x12\x30\n\x0btemperature\x18\x01 \x01(\x02\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00Y@H\x00\x88\x01\x01\x12,\n\x05top_p\x18\x02 \x01(\x02\x42\x18\x8a\xe8\x18\x14\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00\xf0? \x01H\x01\x88\x01\x01\x12!\n\x05top_k\x18\x03 \x01(\rB\r\x8a\xe8\x18\t\x19\x00\x00\x00\x00\x00\x00\x30\x41H\x02\x88\x01\x01\x12*\n\x05min_p\x18\x04 \x01(\x02\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00\xf0?H\x03\x88\x01\x01\x12\x35\n\x10presence_penalty\x18\x05 \x01(\x02\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\xc0\x19\x00\x00\x00\x00\x00\x00\x00@H\x04\x88\x01\x01\x12\x36\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\xc0\x19\x00\x00\x00\x00\x00\x00\x00@H\x05\x88\x01\x01\x12\x39\n\x12repetition_penalty\x18\x07 \x01(\x02\x42\x18\x8a\xe8\x18\x14\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00Y@ \x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12^\n\nlogit_bias\x18\t \x03(\x0b\x32/.octavo.common.v1.SamplingParams.LogitBiasEntryB\x19\x8a\xe8\x18\x15\x30\x80\x08\x41\x00\x00\x00\x00\x00\x00Y\xc0I\x00\x00\x00\x00\x00\x00Y@\x12\"\n\x11\x61llowed_token_ids\x18\n \x03(\rB\x07\x8a\xe8\x18\x03\x30\x80\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\xa9\x03\n\x0cStopCriteria\x12\x33\n\x0emax_new_tokens\x18\x01 \x01(\rB\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\xf0?\x19\x00\x00\x00\x00\x00\x00\x30\x41H\x00\x88\x01\x01\x12*\n\x0emin_new_tokens\x18\x02 \x01(\rB\r\x8a\xe8\x18\t\x19\x00\x00\x00\x00\x00\x00\x30\x41H\x01\x88\x01\x01\x12#\n\x0estop_sequences\x18\x03 \x03(\tB\x0b\x8a\xe8\x18\x07(\x80\x02\x30\x10\x38\x01\x12\x1f\n\x0estop_token_ids\x18\x04 \x03(\rB\x07\x8a\xe8\x18\x03\x30\x80\x01\x12#\n\x16ignore_end_of_sequence\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\"\n\x15include_stop_sequence\x18\x06 \x01(\x08H\x03\x88\x01\x01\x12\x37\n\x12soft_time_limit_ms\x18\x07 \x01(\rB\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\xf0?\x19\x00\x00\x00\x00p\x99\x94\x41H\x04\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x19\n\x17_ignore_end_of_sequenceB\x18\n\x16_include_stop_sequenceB\x15\n\x13_soft_time_limit_ms\"\xbb\x01\n\x10OutputConstraint\x12\x1f\n\x0bjson_schema\x18\x01 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80\x04H\x00\x12\x19\n\x05regex\x18\x02 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80\x01H\x00\x12\x1b\n\x07grammar\x18\x03 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80\x04H\x00\x12,\n\x07\x63hoices\x18\x04 \x01(\x0b\x32\x19.octavo.common.v1.ChoicesH\x00\x12\x12\n\x08\x61ny_json\x18\x05 \x01(\x08H\x00\x42\x0c\n\x04kind\x12\x04\x90\xe8\x18\x01\"\'\n\x07\x43hoices\x12\x1c\n\x06values\x18\x01 \x03(\tB\x0c\x8a\xe8\x18\x08\x08\x01(\x80 0\x80\x08\"w\n\x0eLogprobColumns\x12\x0e\n\x06\x63hosen\x18\x01 \x03(\x02\x12\r\n\x05ranks\x18\x02 \x03(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x1b\n\x13\x63\x61ndidate_token_ids\x18\x04 \x03(\r\x12\x1a\n\x12\x63\x61ndidate_logprobs\x18\x05 \x03(\x02\"\x92\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x15\n\routput_tokens\x18\x03 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\r\x12#\n\x1bspeculative_accepted_tokens\x18\x05 \x01(\r\"V\n\x06Timing\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x12\n\nprefill_us\x18\x02 \x01(\x04\x12\x11\n\tdecode_us\x18\x03 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r*\xa6\x02\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x46INISH_REASON_END_OF_SEQUENCE\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x04\x12\x1f\n\x1b\x46INISH_REASON_CONTEXT_LIMIT\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x06\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x07\x12\x1b\n\x17\x46INISH_REASON_TOOL_CALL\x10\x08*l\n\tModelTask\x12\x1a\n\x16MODEL_TASK_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_TASK_GENERATE\x10\x01\x12\x14\n\x10MODEL_TASK_EMBED\x10\x02\x12\x14\n\x10MODEL_TASK_SCORE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1doctavo/common/v1/common.proto\x12\x10octavo.common.v1\x1a\x1coctavo/common/v1/rules.proto\"!\n\x08TokenIds\x12\x15\n\x03ids\x18\x01 \x03(\rB\x08\x8a\xe8\x18\x04\x30\x80\x80@\"\xce\x06\n\x0eSamplingParams\x12\x30\n\x0btemperature\x18\x01 \x01(\x02\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00Y@H\x00\x88\x01\x01\x12\x35\n\x05top_p\x18\x02 \x01(\x02\x42!\x8a\xe8\x18\x1d\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00\xf0? \x01Q\x00\x00\x00\x00\x00\x00\xf0?H\x01\x88\x01\x01\x12!\n\x05top_k\x18\x03 \x01(\rB\r\x8a\xe8\x18\t\x19\x00\x00\x00\x00\x00\x00\x30\x41H\x02\x88\x01\x01\x12*\n\x05min_p\x18\x04 \x01(\x02\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00\xf0?H\x03\x88\x01\x01\x12\x37\n\x10presence_penalty\x18\x05 \x01(\x02\x42\x18\x8a\xe8\x18\x14\x11\x00\x00\x00\x00\x00\x00\x00\xc0\x19\x00\x00\x00\x00\x00\x00\x00@X\x01H\x04\x88\x01\x01\x12\x38\n\x11\x66requency_penalty\x18\x06 \x01(\x02\x42\x18\x8a\xe8\x18\x14\x11\x00\x00\x00\x00\x00\x00\x00\xc0\x19\x00\x00\x00\x00\x00\x00\x00@X\x01H\x05\x88\x01\x01\x12\x44\n\x12repetition_penalty\x18\x07 \x01(\x02\x42#\x8a\xe8\x18\x1f\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00Y@ \x01Q\x00\x00\x00\x00\x00\x00\xf0?X\x01H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12^\n\nlogit_bias\x18\t \x03(\x0b\x32/.octavo.common.v1.SamplingParams.LogitBiasEntryB\x19\x8a\xe8\x18\x15\x30\x80\x08\x41\x00\x00\x00\x00\x00\x00Y\xc0I\x00\x00\x00\x00\x00\x00Y@\x12\"\n\x11\x61llowed_token_ids\x18\n \x03(\rB\x07\x8a\xe8\x18\x03\x30\x80\x08\x12\x30\n\x0btop_n_sigma\x18\x0b \x01(\x02\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00@\x8f@H\x08\x88\x01\x01\x12\x39\n\ttypical_p\x18\x0c \x01(\x02\x42!\x8a\xe8\x18\x1d\x11\x00\x00\x00\x00\x00\x00\x00\x00\x19\x00\x00\x00\x00\x00\x00\xf0? \x01Q\x00\x00\x00\x00\x00\x00\xf0?H\t\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0e\n\x0c_top_n_sigmaB\x0c\n\n_typical_p\"\xa9\x03\n\x0cStopCriteria\x12\x33\n\x0emax_new_tokens\x18\x01 \x01(\rB\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\xf0?\x19\x00\x00\x00\x00\x00\x00\x30\x41H\x00\x88\x01\x01\x12*\n\x0emin_new_tokens\x18\x02 \x01(\rB\r\x8a\xe8\x18\t\x19\x00\x00\x00\x00\x00\x00\x30\x41H\x01\x88\x01\x01\x12#\n\x0estop_sequences\x18\x03 \x03(\tB\x0b\x8a\xe8\x18\x07(\x80\x02\x30\x10\x38\x01\x12\x1f\n\x0estop_token_ids\x18\x04 \x03(\rB\x07\x8a\xe8\x18\x03\x30\x80\x01\x12#\n\x16ignore_end_of_sequence\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\"\n\x15include_stop_sequence\x18\x06 \x01(\x08H\x03\x88\x01\x01\x12\x37\n\x12soft_time_limit_ms\x18\x07 \x01(\rB\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\xf0?\x19\x00\x00\x00\x00p\x99\x94\x41H\x04\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x11\n\x0f_min_new_tokensB\x19\n\x17_ignore_end_of_sequenceB\x18\n\x16_include_stop_sequenceB\x15\n\x13_soft_time_limit_ms\"\xbb\x01\n\x10OutputConstraint\x12\x1f\n\x0bjson_schema\x18\x01 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80\x04H\x00\x12\x19\n\x05regex\x18\x02 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80\x01H\x00\x12\x1b\n\x07grammar\x18\x03 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80\x04H\x00\x12,\n\x07\x63hoices\x18\x04 \x01(\x0b\x32\x19.octavo.common.v1.ChoicesH\x00\x12\x12\n\x08\x61ny_json\x18\x05 \x01(\x08H\x00\x42\x0c\n\x04kind\x12\x04\x90\xe8\x18\x01\"\'\n\x07\x43hoices\x12\x1c\n\x06values\x18\x01 \x03(\tB\x0c\x8a\xe8\x18\x08\x08\x01(\x80 0\x80\x08\"w\n\x0eLogprobColumns\x12\x0e\n\x06\x63hosen\x18\x01 \x03(\x02\x12\r\n\x05ranks\x18\x02 \x03(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x1b\n\x13\x63\x61ndidate_token_ids\x18\x04 \x03(\r\x12\x1a\n\x12\x63\x61ndidate_logprobs\x18\x05 \x03(\x02\"\x92\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x02 \x01(\r\x12\x15\n\routput_tokens\x18\x03 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\r\x12#\n\x1bspeculative_accepted_tokens\x18\x05 \x01(\r\"V\n\x06Timing\x12\x10\n\x08queue_us\x18\x01 \x01(\x04\x12\x12\n\nprefill_us\x18\x02 \x01(\x04\x12\x11\n\tdecode_us\x18\x03 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x04 \x01(\r*\xa6\x02\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x46INISH_REASON_END_OF_SEQUENCE\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x04\x12\x1f\n\x1b\x46INISH_REASON_CONTEXT_LIMIT\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x06\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x07\x12\x1b\n\x17\x46INISH_REASON_TOOL_CALL\x10\x08*\x85\x01\n\tModelTask\x12\x1a\n\x16MODEL_TASK_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_TASK_GENERATE\x10\x01\x12\x14\n\x10MODEL_TASK_EMBED\x10\x02\x12\x14\n\x10MODEL_TASK_SCORE\x10\x03\x12\x17\n\x13MODEL_TASK_CLASSIFY\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,21 +39,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS'].fields_by_name['temperature']._loaded_options = None
   _globals['_SAMPLINGPARAMS'].fields_by_name['temperature']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000\000Y@'
   _globals['_SAMPLINGPARAMS'].fields_by_name['top_p']._loaded_options = None
-  _globals['_SAMPLINGPARAMS'].fields_by_name['top_p']._serialized_options = b'\212\350\030\024\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000\000\360? \001'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_p']._serialized_options = b'\212\350\030\035\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000\000\360? \001Q\000\000\000\000\000\000\360?'
   _globals['_SAMPLINGPARAMS'].fields_by_name['top_k']._loaded_options = None
   _globals['_SAMPLINGPARAMS'].fields_by_name['top_k']._serialized_options = b'\212\350\030\t\031\000\000\000\000\000\0000A'
   _globals['_SAMPLINGPARAMS'].fields_by_name['min_p']._loaded_options = None
   _globals['_SAMPLINGPARAMS'].fields_by_name['min_p']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000\000\360?'
   _globals['_SAMPLINGPARAMS'].fields_by_name['presence_penalty']._loaded_options = None
-  _globals['_SAMPLINGPARAMS'].fields_by_name['presence_penalty']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000\000\300\031\000\000\000\000\000\000\000@'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['presence_penalty']._serialized_options = b'\212\350\030\024\021\000\000\000\000\000\000\000\300\031\000\000\000\000\000\000\000@X\001'
   _globals['_SAMPLINGPARAMS'].fields_by_name['frequency_penalty']._loaded_options = None
-  _globals['_SAMPLINGPARAMS'].fields_by_name['frequency_penalty']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000\000\300\031\000\000\000\000\000\000\000@'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['frequency_penalty']._serialized_options = b'\212\350\030\024\021\000\000\000\000\000\000\000\300\031\000\000\000\000\000\000\000@X\001'
   _globals['_SAMPLINGPARAMS'].fields_by_name['repetition_penalty']._loaded_options = None
-  _globals['_SAMPLINGPARAMS'].fields_by_name['repetition_penalty']._serialized_options = b'\212\350\030\024\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000\000Y@ \001'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['repetition_penalty']._serialized_options = b'\212\350\030\037\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000\000Y@ \001Q\000\000\000\000\000\000\360?X\001'
   _globals['_SAMPLINGPARAMS'].fields_by_name['logit_bias']._loaded_options = None
   _globals['_SAMPLINGPARAMS'].fields_by_name['logit_bias']._serialized_options = b'\212\350\030\0250\200\010A\000\000\000\000\000\000Y\300I\000\000\000\000\000\000Y@'
   _globals['_SAMPLINGPARAMS'].fields_by_name['allowed_token_ids']._loaded_options = None
   _globals['_SAMPLINGPARAMS'].fields_by_name['allowed_token_ids']._serialized_options = b'\212\350\030\0030\200\010'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_n_sigma']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_n_sigma']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000@\217@'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['typical_p']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['typical_p']._serialized_options = b'\212\350\030\035\021\000\000\000\000\000\000\000\000\031\000\000\000\000\000\000\360? \001Q\000\000\000\000\000\000\360?'
   _globals['_STOPCRITERIA'].fields_by_name['max_new_tokens']._loaded_options = None
   _globals['_STOPCRITERIA'].fields_by_name['max_new_tokens']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000\360?\031\000\000\000\000\000\0000A'
   _globals['_STOPCRITERIA'].fields_by_name['min_new_tokens']._loaded_options = None
@@ -74,26 +78,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OUTPUTCONSTRAINT'].fields_by_name['grammar']._serialized_options = b'\212\350\030\004(\200\200\004'
   _globals['_CHOICES'].fields_by_name['values']._loaded_options = None
   _globals['_CHOICES'].fields_by_name['values']._serialized_options = b'\212\350\030\010\010\001(\200 0\200\010'
-  _globals['_FINISHREASON']._serialized_start=1820
-  _globals['_FINISHREASON']._serialized_end=2114
-  _globals['_MODELTASK']._serialized_start=2116
-  _globals['_MODELTASK']._serialized_end=2224
+  _globals['_FINISHREASON']._serialized_start=1983
+  _globals['_FINISHREASON']._serialized_end=2277
+  _globals['_MODELTASK']._serialized_start=2280
+  _globals['_MODELTASK']._serialized_end=2413
   _globals['_TOKENIDS']._serialized_start=81
   _globals['_TOKENIDS']._serialized_end=114
   _globals['_SAMPLINGPARAMS']._serialized_start=117
-  _globals['_SAMPLINGPARAMS']._serialized_end=800
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=631
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=679
-  _globals['_STOPCRITERIA']._serialized_start=803
-  _globals['_STOPCRITERIA']._serialized_end=1228
-  _globals['_OUTPUTCONSTRAINT']._serialized_start=1231
-  _globals['_OUTPUTCONSTRAINT']._serialized_end=1418
-  _globals['_CHOICES']._serialized_start=1420
-  _globals['_CHOICES']._serialized_end=1459
-  _globals['_LOGPROBCOLUMNS']._serialized_start=1461
-  _globals['_LOGPROBCOLUMNS']._serialized_end=1580
-  _globals['_USAGE']._serialized_start=1583
-  _globals['_USAGE']._serialized_end=1729
-  _globals['_TIMING']._serialized_start=1731
-  _globals['_TIMING']._serialized_end=1817
+  _globals['_SAMPLINGPARAMS']._serialized_end=963
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=764
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=812
+  _globals['_STOPCRITERIA']._serialized_start=966
+  _globals['_STOPCRITERIA']._serialized_end=1391
+  _globals['_OUTPUTCONSTRAINT']._serialized_start=1394
+  _globals['_OUTPUTCONSTRAINT']._serialized_end=1581
+  _globals['_CHOICES']._serialized_start=1583
+  _globals['_CHOICES']._serialized_end=1622
+  _globals['_LOGPROBCOLUMNS']._serialized_start=1624
+  _globals['_LOGPROBCOLUMNS']._serialized_end=1743
+  _globals['_USAGE']._serialized_start=1746
+  _globals['_USAGE']._serialized_end=1892
+  _globals['_TIMING']._serialized_start=1894
+  _globals['_TIMING']._serialized_end=1980
 # @@protoc_insertion_point(module_scope)

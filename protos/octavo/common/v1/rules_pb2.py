@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1coctavo/common/v1/rules.proto\x12\x10octavo.common.v1\x1a google/protobuf/descriptor.proto\"\xa7\x02\n\nFieldRules\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x10\n\x03min\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\rexclusive_min\x18\x04 \x01(\x08\x12\x16\n\tmax_bytes\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x16\n\tmax_items\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x16\n\tmin_bytes\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x16\n\tmin_value\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\x16\n\tmax_value\x18\t \x01(\x01H\x06\x88\x01\x01\x42\x06\n\x04_minB\x06\n\x04_maxB\x0c\n\n_max_bytesB\x0c\n\n_max_itemsB\x0c\n\n_min_bytesB\x0c\n\n_min_valueB\x0c\n\n_max_value:O\n\x05rules\x12\x1d.google.protobuf.FieldOptions\x18\x81\x8d\x03 \x01(\x0b\x32\x1c.octavo.common.v1.FieldRules\x88\x01\x01:;\n\x0fmember_required\x12\x1d.google.protobuf.OneofOptions\x18\x82\x8d\x03 \x01(\x08\x88\x01\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1coctavo/common/v1/rules.proto\x12\x10octavo.common.v1\x1a google/protobuf/descriptor.proto\"\xcf\x02\n\nFieldRules\x12\x10\n\x08required\x18\x01 \x01(\x08\x12\x10\n\x03min\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x03max\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\rexclusive_min\x18\x04 \x01(\x08\x12\x16\n\tmax_bytes\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x16\n\tmax_items\x18\x06 \x01(\rH\x03\x88\x01\x01\x12\x16\n\tmin_bytes\x18\x07 \x01(\rH\x04\x88\x01\x01\x12\x16\n\tmin_value\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\x16\n\tmax_value\x18\t \x01(\x01H\x06\x88\x01\x01\x12\x0f\n\x07neutral\x18\n \x01(\x01\x12\x15\n\rneeds_history\x18\x0b \x01(\x08\x42\x06\n\x04_minB\x06\n\x04_maxB\x0c\n\n_max_bytesB\x0c\n\n_max_itemsB\x0c\n\n_min_bytesB\x0c\n\n_min_valueB\x0c\n\n_max_value:O\n\x05rules\x12\x1d.google.protobuf.FieldOptions\x18\x81\x8d\x03 \x01(\x0b\x32\x1c.octavo.common.v1.FieldRules\x88\x01\x01:;\n\x0fmember_required\x12\x1d.google.protobuf.OneofOptions\x18\x82\x8d\x03 \x01(\x08\x88\x01\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'octavo.common.v1.rules_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FIELDRULES']._serialized_start=85
-  _globals['_FIELDRULES']._serialized_end=380
+  _globals['_FIELDRULES']._serialized_end=420
 # @@protoc_insertion_point(module_scope)

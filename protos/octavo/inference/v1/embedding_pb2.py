@@ -26,7 +26,7 @@ from octavo.common.v1 import common_pb2 as octavo_dot_common_dot_v1_dot_common__
 from octavo.common.v1 import rules_pb2 as octavo_dot_common_dot_v1_dot_rules__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#octavo/inference/v1/embedding.proto\x12\x13octavo.inference.v1\x1a\x1doctavo/common/v1/common.proto\x1a\x1coctavo/common/v1/rules.proto\"e\n\nEmbedInput\x12\x18\n\x04text\x18\x01 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80@H\x00\x12/\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1a.octavo.common.v1.TokenIdsH\x00\x42\x0c\n\x04kind\x12\x04\x90\xe8\x18\x01\"\xb3\x02\n\x0c\x45mbedRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12:\n\x06inputs\x18\x02 \x03(\x0b\x32\x1f.octavo.inference.v1.EmbedInputB\t\x8a\xe8\x18\x05\x08\x01\x30\x80\x10\x12/\n\ndimensions\x18\x03 \x01(\rB\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\xf0?\x19\x00\x00\x00\x00\x00\x00\xf0@H\x00\x88\x01\x01\x12!\n\x0bprompt_name\x18\x04 \x01(\tB\x07\x8a\xe8\x18\x03(\x80\x02H\x01\x88\x01\x01\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x15\n\x08truncate\x18\x06 \x01(\x08H\x03\x88\x01\x01\x12\x10\n\x08priority\x18\x07 \x01(\x05\x42\r\n\x0b_dimensionsB\x0e\n\x0c_prompt_nameB\x0c\n\n_normalizeB\x0b\n\t_truncate\"\x91\x01\n\rEmbedResponse\x12\x32\n\nembeddings\x18\x01 \x03(\x0b\x32\x1e.octavo.inference.v1.Embedding\x12&\n\x05usage\x18\x02 \x01(\x0b\x32\x17.octavo.common.v1.Usage\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\"D\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\xc9\x01\n\rRerankRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12\x19\n\x05query\x18\x02 \x01(\tB\n\x8a\xe8\x18\x06\x08\x01(\x80\x80@\x12 \n\tdocuments\x18\x03 \x03(\tB\r\x8a\xe8\x18\t\x08\x01(\x80\x80@0\x80\x10\x12!\n\x05top_n\x18\x04 \x01(\rB\r\x8a\xe8\x18\t\x11\x00\x00\x00\x00\x00\x00\xf0?H\x00\x88\x01\x01\x12\x15\n\x08truncate\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12\x10\n\x08priority\x18\x06 \x01(\x05\x42\x08\n\x06_top_nB\x0b\n\t_truncate\"\x94\x01\n\x0eRerankResponse\x12\x34\n\x07results\x18\x01 \x03(\x0b\x32#.octavo.inference.v1.RankedDocument\x12&\n\x05usage\x18\x02 \x01(\x0b\x32\x17.octavo.common.v1.Usage\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\"8\n\x0eRankedDocument\x12\r\n\x05index\x18\x01 \x01(\r\x12\x17\n\x0frelevance_score\x18\x02 \x01(\x02\x32\xb5\x01\n\x10\x45mbeddingService\x12N\n\x05\x45mbed\x12!.octavo.inference.v1.EmbedRequest\x1a\".octavo.inference.v1.EmbedResponse\x12Q\n\x06Rerank\x12\".octavo.inference.v1.RerankRequest\x1a#.octavo.inference.v1.RerankResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#octavo/inference/v1/embedding.proto\x12\x13octavo.inference.v1\x1a\x1doctavo/common/v1/common.proto\x1a\x1coctavo/common/v1/rules.proto\"e\n\nEmbedInput\x12\x18\n\x04text\x18\x01 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80@H\x00\x12/\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1a.octavo.common.v1.TokenIdsH\x00\x42\x0c\n\x04kind\x12\x04\x90\xe8\x18\x01\"\xcb\x02\n\x0c\x45mbedRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12:\n\x06inputs\x18\x02 \x03(\x0b\x32\x1f.octavo.inference.v1.EmbedInputB\t\x8a\xe8\x18\x05\x08\x01\x30\x80\x10\x12/\n\ndimensions\x18\x03 \x01(\rB\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00\xf0?\x19\x00\x00\x00\x00\x00\x00\xf0@H\x00\x88\x01\x01\x12!\n\x0bprompt_name\x18\x04 \x01(\tB\x07\x8a\xe8\x18\x03(\x80\x02H\x01\x88\x01\x01\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x15\n\x08truncate\x18\x06 \x01(\x08H\x03\x88\x01\x01\x12(\n\x08priority\x18\x07 \x01(\x05\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00Y\xc0\x19\x00\x00\x00\x00\x00\x00Y@B\r\n\x0b_dimensionsB\x0e\n\x0c_prompt_nameB\x0c\n\n_normalizeB\x0b\n\t_truncate\"\x91\x01\n\rEmbedResponse\x12\x32\n\nembeddings\x18\x01 \x03(\x0b\x32\x1e.octavo.inference.v1.Embedding\x12&\n\x05usage\x18\x02 \x01(\x0b\x32\x17.octavo.common.v1.Usage\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\"D\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x01(\x0c\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\r\x12\x11\n\ttruncated\x18\x03 \x01(\x08\"\xe1\x01\n\rRerankRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12\x19\n\x05query\x18\x02 \x01(\tB\n\x8a\xe8\x18\x06\x08\x01(\x80\x80@\x12 \n\tdocuments\x18\x03 \x03(\tB\r\x8a\xe8\x18\t\x08\x01(\x80\x80@0\x80\x10\x12!\n\x05top_n\x18\x04 \x01(\rB\r\x8a\xe8\x18\t\x11\x00\x00\x00\x00\x00\x00\xf0?H\x00\x88\x01\x01\x12\x15\n\x08truncate\x18\x05 \x01(\x08H\x01\x88\x01\x01\x12(\n\x08priority\x18\x06 \x01(\x05\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00Y\xc0\x19\x00\x00\x00\x00\x00\x00Y@B\x08\n\x06_top_nB\x0b\n\t_truncate\"\x94\x01\n\x0eRerankResponse\x12\x34\n\x07results\x18\x01 \x03(\x0b\x32#.octavo.inference.v1.RankedDocument\x12&\n\x05usage\x18\x02 \x01(\x0b\x32\x17.octavo.common.v1.Usage\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\"8\n\x0eRankedDocument\x12\r\n\x05index\x18\x01 \x01(\r\x12\x17\n\x0frelevance_score\x18\x02 \x01(\x02\"\xb8\x01\n\x0cScoreRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12\x1e\n\x07queries\x18\x02 \x03(\tB\r\x8a\xe8\x18\t\x08\x01(\x80\x80@0\x80\x10\x12 \n\tdocuments\x18\x03 \x03(\tB\r\x8a\xe8\x18\t\x08\x01(\x80\x80@0\x80\x10\x12\x15\n\x08truncate\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12(\n\x08priority\x18\x05 \x01(\x05\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00Y\xc0\x19\x00\x00\x00\x00\x00\x00Y@B\x0b\n\t_truncate\"m\n\rScoreResponse\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12&\n\x05usage\x18\x02 \x01(\x0b\x32\x17.octavo.common.v1.Usage\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rmodel_version\x18\x04 \x01(\t\"\x85\x01\n\rClassifyInput\x12\x18\n\x04text\x18\x01 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80@H\x00\x12/\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1a.octavo.common.v1.TokenIdsH\x00\x12\x1b\n\ttext_pair\x18\x03 \x01(\tB\x08\x8a\xe8\x18\x04(\x80\x80@B\x0c\n\x04kind\x12\x04\x90\xe8\x18\x01\"\xb8\x01\n\x0f\x43lassifyRequest\x12\x18\n\x05model\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\x12=\n\x06inputs\x18\x02 \x03(\x0b\x32\".octavo.inference.v1.ClassifyInputB\t\x8a\xe8\x18\x05\x08\x01\x30\x80\x10\x12\x15\n\x08truncate\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12(\n\x08priority\x18\x04 \x01(\x05\x42\x16\x8a\xe8\x18\x12\x11\x00\x00\x00\x00\x00\x00Y\xc0\x19\x00\x00\x00\x00\x00\x00Y@B\x0b\n\t_truncate\"\xa6\x01\n\x10\x43lassifyResponse\x12\x34\n\x07results\x18\x01 \x03(\x0b\x32#.octavo.inference.v1.Classification\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12&\n\x05usage\x18\x03 \x01(\x0b\x32\x17.octavo.common.v1.Usage\x12\r\n\x05model\x18\x04 \x01(\t\x12\x15\n\rmodel_version\x18\x05 \x01(\t\"_\n\x0e\x43lassification\x12\r\n\x05label\x18\x01 \x01(\t\x12\x15\n\rprobabilities\x18\x02 \x03(\x02\x12\x14\n\x0cinput_tokens\x18\x03 \x01(\r\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x32\xde\x02\n\x10\x45mbeddingService\x12N\n\x05\x45mbed\x12!.octavo.inference.v1.EmbedRequest\x1a\".octavo.inference.v1.EmbedResponse\x12Q\n\x06Rerank\x12\".octavo.inference.v1.RerankRequest\x1a#.octavo.inference.v1.RerankResponse\x12N\n\x05Score\x12!.octavo.inference.v1.ScoreRequest\x1a\".octavo.inference.v1.ScoreResponse\x12W\n\x08\x43lassify\x12$.octavo.inference.v1.ClassifyRequest\x1a%.octavo.inference.v1.ClassifyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,6 +45,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EMBEDREQUEST'].fields_by_name['dimensions']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000\360?\031\000\000\000\000\000\000\360@'
   _globals['_EMBEDREQUEST'].fields_by_name['prompt_name']._loaded_options = None
   _globals['_EMBEDREQUEST'].fields_by_name['prompt_name']._serialized_options = b'\212\350\030\003(\200\002'
+  _globals['_EMBEDREQUEST'].fields_by_name['priority']._loaded_options = None
+  _globals['_EMBEDREQUEST'].fields_by_name['priority']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000Y\300\031\000\000\000\000\000\000Y@'
   _globals['_RERANKREQUEST'].fields_by_name['model']._loaded_options = None
   _globals['_RERANKREQUEST'].fields_by_name['model']._serialized_options = b'\212\350\030\005\010\001(\200\002'
   _globals['_RERANKREQUEST'].fields_by_name['query']._loaded_options = None
@@ -53,20 +55,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RERANKREQUEST'].fields_by_name['documents']._serialized_options = b'\212\350\030\t\010\001(\200\200@0\200\020'
   _globals['_RERANKREQUEST'].fields_by_name['top_n']._loaded_options = None
   _globals['_RERANKREQUEST'].fields_by_name['top_n']._serialized_options = b'\212\350\030\t\021\000\000\000\000\000\000\360?'
+  _globals['_RERANKREQUEST'].fields_by_name['priority']._loaded_options = None
+  _globals['_RERANKREQUEST'].fields_by_name['priority']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000Y\300\031\000\000\000\000\000\000Y@'
+  _globals['_SCOREREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['model']._serialized_options = b'\212\350\030\005\010\001(\200\002'
+  _globals['_SCOREREQUEST'].fields_by_name['queries']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['queries']._serialized_options = b'\212\350\030\t\010\001(\200\200@0\200\020'
+  _globals['_SCOREREQUEST'].fields_by_name['documents']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['documents']._serialized_options = b'\212\350\030\t\010\001(\200\200@0\200\020'
+  _globals['_SCOREREQUEST'].fields_by_name['priority']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['priority']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000Y\300\031\000\000\000\000\000\000Y@'
+  _globals['_CLASSIFYINPUT'].oneofs_by_name['kind']._loaded_options = None
+  _globals['_CLASSIFYINPUT'].oneofs_by_name['kind']._serialized_options = b'\220\350\030\001'
+  _globals['_CLASSIFYINPUT'].fields_by_name['text']._loaded_options = None
+  _globals['_CLASSIFYINPUT'].fields_by_name['text']._serialized_options = b'\212\350\030\004(\200\200@'
+  _globals['_CLASSIFYINPUT'].fields_by_name['text_pair']._loaded_options = None
+  _globals['_CLASSIFYINPUT'].fields_by_name['text_pair']._serialized_options = b'\212\350\030\004(\200\200@'
+  _globals['_CLASSIFYREQUEST'].fields_by_name['model']._loaded_options = None
+  _globals['_CLASSIFYREQUEST'].fields_by_name['model']._serialized_options = b'\212\350\030\005\010\001(\200\002'
+  _globals['_CLASSIFYREQUEST'].fields_by_name['inputs']._loaded_options = None
+  _globals['_CLASSIFYREQUEST'].fields_by_name['inputs']._serialized_options = b'\212\350\030\005\010\0010\200\020'
+  _globals['_CLASSIFYREQUEST'].fields_by_name['priority']._loaded_options = None
+  _globals['_CLASSIFYREQUEST'].fields_by_name['priority']._serialized_options = b'\212\350\030\022\021\000\000\000\000\000\000Y\300\031\000\000\000\000\000\000Y@'
   _globals['_EMBEDINPUT']._serialized_start=121
   _globals['_EMBEDINPUT']._serialized_end=222
   _globals['_EMBEDREQUEST']._serialized_start=225
-  _globals['_EMBEDREQUEST']._serialized_end=532
-  _globals['_EMBEDRESPONSE']._serialized_start=535
-  _globals['_EMBEDRESPONSE']._serialized_end=680
-  _globals['_EMBEDDING']._serialized_start=682
-  _globals['_EMBEDDING']._serialized_end=750
-  _globals['_RERANKREQUEST']._serialized_start=753
-  _globals['_RERANKREQUEST']._serialized_end=954
-  _globals['_RERANKRESPONSE']._serialized_start=957
-  _globals['_RERANKRESPONSE']._serialized_end=1105
-  _globals['_RANKEDDOCUMENT']._serialized_start=1107
-  _globals['_RANKEDDOCUMENT']._serialized_end=1163
-  _globals['_EMBEDDINGSERVICE']._serialized_start=1166
-  _globals['_EMBEDDINGSERVICE']._serialized_end=1347
+  _globals['_EMBEDREQUEST']._serialized_end=556
+  _globals['_EMBEDRESPONSE']._serialized_start=559
+  _globals['_EMBEDRESPONSE']._serialized_end=704
+  _globals['_EMBEDDING']._serialized_start=706
+  _globals['_EMBEDDING']._serialized_end=774
+  _globals['_RERANKREQUEST']._serialized_start=777
+  _globals['_RERANKREQUEST']._serialized_end=1002
+  _globals['_RERANKRESPONSE']._serialized_start=1005
+  _globals['_RERANKRESPONSE']._serialized_end=1153
+  _globals['_RANKEDDOCUMENT']._serialized_start=1155
+  _globals['_RANKEDDOCUMENT']._serialized_end=1211
+  _globals['_SCOREREQUEST']._serialized_start=1214
+  _globals['_SCOREREQUEST']._serialized_end=1398
+  _globals['_SCORERESPONSE']._serialized_start=1400
+  _globals['_SCORERESPONSE']._serialized_end=1509
+  _globals['_CLASSIFYINPUT']._serialized_start=1512
+  _globals['_CLASSIFYINPUT']._serialized_end=1645
+  _globals['_CLASSIFYREQUEST']._serialized_start=1648
+  _globals['_CLASSIFYREQUEST']._serialized_end=1832
+  _globals['_CLASSIFYRESPONSE']._serialized_start=1835
+  _globals['_CLASSIFYRESPONSE']._serialized_end=2001
+  _globals['_CLASSIFICATION']._serialized_start=2003
+  _globals['_CLASSIFICATION']._serialized_end=2098
+  _globals['_EMBEDDINGSERVICE']._serialized_start=2101
+  _globals['_EMBEDDINGSERVICE']._serialized_end=2451
 # @@protoc_insertion_point(module_scope)

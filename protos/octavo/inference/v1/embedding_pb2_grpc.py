@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class EmbeddingServiceStub:
-    """Embeds and ranks texts. Needs the feature "embed" or "rerank"; see Model.features.
+    """Embeds, ranks and labels texts. Needs a feature of the method's name; see Model.features.
     """
 
     def __init__(self, channel):
@@ -45,10 +45,20 @@ class EmbeddingServiceStub:
                 request_serializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.RerankRequest.SerializeToString,
                 response_deserializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.RerankResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/octavo.inference.v1.EmbeddingService/Score',
+                request_serializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/octavo.inference.v1.EmbeddingService/Classify',
+                request_serializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
 
 
 class EmbeddingServiceServicer:
-    """Embeds and ranks texts. Needs the feature "embed" or "rerank"; see Model.features.
+    """Embeds, ranks and labels texts. Needs a feature of the method's name; see Model.features.
     """
 
     def Embed(self, request, context):
@@ -61,6 +71,20 @@ class EmbeddingServiceServicer:
     def Rerank(self, request, context):
         """Orders documents by how well they answer a query. A cross-encoder reads each pair as one
         text; a model for embeddings compares vectors by their cosine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Scores pairs of a query and a document, as Rerank does, in the order in which they are given.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """Returns the probability of each of the model's labels for texts, or pairs of texts.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,6 +103,16 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
                     request_deserializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.RerankRequest.FromString,
                     response_serializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.RerankResponse.SerializeToString,
             ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.ScoreRequest.FromString,
+                    response_serializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.ClassifyRequest.FromString,
+                    response_serializer=octavo_dot_inference_dot_v1_dot_embedding__pb2.ClassifyResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'octavo.inference.v1.EmbeddingService', rpc_method_handlers)
@@ -88,7 +122,7 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EmbeddingService:
-    """Embeds and ranks texts. Needs the feature "embed" or "rerank"; see Model.features.
+    """Embeds, ranks and labels texts. Needs a feature of the method's name; see Model.features.
     """
 
     @staticmethod
@@ -135,6 +169,60 @@ class EmbeddingService:
             '/octavo.inference.v1.EmbeddingService/Rerank',
             octavo_dot_inference_dot_v1_dot_embedding__pb2.RerankRequest.SerializeToString,
             octavo_dot_inference_dot_v1_dot_embedding__pb2.RerankResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.inference.v1.EmbeddingService/Score',
+            octavo_dot_inference_dot_v1_dot_embedding__pb2.ScoreRequest.SerializeToString,
+            octavo_dot_inference_dot_v1_dot_embedding__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.inference.v1.EmbeddingService/Classify',
+            octavo_dot_inference_dot_v1_dot_embedding__pb2.ClassifyRequest.SerializeToString,
+            octavo_dot_inference_dot_v1_dot_embedding__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,7 +26,7 @@ from octavo.common.v1 import common_pb2 as octavo_dot_common_dot_v1_dot_common__
 from octavo.common.v1 import rules_pb2 as octavo_dot_common_dot_v1_dot_rules__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foctavo/inference/v1/model.proto\x12\x13octavo.inference.v1\x1a\x1doctavo/common/v1/common.proto\x1a\x1coctavo/common/v1/rules.proto\"\xb2\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x1b\n\x13\x65nd_of_sequence_ids\x18\x06 \x03(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x08 \x03(\t\x12\x18\n\x10tokenizer_sha256\x18\t \x01(\t\x12\x1c\n\x14\x63hat_template_sha256\x18\n \x01(\t\x12:\n\x10\x64\x65\x66\x61ult_sampling\x18\x0b \x01(\x0b\x32 .octavo.common.v1.SamplingParams\x12\x14\n\x0c\x61pi_revision\x18\x0c \x01(\r\"\x13\n\x11ListModelsRequest\"@\n\x12ListModelsResponse\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.octavo.inference.v1.Model\"*\n\x0fGetModelRequest\x12\x17\n\x04name\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\"=\n\x10GetModelResponse\x12)\n\x05model\x18\x01 \x01(\x0b\x32\x1a.octavo.inference.v1.Model2\xc6\x01\n\x0cModelService\x12]\n\nListModels\x12&.octavo.inference.v1.ListModelsRequest\x1a\'.octavo.inference.v1.ListModelsResponse\x12W\n\x08GetModel\x12$.octavo.inference.v1.GetModelRequest\x1a%.octavo.inference.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1foctavo/inference/v1/model.proto\x12\x13octavo.inference.v1\x1a\x1doctavo/common/v1/common.proto\x1a\x1coctavo/common/v1/rules.proto\"\xc1\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x1b\n\x13\x65nd_of_sequence_ids\x18\x06 \x03(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x10\n\x08\x61\x64\x61pters\x18\x08 \x03(\t\x12\x18\n\x10tokenizer_sha256\x18\t \x01(\t\x12\x1c\n\x14\x63hat_template_sha256\x18\n \x01(\t\x12:\n\x10\x64\x65\x66\x61ult_sampling\x18\x0b \x01(\x0b\x32 .octavo.common.v1.SamplingParams\x12\x14\n\x0c\x61pi_revision\x18\x0c \x01(\r\x12\r\n\x05notes\x18\r \x03(\t\"\x13\n\x11ListModelsRequest\"@\n\x12ListModelsResponse\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.octavo.inference.v1.Model\"*\n\x0fGetModelRequest\x12\x17\n\x04name\x18\x01 \x01(\tB\t\x8a\xe8\x18\x05\x08\x01(\x80\x02\"=\n\x10GetModelResponse\x12)\n\x05model\x18\x01 \x01(\x0b\x32\x1a.octavo.inference.v1.Model2\xc6\x01\n\x0cModelService\x12]\n\nListModels\x12&.octavo.inference.v1.ListModelsRequest\x1a\'.octavo.inference.v1.ListModelsResponse\x12W\n\x08GetModel\x12$.octavo.inference.v1.GetModelRequest\x1a%.octavo.inference.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,15 +36,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_GETMODELREQUEST'].fields_by_name['name']._serialized_options = b'\212\350\030\005\010\001(\200\002'
   _globals['_MODEL']._serialized_start=118
-  _globals['_MODEL']._serialized_end=424
-  _globals['_LISTMODELSREQUEST']._serialized_start=426
-  _globals['_LISTMODELSREQUEST']._serialized_end=445
-  _globals['_LISTMODELSRESPONSE']._serialized_start=447
-  _globals['_LISTMODELSRESPONSE']._serialized_end=511
-  _globals['_GETMODELREQUEST']._serialized_start=513
-  _globals['_GETMODELREQUEST']._serialized_end=555
-  _globals['_GETMODELRESPONSE']._serialized_start=557
-  _globals['_GETMODELRESPONSE']._serialized_end=618
-  _globals['_MODELSERVICE']._serialized_start=621
-  _globals['_MODELSERVICE']._serialized_end=819
+  _globals['_MODEL']._serialized_end=439
+  _globals['_LISTMODELSREQUEST']._serialized_start=441
+  _globals['_LISTMODELSREQUEST']._serialized_end=460
+  _globals['_LISTMODELSRESPONSE']._serialized_start=462
+  _globals['_LISTMODELSRESPONSE']._serialized_end=526
+  _globals['_GETMODELREQUEST']._serialized_start=528
+  _globals['_GETMODELREQUEST']._serialized_end=570
+  _globals['_GETMODELRESPONSE']._serialized_start=572
+  _globals['_GETMODELRESPONSE']._serialized_end=633
+  _globals['_MODELSERVICE']._serialized_start=636
+  _globals['_MODELSERVICE']._serialized_end=834
 # @@protoc_insertion_point(module_scope)

@@ -8,18 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttachRequest(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "reattach", "detach")
+    __slots__ = ("hello", "submit", "cancel", "reattach", "detach", "check_adapter", "adapter_names")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     REATTACH_FIELD_NUMBER: _ClassVar[int]
     DETACH_FIELD_NUMBER: _ClassVar[int]
+    CHECK_ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_NAMES_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
     reattach: Reattach
     detach: Detach
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., reattach: _Optional[_Union[Reattach, _Mapping]] = ..., detach: _Optional[_Union[Detach, _Mapping]] = ...) -> None: ...
+    check_adapter: CheckAdapter
+    adapter_names: AdapterNames
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., reattach: _Optional[_Union[Reattach, _Mapping]] = ..., detach: _Optional[_Union[Detach, _Mapping]] = ..., check_adapter: _Optional[_Union[CheckAdapter, _Mapping]] = ..., adapter_names: _Optional[_Union[AdapterNames, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("gateway_id", "protocol_revision", "oldest_protocol_revision")
@@ -32,7 +36,7 @@ class Hello(_message.Message):
     def __init__(self, gateway_id: _Optional[str] = ..., protocol_revision: _Optional[int] = ..., oldest_protocol_revision: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("handle", "request_id", "body_sha256", "prompt_token_ids", "continue_token_ids", "sampling", "stop", "constraint", "candidate_count", "logprobs", "remaining_ms", "priority", "tenant", "cache_salt", "adapter", "resume_window_ms", "traceparent", "first_candidate_index", "end_of_sequence_ids", "chosen_logprob", "bypass_prefix_cache", "progress_interval_ms", "gateway_state", "pooling", "prompt_logprobs", "is_failover")
+    __slots__ = ("handle", "request_id", "body_sha256", "prompt_token_ids", "continue_token_ids", "sampling", "stop", "constraint", "candidate_count", "logprobs", "remaining_ms", "priority", "tenant", "cache_salt", "adapter", "resume_window_ms", "traceparent", "first_candidate_index", "end_of_sequence_ids", "chosen_logprob", "bypass_prefix_cache", "progress_interval_ms", "gateway_state", "pooling", "prompt_logprobs", "is_failover", "adapter_path")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     BODY_SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +63,7 @@ class Submit(_message.Message):
     POOLING_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     IS_FAILOVER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
     handle: int
     request_id: str
     body_sha256: bytes
@@ -85,7 +90,46 @@ class Submit(_message.Message):
     pooling: Pooling
     prompt_logprobs: int
     is_failover: bool
-    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., body_sha256: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., constraint: _Optional[_Union[_common_pb2.OutputConstraint, _Mapping]] = ..., candidate_count: _Optional[int] = ..., logprobs: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., resume_window_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., first_candidate_index: _Optional[int] = ..., end_of_sequence_ids: _Optional[_Iterable[int]] = ..., chosen_logprob: _Optional[bool] = ..., bypass_prefix_cache: _Optional[bool] = ..., progress_interval_ms: _Optional[int] = ..., gateway_state: _Optional[bytes] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ..., is_failover: _Optional[bool] = ...) -> None: ...
+    adapter_path: str
+    def __init__(self, handle: _Optional[int] = ..., request_id: _Optional[str] = ..., body_sha256: _Optional[bytes] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., continue_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[_common_pb2.StopCriteria, _Mapping]] = ..., constraint: _Optional[_Union[_common_pb2.OutputConstraint, _Mapping]] = ..., candidate_count: _Optional[int] = ..., logprobs: _Optional[int] = ..., remaining_ms: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., adapter: _Optional[str] = ..., resume_window_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., first_candidate_index: _Optional[int] = ..., end_of_sequence_ids: _Optional[_Iterable[int]] = ..., chosen_logprob: _Optional[bool] = ..., bypass_prefix_cache: _Optional[bool] = ..., progress_interval_ms: _Optional[int] = ..., gateway_state: _Optional[bytes] = ..., pooling: _Optional[_Union[Pooling, _Mapping]] = ..., prompt_logprobs: _Optional[int] = ..., is_failover: _Optional[bool] = ..., adapter_path: _Optional[str] = ...) -> None: ...
+
+class CheckAdapter(_message.Message):
+    __slots__ = ("handle", "adapter", "adapter_path")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_PATH_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    adapter: str
+    adapter_path: str
+    def __init__(self, handle: _Optional[int] = ..., adapter: _Optional[str] = ..., adapter_path: _Optional[str] = ...) -> None: ...
+
+class AdapterChecked(_message.Message):
+    __slots__ = ("handle", "problem")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    problem: str
+    def __init__(self, handle: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class AdapterNames(_message.Message):
+    __slots__ = ("names",)
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    names: _containers.RepeatedCompositeFieldContainer[AdapterName]
+    def __init__(self, names: _Optional[_Iterable[_Union[AdapterName, _Mapping]]] = ...) -> None: ...
+
+class AdapterName(_message.Message):
+    __slots__ = ("name", "path", "sha256", "version", "is_removed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    IS_REMOVED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    sha256: str
+    version: int
+    is_removed: bool
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., sha256: _Optional[str] = ..., version: _Optional[int] = ..., is_removed: _Optional[bool] = ...) -> None: ...
 
 class Pooling(_message.Message):
     __slots__ = ("input_lengths", "second_segment_starts", "dimensions", "normalize")
@@ -132,7 +176,7 @@ class Detach(_message.Message):
     def __init__(self, handle: _Optional[int] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("welcome", "admitted", "rejected", "step_outputs", "draining", "failed", "progress", "cancelled", "load", "reattached")
+    __slots__ = ("welcome", "admitted", "rejected", "step_outputs", "draining", "failed", "progress", "cancelled", "load", "reattached", "adapter_checked", "adapter_names")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     REJECTED_FIELD_NUMBER: _ClassVar[int]
@@ -143,6 +187,8 @@ class AttachResponse(_message.Message):
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     REATTACHED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_CHECKED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_NAMES_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     admitted: Admitted
     rejected: Rejected
@@ -153,7 +199,9 @@ class AttachResponse(_message.Message):
     cancelled: Cancelled
     load: Load
     reattached: Reattached
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., step_outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., reattached: _Optional[_Union[Reattached, _Mapping]] = ...) -> None: ...
+    adapter_checked: AdapterChecked
+    adapter_names: AdapterNames
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., step_outputs: _Optional[_Union[StepOutputs, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., reattached: _Optional[_Union[Reattached, _Mapping]] = ..., adapter_checked: _Optional[_Union[AdapterChecked, _Mapping]] = ..., adapter_names: _Optional[_Union[AdapterNames, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("scheduler_id", "epoch", "kv_block_size", "kv_blocks_total", "max_running", "protocol_revision", "load")
@@ -325,7 +373,7 @@ class Cancelled(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., was_running: _Optional[bool] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "estimated_queue_ms", "draining", "workers_ready", "step_age_ms", "max_model_len", "model_version", "prompt_tokens", "output_tokens", "looked_up_tokens", "cached_tokens", "preemptions", "workers", "task", "vector_size", "prompt_logprobs", "vocab_size", "tokenizer_sha256")
+    __slots__ = ("running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "estimated_queue_ms", "draining", "workers_ready", "step_age_ms", "max_model_len", "model_version", "prompt_tokens", "output_tokens", "looked_up_tokens", "cached_tokens", "preemptions", "workers", "task", "vector_size", "prompt_logprobs", "vocab_size", "tokenizer_sha256", "max_adapters", "adapters_loaded", "adapter_loads", "notes")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -348,6 +396,10 @@ class Load(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MAX_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_LOADED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_LOADS_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     waiting_uncached_tokens: int
@@ -370,7 +422,11 @@ class Load(_message.Message):
     prompt_logprobs: bool
     vocab_size: int
     tokenizer_sha256: str
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., step_age_ms: _Optional[int] = ..., max_model_len: _Optional[int] = ..., model_version: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., looked_up_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ...) -> None: ...
+    max_adapters: int
+    adapters_loaded: int
+    adapter_loads: int
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., step_age_ms: _Optional[int] = ..., max_model_len: _Optional[int] = ..., model_version: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., looked_up_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., max_adapters: _Optional[int] = ..., adapters_loaded: _Optional[int] = ..., adapter_loads: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("worker_id", "running", "kv_blocks_free", "kv_blocks_total", "tokens_per_s")

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerFrame(_message.Message):
-    __slots__ = ("protocol_revision", "epoch", "worker_hello", "worker_config", "worker_ready", "step_plan", "step_result", "worker_fault", "heartbeat", "shutdown", "fenced", "rank_config", "idle_time")
+    __slots__ = ("protocol_revision", "epoch", "worker_hello", "worker_config", "worker_ready", "step_plan", "step_result", "worker_fault", "heartbeat", "shutdown", "fenced", "rank_config", "idle_time", "adapter_load", "adapter_drop", "adapter_loaded")
     PROTOCOL_REVISION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     WORKER_HELLO_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,9 @@ class WorkerFrame(_message.Message):
     FENCED_FIELD_NUMBER: _ClassVar[int]
     RANK_CONFIG_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIME_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_LOAD_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DROP_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_LOADED_FIELD_NUMBER: _ClassVar[int]
     protocol_revision: int
     epoch: int
     worker_hello: WorkerHello
@@ -35,7 +38,10 @@ class WorkerFrame(_message.Message):
     fenced: Fenced
     rank_config: RankConfig
     idle_time: IdleTime
-    def __init__(self, protocol_revision: _Optional[int] = ..., epoch: _Optional[int] = ..., worker_hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., worker_config: _Optional[_Union[WorkerConfig, _Mapping]] = ..., worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., step_plan: _Optional[_Union[StepPlan, _Mapping]] = ..., step_result: _Optional[_Union[StepResult, _Mapping]] = ..., worker_fault: _Optional[_Union[WorkerFault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., rank_config: _Optional[_Union[RankConfig, _Mapping]] = ..., idle_time: _Optional[_Union[IdleTime, _Mapping]] = ...) -> None: ...
+    adapter_load: AdapterLoad
+    adapter_drop: AdapterDrop
+    adapter_loaded: AdapterLoaded
+    def __init__(self, protocol_revision: _Optional[int] = ..., epoch: _Optional[int] = ..., worker_hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., worker_config: _Optional[_Union[WorkerConfig, _Mapping]] = ..., worker_ready: _Optional[_Union[WorkerReady, _Mapping]] = ..., step_plan: _Optional[_Union[StepPlan, _Mapping]] = ..., step_result: _Optional[_Union[StepResult, _Mapping]] = ..., worker_fault: _Optional[_Union[WorkerFault, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., fenced: _Optional[_Union[Fenced, _Mapping]] = ..., rank_config: _Optional[_Union[RankConfig, _Mapping]] = ..., idle_time: _Optional[_Union[IdleTime, _Mapping]] = ..., adapter_load: _Optional[_Union[AdapterLoad, _Mapping]] = ..., adapter_drop: _Optional[_Union[AdapterDrop, _Mapping]] = ..., adapter_loaded: _Optional[_Union[AdapterLoaded, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("worker_id", "rank", "world_size", "device", "free_memory_bytes", "code_version", "model_version", "group_id")
@@ -87,8 +93,36 @@ class WorkerConfig(_message.Message):
     token_counts: bool
     def __init__(self, model_path: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., max_running: _Optional[int] = ..., token_counts: _Optional[bool] = ...) -> None: ...
 
+class AdapterLoad(_message.Message):
+    __slots__ = ("adapter_id", "path", "sha256")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: int
+    path: str
+    sha256: str
+    def __init__(self, adapter_id: _Optional[int] = ..., path: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class AdapterDrop(_message.Message):
+    __slots__ = ("adapter_id",)
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: int
+    def __init__(self, adapter_id: _Optional[int] = ...) -> None: ...
+
+class AdapterLoaded(_message.Message):
+    __slots__ = ("adapter_id", "num_bytes", "problem", "is_full")
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    IS_FULL_FIELD_NUMBER: _ClassVar[int]
+    adapter_id: int
+    num_bytes: int
+    problem: str
+    is_full: bool
+    def __init__(self, adapter_id: _Optional[int] = ..., num_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., is_full: _Optional[bool] = ...) -> None: ...
+
 class WorkerReady(_message.Message):
-    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens", "task", "vector_size", "whole_sequences", "structured_output", "prompt_logprobs", "max_row_tokens", "tokenizer_sha256")
+    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens", "task", "vector_size", "whole_sequences", "structured_output", "prompt_logprobs", "max_row_tokens", "tokenizer_sha256", "max_adapters", "adapter_memory_bytes", "vectors_of_last_token", "notes")
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WARMUP_US_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +135,10 @@ class WorkerReady(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MAX_ROW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MAX_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_OF_LAST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     kv_blocks: int
     warmup_us: int
     max_model_len: int
@@ -113,7 +151,11 @@ class WorkerReady(_message.Message):
     prompt_logprobs: bool
     max_row_tokens: int
     tokenizer_sha256: str
-    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., whole_sequences: _Optional[bool] = ..., structured_output: _Optional[bool] = ..., prompt_logprobs: _Optional[bool] = ..., max_row_tokens: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ...) -> None: ...
+    max_adapters: int
+    adapter_memory_bytes: int
+    vectors_of_last_token: bool
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., whole_sequences: _Optional[bool] = ..., structured_output: _Optional[bool] = ..., prompt_logprobs: _Optional[bool] = ..., max_row_tokens: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., max_adapters: _Optional[int] = ..., adapter_memory_bytes: _Optional[int] = ..., vectors_of_last_token: _Optional[bool] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step_id", "num_sequences", "num_tokens", "slot_indexes", "query_lengths", "context_lengths", "token_ids", "block_table_rows", "block_table_counts", "block_ids", "copy_pairs", "freed_slots", "sampling_updates", "row_flags", "pooling_updates")
@@ -162,7 +204,7 @@ class PoolingUpdate(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., dimensions: _Optional[int] = ..., normalize: _Optional[bool] = ..., second_segment_start: _Optional[int] = ...) -> None: ...
 
 class SamplingUpdate(_message.Message):
-    __slots__ = ("slot", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "allowed_token_mask", "candidate_index", "chosen_logprob", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_token_ids", "bias_values", "allowed_token_ids", "banned_until_min_token_ids", "min_new_tokens", "prompt_length", "history_token_ids", "traceparent", "grammar", "end_of_sequence_ids", "prompt_logprobs")
+    __slots__ = ("slot", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "allowed_token_mask", "candidate_index", "chosen_logprob", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_token_ids", "bias_values", "allowed_token_ids", "banned_until_min_token_ids", "min_new_tokens", "prompt_length", "history_token_ids", "traceparent", "grammar", "end_of_sequence_ids", "prompt_logprobs", "sampling", "adapter_id")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +229,8 @@ class SamplingUpdate(_message.Message):
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     END_OF_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     slot: int
     temperature: float
     top_p: float
@@ -211,7 +255,9 @@ class SamplingUpdate(_message.Message):
     grammar: str
     end_of_sequence_ids: bytes
     prompt_logprobs: int
-    def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., grammar: _Optional[str] = ..., end_of_sequence_ids: _Optional[bytes] = ..., prompt_logprobs: _Optional[int] = ...) -> None: ...
+    sampling: _common_pb2.SamplingParams
+    adapter_id: int
+    def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., grammar: _Optional[str] = ..., end_of_sequence_ids: _Optional[bytes] = ..., prompt_logprobs: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., adapter_id: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks", "vectors", "vector_sizes", "token_counts")

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from tiny import make_checkpoint
 
-from octavo.gpu_worker.batch import Limits
-from octavo.gpu_worker.devices.cuda import CudaRunner
-from octavo.gpu_worker.devices.reference import ReferenceDevice
+from octavo.gpu_worker.devices.cuda.runner import CudaRunner
+from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.engine import Engine
-from octavo.gpu_worker.grammars import Grammars
-from octavo.gpu_worker.host_runner import HostRunner
-from octavo.gpu_worker.loading import load_model
+from octavo.gpu_worker.loading.loading import load_model
 from octavo.gpu_worker.ops import Model
+from octavo.gpu_worker.sampling.grammars import Grammars
+from octavo.gpu_worker.steps.batch import Limits
+from octavo.gpu_worker.steps.host_runner import HostRunner
 from octavo.worker.v1 import worker_pb2
 
 VOCABULARY = 320
@@ -28,9 +28,9 @@ def column(*values: float, dtype: str = "<u4") -> bytes:
     return np.array(values, dtype).tobytes()
 
 
-def load(folder: Path, name: str, **settings: Any) -> Model:
+def load(folder: Path, name: str, dtype: str = "auto", **settings: Any) -> Model:
     make_checkpoint(folder, name, **{"num_hidden_layers": 2, **settings})
-    return load_model(folder, "auto", 96, lambda *_: None).model
+    return load_model(folder, dtype, 96, lambda *_: None).model
 
 
 def cuda_runner(model: Model, limits: Limits = LIMITS, **settings: Any) -> CudaRunner:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-from octavo.gpu_worker.collectives import Collectives
+from octavo.gpu_worker.distributed.collectives import Collectives
 
 _HOST_READS = (
     "item", "tolist", "cpu", "numpy", "nonzero", "unique", "__array__", "__bool__", "__int__", "__float__", "__index__",

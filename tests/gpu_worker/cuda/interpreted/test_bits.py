@@ -16,8 +16,9 @@ import pytest
 import torch
 from driver import VOCABULARY, Driver, Sequence, cuda_engine, load
 
-from octavo.gpu_worker.devices import cuda_model, cuda_ops
-from octavo.gpu_worker.devices.cuda import CudaRunner
+from octavo.gpu_worker.devices.cuda import model as cuda_model
+from octavo.gpu_worker.devices.cuda import ops as cuda_ops
+from octavo.gpu_worker.devices.cuda.runner import CudaRunner
 from octavo.gpu_worker.ops import Model
 
 PROMPT = [(37 * index + 11) % VOCABULARY for index in range(30)]

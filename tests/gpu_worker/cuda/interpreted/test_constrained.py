@@ -13,11 +13,11 @@ from driver import VOCABULARY, Driver, Sequence, column, cuda_engine, load, refe
 from guard import guarded
 from test_tokens import GREEDY, SEEDED, check_equal
 
-from octavo.gpu_worker.devices.cuda import CudaRunner
-from octavo.gpu_worker.grammars import Grammars
+from octavo.gpu_worker.devices.cuda.runner import CudaRunner
 from octavo.gpu_worker.ops import Model
 from octavo.gpu_worker.protocol import NOT_READY_TOKEN, NOTHING_ALLOWED_TOKEN
-from octavo.gpu_worker.vocabulary import Vocabulary
+from octavo.gpu_worker.sampling.grammars import Grammars
+from octavo.gpu_worker.sampling.vocabulary import Vocabulary
 
 TOKENS = [bytes([byte]) for byte in range(256)] + [b"token%d" % index for index in range(256, VOCABULARY - 1)]
 STOP = VOCABULARY - 1

@@ -11,7 +11,7 @@ from driver import Driver, Sequence, column, cuda_engine, load
 from guard import GuardError, guarded
 from test_tokens import FEATURES
 
-from octavo.gpu_worker.devices import cuda_sampling
+from octavo.gpu_worker.devices.cuda import sampling as cuda_sampling
 
 
 def run_steps(driver: Driver) -> list[Sequence]:

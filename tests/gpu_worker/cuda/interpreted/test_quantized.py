@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 from driver import Driver, cuda_engine, load, reference_engine
 from guard import guarded
+from quantised import quantise_folder
 from safetensors.torch import load_file, save_file
 from test_bits import PROMPT, logits_of
 from test_tokens import GREEDY, SEEDED, check_equal
 
-from octavo.gpu_worker.devices import cuda_model
-from octavo.gpu_worker.devices.cuda import CudaRunner
+from octavo.gpu_worker.devices.cuda import model as cuda_model
+from octavo.gpu_worker.devices.cuda.runner import CudaRunner
 from octavo.gpu_worker.errors import DeviceError
-from octavo.gpu_worker.loading import load_model
+from octavo.gpu_worker.loading.loading import load_model
 from octavo.gpu_worker.ops import Model
 from octavo.kernels.quantized_linear import quantize_weight
 
@@ -89,3 +91,19 @@ def test_what_is_not_quantised_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(cuda_model, "LINEAR_KINDS", {"cuda:90": cuda_model.LINEAR_KINDS["cuda:80"]})
     with pytest.raises(DeviceError, match=r"needs a GPU of compute capability 8.9 or above; use none or int8"):
         cuda_engine(model, quantization="fp8")
+
+
+@pytest.mark.parametrize("method", ["gptq, zero points", "w8a8", "fp8, blocks"])
+def test_a_checkpoint_that_a_tool_quantised_gives_the_tokens_of_its_numbers(tmp_path: Path, method: str) -> None:
+    load(tmp_path, "llama", num_hidden_layers=1)
+    values = quantise_folder(tmp_path, method)
+    model = load_model(tmp_path, "float32", 96, lambda *_: None).model
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(values, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    plain = load_model(tmp_path, "float32", 96, lambda *_: None).model
+
+    found = Driver(cuda_engine(model), seed=3).run([GREEDY] * 2, num_steps=4)
+
+    check_equal(found, Driver(reference_engine(plain), seed=3).run([GREEDY] * 2, num_steps=4))

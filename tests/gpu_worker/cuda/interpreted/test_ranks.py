@@ -10,11 +10,11 @@ from driver import Driver, Sequence, cuda_engine, load
 from guard import guarded
 from test_tokens import GREEDY, SEEDED, check_equal
 
-from octavo.gpu_worker.collectives import Collectives
-from octavo.gpu_worker.devices.cuda_parallel import largest_over_ranks, over_ranks
-from octavo.gpu_worker.loading import load_model
-from octavo.gpu_worker.rendezvous import open_store
-from octavo.gpu_worker.sharding import Sharding
+from octavo.gpu_worker.devices.cuda.parallel import largest_over_ranks, over_ranks
+from octavo.gpu_worker.distributed.collectives import Collectives
+from octavo.gpu_worker.distributed.rendezvous import open_store
+from octavo.gpu_worker.loading.loading import load_model
+from octavo.gpu_worker.loading.sharding import Sharding
 from octavo.worker.v1 import worker_pb2
 
 SETTINGS = [GREEDY, {**SEEDED, "logprobs": 2}, {"logprobs": 3}] * 2

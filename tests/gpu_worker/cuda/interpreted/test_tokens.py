@@ -10,7 +10,8 @@ import pytest
 import torch
 from driver import VOCABULARY, Driver, Sequence, column, cuda_engine, load, reference_engine
 
-from octavo.gpu_worker.devices.cuda import CudaRunner
+from octavo.gpu_worker.devices.cuda import ops as cuda_ops
+from octavo.gpu_worker.devices.cuda.runner import CudaRunner
 from octavo.worker.v1 import worker_pb2
 
 GREEDY: dict[str, Any] = {}
@@ -41,10 +42,29 @@ def check_equal(found: list[worker_pb2.StepResult], expected: list[worker_pb2.St
             np.testing.assert_allclose(*values, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "qwen2_moe",
+        "glm4_moe",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "granite",
+        "smollm3",
+        "glm4",
+        "olmo2",
+    ],
+)
 def test_ragged_chunked_and_preempted_sequences_get_the_same_tokens(name: str, tmp_path: Path) -> None:
-    window = {"sliding_window": 12} if name in ("qwen2", "mistral") else {}  # shorter than most prompts
-    model = load(tmp_path, name, **window)
+    settings: dict[str, Any] = {"sliding_window": 12} if name in ("qwen2", "mistral") else {}  # shorter than prompts
+    if name in ("gemma2", "gemma3"):
+        settings = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}
+    model = load(tmp_path, name, **settings)
     sampling = [GREEDY, {"logprobs": 2}] * 3
     cuda = cuda_engine(model)
 
@@ -54,6 +74,24 @@ def test_ragged_chunked_and_preempted_sequences_get_the_same_tokens(name: str, t
     assert sum(len(result.token_ids) // 4 for result in found) > 10
     assert isinstance(cuda.runner, CudaRunner)
     assert cuda.runner._launched, "no step was padded to a captured size"
+
+
+def test_norms_of_queries_and_keys_keep_the_float32_that_an_offset_was_added_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tmp_path, "gemma3", "bfloat16", num_hidden_layers=1, layer_types=["full_attention"])
+    types = []
+    launch = cuda_ops.rotary_write_kv
+
+    def record(*tensors: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, **settings: Any) -> None:
+        types.extend([q_norm.dtype, k_norm.dtype])
+        launch(*tensors, q_norm=q_norm, k_norm=k_norm, **settings)
+
+    monkeypatch.setattr(cuda_ops, "rotary_write_kv", record)
+
+    cuda_engine(model)
+
+    assert set(types) == {torch.float32}
 
 
 def test_all_sampling_settings_beside_each_other(tmp_path: Path) -> None:

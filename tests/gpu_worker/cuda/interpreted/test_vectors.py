@@ -15,14 +15,14 @@ from guard import guarded
 from tiny import make_checkpoint
 
 from octavo.common.v1 import common_pb2
-from octavo.gpu_worker.batch import Limits
-from octavo.gpu_worker.devices.cuda_pooling import CudaPoolingRunner
-from octavo.gpu_worker.devices.reference import ReferenceDevice
+from octavo.gpu_worker.devices.cuda.pooling_runner import CudaPoolingRunner
+from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.engine import Engine
-from octavo.gpu_worker.loading import LoadedModel, load_model
-from octavo.gpu_worker.pooler import Pooling, PoolingMode
-from octavo.gpu_worker.pooling_runner import PoolingRunner
-from octavo.gpu_worker.runner import Runner
+from octavo.gpu_worker.loading.loading import LoadedModel, load_model
+from octavo.gpu_worker.steps.batch import Limits
+from octavo.gpu_worker.steps.pooler import Pooling, PoolingMode
+from octavo.gpu_worker.steps.pooling_runner import PoolingRunner
+from octavo.gpu_worker.steps.runner import Runner
 from octavo.worker.v1 import worker_pb2
 
 SIZES: dict[str, Any] = {
@@ -61,11 +61,14 @@ def load_decoder(folder: Path) -> LoadedModel:
     return load_model(folder, "auto", 96, lambda *_: None)
 
 
-def engine_of(loaded: LoadedModel, mode: PoolingMode, device: str) -> Engine:
+def engine_of(loaded: LoadedModel, mode: PoolingMode | None, device: str) -> Engine:
+    """Return an engine whose vectors are pooled by `mode`, or as the folder says."""
     model: Any = loaded.model
     limits = (MAX_BATCH_TOKENS, MAX_RUNNING, MAX_BLOCKS)
     assert loaded.pooling is not None
-    pooling = Pooling(common_pb2.MODEL_TASK_EMBED, mode, loaded.pooling.hidden_size, normalize=False)
+    pooling = loaded.pooling
+    if mode is not None:
+        pooling = Pooling(common_pb2.MODEL_TASK_EMBED, mode, loaded.pooling.hidden_size, normalize=False)
     runner: Runner
     if device == "cuda":
         runner = CudaPoolingRunner(model, *limits, pooling, device="cpu")
@@ -182,3 +185,34 @@ def test_vectors_of_a_decoder_are_those_of_the_reference_in_any_chunks(
         np.testing.assert_allclose(one, two, atol=2e-5)
     for one, two in zip(found, run_decoder(engine_of(model, mode, "cuda"), 30), strict=True):
         assert one.tobytes() == two.tobytes()
+
+
+def test_labels_of_an_encoder_are_those_of_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=3)).eval()
+    model.save_pretrained(tmp_path)
+    engine = engine_of(load_model(tmp_path, "auto", 0, lambda *_: None), None, "cuda")
+
+    engine.start(plan_of(1, [(0, TEXTS[1], 0, True)], [{"slot": 0}]))
+
+    with torch.no_grad():
+        true = torch.softmax(model(torch.tensor([TEXTS[1]])).logits[0], -1)
+    np.testing.assert_allclose(vectors_of(engine.collect())[0], true, atol=2e-5)
+
+
+def test_a_score_of_two_words_is_that_of_their_logits_in_any_chunks(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path, "qwen3", num_hidden_layers=1, dtype="float32")
+    rows = [{"path": path, "type": kind} for path, kind in {"": "a.Transformer", "1": "a.LogitScore"}.items()]
+    (tmp_path / "modules.json").write_text(json.dumps(rows))
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "config.json").write_text(json.dumps({"true_token_id": 9, "false_token_id": 4}))
+    loaded = load_model(tmp_path, "auto", 96, lambda *_: None)
+
+    found = run_decoder(engine_of(loaded, None, "cuda"), 19)
+
+    for text, score in zip((tokens(50, 6), tokens(21, 7)), found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([text])).logits[0, -1]
+        np.testing.assert_allclose(score, torch.sigmoid(logits[9] - logits[4]), atol=2e-5)

@@ -18,11 +18,11 @@ from triton.compiler import make_backend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from octavo.gpu_worker.devices import cuda
+from octavo.gpu_worker.devices.cuda import runner as cuda
 from octavo.gpu_worker.engine import Engine
-from octavo.gpu_worker.grammars import Grammars
-from octavo.gpu_worker.pooler import PoolingMode
-from octavo.gpu_worker.vocabulary import Vocabulary
+from octavo.gpu_worker.sampling.grammars import Grammars
+from octavo.gpu_worker.sampling.vocabulary import Vocabulary
+from octavo.gpu_worker.steps.pooler import PoolingMode
 
 
 class Compiler:
@@ -55,7 +55,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
         run()
         return run
 
-    monkeypatch.setattr("octavo.gpu_worker.devices.cuda_accelerator.HostAccelerator.capture", capture)
+    monkeypatch.setattr("octavo.gpu_worker.devices.cuda.accelerator.HostAccelerator.capture", capture)
     return Compiler(monkeypatch)
 
 

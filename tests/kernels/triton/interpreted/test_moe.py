@@ -16,6 +16,7 @@ from octavo.kernels import moe as kernel
 from octavo.kernels import reference
 from octavo.kernels.configs import ExpertsConfig, RowConfig
 from octavo.kernels.quantized_linear import quantize_weight
+from octavo.kernels.routing import PLAIN_ROUTING, Routing
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: 1e-5, F16: 5e-3, BF16: 4e-2}
@@ -40,6 +41,8 @@ class Case:
     dtype: torch.dtype = F32
     weights: torch.dtype | None = None  # of eight bits
     spare_tokens: int = 3  # that the workspace has room for
+    routing: Routing = PLAIN_ROUTING
+    has_bias: bool = False
 
 
 def check(case: Case, module: Any = kernel) -> torch.Tensor:
@@ -48,14 +51,16 @@ def check(case: Case, module: Any = kernel) -> torch.Tensor:
     experts = case.routed + case.shared
     residual = torch.randn(case.tokens, case.hidden, generator=random)
     x = guarded(torch.randn(case.tokens, case.hidden, generator=random).to(case.dtype))
-    logits = 2 * torch.randn(case.tokens, case.routed + (case.shared > 0), generator=random)
+    has_gate = case.shared > 0 and case.routing.has_shared_gate
+    logits = 2 * torch.randn(case.tokens, case.routed + has_gate, generator=random)
+    bias = guarded(torch.randn(case.routed, generator=random)) if case.has_bias else None
     if case.popular is not None:
         logits[:, case.popular] = 5
     gate_up = torch.randn(experts, 2 * case.inner, case.hidden, generator=random) * 1.5 * case.hidden**-0.5
     down = torch.randn(experts, case.hidden, case.inner, generator=random) * case.inner**-0.5
     gate_up, down = gate_up.to(case.dtype), down.to(case.dtype)
     choice = (case.chosen, case.shared, case.normalized)
-    mixture = routing.Mixture(guarded(gate_up), guarded(down), *choice)
+    mixture = routing.Mixture(guarded(gate_up), guarded(down), *choice, routing=case.routing, bias=bias)
     if case.weights is not None:
         (gate_ups, gate_up_scales), (downs, down_scales) = (quantized(stack, case.weights) for stack in (gate_up, down))
         gate_up, down = gate_ups.float() * gate_up_scales[..., None], downs.float() * down_scales[..., None]
@@ -73,6 +78,8 @@ def check(case: Case, module: Any = kernel) -> torch.Tensor:
         num_chosen=case.chosen,
         num_shared=case.shared,
         is_normalized=case.normalized,
+        routing=case.routing,
+        bias=bias,
     )
     terms[list(case.padding)] = 0
     workspace = module.ExpertsWorkspace(mixture, case.tokens + case.spare_tokens, CONFIG, case.dtype)
@@ -103,6 +110,17 @@ CASES = {
     "shared experts": Case(routed=5, shared=2, normalized=False),
     "padding": Case(tokens=6, padding=(0, 3, 5), shared=1),
     "only padding": Case(tokens=2, padding=(0, 1)),
+    "sigmoids, not normalized, a scale": Case(normalized=False, routing=Routing("sigmoid", scale=0.5)),
+    "sigmoids, a bias, the best groups, shared ones": Case(
+        tokens=23,
+        routed=12,
+        chosen=3,
+        shared=2,
+        routing=Routing("sigmoid", 4, 2, scale=1.5, has_shared_gate=False),
+        has_bias=True,
+    ),
+    "softmax, a bias": Case(routed=7, has_bias=True),
+    "softmax, groups by their best expert": Case(routed=6, normalized=False, routing=Routing("softmax", 3, 2, 1)),
 }
 
 
@@ -129,7 +147,8 @@ def choose(logits: torch.Tensor, shared: int = 0, slot: int = 0) -> tuple[torch.
     experts = logits.shape[1] - (shared > 0) + shared
     mixture = routing.Mixture(torch.empty(0), torch.empty(experts, 1, 1), 2, shared, True)
     slots = torch.full((len(logits),), slot, dtype=torch.int32)
-    routing._choose[(len(logits),)](guarded(logits), slots, ids, weights, **routing._choose_constants(mixture))
+    constants = routing._choose_constants(mixture)
+    routing._choose[(len(logits),)](guarded(logits), slots, weights, ids, weights, 1.0, **constants)
     return ids, weights
 
 

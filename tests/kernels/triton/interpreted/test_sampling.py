@@ -18,13 +18,14 @@ import triton
 import triton.language as tl
 from mutate import mutated
 
-from octavo.gpu_worker import draw
 from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array
 from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN
-from octavo.gpu_worker.sampler import Sampler
-from octavo.gpu_worker.sampling_settings import SamplingSettings
+from octavo.gpu_worker.sampling import draw
+from octavo.gpu_worker.sampling.sampler import Sampler
+from octavo.gpu_worker.sampling.settings import SamplingSettings
 from octavo.kernels import noise, reference, sampling, sampling_kernels
 from octavo.kernels.configs import RowConfig
+from octavo.kernels.draw import COLUMNS, FLOATS, column_values, kept_token_ids
 
 CONFIG = RowConfig(block=128, num_warps=4)
 VOCAB = 301
@@ -44,15 +45,14 @@ def draw_settings(draws: list[Draw], slots: list[int] | None = None) -> sampling
     def ints(values: list[int]) -> torch.Tensor:
         return torch.from_numpy(np.array(values, dtype=np.int64).astype(np.uint32).view(np.int32))
 
+    def column(name: str, values: list[Any]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32) if name in FLOATS else ints(values)
+
     return sampling.DrawSettings(
         slots=ints(list(range(len(draws))) if slots is None else slots),
         positions=ints([d.position for d in draws]),
-        temperature=torch.tensor([float(d.temperature) for d in draws]),
-        top_k=ints([d.top_k for d in draws]),
-        top_p=torch.tensor([float(d.top_p) for d in draws]),
-        log_min_p=torch.tensor([math.log(d.min_p) if d.min_p > 0 else -math.inf for d in draws]),
+        columns={name: column(name, [column_values(d)[name] for d in draws]) for name in COLUMNS},
         seeds=torch.tensor([halves(d.seed) for d in draws], dtype=torch.int32),
-        candidate_index=ints([d.candidate_index for d in draws]),
     )
 
 
@@ -131,8 +131,20 @@ DRAWS = {
     "min_p": replace(OFF, min_p=0.05, temperature=4.0),
     "min_p 1": replace(OFF, min_p=1.0),
     "all": replace(OFF, top_k=40, top_p=0.8, min_p=0.02, temperature=1.3),
+    "top_n_sigma": replace(OFF, top_n_sigma=1.5, temperature=4.0),
+    "top_n_sigma and more": replace(OFF, top_n_sigma=1.2, top_k=40, top_p=0.9, min_p=0.01, temperature=4.0),
+    "top_k above top_n_sigma": replace(OFF, top_n_sigma=0.9, top_k=VOCAB - 21, temperature=4.0),
+    "typical_p": replace(OFF, typical_p=0.5, temperature=4.0),
+    "small typical_p": replace(OFF, typical_p=1e-6),
+    "typical_p and more": replace(
+        OFF, typical_p=0.6, top_n_sigma=2.5, top_k=90, top_p=0.9, min_p=0.01, temperature=4.0
+    ),
     "last place": replace(OFF, seed=2**64 - 3, position=2**31 - 1, candidate_index=2**31),
 }
+
+
+SIGMA = [name for name in DRAWS if "top_n_sigma" in name]
+TYPICAL = [name for name in DRAWS if "typical_p" in name]
 
 
 def check_draws(draws: list[Draw], *, ties: bool = False, seed: int = 0) -> None:
@@ -153,18 +165,17 @@ def test_the_token_is_that_of_the_worker(name: str, ties: bool) -> None:
 def edges(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
     """Which tokens the kernel keeps, [R, V] bool."""
     settings = draw_settings(draws)
-    keys, ids = torch.empty(2, len(draws), dtype=torch.int32)
-    lowest = torch.empty(len(draws))
-    sampling_kernels.find_edge[(len(draws),)](
-        logits, settings.temperature, settings.top_k, settings.top_p, settings.log_min_p, keys, ids, lowest,
-        VOCAB=logits.shape[1], BLOCK=CONFIG.block,
-    )  # fmt: skip
-    scaled = logits / settings.temperature[:, None]
+    types = {"i32": torch.int32, "fp32": torch.float32}
+    found = {f"{name}_ptr": torch.empty(len(draws), dtype=types[kind]) for name, kind in sampling.EDGES.items()}
+    sampling.find_edges(logits, settings.columns, found, CONFIG)
+    keys, ids, lowest = found["edge_key_ptr"], found["edge_id_ptr"], found["lowest_ptr"]
+    scaled = logits / settings.columns["temperature"][:, None]
     bits = torch.where(scaled == 0, 0.0, scaled).view(torch.int32).long() & 0xFFFFFFFF
     order = bits ^ torch.where(bits >> 31 == 1, 0xFFFFFFFF, 0x80000000)
     edge = (keys.long() & 0xFFFFFFFF)[:, None]
     kept = (order > edge) | ((order == edge) & (torch.arange(logits.shape[1])[None, :] <= ids[:, None]))
-    left: torch.Tensor = kept & (scaled >= lowest[:, None]) & (scaled > -math.inf)
+    is_near = (scaled - found["center_ptr"][:, None]).abs() <= found["radius_ptr"][:, None]
+    left: torch.Tensor = kept & is_near & (scaled >= lowest[:, None]) & (scaled > -math.inf)
     return left
 
 
@@ -175,10 +186,8 @@ def check_edges(*, ties: bool, names: Iterable[str] = DRAWS) -> None:
     logits[:, 8:10] = torch.tensor([0.0, -0.0])
     kept = edges(logits, draws)
     for i, d in enumerate(draws):
-        scaled = torch.from_numpy(logits[i].numpy() / np.float32(d.temperature))
-        expected = draw.kept_token_ids(scaled, d)
+        expected = kept_token_ids(logits[i].numpy() / np.float32(d.temperature), d)
         assert kept[i].nonzero().flatten().tolist() == expected.tolist(), d
-        assert torch.equal(reference.kept_tokens(scaled, d.top_k, d.top_p, d.min_p), kept[i]), d
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -242,13 +251,14 @@ class Slots:
 def make_settings(**changes: Any) -> SamplingSettings:
     nothing = np.empty(0, np.uint32)
     neutral: dict[str, Any] = {
-        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 3, "candidate_index": 0, "logprobs": 0,
+        "logprobs": 0,
         "chosen_logprob": True, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
         "bias_token_ids": nothing, "bias_values": np.empty(0, np.float32), "forbidden": None,
         "banned_token_ids": nothing, "min_new_tokens": 0, "prompt_length": 4,
         "history_token_ids": np.array([1, 2, 250, 2], np.uint32), "grammar": "", "end_of_sequence_ids": nothing,
     }  # fmt: skip
-    return SamplingSettings(**{**neutral, **changes})
+    drawn = {name: changes.pop(name) for name in Draw.__match_args__ if name in changes}
+    return SamplingSettings(**{"draw": replace(OFF, **{"seed": 3, **drawn}), **neutral, **changes})
 
 
 def all_rules() -> list[SamplingSettings]:
@@ -420,7 +430,7 @@ def check_tied_draws() -> None:
 
 
 def check_tied_edges() -> None:
-    check_edges(ties=True, names=["top_k", "top_k of nearly all", "top_p", "min_p", "all"])
+    check_edges(ties=True, names=["top_k", "top_k of nearly all", "top_p", "min_p", "all", *SIGMA, *TYPICAL])
     zeros = torch.zeros(1, VOCAB)
     zeros[0, ::2] = -0.0
     assert edges(zeros, [replace(OFF, top_k=5)])[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4]
@@ -456,6 +466,9 @@ MUTATIONS = [
     (check_tied_edges, sampling_kernels, "order of negative floats", "tl.where(bits < 0, 0xFFFFFFFF, 0x80000000)", "tl.where(bits < 0, 0x80000000, 0x80000000)"),
     (check_tied_edges, sampling_kernels, "negative zero", "tl.where(x == 0, 0.0, x).to", "x.to"),
     (check_tied_edges, sampling_kernels, "min-p of the temperature", "lowest = best + log_min_p", "lowest = best * log_min_p"),
+    (check_tied_edges, sampling_kernels, "variance for standard deviation", "tl.sqrt_rn(tl.div_rn(squares", "(tl.div_rn(squares"),
+    (check_tied_edges, sampling_kernels, "what top-n-sigma took comes back", "is_enough = found < edge_key", "is_enough = found < 0"),
+    (check_tied_edges, sampling_kernels, "the farthest typical token left out", "weights < typical_p * total", "weights < 0.5 * typical_p * total"),
     (check_logprobs, sampling_kernels, "rank without ties", "((x >= chosen)", "((x > chosen)"),
     (check_logprobs, sampling_kernels, "only the first piece's sum", "total += tl.exp2", "total = tl.exp2"),
 ]  # fmt: skip

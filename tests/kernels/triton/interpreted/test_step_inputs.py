@@ -13,6 +13,8 @@ from mutate import guarded, mutated
 from octavo.kernels import alternatives as alternatives_kernel
 from octavo.kernels import step_inputs as kernel
 from octavo.kernels.configs import RowConfig
+from octavo.kernels.draw import COLUMNS
+from octavo.kernels.step_inputs import FIELDS
 
 MAX_BLOCKS = 150
 
@@ -58,14 +60,15 @@ def check_words(module: ModuleType = kernel, count: int = 300) -> None:
 
 
 def check_settings(module: ModuleType = kernel, count: int = 70) -> None:
-    table = torch.arange(9 * 100, dtype=torch.int32).view(9, 100)
+    table = torch.arange(2 * len(FIELDS) * 100, dtype=torch.int32).view(-1, 100)
     slots = torch.randperm(100, generator=torch.Generator().manual_seed(3))[:count].int()
     slots[4] = -1
-    rows, seeds = guarded(torch.zeros(5, 80, dtype=torch.int32)), guarded(torch.zeros(80, 2, dtype=torch.int32))
+    count_of = len(COLUMNS)
+    rows, seeds = guarded(torch.zeros(count_of, 80, dtype=torch.int32)), guarded(torch.zeros(80, 2, dtype=torch.int32))
     module.row_settings(table, slots, rows, seeds, count)
     chosen = slots.clamp(min=0).long()
-    assert torch.equal(rows[:, :count], table[:5, chosen])
-    assert torch.equal(seeds[:count], table[5:7, chosen].t())
+    assert torch.equal(rows[:, :count], table[:count_of, chosen])
+    assert torch.equal(seeds[:count], table[count_of : count_of + 2, chosen].t())
     assert not rows[:, count:].any()
     assert not seeds[count:].any()
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.gateway.http.logprobs import completion_logprobs
 
 MAX_TOKENS = common_pb2.FINISH_REASON_MAX_TOKENS
 
@@ -185,3 +188,27 @@ async def test_token_ids_come_when_asked_for(harness: Any, http: Any) -> None:
     choices = (await call).json()["choices"]
 
     assert [(c["prompt_token_ids"], c["token_ids"]) for c in choices] == [([5], [8]), ([6, 7], [9])]
+
+
+@pytest.mark.parametrize("usage", [False, True])
+async def test_the_last_event_of_a_stream_is_done(harness: Any, http: httpx.AsyncClient, usage: bool) -> None:
+    body: dict[str, Any] = {"model": "tiny", "prompt": "x", "stream": True, "stream_options": {"include_usage": usage}}
+    call = asyncio.ensure_future(http.post("/v1/completions", json=body))
+    submit = await harness.scheduler.next_admitted()
+    harness.scheduler.tokens(submit.handle, harness.ids("ok"), finish=MAX_TOKENS)
+    events = (await call).text.split("\n\n")
+
+    assert events[-2:] == ["data: [DONE]", ""]
+    assert ('"usage":{' in events[-3]) == usage
+
+
+def test_text_offsets_count_characters() -> None:
+    names = ["日本", "é", "x"]
+    texts: Any = SimpleNamespace(get=lambda token_id: (names[token_id], names[token_id].encode()))
+    columns = common_pb2.LogprobColumns(chosen=[-1.0] * 3, ranks=[1] * 3)
+
+    first, offset = completion_logprobs(texts, [0, 1, 2], columns, 5)
+    second, _ = completion_logprobs(texts, [0, 1, 2], columns, offset)
+
+    assert first["text_offset"] == [5, 7, 8]
+    assert second["text_offset"] == [9, 11, 12]

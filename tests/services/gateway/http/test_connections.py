@@ -15,7 +15,7 @@ import pytest
 from octavo.common.v1 import common_pb2
 from octavo.services.gateway.app import BindError, Gateway
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.http import protocol
+from octavo.services.gateway.http import generate, protocol
 
 TEXT = "/v1/completions"
 MAX_TOKENS = common_pb2.FINISH_REASON_MAX_TOKENS
@@ -151,6 +151,78 @@ async def test_a_head_that_does_not_end_is_refused(harness: Any, url: str) -> No
 
     assert (await reader.read()).startswith(b"HTTP/1.1 431 ")
     writer.close()
+
+
+async def test_a_refusal_reaches_a_client_that_is_still_writing(harness: Any, url: str) -> None:
+    """A socket that is closed with bytes in it resets the connection, and with it the answer."""
+    reader, writer = await connect(url)
+
+    for _ in range(64):
+        writer.write(b"a: " + b"x" * 65_536)
+        await writer.drain()
+    answer = await reader.read()
+    writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 400 ")
+
+    reader, writer = await connect(url)
+    writer.write(b"GET /health HTTP/1.1\r\n")
+    for _ in range(64):
+        writer.write(b"a: " + b"x" * 65_536)
+        await writer.drain()
+    answer = await reader.read()
+    writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 431 ")
+
+
+async def test_what_comes_after_a_refusal_is_dropped_and_the_connection_closed(
+    harness: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "_REFUSED_S", 0.01)
+    reader, writer = await connect(url)
+    writer.write(b"GET /" + b"x" * 16_384 + b" HTTP/1.1\r\n\r\nGET /version HTTP/1.1\r\n\r\n")
+    answer = await reader.read()
+
+    async def ask_on() -> None:
+        while True:
+            writer.write(b"GET /version HTTP/1.1\r\n\r\n")
+            await writer.drain()
+            await asyncio.sleep(0)
+
+    with pytest.raises(ConnectionError):
+        await ask_on()
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("length", [16_385, 100_000])
+async def test_a_path_that_is_too_long_is_refused(harness: Any, url: str, length: int) -> None:
+    reader, writer = await connect(url)
+    writer.write(b"GET /" + b"x" * (length - 1) + b" HTTP/1.1\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 414 ")
+    assert "16384 bytes" in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+
+
+async def test_a_stream_on_which_nothing_comes_is_kept_alive_by_comments(
+    harness: Any, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "_KEEP_ALIVE_S", 0.001)
+    reader, writer = await connect(url)
+    writer.write(post({"model": "tiny", "prompt": "x", "stream": True}, "connection: close"))
+    submit = await harness.scheduler.next_admitted()
+    for _ in range(2):
+        await reader.readuntil(b": the request is being computed\n\n")
+    harness.scheduler.tokens(submit.handle, harness.ids("hello"), finish=1)
+    rest = await reader.read()
+    writer.close()
+
+    events = [line for line in rest.split(b"\n\n") if b"data: " in line]
+    assert [b"hello" in event for event in events].count(True) == 1
+    assert b"data: [DONE]" in events[-1]
+    assert rest.endswith(b"0\r\n\r\n")
 
 
 async def read_answer(reader: asyncio.StreamReader) -> bytes:

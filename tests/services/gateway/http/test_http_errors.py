@@ -55,25 +55,26 @@ def error_of(response: httpx.Response) -> Any:
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"seed": 2**64}, "seed"),
         ({"stream_options": {}}, "stream_options"),
-        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options.continuous_usage_stats"),
-        ({"stream": True, "stream_options": {"what": True}}, "stream_options.what"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options.continuous_usage_stats"),
+        ({"stream": True, "stream_options": {"include_usages": True}}, "stream_options.include_usages"),
         ({"skip_special_tokens": "no"}, "skip_special_tokens"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": "f"}, "tool_choice"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
         ({"tools": ["f"]}, "tools[0]"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"type": 5}]}, "tools[0]"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "any", "tools": []}}}, "tool_choice"),
         ({"metadata": "x"}, "metadata"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"priority": 101}, "priority"),
-        ({"store": True}, "store"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"role": "pirate", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "poem"}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": "x", "mood": "good"}]}, "messages[0].mood"),
+        ({"messages": [{"role": "user", "content": "x", "contents": "x"}]}, "messages[0].contents"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
             "messages[0].tool_calls",
@@ -86,9 +87,13 @@ def error_of(response: httpx.Response) -> Any:
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format"),
         ({"response_format": {"type": "poem"}}, "response_format.type"),
         ({"guided_regex": "a+"}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_regex": "a" * 70_000}, "guided_regex"),
+        ({"structured_outputs": {"grammar": "a" * 300_000}}, "structured_outputs.grammar"),
         ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice"),
         ({"guided_regex": "a", "guided_json": {}}, "guided_regex"),
-        ({"do_magic": 1}, "do_magic"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+        ({"n_predict": 5, "max_tokens": 4}, "n_predict"),
     ],
 )
 async def test_a_wrong_field_is_named(http: httpx.AsyncClient, fields: dict[str, Any], param: str) -> None:
@@ -138,17 +143,30 @@ async def test_null_is_the_same_as_absent(harness: Any, http: httpx.AsyncClient)
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "param"),
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}, None),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0]",
+        ),
     ],
 )
-async def test_what_is_switched_off_is_a_400_with_its_code(http: httpx.AsyncClient, fields: dict[str, Any]) -> None:
+async def test_what_is_switched_off_is_a_400_with_its_code(
+    http: httpx.AsyncClient, fields: dict[str, Any], param: str | None
+) -> None:
     response = await http.post(CHAT, json={"model": "tiny", "messages": USER, **fields})
 
     assert response.status_code == 400
     assert error_of(response)["code"] == "feature_disabled"
+    if param is not None:
+        assert error_of(response)["param"] == param
+
+
+async def test_an_empty_list_of_allowed_tokens_is_refused_as_it_allows_none(http: httpx.AsyncClient) -> None:
+    response = await http.post(TEXT, json={"model": "tiny", "prompt": "x", "allowed_token_ids": []})
+
+    assert (response.status_code, error_of(response)["param"]) == (400, "allowed_token_ids")
 
 
 @pytest.mark.parametrize(
@@ -171,11 +189,64 @@ async def test_what_is_not_json_is_a_400(http: httpx.AsyncClient, body: bytes) -
     assert error_of(response)["code"] == "malformed_request"
 
 
+async def test_a_number_of_too_many_digits_is_told_of_as_one(http: httpx.AsyncClient) -> None:
+    body = b'{"model": "tiny", "prompt": "x", "seed": ' + b"9" * 5000 + b"}"
+    response = await http.post(TEXT, content=body, headers=JSON)
+
+    assert error_of(response)["message"].endswith("it has a number of more than 4300 digits")
+
+
 async def test_a_page_of_another_site_cannot_send_a_plain_form(http: httpx.AsyncClient) -> None:
     response = await http.post(TEXT, content=b"{}", headers={"content-type": "text/plain"})
 
     assert response.status_code == 415
     assert error_of(response)["code"] == "unsupported_media_type"
+
+
+async def test_a_packed_body_is_a_415_that_names_its_encoding(http: httpx.AsyncClient) -> None:
+    response = await http.post(TEXT, content=b"\x1f\x8b", headers={**JSON, "content-encoding": "gzip"})
+
+    assert response.status_code == 415
+    assert response.headers["accept-encoding"] == "identity"
+    assert "'gzip'" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("/chat/completions", "did you mean /v1/chat/completions? A base URL ends with one /v1"),
+        ("/v1/v1/chat/completions", "did you mean /v1/chat/completions? A base URL ends with one /v1"),
+        ("/api/chat", "not Ollama's"),
+        ("/v1/files", "OCTAVO_BATCH_DIR"),
+        ("/v1/batches/batch_1/cancel", "OCTAVO_BATCH_DIR"),
+        ("/v1/images", "GET / lists what there is"),
+    ],
+)
+async def test_a_path_that_is_not_there_has_advice(http: httpx.AsyncClient, path: str, advice: str) -> None:
+    response = await http.post(path, json={})
+
+    error = error_of(response)
+    assert (response.status_code, error["code"]) == (404, "unknown_url")
+    assert advice in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "limits"),
+    [
+        ({"max_tokens": -1}, "from 1 up to 1048576"),
+        ({"n": 0}, "from 1 up to 16"),
+        ({"n": 17}, "from 1 up to 16"),
+        ({"top_k": -2}, "from -1 up to 1048576"),
+        ({"priority": 101}, "from -100 up to 100"),
+        ({"logprobs": True, "top_logprobs": 21}, "from 0 up to 20"),
+    ],
+)
+async def test_a_limit_in_a_message_is_the_true_one(
+    http: httpx.AsyncClient, fields: dict[str, Any], limits: str
+) -> None:
+    response = await http.post(CHAT, json={"model": "tiny", "messages": USER, **fields})
+
+    assert limits in error_of(response)["message"]
 
 
 async def test_an_unknown_model_is_a_404(sdk: openai.AsyncOpenAI) -> None:
@@ -202,7 +273,8 @@ async def test_unknown_routes_and_methods_have_an_error_object(http: httpx.Async
         (14, "NO_WORKERS", 503, "server_error"),
         (4, "QUEUE_TIMEOUT", 504, "server_error"),
         (13, "WORKER_FAULT", 500, "server_error"),
-        (16, "", 401, "authentication_error"),
+        (10, "STREAM_INTERRUPTED", 503, "server_error"),
+        (16, "UNAUTHENTICATED", 401, "authentication_error"),
         (7, "", 403, "permission_error"),
     ],
 )
@@ -220,6 +292,8 @@ async def test_the_scheduler_s_refusals_have_their_status(
     assert (response.status_code, error_of(response)["type"]) == (status, kind)
     assert response.headers.get("retry-after") == ("2" if status in (429, 503) else None)
     assert response.headers.get("x-ratelimit-remaining-requests") == ("0" if status == 429 else None)
+    assert response.headers.get("www-authenticate") == ("Bearer" if status == 401 else None)
+    assert (error_of(response)["code"] == "invalid_api_key") is (status == 401)
 
 
 async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(harness: Any, sdk: openai.AsyncOpenAI) -> None:

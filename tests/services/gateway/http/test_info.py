@@ -11,6 +11,7 @@ import pytest
 from starlette.routing import Route
 
 import octavo
+from octavo.services.gateway.http.adapters import AdapterEndpoints
 from octavo.services.gateway.http.app import make_app
 
 
@@ -51,7 +52,7 @@ async def test_a_conversation_becomes_the_tokens_of_its_prompt(harness: Any, htt
         ("/tokenize", {"model": "tiny"}, 400, "messages"),
         ("/tokenize", {"model": "x", "prompt": "x"}, 404, "model"),
         ("/tokenize", {"model": "tiny", "prompt": 5}, 400, "prompt"),
-        ("/tokenize", {"model": "tiny", "prompt": "x", "what": 1}, 400, "what"),
+        ("/tokenize", {"model": "tiny", "prompt": "x", "tokens": 1}, 400, "tokens"),
         ("/detokenize", {"model": "tiny", "tokens": [5000]}, 400, "tokens"),
         ("/detokenize", {"model": "tiny", "tokens": "x"}, 400, "tokens"),
         ("/detokenize", {"tokens": []}, 400, "model"),
@@ -74,6 +75,18 @@ async def test_health_follows_the_scheduler(harness: Any, http: httpx.AsyncClien
     assert (healthy, ill) == ([200, 200], [503, 503])
 
 
+async def test_the_list_of_models_is_there_with_a_slash_too(http: httpx.AsyncClient) -> None:
+    assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+async def test_the_first_page_says_what_there_is(http: httpx.AsyncClient, path: str) -> None:
+    about = (await http.get(path)).json()
+
+    assert about["description"] == "/openapi.json"
+    assert {"/v1/chat/completions", "/v1/models/{model}"} <= set(about["paths"])
+
+
 async def test_the_version_is_that_of_the_package(http: httpx.AsyncClient) -> None:
     assert (await http.get("/version")).json() == {"version": octavo.__version__}
 
@@ -82,7 +95,7 @@ async def test_the_description_has_every_route_and_no_other(http: httpx.AsyncCli
     document = (await http.get("/openapi.json")).json()
 
     anything: Any = _Anything()
-    app = make_app(anything, anything, anything, anything, 1, anything, ())
+    app = make_app(anything, anything, anything, anything, 1, anything, (), AdapterEndpoints(anything, anything).routes)
     routes = set()
     for route in app.routes:
         assert isinstance(route, Route)

@@ -12,7 +12,13 @@ import pytest
 
 from octavo.services.gateway.config import GatewayConfig
 
-FILES = {"/ui": "text/html", "/ui/app.js": "text/javascript", "/ui/style.css": "text/css"}
+SCRIPTS = ("app.js", "api.js", "gauges.js", "markdown.js", "store.js")
+FILES = {
+    "/ui": "text/html",
+    **{f"/ui/{name}": "text/javascript" for name in SCRIPTS},
+    "/ui/style.css": "text/css",
+    "/ui/icon.svg": "image/svg+xml",
+}
 
 
 @pytest.fixture
@@ -27,12 +33,22 @@ async def test_the_files_load_nothing_from_elsewhere(http: httpx.AsyncClient) ->
         assert response.status_code == 200
         assert response.headers["content-type"].startswith(kind)
         assert "default-src 'none'" in response.headers["content-security-policy"]
-        assert not re.search(r"https?://", response.text)
+        assert not re.search(r"https?://", response.text.replace("http://www.w3.org/2000/svg", ""))
     page = (await http.get("/ui")).text
-    linked = re.findall(r'(?:src|href)="([^"]+)"', page)
-    assert {f"/{path}" for path in linked} == set(FILES) - {"/ui"}
+    linked = {f"/{path}" for path in re.findall(r'(?:src|href)="([^"]+)"', page)}
+    scripts = [(await http.get(f"/ui/{name}")).text for name in SCRIPTS]
+    imported = {f"/ui/{name}" for name in re.findall(r'from "\./([^"]+)"', "".join(scripts))}
+    assert linked | imported == set(FILES) - {"/ui"}
+    assert not any("innerHTML" in script for script in scripts)
     assert " onclick" not in page
     assert "<script>" not in page
+
+
+async def test_a_browser_that_opens_the_server_gets_the_page(http: httpx.AsyncClient) -> None:
+    browser = await http.get("/", headers={"accept": "text/html,*/*;q=0.8"})
+
+    assert (browser.status_code, browser.headers["location"]) == (307, "/ui")
+    assert (await http.get("/")).json()["name"] == "Octavo"
 
 
 async def test_the_gauges_are_what_the_schedulers_say(harness: Any, http: httpx.AsyncClient, tools: Any) -> None:
@@ -50,7 +66,7 @@ async def test_the_gauges_are_what_the_schedulers_say(harness: Any, http: httpx.
 
 
 async def test_every_gauge_of_the_page_has_a_value(http: httpx.AsyncClient) -> None:
-    page, script = (await http.get("/ui")).text, (await http.get("/ui/app.js")).text
+    page, script = (await http.get("/ui")).text, (await http.get("/ui/gauges.js")).text
     values = re.search(r"const values = \{(.*?)\};", script, re.DOTALL)
     assert values is not None
 
@@ -75,4 +91,4 @@ class TestSwitchedOff:
         return dataclasses.replace(config, ui=False)
 
     async def test_there_is_no_page(self, http: httpx.AsyncClient) -> None:
-        assert [(await http.get(path)).status_code for path in (*FILES, "/ui/status")] == [404] * 4
+        assert [(await http.get(path)).status_code for path in (*FILES, "/ui/status")] == [404] * (len(FILES) + 1)

@@ -1,0 +1,1 @@
+"""The `reference` device: plain torch, the oracle of the others."""

@@ -1,0 +1,1 @@
+"""Files that models come in, read without torch."""

@@ -1,0 +1,1 @@
+"""Steps as a worker runs them: plans become batches, batches become tokens and vectors."""

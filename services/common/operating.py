@@ -1,0 +1,36 @@
+"""What operators do to any process: another log level, and a look at what it is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import tempfile
+from collections import Counter
+
+from octavo.services.common.errors import invalid_field
+from octavo.services.common.logging import LEVELS, set_level
+
+MAX_STACKS_BYTES = 1 << 20
+_MAX_TASKS = 500
+
+
+def change_log_level(level: str) -> str:
+    """Log so much from now on; return the level before. Raises INVALID_FIELD."""
+    if level not in LEVELS:
+        raise invalid_field("level", f"must be one of {', '.join(LEVELS)}, not {level!r}")
+    before = logging.getLevelName(logging.getLogger().level).lower()
+    set_level(level)
+    return str(before)
+
+
+def stacks() -> str:
+    """Return where each thread is (files, lines, functions, no values), and which tasks the event loop has."""
+    with tempfile.TemporaryFile() as file:
+        # It reads the interpreter's own notes: frames are not asked for, which has crashed processes with gRPC in them.
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        threads = file.read(MAX_STACKS_BYTES // 2).decode(errors="replace")
+    tasks = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks())
+    counts = [f"{count:6} {name}" for name, count in tasks.most_common(_MAX_TASKS)]
+    return "\n".join([threads, "tasks of the event loop, by what they run:", *counts])

@@ -1,0 +1,1 @@
+"""The schedulers that a gateway is connected to: discovery, links, routing, failover and resumption."""

@@ -1,0 +1,1 @@
+"""The order of sequences that wait: the queue, its policy, shares and quotas of tenants."""

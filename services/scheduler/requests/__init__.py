@@ -1,0 +1,1 @@
+"""Requests, their sequences, and what gateways are told of them."""

@@ -1,0 +1,1 @@
+"""The hop to worker processes: their membership, liveness and socket."""

@@ -1,0 +1,1 @@
+"""What a model's tokens are, by its files: for gateways and workers, which must agree. Needs no other package."""

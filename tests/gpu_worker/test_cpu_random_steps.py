@@ -1,0 +1,127 @@
+"""Steps of any shape on the cpu device, of which some have one index broken: refused, or computed, and never more.
+
+`make sanitize` runs more of them, with kernels that notice who reads or writes beside what is theirs.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
+from octavo.gpu_worker.ops import Draw, Heads, StepInput
+from octavo.gpu_worker.quantization import Quantization
+
+from .test_cpu_device import BLOCK_TOKENS, SHAPES, VARIANTS, Shape, TinyModel
+
+NUM_SEEDS = int(os.environ.get("OCTAVO_RANDOM_STEP_SEEDS", "2"))
+STEPS_OF_A_DEVICE = 25
+DEVICES_OF_A_SEED = 4
+MAX_TOKENS, MAX_SEQUENCES, MAX_BLOCKS, NUM_BLOCKS = 96, 12, 40, 200
+SHARED_BLOCKS = 16
+SOME_SHAPES = {
+    **SHAPES,
+    "one head of 16": Shape(hidden=48, intermediate=33, vocab=33, heads=Heads(1, 1, 16), rotary_dim=16),
+    "five tokens": Shape(hidden=80, intermediate=50, vocab=5, heads=Heads(3, 1, 112), rotary_dim=112, window=300),
+}
+
+
+def random_step(rng: np.random.Generator, vocab: int) -> dict[str, Any]:
+    """Return the columns of a step: prompts, single tokens, sequences without a token, prefixes that are shared."""
+    blocks = [int(block) for block in rng.permutation(NUM_BLOCKS - 1) + 1]
+    shared = [blocks.pop() for _ in range(SHARED_BLOCKS)]
+    num_sequences = int(rng.integers(0, MAX_SEQUENCES + 1))
+    block_tables = np.zeros((num_sequences, MAX_BLOCKS), np.int32)
+    positions: list[int] = []
+    slots: list[int] = []
+    seq_lens: list[int] = []
+    starts = [0]
+    for row in range(num_sequences):
+        count = int(min(MAX_TOKENS - starts[-1], rng.choice([0, 1, 1, 1, 2, 5, 17, 40])))
+        past = int(rng.choice([0, 0, 1, 15, 16, 31, 100, 256, 300, 511])) if count else 0
+        end = min(past + count, MAX_BLOCKS * BLOCK_TOKENS)
+        num_blocks = -(-end // BLOCK_TOKENS)
+        num_shared = min(SHARED_BLOCKS, (end - count) // BLOCK_TOKENS) if rng.random() < 0.5 else 0
+        if len(blocks) < num_blocks:
+            count = end = num_blocks = num_shared = 0
+        own = shared[:num_shared] + [blocks.pop() for _ in range(num_blocks - num_shared)]
+        block_tables[row, :num_blocks] = own
+        new = range(end - count, end)
+        positions += new
+        slots += [own[p // BLOCK_TOKENS] * BLOCK_TOKENS + p % BLOCK_TOKENS for p in new]
+        starts.append(len(positions))
+        seq_lens.append(end)
+    total = len(positions)
+    num_rows = int(rng.integers(0, total + 1))
+    columns = {
+        "token_ids": rng.integers(0, vocab, total),
+        "positions": positions,
+        "slot_mapping": slots,
+        "query_start_loc": starts,
+        "seq_lens": seq_lens,
+        "block_tables": block_tables,
+        "logits_rows": np.sort(rng.choice(total, num_rows, replace=False)) if total else [],
+    }
+    return {name: np.ascontiguousarray(column, dtype=np.int32) for name, column in columns.items()}
+
+
+def break_one_index(rng: np.random.Generator, columns: dict[str, Any], vocab: int) -> bool:
+    """Give a number of one column another value; return whether there was one."""
+    column = columns[str(rng.choice(list(columns)))]
+    if column.size == 0:
+        return False
+    index = int(rng.integers(column.size))
+    value = int(column.flat[index])
+    values = [-1, -(2**31), 2**31 - 1, value + 1, value - 1, value * 16, vocab, NUM_BLOCKS, NUM_BLOCKS * BLOCK_TOKENS]
+    column.flat[index] = int(rng.choice(values))
+    return True
+
+
+def random_draw(rng: np.random.Generator) -> Draw:
+    return Draw(
+        temperature=float(rng.choice([0, 1, 0.1, 5])),
+        top_k=int(rng.choice([0, 1, 3, 1000])),
+        top_p=float(rng.choice([1, 0.9, 0, 1e-9, 0.5])),
+        min_p=float(rng.choice([0, 0.1, 1])),
+        seed=int(rng.integers(2**63)),
+        candidate_index=0,
+        position=0,
+    )
+
+
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+def test_a_step_is_computed_or_refused_whatever_its_indices_are(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_refused = 0
+    for _ in range(DEVICES_OF_A_SEED):
+        shape = SOME_SHAPES[str(rng.choice(list(SOME_SHAPES)))]
+        device = CpuDevice(
+            TinyModel(replace(shape, layers=int(rng.integers(1, 3)))),
+            MAX_TOKENS,
+            MAX_SEQUENCES,
+            MAX_BLOCKS,
+            num_threads=int(rng.choice([1, 2, 3, 5, 24])),
+            quantization=Quantization(str(rng.choice(["none", "int8", "int4"]))),
+            variant=str(rng.choice(VARIANTS)),
+        )
+        device.allocate_kv(NUM_BLOCKS)
+        for _ in range(STEPS_OF_A_DEVICE):
+            columns = random_step(rng, shape.vocab)
+            is_broken = rng.random() < 0.4 and break_one_index(rng, columns, shape.vocab)
+            try:
+                logits = device.forward(StepInput(**columns))
+            except ValueError:
+                assert is_broken
+                num_refused += 1
+                continue
+            best = device.argmax(logits)
+            token_ids = device.draw(logits, [random_draw(rng) for _ in range(len(logits))])
+            if not is_broken:  # another position or slot reads what an earlier step left there
+                assert np.isfinite(logits).all()
+                assert (best == logits.argmax(-1)).all()
+                assert all(0 <= token_id < shape.vocab for token_id in token_ids)
+    assert num_refused > 0

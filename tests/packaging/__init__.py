@@ -1,0 +1,1 @@
+"""What users install, tried in clean environments: `make packages`."""
