@@ -137,7 +137,7 @@ class GenerateCalls:
             generation = self.mesh.apply(generation, headers)
             self._models.of(generation.model)
             self._schedulers.check_in_time(record.tenant, generation.scheduling.priority, deadline)
-            workers_limit = self._schedulers.max_model_len
+            workers_limit = self._schedulers.workers_limit
             prepared = await prepare(generation, self._models, workers_limit, record.request_id, record.tenant)
             prepared.submit.traceparent = record.traceparent
             if not can_resume:
@@ -186,7 +186,7 @@ class GenerateCalls:
         reattached = stream.reattached
         assert reattached is not None, "not reattached"
         generation = generation_pb2.Generation.FromString(reattached.gateway_state)
-        workers_limit = self._schedulers.max_model_len
+        workers_limit = self._schedulers.workers_limit
         prepared = await prepare(generation, self._models, workers_limit, stream.submit.request_id, tenant)
         stream.can_move = len(prepared.submit.prompt_token_ids) == reattached.prompt_tokens
         stream.submit = prepared.submit

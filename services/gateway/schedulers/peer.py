@@ -159,7 +159,8 @@ class SchedulerPeer:
 
     def can_hold(self, num_tokens: int) -> bool:
         """Return whether a sequence of so many tokens fits one of its workers; True if that is not known."""
-        return not self.load.max_model_len or self.load.max_model_len >= num_tokens
+        limit = self.load.max_model_len
+        return not limit or limit >= num_tokens or self.load.may_grow
 
     def is_too_late_for(self, stream: RequestStream) -> bool:
         """Return whether its queue is longer than a request has time, as it said last."""

@@ -34,6 +34,7 @@ class _Facts:
     """What all schedulers together say of the model; see the properties of SchedulerPool."""
 
     max_model_len: int = 0
+    may_grow: bool = False
     vector_size: int = 0
     scores_prompts: bool = False
     model_version: str = ""
@@ -44,6 +45,7 @@ class _Facts:
         loads = [peer.load for peer in peers]
         return cls(
             max((load.max_model_len for load in loads), default=0),
+            any(load.may_grow for load in loads),
             next((load.vector_size for load in loads if load.vector_size), 0),
             any(load.prompt_logprobs for load in loads),
             next((load.model_version for load in loads if load.model_version), ""),
@@ -152,6 +154,12 @@ class SchedulerPool:
     def max_model_len(self) -> int:
         """Longest context that one of the schedulers can hold; 0 if not known."""
         return self._current_facts().max_model_len
+
+    @property
+    def workers_limit(self) -> int:
+        """Longest context that is worth sending; 0 if that is not known, or a larger worker may be on its way."""
+        facts = self._current_facts()
+        return 0 if facts.may_grow else facts.max_model_len
 
     @property
     def block_sizes(self) -> list[int]:

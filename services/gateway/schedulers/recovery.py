@@ -163,7 +163,7 @@ class Recovery:
     def _others_hold(self, stream: RequestStream, peer: SchedulerPeer | None = None) -> bool:
         """Return whether a scheduler that is not `peer` says that it can hold a request, as long as it is now."""
         return any(
-            other.load.max_model_len >= stream.num_longest
+            (other.load.max_model_len >= stream.num_longest or other.load.may_grow)
             for other in self._peers.connected
             if other is not peer and other.address not in stream.refused_by
         )

@@ -193,6 +193,13 @@ class Router:
             self._order.put(route.prefixes.bit, backlog(tokens, load.running + route.sent_requests, load.workers_ready))
 
 
-def _facts(load: scheduler_pb2.Load) -> tuple[int, int, bool, str, list[str]]:
+def _facts(load: scheduler_pb2.Load) -> tuple[int, bool, int, bool, str, list[str]]:
     """Return what the gateway tells clients of the model, and hardly ever changes."""
-    return load.max_model_len, load.vector_size, load.prompt_logprobs, load.model_version, list(load.notes)
+    return (
+        load.max_model_len,
+        load.may_grow,
+        load.vector_size,
+        load.prompt_logprobs,
+        load.model_version,
+        list(load.notes),
+    )

@@ -135,6 +135,7 @@ class Scheduler:
             workers_ready=len(groups),
             step_age_ms=int(1000 * (now - oldest)),
             max_model_len=self._capacity.max_model_len(now),
+            may_grow=self._capacity.may_grow(now),
             prompt_tokens=self._metrics.prompt_tokens,
             output_tokens=self._metrics.output_tokens,
             looked_up_tokens=self._metrics.looked_up_tokens,

@@ -233,6 +233,20 @@ async def test_the_context_is_that_of_the_largest_scheduler_and_long_requests_go
     assert failure.reason == "CONTEXT_LENGTH_EXCEEDED"
 
 
+async def test_what_a_scheduler_might_hold_soon_is_sent_to_it(pair: Pair) -> None:
+    await sizes(pair, 24, 24)
+    pair.first.say_load(may_grow=True)
+    await pair.tools.until(lambda: pair.peer(pair.first).load.may_grow)
+    call = pair.harness.stream(token_ids={"ids": [3] * 40})
+    await pair.first.next_admitted()
+    call.cancel()
+    pair.first.load.ClearField("may_grow")
+    pair.first.say_load()
+    await pair.tools.until(lambda: not pair.peer(pair.first).load.may_grow)
+    failure = await pair.tools.rejection(pair.harness.stream(token_ids={"ids": [3] * 40}))
+    assert failure.reason == "CONTEXT_LENGTH_EXCEEDED"
+
+
 async def test_a_request_that_one_scheduler_cannot_hold_is_tried_at_a_larger_one(pair: Pair) -> None:
     await sizes(pair, 48, 48)
     call = pair.harness.stream(token_ids={"ids": [3] * 40})

@@ -472,11 +472,13 @@ def test_a_scheduler_that_just_started_queues_requests_until_its_workers_are_bac
     assert len(fits.tokens[0]) == 60
     assert fits.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
     assert too_long.failed is None, "a larger worker may be on its way"
+    assert world.core.load(world.now).may_grow
     for _ in range(6):
         world.now += 1.0
         world.settle()
     assert too_long.failed is not None
     assert too_long.failed.reason == "KV_CAPACITY_EXCEEDED"
+    assert not world.core.load(world.now).may_grow
 
 
 def test_several_groups_share_the_work_and_prefer_a_cached_prefix() -> None:
