@@ -134,6 +134,13 @@ def least_tokens(submit: scheduler_pb2.Submit) -> int:
     return len(submit.prompt_token_ids) + len(submit.continue_token_ids) + 1
 
 
+def wanted_tokens(submit: scheduler_pb2.Submit) -> int:
+    """Return how long the longest sequence of a request gets with all the tokens that it names."""
+    if submit.HasField("pooling"):
+        return least_tokens(submit)
+    return max(least_tokens(submit), len(submit.prompt_token_ids) + submit.stop.max_new_tokens)
+
+
 def reject(
     submit: scheduler_pb2.Submit, code: int, reason: str, message: str, retry_ms: int = 0, **metadata: object
 ) -> scheduler_pb2.Rejected:

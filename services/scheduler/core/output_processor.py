@@ -158,9 +158,11 @@ class OutputProcessor:
     def _at_full_length(self, seq: Sequence, now: float) -> None:
         """End a sequence, or let it go on where there is more room for it than here.
 
-        One that an earlier scheduler had may have run on a larger worker, which has not joined this one yet.
+        To a scheduler that just started a larger worker may be on its way: one that an earlier scheduler had may
+        have run there, and one that names a number of tokens that fits no worker so far may fit that one.
         """
-        waits_for_larger = seq.request.submit.is_failover and self._capacity.may_grow(now)
+        submit = seq.request.submit
+        waits_for_larger = (submit.is_failover or submit.stop.max_new_tokens > 0) and self._capacity.may_grow(now)
         if len(seq.token_ids) >= seq.max_len or (self._capacity.is_exhausted(seq) and not waits_for_larger):
             self._lifecycle.finish(seq, seq.length_reason(), now)
         else:

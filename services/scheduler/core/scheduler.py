@@ -21,10 +21,10 @@ from octavo.services.scheduler.admission.deadlines import DeadlineWatch
 from octavo.services.scheduler.admission.forecast import Forecast
 from octavo.services.scheduler.admission.validation import (
     bypasses_prefix_cache,
-    least_tokens,
     mismatch,
     refuse_for_model,
     refuse_for_workers,
+    wanted_tokens,
     reject,
 )
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
@@ -442,7 +442,7 @@ class Scheduler:
         what no worker can hold that is here so far, waits for one.
         """
         limit = self._capacity.max_model_len(now)
-        if self._capacity.may_grow(now) and (submit.is_failover or least_tokens(submit) > limit):
+        if self._capacity.may_grow(now) and (submit.is_failover or wanted_tokens(submit) > limit):
             return MAX_TOKENS
         return limit or MAX_TOKENS
 

@@ -320,6 +320,7 @@ def test_continued_output_that_is_complete_ends_at_once() -> None:
 
 def test_the_context_limit_ends_a_sequence() -> None:
     world = World(num_blocks=64, max_model_len=48)
+    world.now += world.config.worker_grace_s  # no larger worker has joined by now
     stream = world.submit(PROMPT, max_new_tokens=100)
     world.run()
     assert len(stream.tokens[0]) == 8
@@ -461,6 +462,18 @@ def test_without_workers_requests_are_queued_for_a_while_and_then_refused() -> N
     assert refused.rejected.reason == "NO_WORKERS"
 
 
+def test_what_is_asked_for_is_not_cut_short_by_a_small_worker_that_comes_first() -> None:
+    world = World(groups=0, worker_grace_s=5.0, max_model_len=100)
+    call = world.submit(list(range(1, 58)), max_new_tokens=9)
+    world.join("group-0", max_model_len=60)
+    world.run()
+    assert not call.finished
+    world.join("group-1")
+    world.run()
+    assert len(call.tokens[0]) == 9
+    assert call.finished[0].reason == common_pb2.FINISH_REASON_MAX_TOKENS
+
+
 def test_a_scheduler_that_just_started_queues_requests_until_its_workers_are_back() -> None:
     world = World(groups=0, worker_grace_s=5.0, max_model_len=100)
     fits = world.submit(PROMPT, max_new_tokens=1000)
@@ -470,12 +483,13 @@ def test_a_scheduler_that_just_started_queues_requests_until_its_workers_are_bac
     world.join("group-0")
     world.run()
     assert len(fits.tokens[0]) == 60
-    assert fits.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
-    assert too_long.failed is None, "a larger worker may be on its way"
+    assert not fits.finished, "a larger worker may be on its way"
+    assert too_long.failed is None
     assert world.core.load(world.now).may_grow
     for _ in range(6):
         world.now += 1.0
         world.settle()
+    assert fits.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
     assert too_long.failed is not None
     assert too_long.failed.reason == "KV_CAPACITY_EXCEEDED"
     assert not world.core.load(world.now).may_grow

@@ -181,6 +181,9 @@ def test_the_largest_worker_there_ever_was_ends_an_output_at_its_limit() -> None
     join_small(world)
     late = world.submit([2] * 40, 4000)
     world.run()
+    for _ in range(int(world.config.worker_grace_s) + 2):  # in which a larger one might have come
+        world.now += 1.0
+        world.settle()
     for stream in (early, late):
         assert len(stream.tokens[0]) == SMALL - 40
         assert stream.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
