@@ -24,8 +24,8 @@ from octavo.services.scheduler.admission.validation import (
     mismatch,
     refuse_for_model,
     refuse_for_workers,
-    wanted_tokens,
     reject,
+    wanted_tokens,
 )
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.core.adapter_loads import NO_ADAPTERS, AdapterLoads
