@@ -143,6 +143,7 @@ async def _supervise(
                 display.progress(f"{name} loads {model.name}", done, total)
             case "join":  # from here on it joins the scheduler and prepares its device
                 display.progress(f"{name} prepares", 0, 1)
+                supervisor.joins(name)
             case "fenced":  # a scheduler gave a worker up
                 supervisor.doubt(str(event.get("worker_id")))
             case "draining" if num_requests := event.get("requests"):

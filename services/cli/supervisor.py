@@ -79,12 +79,22 @@ class Supervisor:
         self._stop = asyncio.Event()
         self._kill = asyncio.Event()
         self._doubts: dict[str, asyncio.Task[None]] = {}  # children that are said to hang
+        self._joining: set[str] = set()  # children that have told a scheduler of themselves since their start
         self._ready_at: dict[str, float] = {}  # children that tell when they are ready; infinity: not yet this time
 
+    def joins(self, name: str) -> None:
+        """A child is about to tell a scheduler of itself."""
+        self._joining.add(name)
+
     def doubt(self, name: str) -> None:
-        """Somebody says that a child or unit hangs: kill it, and so restart it, unless `trust` is called soon."""
+        """A scheduler says that a child or unit hangs: kill it, and so restart it, unless `trust` is called soon.
+
+        One that has not joined since it was started is not meant: that was the process before.
+        """
         child = next((child for child in self._children if name in (child.spec.unit, child.spec.name)), None)
-        if child is not None and child.running and name not in self._doubts:
+        if child is None or child.spec.name not in self._joining:
+            return
+        if child.running and name not in self._doubts:
             self._doubts[name] = asyncio.create_task(self._kill_hung(name, child, child.pid))
 
     def trust(self, name: str) -> None:
@@ -173,6 +183,7 @@ class Supervisor:
         while True:
             started = time.monotonic()
             for child in unit:
+                self._joining.discard(child.spec.name)
                 if child.spec.name in self._ready_at:
                     self._ready_at[child.spec.name] = math.inf
                 try:

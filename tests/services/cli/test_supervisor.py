@@ -268,6 +268,8 @@ async def test_a_child_that_hangs_is_killed_and_started_again_unless_it_shows_li
     await run.ready.wait()
     hung = next(int(line.split()[-1]) for line in run.lines if line.startswith("hangs"))
 
+    for name in ("lives", "hangs"):
+        run.supervisor.joins(name)
     run.supervisor.doubt("lives")
     run.supervisor.trust("lives")
     run.supervisor.doubt("hangs")
@@ -279,6 +281,31 @@ async def test_a_child_that_hangs_is_killed_and_started_again_unless_it_shows_li
     assert run.said[0] == "hangs hangs: killing it"
     os.kill(os.getpid(), signal.SIGINT)
     assert await run.task == 0
+
+
+async def test_what_is_said_of_the_process_before_does_not_kill_one_that_was_just_started(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "go")
+    limits = Limits(backoff_s=0.01, max_backoff_s=0.02, start_s=20, grace_s=20, hung_s=0.0)
+    run = Run(shell("a", f"echo up; read line < {tmp_path}/go; exit 1"), limits=limits, ready_after=1)
+    await run.ready.wait()
+    run.supervisor.joins("a")
+    run.supervisor.trust("a")
+    (tmp_path / "go").write_text("now\n")
+    await run.until(lambda: len(run.lines) == 2)
+
+    run.supervisor.doubt("a")  # about the one that has ended
+    (tmp_path / "go").write_text("now\n")
+    await run.until(lambda: len(run.lines) == 3)
+    run.supervisor.joins("a")
+    run.supervisor.doubt("a")
+    await run.until(lambda: len(run.lines) == 4)
+    os.kill(os.getpid(), signal.SIGINT)
+
+    assert await run.task == 0
+    assert sum("hangs: killing it" in line for line in run.said) == 1
+    assert [line.split(" (")[1].split(")")[0] for line in run.said[:-1] if "ended" in line] == [
+        "exit status 1", "exit status 1", "killed by SIGKILL"
+    ]  # fmt: skip
 
 
 async def test_a_child_that_has_worked_is_started_again_at_once_however_often_it_dies(tmp_path: Path) -> None:
