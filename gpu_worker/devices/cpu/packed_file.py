@@ -30,6 +30,7 @@ FORMAT = b"octavo packed 3\n"
 FACTS = {"architecture": str, "max_model_len": int, "model_version": str}
 _PREAMBLE = struct.Struct("<16sQQ32s")
 _WEIGHTS_START = 4096
+_MAPPED_BYTES = 16 * library.CHUNK_BYTES
 _MAX_DESCRIPTION_BYTES = 256 << 20
 _CHECKSUM_DIGITS = 22  # of 64 bits at most, with what is between two
 _FACTS_BYTES = 4096  # at most, with all the rest of a description that is short
@@ -46,8 +47,11 @@ def write(file: int, key: str, facts: Mapping[str, Any], packed: PackedModel) ->
     for address, (offset, size) in pieces.items():
         _write_all(file, _view(address, size), _WEIGHTS_START + offset)
     os.ftruncate(file, _WEIGHTS_START + num_bytes)
-    with mmap.mmap(file, _WEIGHTS_START + num_bytes, access=mmap.ACCESS_READ) as written:
-        checksums = checksums_of(packed.runtime, np.frombuffer(written, np.uint8, num_bytes, _WEIGHTS_START))
+    checksums = []
+    for start in range(0, num_bytes, _MAPPED_BYTES):  # in pieces: what is mapped counts as memory of the process
+        size = min(_MAPPED_BYTES, num_bytes - start)
+        with mmap.mmap(file, size, access=mmap.ACCESS_READ, offset=_WEIGHTS_START + start) as written:
+            checksums += checksums_of(packed.runtime, np.frombuffer(written, np.uint8))
     description = {
         "key": key,
         "facts": dict(facts),
