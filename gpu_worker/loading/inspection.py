@@ -84,6 +84,14 @@ class Inspection:
         return 0 if self.config is None else kv_token_bytes(self.config.num_layers, self.config.heads)
 
     @property
+    def notes(self) -> list[str]:
+        """What who serves it should know, in sentences."""
+        if self.fallback is not None:
+            return [fallback.NOTE]
+        unread = 0 if self.config is None else self.config.num_nextn_layers
+        return [f"The {unread} layer(s) that predict further tokens are left unread."] if unread else []
+
+    @property
     def rotary_token_bytes(self) -> int:
         """Bytes that the rotary tables take for each position."""
         if self.config is None:
