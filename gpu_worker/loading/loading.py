@@ -94,8 +94,10 @@ def _load_for_device(config: WorkerConfig, progress: Progress, sharding: Shardin
 def device_of(name: str, file: Path) -> str:
     """Return which device a model runs on if it is told so; see `choose_device`. Raises DeviceError."""
     device = choose_device(name)
-    if name == "auto" and device != "reference" and (fallback.is_needed(file) or has_latent_cache(file)):
+    if name == "auto" and device != "reference" and fallback.is_needed(file):
         return "reference"
+    if name == "auto" and device == "cuda" and has_latent_cache(file):
+        return choose_device("cpu")
     return device
 
 
@@ -120,11 +122,8 @@ def check_device(file: Path, device: str, scheme: str, *, has_vectors: bool) -> 
     if fallback.is_needed(file):
         _check_fallback(file, device)
     architecture = architecture_of(file)
-    if device != "reference" and has_latent_cache(file):
-        raise DeviceError(
-            f"device {device}: it has no kernels for the latent attention of {architecture}; use device reference, or "
-            "auto"
-        )
+    if device == "cuda" and has_latent_cache(file):
+        raise DeviceError(f"device cuda: it has no kernels for the latent attention of {architecture}; use device cpu")
     if device == "cuda" and (architecture.startswith(("ModernBert", "NomicBert")) or is_bidirectional(file)):
         raise DeviceError(f"device cuda does not run {architecture}; serve this model with device cpu")
     if has_vectors and scheme != Quantization.NONE:

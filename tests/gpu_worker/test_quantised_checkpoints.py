@@ -149,7 +149,7 @@ def test_a_latent_model_in_blocks_of_fp8_has_the_numbers_of_its_layout(tmp_path:
         full = values[f"model.layers.1.self_attn.{name}.weight"]
         assert torch.equal(tensors[f"model.layers.1.self_attn.{name}.weight"], full), name
     full = values["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"]
-    pairs = torch.cat([full[:48], full[48::2], full[49::2]])  # rotated ones lie half of them apart
+    pairs = torch.cat([full[:128], full[128::2], full[129::2]])  # rotated ones lie half of them apart
     assert torch.equal(tensors["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"], pairs)
 
 

@@ -80,7 +80,7 @@ EXPERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 # Sizes of which none is another's.
 _LATENT_SIZES = {
     "num_key_value_heads": 4,
-    "kv_lora_rank": 48,
+    "kv_lora_rank": 128,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16,
     "v_head_dim": 80,
