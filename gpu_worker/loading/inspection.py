@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from octavo.common.v1 import common_pb2
-from octavo.gpu_worker.devices.cpu.packed_model import check_heads
+from octavo.gpu_worker.devices.cpu.packed_model import check_head_linear, check_heads
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.formats.checkpoint_files import StoredTensor, read_head, read_json
 from octavo.gpu_worker.formats.tensor_kinds import Head, Plan, biases_beside, plans_of
@@ -167,6 +167,9 @@ def check_runs(path: Path, inspection: Inspection, device: str, scheme: str) -> 
     check_device(find_files(path), device, scheme, has_vectors=has_vectors)
     if device == "cpu" and inspection.config is not None:
         check_heads(inspection.config.heads)
+        if (latent := inspection.config.latent) is not None:
+            check_head_linear(latent.nope_dim, latent.rank, latent.query_dim)
+            check_head_linear(latent.rank, latent.value_dim, latent.rank)
 
 
 def weight_bytes(inspection: Inspection, device: str, scheme: str) -> WeightBytes:

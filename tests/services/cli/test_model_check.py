@@ -214,6 +214,8 @@ def test_a_latent_cache_is_counted_and_unread_layers_are_told_and_devices_that_c
     assert report["served"], report["problems"]
     assert report["kv_bytes_per_token"] == 4 * 576 * 2
     assert report["notes"] == ["The 1 layer(s) that predict further tokens are left unread."]
+    odd = report_of(write_outline(tmp_path / "odd", {**config, "v_head_dim": 100}), device="cpu")
+    assert "heads of latent attention with 512 of 512 dimensions that become 100" in odd["problems"][0]
     assert "no kernels for the latent attention of DeepseekV3ForCausalLM; use" in refused["problems"][0]
 
 
