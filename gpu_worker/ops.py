@@ -94,11 +94,36 @@ class LayerNorm:
 
 @dataclass(frozen=True)
 class Heads:
-    """Head counts of an attention layer. `num_heads` is a multiple of `num_kv_heads`."""
+    """Head counts of an attention layer. `num_heads` is a multiple of `num_kv_heads`.
+
+    latent_dim  of a latent cache: a token's one value is the first so many dimensions of its one key; 0: values are
+                apart, and as long as keys
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    latent_dim: int = 0
+
+    @property
+    def value_dim(self) -> int:
+        """Dimensions of a value."""
+        return self.latent_dim or self.head_dim
+
+    @property
+    def cached_per_token(self) -> int:
+        """Numbers that the cache of a layer holds of a token."""
+        return self.num_kv_heads * self.head_dim * (1 if self.latent_dim else 2)
+
+
+@dataclass(frozen=True)
+class HeadLinear:
+    """A matrix for each head, by which its first dimensions are multiplied; those behind them are kept.
+
+    weight  [num_heads, out_features, in_features], any float type
+    """
+
+    weight: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -227,7 +252,7 @@ class Ops(Protocol):
     def paged_attention(
         self, queries: Value, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
     ) -> Value:
-        """Attend causally over the cache of `layer`; return [T, num_heads * head_dim].
+        """Attend causally over the cache of `layer`; return [T, num_heads * value_dim].
 
         With window > 0 a query at position p sees positions p - window + 1 .. p, else 0 .. p. With soft_cap > 0
         scaled scores x become soft_cap * tanh(x / soft_cap).
@@ -238,6 +263,25 @@ class Ops(Protocol):
 
         With soft_cap > 0 logits are capped as the scores of attention are.
         Without a head that is x, the hidden states that vectors are made of: [R, hidden_size].
+        """
+
+
+class LatentOps(Ops, Protocol):
+    """What models with a latent cache need besides."""
+
+    def rotate_queries(self, queries: Value, num_heads: int, rotary: Rotary) -> Value:
+        """Rotate the last `rotary_dim` dimensions of each head of `queries`, a layer's result; return them all."""
+
+    def write_latent(self, latent: Value, layer: int, heads: Heads, rotary: Rotary, norm: Norm) -> None:
+        """Write keys of a latent cache: `latent` [T, head_dim], its first `latent_dim` normed and the others rotated.
+
+        It is a layer's result.
+        """
+
+    def head_linear(self, x: Value, linear: HeadLinear) -> Value:
+        """Multiply the first `in_features` of each head of `x`; return these and what is behind them, head by head.
+
+        `x` is what `rotate_queries` or `paged_attention` returned.
         """
 
 

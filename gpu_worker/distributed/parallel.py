@@ -6,11 +6,13 @@ right as it is. What is missing are sums over the ranks, and two places where co
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from octavo.gpu_worker.distributed.collectives import Collectives
 from octavo.gpu_worker.loading.sharding import Sharding
-from octavo.gpu_worker.ops import Activation, Experts, Heads, Linear, Model, Norm, Ops, Rotary
+from octavo.gpu_worker.ops import Activation, Experts, HeadLinear, Heads, LatentOps, Linear, Model, Norm, Ops, Rotary
 
 
 class ParallelModel:
@@ -72,6 +74,18 @@ class ParallelOps:
     ) -> torch.Tensor:
         """Work on this rank's heads."""
         return self._tensor(self._ops.rotary_write_kv(qkv, layer, heads, rotary, q_norm, k_norm))
+
+    def rotate_queries(self, queries: torch.Tensor, num_heads: int, rotary: Rotary) -> torch.Tensor:
+        """Rotate this rank's heads."""
+        return self._tensor(cast(LatentOps, self._ops).rotate_queries(queries, num_heads, rotary))
+
+    def write_latent(self, latent: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, norm: Norm) -> None:
+        """Write them all: each rank has the whole cache."""
+        cast(LatentOps, self._ops).write_latent(latent, layer, heads, rotary, norm)
+
+    def head_linear(self, x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
+        """Multiply this rank's heads."""
+        return self._tensor(cast(LatentOps, self._ops).head_linear(x, linear))
 
     def paged_attention(
         self, queries: torch.Tensor, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0

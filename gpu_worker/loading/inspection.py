@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from octavo.common.v1 import common_pb2
-from octavo.gpu_worker.devices.cpu.packed_model import check_heads
+from octavo.gpu_worker.devices.cpu.packed_model import check_head_linear, check_heads
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.formats.checkpoint_files import StoredTensor, read_head, read_json
 from octavo.gpu_worker.formats.tensor_kinds import Head, Plan, biases_beside, plans_of
@@ -82,6 +82,14 @@ class Inspection:
         if self.fallback is not None:
             return kv_token_bytes(self.fallback.num_layers, self.fallback.heads)
         return 0 if self.config is None else kv_token_bytes(self.config.num_layers, self.config.heads)
+
+    @property
+    def notes(self) -> list[str]:
+        """What who serves it should know, in sentences."""
+        if self.fallback is not None:
+            return [fallback.NOTE]
+        unread = 0 if self.config is None else self.config.num_nextn_layers
+        return [f"The {unread} layer(s) that predict further tokens are left unread."] if unread else []
 
     @property
     def rotary_token_bytes(self) -> int:
@@ -159,6 +167,9 @@ def check_runs(path: Path, inspection: Inspection, device: str, scheme: str) -> 
     check_device(find_files(path), device, scheme, has_vectors=has_vectors)
     if device == "cpu" and inspection.config is not None:
         check_heads(inspection.config.heads)
+        if (latent := inspection.config.latent) is not None:
+            check_head_linear(latent.nope_dim, latent.rank, latent.query_dim)
+            check_head_linear(latent.rank, latent.value_dim, latent.rank)
 
 
 def weight_bytes(inspection: Inspection, device: str, scheme: str) -> WeightBytes:

@@ -13,9 +13,12 @@ from octavo.gpu_worker import quantization
 from octavo.gpu_worker.config import HOST_KV_MEMORY, WorkerConfig
 from octavo.gpu_worker.devices import choose_device
 from octavo.gpu_worker.errors import DeviceError, ModelError
+from octavo.gpu_worker.formats.checkpoint_files import read_json
 from octavo.gpu_worker.loading import fallback
 from octavo.gpu_worker.loading.sharding import WHOLE, Sharding
+from octavo.gpu_worker.loading.tensor_names import is_wrapper, text_part
 from octavo.gpu_worker.models.encoders import PREFIXES, architecture_of, is_bidirectional, makes_vectors
+from octavo.gpu_worker.models.families import ARCHITECTURES
 from octavo.gpu_worker.ops import EncoderModel, Heads, Model
 from octavo.gpu_worker.quantization import Quantization
 from octavo.gpu_worker.sampling.vocabulary import Vocabulary, read_vocabulary, tokenizer_sha256
@@ -93,7 +96,20 @@ def device_of(name: str, file: Path) -> str:
     device = choose_device(name)
     if name == "auto" and device != "reference" and fallback.is_needed(file):
         return "reference"
+    if name == "auto" and device == "cuda" and has_latent_cache(file):
+        return choose_device("cpu")
     return device
+
+
+def has_latent_cache(file: Path) -> bool:
+    """Return whether a folder's config.json names an architecture of latent attention that is described here."""
+    try:
+        name = architecture_of(file)
+        if is_wrapper(name):
+            name, _ = text_part(read_json(file / "config.json"), name, "")
+    except ModelError:
+        return False
+    return name in ARCHITECTURES and ARCHITECTURES[name].is_latent
 
 
 def check_device(file: Path, device: str, scheme: str, *, has_vectors: bool) -> None:
@@ -106,6 +122,8 @@ def check_device(file: Path, device: str, scheme: str, *, has_vectors: bool) -> 
     if fallback.is_needed(file):
         _check_fallback(file, device)
     architecture = architecture_of(file)
+    if device == "cuda" and has_latent_cache(file):
+        raise DeviceError(f"device cuda: it has no kernels for the latent attention of {architecture}; use device cpu")
     if device == "cuda" and (architecture.startswith(("ModernBert", "NomicBert")) or is_bidirectional(file)):
         raise DeviceError(f"device cuda does not run {architecture}; serve this model with device cpu")
     if has_vectors and scheme != Quantization.NONE:
@@ -133,7 +151,7 @@ def positions_in_reach(config: WorkerConfig, device: str, context: int, num_laye
 
 def kv_token_bytes(num_layers: int, heads: Heads, kv_cache_dtype: str = "auto") -> int:
     """Return the bytes that a token's keys and values take in all layers, in 16 bits or those of a type of 8."""
-    return 2 * num_layers * heads.num_kv_heads * heads.head_dim * (2 if kv_cache_dtype == "auto" else 1)
+    return num_layers * heads.cached_per_token * (2 if kv_cache_dtype == "auto" else 1)
 
 
 def vocabulary_reader(path: Path, vocab_size: int) -> Callable[[], Vocabulary] | None:

@@ -7,7 +7,8 @@ head is split by rows: each rank makes the logits of a piece of the vocabulary. 
 split by columns: any rank can look up any token, and joining the columns gives the bits of the
 whole table. Norms are whole on every rank.
 
-With fewer key heads than ranks, neighbouring ranks hold the same key head.
+With fewer key heads than ranks, neighbouring ranks hold the same key head. So it is with latent keys, of which there
+is one for all heads, and what makes them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,19 @@ from octavo.gpu_worker.ops import Heads
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 # w1, w2 and w3 are Mixtral's names for the parts of an expert.
-_ROWS = ("q_proj", "gate_proj", "up_proj", "w1", "w3")
+_ROWS = ("q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3")
 _KEY_HEAD_ROWS = ("k_proj", "v_proj")
 _COLUMNS = ("o_proj", "down_proj", "w2", "embed_tokens")
-_WHOLE = ("gate", "shared_expert_gate")
+_WHOLE = ("gate", "shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which dimensions of each head of `head_dim` lie in pairs: `count` from `first` on."""
+
+    head_dim: int
+    first: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,13 @@ class Part:
     source   its name in the checkpoint
     index    one slice for each dimension, within bounds
     is_zero  zeros of that shape are held instead: rank 0 adds the tensor to a sum over the ranks
-    pairs    how many dimensions of each head lie in pairs that are rotated, to be put half of them apart; 0 for none
+    pairs    where dimensions of each head lie in pairs that are rotated, to be put half of them apart; None: nowhere
     """
 
     source: str
     index: tuple[slice, ...]
     is_zero: bool = False
-    pairs: int = 0
+    pairs: Pairs | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +77,9 @@ class Sharding:
             return config
         self._check(config)
         heads = config.heads
-        share = Heads(heads.num_heads // self.world_size, self._num_kv_heads(heads), heads.head_dim)
+        share = dataclasses.replace(
+            heads, num_heads=heads.num_heads // self.world_size, num_kv_heads=self._num_kv_heads(heads)
+        )
         return dataclasses.replace(
             config, heads=share, tie_word_embeddings=False, experts=config.experts and self._experts(config.experts)
         )

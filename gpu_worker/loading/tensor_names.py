@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from octavo.gpu_worker.errors import ModelError, shown
-from octavo.gpu_worker.loading.sharding import Part
-from octavo.gpu_worker.models.config import Json
+from octavo.gpu_worker.loading.sharding import Pairs, Part
+from octavo.gpu_worker.models.config import Json, ModelConfig
 from octavo.gpu_worker.models.families import ARCHITECTURES, TEXT_PARTS
 
 T = TypeVar("T")
@@ -23,7 +23,6 @@ _TEXT_HEAD = "language_model.lm_head.weight"
 _HEAD = "lm_head.weight"
 # Settings of the whole checkpoint that hold for the text part, if it does not say otherwise.
 _INHERITED = ("tie_word_embeddings", "quantization_config")
-_ROTATED = (".q_proj.", ".k_proj.")
 
 
 @dataclass(frozen=True)
@@ -33,30 +32,41 @@ class Place:
     name: str
     shape: tuple[int, ...]
     first_row: int = 0
-    is_rotated: bool = False
 
-    def of(self, part: Part, pairs: int) -> Part:
-        """Return a part of the tensor as one of the checkpoint's; `pairs` as in `Part`, for what is rotated."""
+    def of(self, part: Part, pairs: Pairs | None) -> Part:
+        """Return a part of the tensor as one of the checkpoint's; `pairs` as in `Part`."""
         rows, *others = part.index
         rows = slice(self.first_row + rows.start, self.first_row + rows.stop)
-        return replace(part, source=self.name, index=(rows, *others), pairs=pairs if self.is_rotated else 0)
+        return replace(part, source=self.name, index=(rows, *others), pairs=pairs)
+
+
+def pairs_of(name: str, config: ModelConfig) -> Pairs | None:
+    """Return which rows of a tensor lie in pairs that are rotated."""
+    module, latent, count = name.split(".")[-2:-1], config.latent, config.rope.rotary_dim
+    if not config.is_interleaved:
+        return None
+    if latent is None:
+        return Pairs(config.heads.head_dim, 0, count) if module in (["q_proj"], ["k_proj"]) else None
+    if module == ["kv_a_proj_with_mqa"]:
+        return Pairs(latent.rank + latent.rope_dim, latent.rank, count)
+    return Pairs(latent.query_dim, latent.nope_dim, count) if module in (["q_proj"], ["q_b_proj"]) else None
 
 
 def place_of(name: str, wanted: Mapping[str, tuple[int, ...]], fused: Mapping[str, tuple[str, ...]]) -> Place:
     """Return where the tensor `name` of `wanted` is in a checkpoint that has the matrices of `fused` joined by rows."""
-    is_rotated = any(kind in name for kind in _ROTATED)
     for joined, parts in fused.items():
         for index, part in enumerate(parts):
             if f".{part}." in name:
                 rows = [wanted.get(name.replace(part, other), (0,))[0] for other in parts]
                 shape = (sum(rows), *wanted[name][1:])
-                return Place(name.replace(part, joined), shape, sum(rows[:index]), is_rotated)
-    return Place(name, wanted[name], 0, is_rotated)
+                return Place(name.replace(part, joined), shape, sum(rows[:index]))
+    return Place(name, wanted[name])
 
 
 def is_packed_alone(name: str, num_dimensions: int) -> bool:
     """Tell whether a model does nothing with a tensor but join its rows with others' and hand it to a device."""
-    return num_dimensions == 2 and "shared_expert" not in name and not name.endswith((".gate.weight", "_bias"))
+    is_taken_apart = "shared_expert" in name or name.endswith((".gate.weight", ".kv_b_proj.weight", "_bias"))
+    return num_dimensions == 2 and not is_taken_apart
 
 
 def is_wrapper(architecture: str) -> bool:

@@ -24,8 +24,8 @@ from octavo.gpu_worker.loading.folder import (
 )
 from octavo.gpu_worker.loading.loading import Progress
 from octavo.gpu_worker.loading.quantised_tensors import QuantisedMatrix, add_quantised, check_needless
-from octavo.gpu_worker.loading.sharding import WHOLE, Part, Sharding
-from octavo.gpu_worker.loading.tensor_names import is_packed_alone
+from octavo.gpu_worker.loading.sharding import WHOLE, Pairs, Part, Sharding
+from octavo.gpu_worker.loading.tensor_names import is_packed_alone, pairs_of
 from octavo.gpu_worker.memory import FilePages
 from octavo.gpu_worker.models.config import ModelConfig
 from octavo.gpu_worker.models.registry import Architecture
@@ -79,8 +79,7 @@ def load_folder(
     fingerprint = fingerprint_of_folder([(folder / "config.json").read_bytes(), dtype.encode(), *ranks], files)
     local = sharding.local_config(config)
     parts = {tensor: sharding.part(tensor, config, wanted) for tensor, _ in architecture.tensor_shapes(local)}
-    pairs = config.rope.rotary_dim if architecture.traits.is_interleaved else 0
-    parts = {tensor: places[part.source].of(part, pairs) for tensor, part in parts.items()}
+    parts = {tensor: places[part.source].of(part, pairs_of(tensor, config)) for tensor, part in parts.items()}
     tensors = read_tensors(
         shapes,
         parts,
@@ -89,7 +88,6 @@ def load_folder(
         progress,
         may_wait=may_wait,
         keeps_codes=keeps_codes,
-        head_dim=config.heads.head_dim,
     )
     return Checkpoint(local, architecture, tensors, fingerprint)
 
@@ -128,13 +126,11 @@ def read_tensors(
     *,
     may_wait: bool = False,
     keeps_codes: bool = False,
-    head_dim: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Return the parts, still in the mapped files if they are in one piece there and their type is kept.
 
     may_wait     leave matrices unread (`CodedRows`), for a device that packs them
     keeps_codes  and those that are quantised in their codes
-    head_dim     of the heads whose dimensions lie in pairs
     """
     pages: dict[Path, FilePages] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -146,7 +142,7 @@ def read_tensors(
         stored = handle.get_slice(part.source)
         check_stored(part.source, stored.get_dtype(), tuple(stored.get_shape()), wanted[part.source], str(path))
         if isinstance(stored, QuantisedMatrix) and may_wait and is_packed_alone(name, 2):
-            tensors[name] = _in_codes(stored, part, head_dim, keeps_codes=keeps_codes)
+            tensors[name] = _in_codes(stored, part, keeps_codes=keeps_codes)
             done += stored.plan.num_bytes
             progress(name, done, round(in_files * share))
             continue
@@ -159,7 +155,7 @@ def read_tensors(
             pages[path] = FilePages(path)
         release = partial(pages[path].drop, tensor.data_ptr(), tensor.nbytes)
         target = DTYPES.get(dtype, kept)
-        arrange = partial(_halves, head_dim=head_dim, pairs=part.pairs) if part.pairs else None
+        arrange = partial(_halves, pairs=part.pairs) if part.pairs else None
         if may_wait and in_one_piece and not part.is_zero and is_packed_alone(name, tensor.dim()):
             read = partial(_as_packed, tensor, target, release, arrange)
             tensors[name] = CodedRows([Unread(len(tensor), read, release)], tensor.shape[1], target)
@@ -172,12 +168,12 @@ def read_tensors(
     return tensors
 
 
-def _in_codes(matrix: QuantisedMatrix, part: Part, head_dim: int, *, keeps_codes: bool) -> torch.Tensor:
+def _in_codes(matrix: QuantisedMatrix, part: Part, *, keeps_codes: bool) -> torch.Tensor:
     """Return a part of a quantised matrix that is read when it is packed: its codes, or else its numbers."""
     rows, columns = part.index
     order = np.arange(rows.start, rows.stop)
     if part.pairs:
-        order = _halves(torch.from_numpy(order), head_dim, part.pairs).numpy()
+        order = _halves(torch.from_numpy(order), part.pairs).numpy()
 
     def codes(some: slice) -> GroupCodes:
         if part.pairs:  # few rows, in another order than the file has them
@@ -203,10 +199,12 @@ def _type_of_numbers(folder: Path, dtype: str) -> torch.dtype:
     return DTYPES.get(dtype) or DTYPES.get(own if isinstance(own, str) else "", torch.bfloat16)
 
 
-def _halves(tensor: torch.Tensor, head_dim: int, pairs: int) -> torch.Tensor:
-    """Return the rows of heads with the dimensions that lie in pairs half of `pairs` apart."""
-    heads = tensor.view(-1, head_dim, *tensor.shape[1:])
-    return torch.cat([heads[:, 0:pairs:2], heads[:, 1:pairs:2], heads[:, pairs:]], dim=1).flatten(0, 1)
+def _halves(tensor: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """Return the rows of heads with the dimensions that lie in pairs half of those apart."""
+    heads = tensor.view(-1, pairs.head_dim, *tensor.shape[1:])
+    first, end = pairs.first, pairs.first + pairs.count
+    kept, behind = heads[:, :first], heads[:, end:]
+    return torch.cat([kept, heads[:, first:end:2], heads[:, first + 1 : end : 2], behind], dim=1).flatten(0, 1)
 
 
 def _as_packed(

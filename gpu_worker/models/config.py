@@ -136,7 +136,9 @@ class Traits:
 
     keys            config.json's names for what others call by the key's name
     fused           matrices that a checkpoint holds joined by rows, and the parts in their order
-    is_interleaved  neighbouring dimensions of a head are rotated with each other, not those half a head apart
+    is_interleaved  neighbouring dimensions of a head are rotated with each other, not those half a head apart; unless
+                    config.json says `rope_interleave` false
+    is_latent       attention is as in `LatentConfig`
     """
 
     defaults: Json = field(default_factory=dict)
@@ -148,6 +150,7 @@ class Traits:
     unrotated: Literal["none", "listed", "full_attention"] = "none"
     scales_full_rope: bool = False
     mixture: MixtureTraits | None = None
+    is_latent: bool = False
     norm_offset: float = 0.0
     norms: LayerNorms = LayerNorms()
     scales_embedding: bool = False
@@ -198,6 +201,33 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig:
+    """Latent attention (arXiv 2405.04434): keys and values of all heads are made of one short vector of a token.
+
+    query_rank  of what queries are made of; 0: of the hidden state itself
+    rank        of what keys and values are made of
+    nope_dim, rope_dim  a head's dimensions of queries and keys, those that are rotated last
+    value_dim   of a head
+    """
+
+    query_rank: int
+    rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no layer has."""
+        if self.query_rank < 0 or min(self.rank, self.nope_dim, self.rope_dim, self.value_dim) < 1:
+            raise ModelError(f"the model's config has a size of latent attention below 1: {self}")
+
+    @property
+    def query_dim(self) -> int:
+        """Of a head."""
+        return self.nope_dim + self.rope_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama family. `windows[i]` is layer i's sliding window in tokens, 0 for none.
 
@@ -210,7 +240,7 @@ class ModelConfig:
     Without `has_head` vectors are made of its hidden states, and it gives no logits. With `is_interleaved` the rows of
     queries and keys are in another order than in the checkpoint. With `is_bidirectional` all tokens of a text see each
     other, or in layers with a window those at most half of it away. `num_nextn_layers` layers behind the others predict
-    further tokens, and are not read.
+    further tokens, and are not read. With a `latent` attention `heads` are those of its cache, which has one for all.
     """
 
     architecture: str
@@ -245,6 +275,7 @@ class ModelConfig:
     is_interleaved: bool = False
     is_bidirectional: bool = False
     num_nextn_layers: int = 0
+    latent: LatentConfig | None = None
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -342,6 +373,10 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
         num_kv_heads=read.integer("num_key_value_heads", num_heads),
         head_dim=read.integer("head_dim", hidden_size // num_heads),
     )
+    latent = _latent(read) if traits.is_latent else None
+    if latent is not None:
+        heads = Heads(num_heads, 1, latent.rank + latent.rope_dim, latent.rank)
+    rope_head_dim = heads.head_dim if latent is None else latent.rope_dim
     act = str(merged.get("hidden_activation") or merged.get("hidden_act", "silu"))
     activation = ACTIVATIONS.get(act)
     if activation is None:
@@ -354,6 +389,10 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
         return _multiplier(read, key, where) if traits.has_multipliers else 1.0
 
     windows = _windows(merged, read, traits, num_layers, where)
+    rope = _rope(merged, rope_head_dim, where)
+    attention_scale = multiplier("attention_multiplier") if traits.has_multipliers else _attention_scale(read, where)
+    if latent is not None:
+        attention_scale = latent.query_dim**-0.5 * yarn_scale(rope, rope.mscale_all_dim) ** 2
     return ModelConfig(
         architecture=architecture,
         vocab_size=read.integer("vocab_size"),
@@ -364,8 +403,8 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
         max_position_embeddings=read.integer("max_position_embeddings"),
         rms_norm_eps=read.number("rms_norm_eps", 1e-6),
         activation=activation,
-        rope=_rope(merged, heads.head_dim, where),
-        window_rope=_window_rope(merged, traits, heads.head_dim, where),
+        rope=rope,
+        window_rope=_window_rope(merged, traits, rope_head_dim, where),
         windows=windows,
         tie_word_embeddings=read.flag("tie_word_embeddings"),
         qkv_bias=has_bias("attention_bias", traits.qkv_bias),
@@ -375,7 +414,7 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
         norms_all_heads=traits.norms_all_heads,
         experts=None if traits.mixture is None else _experts(merged, read, traits, num_layers, where),
         embedding_scale=hidden_size**0.5 if traits.scales_embedding else multiplier("embedding_multiplier"),
-        attention_scale=multiplier("attention_multiplier") if traits.has_multipliers else _attention_scale(read, where),
+        attention_scale=attention_scale,
         norm_offset=traits.norm_offset,
         norms=traits.norms,
         unrotated=_unrotated(merged, read, traits, windows, where),
@@ -383,9 +422,26 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
         logits_divisor=multiplier("logits_scaling"),
         attention_soft_cap=_soft_cap(read, "attn_logit_softcapping", where),
         logits_soft_cap=_soft_cap(read, "final_logit_softcapping", where),
-        is_interleaved=traits.is_interleaved,
+        is_interleaved=traits.is_interleaved and read.flag("rope_interleave", True),
         is_bidirectional=read.flag("use_bidirectional_attention"),
         num_nextn_layers=read.integer("num_nextn_predict_layers", 0),
+        latent=latent,
+    )
+
+
+def yarn_scale(rope: RopeConfig, weight: float | None) -> float:
+    """Return by how much YaRN strengthens attention to a longer context."""
+    return 0.1 * weight * math.log(rope.factor) + 1.0 if weight and rope.factor > 1 else 1.0
+
+
+def _latent(read: Values) -> LatentConfig:
+    """Read the sizes of latent attention."""
+    return LatentConfig(
+        query_rank=read.integer("q_lora_rank", 0),
+        rank=read.integer("kv_lora_rank"),
+        nope_dim=read.integer("qk_nope_head_dim"),
+        rope_dim=read.integer("qk_rope_head_dim"),
+        value_dim=read.integer("v_head_dim"),
     )
 
 
@@ -443,10 +499,11 @@ def _experts(values: Json, read: Values, traits: Traits, num_layers: int, where:
     count = traits.keys.get("num_experts", "num_experts")
     inner = read.integer("moe_intermediate_size", read.integer("intermediate_size"))
     shared = read.integer("shared_expert_intermediate_size", integer("n_shared_experts", 0) * inner)
+    has_groups = values.get("topk_method") != "greedy"
     routing = replace(
         mixture.routing,
-        num_groups=read.integer("n_group", 1),
-        num_chosen_groups=read.integer("topk_group", 1),
+        num_groups=read.integer("n_group", 1) if has_groups else 1,
+        num_chosen_groups=read.integer("topk_group", 1) if has_groups else 1,
         scale=_multiplier(read, "routed_scaling_factor", where) if values.get("routed_scaling_factor") else 1.0,
     )
     return ExpertsConfig(

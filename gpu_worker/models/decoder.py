@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.models import experts
+from octavo.gpu_worker.models import experts, latent
 from octavo.gpu_worker.models.config import ModelConfig
 from octavo.gpu_worker.models.rope import make_rotary, make_unrotated
-from octavo.gpu_worker.ops import Activation, EncoderOps, Linear, Module, Norm, Ops, Rotary, Value
+from octavo.gpu_worker.ops import Activation, EncoderOps, LatentOps, Linear, Module, Norm, Ops, Rotary, Value
 
 if TYPE_CHECKING:  # what a model needs of memory is known without torch
     import torch
@@ -47,10 +47,10 @@ class _FeedForward:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of one decoder layer. `qkv` is queries, keys and values in one matrix."""
+    """Weights of one decoder layer. `qkv` is queries, keys and values in one matrix, or what makes latent ones."""
 
     input_norm: Norm
-    qkv: Linear
+    qkv: Linear | latent.LatentAttention
     q_norm: Norm | None
     k_norm: Norm | None
     output: Linear
@@ -102,14 +102,17 @@ class Decoder:
         """Run one step through `ops`; return the logits, or the hidden states without a head."""
         residual = ops.embed(self._embedding, self._embedding_scale)
         for index, layer in enumerate(self._layers):
-            qkv = ops.linear(ops.norm(residual, layer.input_norm), layer.qkv)
-            update = ops.linear(self._attend(ops, qkv, index, layer), layer.output)
+            attended = self._attend(ops, ops.norm(residual, layer.input_norm), index, layer)
+            update = ops.linear(attended, layer.output)
             residual = ops.add(residual, update if layer.post_norm is None else ops.norm(update, layer.post_norm))
             residual = layer.mlp.forward(ops, residual, layer.mlp_norm, self.config.activation)
         return ops.logits(ops.norm(residual, self._norm), self._head, self.config.logits_soft_cap)
 
-    def _attend(self, ops: Ops, qkv: Value, index: int, layer: _Layer) -> Value:
+    def _attend(self, ops: Ops, x: Value, index: int, layer: _Layer) -> Value:
         """Attend to what came before, over the cache."""
+        if isinstance(layer.qkv, latent.LatentAttention):
+            return layer.qkv.attend(cast(LatentOps, ops), x, index, self.heads, layer.rotary, self._scale)
+        qkv = ops.linear(x, layer.qkv)
         queries = ops.rotary_write_kv(qkv, index, self.heads, layer.rotary, layer.q_norm, layer.k_norm)
         return ops.paged_attention(
             queries, index, self.heads, self._scale, layer.window, self.config.attention_soft_cap
@@ -127,10 +130,10 @@ class BidirectionalDecoder(Decoder):
         self.num_layers = 0  # that have a cache
         self.output_size = config.hidden_size
 
-    def _attend(self, ops: Ops, qkv: Value, index: int, layer: _Layer) -> Value:
-        del index
+    def _attend(self, ops: Ops, x: Value, index: int, layer: _Layer) -> Value:
+        assert isinstance(layer.qkv, Linear), index
         both = cast(EncoderOps, ops)
-        rotated = both.rotate(qkv, self.heads, layer.rotary, layer.q_norm, layer.k_norm)
+        rotated = both.rotate(ops.linear(x, layer.qkv), self.heads, layer.rotary, layer.q_norm, layer.k_norm)
         return both.self_attention(rotated, self.heads, self._scale, layer.window // 2)
 
 
@@ -162,6 +165,8 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         "self_attn.v_proj": (kv_size, hidden, config.qkv_bias),
         "self_attn.o_proj": (hidden, q_size, config.output_bias),
     }
+    if config.latent is not None:
+        linears = latent.linear_shapes(config, config.latent)
     dense = {
         "mlp.gate_proj": (inner, hidden, config.mlp_bias),
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
@@ -179,6 +184,8 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{prefix}{name}.weight", (rows, columns)
             if bias:
                 yield f"{prefix}{name}.bias", (rows,)
+        if config.latent is not None:
+            yield from ((f"{prefix}{name}.weight", (size,)) for name, size in latent.norm_sizes(config.latent).items())
         if config.qk_norm:
             yield f"{prefix}self_attn.q_norm.weight", (q_size if config.norms_all_heads else dim,)
             yield f"{prefix}self_attn.k_norm.weight", (kv_size if config.norms_all_heads else dim,)
@@ -219,16 +226,19 @@ def _take_layer(
     def post_norm(name: str) -> Norm | None:
         return norm(name) if name else None
 
-    norms = config.norms
-    parts = [linear(f"self_attn.{name}_proj") for name in "qkv"]
-    biases = [part.bias for part in parts if part.bias is not None]
-    return _Layer(
-        input_norm=stream_norm(norms.attention),
-        qkv=Linear(
+    def joined() -> Linear:
+        parts = [linear(f"self_attn.{name}_proj") for name in "qkv"]
+        biases = [part.bias for part in parts if part.bias is not None]
+        return Linear(
             torch.cat([part.weight for part in parts]),
             torch.cat(biases) if biases else None,
             modules=tuple(module for part in parts for module in part.modules),
-        ),
+        )
+
+    norms = config.norms
+    return _Layer(
+        input_norm=stream_norm(norms.attention),
+        qkv=joined() if config.latent is None else latent.take_layer(config, config.latent, tensors, prefix),
         q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
         k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
         output=linear("self_attn.o_proj", is_partial=True),

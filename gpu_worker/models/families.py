@@ -427,6 +427,71 @@ MELLUM = Traits(
     mixture=MixtureTraits(),
 )
 
+_LATENT_DEFAULTS = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "attention_bias": False,
+}
+DEEPSEEK_V2 = Traits(
+    {
+        **_LATENT_DEFAULTS,
+        "max_position_embeddings": 2048,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1407,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "topk_method": "greedy",
+    },
+    qkv_bias=None,
+    output_bias=None,
+    mixture=MixtureTraits(MixtureNames(shared="shared_experts"), Routing("softmax", num_best=1, has_shared_gate=False)),
+    keys=_SIGMOID_KEYS,
+    is_interleaved=True,
+    is_latent=True,
+)
+DEEPSEEK_V3 = Traits(
+    {
+        **_LATENT_DEFAULTS,
+        "max_position_embeddings": 4096,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+    },
+    qkv_bias=None,
+    output_bias=None,
+    mixture=_SIGMOID_MIXTURE,
+    keys=_SIGMOID_KEYS,
+    is_interleaved=True,
+    is_latent=True,
+)
+GLM4_MOE_LITE = replace(
+    DEEPSEEK_V3,
+    defaults={
+        **DEEPSEEK_V3.defaults,
+        "max_position_embeddings": 202752,
+        "rms_norm_eps": 1e-5,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1536,
+        "n_routed_experts": 64,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.8,
+    },
+)
+
 ARCHITECTURES: dict[str, Traits] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
@@ -460,6 +525,9 @@ ARCHITECTURES: dict[str, Traits] = {
     "MiniMaxM2ForCausalLM": MINIMAX_M2,
     "Ernie4_5_MoeForCausalLM": ERNIE4_5_MOE,
     "MellumForCausalLM": MELLUM,
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+    "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE,
 }
 
 # The family of a checkpoint for text and other things, by the `model_type` of its part for text. The positions of
@@ -487,4 +555,8 @@ TEXT_PARTS = {
     "exaone4": "Exaone4ForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
 }

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.models.config import RopeConfig
+from octavo.gpu_worker.models.config import RopeConfig, yarn_scale
 from octavo.gpu_worker.ops import Rotary
 
 if TYPE_CHECKING:  # what a model needs of memory is known without torch
@@ -100,10 +100,6 @@ def _yarn_attention_factor(config: RopeConfig) -> float:
     """Return what cosines and sines are multiplied by."""
     if config.attention_factor is not None:
         return config.attention_factor
-
-    def scale(weight: float) -> float:
-        return 1.0 if config.factor <= 1 else 0.1 * weight * math.log(config.factor) + 1.0
-
     if config.mscale and config.mscale_all_dim:
-        return scale(config.mscale) / scale(config.mscale_all_dim)
-    return scale(1.0)
+        return yarn_scale(config, config.mscale) / yarn_scale(config, config.mscale_all_dim)
+    return yarn_scale(config, 1.0)

@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 19 };
+enum { OCTAVO_ABI_REVISION = 20 };
 
 // Numbers, or codes of one byte each with scales apart.
 enum OctavoType : int32_t {
@@ -50,6 +50,10 @@ enum OctavoOpKind : int32_t {
   OCTAVO_HIDDEN = 8,
   OCTAVO_LINEAR = 9,          // of activations, to float32
   OCTAVO_NORM_RESIDUAL = 10,  // output += norm(input)
+  // Of latent attention; see `LatentOps` of gpu_worker/ops.py.
+  OCTAVO_ROTATE_QUERIES = 11,  // of float32, to activations
+  OCTAVO_WRITE_LATENT = 12,    // of float32; normed with `k_norm`
+  OCTAVO_HEAD_LINEAR = 13,     // of activations; `linear` is the first head's, and the others lie behind it, as experts do
 };
 
 enum OctavoActivation : int32_t { OCTAVO_SILU = 0, OCTAVO_GELU_TANH = 1 };
@@ -130,6 +134,7 @@ struct OctavoOp {
   int32_t rotary_dim;
   int32_t max_positions;
   OctavoExperts experts;
+  int32_t latent_dim;  // `Heads.latent_dim` of gpu_worker/ops.py
 };
 
 // A buffer between operations: [max_batch_tokens, stride], float32 or activations as its users expect.
@@ -190,7 +195,8 @@ struct OctavoStep {
 
 // The KV cache: bf16 [num_blocks, num_layers, num_kv_heads, 2, head_dim * 16].
 // The first of the two is the K page, [head_dim / 2][16 tokens][2]; the second the V page,
-// [8 token pairs][head_dim][2]. Either feeds the bf16 pair dot product without a shuffle.
+// [8 token pairs][head_dim][2]. Either feeds the bf16 pair dot product without a shuffle. A latent cache has K pages alone,
+// from which V pages of `latent_dim` are made where they are read.
 // A block is one piece of memory, so blocks that were never used take no memory.
 struct OctavoCache {
   uint16_t* data;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -11,6 +12,7 @@
 #include "attention_vectors.h"
 #endif
 #include "activation.h"
+#include "aligned.h"
 #include "dispatch.h"
 #include "elementwise.h"
 
@@ -19,6 +21,7 @@ namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 static_assert(kKeysPerPiece % kTileKeys == 0);
+constexpr int kMostTilesKnown = 3;
 
 PieceRange pieces_of(int begin, int end) {
   return {begin / kKeysPerPiece, static_cast<int>(divide_up(end, kKeysPerPiece))};
@@ -80,13 +83,44 @@ void with_constant(int num_keys, const Body& body) {
   body(num_keys);
 }
 
-// The tile of keys [start, end) at most. After the last one follows the start of the next head.
-Tile load_tile(const KvHead& kv, int start, int end) {
+// The V page of a latent K page: [dim / 2][16 tokens][2] becomes [8 token pairs][dim][2].
+void make_values(const bf16* keys, int latent_dim, bf16* values) {
+  constexpr int kPairs = kBlockTokens / 2;
+  constexpr uint64_t kOuter = 0xffff00000000ffff;
+  for (int dim = 0; dim < latent_dim; dim += 2) {
+    uint64_t pairs[kPairs];  // of two tokens each: the first one's two dimensions, and the second one's
+    std::memcpy(pairs, keys + dim * kBlockTokens, sizeof pairs);
+    for (uint64_t& pair : pairs) pair = (pair & kOuter) | (pair >> 16 & 0xffff0000) | (pair & 0xffff0000) << 16;
+    for (int i = 0; i < kPairs; ++i) std::memcpy(values + (i * latent_dim + dim) * 2, &pairs[i], sizeof pairs[i]);
+  }
+}
+
+// The V pages of tiles of a latent cache that are in work at once.
+bf16* memory_of_values(int tile, int latent_dim) {
+  thread_local LineVector<bf16> memory;
+  const size_t page_size = size_t(latent_dim) * kBlockTokens, size = kMostTilesKnown * kTilePages * page_size;
+  if (memory.size() < size) memory.resize(size);
+  return memory.data() + tile * kTilePages * page_size;
+}
+
+// The tile of keys [start, end) at most, number `index` of those in work. After the last one follows the start of the
+// next head.
+Tile load_tile(const OctavoOp& op, const KvHead& kv, int start, int end, int index) {
   Tile tile;
   const int first_page = start / kBlockTokens;
   const int num_pages = static_cast<int>(divide_up(end - start, kBlockTokens));
   tile.num_pages = std::min(kTilePages, num_pages);
-  for (int i = 0; i < tile.num_pages; ++i) tile.keys[i] = kv.page(first_page + i);
+  for (int i = 0; i < tile.num_pages; ++i) {
+    tile.keys[i] = kv.page(first_page + i);
+    tile.values[i] = tile.keys[i] + int64_t{op.head_dim} * kBlockTokens;
+  }
+  if (op.latent_dim > 0) {
+    bf16* values = memory_of_values(index, op.latent_dim);
+    for (int i = 0; i < tile.num_pages; ++i, values += op.latent_dim * kBlockTokens) {
+      make_values(tile.keys[i], op.latent_dim, values);
+      tile.values[i] = values;
+    }
+  }
   for (int i = 0; i < kTilePages; ++i) {
     const int next = kTilePages + i;
     tile.next_keys[i] = next < num_pages ? kv.page(first_page + next) : kv.read_next[i];
@@ -106,7 +140,7 @@ struct Queries {
 
 // Add what rows have seen of a later piece to their sums. As in a tile, all rows' factors are computed at once.
 template <int kRows>
-void merge_rows(const PartialRow* pieces, int head_dim, PartialRow* sums) {
+void merge_rows(const PartialRow* pieces, int value_dim, PartialRow* sums) {
   constexpr int kPadded = round_up(kRows, kLanes);
   alignas(64) float old_factors[kPadded] = {}, factors[kPadded] = {};
   for (int row = 0; row < kRows; ++row) {
@@ -129,15 +163,15 @@ void merge_rows(const PartialRow* pieces, int head_dim, PartialRow* sums) {
     const Vec old_factor = broadcast(old_factors[row]), factor = broadcast(factors[row]);
     sum.reference = std::max(sum.reference, piece.reference);
     sum.total = sum.total * old_factors[row] + piece.total * factors[row];
-    for (int dim = 0; dim < head_dim; dim += kLanes)
+    for (int dim = 0; dim < value_dim; dim += kLanes)
       store(sum.output + dim, load(sum.output + dim) * old_factor + load(piece.output + dim) * factor);
   }
 }
 
-void finish(const PartialRow& sum, int head_dim, Activation* output) {
+void finish(const PartialRow& sum, int value_dim, Activation* output) {
   const Vec factor = broadcast(1.0f / sum.total);
   // Adding zero turns -0 into 0: a sum of zeros may have either sign.
-  for (int dim = 0; dim < head_dim; dim += kLanes) store_activation(output + dim, load(sum.output + dim) * factor + Vec{});
+  for (int dim = 0; dim < value_dim; dim += kLanes) store_activation(output + dim, load(sum.output + dim) * factor + Vec{});
 }
 
 // Some rows of one kv head that attend together, tile by tile of their keys.
@@ -148,7 +182,7 @@ template <int kRows>
 class RowsAttention {
  public:
   RowsAttention(const OctavoOp& op, const KvHead& kv, const Row* rows)
-      : op_(op), kv_(kv), rows_(rows), queries_(rows, op.head_dim), products_(queries_.values, op.head_dim, !kv.is_in_cache) {}
+      : op_(op), kv_(kv), rows_(rows), queries_(rows, op.head_dim), products_(queries_.values, op.head_dim, value_dim(op), !kv.is_in_cache) {}
 
   // What the rows see of some pieces, together, into `sums`.
   void attend(const PieceRange& pieces, PartialRow* sums) {
@@ -215,7 +249,7 @@ class RowsAttention {
     const float* factors = nullptr;
     float* output = nullptr;
     if (scored != kNoTile) {
-      tiles_[scored % kTilesKnown] = load_tile(kv_, start_of(scored), end_key_);
+      tiles_[scored % kTilesKnown] = load_tile(op_, kv_, start_of(scored), end_key_, scored % kTilesKnown);
       scored_tile = &tiles_[scored % kTilesKnown];
     }
     const int of_scored = std::max(scored, 0) % kInWork, of_valued = std::max(valued, 0) % kInWork;
@@ -267,7 +301,7 @@ class RowsAttention {
     if (tile + 1 < num_tiles_ && piece_of(tile + 1) == number) return;
     const Piece& piece = pieces_[number % kInWork];
     for (int row = 0; row < kRows; ++row) piece.sums[row].total = sum_lanes(load(piece.totals + row * kLanes));
-    if (number > 0) merge_rows<kRows>(piece.sums, op_.head_dim, sums_);
+    if (number > 0) merge_rows<kRows>(piece.sums, value_dim(op_), sums_);
   }
 
   const OctavoOp& op_;
@@ -279,7 +313,7 @@ class RowsAttention {
   int first_key_ = 0;
   int end_key_ = 0;
   int num_tiles_ = 0;
-  static constexpr int kTilesKnown = Products<kRows>::kOverlap ? 3 : 1;
+  static constexpr int kTilesKnown = Products<kRows>::kOverlap ? kMostTilesKnown : 1;
   Tile tiles_[kTilesKnown];
   alignas(64) float scores_[kInWork][kRows * kTileKeys];
   alignas(64) Activation weights_[kInWork][kRows * kTileKeys];
@@ -297,7 +331,7 @@ void attend_rows(const OctavoOp& op, const KvHead& kv, const Row* rows) {
   }
   PartialRow sums[kRows];
   RowsAttention<kRows>(op, kv, rows).attend(pieces_of(begin, end), sums);
-  for (int row = 0; row < kRows; ++row) finish(sums[row], op.head_dim, rows[row].output);
+  for (int row = 0; row < kRows; ++row) finish(sums[row], value_dim(op), rows[row].output);
 }
 
 }  // namespace
@@ -310,17 +344,15 @@ PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item) {
   return pieces_of(first_key(op, item.first_position), item.first_position + item.num_tokens);
 }
 
-Row row_of(const OctavoOp& op, const AttentionItem& item, const Activation* queries, Activation* output, int64_t stride,
-           int index) {
+Row row_of(const OctavoOp& op, const AttentionItem& item, const AttentionRows& data, int index) {
   const int group = op.num_heads / op.num_kv_heads;
   const int token = index / group;
-  const int64_t offset = token * stride + index % group * op.head_dim;
+  const AttentionRows row = data.from(op, token, index % group);
   const int end = item.first_position + token + 1;
-  return {queries + offset, output + offset, first_key(op, end - 1), end};
+  return {row.queries, row.output, first_key(op, end - 1), end};
 }
 
-void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Activation* queries, Activation* output,
-            int64_t stride) {
+void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const AttentionRows& data) {
   const AttentionFloatMode float_mode;
   const int num_rows = num_rows_of(op, item);
   const int num_tiles = static_cast<int>(divide_up(num_rows, kMaxAttentionRows));
@@ -328,7 +360,7 @@ void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Acti
     const int first = num_rows * tile / num_tiles;
     const int count = num_rows * (tile + 1) / num_tiles - first;
     Row rows[kMaxAttentionRows];
-    for (int i = 0; i < count; ++i) rows[i] = row_of(op, item, queries, output, stride, first + i);
+    for (int i = 0; i < count; ++i) rows[i] = row_of(op, item, data, first + i);
     dispatch_rows<kMaxAttentionRows>(count, [&](auto constant) { attend_rows<constant()>(op, kv, rows); });
     kv.is_in_cache = true;
   }
@@ -343,14 +375,14 @@ void attend_pieces(const OctavoOp& op, const KvHead& kv, const Row* rows, int nu
 }
 
 void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
-                  int num_pieces, Activation* output, int64_t stride) {
+                  int num_pieces, const AttentionRows& data) {
   const AttentionFloatMode float_mode;
   const int num_rows = num_rows_of(op, item);
   for (int i = 0; i < num_rows; ++i) {
     PartialRow& sum = sums[first_sums[0] + i];
     for (int piece = 1; piece < num_pieces; ++piece)
-      if (first_sums[piece] != kWithPieceBefore) merge_rows<1>(&sums[first_sums[piece] + i], op.head_dim, &sum);
-    finish(sum, op.head_dim, row_of(op, item, output, output, stride, i).output);
+      if (first_sums[piece] != kWithPieceBefore) merge_rows<1>(&sums[first_sums[piece] + i], value_dim(op), &sum);
+    finish(sum, value_dim(op), row_of(op, item, data, i).output);
   }
 }
 

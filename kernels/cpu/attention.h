@@ -54,7 +54,7 @@ struct PieceRange {
 
 // The softmax of one row over a part of its keys: weights are 2^(score - reference).
 struct alignas(64) PartialRow {
-  float output[kMaxHeadDim];  // sum of weight * value; anything where `total` is zero
+  float output[kMaxValueDim];  // sum of weight * value; anything where `total` is zero
   float reference;  // at most the largest score
   float total;  // of the weights; zero where the row sees none of the keys
 };
@@ -65,6 +65,19 @@ struct Row {
   Activation* output;
   int begin;  // it sees keys [begin, end)
   int end;
+};
+
+// Where the queries and outputs of some tokens lie: of all heads, or from one head on.
+struct AttentionRows {
+  const Activation* queries;
+  int64_t query_stride;
+  Activation* output;
+  int64_t output_stride;
+
+  AttentionRows from(const OctavoOp& op, int64_t token, int64_t head) const {
+    return {queries + token * query_stride + head * op.head_dim, query_stride,
+            output + token * output_stride + head * value_dim(op), output_stride};
+  }
 };
 
 inline int num_rows_of(const OctavoOp& op, const AttentionItem& item) {
@@ -79,16 +92,15 @@ PieceRange pieces_of(const OctavoOp& op, const AttentionItem& item);
 
 // Attend with all query heads of one kv head.
 //
-// queries, output   first token's first such head; tokens are `stride` elements apart
+// queries, output   first token's first such head; tokens are their stride apart
 //
 // Keys are read in tiles of 128 at fixed positions from 0. What a query must not see gets weight
 // zero, and a zero changes no bit of a sum, so a query's result depends on its own position and
 // cache only: not on the queries that it shares a tile with, nor on which block ids hold its cache.
-void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Activation* queries, Activation* output,
-            int64_t stride);
+void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const AttentionRows& data);
 
 // Row number `index` of an item: token after token, each with all heads of the group.
-Row row_of(const OctavoOp& op, const AttentionItem& item, const Activation* queries, Activation* output, int64_t stride, int index);
+Row row_of(const OctavoOp& op, const AttentionItem& item, const AttentionRows& data, int index);
 
 // The same in pieces: first each piece, or the first few of the rows together, into its own `sums` [rows], for at most
 // kMaxAttentionRows rows at once, which may be of several items if these have the pieces in the same blocks; then all
@@ -98,6 +110,6 @@ constexpr int64_t kWithPieceBefore = -1;
 void attend_pieces(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, const PieceRange& pieces,
                    PartialRow* sums);
 void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
-                  int num_pieces, Activation* output, int64_t stride);
+                  int num_pieces, const AttentionRows& data);
 
 }  // namespace octavo

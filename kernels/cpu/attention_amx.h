@@ -29,8 +29,8 @@ class TileProducts {
   static constexpr bool kOverlap = true;
 
   // Pages are fetched ahead where it `fetches`.
-  TileProducts(const Activation* queries, int head_dim, bool fetches)
-      : queries_(queries), head_dim_(head_dim), fetches_(fetches) {}
+  TileProducts(const Activation* queries, int head_dim, int value_dim, bool fetches)
+      : queries_(queries), head_dim_(head_dim), value_dim_(value_dim), fetches_(fetches) {}
 
   // What to compute next; slices that are left over are forgotten. Of either tile there may be none.
   void start(const Tile* scored, float* scores, const Tile* valued, const Activation* weights, const float* factors,
@@ -68,13 +68,13 @@ class TileProducts {
   static constexpr int kFetchedElements = 4 * kLineElements;
 
   // Groups of four tiles of dimensions, and then single tiles.
-  int num_dim_groups() const { return head_dim_ / kDimsAtOnce + head_dim_ % kDimsAtOnce / kAmxColumns; }
+  int num_dim_groups() const { return value_dim_ / kDimsAtOnce + value_dim_ % kDimsAtOnce / kAmxColumns; }
 
   void scale_output(const float* factors) {
     for (int row = 0; row < kRows; ++row) {
       if (factors[row] == 1.0f) continue;
       float* sums = output_ + row * kPartialStride;
-      for (int dim = 0; dim < head_dim_; dim += kLanes) store(sums + dim, load(sums + dim) * broadcast(factors[row]));
+      for (int dim = 0; dim < value_dim_; dim += kLanes) store(sums + dim, load(sums + dim) * broadcast(factors[row]));
     }
   }
 
@@ -107,7 +107,7 @@ class TileProducts {
 
   void add_page(int slice) {
     const int group = slice / valued_->num_pages, page = slice % valued_->num_pages;
-    const int num_whole = head_dim_ / kDimsAtOnce;
+    const int num_whole = value_dim_ / kDimsAtOnce;
     if (group < num_whole) {
       add_page<true>(page, group * kDimsAtOnce);
     } else {
@@ -135,7 +135,7 @@ class TileProducts {
       }
     }
     amx_load<5>(weights_ + page * kBlockTokens, kTileKeys * sizeof(Activation));
-    const bf16* values = valued_->keys[page] + (head_dim_ * kBlockTokens + dim * 2);
+    const bf16* values = valued_->values[page] + dim * 2;
     multiply_values<0>(values);
     if constexpr (kHasFour) {
       multiply_values<1>(values);
@@ -153,7 +153,7 @@ class TileProducts {
 
   template <int kTile>
   void multiply_values(const bf16* values) {
-    amx_load<7, false>(values + kTile * kAmxColumns * 2, head_dim_ * 2 * static_cast<int64_t>(sizeof(bf16)));
+    amx_load<7, false>(values + kTile * kAmxColumns * 2, value_dim_ * 2 * static_cast<int64_t>(sizeof(bf16)));
     amx_multiply<kTile, 5, 7>();
   }
 
@@ -164,9 +164,9 @@ class TileProducts {
     const bf16* const later = page_after(page + kPagesAhead);
     for (int i = 0; i < 2 * size; i += kFetchedElements) prefetch_l2(later + i);
     const bf16* const next = page_after(page + 1);
-    const bf16* const values = scored_->keys[page] + size;
+    const bf16* const values = scored_->values[page];
     for (int i = 0; i < size; i += kLineElements) prefetch(next + i);
-    for (int i = 0; i < size; i += kLineElements) prefetch(values + i);
+    for (int i = 0; i < value_dim_ * kBlockTokens; i += kLineElements) prefetch(values + i);
   }
 
   // Page number `index` from the start of the tile of scores on, at most kPagesAhead beyond its last one.
@@ -179,6 +179,7 @@ class TileProducts {
   const AmxShapes shapes_ = AmxShapes::halves(kRows);
   const Activation* const queries_;
   const int head_dim_;
+  const int value_dim_;
   const bool fetches_;
   const Tile* scored_ = nullptr;
   float* scores_ = nullptr;

@@ -53,7 +53,8 @@ class FewRowsProducts {
  public:
   static constexpr bool kOverlap = false;
 
-  FewRowsProducts(const Activation* queries, int head_dim, bool /*fetches*/) : head_dim_(head_dim) {
+  FewRowsProducts(const Activation* queries, int head_dim, int value_dim, bool /*fetches*/)
+      : head_dim_(head_dim), value_dim_(value_dim) {
     for (int row = 0; row < kRows; ++row) widen(queries + row * kMaxHeadDim, head_dim, queries_ + row * kMaxHeadDim);
   }
 
@@ -100,9 +101,9 @@ class FewRowsProducts {
     for (int row = 0; row < kRows; ++row)
       widen(weights + row * kTileKeys, tile.num_pages * kBlockTokens, wide + row * kTileKeys);
     int dim = 0;
-    for (; dim + kVectorsAtOnce * kLanes <= head_dim_; dim += kVectorsAtOnce * kLanes)
+    for (; dim + kVectorsAtOnce * kLanes <= value_dim_; dim += kVectorsAtOnce * kLanes)
       add_some_values<kVectorsAtOnce>(tile, wide, dim, factors, output);
-    if (dim < head_dim_) add_some_values<1>(tile, wide, dim, factors, output);
+    if (dim < value_dim_) add_some_values<1>(tile, wide, dim, factors, output);
   }
 
   template <int kVectors>
@@ -113,12 +114,12 @@ class FewRowsProducts {
         for (int vector = 0; vector < kVectors; ++vector)
           sums[row][vector] = load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
     for (int page = 0; page < tile.num_pages; ++page) {
-      const bf16* values = tile.keys[page] + (head_dim_ * kBlockTokens + dim * 2);
+      const bf16* values = tile.values[page] + dim * 2;
       const bf16* next_keys = tile.next_keys[page] + dim * 2;
       SplitSums<kRows, kVectors> products;
       for (int i = 0; i < kBlockTokens; i += 2) {
         for (int vector = 0; vector < kVectors; ++vector) {
-          const int at = i * head_dim_ + vector * kLanes * 2;
+          const int at = i * value_dim_ + vector * kLanes * 2;
           const SplitPairs pairs = SplitPairs::load(values + at);
           prefetch_l2(next_keys + at);
           for (int row = 0; row < kRows; ++row)
@@ -135,6 +136,7 @@ class FewRowsProducts {
   }
 
   const int head_dim_;
+  const int value_dim_;
   alignas(64) float queries_[kRows * kMaxHeadDim];
 };
 

@@ -5,9 +5,9 @@
 namespace octavo {
 namespace {
 
-// From all tokens to the queries or outputs of an item's first token and the heads of one kv head.
-int64_t offset_of(const OctavoOp& op, const AttentionItem& item, int kv_head, int64_t stride) {
-  return item.first_token * stride + int64_t{op.num_heads / op.num_kv_heads} * kv_head * op.head_dim;
+// From an item's first token and the heads of one kv head on.
+AttentionRows rows_of(const OctavoOp& op, const AttentionItem& item, int kv_head, const AttentionData& data) {
+  return data.rows.from(op, item.first_token, int64_t{op.num_heads / op.num_kv_heads} * kv_head);
 }
 
 // Whether a sequence reads a block that another one fills in this step.
@@ -90,8 +90,7 @@ void AttentionPlan::run_unit(const OctavoOp& op, int index, int num_units, const
   KvHead kv = kv_head_of(op, item, unit.kv_head, data);
   find_next_pages(op, unit_of(op, cut, std::min(index + 1, num_units - 1)), data, kv);
   if (unit.is_of_pieces()) return run_part(op, cut, unit, kv, data);
-  const int64_t offset = offset_of(op, item, unit.kv_head, data.stride);
-  attend(op, kv, item, data.queries + offset, data.output + offset, data.stride);
+  attend(op, kv, item, rows_of(op, item, unit.kv_head, data));
 }
 
 void AttentionPlan::run_part(const OctavoOp& op, Cut& cut, const Unit& unit, const KvHead& kv,
@@ -101,8 +100,7 @@ void AttentionPlan::run_part(const OctavoOp& op, Cut& cut, const Unit& unit, con
   Row rows[kMaxAttentionRows];
   for (int i = 0; i < part.num_rows; ++i) {
     const AttentionItem& item = items_[row[i].item];
-    const int64_t offset = offset_of(op, item, unit.kv_head, data.stride);
-    rows[i] = row_of(op, item, data.queries + offset, data.output + offset, data.stride, row[i].row);
+    rows[i] = row_of(op, item, rows_of(op, item, unit.kv_head, data), row[i].row);
   }
   attend_pieces(op, kv, rows, part.num_rows, part.pieces, sums_.data() + unit.kv_head * cut.num_sums + part.first_sum);
   for (int i = 0; i < part.num_rows; ++i)
@@ -116,14 +114,13 @@ void AttentionPlan::end_part(const OctavoOp& op, Cut& cut, int item, int kv_head
   if (num_ended.fetch_add(1, std::memory_order_acq_rel) + 1 < cut_item.num_parts) return;
   num_ended.store(0, std::memory_order_relaxed);  // for the next layer
   merge_pieces(op, items_[item], sums_.data() + kv_head * cut.num_sums, cut.first_sums.data() + cut_item.first_piece,
-               cut_item.pieces.count(), data.output + offset_of(op, items_[item], kv_head, data.stride), data.stride);
+               cut_item.pieces.count(), rows_of(op, items_[item], kv_head, data));
 }
 
 KvHead AttentionPlan::kv_head_of(const OctavoOp& op, const AttentionItem& item, int kv_head,
                                  const AttentionData& data) const {
-  const int64_t page_size = int64_t{op.head_dim} * kBlockTokens;
   KvHead kv{};
-  kv.pages = data.pages + kv_head * 2 * page_size;
+  kv.pages = data.pages + kv_head * pages_size(op);
   kv.block_stride = data.block_stride;
   kv.block_table = step_.block_tables + int64_t{item.sequence} * step_.max_blocks;
   return kv;
@@ -177,7 +174,7 @@ void PagesAhead::advance() {
     }
     read_ = plan_->read_of(*op_, next_read_++, false);
   }
-  const int64_t head_size = int64_t{2} * op_->head_dim * kBlockTokens;
+  const int64_t head_size = pages_size(*op_);
   const int32_t block = read_.block_table[read_.page++];
   next_line = reinterpret_cast<const char*>(pages_ + block * block_stride_ + read_.kv_head * head_size);
   end = next_line + read_.num_kv_heads * head_size * sizeof(bf16);

@@ -19,9 +19,7 @@ namespace octavo {
 struct AttentionData {
   const bf16* pages;  // K page of block 0 and kv head 0
   int64_t block_stride;
-  const Activation* queries;  // [num_tokens, stride]
-  Activation* output;         // [num_tokens, stride]
-  int64_t stride;
+  AttentionRows rows;
 };
 
 // Memory for the sums of pieces. It is kept from step to step and never cleared: to get new pages from the

@@ -13,6 +13,7 @@ constexpr int kPartialStride = sizeof(PartialRow) / sizeof(float);
 // The pages of a tile, and of what is read after it, to be fetched meanwhile.
 struct Tile {
   const bf16* keys[kTilePages];
+  const bf16* values[kTilePages];
   const bf16* next_keys[kTilePages];
   int num_pages;
 };

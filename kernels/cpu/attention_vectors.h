@@ -50,9 +50,8 @@ void score_pages(const Activation* queries, const bf16* const* pages, int head_d
 // The products of weights and values for `kVectors` vectors of the head's dimensions, added to `output` times `factors`, or without
 // any in place of what it holds.
 template <int kRows, int kVectors, bool kHasFactors>
-void add_some_values(const Tile& tile, const Activation* weights, int head_dim, int dim, const float* factors,
+void add_some_values(const Tile& tile, const Activation* weights, int value_dim, int dim, const float* factors,
                      float* output) {
-  const int64_t page_size = static_cast<int64_t>(head_dim) * kBlockTokens;
   Vec sums[kRows][kVectors];
   if constexpr (kHasFactors) {
     for (int row = 0; row < kRows; ++row)
@@ -63,13 +62,13 @@ void add_some_values(const Tile& tile, const Activation* weights, int head_dim, 
   }
   assume(tile.num_pages > 0);
   for (int page = 0; page < tile.num_pages; ++page) {
-    const bf16* values = tile.keys[page] + page_size + dim * 2;
+    const bf16* values = tile.values[page] + dim * 2;
     const bf16* next_keys = tile.next_keys[page] + dim * 2;
     for (int pair = 0; pair < kBlockTokens / 2; ++pair) {
       Pairs value[kVectors];
       for (int vector = 0; vector < kVectors; ++vector) {
-        value[vector] = load_pairs(values + (pair * head_dim + vector * kLanes) * 2);
-        prefetch_l2(next_keys + (pair * head_dim + vector * kLanes) * 2);
+        value[vector] = load_pairs(values + (pair * value_dim + vector * kLanes) * 2);
+        prefetch_l2(next_keys + (pair * value_dim + vector * kLanes) * 2);
       }
       for (int row = 0; row < kRows; ++row) {
         const Pairs weight = broadcast_pair(weights + row * kTileKeys + page * kBlockTokens + pair * 2);
@@ -89,7 +88,8 @@ class Products {
  public:
   static constexpr bool kOverlap = false;
 
-  Products(const Activation* queries, int head_dim, bool /*fetches*/) : queries_(queries), head_dim_(head_dim) {}
+  Products(const Activation* queries, int head_dim, int value_dim, bool /*fetches*/)
+      : queries_(queries), head_dim_(head_dim), value_dim_(value_dim) {}
 
   void start(const Tile* scored, float* scores, const Tile* valued, const Activation* weights, const float* factors,
              float* output) {
@@ -111,21 +111,22 @@ class Products {
   void add_values(const Tile& tile, const Activation* weights, const float* factors, float* output) const {
     constexpr int kVectors = columns_at_once(kRows, 1, 4);
     int dim = 0;
-    for (; dim + kVectors * kLanes <= head_dim_; dim += kVectors * kLanes)
+    for (; dim + kVectors * kLanes <= value_dim_; dim += kVectors * kLanes)
       add_some_values<kVectors>(tile, weights, dim, factors, output);
-    for (; dim < head_dim_; dim += kLanes) add_some_values<1>(tile, weights, dim, factors, output);
+    for (; dim < value_dim_; dim += kLanes) add_some_values<1>(tile, weights, dim, factors, output);
   }
 
   // Two functions: in one, the compiler would move the sums through memory where its two ways meet.
   template <int kVectors>
   void add_some_values(const Tile& tile, const Activation* weights, int dim, const float* factors, float* output) const {
     if (factors == nullptr)
-      return octavo::add_some_values<kRows, kVectors, false>(tile, weights, head_dim_, dim, nullptr, output);
-    octavo::add_some_values<kRows, kVectors, true>(tile, weights, head_dim_, dim, factors, output);
+      return octavo::add_some_values<kRows, kVectors, false>(tile, weights, value_dim_, dim, nullptr, output);
+    octavo::add_some_values<kRows, kVectors, true>(tile, weights, value_dim_, dim, factors, output);
   }
 
   const Activation* const queries_;
   const int head_dim_;
+  const int value_dim_;
 };
 
 }  // namespace octavo

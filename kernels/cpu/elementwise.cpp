@@ -94,6 +94,18 @@ void rotate_head(const OctavoOp& op, const float* heads, int h, const OctavoNorm
   for (int i = 0; i < op.head_dim; i += kLanes) take(i, load(head.values + i));
 }
 
+void write_key(const bf16* key, int head_dim, bf16* page, int offset) {
+  for (int i = 0; i < head_dim; i += 2)
+    std::memcpy(page + i * kBlockTokens + offset * 2, key + i, 2 * sizeof(bf16));
+}
+
+// Rotate the dimensions of a head from `first` on.
+void rotate_from(const OctavoOp& op, int first, int32_t position, Head& head) {
+  const int half = op.rotary_dim / 2;
+  const int64_t row = static_cast<int64_t>(position) * half;
+  rotate_halves(head.values + first, op.cos + row, op.sin + row, half);
+}
+
 }  // namespace
 
 void rotate_halves(float* first, const float* cos, const float* sin, int half) {
@@ -162,13 +174,34 @@ void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int
     alignas(64) bf16 key[kMaxHeadDim];
     rotate_head(op, keys, h, op.k_norm, key_factor, position,
                 [&](int i, Vec some) { store_bf16(key + i, make_finite(some)); });
-    for (int i = 0; i < head_dim; i += 2)
-      std::memcpy(key_page + i * kBlockTokens + offset * 2, key + i, 2 * sizeof(bf16));
+    write_key(key, head_dim, key_page, offset);
     const float* const value = qkv + (op.num_heads + op.num_kv_heads + h) * head_dim;
     bf16* const value_row = key_page + page_size + offset / 2 * head_dim * 2;
     for (int i = 0; i < head_dim; i += kLanes)
       store_every_second(value_row + 2 * i, offset % 2, make_finite(load(value + i)));
   }
+}
+
+void rotate_queries(const OctavoOp& op, const float* x, int32_t position, Activation* queries) {
+  for (int h = 0; h < op.num_heads; ++h, x += op.head_dim, queries += op.head_dim) {
+    Head head;
+    std::copy_n(x, op.head_dim, head.values);
+    rotate_from(op, op.head_dim - op.rotary_dim, position, head);
+    for (int i = 0; i < op.head_dim; i += kLanes) store_activation(queries + i, load(head.values + i));
+  }
+}
+
+void write_latent(const OctavoOp& op, const float* x, int32_t position, bf16* page, int offset) {
+  Head head;
+  const int64_t padded_size = round_up(op.latent_dim, kRowMultiple);
+  std::copy_n(x, op.latent_dim, head.values);
+  std::fill(head.values + op.latent_dim, head.values + padded_size, 0.0f);
+  norm_head(op.k_norm, head);
+  std::copy(x + op.latent_dim, x + op.head_dim, head.values + op.latent_dim);
+  rotate_from(op, op.latent_dim, position, head);
+  alignas(64) bf16 key[kMaxHeadDim];
+  for (int i = 0; i < op.head_dim; i += kLanes) store_bf16(key + i, make_finite(load(head.values + i)));
+  write_key(key, op.head_dim, page, offset);
 }
 
 }  // namespace octavo

@@ -9,8 +9,17 @@
 namespace octavo {
 
 constexpr int kBlockTokens = 16;   // tokens in a KV block
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 576;
+constexpr int kMaxValueDim = 512;
 constexpr int kRowMultiple = 32;   // buffer rows are padded to this many elements
+
+// Dimensions of a value.
+inline int value_dim(const OctavoOp& op) { return op.latent_dim > 0 ? op.latent_dim : op.head_dim; }
+
+// Numbers that the pages of a block and kv head hold.
+inline int64_t pages_size(const OctavoOp& op) {
+  return int64_t{op.latent_dim > 0 ? 1 : 2} * op.head_dim * kBlockTokens;
+}
 
 // Look up one token: a row of the table, or of the packed layer that is one, to float32; times op.scale.
 void embed_token(const OctavoOp& op, int32_t token_id, float* output);
@@ -36,5 +45,11 @@ void rotate_halves(float* first, const float* cos, const float* sin, int half);
 // queries  [op.num_heads, head_dim]
 void rotary_write_kv(const OctavoOp& op, const float* qkv, int32_t position, int first_kv_head, int num_kv_heads,
                      bf16* pages, int offset, Activation* queries);
+
+// Rotate the last dimensions of each head of one token.
+void rotate_queries(const OctavoOp& op, const float* x, int32_t position, Activation* queries);
+
+// Norm the first dimensions of a latent key, rotate the others, and put it at place `offset` of the page.
+void write_latent(const OctavoOp& op, const float* x, int32_t position, bf16* page, int offset);
 
 }  // namespace octavo

@@ -147,6 +147,11 @@ void finish_rows(const Gemm& gemm, int64_t row, int num_rows, int64_t block, flo
         });
       return for_each_row(output, stride, sums, num_rows,
                           [&](float* to, const float* sum) { std::copy_n(sum, num_columns, to); });
+    case Epilogue::kStoreActivations:
+      return for_each_row(activations, stride, sums, num_rows, [&](Activation* to, const float* sum) {
+        const int64_t count = std::min<int64_t>(num_columns, kBlockColumns);
+        for (int i = 0; i < count; i += kLanes) store_activation(to + i, load(sum + i));
+      });
     case Epilogue::kAddResidual:
       return for_each_row(output, stride, sums, num_rows, [](float* to, const float* sum) {
         for (int i = 0; i < kBlockColumns; i += kLanes) store(to + i, load(to + i) + load(sum + i));

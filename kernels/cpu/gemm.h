@@ -23,6 +23,7 @@ constexpr int kGatedColumns = kBlockColumns / 2;
 // What happens to the sums of a row, 32 at a time.
 enum class Epilogue {
   kStore,        // float32 output = sum
+  kStoreActivations,  // activations output = sum; up to `num_columns`, a multiple of 16
   kLogits,       // the same, and `best` takes them
   kAddResidual,  // float32 output += sum
   kAddWeighted,  // float32 output of output_rows[row] += row_weights[row] * sum

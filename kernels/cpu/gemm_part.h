@@ -48,6 +48,8 @@ inline char* output_of(const Gemm& gemm, int64_t row, int64_t block) {
     Activation* output = static_cast<Activation*>(gemm.output) + row * gemm.output_stride + block * kGatedColumns;
     return reinterpret_cast<char*>(output);
   }
+  if (gemm.epilogue == Epilogue::kStoreActivations)
+    return reinterpret_cast<char*>(static_cast<Activation*>(gemm.output) + row * gemm.output_stride + block * kBlockColumns);
   const int64_t output_row = gemm.epilogue == Epilogue::kAddWeighted ? gemm.output_rows[row] : row;
   float* output = static_cast<float*>(gemm.output) + output_row * gemm.output_stride + block * kBlockColumns;
   return reinterpret_cast<char*>(output);

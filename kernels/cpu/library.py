@@ -12,7 +12,7 @@ from typing import NamedTuple
 from octavo.kernels.cpu import build
 from octavo.kernels.group_codes import CodeShape, holds
 
-ABI_REVISION = 19
+ABI_REVISION = 20
 FAILED = -2
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
@@ -34,6 +34,7 @@ CODE_FORMATS = {
 """What codes mean by their OctavoWeightFormat, smallest first."""
 EMBED, NORM_LINEAR, ROTARY_WRITE_KV, PAGED_ATTENTION, LINEAR_RESIDUAL, NORM_GATED_LINEAR, LOGITS = range(7)
 NORM_EXPERTS_RESIDUAL, HIDDEN, LINEAR, NORM_RESIDUAL = 7, 8, 9, 10
+ROTATE_QUERIES, WRITE_LATENT, HEAD_LINEAR = 11, 12, 13
 PROFILE_ROWWISE, PROFILE_PREPARE, PROFILE_SIZE = 14, 15, 16
 PROFILE_NAMES = {
     EMBED: "embed",
@@ -47,6 +48,9 @@ PROFILE_NAMES = {
     HIDDEN: "hidden",
     LINEAR: "linear",
     NORM_RESIDUAL: "norm_residual",
+    ROTATE_QUERIES: "rotate_queries",
+    WRITE_LATENT: "write_latent",
+    HEAD_LINEAR: "head_linear",
     PROFILE_ROWWISE: "rowwise",
     PROFILE_PREPARE: "prepare",
 }
@@ -164,6 +168,7 @@ class Op(c.Structure):
         ("rotary_dim", c.c_int32),
         ("max_positions", c.c_int32),
         ("experts", Experts),
+        ("latent_dim", c.c_int32),
     )
 
 

@@ -62,6 +62,21 @@ class Packer:
         packed_bias = None if bias is None else self.store_floats(bias, BLOCK_COLUMNS)
         return library.Linear(address, packed_bias, in_features, out_features, packed_format)
 
+    def pack_heads(self, weight: torch.Tensor, weight_format: int) -> library.Linear:
+        """Pack a matrix for each head behind each other, [heads, out_features, in_features]; return the first."""
+        num_heads, out_features, in_features = weight.shape
+        num_bytes = self._packed_size(weight_format, out_features, in_features)
+
+        def pack(place: int) -> None:
+            for head, matrix in enumerate(weight):
+                for first_row, view in self._views(matrix, weight_format):
+                    self._library.octavo_pack_linear(
+                        self._pool, weight_format, view, first_row, place + head * num_bytes
+                    )
+
+        address, packed_format = self._pack(pack, weight_format, out_features, in_features, num_heads)
+        return library.Linear(address, None, in_features, out_features, packed_format)
+
     def pack_gated(
         self,
         gate: torch.Tensor,

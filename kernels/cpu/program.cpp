@@ -26,7 +26,7 @@ Program::Program(ThreadPool& threads, const OctavoProgramInfo& info)
       max_positions_(std::numeric_limits<int32_t>::max()) {
   for (const OctavoOp& op : ops_) {
     if (op.kind == OCTAVO_PAGED_ATTENTION) last_attention_ = &op - ops_.data();
-    if (op.kind == OCTAVO_ROTARY_WRITE_KV) max_positions_ = std::min(max_positions_, op.max_positions);
+    if (op.cos != nullptr) max_positions_ = std::min(max_positions_, op.max_positions);
     normed_stride_ = std::max(normed_stride_, row_stride<Activation>(round_up(op.norm.size, kRowMultiple)));
     if (is_quantized(op.linear))
       quantized_stride_ = std::max(quantized_stride_, quantized_row_bytes(op.linear.in_features));

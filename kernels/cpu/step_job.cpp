@@ -22,6 +22,8 @@ constexpr bool kJoinsRowwise = true;
 // has to look at. Measured with the rows in the cache.
 constexpr double kNsOfNorm = 0.08, kNsOfQuantising = 0.19, kNsOfWait = 1000.0, kNsOfWaitPerThread = 50.0;
 
+constexpr int kRowsPerHeadItem = 64;  // of one head's product
+
 constexpr int kRowsChosenByOneThread = 16;  // experts for more are worth a wait
 
 // With fewer rows for each thread, the ranks of a row are dealt out as well.
@@ -142,6 +144,16 @@ void StepJob::add_phases(const OctavoOp& op, const OctavoOp* next) {
       add_phase(at_once ? PhaseKind::kRotaryAttention : PhaseKind::kAttention, op, num_tokens, plan_of(op).prepare(op));
       break;
     }
+    case OCTAVO_ROTATE_QUERIES:
+      add_phase(PhaseKind::kRotateQueries, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
+      break;
+    case OCTAVO_WRITE_LATENT:
+      add_phase(PhaseKind::kWriteLatent, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
+      break;
+    case OCTAVO_HEAD_LINEAR:
+      add_phase(PhaseKind::kHeadLinear, op, num_tokens,
+                static_cast<int>(divide_up(num_tokens, kRowsPerHeadItem)) * op.num_heads);
+      break;
     case OCTAVO_NORM_RESIDUAL:
       add_phase(PhaseKind::kNormResidual, op, num_tokens, static_cast<int>(divide_up(num_tokens, kRowsPerItem)));
       break;
@@ -397,6 +409,18 @@ void StepJob::run_item(int index, int item) {
     case PhaseKind::kNormResidual:
       for (int t = begin; t < end; ++t) add_norm_row(op.norm, row<float>(op.input, t), row<float>(op.output, t));
       break;
+    case PhaseKind::kRotateQueries:
+      for (int t = begin; t < end; ++t)
+        rotate_queries(op, row<float>(op.input, t), step_.positions[t], row<Activation>(op.output, t));
+      break;
+    case PhaseKind::kWriteLatent:
+      for (int t = begin; t < end; ++t)
+        write_latent(op, row<float>(op.input, t), step_.positions[t],
+                     layer_pages(op, step_.slot_mapping[t] / kBlockTokens), step_.slot_mapping[t] % kBlockTokens);
+      break;
+    case PhaseKind::kHeadLinear:
+      run_head_linear(op, phase.num_rows, item);
+      break;
     case PhaseKind::kHidden:
       for (int r = begin; r < end; ++r)
         norm_row_exact(op.norm, row<float>(op.input, step_of(op).logits_rows[r]), logits_ + int64_t{r} * op.norm.size);
@@ -549,7 +573,7 @@ ReadAhead* StepJob::ahead_of(int index, int thread) {
 }
 
 bf16* StepJob::layer_pages(const OctavoOp& op, int64_t block) const {
-  const int64_t layer_size = int64_t{2} * op.num_kv_heads * op.head_dim * kBlockTokens;
+  const int64_t layer_size = op.num_kv_heads * pages_size(op);
   return cache_.data + (block * program_.info_.num_layers + op.layer) * layer_size;
 }
 
@@ -592,6 +616,29 @@ void StepJob::run_attention(int phase, int unit) {
   plan_of(op).run_unit(op, unit, items_per_phase_[phase], attention_data(op));
 }
 
+// One head of some rows: the product, and behind it what is kept.
+void StepJob::run_head_linear(const OctavoOp& op, int num_rows, int item) const {
+  const int head = item % op.num_heads, begin = item / op.num_heads * kRowsPerHeadItem;
+  const int kept = op.head_dim - op.linear.in_features;
+  const int64_t num_blocks = divide_up(op.linear.out_features, kBlockColumns);
+  OctavoLinear linear = op.linear;
+  linear.weight += head * num_blocks * block_bytes(linear.format, linear.in_features);
+  Gemm gemm{};
+  gemm.input = row<Activation>(op.input, begin) + head * op.head_dim;
+  gemm.input_stride = program_.buffers_[op.input].stride;
+  gemm.num_rows = std::min(kRowsPerHeadItem, num_rows - begin);
+  gemm.linear = &linear;
+  gemm.epilogue = Epilogue::kStoreActivations;
+  gemm.num_columns = linear.out_features;
+  gemm.output_stride = program_.buffers_[op.output].stride;
+  Activation* const output = row<Activation>(op.output, begin) + head * (linear.out_features + kept);
+  gemm.output = output;
+  run_gemm_blocks(gemm, 0, num_blocks);
+  for (int64_t r = 0; r < gemm.num_rows; ++r)
+    std::copy_n(gemm.input + r * gemm.input_stride + linear.in_features, kept,
+                output + r * gemm.output_stride + linear.out_features);
+}
+
 // The queries, and the residual: the operations from here on read nothing else of before.
 void StepJob::keep_needed_rows(const OctavoOp& attention, int item) const {
   const int residual = program_.ops_.back().input;
@@ -603,8 +650,9 @@ void StepJob::keep_needed_rows(const OctavoOp& attention, int item) const {
 }
 
 AttentionData StepJob::attention_data(const OctavoOp& op) const {
-  return {layer_pages(op, 0), layer_pages(op, 1) - layer_pages(op, 0), row<Activation>(op.input, 0), row<Activation>(op.output, 0),
-          program_.buffers_[op.input].stride};
+  return {layer_pages(op, 0), layer_pages(op, 1) - layer_pages(op, 0),
+          {row<Activation>(op.input, 0), program_.buffers_[op.input].stride, row<Activation>(op.output, 0),
+           program_.buffers_[op.output].stride}};
 }
 
 }  // namespace octavo

@@ -33,6 +33,9 @@ enum class PhaseKind {
   kExpertsDown,
   kHidden,
   kNormResidual,
+  kRotateQueries,
+  kWriteLatent,
+  kHeadLinear,
   kRowwise,  // some of these, one after the other over a few rows, whose values stay in a thread's cache
 };
 
@@ -94,6 +97,7 @@ class StepJob : public Job {
   void fetch_to_write_kv(const OctavoOp& op, int unit) const;
   void run_rotary_attention(int phase, int unit);
   void run_attention(int phase, int unit);
+  void run_head_linear(const OctavoOp& op, int num_rows, int item) const;
   void plan_ahead();
   ReadAhead* ahead_of(int phase, int thread);
   void keep_needed_rows(const OctavoOp& attention, int item) const;

@@ -17,7 +17,7 @@ from typing import Any
 from octavo.gpu_worker.config import HOST_KV_MEMORY, WorkerConfig
 from octavo.gpu_worker.engine import count_blocks
 from octavo.gpu_worker.errors import DeviceError, ModelError, one_line
-from octavo.gpu_worker.loading import fallback, inspection
+from octavo.gpu_worker.loading import inspection
 from octavo.gpu_worker.loading.inspection import Facts, Inspection
 from octavo.gpu_worker.loading.loading import context_of, device_of
 from octavo.gpu_worker.memory import free_memory_bytes
@@ -159,7 +159,7 @@ def _about(found: Inspection) -> dict[str, Any]:
         "architecture": found.architecture,
         "task": found.task,
         "served_by": "the modules of transformers" if found.fallback else "a native description",
-        "notes": [fallback.NOTE] if found.fallback else [],
+        "notes": found.notes,
         "stored_bytes": dict(found.stored),
         "weights_bytes": weights,
         "kv_bytes_per_token": found.kv_token_bytes,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.errors import ModelError
 from octavo.gpu_worker.loading.loading import load_model
@@ -21,7 +22,8 @@ from octavo.gpu_worker.loading.weights import load_folder
 from octavo.gpu_worker.models.decoder import Decoder
 
 from .paged import MAX_BLOCKS, Paged
-from .tiny import ARCHITECTURES, make_checkpoint, make_wrapper
+from .test_cpu_device import VARIANTS
+from .tiny import ARCHITECTURES, LATENT, make_checkpoint, make_wrapper
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
@@ -58,6 +60,65 @@ def test_a_config_as_written_before_2026_and_shards_mean_the_same(name: str, tmp
     new, old = (load(tmp_path / kind) for kind in ("new", "old"))
 
     assert torch.equal(new.compute(new.new(token_ids), 80), old.compute(old.new(token_ids), 80))
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_company_and_chunks_change_no_bit_of_latent_attention(name: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, name)
+    paged = load(tmp_path)
+    alone = paged.compute(paged.new(random_tokens(90)), chunk=90)
+    others = [paged.new(random_tokens(60, seed)) for seed in (1, 2)]
+
+    one = paged.new(random_tokens(90))
+    paged.step([(others[0], 17), (one, 41), (others[1], 18)])
+    for _ in range(3):
+        paged.step([(others[1], 1), (one, 1), (others[0], 2)])
+    paged.step([(one, 46), (others[0], 30)])
+
+    assert torch.equal(torch.stack(one.logits), alone)
+
+
+# As published: a head of the cache has 576 dimensions, and more query heads than attend together share it.
+PUBLISHED_SIZES = {
+    "hidden_size": 320,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("name", "settings"), [("deepseek_v3", {}), ("glm4_moe_lite", PUBLISHED_SIZES)])
+def test_the_cpu_device_attends_over_a_latent_cache(
+    name: str, settings: dict[str, Any], variant: str, tmp_path: Path
+) -> None:
+    make_checkpoint(tmp_path, name, dtype="bfloat16", **settings)
+    token_ids = random_tokens(300)
+    exact = load(tmp_path)
+    model = load_model(tmp_path, "auto", 0, lambda *_: None).model
+    paged = Paged(CpuDevice(model, 512, 8, MAX_BLOCKS, num_threads=2, variant=variant))
+    others = [paged.new(random_tokens(60, seed)) for seed in (1, 2)]
+
+    true = exact.compute(exact.new(token_ids), chunk=300)
+    alone = paged.compute(paged.new(token_ids), chunk=300)
+    one = paged.new(token_ids)
+    paged.step([(others[0], 17), (one, 141), (others[1], 18)])
+    paged.step([(others[1], 1), (one, 1), (others[0], 2)])
+    paged.step([(one, 158), (others[0], 30)])
+
+    errors = (alone - true).square().mean(dim=-1).sqrt() / true.std()
+    assert errors.median() < 0.04  # of numbers in 8 bits, layer after layer
+    assert torch.equal(torch.stack(one.logits), alone)
+    assert paged.device.kv_block_bytes() * 2 == exact.device.kv_block_bytes()
+
+
+def test_a_latent_cache_holds_one_key_a_token_for_all_heads(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3")
+    device = load(tmp_path).device
+    assert device.kv_block_bytes() == 3 * 16 * (128 + 16) * 4  # layers, tokens, latent and rotated dimensions, bytes
 
 
 def test_a_multiplier_of_what_layers_add_holds_for_layers_that_read_the_stream_itself(tmp_path: Path) -> None:
@@ -169,6 +230,8 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "glm4_moe, groups that do not fit": ("glm4_moe", {"n_group": 3}, r"8 experts from 2 of 3 groups"),
     "glm4_moe, layers of no kind": ("glm4_moe", {"mlp_layer_types": ["x"]}, "expected dense or sparse for each layer"),
+    "deepseek_v3, no latent": ("deepseek_v3", {"kv_lora_rank": 0}, "a size of latent attention below 1"),
+    "deepseek_v3, a size that is none": ("deepseek_v3", {"v_head_dim": "x"}, "v_head_dim is 'x', expected an integer"),
     "olmoe, clipped": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, expected null"),
 }
 

@@ -32,6 +32,7 @@ from octavo.gpu_worker.devices.cpu.recorder import record
 from octavo.gpu_worker.loading import packed_cache
 from octavo.gpu_worker.loading.loading import LoadedModel, load_for_device, load_model
 from octavo.gpu_worker.loading.packed_cache import PackedCache, cache_key, sources_digest
+from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import Runtime
 
@@ -81,6 +82,20 @@ def test_what_comes_back_computes_the_same_bits(cache: PackedCache, loaded: Load
     assert (found.architecture, found.max_model_len, found.model_version) == (
         "Qwen2ForCausalLM", 128, loaded.model_version,
     )  # fmt: skip
+    assert torch.equal(logits_of(found), logits_of(loaded))
+
+
+@pytest.mark.parametrize("scheme", [Quantization.NONE, Quantization.INT8])
+def test_a_model_with_a_latent_cache_comes_back(scheme: Quantization, cache: PackedCache, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3", dtype="bfloat16")
+    runtime = Runtime(num_threads=1)
+    model = load_model(tmp_path, "auto", 128, lambda *_: None, packed_as=scheme).model
+    loaded = LoadedModel(record(model, runtime, scheme), "DeepseekV3ForCausalLM", 128, "1")
+    assert cache.store(KEY, loaded)
+
+    found = cache.load(KEY, runtime)
+
+    assert found is not None
     assert torch.equal(logits_of(found), logits_of(loaded))
 
 

@@ -102,6 +102,8 @@ def load_part(folder: Path, collectives: Collectives) -> Paged:
         ("qwen2_moe", 4, {}),
         ("glm4_moe", 2, {}),
         ("ernie4_5_moe", 2, {}),
+        ("deepseek_v2", 4, {}),
+        ("deepseek_v3", 2, {}),
         ("gemma2", 2, {}),
         ("gemma3", 2, {}),
         ("phi3", 2, {}),

@@ -139,6 +139,20 @@ def test_other_families_are_read_so_too(tmp_path: Path, name: str) -> None:
     assert (found - exact).abs().median() < 0.05 * exact.std()
 
 
+def test_a_latent_model_in_blocks_of_fp8_has_the_numbers_of_its_layout(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3", dtype="bfloat16")
+    values = quantise_folder(tmp_path, "fp8, blocks")
+
+    tensors = load(tmp_path).tensors
+
+    for name in ("q_a_proj", "kv_b_proj", "o_proj"):
+        full = values[f"model.layers.1.self_attn.{name}.weight"]
+        assert torch.equal(tensors[f"model.layers.1.self_attn.{name}.weight"], full), name
+    full = values["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"]
+    pairs = torch.cat([full[:128], full[128::2], full[129::2]])  # rotated ones lie half of them apart
+    assert torch.equal(tensors["model.layers.1.self_attn.kv_a_proj_with_mqa.weight"], pairs)
+
+
 def test_what_is_computed_from_what_is_told_beforehand(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "llama", dtype="bfloat16")
     quantise_folder(tmp_path, "gptq")

@@ -77,6 +77,77 @@ EXPERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 48, "use_bias": False},
     ),
 }
+# Sizes of which none is another's.
+_LATENT_SIZES = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 80,
+    "moe_intermediate_size": 40,
+}
+LATENT: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "deepseek_v2": (  # as the small one: queries of the hidden state, the best experts of all
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {
+            **_LATENT_SIZES,
+            "q_lora_rank": None,
+            "n_routed_experts": 6,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "deepseek_v2_groups": (
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        {
+            **_LATENT_SIZES,
+            "q_lora_rank": 64,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_shared_experts": 1,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 4.0,
+            "attention_bias": True,
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            **_LATENT_SIZES,
+            "q_lora_rank": 64,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "mscale": 0.7,
+                "mscale_all_dim": 1.5,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "deepseek_v3_halves": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {**_LATENT_SIZES, "q_lora_rank": 64, "first_k_dense_replace": 3, "rope_interleave": False},
+    ),
+    "glm4_moe_lite": (
+        "Glm4MoeLiteConfig",
+        "Glm4MoeLiteForCausalLM",
+        {**_LATENT_SIZES, "q_lora_rank": 64, "n_routed_experts": 6, "num_experts_per_tok": 2},
+    ),
+}
 # Names of the config and model classes of transformers, and what is special.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": LLAMA3_ROPE}),
@@ -140,6 +211,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     **EXPERTS,
+    **LATENT,
     "minimax_m2": (
         "MiniMaxM2Config",
         "MiniMaxM2ForCausalLM",

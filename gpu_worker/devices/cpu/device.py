@@ -54,7 +54,8 @@ class CpuDevice:
         self._runtime = packed.runtime
         self._rows_at_once = packed.rows_at_once
         self._memory = Arena(packed.runtime)
-        self._block_shape = (packed.num_layers, heads.num_kv_heads, 2, heads.head_dim * _BLOCK_TOKENS)
+        num_pages = 1 if heads.latent_dim else 2
+        self._block_shape = (packed.num_layers, heads.num_kv_heads, num_pages, heads.head_dim * _BLOCK_TOKENS)
         self._cache = library.Cache(None, 0)
         self._blocks = np.empty((0, *self._block_shape), np.uint16)
         self._logits = _whole_lines(max_running, packed.output_size)

@@ -10,19 +10,24 @@ import ctypes
 import math
 from collections.abc import Mapping, Sequence
 
-from octavo.gpu_worker.devices.cpu.packed_model import MAX_HEAD_DIM, PackedValue
+from octavo.gpu_worker.devices.cpu.packed_model import MAX_LATENT_HEAD_DIM, PackedValue, check_heads
+from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import Heads, Module
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import BLOCK_COLUMNS, GATED_COLUMNS, Runtime, padded
 
 ALIGNMENT = 64  # of each piece of weights
 _MAX_SIZE = (1 << 31) - 1 - ALIGNMENT  # sizes are int32, and are rounded up
-_ATTENTION = {"layer", "num_heads", "num_kv_heads", "head_dim"}
+_ATTENTION = {"layer", "num_heads", "num_kv_heads", "head_dim", "latent_dim"}
+_ROTARY = {"cos", "sin", "rotary_dim", "max_positions"}
 # The fields that each kind of operation has, besides its kind, input and output; all others are zero.
 _FIELDS: dict[int, set[str]] = {
     library.EMBED: {"vocab_size", "table", "table_stride", "linear", "scale"},
     library.NORM_LINEAR: {"norm", "linear"},
-    library.ROTARY_WRITE_KV: {*_ATTENTION, "q_norm", "k_norm", "cos", "sin", "rotary_dim", "max_positions"},
+    library.ROTARY_WRITE_KV: {*_ATTENTION, *_ROTARY, "q_norm", "k_norm"},
+    library.ROTATE_QUERIES: {*_ROTARY, "num_heads", "head_dim"},
+    library.WRITE_LATENT: {*_ATTENTION, *_ROTARY, "k_norm"},
+    library.HEAD_LINEAR: {"linear", "num_heads", "head_dim"},
     library.PAGED_ATTENTION: {*_ATTENTION, "scale", "window", "soft_cap"},
     library.LINEAR_RESIDUAL: {"linear"},
     library.LINEAR: {"linear"},
@@ -55,9 +60,14 @@ def check_program(
     ops        with offsets in place of pointers, plus one: 0 stays null
     num_bytes  of the weights that the offsets are in
     """
-    sizes = (num_layers, heads.num_heads, heads.num_kv_heads, heads.head_dim, vocab_size)
+    sizes = (num_layers, heads.num_heads, heads.num_kv_heads, heads.head_dim, vocab_size, heads.value_dim)
     _check(all(type(size) is int and 1 <= size <= _MAX_SIZE for size in sizes), f"sizes {sizes}")
-    _check(heads.head_dim % 16 == 0 and heads.head_dim <= MAX_HEAD_DIM, f"heads of {heads.head_dim}")
+    try:
+        check_heads(heads)
+    except DeviceError as error:
+        raise ProgramError(str(error)) from error
+    _check(heads.value_dim <= heads.head_dim, f"{heads}")
+    _check(heads.latent_dim == 0 or heads.num_kv_heads == 1, f"{heads}")
     _check(heads.num_heads % heads.num_kv_heads == 0, f"{heads}")
     for value in values:
         _check(type(value.columns) is int and 1 <= value.columns <= _MAX_SIZE, f"{value}")
@@ -69,7 +79,7 @@ def check_program(
             checks.check(op, is_last=index == len(ops) - 1)
         except ProgramError as error:
             raise ProgramError(f"operation {index}, {library.PROFILE_NAMES.get(op.kind, op.kind)}: {error}") from None
-    _check(any(op.kind == library.ROTARY_WRITE_KV for op in ops), "has no layer")
+    _check(any(op.kind in (library.ROTARY_WRITE_KV, library.WRITE_LATENT) for op in ops), "has no layer")
     _check(checks.num_written == len(values), f"{checks.num_written} of {len(values)} values are written")
 
 
@@ -126,7 +136,7 @@ class _Checks:
         ]
         _check(not unused, f"sets {', '.join(unused)}")
         read = None if op.kind == library.EMBED else self._written(op.input)
-        written = None if is_last else self._output(op)
+        written = None if is_last or op.kind == library.WRITE_LATENT else self._output(op)
         _check(read is not None or op.input == -1, f"reads {op.input}")
         _check(written is not None or op.output == -1, f"writes {op.output}")
         if op.kind == library.EMBED:
@@ -135,10 +145,22 @@ class _Checks:
             self._rotary(op, self._is(read, is_float=True), self._is(written, is_float=False))
         elif op.kind == library.PAGED_ATTENTION:
             self._attention_fields(op)
-            columns = self._heads.num_heads * self._heads.head_dim
-            _check(self._is(read, is_float=False) == self._is(written, is_float=False) == columns, "columns")
+            sizes = [self._heads.num_heads * dim for dim in (self._heads.head_dim, self._heads.value_dim)]
+            _check([self._is(read, is_float=False), self._is(written, is_float=False)] == sizes, "columns")
             _check(op.window >= 0 and math.isfinite(op.scale), f"window {op.window}, scale {op.scale}")
             self._soft_cap(op)
+        elif op.kind == library.WRITE_LATENT:
+            self._attention_fields(op)
+            _check(self._is(read, is_float=True) == self._heads.head_dim and self._heads.latent_dim > 0, "no latent")
+            self._norm(op.k_norm, self._heads.latent_dim)
+            self._rotary_tables(op, self._heads.head_dim - self._heads.latent_dim)
+        elif op.kind == library.ROTATE_QUERIES:
+            columns = self._is(read, is_float=True)
+            self._heads_of_row(op, columns)
+            _check(self._is(written, is_float=False) == columns, f"{columns} columns become others")
+            self._rotary_tables(op, op.head_dim)
+        elif op.kind == library.HEAD_LINEAR:
+            self._head_linear(op, self._is(read, is_float=False), self._is(written, is_float=False))
         elif op.kind in (library.LINEAR, library.LINEAR_RESIDUAL):
             self._linear(op.linear, self._is(read, is_float=False), self._is(written, is_float=True))
         else:
@@ -222,21 +244,41 @@ class _Checks:
 
     def _attention_fields(self, op: library.Op) -> None:
         _check(0 <= op.layer < self._num_layers, f"layer {op.layer} of {self._num_layers}")
-        _check(Heads(op.num_heads, op.num_kv_heads, op.head_dim) == self._heads, "heads that the cache is not for")
+        _check(
+            Heads(op.num_heads, op.num_kv_heads, op.head_dim, op.latent_dim) == self._heads,
+            "heads that the cache is not for",
+        )
 
     def _rotary(self, op: library.Op, read: int, written: int) -> None:
         self._attention_fields(op)
         heads = self._heads
         sizes = ((heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, heads.num_heads * heads.head_dim)
         _check((read, written) == sizes, f"{read} columns become {written}")
-        _check(op.rotary_dim in range(0, heads.head_dim + 1, 2), f"{op.rotary_dim} rotary dimensions")
-        _check(op.max_positions >= 1, f"{op.max_positions} positions")
-        for table in (op.cos, op.sin):
-            self._piece(table, op.max_positions * op.rotary_dim * 2)
+        _check(heads.latent_dim == 0, "writes apart what is one")
+        self._rotary_tables(op, heads.head_dim)
         for norm, count in ((op.q_norm, heads.num_heads), (op.k_norm, heads.num_kv_heads)):
             if _is_set(norm):
                 is_of_row = norm.size == count * heads.head_dim
                 self._norm(norm, count * heads.head_dim if is_of_row else heads.head_dim)
+
+    def _rotary_tables(self, op: library.Op, most_dims: int) -> None:
+        _check(op.rotary_dim in range(0, most_dims + 1, 2), f"{op.rotary_dim} rotary dimensions")
+        _check(op.max_positions >= 1, f"{op.max_positions} positions")
+        for table in (op.cos, op.sin):
+            self._piece(table, op.max_positions * op.rotary_dim * 2)
+
+    def _heads_of_row(self, op: library.Op, columns: int) -> None:
+        _check(op.num_heads == self._heads.num_heads, f"{op.num_heads} heads")
+        fits = 1 <= op.head_dim <= MAX_LATENT_HEAD_DIM and op.head_dim % 16 == 0
+        _check(fits and op.num_heads * op.head_dim == columns, f"heads of {op.head_dim} in {columns} columns")
+
+    def _head_linear(self, op: library.Op, read: int, written: int) -> None:
+        self._heads_of_row(op, read)
+        inner, outer = op.linear.in_features, op.linear.out_features
+        _check(1 <= inner <= op.head_dim and outer >= 1, f"{inner} of {op.head_dim} dimensions become {outer}")
+        _check(inner % 32 == 0 and outer % 16 == 0 and not op.linear.bias, "parts of heads that are not multiplied")
+        _check(op.num_heads * (op.head_dim - inner + outer) == written, f"{read} columns become {written}")
+        self._weights(op.linear, inner, outer, padded(outer, BLOCK_COLUMNS), op.num_heads)
 
     def _experts(self, op: library.Op, columns: int) -> None:
         experts = op.experts

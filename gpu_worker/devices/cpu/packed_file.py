@@ -16,6 +16,7 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def write(file: int, key: str, facts: Mapping[str, Any], packed: PackedModel) ->
         "key": key,
         "facts": dict(facts),
         "num_layers": packed.num_layers,
-        "heads": [packed.heads.num_heads, packed.heads.num_kv_heads, packed.heads.head_dim],
+        "heads": list(astuple(packed.heads)),
         "vocab_size": packed.vocab_size,
         "values": [[value.columns, value.is_float] for value in packed.values],
         "ops": base64.b64encode(bytes(ops)).decode(),

@@ -12,15 +12,31 @@ from octavo.gpu_worker.ops import Heads, Module
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.runtime import BLOCK_COLUMNS, Arena, Program, Runtime, padded, row_stride
 
-MAX_HEAD_DIM = 256  # that the kernels have room for
+MAX_HEAD_DIM = 256  # that the kernels have room for, or are fast with
+MAX_LATENT_HEAD_DIM, MAX_LATENT_DIM = 576, 512
 
 
 def check_heads(heads: Heads) -> None:
     """Raise DeviceError if the kernels cannot run such heads."""
-    if heads.head_dim % 16 or heads.head_dim > MAX_HEAD_DIM:
+    most = MAX_LATENT_HEAD_DIM if heads.latent_dim else MAX_HEAD_DIM
+    if heads.head_dim % 16 or heads.head_dim > most:
         raise DeviceError(
-            f"device cpu: heads of {heads.head_dim} dimensions are no multiple of 16, or more than {MAX_HEAD_DIM}; use "
-            "device reference"
+            f"device cpu: heads of {heads.head_dim} dimensions are no multiple of 16, or more than {most}; use device "
+            "reference"
+        )
+    if heads.latent_dim % 16 or heads.latent_dim > MAX_LATENT_DIM:
+        raise DeviceError(
+            f"device cpu: a latent cache of {heads.latent_dim} dimensions is no multiple of 16, or more than "
+            f"{MAX_LATENT_DIM}; use device reference"
+        )
+
+
+def check_head_linear(in_features: int, out_features: int, head_dim: int) -> None:
+    """Raise DeviceError if the kernels cannot multiply such parts of heads."""
+    if in_features % 32 or out_features % 16 or head_dim % 16:
+        raise DeviceError(
+            f"device cpu: heads of latent attention with {in_features} of {head_dim} dimensions that become "
+            f"{out_features}; the first must be a multiple of 32, the others of 16; use device reference"
         )
 
 
@@ -68,7 +84,7 @@ class PackedModel:
     @property
     def max_positions(self) -> int:
         """How many positions there are rotary tables for."""
-        return min(int(op.max_positions) for op in self.ops if op.kind == library.ROTARY_WRITE_KV)
+        return min(int(op.max_positions) for op in self.ops if op.max_positions)
 
     @property
     def rows_at_once(self) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from octavo.gpu_worker.devices.cpu.packed_model import PackedModel, PackedValue, check_heads
-from octavo.gpu_worker.ops import Activation, Experts, Heads, Linear, Model, Module, Norm, Rotary
+from octavo.gpu_worker.devices.cpu.packed_model import PackedModel, PackedValue, check_head_linear, check_heads
+from octavo.gpu_worker.ops import Activation, Experts, HeadLinear, Heads, Linear, Model, Module, Norm, Rotary
 from octavo.gpu_worker.quantization import Quantization
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.coded_rows import CodedRows, shapes_of
@@ -165,16 +165,8 @@ class _Recorder:
         self._check_layer(layer, heads)
         columns = self.values[qkv].columns
         assert columns == (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, (columns, heads)
-        assert rotary.rotary_dim in range(0, heads.head_dim + 1, 2), rotary.rotary_dim
-        assert rotary.cos.shape == rotary.sin.shape == (len(rotary.cos), rotary.rotary_dim // 2), rotary.cos.shape
-        op = library.Op(
-            kind=library.ROTARY_WRITE_KV,
-            cos=self._rotary_table(rotary.cos),
-            sin=self._rotary_table(rotary.sin),
-            rotary_dim=rotary.rotary_dim,
-            max_positions=len(rotary.cos),
-            **self._attention_fields(layer, heads),
-        )
+        op = library.Op(kind=library.ROTARY_WRITE_KV, **self._attention_fields(layer, heads))
+        self._set_rotary(op, rotary, heads.head_dim)
         if q_norm is not None:
             op.q_norm = self._head_norm(q_norm, heads.num_heads, heads.head_dim)
         if k_norm is not None:
@@ -194,7 +186,31 @@ class _Recorder:
             soft_cap=soft_cap,
             **self._attention_fields(layer, heads),
         )
+        return self._record(op, queries, PackedValue(heads.num_heads * heads.value_dim, is_float=False))
+
+    def rotate_queries(self, queries: int, num_heads: int, rotary: Rotary) -> int:
+        columns = self.values[queries].columns
+        op = library.Op(kind=library.ROTATE_QUERIES, num_heads=num_heads, head_dim=columns // num_heads)
+        self._set_rotary(op, rotary, columns // num_heads)
         return self._record(op, queries, PackedValue(columns, is_float=False))
+
+    def write_latent(self, latent: int, layer: int, heads: Heads, rotary: Rotary, norm: Norm) -> None:
+        self._check_layer(layer, heads)
+        assert self.values[latent] == PackedValue(heads.head_dim, is_float=True), (self.values[latent], heads)
+        assert norm.weight.shape == (heads.latent_dim,), norm.weight.shape
+        op = library.Op(kind=library.WRITE_LATENT, input=latent, output=-1, **self._attention_fields(layer, heads))
+        op.k_norm = self._packer.store_norm(norm.weight, norm.eps)
+        self._set_rotary(op, rotary, heads.head_dim - heads.latent_dim)
+        self.ops.append(op)
+
+    def head_linear(self, x: int, linear: HeadLinear) -> int:
+        num_heads, out_features, in_features = linear.weight.shape
+        head_dim = self.values[x].columns // num_heads
+        check_head_linear(in_features, out_features, head_dim)
+        op = library.Op(kind=library.HEAD_LINEAR, num_heads=num_heads, head_dim=head_dim)
+        op.linear = self._packer.pack_heads(linear.weight, library.WEIGHT_BF16)
+        columns = num_heads * (head_dim - in_features + out_features)
+        return self._record(op, x, PackedValue(columns, is_float=False))
 
     def logits(self, x: _Normed, head: Linear | None, soft_cap: float = 0.0) -> int:
         op = library.Op(kind=library.HIDDEN, input=x.source, output=_END)
@@ -272,6 +288,12 @@ class _Recorder:
             weight_format = self._format_of(linear.weight)
         return self._packer.pack_linear(linear.weight, linear.bias, weight_format)
 
+    def _set_rotary(self, op: library.Op, rotary: Rotary, most_dims: int) -> None:
+        assert rotary.rotary_dim in range(0, most_dims + 1, 2), rotary.rotary_dim
+        assert rotary.cos.shape == rotary.sin.shape == (len(rotary.cos), rotary.rotary_dim // 2), rotary.cos.shape
+        op.cos, op.sin = self._rotary_table(rotary.cos), self._rotary_table(rotary.sin)
+        op.rotary_dim, op.max_positions = rotary.rotary_dim, len(rotary.cos)
+
     def _rotary_table(self, table: torch.Tensor) -> int:
         if id(table) not in self._rotary_tables:
             self._rotary_tables[id(table)] = (table, self._packer.store_floats(table))
@@ -288,6 +310,7 @@ class _Recorder:
             "num_heads": heads.num_heads,
             "num_kv_heads": heads.num_kv_heads,
             "head_dim": heads.head_dim,
+            "latent_dim": heads.latent_dim,
         }
 
 

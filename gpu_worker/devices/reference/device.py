@@ -27,6 +27,7 @@ from octavo.gpu_worker.ops import (
     EncoderModel,
     Experts,
     Float32Array,
+    HeadLinear,
     Heads,
     Int32Array,
     LayerNorm,
@@ -75,16 +76,17 @@ class ReferenceDevice:
 
     def kv_block_bytes(self) -> int:
         """Bytes that one block takes, over all layers, keys and values."""
-        heads = self._model.heads
-        per_token = 2 * self._model.num_layers * heads.num_kv_heads * heads.head_dim * self.dtype.itemsize
-        return per_token * BLOCK_SIZE
+        return self._model.num_layers * self._model.heads.cached_per_token * self.dtype.itemsize * BLOCK_SIZE
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Allocate [num_layers, num_blocks, num_kv_heads, 16, head_dim] for keys and for values."""
+        """Allocate [num_layers, num_blocks, num_kv_heads, 16, head_dim] for keys and for values.
+
+        Values of a latent cache are a part of the keys.
+        """
         heads = self._model.heads
         shape = (self._model.num_layers, num_blocks, heads.num_kv_heads, BLOCK_SIZE, heads.head_dim)
         self.keys = torch.zeros(shape, dtype=self.dtype)
-        self.values = torch.zeros(shape, dtype=self.dtype)
+        self.values = self.keys[..., : heads.latent_dim] if heads.latent_dim else torch.zeros(shape, dtype=self.dtype)
 
     def touch_kv(self) -> bool:
         """Nothing: what is first written is slow here, and so is all else."""
@@ -200,12 +202,31 @@ class _StepOps:
         self._device.values[layer][self._blocks, :, self._offsets] = values[:count]
         return queries.reshape(self._num_rows, -1)
 
+    def rotate_queries(self, queries: torch.Tensor, num_heads: int, rotary: Rotary) -> torch.Tensor:
+        return self._rotate_last(queries.view(self._num_rows, num_heads, -1), rotary).flatten(1)
+
+    def write_latent(self, latent: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, norm: Norm) -> None:
+        normed = self.norm(latent[:, : heads.latent_dim], norm)
+        rotated = self._rotate_last(latent[:, None, heads.latent_dim :], rotary)[:, 0]
+        keys = torch.cat([normed, rotated], dim=1)[: len(self._blocks), None]
+        self._device.keys[layer][self._blocks, :, self._offsets] = keys
+
+    def head_linear(self, x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
+        weight = self._device.weight(linear.weight)
+        num_heads, _, in_features = weight.shape
+        per_head = x.view(self._num_rows, num_heads, -1)
+        parts = [
+            torch.cat([self._multiply(per_head[:, h, :in_features], weight[h]), per_head[:, h, in_features:]], dim=1)
+            for h in range(num_heads)
+        ]
+        return torch.cat(parts, dim=1)
+
     def paged_attention(
         self, queries: torch.Tensor, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
     ) -> torch.Tensor:
         if window not in self._groups:
             self._groups[window] = plan_attention(self._step, window, multiple=_PAIRS_PER_CALL)
-        attended = torch.zeros_like(queries)
+        attended = queries.new_zeros(self._num_rows, heads.num_heads * heads.value_dim)
         per_head = queries.view(self._num_rows, heads.num_kv_heads, -1, heads.head_dim)
         for group in self._groups[window]:
             output = self._attend(per_head[group.tile_rows], group, layer, scale, soft_cap)
@@ -326,17 +347,24 @@ class _StepOps:
         one, two, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return torch.cat([one * cos - two * sin, two * cos + one * sin, rest], dim=-1)
 
+    def _rotate_last(self, x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """Rotate the last dimensions of [rows, heads, head_dim]."""
+        first = x.shape[-1] - rotary.rotary_dim
+        return torch.cat([x[..., :first], self._rotate(x[..., first:], rotary)], dim=-1)
+
     def _attend(
         self, queries: torch.Tensor, group: AttentionGroup, layer: int, scale: float, soft_cap: float
     ) -> torch.Tensor:
-        """Attend with query tiles [tiles, 16, num_kv_heads, queries a key head, head_dim]; same shape back."""
+        """Attend with query tiles [tiles, 16, num_kv_heads, queries a key head, head_dim]; return [..., value_dim]."""
         num_tiles, _, num_kv_heads, shared, head_dim = queries.shape
+        value_dim = self._device.values.shape[-1]
         num_pairs = len(group.tile_of_pair)
         tiles = queries.transpose(1, 2).reshape(num_tiles, num_kv_heads, TILE_ROWS * shared, head_dim)
         keys = self._gather(self._device.keys[layer], group)
-        values = self._gather(self._device.values[layer], group)
+        is_latent = value_dim < head_dim
+        values = keys[..., :value_dim].contiguous() if is_latent else self._gather(self._device.values[layer], group)
         # What lies beyond a sequence's end was left by another one; a zero weight would not mask a NaN.
-        ended = values.view(num_pairs, num_kv_heads, TILE_KEYS, head_dim)
+        ended = values.view(num_pairs, num_kv_heads, TILE_KEYS, value_dim)
         ended[group.ended_pairs] = ended[group.ended_pairs].masked_fill(group.ended_keys[:, None, :, None], 0)
 
         scores = (
@@ -352,13 +380,13 @@ class _StepOps:
             best[owners] = torch.maximum(best[owners], pair_best.index_select(0, pairs))
         weights = scores.sub_(best.index_select(0, group.tile_of_pair).view(*scores.shape[:2], 1)).exp_()
         pair_sums = weights.sum(dim=-1).view(num_pairs, num_kv_heads, -1, 1)
-        pair_outputs = self._products(weights, values, num_kv_heads).view(num_pairs, num_kv_heads, -1, head_dim)
+        pair_outputs = self._products(weights, values, num_kv_heads).view(num_pairs, num_kv_heads, -1, value_dim)
         sums = torch.zeros_like(pair_sums[:num_tiles])
         outputs = torch.zeros_like(pair_outputs[:num_tiles])
         for pairs, owners in group.pairs_by_rank:
             sums.index_add_(0, owners, pair_sums.index_select(0, pairs))
             outputs.index_add_(0, owners, pair_outputs.index_select(0, pairs))
-        attended = (outputs / sums).view(num_tiles, num_kv_heads, TILE_ROWS, shared, head_dim)
+        attended = (outputs / sums).view(num_tiles, num_kv_heads, TILE_ROWS, shared, value_dim)
         return attended.transpose(1, 2).contiguous()
 
     def _products(self, left: torch.Tensor, right: torch.Tensor, num_kv_heads: int) -> torch.Tensor:

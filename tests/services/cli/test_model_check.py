@@ -200,6 +200,25 @@ def test_it_says_by_what_a_model_is_served_and_why(
     assert "'OPTForCausalLM' is not supported" in report_of(tmp_path / "opt")["problems"][0]
 
 
+def test_a_latent_cache_is_counted_and_unread_layers_are_told_and_devices_that_cannot_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**published_config("deepseek-ai/DeepSeek-V3"), "num_hidden_layers": 4, "n_routed_experts": 16}
+    del config["quantization_config"]
+    monkeypatch.setattr(model_check, "_memory_of", lambda _: 4 << 40)
+    folder = write_outline(tmp_path / "model", {**config, "num_nextn_predict_layers": 1})
+
+    report = report_of(folder, device="reference")
+    refused = report_of(folder, device="cuda")
+
+    assert report["served"], report["problems"]
+    assert report["kv_bytes_per_token"] == 4 * 576 * 2
+    assert report["notes"] == ["The 1 layer(s) that predict further tokens are left unread."]
+    odd = report_of(write_outline(tmp_path / "odd", {**config, "v_head_dim": 100}), device="cpu")
+    assert "heads of latent attention with 512 of 512 dimensions that become 100" in odd["problems"][0]
+    assert "no kernels for the latent attention of DeepseekV3ForCausalLM; use" in refused["problems"][0]
+
+
 def test_the_table_has_every_config_that_is_there() -> None:
     assert {path.stem.replace("--", "/") for path in CONFIGS.glob("*.json")} == MODELS.keys()
     readme = (CONFIGS / "README.md").read_text()
