@@ -15,6 +15,7 @@ import pytest
 from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.ops import Float32Array, StepInput
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN, NOT_FINITE_TOKEN
+from octavo.gpu_worker.sampling.grammars import Grammars
 from octavo.gpu_worker.steps.batch import Limits, Slots
 from octavo.gpu_worker.steps.host_runner import HostRunner
 from octavo.gpu_worker.steps.proposers import MOST_MATCHED, Repetition, Text
@@ -26,6 +27,7 @@ from .test_cpu_device import Shape, TinyModel
 
 LIMITS = Limits(max_running=6, max_batch_tokens=64, max_blocks_per_sequence=12, num_blocks=100, vocab_size=128)
 SAMPLES, FOLLOWS = 1, 2
+ADAPTER_IDS = (1, 2)
 PROMPT = (5, 9, 5, 9, 7)
 GREEDY = {"top_p": 1.0}
 PLAIN = [
@@ -120,9 +122,13 @@ class Planner:
         ahead: bool = False,
         lookahead: int = 0,
         rows_at_once: int = MOST_TOKENS,
+        grammars: Grammars | None = None,
+        model: TinyModel | None = None,
     ) -> None:
         sizes = (LIMITS.max_running, LIMITS.max_blocks_per_sequence)
-        self.device = CountingDevice(TinyModel(Shape(), seed=3), LIMITS.max_batch_tokens, *sizes, num_threads=2)
+        self.device = CountingDevice(
+            model or TinyModel(Shape(), seed=3), LIMITS.max_batch_tokens, *sizes, num_threads=2
+        )
         make: Callable[..., Speculation] | None = None
         if speculative_tokens:
             make = functools.partial(
@@ -133,9 +139,9 @@ class Planner:
                 LIMITS.max_batch_tokens,
                 rows_at_once,
             )
-        self.runner = HostRunner(self.device, *sizes, LIMITS.vocab_size, speculation=make)
+        self.runner = HostRunner(self.device, *sizes, LIMITS.vocab_size, grammars, speculation=make)
         self.runner.allocate_kv(LIMITS.num_blocks)
-        self.slots = Slots(LIMITS)
+        self.slots = Slots(LIMITS, ADAPTER_IDS)
         self.free_blocks = list(range(1, LIMITS.num_blocks))
         self.freed: list[int] = []
         self.step_id = 0
@@ -195,7 +201,9 @@ class Planner:
             request.computed += count
         for request, _ in sampled:
             request.pending += 1
-        outcome = self.runner.start(self.slots.apply(plan)).wait()
+        checked = self.slots.apply(plan)
+        assert not checked.refused
+        outcome = self.runner.start(checked).wait()
         self.in_flight.append(InFlight(outcome, sampled))
         while len(self.in_flight) > self.ahead:
             self._digest(self.in_flight.popleft())
@@ -220,7 +228,7 @@ class Planner:
             request.computed += count - 1
             request.num_accepted += max(count - 1, 0)
             request.num_empty += count == 0
-            if request.settings.get("logprobs"):
+            if "logprobs" in request.settings:
                 request.logprobs += [next(logprobs) for _ in range(count)]
         assert next(token_ids, None) is None
         assert next(logprobs, None) is None
