@@ -148,7 +148,7 @@ class HostRunner(HostMemory):
         counts = speculation.accepted(planned.rows, step, sampled)
         slots, token_ids = step.rows.slots[step.rows.samples].astype(np.int32), sampled.token_ids
         tables.record(slots, token_ids if counts is None else token_ids[np.cumsum(counts[counts > 0]) - 1])
-        return Done(Outcome(sampled, *times, token_counts=counts))
+        return Done(Outcome(sampled, *times, token_counts=counts, guesses=speculation.take_guesses()))
 
     def _compute(self, step: Step) -> tuple[Sampled, tuple[int, int]]:
         """Compute a step and draw its tokens; return them, and the microseconds that both took."""

@@ -15,6 +15,7 @@ row that follows what was drawn last for its slot goes on after that, wherever i
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
@@ -27,6 +28,7 @@ from octavo.gpu_worker.sampling.sampler import Sampled
 from octavo.gpu_worker.steps.batch import LAST_TOKEN, Step
 from octavo.gpu_worker.steps.proposers import Forced, Proposer, Repetition
 from octavo.gpu_worker.steps.rows import Rows
+from octavo.gpu_worker.steps.runner import Guesses
 
 _LEAST_CHANCE: Final = 0.05  # of a draft token that is computed
 _OTHERS_TIME: Final = 2.0  # of a draft token, which they wait for and gain nothing by, counts so many times
@@ -80,6 +82,10 @@ class Speculation:
         self._records: dict[tuple[int, int], Record] = {}  # by slot and proposer
         self._choices: dict[int, _Choice] = {}  # of the step that is computed, by slot
         self._cost = StepCost(max_running)
+        self._drafted = [0] * len(self._proposers)  # by proposer; these and the next are of the step
+        self._right = [0] * len(self._proposers)
+        self._spent_s = [0.0] * len(self._proposers)  # since its last guess
+        self._draft_s = 0.0  # what one token is thought to take of the step
         self.copy_blocks, self.computed = self._repetition.copy_blocks, self._repetition.computed
 
     def forget(self, step: Step) -> None:
@@ -152,7 +158,9 @@ class Speculation:
         automaton = self._automaton_of(slot)
         for index, proposer in enumerate(self._proposers):
             record = self._records.get((slot, index), _NO_RECORD)
+            began = time.perf_counter()
             proposal = proposer.propose(slot, position, token_id, block_table, most)
+            self._spent_s[index] += time.perf_counter() - began
             if proposal is None:
                 continue
             chances = self._accuracy[index].chances(proposal.kinds, least, record.factor)
@@ -201,6 +209,8 @@ class Speculation:
     def _learn(self, slot: int, num_right: int, length: int) -> None:
         """Learn that so many tokens of a slot's draft were right."""
         choice = self._choices[slot]
+        self._drafted[choice.proposer] += length
+        self._right[choice.proposer] += num_right
         self._accuracy[choice.proposer].learn(choice.kinds[:length], num_right)
         record = self._records.setdefault((slot, choice.proposer), Record())
         record.learn(sum(choice.chances[:length]) / record.factor, num_right)
@@ -211,6 +221,20 @@ class Speculation:
         num_drafts = 0 if rows.num_drafts is None else int(rows.num_drafts.sum())
         if 0 < num_tokens - num_drafts == len(rows.slots) and num_tokens <= self._most_tokens:
             self._cost.learn(len(rows.slots), num_drafts, seconds)
+        part = self._cost.of_draft(len(rows.slots)) if num_drafts else 0.0
+        self._draft_s = seconds * part / (1 + num_drafts * part)
+
+    def take_guesses(self) -> tuple[Guesses, ...]:
+        """Return what was guessed in the step that was computed, and count anew."""
+        if not any(self._drafted):
+            return ()
+        taken = []
+        for index, proposer in enumerate(self._proposers):
+            if drafted := self._drafted[index]:
+                seconds = self._spent_s[index] + drafted * self._draft_s
+                taken.append(Guesses(proposer.name, drafted, self._right[index], round(seconds * 1e6)))
+                self._drafted[index], self._right[index], self._spent_s[index] = 0, 0, 0.0
+        return tuple(taken)
 
     def _room(self, block_table: Int32Array, position: int, most: int) -> int:
         """Return for how many tokens from `position` on a sequence has blocks, up to `most`."""

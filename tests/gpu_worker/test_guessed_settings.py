@@ -22,10 +22,11 @@ TOKENS = [bytes([code]) for code in range(32, 127)] + WORDS
 TOKENS += [b""] * (LIMITS.vocab_size - 1 - len(TOKENS)) + [b"<stop>"]
 STOP = LIMITS.vocab_size - 1
 HEADER = '%llguidance {"no_forcing": true}\n'
-SCHEMA = """{"type": "object", "properties": {"name": {"enum": ["yes", "no"]}, "street": {"type": "string",
-"maxLength": 9}, "items": {"type": "array", "minItems": 2, "maxItems": 3, "items": {"type": "object", "properties": {"name":
-{"enum": ["yes", "no"]}}, "required": ["name"], "additionalProperties": false}}}, "additionalProperties": false,
-"required": ["name", "street", "items"], "x-guidance": {"whitespace_pattern": " ?"}}"""
+SCHEMA = """{"type": "object", "additionalProperties": false, "required": ["name", "street", "items"],
+"properties": {"name": {"enum": ["yes", "no"]}, "street": {"type": "string", "maxLength": 9},
+"items": {"type": "array", "minItems": 2, "maxItems": 3, "items": {"type": "object",
+"properties": {"name": {"enum": ["yes", "no"]}}, "required": ["name"], "additionalProperties": false}}},
+"x-guidance": {"whitespace_pattern": " ?"}}"""
 RULES = (f"start: %json {SCHEMA}", 'start: ("name: " /[a-c]{1,3}/ "; street? ")+', "start: /(yes|no|street){30}/")
 NUM_BATCHES = int(os.environ.get("OCTAVO_TEST_BATCHES", "60"))  # of six requests
 
@@ -123,7 +124,7 @@ def test_what_a_grammar_forces_takes_few_steps(grammars: Grammars) -> None:
         "grammar": HEADER + RULES[0],
         "end_of_sequence_ids": column([STOP]),
     }
-    num_forwards = []
+    num_forwards, counts = [], []
     for num_guesses in (0, 15):
         planner = make_planner(num_guesses, grammars, lookahead=16)
         for slot in range(3):  # what usually follows is learned
@@ -132,4 +133,10 @@ def test_what_a_grammar_forces_takes_few_steps(grammars: Grammars) -> None:
             while STOP not in request.output:
                 planner.step([(request, request.due)])
         num_forwards.append(planner.device.num_forwards)
+        counts.append(Counter(guesses.proposer for guesses in planner.guesses if guesses.accepted))
+        drafted = [guesses.drafted for guesses in planner.guesses]
+        assert sum(drafted) >= sum(guesses.accepted for guesses in planner.guesses)
+        assert all(guesses.drafted > 0 for guesses in planner.guesses)
     assert num_forwards[1] * 2 < num_forwards[0], num_forwards
+    assert not counts[0]
+    assert counts[1]["grammar"] > 0

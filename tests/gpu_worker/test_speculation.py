@@ -19,7 +19,7 @@ from octavo.gpu_worker.sampling.grammars import Grammars
 from octavo.gpu_worker.steps.batch import Limits, Slots
 from octavo.gpu_worker.steps.host_runner import HostRunner
 from octavo.gpu_worker.steps.proposers import MOST_MATCHED, Repetition, Text
-from octavo.gpu_worker.steps.runner import Outcome
+from octavo.gpu_worker.steps.runner import Guesses, Outcome
 from octavo.gpu_worker.steps.speculation import MOST_TOKENS, Accuracy, Speculation, StepCost
 from octavo.worker.v1 import worker_pb2
 
@@ -145,6 +145,7 @@ class Planner:
         self.free_blocks = list(range(1, LIMITS.num_blocks))
         self.freed: list[int] = []
         self.step_id = 0
+        self.guesses: list[Guesses] = []
         self.in_flight: deque[InFlight] = deque()
         self.ahead = ahead
         self.lookahead = lookahead
@@ -204,6 +205,7 @@ class Planner:
         checked = self.slots.apply(plan)
         assert not checked.refused
         outcome = self.runner.start(checked).wait()
+        self.guesses += outcome.guesses
         self.in_flight.append(InFlight(outcome, sampled))
         while len(self.in_flight) > self.ahead:
             self._digest(self.in_flight.popleft())
