@@ -1,6 +1,7 @@
 """Structured output of a whole deployment: whether answers validate, and what new and hostile constraints cost.
 
     python -m benchmarks.structured_output [schemas] [hostile] [first-token]     (default: all three)
+    python -m benchmarks.structured_output guesses --model MODEL
 
 `octavo serve demo --device cpu` answers
 
@@ -10,6 +11,8 @@
   must be refused or answered (16 tokens) in less than a second. Printed beside the time between the streams' tokens
   while an ordinary constraint is in the place of each, in turns, before and after it: what these two differ by is
   chance. `--rounds` says how often, each with a new deployment, because one remembers what it has tried out
+- `guesses`: schemas of typical size, one stream, greedily, in turns with and without guessed tokens, which must not
+  change any token: tokens per second of both
 - `first-token`: new schemas of typical size, in turns with requests without one: time to the first token of both
 
 Exits with 1 if an answer does not validate or a hostile constraint takes more than a second.
@@ -185,6 +188,31 @@ async def measure_first_token(client: Client, count: int = 60) -> None:
     print(f"  delay by a new schema: {_percentiles(delays)}")
 
 
+async def measure_guesses(model: str, count: int = 24) -> bool:
+    """Print the tokens per second of answers with a schema with and without guesses; return whether they are equal."""
+    rng = random.Random(1)
+    seconds, tokens, accepted, num_equal = [0.0, 0.0], 0, 0, 0
+    async with _serving(model) as guessing, _serving(model, "--speculative-tokens=0") as plain:
+        for number in range(-2, count):
+            text = json.dumps(schemas.typical(rng))
+            prompt = f"A JSON schema: {text}\nA document that is valid under it:\n"
+            texts = []
+            for which, client in enumerate((guessing, plain)):
+                began = time.perf_counter()
+                reply = await client.generate(prompt, json_schema=text, temperature=0.0, max_new_tokens=160)
+                took = time.perf_counter() - began
+                texts.append(reply.response.candidates[0].text)
+                if number >= 0:
+                    seconds[which] += took
+                    tokens += reply.response.completed.usage.output_tokens * which
+                    accepted += reply.response.completed.usage.speculative_accepted_tokens
+            num_equal += number >= 0 and texts[0] == texts[1]
+    print(f"{count} answers with a schema at one stream, {tokens} tokens, {num_equal} answers equal")
+    print(f"  tokens/s with guesses {tokens / seconds[0]:.1f}, without {tokens / seconds[1]:.1f}: ", end="")
+    print(f"{seconds[1] / seconds[0]:.2f} times as fast; {accepted / tokens:.0%} of tokens were guessed")
+    return num_equal == count
+
+
 def _percentiles(seconds: list[float]) -> str:
     ordered = sorted(each * 1e3 for each in seconds)
     middle = statistics.median(ordered)
@@ -196,12 +224,12 @@ def _p99(values: list[float]) -> float:
 
 
 @contextlib.asynccontextmanager
-async def _serving() -> AsyncIterator[Client]:
+async def _serving(model: str = "demo", *flags: str) -> AsyncIterator[Client]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "octavo.services.cli", "serve", "demo", "--device=cpu", "--log-level=error"]
-    command += [f"--grpc-address=127.0.0.1:{port}", "--http-address="]
+    command = [sys.executable, "-m", "octavo.services.cli", "serve", model, "--device=cpu", "--log-level=error"]
+    command += [f"--grpc-address=127.0.0.1:{port}", "--http-address=", *flags]
     silent = asyncio.subprocess.DEVNULL
     server = await asyncio.create_subprocess_exec(*command, stdout=silent, stderr=silent)
     client = Client(f"127.0.0.1:{port}", timeout_s=120)
@@ -219,8 +247,10 @@ async def _serving() -> AsyncIterator[Client]:
         await asyncio.wait_for(server.wait(), 60)
 
 
-async def run(parts: list[str], num_drawn: int, num_rounds: int) -> int:
+async def run(parts: list[str], num_drawn: int, num_rounds: int, model: str) -> int:
     """Run the parts; return the exit status."""
+    if "guesses" in parts and not await measure_guesses(model):
+        return 1
     async with contextlib.AsyncExitStack() as stack:
         if {"first-token", "schemas"} & set(parts):
             client = await stack.enter_async_context(_serving())
@@ -245,8 +275,9 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", default=["first-token", "schemas", "hostile"])
     parser.add_argument("--drawn", type=int, default=300, help="schemas that are drawn, beside those that are given")
     parser.add_argument("--rounds", type=int, default=1, help="how often hostile constraints are sent")
+    parser.add_argument("--model", default="demo", help="what answers in the part `guesses`")
     given = parser.parse_args()
-    return asyncio.run(run(given.parts, given.drawn, given.rounds))
+    return asyncio.run(run(given.parts, given.drawn, given.rounds, given.model))
 
 
 if __name__ == "__main__":

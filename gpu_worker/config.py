@@ -113,8 +113,8 @@ class WorkerConfig(TelemetryConfig):
     speculative_tokens: int = field(
         default=11,
         metadata={
-            "help": "most tokens of a sequence that are guessed from what it repeats and computed in one step, on CPUs "
-            "and where that pays; 0: none. What is generated stays the same"
+            "help": "most tokens of a sequence that are guessed from what it repeats or its grammar forces, and "
+            "computed in one step, on CPUs and where that pays; 0: none. What is generated stays the same"
         },
     )
     max_adapters: int = field(

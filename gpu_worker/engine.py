@@ -239,6 +239,7 @@ def _result(step_id: int, sampled_slots: Int32Array, outcome: Outcome) -> worker
     )
     if outcome.token_counts is not None:
         result.token_counts = outcome.token_counts.astype(_UINT32).tobytes()
+    result.guesses.extend(worker_pb2.Guesses(**guesses._asdict()) for guesses in outcome.guesses)
     if len(sampled.logprobs):
         result.logprobs = sampled.logprobs.astype("<f4").tobytes()
         result.ranks = sampled.ranks.astype(_UINT32).tobytes()

@@ -71,7 +71,7 @@ def make_runner(
     collectives: Collectives | None = None,
     pooling: Pooling | None = None,
     grammars: Grammars | None = None,
-    speculation: Callable[[int, int], Speculation] | None = None,
+    speculation: Callable[..., Speculation] | None = None,
 ) -> Runner:
     """Build what runs steps on a device of DEVICES, see `choose_device`. Raises DeviceError if it is missing.
 

@@ -26,6 +26,7 @@ import numpy as np
 from octavo.gpu_worker.errors import ModelError, PlanError
 from octavo.gpu_worker.ops import UInt32Array
 from octavo.gpu_worker.protocol import NOT_READY_TOKEN, NOTHING_ALLOWED_TOKEN, TOO_COMPLEX_TOKEN
+from octavo.gpu_worker.sampling.forced import ForcedTexts, Guess
 from octavo.gpu_worker.sampling.settings import SamplingSettings
 from octavo.gpu_worker.sampling.vocabulary import Vocabulary
 
@@ -36,6 +37,8 @@ log = logging.getLogger("octavo.worker")
 
 PATIENCE_S = 0.002  # how long a step waits for masks after its forward pass
 _POLL_S = 0.0002  # how often to look whether a device still computes
+_PROPOSAL_S: Final = 0.0005  # how long a step waits before its forward pass: without, it is computed without guesses
+_MOST_DRAWN: Final = 32  # tokens that a guess is compared with
 _MAX_CACHED = 64  # grammars; each takes some MB at most
 _NICENESS = 10  # of threads that compile
 _NUM_THREADS = 2  # of each kind: those that compile, and those that advance
@@ -57,6 +60,7 @@ class Grammars:
         self._patience_s = patience_s
         self._vocab_size = vocab_size
         self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._texts: ForcedTexts | None = None
         self._cache_lock = threading.Lock()
         self._compilers = ThreadPoolExecutor(_NUM_THREADS, "compile grammar", _be_gentle)
         self._workers = ThreadPoolExecutor(_NUM_THREADS, "advance grammar")
@@ -107,6 +111,12 @@ class Grammars:
             codes.append(NOT_READY_TOKEN if automaton.is_late else automaton.refusal)
         return codes
 
+    def is_ready(self, automaton: Automaton) -> bool:
+        """Wait, but not for long, for what one allows after a guess that was right; tell whether that is known."""
+        if not automaton.ready.done():
+            wait([automaton.ready], timeout=self._patience_s)
+        return automaton.ready.done()
+
     def _begin(self, automaton: Automaton, grammar: str, output: list[int]) -> None:
         """Compile, in a thread."""
         try:
@@ -114,7 +124,13 @@ class Grammars:
         except ModelError:  # the scheduler was told that none are taken
             automaton.refusal = NOTHING_ALLOWED_TOKEN
             return
-        automaton.begin(self._matcher(grammar, tokenizer), output)
+        automaton.begin(self._matcher(grammar, tokenizer), output, self._texts_of(tokenizer))
+
+    def _texts_of(self, tokenizer: LLTokenizer) -> ForcedTexts:
+        with self._cache_lock:
+            if self._texts is None:
+                self._texts = ForcedTexts(tokenizer, self._vocab_size)
+            return self._texts
 
     def _matcher(self, grammar: str, tokenizer: LLTokenizer) -> LLMatcher:
         """Return a matcher at the beginning of a grammar. Copies share what they have learnt of it."""
@@ -152,6 +168,10 @@ class Automaton:
         self.is_complete = False
         self.is_late = False
         self._matcher: LLMatcher | None = None
+        self._texts: ForcedTexts | None = None
+        self._guess: Guess | None = None  # the last one, and the tokens since
+        self._drawn: list[int] = []
+        self._last_ids: list[int] = []
         self._workers, self._slow = workers, slow
         self._is_slow = False
         self._credit_s = _CREDIT_S
@@ -165,13 +185,46 @@ class Automaton:
         self._end_ids = frozenset(ids.tolist())
         self._permitted = None if settings.forbidden is None else pack_bits(~settings.forbidden)
 
+    def propose(self, most: int) -> Guess | None:
+        """Return what the grammar leaves little choice of, up to `most` tokens; None if there is nothing, or no time.
+
+        Waits until it is ready, but not for long.
+        """
+        matcher, texts = self._where_it_is(), self._texts
+        if matcher is None or texts is None:
+            return None
+        if self._guess is not None:
+            texts.learn(self._guess, self._drawn)
+        before = texts.last_byte(self._last_ids) if self._last_ids else b""
+        guess = texts.guess(matcher, self.allowed, before, most)
+        self._guess, self._drawn = (guess if guess.data else None), []
+        return guess if guess.token_ids else None
+
+    def num_allowed(self, token_ids: list[int]) -> int:
+        """Return how many of the tokens may follow, one after another; 0 if that is not known in time."""
+        matcher = self._where_it_is()
+        return 0 if matcher is None else matcher.validate_tokens(token_ids)
+
+    def _where_it_is(self) -> LLMatcher | None:
+        """Return a copy of the matcher, if more of a text may follow and its masks are quick."""
+        if not self.ready.done():
+            wait([self.ready], timeout=_PROPOSAL_S)
+        if not self.ready.done() or self.refusal or self.is_complete or self._is_slow:
+            return None
+        return None if self._matcher is None else self._matcher.deep_copy()
+
     def advance(self, token_id: int) -> None:
         """Take the token that was produced; must be ready. Returns at once."""
+        self._last_ids = [token_id]
+        if self._guess is not None:
+            self._drawn.append(token_id)
+            if len(self._drawn) > _MOST_DRAWN:
+                self._guess = None
         self.ready = (self._slow if self._is_slow else self._workers).submit(self._advance, token_id)
 
-    def begin(self, matcher: LLMatcher, output: list[int]) -> None:
+    def begin(self, matcher: LLMatcher, output: list[int], texts: ForcedTexts) -> None:
         """Take the output so far, in a thread."""
-        self._matcher = matcher
+        self._matcher, self._texts, self._last_ids = matcher, texts, output[-1:]
         until = next((at for at, token_id in enumerate(output) if token_id in self._end_ids), len(output))
         if until < len(output):
             self._end()

@@ -7,6 +7,7 @@ raw logits. Each row is worked on alone, so a row's token does not depend on the
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -41,11 +42,12 @@ _NO_VALUES: Final[Float32Array] = np.empty(0, np.float32)
 class Sampled:
     """Tokens of a step's sampling rows, and log probabilities of those rows that want them.
 
-    token_ids            [R] uint32, or why there is none, as in `StepResult.token_ids`
+    token_ids            [R] uint32, or why there is none, as in `StepResult.token_ids`; of the R that are kept
     logprobs             one for each row that wants its own or alternatives
     ranks                as long as `logprobs`; 1 is the best token
     candidate_token_ids  alternatives, best first, row after row
     candidate_logprobs   as long as `candidate_token_ids`
+    kept                 [R] whether all that was guessed before the token is right; None: nothing was guessed
     """
 
     token_ids: UInt32Array
@@ -53,6 +55,7 @@ class Sampled:
     ranks: UInt32Array
     candidate_token_ids: UInt32Array
     candidate_logprobs: Float32Array
+    kept: npt.NDArray[np.bool_] | None = None
 
 
 def without_logprobs(token_ids: UInt32Array) -> Sampled:
@@ -81,10 +84,10 @@ class Sampler:
         """Forget a slot."""
         self._slots[slot] = None
 
-    def is_plain(self, slot: int) -> bool:
-        """Tell whether tokens of a slot are drawn from the logits as they are, whatever was drawn before."""
+    def automaton_of(self, slot: int) -> Automaton | None:
+        """Return where a slot is in its grammar; None without one."""
         state = self._slots[slot]
-        return state is not None and state.is_plain
+        return None if state is None else state.automaton
 
     def sample(
         self,
@@ -92,6 +95,7 @@ class Sampler:
         slots: Int32Array,
         positions: Int32Array,
         follows: npt.NDArray[np.bool_] | None = None,
+        guesses: Int32Array | None = None,
     ) -> Sampled:
         """Draw the token at `positions[i]` of `slots[i]` from row i of `logits`; changes `logits`.
 
@@ -99,15 +103,69 @@ class Sampler:
         slots      [R], all open
         positions  [R] absolute position of the token to be drawn
         follows    [R] whether the row's last token was taken to be what was drawn last for its slot; None: nowhere
+        guesses    [R] the token that row i + 1, of the same slot, was computed after; -1: there is none. What comes
+                   after a wrong guess is not drawn. None: nothing was guessed
         """
         best_ids = self._drawer.argmax(logits)
+        if guesses is None:
+            return _pack(*self._sample(logits, slots, positions, follows, best_ids))
+        if all(state is not None and state.is_plain for state in map(self._slots.__getitem__, slots.tolist())):
+            token_ids, _ = self._sample(logits, slots, positions, follows, best_ids)
+            kept = _after_right_guesses(token_ids, guesses)
+            return dataclasses.replace(without_logprobs(token_ids[kept]), kept=kept)
+        return self._sample_in_turn(logits, slots, positions, follows, guesses, best_ids)
+
+    def _sample_in_turn(
+        self,
+        logits: Float32Array,
+        slots: Int32Array,
+        positions: Int32Array,
+        follows: npt.NDArray[np.bool_] | None,
+        guesses: Int32Array,
+        best_ids: Int32Array,
+    ) -> Sampled:
+        """Draw the first token of each slot, then the second of those whose guess was right, and so on.
+
+        So penalties and grammars have taken what was drawn before, as if it had been in a step of its own.
+        """
+        token_ids, kept = np.zeros(len(slots), np.uint32), np.zeros(len(slots), np.bool_)
+        logprobs: dict[int, TokenLogprobs] = {}
+        now = np.flatnonzero(np.concatenate([[True], guesses[:-1] < 0]))
+        while len(now):
+            rows = logits[now[0] : now[0] + 1] if len(now) == 1 else logits[now]
+            followers = None if follows is None or kept.any() else follows[now]
+            token_ids[now], entries = self._sample(rows, slots[now], positions[now], followers, best_ids[now])
+            logprobs |= {int(now[i]): entry for i, entry in entries.items()}
+            kept[now] = True
+            now = now[token_ids[now] == guesses[now].astype(np.int64)] + 1
+            now = now[[self._is_ready(slot) for slot in slots[now].tolist()]] if len(now) else now
+        entries = dict(sorted(logprobs.items()))
+        return dataclasses.replace(_pack(token_ids[kept], entries), kept=kept)
+
+    def _is_ready(self, slot: int) -> bool:
+        """Wait for what the grammar of a slot allows now, but not for long; tell whether that is known."""
+        automaton = self.automaton_of(slot)
+        return automaton is None or self._grammars is None or self._grammars.is_ready(automaton)
+
+    def _sample(
+        self,
+        logits: Float32Array,
+        slots: Int32Array,
+        positions: Int32Array,
+        follows: npt.NDArray[np.bool_] | None,
+        best_ids: Int32Array,
+    ) -> tuple[UInt32Array, dict[int, TokenLogprobs]]:
+        """Draw a token from each row, see `sample`; return the log probabilities by row, too.
+
+        best_ids  [R] the token with the highest logit; -1 where a row is not finite
+        """
         if all(state is not None and state.takes_best for state in map(self._slots.__getitem__, slots.tolist())):
-            return without_logprobs(best_ids.view(np.uint32))  # where a row is not finite, -1 is NOT_FINITE_TOKEN
+            return best_ids.view(np.uint32), {}  # -1 is NOT_FINITE_TOKEN
         rows = [self._row(slot, position) for slot, position in zip(slots.tolist(), positions.tolist(), strict=True)]
         finite = best_ids >= 0
         if finite.all() and all(row.slot.is_plain for row in rows):
             draws = [row.slot.settings.draw_at(row.position) for row in rows]
-            return without_logprobs(self._drawer.draw(logits, draws).astype(np.uint32))
+            return self._drawer.draw(logits, draws).astype(np.uint32), {}
         refused = self._refused(rows, follows)
         refused = {i: code for i, code in refused.items() if finite[i]}
         drawn = finite.copy()
@@ -128,14 +186,14 @@ class Sampler:
             token_ids[i] = refused.get(i, nothing)
         for i in np.flatnonzero(drawn).tolist():
             rows[i].slot.count(int(token_ids[i]))
-        wanted = [
-            logprobs_of(raw[i], int(token_ids[i]), row.slot.settings.logprobs)
+        wanted = {
+            i: logprobs_of(raw[i], int(token_ids[i]), row.slot.settings.logprobs)
             if drawn[i]
             else _no_logprobs(row.slot.settings.logprobs)
             for i, row in enumerate(rows)
             if row.slot.settings.wants_logprobs
-        ]
-        return _pack(token_ids, wanted)
+        }
+        return token_ids, wanted
 
     def _refused(self, rows: list[_Row], follows: npt.NDArray[np.bool_] | None) -> dict[int, int]:
         """Wait for what grammars allow; return the rows that get no token, and why."""
@@ -273,10 +331,10 @@ def logprobs_of(raw: Float32Array, token_id: int, num_candidates: int) -> TokenL
 
 def with_logprobs_before(sampled: Sampled, scores: list[TokenLogprobs]) -> Sampled:
     """Return a step's tokens with further entries before those of its rows in all columns but `token_ids`."""
-    before = _pack(sampled.token_ids, scores)
+    before = _pack(sampled.token_ids, dict(enumerate(scores)))
     names = ("logprobs", "ranks", "candidate_token_ids", "candidate_logprobs")
     joined = {name: np.concatenate([getattr(before, name), getattr(sampled, name)]) for name in names}
-    return Sampled(token_ids=sampled.token_ids, **joined)
+    return dataclasses.replace(sampled, **joined)
 
 
 def _no_logprobs(num_candidates: int) -> TokenLogprobs:
@@ -298,11 +356,21 @@ def _best(raw: Float32Array, count: int) -> npt.NDArray[np.intp]:
     return token_ids[np.argsort(-raw[token_ids], kind="stable")][:count]
 
 
-def _pack(token_ids: UInt32Array, wanted: list[TokenLogprobs]) -> Sampled:
-    """Join rows to columns."""
-    if not wanted:
+def _after_right_guesses(token_ids: UInt32Array, guesses: Int32Array) -> npt.NDArray[np.bool_]:
+    """Return which rows, see `Sampler.sample`, begin a slot's or come after right guesses only."""
+    kept: list[bool] = []
+    is_right = True
+    for token_id, guess in zip(token_ids.tolist(), guesses.tolist(), strict=True):
+        kept.append(is_right)
+        is_right = guess < 0 or (is_right and token_id == guess)
+    return np.array(kept, np.bool_)
+
+
+def _pack(token_ids: UInt32Array, entries: dict[int, TokenLogprobs]) -> Sampled:
+    """Join the log probabilities of rows to columns."""
+    if not entries:
         return without_logprobs(token_ids)
-    empty = (np.empty(0, np.uint32), np.empty(0, np.float32))
+    wanted, empty = list(entries.values()), (np.empty(0, np.uint32), np.empty(0, np.float32))
     return Sampled(
         token_ids=token_ids,
         logprobs=np.array([row.logprob for row in wanted], np.float32),

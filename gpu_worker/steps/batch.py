@@ -101,6 +101,16 @@ class Step:
         positions = self.context_lengths[rows.row_of_token] + rows.offset_of_token
         return (positions[rows.drawn_tokens] + 1).astype(np.int32)
 
+    @cached_property
+    def guesses(self) -> Int32Array | None:
+        """The draft token that comes after each that a token is drawn after, [R]; -1: none. None: there are none."""
+        rows = self.rows
+        if rows.num_drafts is None:
+            return None
+        drawn = rows.drawn_tokens
+        is_last = drawn == rows.query_ends[rows.row_of_token[drawn]] - 1
+        return np.where(is_last, -1, self.token_ids[np.where(is_last, 0, drawn + 1)]).astype(np.int32)
+
 
 class Slots:
     """The state that plans are checked against. All of it comes from plans of the present epoch."""

@@ -14,7 +14,7 @@ from octavo.gpu_worker.config import HOST_KV_MEMORY
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
 from octavo.gpu_worker.ops import Device, Float32Array, Int32Array, StepInput, UInt32Array
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
-from octavo.gpu_worker.sampling.grammars import Grammars
+from octavo.gpu_worker.sampling.grammars import Automaton, Grammars
 from octavo.gpu_worker.sampling.sampler import Sampled, Sampler
 from octavo.gpu_worker.steps.batch import LAST_TOKEN, Step
 from octavo.gpu_worker.steps.prompt_scores import PromptRows, PromptScores, merged_rows, with_prompts
@@ -24,6 +24,7 @@ from octavo.gpu_worker.steps.speculation import Speculation
 
 log = logging.getLogger("octavo.worker")
 
+MakeSpeculation = Callable[[int, Callable[[int], Automaton | None]], Speculation]
 _SPARE_MEMORY_BYTES = 256 << 20  # left to others when memory is taken that is not needed yet
 
 
@@ -87,9 +88,9 @@ class HostRunner(HostMemory):
         max_blocks_per_sequence: int,
         vocab_size: int,
         grammars: Grammars | None = None,
-        speculation: Callable[[int], Speculation] | None = None,
+        speculation: MakeSpeculation | None = None,
     ) -> None:
-        """speculation: makes what guesses tokens, for so many KV blocks; None: a step makes one token of each row."""
+        """speculation: makes what guesses tokens, for so many blocks and the automata of slots; None: there is none."""
         super().__init__(device)
         self._num_blocks = 0
         self._grammars = grammars
@@ -111,7 +112,7 @@ class HostRunner(HostMemory):
         self._tables = Tables(max_running, max_blocks)
         self._speculation: Speculation | None = None
         if self._make_speculation is not None:
-            self._speculation = self._make_speculation(self._num_blocks)
+            self._speculation = self._make_speculation(self._num_blocks, self._sampler.automaton_of)
             self.max_row_tokens = self._speculation.max_row_tokens
         self._no_logits = np.empty((0, vocab_size), np.float32)
 
@@ -141,13 +142,13 @@ class HostRunner(HostMemory):
         if len(planned.copy_pairs):
             speculation.copy_blocks(planned.copy_pairs)
         step = speculation.placed(planned, tables.block_tables)
-        step = speculation.with_drafts(step, tables.last_token_ids, tables.block_tables, self._sampler.is_plain)
+        step = speculation.with_drafts(step, tables.last_token_ids, tables.block_tables)
         sampled, times = self._compute(step)
         speculation.took(step, sum(times) / 1e6)
-        token_ids, counts = speculation.accepted(planned.rows, step, sampled.token_ids)
-        slots = step.rows.slots[step.rows.samples].astype(np.int32)
+        counts = speculation.accepted(planned.rows, step, sampled)
+        slots, token_ids = step.rows.slots[step.rows.samples].astype(np.int32), sampled.token_ids
         tables.record(slots, token_ids if counts is None else token_ids[np.cumsum(counts[counts > 0]) - 1])
-        return Done(Outcome(dataclasses.replace(sampled, token_ids=token_ids), *times, token_counts=counts))
+        return Done(Outcome(sampled, *times, token_counts=counts, guesses=speculation.take_guesses()))
 
     def _compute(self, step: Step) -> tuple[Sampled, tuple[int, int]]:
         """Compute a step and draw its tokens; return them, and the microseconds that both took."""
@@ -156,7 +157,8 @@ class HostRunner(HostMemory):
         logits, of_prompts = self._forward(step, prompts)
         computed = time.perf_counter()
         rows = step.rows
-        sampled = self._sampler.sample(logits, rows.sampled_slots, step.sampled_positions, rows.sampled_follow)
+        slots, positions = rows.sampled_slots, step.sampled_positions
+        sampled = self._sampler.sample(logits, slots, positions, rows.sampled_follow, step.guesses)
         if prompts is not None:
             sampled = with_prompts(sampled, prompts, of_prompts)
         return sampled, (round((computed - started) * 1e6), round((time.perf_counter() - computed) * 1e6))

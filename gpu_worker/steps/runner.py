@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from octavo.gpu_worker.ops import LoraPair, UInt32Array
 from octavo.gpu_worker.sampling.sampler import Sampled
@@ -18,11 +18,21 @@ from octavo.gpu_worker.steps.pooler import Vectors
 MAX_STEPS_IN_FLIGHT = 2
 
 
+class Guesses(NamedTuple):
+    """See `Guesses` in worker.proto."""
+
+    proposer: str
+    drafted: int
+    accepted: int
+    time_us: int
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a step made, and what it took. Of a model that makes vectors nothing is sampled.
 
     token_counts  as `StepResult.token_counts`; None if it is empty
+    guesses       as `StepResult.guesses`
     """
 
     sampled: Sampled
@@ -30,6 +40,7 @@ class Outcome:
     sample_us: int
     vectors: Vectors | None = None
     token_counts: UInt32Array | None = None
+    guesses: tuple[Guesses, ...] = ()
 
 
 class Running(Protocol):

@@ -1,13 +1,12 @@
-"""Computes several tokens of a row in one step where a text repeats itself (prompt lookup decoding, Saxena).
+"""Computes several tokens of a row in one step where what comes next can be guessed (`proposers.py`).
 
-A step of few rows takes about as long as it takes to read the weights: tokens more cost little. So what followed a
-sequence's last tokens where they stood before is taken as a draft of what follows them now, and computed in the
-same step. A draft token is right if it is what is drawn at its place. As a row's bits do not depend on what else
-is computed, and a draw depends on its seed and position alone, the tokens are those that would have been drawn
-one by one, greedily or not.
+A step of few rows takes about as long as it takes to read the weights: tokens more cost little. So what is likely to
+come next is taken as a draft, and computed in the same step. A draft token is right if it is what is drawn at its
+place. As a row's bits do not depend on what else is computed, and a draw depends on its seed and position and on the
+tokens before it alone, the tokens are those that would have been drawn one by one, greedily or not.
 
 A draft token is computed if it is likely to be right, measured by the time that it takes. Both are learned: how
-often a draft is right after so many tokens that are equal, and what a token more costs in a step.
+often a token of its kind is right, how often the proposer is in this sequence, and what a token more costs in a step.
 
 Who plans steps learns from a step's result how many tokens a row got. It may have planned the next step before: a
 row that follows what was drawn last for its slot goes on after that, wherever it stands.
@@ -16,17 +15,21 @@ row that follows what was drawn last for its slot goes on after that, wherever i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from octavo.gpu_worker.ops import Int32Array, StepInput, UInt32Array
-from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN
+from octavo.gpu_worker.ops import Int32Array, UInt32Array
+from octavo.gpu_worker.protocol import BLOCK_SIZE
+from octavo.gpu_worker.sampling.grammars import Automaton
+from octavo.gpu_worker.sampling.sampler import Sampled
 from octavo.gpu_worker.steps.batch import LAST_TOKEN, Step
-from octavo.gpu_worker.steps.rows import Int64Array, Rows
+from octavo.gpu_worker.steps.proposers import Forced, Proposer, Repetition
+from octavo.gpu_worker.steps.rows import Rows
+from octavo.gpu_worker.steps.runner import Guesses
 
-MOST_MATCHED: Final = 16  # equal tokens before a draft that are told apart
 _LEAST_CHANCE: Final = 0.05  # of a draft token that is computed
 _OTHERS_TIME: Final = 2.0  # of a draft token, which they wait for and gain nothing by, counts so many times
 MOST_TOKENS: Final = 12  # in a step with drafts, unless the kernels multiply more rows in little more time than one
@@ -40,8 +43,17 @@ class _Draft(NamedTuple):
     token_id: int
 
 
+class _Choice(NamedTuple):
+    """Which proposer's tokens a row has, of which kinds, and how many of them are thought to be right."""
+
+    proposer: int
+    kinds: list[int]
+    chances: list[float]
+    token_ids: list[int]
+
+
 class Speculation:
-    """The texts of slots, where each stands, and what is guessed of them."""
+    """Where the text of each slot stands, and what is guessed of it."""
 
     def __init__(
         self,
@@ -51,30 +63,37 @@ class Speculation:
         max_batch_tokens: int,
         rows_at_once: int,
         num_blocks: int,
+        automaton_of: Callable[[int], Automaton | None] = lambda _: None,
     ) -> None:
         """No position from max_model_len on is computed.
 
         most_draft_tokens  of one sequence in one step; at least 1
         rows_at_once       that the kernels multiply in little more time than one row
+        automaton_of       tells where a slot is in its grammar
         """
         self.max_row_tokens = most_draft_tokens + 1
         self._most_tokens = min(max(MOST_TOKENS, rows_at_once), max_batch_tokens)
         self._max_model_len = max_model_len
         self._positions = np.zeros(max_running, np.int64)  # of the token that was drawn last for a slot
-        # The tokens whose keys and values are in the cache, where those are.
-        self._cached_token_ids = np.zeros((num_blocks, BLOCK_SIZE), np.int32)
-        self._texts: dict[int, Text] = {}
-        self._accuracy = Accuracy()
+        self._automaton_of = automaton_of
+        self._repetition = Repetition(num_blocks)
+        self._proposers: list[Proposer] = [self._repetition, Forced(automaton_of)]
+        self._accuracy = [Accuracy(proposer.priors) for proposer in self._proposers]
+        self._records: dict[tuple[int, int], Record] = {}  # by slot and proposer
+        self._choices: dict[int, _Choice] = {}  # of the step that is computed, by slot
         self._cost = StepCost(max_running)
+        self._drafted = [0] * len(self._proposers)  # by proposer; these and the next are of the step
+        self._right = [0] * len(self._proposers)
+        self._spent_s = [0.0] * len(self._proposers)  # since its last guess
+        self._draft_s = 0.0  # what one token is thought to take of the step
+        self.copy_blocks, self.computed = self._repetition.copy_blocks, self._repetition.computed
 
     def forget(self, step: Step) -> None:
         """Forget the texts of slots that are freed or opened."""
         for slot in (*step.freed_slots.tolist(), *step.opened_slots):
-            self._texts.pop(slot, None)
-
-    def copy_blocks(self, pairs: Int32Array) -> None:
-        """Copy blocks, [P, 2] (from, to)."""
-        self._cached_token_ids[pairs[:, 1]] = self._cached_token_ids[pairs[:, 0]]
+            for index, proposer in enumerate(self._proposers):
+                proposer.forget(slot)
+                self._records.pop((slot, index), None)
 
     def placed(self, step: Step, block_tables: Int32Array) -> Step:
         """Return the step with each row that follows its slot's last token where that one stands.
@@ -98,13 +117,9 @@ class Speculation:
             token_ids=step.token_ids[kept[rows.row_of_token]],
         )
 
-    def with_drafts(
-        self, step: Step, last_token_ids: Int32Array, block_tables: Int32Array, is_plain: Callable[[int], bool]
-    ) -> Step:
-        """Return the step with draft tokens after those of rows of one token.
-
-        is_plain: tells of a slot whether its tokens are drawn from the logits as they are, whatever was drawn before
-        """
+    def with_drafts(self, step: Step, last_token_ids: Int32Array, block_tables: Int32Array) -> Step:
+        """Return the step with draft tokens after those of rows of one token."""
+        self._choices = {}
         rows, num_tokens = step.rows, len(step.token_ids)
         spare = self._most_tokens - num_tokens
         if spare <= 0 or not num_tokens:
@@ -116,13 +131,13 @@ class Speculation:
         for row, (slot, length, samples, position, token_id) in enumerate(
             zip(*(column.tolist() for column in columns), strict=True)
         ):
-            if length == 1 and samples and is_plain(slot):
+            if length == 1 and samples:
                 token_id = int(last_token_ids[slot]) if token_id == LAST_TOKEN else token_id
-                text = self._text(slot, position, token_id, block_tables[slot])
-                chances = self._accuracy.chances(text.match, least, self.max_row_tokens - 1)
-                if chances:
-                    room = self._room(block_tables[slot], position + 1, len(chances))
-                    drafts += map(_Draft, chances[:room], [row] * room, text.draft(room))
+                most = self._room(block_tables[slot], position + 1, min(self.max_row_tokens - 1, spare))
+                choice = self._choice(slot, position, token_id, block_tables[slot], most, least) if most else None
+                if choice is not None:
+                    self._choices[slot] = choice
+                    drafts += map(_Draft, choice.chances, [row] * len(choice.chances), choice.token_ids)
         if not drafts:
             return step
         if len(drafts) > spare:  # none is likelier than those of its row before it, and the sort is stable
@@ -134,56 +149,71 @@ class Speculation:
             token_ids=np.insert(step.token_ids, rows.query_ends[of_rows], [draft.token_id for draft in drafts]),
         )
 
-    def computed(self, batch: StepInput) -> None:
-        """Remember the tokens of a step, where their keys and values are now."""
-        self._cached_token_ids.reshape(-1)[batch.slot_mapping] = batch.token_ids
+    def _choice(
+        self, slot: int, position: int, token_id: int, block_table: Int32Array, most: int, least: float
+    ) -> _Choice | None:
+        """Return the proposal that is likely to bring most, as far as its tokens are likelier right than `least`."""
+        best: _Choice | None = None
+        best_gain = 0.0
+        automaton = self._automaton_of(slot)
+        for index, proposer in enumerate(self._proposers):
+            record = self._records.get((slot, index), _NO_RECORD)
+            began = time.perf_counter()
+            proposal = proposer.propose(slot, position, token_id, block_table, most)
+            self._spent_s[index] += time.perf_counter() - began
+            if proposal is None:
+                continue
+            chances = self._accuracy[index].chances(proposal.kinds, least, record.factor)
+            if chances and automaton is not None and index == 0:  # the other one keeps to it anyhow
+                chances = chances[: automaton.num_allowed(proposal.token_ids[: len(chances)])]
+            gain = sum(chances) - least * len(chances)
+            if gain > best_gain:
+                best = _Choice(index, proposal.kinds, chances, proposal.token_ids[: len(chances)])
+                best_gain = gain
+            elif not chances:
+                record.pass_over()
+        return best
 
-    def accepted(self, planned: Rows, step: Step, drawn: UInt32Array) -> tuple[UInt32Array, UInt32Array | None]:
-        """Return the tokens of the rows that were planned, and how many each has; None: one each.
+    def accepted(self, planned: Rows, step: Step, sampled: Sampled) -> UInt32Array | None:
+        """Return how many tokens each of the rows that were planned has of those that were drawn; None: one each.
 
-        step   what was computed of them
-        drawn  its tokens: after each of its drafts, and after the one before them
+        step  what was computed of them
         """
         rows = step.rows
         slots = rows.slots[rows.samples]
         starts = (step.context_lengths + rows.query_lengths)[rows.samples]  # of what was drawn
-        if rows.num_drafts is None:
-            counts, token_ids = None, drawn
-            for slot, start, token_id in zip(slots.tolist(), starts.tolist(), drawn.tolist(), strict=True):
-                self._follow(slot, start, [token_id])
-            self._positions[slots] = starts
-        else:
+        counts: UInt32Array | None = None
+        if rows.num_drafts is not None:
             num_drafts = rows.num_drafts[rows.samples]
             starts -= num_drafts
-            before = step.token_ids[rows.drawn_tokens].tolist()  # each token that one was drawn after
-            counts, token_ids = self._check(slots, starts, num_drafts, before, drawn.tolist())
-            self._positions[slots] = starts + counts - 1
+            assert sampled.kept is not None, "guesses were sampled"
+            firsts = np.cumsum(num_drafts + 1) - num_drafts - 1
+            counts = np.add.reduceat(sampled.kept, firsts, dtype=np.uint32)
+            for slot, count, length in zip(slots.tolist(), counts.tolist(), num_drafts.tolist(), strict=True):
+                if length:
+                    self._learn(slot, count - 1, length)
+        at, token_ids = 0, sampled.token_ids.tolist()
+        each = np.ones(len(slots), np.uint32) if counts is None else counts
+        for slot, start, count in zip(slots.tolist(), starts.tolist(), each.tolist(), strict=True):
+            for proposer in self._proposers:
+                proposer.follow(slot, start, token_ids[at : at + count])
+            at += count
+        self._positions[slots] = starts + each - 1
         num_planned = int(np.count_nonzero(planned.samples))
         if len(slots) < num_planned:  # some had no room
             of_planned = np.zeros(num_planned, np.uint32)
-            of_planned[np.isin(planned.slots[planned.samples], slots)] = 1 if counts is None else counts
+            of_planned[np.isin(planned.slots[planned.samples], slots)] = each
             counts = of_planned
-        return token_ids, counts
+        return counts
 
-    def _check(
-        self, slots: Int64Array, starts: Int64Array, num_drafts: Int64Array, before: list[int], drawn: list[int]
-    ) -> tuple[UInt32Array, UInt32Array]:
-        """Return how many tokens of each row count, and which: those drawn after drafts, as far as these are right."""
-        counts: list[int] = []
-        token_ids: list[int] = []
-        at = 0
-        for slot, start, length in zip(slots.tolist(), starts.tolist(), num_drafts.tolist(), strict=True):
-            num_right = 0
-            while num_right < length and before[at + num_right + 1] == drawn[at + num_right]:
-                num_right += 1
-            if length:
-                self._accuracy.learn(self._texts[slot].match, num_right, length)
-            kept = drawn[at : at + num_right + 1]
-            self._follow(slot, start, kept)
-            counts.append(len(kept))
-            token_ids += kept
-            at += length + 1
-        return np.array(counts, np.uint32), np.array(token_ids, np.uint32)
+    def _learn(self, slot: int, num_right: int, length: int) -> None:
+        """Learn that so many tokens of a slot's draft were right."""
+        choice = self._choices[slot]
+        self._drafted[choice.proposer] += length
+        self._right[choice.proposer] += num_right
+        self._accuracy[choice.proposer].learn(choice.kinds[:length], num_right)
+        record = self._records.setdefault((slot, choice.proposer), Record())
+        record.learn(sum(choice.chances[:length]) / record.factor, num_right)
 
     def took(self, step: Step, seconds: float) -> None:
         """Learn what a step takes, if it has no tokens but those of rows of one token and drafts."""
@@ -191,24 +221,20 @@ class Speculation:
         num_drafts = 0 if rows.num_drafts is None else int(rows.num_drafts.sum())
         if 0 < num_tokens - num_drafts == len(rows.slots) and num_tokens <= self._most_tokens:
             self._cost.learn(len(rows.slots), num_drafts, seconds)
+        part = self._cost.of_draft(len(rows.slots)) if num_drafts else 0.0
+        self._draft_s = seconds * part / (1 + num_drafts * part)
 
-    def _text(self, slot: int, position: int, token_id: int, block_table: Int32Array) -> Text:
-        """Return the text of a slot up to `token_id`, which stands at `position`."""
-        text = self._texts.get(slot)
-        if text is None or len(text) != position + 1 or text.last != token_id:
-            blocks = block_table[: -(-position // BLOCK_SIZE)]
-            before = self._cached_token_ids[blocks].reshape(-1)[:position]
-            text = self._texts[slot] = Text([*before.tolist(), token_id])
-        return text
-
-    def _follow(self, slot: int, position: int, token_ids: list[int]) -> None:
-        """Extend the text of a slot, if it is kept, by tokens that stand at `position`."""
-        text = self._texts.get(slot)
-        if text is not None:
-            if len(text) == position and token_ids[-1] < FIRST_NO_TOKEN:
-                text.extend(token_ids)
-            else:
-                del self._texts[slot]
+    def take_guesses(self) -> tuple[Guesses, ...]:
+        """Return what was guessed in the step that was computed, and count anew."""
+        if not any(self._drafted):
+            return ()
+        taken = []
+        for index, proposer in enumerate(self._proposers):
+            if drafted := self._drafted[index]:
+                seconds = self._spent_s[index] + drafted * self._draft_s
+                taken.append(Guesses(proposer.name, drafted, self._right[index], round(seconds * 1e6)))
+                self._drafted[index], self._right[index], self._spent_s[index] = 0, 0, 0.0
+        return tuple(taken)
 
     def _room(self, block_table: Int32Array, position: int, most: int) -> int:
         """Return for how many tokens from `position` on a sequence has blocks, up to `most`."""
@@ -218,98 +244,67 @@ class Speculation:
         return max(end - position, 0)
 
 
-class Text:
-    """A sequence's tokens, and where what followed each of them, and each two, stood last.
-
-    match  how many of the last tokens are equal to those before the draft, at most MOST_MATCHED; 0: there is no draft
-    """
-
-    def __init__(self, token_ids: list[int]) -> None:
-        self._token_ids = token_ids
-        self._after_one = dict(zip(token_ids, range(1, len(token_ids)), strict=False))
-        pairs = map(_pair, token_ids, token_ids[1:])
-        self._after_two = dict(zip(pairs, range(2, len(token_ids)), strict=False))
-        self._find()
-
-    def __len__(self) -> int:
-        return len(self._token_ids)
-
-    @property
-    def last(self) -> int:
-        """Its last token."""
-        return self._token_ids[-1]
-
-    def extend(self, token_ids: list[int]) -> None:
-        """Append tokens."""
-        tokens = self._token_ids
-        for token_id in token_ids:
-            self._after_one[tokens[-1]] = len(tokens)
-            if len(tokens) > 1:
-                self._after_two[_pair(tokens[-2], tokens[-1])] = len(tokens)
-            tokens.append(token_id)
-        self._find()
-
-    def draft(self, length: int) -> list[int]:
-        """Return what followed the last two tokens where they stood last before, or else the last one.
-
-        Where fewer followed than are wanted, the draft goes on as if they were repeated.
-        """
-        tokens, place = self._token_ids, self._place
-        period = len(tokens) - place
-        return [tokens[place + i % period] for i in range(length)]
-
-    def _find(self) -> None:
-        """Find where the draft begins."""
-        tokens = self._token_ids
-        place = self._after_two.get(_pair(tokens[-2], tokens[-1]), 0) if len(tokens) > 1 else 0
-        match = 2
-        if place:
-            while match < min(MOST_MATCHED, place) and tokens[place - 1 - match] == tokens[-1 - match]:
-                match += 1
-        else:
-            place = self._after_one.get(tokens[-1], 0)
-            match = 1 if place else 0
-        self._place, self.match = place, match
-
-
-def _pair(first: int, second: int) -> int:
-    """Return two token ids as one number: it takes less memory than a tuple, for each token of all that run."""
-    return first << 32 | second
-
-
 class Accuracy:
-    """How often the next token of a draft is right, by how many tokens before it are equal."""
+    """How often the next token of a draft is right, by its kind."""
 
     _PRIOR_WEIGHT: Final = 8.0
     _MOST_TRIES: Final = 1000.0  # then older ones count half
 
-    def __init__(self) -> None:
-        prior = (0.0, 0.2, 0.5, 0.65, 0.75, 0.75, 0.8, 0.85)
-        rates = [prior[min(match, len(prior) - 1)] for match in range(MOST_MATCHED + 1)]
-        self._tries = [self._PRIOR_WEIGHT] * len(rates)
-        self._right = [self._PRIOR_WEIGHT * rate for rate in rates]
+    def __init__(self, priors: Sequence[float]) -> None:
+        self._tries = [self._PRIOR_WEIGHT] * len(priors)
+        self._right = [self._PRIOR_WEIGHT * rate for rate in priors]
 
-    def chances(self, match: int, least: float, most: int) -> list[float]:
-        """Return how likely each token of a draft is right, and all before it, as long as it is more than `least`."""
+    def chances(self, kinds: Sequence[int], least: float, factor: float = 1.0) -> list[float]:
+        """Return how likely each token of a draft is right, and all before it, as long as it is more than `least`.
+
+        factor  of all chances, in this sequence
+        """
         chances: list[float] = []
-        chance = 1.0
-        while match and len(chances) < most:
-            chance *= self._right[match] / self._tries[match]
+        chance = factor
+        for kind in kinds:
+            chance *= self._right[kind] / self._tries[kind]
             if chance <= least:
                 break
             chances.append(chance)
-            match = min(match + 1, MOST_MATCHED)
         return chances
 
-    def learn(self, match: int, num_right: int, length: int) -> None:
+    def learn(self, kinds: Sequence[int], num_right: int) -> None:
         """Learn that so many tokens of a draft were right."""
-        for i in range(min(num_right + 1, length)):
-            at = min(match + i, MOST_MATCHED)
-            self._tries[at] += 1
-            self._right[at] += i < num_right
-            if self._tries[at] > self._MOST_TRIES:
-                self._tries[at] /= 2
-                self._right[at] /= 2
+        for i, kind in enumerate(kinds[: num_right + 1]):
+            self._tries[kind] += 1
+            self._right[kind] += i < num_right
+            if self._tries[kind] > self._MOST_TRIES:
+                self._tries[kind] /= 2
+                self._right[kind] /= 2
+
+
+class Record:
+    """How well a proposer does in one sequence: right tokens, of those that were expected."""
+
+    _PRIOR_WEIGHT: Final = 4.0
+    _KEPT: Final = 0.9  # of older drafts with each one
+    _FORGOTTEN: Final = 0.01  # with each that was not computed, so that it is tried again some day
+
+    def __init__(self) -> None:
+        self._expected = self._right = 0.0
+
+    @property
+    def factor(self) -> float:
+        """By which its chances differ from those in all sequences; at most 1."""
+        return min((self._right + self._PRIOR_WEIGHT) / (self._expected + self._PRIOR_WEIGHT), 1.0)
+
+    def learn(self, expected: float, num_right: int) -> None:
+        """Learn that so many tokens of a draft were right."""
+        self._expected = self._KEPT * self._expected + expected
+        self._right = self._KEPT * self._right + num_right
+
+    def pass_over(self) -> None:
+        """Forget a little: nothing was worth its time."""
+        self._expected *= 1 - self._FORGOTTEN
+        self._right *= 1 - self._FORGOTTEN
+
+
+_NO_RECORD: Final = Record()
 
 
 class StepCost:

@@ -117,7 +117,10 @@ def _tables(before: Look, now: Look) -> list[Table]:
 
 
 def _title(now: Look) -> str:
-    return ", ".join(sorted({load.model for load in now.loads.values()})) or "no scheduler is connected"
+    models = ", ".join(sorted({load.model for load in now.loads.values()})) or "no scheduler is connected"
+    accepted = sum(load.accepted_tokens for load in now.loads.values())
+    made = sum(load.output_tokens for load in now.loads.values())
+    return f"{models}: {accepted / made:.0%} of tokens guessed" if accepted else models
 
 
 def scheduler_rows(before: Look, now: Look) -> list[tuple[str, ...]]:

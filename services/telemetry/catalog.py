@@ -209,6 +209,19 @@ ACCEPTED_TOKENS = Metric(
     "output tokens that took no step of their own: they were guessed, and the guess was right",
     alias="vllm:spec_decode_num_accepted_tokens_total",
 )
+DRAFT_TOKENS = Metric(
+    "octavo_speculative_draft_tokens_total",
+    "counter",
+    "tokens that were guessed and computed, by what guessed them; is_right: they are what was drawn",
+    ("proposer", "is_right"),
+    alias="vllm:spec_decode_num_draft_tokens_total",
+)
+DRAFT_TIME = Metric(
+    "octavo_speculative_seconds_total",
+    "counter",
+    "time of guessing tokens, and of computing them in steps",
+    ("proposer",),
+)
 PREEMPTIONS = Metric(
     "octavo_preemptions_total",
     "counter",
@@ -267,7 +280,8 @@ GATEWAY = (
 SCHEDULER = (
     RUNNING, WAITING, WAITING_TOKENS, QUEUE_ESTIMATE, KV_USAGE, KV_BLOCKS, CACHE_CONFIG, WORKERS_READY, STEP_AGE,
     DRAINING, ADMISSIONS, REFUSALS, QUEUE_TIME, PREFILL_TIME, DECODE_TIME, ITL, COMPUTED_TOKENS, CACHE_QUERIES,
-    CACHE_HITS, ACCEPTED_TOKENS, PREEMPTIONS, WORKER_LOSSES, RECOVERIES, STEPS, STEP_TIME, STEP_TOKENS, ADAPTERS,
+    CACHE_HITS, ACCEPTED_TOKENS, DRAFT_TOKENS, DRAFT_TIME,
+    PREEMPTIONS, WORKER_LOSSES, RECOVERIES, STEPS, STEP_TIME, STEP_TOKENS, ADAPTERS,
     ADAPTER_LOADS, QUARANTINED,
 )  # fmt: skip
 WORKER = (

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -87,6 +88,34 @@ async def test_seeded_outputs_are_the_same_alone_together_and_after_the_worker_w
             os.kill(pid, signal.SIGKILL)
             assert [each.ids for each in await running] == [each.ids for each in together]
         await until_idle(client)
+
+
+async def test_what_a_schema_forces_is_guessed_and_stays_the_same_when_the_worker_dies(
+    stack: Stack, smollm2: Path
+) -> None:
+    settings = {**SEEDED, "json_schema": PERSON, "logprobs": 1}
+    async with stack.client() as client:
+        guessed = [await answer(client, ASK, seed=seed, **settings) for seed in range(4)]
+        running = asyncio.create_task(answer(client, ASK, seed=0, **settings))
+        await until_running(client, 1)
+        (pid,) = stack.children("worker")
+        os.kill(pid, signal.SIGKILL)
+        assert (await running).ids == guessed[0].ids
+        await until_idle(client)
+    plain = Stack(smollm2, "--device=cpu", "--kv-cache-memory=512MiB", "--speculative-tokens=0")
+    try:
+        async with plain.client() as client:
+            expected = [await answer(client, ASK, seed=seed, **settings) for seed in range(4)]
+    finally:
+        plain.stop()
+
+    assert [each.ids for each in guessed] == [each.ids for each in expected]
+    accepted = [
+        sum(each.stream.completed.usage.speculative_accepted_tokens for each in answers if each.stream.completed)
+        for answers in (guessed, expected)
+    ]
+    assert accepted[0] > len(guessed), accepted
+    assert accepted[1] == 0
 
 
 async def test_a_minimum_length_does_not_break_a_schema(stack: Stack) -> None:

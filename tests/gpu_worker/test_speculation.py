@@ -15,16 +15,19 @@ import pytest
 from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.ops import Float32Array, StepInput
 from octavo.gpu_worker.protocol import BLOCK_SIZE, FIRST_NO_TOKEN, NOT_FINITE_TOKEN
+from octavo.gpu_worker.sampling.grammars import Grammars
 from octavo.gpu_worker.steps.batch import Limits, Slots
 from octavo.gpu_worker.steps.host_runner import HostRunner
-from octavo.gpu_worker.steps.runner import Outcome
-from octavo.gpu_worker.steps.speculation import MOST_MATCHED, MOST_TOKENS, Accuracy, Speculation, StepCost, Text
+from octavo.gpu_worker.steps.proposers import MOST_MATCHED, Repetition, Text
+from octavo.gpu_worker.steps.runner import Guesses, Outcome
+from octavo.gpu_worker.steps.speculation import MOST_TOKENS, Accuracy, Speculation, StepCost
 from octavo.worker.v1 import worker_pb2
 
 from .test_cpu_device import Shape, TinyModel
 
 LIMITS = Limits(max_running=6, max_batch_tokens=64, max_blocks_per_sequence=12, num_blocks=100, vocab_size=128)
 SAMPLES, FOLLOWS = 1, 2
+ADAPTER_IDS = (1, 2)
 PROMPT = (5, 9, 5, 9, 7)
 GREEDY = {"top_p": 1.0}
 PLAIN = [
@@ -119,10 +122,14 @@ class Planner:
         ahead: bool = False,
         lookahead: int = 0,
         rows_at_once: int = MOST_TOKENS,
+        grammars: Grammars | None = None,
+        model: TinyModel | None = None,
     ) -> None:
         sizes = (LIMITS.max_running, LIMITS.max_blocks_per_sequence)
-        self.device = CountingDevice(TinyModel(Shape(), seed=3), LIMITS.max_batch_tokens, *sizes, num_threads=2)
-        make: Callable[[int], Speculation] | None = None
+        self.device = CountingDevice(
+            model or TinyModel(Shape(), seed=3), LIMITS.max_batch_tokens, *sizes, num_threads=2
+        )
+        make: Callable[..., Speculation] | None = None
         if speculative_tokens:
             make = functools.partial(
                 Speculation,
@@ -132,12 +139,13 @@ class Planner:
                 LIMITS.max_batch_tokens,
                 rows_at_once,
             )
-        self.runner = HostRunner(self.device, *sizes, LIMITS.vocab_size, speculation=make)
+        self.runner = HostRunner(self.device, *sizes, LIMITS.vocab_size, grammars, speculation=make)
         self.runner.allocate_kv(LIMITS.num_blocks)
-        self.slots = Slots(LIMITS)
+        self.slots = Slots(LIMITS, ADAPTER_IDS)
         self.free_blocks = list(range(1, LIMITS.num_blocks))
         self.freed: list[int] = []
         self.step_id = 0
+        self.guesses: list[Guesses] = []
         self.in_flight: deque[InFlight] = deque()
         self.ahead = ahead
         self.lookahead = lookahead
@@ -194,7 +202,10 @@ class Planner:
             request.computed += count
         for request, _ in sampled:
             request.pending += 1
-        outcome = self.runner.start(self.slots.apply(plan)).wait()
+        checked = self.slots.apply(plan)
+        assert not checked.refused
+        outcome = self.runner.start(checked).wait()
+        self.guesses += outcome.guesses
         self.in_flight.append(InFlight(outcome, sampled))
         while len(self.in_flight) > self.ahead:
             self._digest(self.in_flight.popleft())
@@ -208,7 +219,9 @@ class Planner:
         counts = [1] * len(step.sampled) if outcome.token_counts is None else outcome.token_counts.tolist()
         assert max(counts, default=0) <= self.runner.max_row_tokens
         token_ids = iter(outcome.sampled.token_ids.tolist())
-        num_prompts = len(outcome.sampled.logprobs) - sum("logprobs" in request.settings for request, _ in step.sampled)
+        rows = zip(step.sampled, counts, strict=True)
+        num_drawn = sum(count for (request, _), count in rows if "logprobs" in request.settings)
+        num_prompts = len(outcome.sampled.logprobs) - num_drawn
         logprobs = iter(outcome.sampled.logprobs[num_prompts:].tolist())
         for (request, length), count in zip(step.sampled, counts, strict=True):
             assert count == 1 or (length == 1 and len(request.tokens) + count <= len(request.blocks) * BLOCK_SIZE + 1)
@@ -217,8 +230,8 @@ class Planner:
             request.computed += count - 1
             request.num_accepted += max(count - 1, 0)
             request.num_empty += count == 0
-            if request.settings.get("logprobs"):
-                request.logprobs.append(next(logprobs))
+            if "logprobs" in request.settings:
+                request.logprobs += [next(logprobs) for _ in range(count)]
         assert next(token_ids, None) is None
         assert next(logprobs, None) is None
 
@@ -312,15 +325,17 @@ def test_log_probabilities_of_a_row_beside_guesses_are_its_own() -> None:
     outputs = []
     for speculative_tokens in (0, 7):
         planner = Planner(speculative_tokens)
-        first, second = Request(0, GREEDY, list(PROMPT)), Request(1, OTHERS[1], list(PROMPT))
+        first, second = Request(0, GREEDY, list(PROMPT)), Request(1, GREEDY | {"logprobs": 2}, list(PROMPT))
         planner.step([(first, 5), (second, 5)])
         for _ in range(40):
             planner.step([(first, 1), (second, 1)])
         outputs.append((second.output, second.logprobs))
-        assert (first.num_accepted > 0) == (speculative_tokens > 0)
-        assert second.num_accepted == 0
+        for request in (first, second):
+            assert (request.num_accepted > 0) == (speculative_tokens > 0)
 
-    assert outputs[0] == outputs[1]
+    assert len(outputs[0][0]) == 41 < len(outputs[1][0]) == len(outputs[1][1])
+    for without, guessed_for in zip(*outputs, strict=True):
+        assert guessed_for[:41] == without
 
 
 def six_streams(rows_at_once: int = MOST_TOKENS) -> Planner:
@@ -460,17 +475,17 @@ def test_a_draft_is_what_followed_the_last_tokens(
 
 
 def test_drafts_are_as_long_as_they_are_likely_to_be_right() -> None:
-    accuracy = Accuracy()
+    accuracy, long = Accuracy(Repetition.priors), [min(kind, MOST_MATCHED) for kind in range(8, 23)]
     for _ in range(200):
-        accuracy.learn(2, num_right=0, length=4)
-        accuracy.learn(8, num_right=4, length=4)
+        accuracy.learn([2, 3, 4, 5], num_right=0)
+        accuracy.learn([8, 9, 10, 11], num_right=4)
 
-    assert accuracy.chances(2, 0.05, 15) == []
-    assert len(accuracy.chances(8, 0.7, 15)) >= 4
-    assert len(accuracy.chances(8, 0.0, 3)) == 3
-    assert accuracy.chances(0, 0.0, 15) == [], "there is no draft"
-    chances = accuracy.chances(8, 0.1, 15)
+    assert accuracy.chances([2, 3, 4], 0.05) == []
+    assert len(accuracy.chances(long, 0.7)) >= 4
+    assert len(accuracy.chances(long[:3], 0.0)) == 3
+    chances = accuracy.chances(long, 0.1)
     assert chances == sorted(chances, reverse=True)
+    assert len(accuracy.chances(long, 0.1, factor=0.2)) < len(chances)
 
 
 def test_what_a_draft_token_costs_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,13 +507,13 @@ def test_what_a_draft_token_costs_is_learned(monkeypatch: pytest.MonkeyPatch) ->
 
 def guessed(speculation: Speculation, slot: int, block: int) -> list[int]:
     """What is guessed after token 1, which stands behind a full block."""
-    return speculation._text(slot, BLOCK_SIZE, 1, np.array([block, block + 1], np.int32)).draft(1)
+    return speculation._repetition._text(slot, BLOCK_SIZE, 1, np.array([block, block + 1], np.int32)).draft(1)
 
 
 def test_guesses_are_made_from_a_copied_block_as_from_the_first_one() -> None:
     speculation = Speculation(4, 64, 4, 16, MOST_TOKENS, 8)
-    speculation._cached_token_ids[3] = [1, 5, *range(20, 34)]
-    speculation._cached_token_ids[6] = [1, 9, *range(20, 34)]
+    speculation._repetition._cached_token_ids[3] = [1, 5, *range(20, 34)]
+    speculation._repetition._cached_token_ids[6] = [1, 9, *range(20, 34)]
 
     speculation.copy_blocks(np.array([[3, 6]], np.int32))
 
@@ -513,6 +528,6 @@ def test_guesses_are_not_made_from_what_was_in_the_slot_before(changes: dict[str
             freed, opened = np.array(changes.get("freed_slots", []), np.int32), changes.get("opened_slots", [])
             step: Any = SimpleNamespace(freed_slots=freed, opened_slots=opened)
             speculation.forget(step)
-        speculation._cached_token_ids[3] = [1, following, *range(20, 34)]
+        speculation._repetition._cached_token_ids[3] = [1, following, *range(20, 34)]
 
         assert guessed(speculation, 2, 3) == [following]

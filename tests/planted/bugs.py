@@ -405,8 +405,15 @@ BUGS: tuple[Bug, ...] = (
         ("tests/gpu_worker/test_speculation.py", "-k", "guesses"),
     ),
     Bug(
+        "penalties and grammars take tokens after a wrong guess",
+        "gpu_worker/sampling/sampler.py",
+        "now = now[token_ids[now] == guesses[now].astype(np.int64)] + 1",
+        "now = now[guesses[now] >= 0] + 1",
+        ("tests/gpu_worker/test_guessed_settings.py",),
+    ),
+    Bug(
         "what is guessed from a copied block is guessed from the old one",
-        "gpu_worker/steps/speculation.py",
+        "gpu_worker/steps/proposers.py",
         "self._cached_token_ids[pairs[:, 1]] = self._cached_token_ids[pairs[:, 0]]",
         "pass",
         ("tests/gpu_worker/test_speculation.py", "-k", "guesses"),

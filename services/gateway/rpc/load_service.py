@@ -66,6 +66,7 @@ class LoadServicer(load_pb2_grpc.LoadServiceServicer):
             prompt_tokens=load.prompt_tokens,
             output_tokens=load.output_tokens,
             looked_up_tokens=load.looked_up_tokens,
+            accepted_tokens=load.accepted_tokens,
             cached_tokens=load.cached_tokens,
             preemptions=load.preemptions,
             workers=[

@@ -16,6 +16,7 @@ from octavo.services.telemetry.store import BoundedNames, Store
 from octavo.services.telemetry.tracing import Attributes, is_sampled
 from octavo.worker.v1 import worker_pb2
 
+_MAX_PROPOSERS = 8
 _MAX_REASONS = 32
 _MAX_SPANS = 10_000  # that nobody took: more are not kept
 
@@ -51,6 +52,7 @@ class SchedulerMetrics:
         self.adapter_loads = 0
         self._traces = traces
         self._reason = BoundedNames(_MAX_REASONS)
+        self._proposer = BoundedNames(_MAX_PROPOSERS)
         self._spans: list[SpanRecord] = []
         self._lost_at: dict[Sequence, float] = {}  # of traced sequences that wait after the loss of their worker
         self._steps = store.value(catalog.STEPS)
@@ -131,6 +133,12 @@ class SchedulerMetrics:
         self._sample_s.observe(sample_s)
         self._transport_s.observe(max(0.0, elapsed_s - forward_s - sample_s))
         self._step_tokens.observe(step.num_tokens)
+        for guesses in result.guesses:
+            name = self._proposer(guesses.proposer)
+            wrong = max(guesses.drafted - guesses.accepted, 0)
+            self._store.value(catalog.DRAFT_TOKENS, name, "true").add(guesses.accepted)
+            self._store.value(catalog.DRAFT_TOKENS, name, "false").add(wrong)
+            self._store.value(catalog.DRAFT_TIME, name).add(guesses.time_us / 1e6)
         num_first = 0
         for seq in step.first_tokens:
             if seq.state is SequenceState.FINISHED:

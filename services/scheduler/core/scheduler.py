@@ -139,6 +139,7 @@ class Scheduler:
             prompt_tokens=self._metrics.prompt_tokens,
             output_tokens=self._metrics.output_tokens,
             looked_up_tokens=self._metrics.looked_up_tokens,
+            accepted_tokens=self._metrics.accepted_tokens,
             cached_tokens=self._metrics.cached_tokens,
             preemptions=self._metrics.preemptions,
             workers=[group.load() for group in groups],

@@ -32,6 +32,11 @@ def test_80_columns_have_room_for_every_header_and_figure() -> None:
         assert word in shown, shown
 
 
+def test_the_title_says_how_many_tokens_were_guessed() -> None:
+    load = load_pb2.SchedulerLoad(model="m", output_tokens=200, accepted_tokens=50)
+    assert top._title(top.Look(0.0, {"scheduler": load})) == "m: 25% of tokens guessed"
+
+
 def test_a_pipe_gets_plain_columns_and_needs_no_rich(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -260,7 +260,7 @@ class SamplingUpdate(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., allowed_token_mask: _Optional[bytes] = ..., candidate_index: _Optional[int] = ..., chosen_logprob: _Optional[bool] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_until_min_token_ids: _Optional[bytes] = ..., min_new_tokens: _Optional[int] = ..., prompt_length: _Optional[int] = ..., history_token_ids: _Optional[bytes] = ..., traceparent: _Optional[str] = ..., grammar: _Optional[str] = ..., end_of_sequence_ids: _Optional[bytes] = ..., prompt_logprobs: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., adapter_id: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks", "vectors", "vector_sizes", "token_counts")
+    __slots__ = ("step_id", "slot_indexes", "token_ids", "logprobs", "candidate_token_ids", "candidate_logprobs", "forward_us", "sample_us", "ranks", "vectors", "vector_sizes", "token_counts", "guesses")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     SLOT_INDEXES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +273,7 @@ class StepResult(_message.Message):
     VECTORS_FIELD_NUMBER: _ClassVar[int]
     VECTOR_SIZES_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    GUESSES_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     slot_indexes: bytes
     token_ids: bytes
@@ -285,7 +286,20 @@ class StepResult(_message.Message):
     vectors: bytes
     vector_sizes: bytes
     token_counts: bytes
-    def __init__(self, step_id: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., candidate_token_ids: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., forward_us: _Optional[int] = ..., sample_us: _Optional[int] = ..., ranks: _Optional[bytes] = ..., vectors: _Optional[bytes] = ..., vector_sizes: _Optional[bytes] = ..., token_counts: _Optional[bytes] = ...) -> None: ...
+    guesses: _containers.RepeatedCompositeFieldContainer[Guesses]
+    def __init__(self, step_id: _Optional[int] = ..., slot_indexes: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., candidate_token_ids: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., forward_us: _Optional[int] = ..., sample_us: _Optional[int] = ..., ranks: _Optional[bytes] = ..., vectors: _Optional[bytes] = ..., vector_sizes: _Optional[bytes] = ..., token_counts: _Optional[bytes] = ..., guesses: _Optional[_Iterable[_Union[Guesses, _Mapping]]] = ...) -> None: ...
+
+class Guesses(_message.Message):
+    __slots__ = ("proposer", "drafted", "accepted", "time_us")
+    PROPOSER_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    TIME_US_FIELD_NUMBER: _ClassVar[int]
+    proposer: str
+    drafted: int
+    accepted: int
+    time_us: int
+    def __init__(self, proposer: _Optional[str] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., time_us: _Optional[int] = ...) -> None: ...
 
 class WorkerFault(_message.Message):
     __slots__ = ("step_id", "code", "reason", "message", "fatal", "slot")
