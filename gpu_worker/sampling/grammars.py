@@ -53,8 +53,8 @@ class Grammars:
     """
 
     def __init__(self, read: Callable[[], Vocabulary], vocab_size: int, patience_s: float | None = PATIENCE_S) -> None:
-        """read: called once, in a thread. patience_s: how long `refusals` waits; None: as long as it takes."""
-        self._patience_s = patience_s
+        """read: called once, in a thread. patience_s: see `refusals`."""
+        self.patience_s = patience_s
         self._vocab_size = vocab_size
         self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
         self._cache_lock = threading.Lock()
@@ -79,33 +79,6 @@ class Grammars:
         output = settings.history_token_ids[settings.prompt_length :].tolist()
         automaton.ready = self._compilers.submit(self._begin, automaton, settings.grammar, output)
         return automaton
-
-    def refusals(
-        self, automata: list[Automaton], follows: list[bool], is_computing: Callable[[], bool] = lambda: False
-    ) -> list[int]:
-        """Wait, but not for long, for what each allows; return why its row gets no token, or 0.
-
-        follows       whether the row was computed as if a token had been produced for the one before it. If
-                      none was, because its mask was late, this one is of no use.
-        is_computing  whether the forward pass goes on: until its end, waiting costs nothing
-        """
-        useful = [not (automaton.is_late and after) for automaton, after in zip(automata, follows, strict=True)]
-        waiting = [
-            automaton.ready
-            for automaton, is_useful in zip(automata, useful, strict=True)
-            if is_useful and not automaton.ready.done()
-        ]
-        while waiting and is_computing():
-            waiting = list(wait(waiting, timeout=_POLL_S).not_done)
-        if waiting:
-            wait(waiting, timeout=self._patience_s)
-        codes = []
-        for automaton, is_useful in zip(automata, useful, strict=True):
-            automaton.is_late = not is_useful or not automaton.ready.done()
-            if not automaton.is_late:
-                automaton.ready.result()  # raises what went wrong
-            codes.append(NOT_READY_TOKEN if automaton.is_late else automaton.refusal)
-        return codes
 
     def _begin(self, automaton: Automaton, grammar: str, output: list[int]) -> None:
         """Compile, in a thread."""
@@ -231,6 +204,38 @@ class Automaton:
         is_limit = matcher.stop_reason() in ("ParserTooComplex", "LexerTooComplex") or "too " in matcher.get_error()
         self.refusal = TOO_COMPLEX_TOKEN if is_limit else NOTHING_ALLOWED_TOKEN
         log.info("a grammar has stopped: %s", matcher.get_error().split("\n")[0][:200])
+
+
+def refusals(
+    automata: list[Automaton],
+    follows: list[bool],
+    patience_s: float | None,
+    is_computing: Callable[[], bool] = lambda: False,
+) -> list[int]:
+    """Wait, but not for long, for what each allows; return why its row gets no token, or 0.
+
+    follows       whether the row was computed as if a token had been produced for the one before it. If
+                  none was, because its mask was late, this one is of no use.
+    patience_s    how long to wait after the forward pass; None: as long as it takes
+    is_computing  whether the forward pass goes on: until its end, waiting costs nothing
+    """
+    useful = [not (automaton.is_late and after) for automaton, after in zip(automata, follows, strict=True)]
+    waiting = [
+        automaton.ready
+        for automaton, is_useful in zip(automata, useful, strict=True)
+        if is_useful and not automaton.ready.done()
+    ]
+    while waiting and is_computing():
+        waiting = list(wait(waiting, timeout=_POLL_S).not_done)
+    if waiting:
+        wait(waiting, timeout=patience_s)
+    codes = []
+    for automaton, is_useful in zip(automata, useful, strict=True):
+        automaton.is_late = not is_useful or not automaton.ready.done()
+        if not automaton.is_late:
+            automaton.ready.result()  # raises what went wrong
+        codes.append(NOT_READY_TOKEN if automaton.is_late else automaton.refusal)
+    return codes
 
 
 def make_grammars(

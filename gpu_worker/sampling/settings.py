@@ -51,6 +51,11 @@ class SamplingSettings:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether what may come next depends on the output so far: the slot has an automaton."""
+        return bool(self.grammar)
+
+    @property
     def wants_logprobs(self) -> bool:
         """Whether its rows have an entry in `StepResult.logprobs`."""
         return self.chosen_logprob or self.logprobs > 0
@@ -103,7 +108,7 @@ def read_sampling_update(update: worker_pb2.SamplingUpdate, vocab_size: int) -> 
         prompt_logprobs=update.prompt_logprobs,
         adapter_id=update.adapter_id,
     )
-    needs_history = settings.has_penalties or settings.grammar or settings.prompt_logprobs
+    needs_history = settings.has_penalties or settings.is_constrained or settings.prompt_logprobs
     if needs_history and len(history) < update.prompt_length:
         raise PlanError(
             f"sampling_updates: a penalty, a grammar or prompt_logprobs is set, but history_token_ids holds "
