@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import schemas
 from octavo.gpu_worker.protocol import NOT_READY_TOKEN
-from octavo.gpu_worker.sampling.grammars import Grammars
+from octavo.gpu_worker.sampling.grammars import Grammars, refusals
 from octavo.gpu_worker.sampling.settings import read_sampling_update
 from octavo.gpu_worker.sampling.vocabulary import read_vocabulary
 from octavo.services.gateway.constraints.grammar import grammar_of_schema
@@ -86,7 +86,7 @@ def _measure_stalls(model: Path, vocab_size: int, drawn: list[schemas.Schema]) -
                     automaton.advance(int(rng.choice(allowed)))
             time.sleep(_FORWARD_S)
             began = time.perf_counter()
-            codes = grammars.refusals(automata, [False] * len(automata))
+            codes = refusals(automata, [False] * len(automata), grammars.patience_s)
             stalls.append(time.perf_counter() - began)
             num_rows += len(codes)
             num_late += codes.count(NOT_READY_TOKEN)

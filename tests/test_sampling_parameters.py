@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from octavo.common.sampling import SAMPLING_FIELDS
-from octavo.common.v1 import common_pb2
+from octavo.common.v1 import common_pb2, rules_pb2
 from octavo.gpu_worker.sampling.settings import SamplingSettings, read_sampling_update
 from octavo.kernels.draw import COLUMNS, STRUCT, Draw
 from octavo.scheduler.v1 import scheduler_pb2
@@ -21,7 +21,11 @@ from octavo.services.scheduler.core.plan_builder import SAMPLING_UPDATE_FORMS, s
 from octavo.worker.v1 import worker_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
-ALL = {field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields}
+ALL = {
+    field.name
+    for field in common_pb2.SamplingParams.DESCRIPTOR.fields
+    if not field.GetOptions().Extensions[rules_pb2.rules].internal  # type: ignore[index]
+}
 DRAWN = [name for name in Draw.__match_args__ if name in SAMPLING_FIELDS]
 _C_TYPES = {"float": "f4", "double": "f8", "int32_t": "i4", "uint32_t": "u4", "uint64_t": "u8"}
 

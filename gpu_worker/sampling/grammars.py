@@ -19,7 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -56,8 +56,8 @@ class Grammars:
     """
 
     def __init__(self, read: Callable[[], Vocabulary], vocab_size: int, patience_s: float | None = PATIENCE_S) -> None:
-        """read: called once, in a thread. patience_s: how long `refusals` waits; None: as long as it takes."""
-        self._patience_s = patience_s
+        """read: called once, in a thread. patience_s: see `refusals`."""
+        self.patience_s = patience_s
         self._vocab_size = vocab_size
         self._cache: OrderedDict[str, LLMatcher] = OrderedDict()
         self._texts: ForcedTexts | None = None
@@ -77,47 +77,20 @@ class Grammars:
             return False
         return True
 
-    def open(self, settings: SamplingSettings) -> Automaton:
+    def open(self, settings: SamplingSettings) -> GrammarAutomaton:
         """Return the automaton of a slot, which begins to compile, at the end of the output so far."""
-        automaton = Automaton(settings, self._vocab_size, self._workers, self._compilers)
+        automaton = GrammarAutomaton(settings, self._vocab_size, self._workers, self._compilers)
         output = settings.history_token_ids[settings.prompt_length :].tolist()
         automaton.ready = self._compilers.submit(self._begin, automaton, settings.grammar, output)
         return automaton
 
-    def refusals(
-        self, automata: list[Automaton], follows: list[bool], is_computing: Callable[[], bool] = lambda: False
-    ) -> list[int]:
-        """Wait, but not for long, for what each allows; return why its row gets no token, or 0.
-
-        follows       whether the row was computed as if a token had been produced for the one before it. If
-                      none was, because its mask was late, this one is of no use.
-        is_computing  whether the forward pass goes on: until its end, waiting costs nothing
-        """
-        useful = [not (automaton.is_late and after) for automaton, after in zip(automata, follows, strict=True)]
-        waiting = [
-            automaton.ready
-            for automaton, is_useful in zip(automata, useful, strict=True)
-            if is_useful and not automaton.ready.done()
-        ]
-        while waiting and is_computing():
-            waiting = list(wait(waiting, timeout=_POLL_S).not_done)
-        if waiting:
-            wait(waiting, timeout=self._patience_s)
-        codes = []
-        for automaton, is_useful in zip(automata, useful, strict=True):
-            automaton.is_late = not is_useful or not automaton.ready.done()
-            if not automaton.is_late:
-                automaton.ready.result()  # raises what went wrong
-            codes.append(NOT_READY_TOKEN if automaton.is_late else automaton.refusal)
-        return codes
-
     def is_ready(self, automaton: Automaton) -> bool:
         """Wait, but not for long, for what one allows after a guess that was right; tell whether that is known."""
         if not automaton.ready.done():
-            wait([automaton.ready], timeout=self._patience_s)
+            wait([automaton.ready], timeout=self.patience_s)
         return automaton.ready.done()
 
-    def _begin(self, automaton: Automaton, grammar: str, output: list[int]) -> None:
+    def _begin(self, automaton: GrammarAutomaton, grammar: str, output: list[int]) -> None:
         """Compile, in a thread."""
         try:
             tokenizer = self._tokenizer.result()
@@ -149,7 +122,38 @@ class Grammars:
             return made.deep_copy()
 
 
-class Automaton:
+class Automaton(Protocol):
+    """What says which tokens may come next, by those of the output. Fields as in `GrammarAutomaton`."""
+
+    is_late: bool
+
+    @property
+    def ready(self) -> Future[None]:
+        """When done, the others are valid."""
+
+    @property
+    def allowed(self) -> UInt32Array:
+        """What may come next."""
+
+    @property
+    def refusal(self) -> int:
+        """Why nothing may, or 0."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the end may."""
+
+    def advance(self, token_id: int) -> None:
+        """Take the token that was produced."""
+
+    def propose(self, most: int) -> Guess | None:
+        """Return what may well come next, up to `most` tokens; None if there is nothing, or no time."""
+
+    def num_allowed(self, token_ids: list[int]) -> int:
+        """Return how many of the tokens may follow, one after another, as far as that is known in time."""
+
+
+class GrammarAutomaton:
     """Where one output is in its grammar. While `ready` is not done, a thread works on it.
 
     ready        when done, the fields below are valid; raises what only a bug can raise
@@ -286,6 +290,96 @@ class Automaton:
         log.info("a grammar has stopped: %s", matcher.get_error().split("\n")[0][:200])
 
 
+class WordFilter:
+    """The automaton of a slot with `bad_words`, around that of its grammar if it has one."""
+
+    def __init__(self, settings: SamplingSettings, inner: Automaton | None) -> None:
+        assert settings.forbidden is not None, "words come with the tokens that are forbidden"
+        self._inner = inner
+        self._ready: Future[None] = Future()
+        self._ready.set_result(None)
+        self.is_late = False
+        self._words = settings.bad_words
+        self._lengths = sorted({len(prefix) for prefix in self._words})
+        self._newest = settings.history_token_ids[settings.prompt_length :].tolist()
+        self._permitted = pack_bits(~settings.forbidden)
+
+    @property
+    def ready(self) -> Future[None]:
+        """When the grammar's thread is done; at once without one."""
+        return self._ready if self._inner is None else self._inner.ready
+
+    @property
+    def allowed(self) -> UInt32Array:
+        """As of `Automaton`, without the tokens that would end a word."""
+        allowed = (self._permitted if self._inner is None else self._inner.allowed).copy()
+        for length in self._lengths:
+            ends = self._words.get(tuple(self._newest[-length:]))
+            if ends is not None:
+                np.bitwise_and.at(allowed, ends // 32, ~(np.uint32(1) << (ends % 32)))
+        return allowed
+
+    @property
+    def refusal(self) -> int:
+        """As of `Automaton`."""
+        if self._inner is not None and self._inner.refusal:
+            return self._inner.refusal
+        return 0 if self.allowed.any() else NOTHING_ALLOWED_TOKEN
+
+    @property
+    def is_complete(self) -> bool:
+        """As of `Automaton`."""
+        return self._inner is not None and self._inner.is_complete
+
+    def advance(self, token_id: int) -> None:
+        """Take the token that was produced."""
+        if self._lengths:
+            self._newest.append(token_id)
+            del self._newest[: -self._lengths[-1]]
+        if self._inner is not None:
+            self._inner.advance(token_id)
+
+    def propose(self, most: int) -> Guess | None:
+        """As of `Automaton`: a word among the guesses is found when its last token is drawn."""
+        return None if self._inner is None else self._inner.propose(most)
+
+    def num_allowed(self, token_ids: list[int]) -> int:
+        """As of `Automaton`."""
+        return len(token_ids) if self._inner is None else self._inner.num_allowed(token_ids)
+
+
+def refusals(
+    automata: list[Automaton],
+    follows: list[bool],
+    patience_s: float | None,
+    is_computing: Callable[[], bool] = lambda: False,
+) -> list[int]:
+    """Wait, but not for long, for what each allows; return why its row gets no token, or 0.
+
+    follows       whether the row was computed as if a token had been produced for the one before it. If
+                  none was, because its mask was late, this one is of no use.
+    patience_s    how long to wait after the forward pass; None: as long as it takes
+    is_computing  whether the forward pass goes on: until its end, waiting costs nothing
+    """
+    useful = [not (automaton.is_late and after) for automaton, after in zip(automata, follows, strict=True)]
+    waiting = [
+        automaton.ready
+        for automaton, is_useful in zip(automata, useful, strict=True)
+        if is_useful and not automaton.ready.done()
+    ]
+    while waiting and is_computing():
+        waiting = list(wait(waiting, timeout=_POLL_S).not_done)
+    if waiting:
+        wait(waiting, timeout=patience_s)
+    codes = []
+    for automaton, is_useful in zip(automata, useful, strict=True):
+        automaton.is_late = not is_useful or not automaton.ready.done()
+        if not automaton.is_late:
+            automaton.ready.result()  # raises what went wrong
+        codes.append(NOT_READY_TOKEN if automaton.is_late else automaton.refusal)
+    return codes
+
+
 def make_grammars(
     read: Callable[[], Vocabulary] | None, vocab_size: int, patience_s: float | None = PATIENCE_S
 ) -> Grammars | None:
@@ -301,11 +395,12 @@ def make_grammars(
 
 def open_automaton(grammars: Grammars | None, settings: SamplingSettings) -> Automaton | None:
     """Return the automaton of a slot, if it needs one. Raises PlanError if there is nothing to make it with."""
-    if not settings.grammar:
+    if not settings.is_constrained:
         return None
-    if grammars is None:
+    if settings.grammar and grammars is None:
         raise PlanError("sampling_updates: grammar is set, but this worker takes none")
-    return grammars.open(settings)
+    inner = grammars.open(settings) if settings.grammar and grammars is not None else None
+    return inner if inner is not None and not settings.bad_words else WordFilter(settings, inner)
 
 
 def pack_bits(flags: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> UInt32Array:

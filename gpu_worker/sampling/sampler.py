@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, UInt32Array
 from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN, NOTHING_ALLOWED_TOKEN
-from octavo.gpu_worker.sampling.grammars import Automaton, Grammars, open_automaton
+from octavo.gpu_worker.sampling.grammars import Automaton, Grammars, open_automaton, refusals
 from octavo.gpu_worker.sampling.settings import SamplingSettings
 
 
@@ -198,10 +198,11 @@ class Sampler:
     def _refused(self, rows: list[_Row], follows: npt.NDArray[np.bool_] | None) -> dict[int, int]:
         """Wait for what grammars allow; return the rows that get no token, and why."""
         constrained = [(i, row.slot.automaton) for i, row in enumerate(rows) if row.slot.automaton is not None]
-        if not constrained or self._grammars is None:
+        if not constrained:
             return {}
         is_follower = [follows is not None and bool(follows[i]) for i, _ in constrained]
-        codes = self._grammars.refusals([automaton for _, automaton in constrained], is_follower)
+        patience_s = None if self._grammars is None else self._grammars.patience_s
+        codes = refusals([automaton for _, automaton in constrained], is_follower, patience_s)
         return {i: code for (i, _), code in zip(constrained, codes, strict=True) if code}
 
     def _row(self, slot: int, position: int) -> _Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.common.sampling import SAMPLING_FIELDS
+from octavo.common.v1 import common_pb2
 from octavo.gpu_worker.errors import PlanError
 from octavo.gpu_worker.ops import Draw, UInt32Array
 from octavo.worker.v1 import worker_pb2
@@ -24,7 +26,8 @@ class SamplingSettings:
     """How a slot's tokens are chosen. Fields as in SamplingUpdate, where they are explained.
 
     draw       of the token at position 0
-    forbidden  [vocab_size] tokens that are never allowed, from both kinds of lists; None if all are
+    forbidden  [vocab_size] tokens that are never allowed, from all kinds of lists; None if all are
+    bad_words  words of several tokens: which cannot be produced where the output ends with these before it
     """
 
     draw: Draw
@@ -36,6 +39,7 @@ class SamplingSettings:
     bias_token_ids: UInt32Array
     bias_values: npt.NDArray[np.float32]
     forbidden: npt.NDArray[np.bool_] | None
+    bad_words: Mapping[tuple[int, ...], UInt32Array]
     banned_token_ids: UInt32Array
     min_new_tokens: int
     prompt_length: int
@@ -49,6 +53,12 @@ class SamplingSettings:
     def has_penalties(self) -> bool:
         """Whether a penalty needs to know the past."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether what may come next depends on the output so far: the slot has an automaton."""
+        nothing_is_left = self.forbidden is not None and bool(self.forbidden.all())
+        return bool(self.grammar or self.bad_words) or nothing_is_left
 
     @property
     def wants_logprobs(self) -> bool:
@@ -84,6 +94,7 @@ def read_sampling_update(update: worker_pb2.SamplingUpdate, vocab_size: int) -> 
     if np.isnan(bias_values).any() or np.isposinf(bias_values).any():
         raise PlanError("sampling_updates: bias_values holds a value that is not a number, or is +inf")
     history = _token_ids(update.history_token_ids, "history_token_ids", vocab_size)
+    bad_tokens, bad_words = _bad_words(update.sampling, vocab_size)
     settings = SamplingSettings(
         draw=Draw(**{name: values[name] for name in Draw.__match_args__ if name in values}, position=0),
         logprobs=update.logprobs,
@@ -93,7 +104,8 @@ def read_sampling_update(update: worker_pb2.SamplingUpdate, vocab_size: int) -> 
         repetition_penalty=values["repetition_penalty"],
         bias_token_ids=bias_token_ids,
         bias_values=bias_values,
-        forbidden=_forbidden(update, vocab_size),
+        forbidden=_forbidden(update, bad_tokens, vocab_size),
+        bad_words=bad_words,
         banned_token_ids=_token_ids(update.banned_until_min_token_ids, "banned_until_min_token_ids", vocab_size),
         min_new_tokens=update.min_new_tokens,
         prompt_length=update.prompt_length,
@@ -103,10 +115,10 @@ def read_sampling_update(update: worker_pb2.SamplingUpdate, vocab_size: int) -> 
         prompt_logprobs=update.prompt_logprobs,
         adapter_id=update.adapter_id,
     )
-    needs_history = settings.has_penalties or settings.grammar or settings.prompt_logprobs
+    needs_history = settings.has_penalties or settings.grammar or bad_words or settings.prompt_logprobs
     if needs_history and len(history) < update.prompt_length:
         raise PlanError(
-            f"sampling_updates: a penalty, a grammar or prompt_logprobs is set, but history_token_ids holds "
+            f"sampling_updates: a penalty, bad_words, a grammar or prompt_logprobs is set, but history_token_ids holds "
             f"{len(history)} tokens and the prompt {update.prompt_length}"
         )
     return settings
@@ -142,9 +154,23 @@ def _token_ids(data: bytes, name: str, vocab_size: int) -> UInt32Array:
     return token_ids
 
 
-def _forbidden(update: worker_pb2.SamplingUpdate, vocab_size: int) -> npt.NDArray[np.bool_] | None:
-    """Join the packed mask and the list of allowed tokens."""
-    if not update.allowed_token_mask and not update.allowed_token_ids:
+def _bad_words(
+    sampling: common_pb2.SamplingParams, vocab_size: int
+) -> tuple[list[int], Mapping[tuple[int, ...], UInt32Array]]:
+    """Return the words of one token, and the last tokens of the others by those before them."""
+    ends: dict[tuple[int, ...], list[int]] = {}
+    for word in sampling.bad_words_token_ids:
+        if not word.ids or max(word.ids) >= vocab_size:
+            raise PlanError(f"sampling_updates: bad_words has the tokens {word.ids[:8]} of {vocab_size}")
+        ends.setdefault(tuple(word.ids[:-1]), []).append(word.ids[-1])
+    return ends.pop((), []), {prefix: np.array(tokens, np.uint32) for prefix, tokens in ends.items()}
+
+
+def _forbidden(
+    update: worker_pb2.SamplingUpdate, bad_tokens: list[int], vocab_size: int
+) -> npt.NDArray[np.bool_] | None:
+    """Join the packed mask, the list of allowed tokens and `bad_tokens`."""
+    if not (update.allowed_token_mask or update.allowed_token_ids or update.sampling.bad_words_token_ids):
         return None
     allowed = np.ones(vocab_size, np.bool_)
     if update.allowed_token_mask:
@@ -156,4 +182,5 @@ def _forbidden(update: worker_pb2.SamplingUpdate, vocab_size: int) -> npt.NDArra
         listed = np.zeros(vocab_size, np.bool_)
         listed[_token_ids(update.allowed_token_ids, "allowed_token_ids", vocab_size)] = True
         allowed &= listed
+    allowed[bad_tokens] = False
     return ~allowed

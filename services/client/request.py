@@ -39,6 +39,7 @@ class GenerationOptions(TypedDict, total=False):
     seed: int
     logit_bias: Mapping[int, float]
     allowed_token_ids: Sequence[int]
+    bad_words: Sequence[str]
 
     max_new_tokens: int
     min_new_tokens: int

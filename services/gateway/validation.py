@@ -104,6 +104,9 @@ class _MessageChecks:
     def compile(self, descriptor: Descriptor, compiled: Callable[[Any], _MessageChecks]) -> None:
         for field in descriptor.fields:
             rules = _rules_of(field)
+            if rules.internal:
+                self._fields[field.number] = _refused
+                continue
             if rules.required:
                 advice = "must be set" if field.has_presence else "must not be empty"
                 self._required.append((field.name, field.has_presence, advice))
@@ -148,6 +151,10 @@ def _field_check(
     numbers = field.cpp_type in _NUMBERS
     each = None if item is None else _each_number(item, field.cpp_type in _FLOATS) if numbers else _each(item)
     return _limited(each, rules)
+
+
+def _refused(_value: Any, path: str, report: Report) -> None:
+    report(path, "is set by servers; leave it out")
 
 
 def _item_check(

@@ -17,7 +17,7 @@ from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, UInt32Array
 from octavo.gpu_worker.protocol import NOT_READY_TOKEN, NOTHING_ALLOWED_TOKEN, TOO_COMPLEX_TOKEN
 from octavo.gpu_worker.sampling import grammars as grammars_module
 from octavo.gpu_worker.sampling.draw import best_tokens, draw_tokens
-from octavo.gpu_worker.sampling.grammars import Automaton, Grammars
+from octavo.gpu_worker.sampling.grammars import GrammarAutomaton, Grammars
 from octavo.gpu_worker.sampling.sampler import Sampler
 from octavo.gpu_worker.sampling.settings import SamplingSettings, read_sampling_update
 from octavo.gpu_worker.sampling.vocabulary import Vocabulary
@@ -52,13 +52,13 @@ def settings_of(rule: str, output: bytes = b"", **fields: Any) -> SamplingSettin
     return read_sampling_update(update, SIZE)
 
 
-def allowed(automaton: Automaton) -> set[bytes]:
+def allowed(automaton: GrammarAutomaton) -> set[bytes]:
     automaton.ready.result()
     bits = np.unpackbits(automaton.allowed.view(np.uint8), bitorder="little")[:SIZE]
     return {TOKENS[token_id] for token_id in np.flatnonzero(bits)}
 
 
-def take(automaton: Automaton, text: bytes) -> None:
+def take(automaton: GrammarAutomaton, text: bytes) -> None:
     for byte in text:
         automaton.ready.result()
         automaton.advance(byte)
@@ -193,13 +193,13 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()
-        find: Callable[..., None] = Automaton._find_allowed
+        find: Callable[..., None] = GrammarAutomaton._find_allowed
 
-        def held(automaton: Automaton, matcher: Any) -> None:
+        def held(automaton: GrammarAutomaton, matcher: Any) -> None:
             assert self.open.wait(60)
             find(automaton, matcher)
 
-        monkeypatch.setattr(Automaton, "_find_allowed", held)
+        monkeypatch.setattr(GrammarAutomaton, "_find_allowed", held)
 
 
 @pytest.fixture

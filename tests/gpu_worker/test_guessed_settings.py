@@ -59,6 +59,7 @@ def drawn_settings(rng: np.random.Generator) -> dict[str, Any]:
         "min_new_tokens": int(rng.integers(1, 40)),
         "bias_token_ids": column([40, 41, 42]),
         "adapter_id": int(rng.choice(ADAPTER_IDS)),
+        "sampling": {"bad_words_token_ids": [{"ids": [4]}, *({"ids": [first, 9]} for first in range(12))]},
     }
     chosen |= {name: value for name, value in maybe.items() if rng.random() < 0.35}
     if "logprobs" in chosen:
@@ -113,7 +114,15 @@ def test_tokens_are_the_same_with_all_settings(grammars: Grammars, preempts: boo
             num_accepted.update(dict.fromkeys(one.settings, other.num_accepted))
             plain.close(one)
     assert all(num_accepted[name] for name in drawn_settings(np.random.default_rng(0))), num_accepted
-    for name in ("grammar", "frequency_penalty", "logprobs", "adapter_id", "candidate_index", "bias_token_ids"):
+    for name in (
+        "grammar",
+        "frequency_penalty",
+        "logprobs",
+        "adapter_id",
+        "candidate_index",
+        "bias_token_ids",
+        "sampling",
+    ):
         assert num_accepted[name] > 0, name
 
 

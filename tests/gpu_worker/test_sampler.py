@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from octavo.gpu_worker.errors import PlanError
-from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array
+from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, UInt32Array
+from octavo.gpu_worker.protocol import NOTHING_ALLOWED_TOKEN
 from octavo.gpu_worker.sampling.draw import best_tokens, draw_tokens
 from octavo.gpu_worker.sampling.sampler import Sampled, Sampler
 from octavo.gpu_worker.sampling.settings import read_sampling_update
@@ -31,6 +32,9 @@ class Drawer:
     def draw(self, logits: Float32Array, draws: list[Draw]) -> Int32Array:
         self.calls.append((logits.copy(), draws))
         return draw_tokens(logits, draws)
+
+    def mask(self, row: Float32Array, allowed: UInt32Array) -> None:
+        row[np.unpackbits(allowed.view(np.uint8), bitorder="little")[: len(row)] == 0] = -np.inf
 
 
 def column(*values: float, dtype: str = "<u4") -> bytes:
@@ -285,3 +289,52 @@ def test_no_rows_make_no_tokens() -> None:
 def test_settings_out_of_range_are_refused(update: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         sampler_with(update)
+
+
+def words(*token_ids: list[int]) -> dict[str, Any]:
+    return {"sampling": {"bad_words_token_ids": [{"ids": each} for each in token_ids]}}
+
+
+def test_the_last_token_of_a_bad_word_is_excluded_where_the_output_ends_with_those_before_it() -> None:
+    update = {**words([7], [3, 9], [5, 3, 8], [3, 4]), "prompt_length": 2, "history_token_ids": column(1, 5)}
+    sampler, drawer = sampler_with(update)
+    excluded = []
+    for at, token_id in enumerate([3, 5, 3, 6, 2]):
+        logits = torch.zeros(1, VOCABULARY)
+        logits[0, token_id] = 1.0
+        assert sample(sampler, logits, [2 + at]).token_ids.tolist() == [token_id]
+        excluded.append(np.flatnonzero(np.isneginf(drawer.calls[-1][0][0])).tolist())
+
+    assert excluded == [[7], [4, 7, 9], [7], [4, 7, 8, 9], [7]]  # tokens of the prompt do not count
+
+
+def test_a_slot_with_bad_words_goes_on_from_its_output_as_if_never_lost() -> None:
+    sampler, _ = sampler_with({**words([3, 5, 9]), "prompt_length": 1, "history_token_ids": column(1, 3, 5)})
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, 9] = 1.0
+
+    assert sample(sampler, logits, [3]).token_ids.tolist() == [0]
+    assert sample(sampler, logits, [4]).token_ids.tolist() == [9]
+
+
+def test_where_bad_words_leave_nothing_the_row_says_so_beside_others() -> None:
+    every = [[token_id] for token_id in range(VOCABULARY)]
+    allowed = {"allowed_token_ids": column(4, 6)}
+    late = {**words([4, 4], [4, 6]), **allowed, "prompt_length": 1, "history_token_ids": column(1, 4)}
+    sampler, _ = sampler_with(
+        {**words(*every), "history_token_ids": column(1), "prompt_length": 1},
+        {**words([4], [6]), **allowed},
+        {**late, "history_token_ids": column(1, 4)},
+        {},
+    )
+    logits = logits_of(rows=4)
+
+    token_ids = sample(sampler, logits).token_ids.tolist()
+
+    assert token_ids == [NOTHING_ALLOWED_TOKEN] * 3 + [int(logits[3].argmax())]
+
+
+@pytest.mark.parametrize("token_ids", [[], [VOCABULARY], [3, VOCABULARY]])
+def test_a_bad_word_that_the_vocabulary_lacks_is_refused(token_ids: list[int]) -> None:
+    with pytest.raises(PlanError, match="bad_words"):
+        sampler_with(words(token_ids))

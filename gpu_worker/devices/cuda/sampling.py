@@ -13,7 +13,7 @@ import torch
 from octavo.gpu_worker.devices.cuda.changes import Changes
 from octavo.gpu_worker.errors import PlanError
 from octavo.gpu_worker.protocol import NOT_FINITE_TOKEN, NOTHING_ALLOWED_TOKEN
-from octavo.gpu_worker.sampling.grammars import Automaton, Grammars, open_automaton, pack_bits
+from octavo.gpu_worker.sampling.grammars import Automaton, Grammars, open_automaton, pack_bits, refusals
 from octavo.gpu_worker.sampling.sampler import Sampled
 from octavo.gpu_worker.sampling.settings import SamplingSettings
 from octavo.kernels.alternatives import MAX_ALTERNATIVES, alternatives
@@ -72,7 +72,7 @@ class DeviceSampler:
         max_running, device = len(last_tokens), last_tokens.device
         self._vocab_size = vocab_size
         self._grammars = grammars
-        self._automata: dict[int, Automaton] = {}  # of the slots that have a grammar
+        self._automata: dict[int, Automaton] = {}  # of the slots that have one
         self._config = LOGITS[target]
         self._max_alternatives = min(MAX_ALTERNATIVES, vocab_size)
         assert max_running * vocab_size < 2**31, f"{max_running} slots of {vocab_size} tokens cannot be counted"
@@ -125,7 +125,7 @@ class DeviceSampler:
         """Give a slot its settings; add what is to be written on the device to `changes`."""
         has_rules = settings.has_penalties or settings.forbidden is not None
         has_bans = len(settings.banned_token_ids) > 0
-        has_rules = has_rules or len(settings.bias_token_ids) > 0 or has_bans or bool(settings.grammar)
+        has_rules = has_rules or len(settings.bias_token_ids) > 0 or has_bans or settings.is_constrained
         self._flags[slot] = _Flags(
             has_rules, settings.draw.has_edges, settings.wants_logprobs, settings.logprobs, has_bans
         )
@@ -155,7 +155,7 @@ class DeviceSampler:
         self._automata.clear()
 
     def constrained(self, slots: Int32Array) -> list[tuple[int, Automaton]]:
-        """Return the rows of `slots` that have a grammar."""
+        """Return the rows of `slots` that have an automaton."""
         if not self._automata:
             return []
         return [(row, self._automata[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._automata]
@@ -168,14 +168,14 @@ class DeviceSampler:
         is_computing: Callable[[], bool],
         changes: Changes,
     ) -> dict[int, int]:
-        """Wait for what grammars allow in a step; add it to `changes`. Return the rows without a token, and why.
+        """Wait for what automata allow in a step; add it to `changes`. Return the rows without a token, and why.
 
-        `rows` are those of `constrained(slots)`; other arguments as in `Grammars.refusals`. What gets no
+        `rows` are those of `constrained(slots)`; other arguments as in `grammars.refusals`. What gets no
         token has nothing allowed: so it is not counted.
         """
-        assert self._grammars is not None, "a slot has a grammar"
         automata = [automaton for _, automaton in rows]
-        codes = self._grammars.refusals(automata, [bool(follows[row]) for row, _ in rows], is_computing)
+        patience_s = None if self._grammars is None else self._grammars.patience_s
+        codes = refusals(automata, [bool(follows[row]) for row, _ in rows], patience_s, is_computing)
         until = _ALL_FIELDS.index("banned_until") * len(self._flags)
         for (row, automaton), code in zip(rows, codes, strict=True):
             slot = int(slots[row])
@@ -298,7 +298,7 @@ def _field_words(settings: SamplingSettings) -> Int32Array:
         **column_values(settings.draw),
         "seed_low": settings.draw.seed & 0xFFFFFFFF,
         "seed_high": settings.draw.seed >> 32,
-        "has_mask": settings.forbidden is not None or bool(settings.grammar),
+        "has_mask": settings.forbidden is not None or settings.is_constrained,
         "num_biases": len(_joined(settings)[0]),
         "num_banned": len(settings.banned_token_ids),
         "banned_until": min(settings.prompt_length + settings.min_new_tokens, 2**31 - 1),

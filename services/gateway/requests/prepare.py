@@ -32,6 +32,7 @@ from octavo.services.gateway.tokenization.tokenizer import INLINE_CHARS, INLINE_
 
 MAX_STATE_BYTES = 60_000
 """Longest state that a scheduler keeps for a request, with room for its own limit of 65,536."""
+MAX_BAD_WORDS_TOKENS = 8192
 KEPT_PROMPT_TOKENS = 16
 _INLINE_MESSAGES = 64
 
@@ -112,7 +113,8 @@ def _is_long(generation: generation_pb2.Generation, prompt: Sequence[int]) -> bo
     chat = generation.chat
     num_bytes = len(chat.template_options_json) + sum(map(len, chat.tools_json))
     num_tokens = len(prompt) + len(generation.continue_output.ids)
-    return num_tokens > INLINE_TOKENS or num_bytes > INLINE_CHARS or len(chat.messages) > _INLINE_MESSAGES
+    num_texts = max(len(chat.messages), len(generation.sampling.bad_words))
+    return num_tokens > INLINE_TOKENS or num_bytes > INLINE_CHARS or num_texts > _INLINE_MESSAGES
 
 
 def _checked(generation: generation_pb2.Generation, model: ServedModel, prompt: Sequence[int], limit: int) -> _Draft:
@@ -161,9 +163,29 @@ def _submit(
         resolved.adapter = submit.adapter  # these files, whatever the name means later
         submit.gateway_state = resolved.SerializeToString()
     del submit.stop.stop_sequences[:]  # the gateway's business
+    del submit.sampling.bad_words[:]
+    submit.sampling.bad_words_token_ids.extend(_bad_words(draft.sampling.bad_words, model))
     if not stop.ignore_end_of_sequence:
         submit.end_of_sequence_ids.extend(model.tokenizer.end_of_sequence_ids)
     return submit
+
+
+def _bad_words(words: Sequence[str], model: ServedModel) -> list[common_pb2.TokenIds]:
+    """Return the tokens of words, as they begin a text, and as they follow a space. Raises INVALID_FIELD."""
+    found: list[list[int]] = []
+    for index, word in enumerate(words):
+        text = word.lstrip() or word
+        first = model.tokenizer.encode_anew(text, add_special_tokens=False)
+        spaced = model.tokenizer.encode_anew(" " + text, add_special_tokens=False)
+        if not first:
+            raise invalid_field(f"generation.sampling.bad_words[{index}]", "has no tokens; leave it out")
+        found.append(first)
+        if len(spaced) == len(first) and spaced[0] != first[0]:  # vLLM's rule
+            found.append(spaced)
+    if (count := sum(map(len, found))) > MAX_BAD_WORDS_TOKENS:
+        description = f"has {count} tokens; send words of at most {MAX_BAD_WORDS_TOKENS} in all"
+        raise invalid_field("generation.sampling.bad_words", description)
+    return [common_pb2.TokenIds(ids=ids) for ids in found]
 
 
 def _candidates(

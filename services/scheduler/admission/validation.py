@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from itertools import chain
 
 from google.rpc import code_pb2
 
@@ -122,6 +123,7 @@ def _columns(submit: scheduler_pb2.Submit) -> Iterable[tuple[str, Iterable[int]]
         ("continue_output", submit.continue_token_ids),
         ("sampling.logit_bias", sampling.logit_bias),
         ("sampling.allowed_token_ids", sampling.allowed_token_ids),
+        ("sampling.bad_words", chain.from_iterable(word.ids for word in sampling.bad_words_token_ids)),
         ("stop.stop_token_ids", submit.stop.stop_token_ids),
         ("end_of_sequence_ids", submit.end_of_sequence_ids),
     )

@@ -227,5 +227,5 @@ class OutputProcessor:
         else:
             message = "the constraint takes too much time or memory: make it simpler"
             if answer == NOTHING_ALLOWED:
-                message = "the constraint leaves no token that the other settings and the model's vocabulary allow"
+                message = "the constraint and the other settings leave no token of the model's vocabulary to produce"
             self._lifecycle.fail(seq.request, code_pb2.INVALID_ARGUMENT, "INVALID_CONSTRAINT", message)

@@ -85,6 +85,25 @@ async def test_the_unary_answer_equals_the_concatenated_stream(harness: Any) -> 
     assert answer.completed.usage.output_tokens == len(ids)
 
 
+async def test_bad_words_are_sent_as_tokens_with_and_without_a_space_and_echoed_as_they_are(harness: Any) -> None:
+    call = harness.stream(sampling={"bad_words": ["  the", "zq", "\n"]}, scheduling={"resume_window_ms": 1000})
+    submit = await harness.scheduler.next_admitted()
+    started = (await call.read()).event.started
+
+    expected = []
+    for text in ("the", "zq", "\n"):
+        first, spaced = harness.ids(text), harness.ids(" " + text)
+        expected.append(first)
+        if len(first) == len(spaced) and first[0] != spaced[0]:
+            expected.append(spaced)
+    assert [list(word.ids) for word in submit.sampling.bad_words_token_ids] == expected
+    assert list(submit.sampling.bad_words) == []
+    kept = generation_pb2.Generation.FromString(submit.gateway_state).sampling
+    for sampling in (kept, started.effective_sampling):
+        assert list(sampling.bad_words) == ["  the", "zq", "\n"]
+        assert len(sampling.bad_words_token_ids) == 0
+
+
 async def test_every_setting_in_force_is_echoed_and_sent(harness: Any) -> None:
     call = harness.stream(
         sampling={"temperature": 0.0, "logit_bias": {5: 1.5}},

@@ -28,6 +28,7 @@ VOCAB = 50_000
         ("continue_output", {"continue_token_ids": [VOCAB]}),
         ("sampling.logit_bias", {"sampling": common_pb2.SamplingParams(logit_bias={VOCAB: 1.0})}),
         ("sampling.allowed_token_ids", {"sampling": common_pb2.SamplingParams(allowed_token_ids=[VOCAB])}),
+        ("sampling.bad_words", {"sampling": common_pb2.SamplingParams(bad_words_token_ids=[{"ids": [5, VOCAB]}])}),
         ("stop.stop_token_ids", {"stop": common_pb2.StopCriteria(stop_token_ids=[VOCAB])}),
         ("end_of_sequence_ids", {"end_of_sequence_ids": [VOCAB]}),
         ("logprobs", {"logprobs": VOCAB + 1}),

@@ -10,7 +10,7 @@ MEMBER_REQUIRED_FIELD_NUMBER: _ClassVar[int]
 member_required: _descriptor.FieldDescriptor
 
 class FieldRules(_message.Message):
-    __slots__ = ("required", "min", "max", "exclusive_min", "max_bytes", "max_items", "min_bytes", "min_value", "max_value", "neutral", "needs_history")
+    __slots__ = ("required", "min", "max", "exclusive_min", "max_bytes", "max_items", "min_bytes", "min_value", "max_value", "neutral", "needs_history", "internal")
     REQUIRED_FIELD_NUMBER: _ClassVar[int]
     MIN_FIELD_NUMBER: _ClassVar[int]
     MAX_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class FieldRules(_message.Message):
     MAX_VALUE_FIELD_NUMBER: _ClassVar[int]
     NEUTRAL_FIELD_NUMBER: _ClassVar[int]
     NEEDS_HISTORY_FIELD_NUMBER: _ClassVar[int]
+    INTERNAL_FIELD_NUMBER: _ClassVar[int]
     required: bool
     min: float
     max: float
@@ -33,4 +34,5 @@ class FieldRules(_message.Message):
     max_value: float
     neutral: float
     needs_history: bool
-    def __init__(self, required: _Optional[bool] = ..., min: _Optional[float] = ..., max: _Optional[float] = ..., exclusive_min: _Optional[bool] = ..., max_bytes: _Optional[int] = ..., max_items: _Optional[int] = ..., min_bytes: _Optional[int] = ..., min_value: _Optional[float] = ..., max_value: _Optional[float] = ..., neutral: _Optional[float] = ..., needs_history: _Optional[bool] = ...) -> None: ...
+    internal: bool
+    def __init__(self, required: _Optional[bool] = ..., min: _Optional[float] = ..., max: _Optional[float] = ..., exclusive_min: _Optional[bool] = ..., max_bytes: _Optional[int] = ..., max_items: _Optional[int] = ..., min_bytes: _Optional[int] = ..., min_value: _Optional[float] = ..., max_value: _Optional[float] = ..., neutral: _Optional[float] = ..., needs_history: _Optional[bool] = ..., internal: _Optional[bool] = ...) -> None: ...

@@ -94,7 +94,7 @@ class Driver:
         sequence.slot = self._free_slots.pop(0)
         self._running.append(sequence)
         update: dict[str, Any] = {"top_p": 1.0, **sequence.settings, "prompt_length": sequence.num_prompt}
-        if any(name.endswith("penalty") or name == "grammar" for name in update):
+        if any(name.endswith("penalty") or name in ("grammar", "sampling") for name in update):
             update["history_token_ids"] = column(*sequence.tokens)
         self._plan.sampling_updates.append(worker_pb2.SamplingUpdate(slot=sequence.slot, **update))
 

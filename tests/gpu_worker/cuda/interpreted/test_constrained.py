@@ -68,6 +68,23 @@ def test_constrained_rows_get_the_tokens_of_the_reference_beside_others(
     assert (tokens < STOP).sum() > 25
 
 
+def test_rows_with_bad_words_get_the_tokens_of_the_reference_with_and_without_grammars(
+    model: Model, grammars: Grammars
+) -> None:
+    greedy = Driver(reference_engine(model), seed=5).run([GREEDY], num_steps=6)
+    drawn = [int(token_id) for result in greedy for token_id in np.frombuffer(result.token_ids, "<u4")]
+    words = [[drawn[0], drawn[1]], [drawn[2]], [ord("a"), ord("b")]]
+    sampling = {"bad_words_token_ids": [{"ids": ids} for ids in words]}
+
+    def settings(**others: Any) -> list[dict[str, Any]]:
+        return [{**GREEDY, "sampling": sampling}, {**SEEDED, "sampling": sampling, "logprobs": 1}, others]
+
+    alone = [Driver(cuda_engine(model), seed=5), Driver(reference_engine(model), seed=5)]
+    check_equal(*(driver.run(settings(**GREEDY), num_steps=6) for driver in alone))
+    beside = [Driver(cuda_engine(model, grammars=grammars), seed=5), Driver(reference_engine(model, grammars), seed=5)]
+    check_equal(*(driver.run(settings(**constrained("/[ab]+/"), sampling=sampling), num_steps=6) for driver in beside))
+
+
 def test_a_row_of_which_nothing_is_allowed_gets_no_token_and_its_neighbour_gets_one(
     model: Model, grammars: Grammars
 ) -> None:

@@ -130,6 +130,7 @@ async def test_every_parameter_reaches_the_scheduler(harness: Any, sdk: openai.A
             "min_tokens": 2,
             "stop_token_ids": [9],
             "allowed_token_ids": [7, 8, 9],
+            "bad_words": ["x"],
             "include_stop_str_in_output": True,
             "skip_special_tokens": True,
             "priority": -3,
@@ -145,6 +146,7 @@ async def test_every_parameter_reaches_the_scheduler(harness: Any, sdk: openai.A
     assert sampling.seed == 2**64 - 1
     assert dict(sampling.logit_bias) == {7: -100}
     assert list(sampling.allowed_token_ids) == [7, 8, 9]
+    assert len(sampling.bad_words_token_ids) > 0
     assert (stop.max_new_tokens, stop.min_new_tokens, list(stop.stop_token_ids)) == (9, 2, [9])
     assert list(submit.end_of_sequence_ids) == []
     assert submit.priority == 3  # vLLM serves small numbers first, we serve large ones first
