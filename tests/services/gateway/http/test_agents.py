@@ -25,6 +25,7 @@ from tests.certificates import Authority
 ROOT = Path(__file__).resolve().parents[4]
 GUIDELLM = ROOT / "build" / "third-party" / "guidellm" / "bin" / "guidellm"
 INSTRUCTOR = ROOT / "build" / "third-party" / "instructor" / "bin" / "python"
+PYTHON = ROOT / "build" / "third-party" / "bin" / "python"
 NODE_PROGRAMS = ROOT / "build" / "third-party" / "node_modules" / ".bin"
 ANSWER = "hello from the fake"
 CALL = '{"name": "Person", "arguments": {"name": "Ada", "age": 36}}'
@@ -204,6 +205,21 @@ async def test_instructor_demands_a_call_of_responses(site: Site) -> None:
 
     assert status == 0, printed
     assert json.loads(printed.splitlines()[-1]) == {"name": "Ada", "age": 36}
+
+
+@installed(PYTHON)
+async def test_anthropic_s_client_gets_messages_calls_counts_and_its_own_errors(site: Site) -> None:
+    program = ROOT / "tests" / "e2e" / "third_party" / "use_anthropic.py"
+    status, printed = await site.run(PYTHON, program, site.url, "tiny")
+
+    assert status == 0, printed
+    got = json.loads(printed.splitlines()[-1])
+    assert got["whole"] == got["streamed"] == got["final"] == ANSWER
+    assert got["counted"] == site.prompts[0]
+    assert got["call"] == got["streamed_call"] == ["tool_use", "Person", {"name": "Ada", "age": 36}]
+    refused = got["refusals"]
+    assert [kind for kind, _ in refused.values()] == ["BadRequestError", "NotFoundError", "AuthenticationError"]
+    assert "stop_sequences" in refused["field"][1]
 
 
 @pytest.mark.parametrize(("text", "why"), [("echo", "cannot be executed"), ("#!/bin/sh\necho lost; exit 1", "lost")])
