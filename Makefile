@@ -149,7 +149,7 @@ $(THIRD_PARTY)/.installed: tests/e2e/third_party/requirements.txt tests/e2e/thir
 	  $(THIRD_PARTY)/bin/uv pip install --quiet --python $$place/bin/python "$$client" || exit 1; \
 	done
 	cp tests/e2e/third_party/package.json $(THIRD_PARTY)/
-	cd $(THIRD_PARTY) && npm install --no-fund --no-audit --ignore-scripts
+	cd $(THIRD_PARTY) && npm install --no-fund --no-audit --ignore-scripts && npm run --silent programs
 	@touch $@
 
 $(VENV)/bin/python:

@@ -140,7 +140,8 @@ async def _unrouted(request: Request, error: Exception) -> Response:
         wrong = HttpError(405, f"{where} is not allowed; see the allow header", "method_not_allowed", error.headers)
     else:
         wrong = HttpError(404, f"Unknown request URL: {where}{_advice(request)}", "unknown_url")
-    return http_error_response(wrong, choose_request_id(request.headers.get("x-request-id", "")))
+    form = messages_error if request.url.path.startswith("/v1/messages") else openai_error
+    return http_error_response(wrong, choose_request_id(request.headers.get("x-request-id", "")), form)
 
 
 def _advice(request: Request) -> str:

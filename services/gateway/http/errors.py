@@ -78,6 +78,8 @@ _PARAMETERS = {
     "sequences[0].ids": "tokens",
 }
 _MAX_TEXT = 2048  # of a message; a client's own words may be in it
+_END = (r"(?!\w)", "")  # of a name; of the beginning of one
+_QUOTED = re.compile(r"""((?<!\w)'(?:[^'\\]|\\.)*'(?!\w)|"(?:[^"\\]|\\.)*")""")
 _PART = re.compile(r"\.parts(?:\[\d+\])?(?:\.(tool_call|tool_result)?(?:\.(\w+))?)?")
 
 
@@ -88,14 +90,24 @@ def in_openai_words(error: ServingError, names: Mapping[str, str] | None = None)
     """
     all_names = {**_PARAMETERS, **(names or {})}
     longest_first = sorted(all_names, key=len, reverse=True)
-    pattern = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}" for name in longest_first))
+    pattern = re.compile("|".join(rf"(?<![\w.]){re.escape(name)}{_END[name[-1] == '.']}" for name in longest_first))
+
+    def say_field(text: str) -> str:
+        return _PART.sub(_say_part, pattern.sub(lambda found: all_names[found[0]], text))
 
     def say(text: str) -> str:
-        return _PART.sub(_say_part, pattern.sub(lambda found: all_names[found[0]], text[:_MAX_TEXT]))
+        """Say a sentence: its words are no fields, nor is anything in what it quotes."""
+
+        def replaced(found: re.Match[str]) -> str:
+            return found[0] if found[0].isalpha() else all_names[found[0]]
+
+        pieces = _QUOTED.split(text[:_MAX_TEXT])
+        pieces[::2] = [_PART.sub(_say_part, pattern.sub(replaced, piece)) for piece in pieces[::2]]
+        return "".join(pieces)
 
     message = say(error.message)
-    violations = [FieldViolation(say(each.field), say(each.description)) for each in error.violations]
-    named = None if violations else pattern.search(error.message)
+    violations = [FieldViolation(say_field(each.field), say(each.description)) for each in error.violations]
+    named = None if violations else pattern.search(_QUOTED.sub("", error.message))
     if named is not None and named[0].startswith("generation."):
         violations = [FieldViolation(all_names[named[0]], message)]
     if error.reason == Reason.INVALID_FIELD:

@@ -317,6 +317,11 @@ OUTPUT_CONFIG: Fields = {
     "effort": Field(_TEXT, "the variable reasoning_effort of the chat template"),
     "format": Field(_OBJECT, f"json_schema, with a schema: {_STRUCTURED}"),
 }
+THINKING: Fields = {
+    "type": Field(_TEXT, "enabled, adaptive or disabled: the variable enable_thinking of the chat template"),
+    "budget_tokens": Field(_MAX_TOKENS, "is not kept to"),
+    "display": Field(_TEXT, "changes nothing here"),
+}
 STREAM_OPTIONS_OF_RESPONSES: Fields = {"include_obfuscation": STREAM_OPTIONS["include_obfuscation"]}
 TEXT_OF_RESPONSES: Fields = {
     "format": Field(_OBJECT, f"text, json_object or json_schema; all but text: {_STRUCTURED}"),

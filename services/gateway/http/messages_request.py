@@ -13,7 +13,7 @@ from octavo.services.gateway.http.chat_request import (
     read_template_options,
     read_tools,
 )
-from octavo.services.gateway.http.fields import MESSAGES, OUTPUT_CONFIG
+from octavo.services.gateway.http.fields import MESSAGES, OUTPUT_CONFIG, THINKING
 from octavo.services.gateway.http.params import Ignored, Params
 from octavo.services.gateway.http.requests import ApiCall, GenerateRequest, prefer_tool_call, read_common
 from octavo.services.gateway.http.responses_request import read_format
@@ -84,7 +84,7 @@ def _read_message(params: Params, chat: generation_pb2.Chat) -> None:
         kind = fields.text("type") or ""
         if kind in MEDIA:
             raise params.unsupported(at, "media", f"this server takes text only, not {kind}; leave that block out")
-        fields.take("cache_control")
+        fields.object("cache_control")
         if kind == "tool_result":
             has_results = True
             result = chat.messages.add(role="tool").parts.add().tool_result
@@ -122,22 +122,28 @@ def _read_block(fields: Params, kind: str, message: generation_pb2.Message) -> N
 
 def _read_tools(params: Params, generation: generation_pb2.Generation) -> None:
     tools = []
-    for _, tool in function_tools(params, "custom", "custom"):
-        function = {"name": tool.get("name"), "description": tool.get("description")}
-        parameters = {"parameters": tool.get("input_schema"), "strict": tool.get("strict")}
+    names = set()
+    for index, tool in function_tools(params, "custom", "custom"):
+        fields = params.inner(tool, f"tools[{index}].")
+        name = fields.text("name")
+        if not name:
+            raise fields.wrong("name", "must be set")
+        names.add(name)
+        function = {"name": name, "description": fields.text("description")}
+        parameters = {"parameters": fields.object("input_schema"), "strict": fields.boolean("strict")}
         given = {name: value for name, value in (function | parameters).items() if value is not None}
         tools.append({"type": "function", "function": given})
-    given_choice = params.object("tool_choice") or {}
-    kind = given_choice.get("type")
-    choice: Any = None
+    fields = params.inner(params.object("tool_choice") or {"type": "auto"}, "tool_choice.")
+    kind, name, is_single = fields.text("type"), fields.text("name"), fields.boolean("disable_parallel_tool_use")
+    choice: Any = _CHOICES.get(kind or "")
     if kind == "tool":
-        choice = {"type": "function", "name": given_choice.get("name")}
-    elif given_choice:
-        choice = _CHOICES.get(kind) if isinstance(kind, str) else None
-        if choice is None:
-            raise params.wrong("tool_choice.type", "must be auto, any, tool or none")
-    generation.output.parsing.single_tool_call = given_choice.get("disable_parallel_tool_use") is True
-    read_tools(params, generation.chat, tools, choice)
+        if name not in names:
+            raise fields.wrong("name", f"there is no tool {name!r}; name one of tools")
+        choice = {"type": "function", "name": name}
+    elif choice is None:
+        raise fields.wrong("type", "must be auto, any, tool or none")
+    generation.output.parsing.single_tool_call = bool(is_single)
+    read_tools(params, generation.chat, tools, choice if tools or kind == "any" else None)
 
 
 def _thinking(params: Params) -> dict[str, Any] | None:
@@ -145,6 +151,10 @@ def _thinking(params: Params) -> dict[str, Any] | None:
     given = params.object("thinking")
     if given is None:
         return None
-    if given.get("type") not in ("enabled", "adaptive", "disabled"):
-        raise params.wrong("thinking.type", "must be enabled, adaptive or disabled")
-    return {"enable_thinking": given["type"] != "disabled"}
+    fields = params.inner(given, "thinking.", THINKING)
+    kind = fields.text("type")
+    if kind not in ("enabled", "adaptive", "disabled"):
+        raise fields.wrong("type", "must be enabled, adaptive or disabled")
+    fields.integer("budget_tokens")
+    fields.text("display")
+    return {"enable_thinking": kind != "disabled"}

@@ -17,13 +17,15 @@ MAX_TEXTS = 4096  # how many there may be is checked with the whole request
 _MAX_NAMES, _MAX_NAME = 8, 64  # that an error has of unknown fields
 _MAX_IGNORED = 32  # different fields
 _TYPO = 0.85  # how like a name of ours one must be to be taken for it
+_BASE = re.compile(r"\w+")
 _INDEX = re.compile(r"\[\d+\]")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]=-]")  # in a header
 _KINDS: Mapping[str, tuple[type, str]] = {
     "string": (str, "a string"),
     "object": (dict, "an object"),
+    "array": (list, "a list"),
 }
-"""What a field that is ignored must be all the same, by its JSON Schema type."""
+"""What a field that is ignored, or renamed, must be all the same, by its JSON Schema type."""
 _MEANINGFUL = (Support.SUPPORTED, Support.REFUSED)
 
 
@@ -73,6 +75,7 @@ class Params:
         self._path = path
         self._fields = fields
         self._taken: set[str] = set()
+        self._given: dict[str, str] = {}  # what the client calls a field that has several names
         self.ignored = Ignored() if ignored is None else ignored
         if fields is None:
             return
@@ -92,7 +95,9 @@ class Params:
 
     def wrong(self, name: str, description: str) -> ServingError:
         """Return the error for a field."""
-        return invalid_field(self._path + name, description)
+        base = _BASE.match(name)
+        given = self._given.get(base[0], base[0]) + name[base.end() :] if base else name
+        return invalid_field(self._path + given, description)
 
     def unsupported(self, name: str, feature: str, message: str) -> ServingError:
         """Return the error for a field that asks for what this server does not do."""
@@ -179,6 +184,11 @@ class Params:
     def _rename(self, name: str, field: Field) -> None:
         """Give a field its other name."""
         value = self._values.pop(name)
+        kind = _KINDS.get(field.schema.get("type", ""))
+        if kind is not None and not isinstance(value, kind[0]):
+            raise self.wrong(name, f"must be {kind[1]}")
+        if field.alias_of not in self._values:
+            self._given[field.alias_of] = name
         if not _is_among(value, field.allowed) and self._values.setdefault(field.alias_of, value) != value:
             raise self.wrong(name, f"differs from {field.alias_of}; send one of them")
 

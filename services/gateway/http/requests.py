@@ -151,8 +151,9 @@ def _read_stop(params: Params, stop: common_pb2.StopCriteria) -> None:
     if isinstance(given, list) and len(given) > _MAX_ITEMS:
         raise params.wrong("stop", f"has {len(given)} items; send at most {_MAX_ITEMS}")
     for text in given if isinstance(given, list) else () if given is None else (given,):
-        # The same check for one string and for each of a list.
-        stop.stop_sequences.append(Params({"stop": text}).text("stop") or "")
+        if not isinstance(text, str):
+            raise params.wrong("stop", "must be a string, or a list of them")
+        stop.stop_sequences.append(text)
     stop.stop_token_ids.extend(params.token_ids("stop_token_ids") or ())
     min_tokens = params.integer("min_tokens")
     if min_tokens is not None:

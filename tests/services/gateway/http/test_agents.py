@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from tests.certificates import Authority
 ROOT = Path(__file__).resolve().parents[4]
 GUIDELLM = ROOT / "build" / "third-party" / "guidellm" / "bin" / "guidellm"
 INSTRUCTOR = ROOT / "build" / "third-party" / "instructor" / "bin" / "python"
+PYTHON = ROOT / "build" / "third-party" / "bin" / "python"
 NODE_PROGRAMS = ROOT / "build" / "third-party" / "node_modules" / ".bin"
 ANSWER = "hello from the fake"
 CALL = '{"name": "Person", "arguments": {"name": "Ada", "age": 36}}'
 TIMEOUT_S = 120
+INSTALL = "rm -rf build/third-party/node_modules build/third-party/.installed && make third-party"
 
 
 def installed(program: Path) -> pytest.MarkDecorator:
@@ -46,9 +49,11 @@ class Site:
     """The length of each prompt."""
 
     async def run(self, *command: str | Path, **environment: str) -> tuple[int, str]:
-        """Run a client in an empty folder; return its exit status and what it printed."""
-        home = self.folder / "home"
-        home.mkdir()
+        """Run a client in an empty folder; return its exit status and what it printed.
+
+        One that this machine cannot execute skips the test.
+        """
+        home = Path(tempfile.mkdtemp(dir=self.folder))
         own: Mapping[str, str] = {
             "HOME": str(home),
             "TMPDIR": str(home),
@@ -59,14 +64,17 @@ class Site:
             "DO_NOT_TRACK": "1",
             **environment,
         }
-        process = await asyncio.create_subprocess_exec(
-            *map(str, command),
-            cwd=home,
-            env={"PATH": os.environ["PATH"], **own},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *map(str, command),
+                cwd=home,
+                env={"PATH": os.environ["PATH"], **own},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+            )
+        except OSError as error:
+            pytest.skip(f"{command[0]} cannot be executed ({error}): {INSTALL}")
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 printed, _ = await process.communicate()
@@ -76,6 +84,12 @@ class Site:
                 await process.wait()
         assert process.returncode is not None
         return process.returncode, printed.decode(errors="replace")
+
+    async def needs(self, program: Path) -> None:
+        """Skip the test if a launcher does not find the program of this machine."""
+        status, printed = await self.run(program, "--version")
+        if status:
+            pytest.skip(f"{program} does not run here ({' '.join(printed.split())[-300:]}): {INSTALL}")
 
 
 @pytest.fixture
@@ -136,6 +150,7 @@ async def test_codex_answers_a_question(site: Site) -> None:
         "model_providers.octavo.request_max_retries": "0",
         "model_providers.octavo.stream_max_retries": "0",
     }
+    await site.needs(NODE_PROGRAMS / "codex")
     options = [each for name, value in settings.items() for each in ("-c", f"{name}={value}")]
     command = [NODE_PROGRAMS / "codex", "exec", "--skip-git-repo-check", "-s", "read-only", *options, "Say hello"]
     status, printed = await site.run(*command, CODEX_CA_CERTIFICATE=str(site.ca))
@@ -153,6 +168,7 @@ async def test_opencode_answers_a_question(site: Site) -> None:
         "options": {"baseURL": f"{site.url}/v1", "apiKey": site.key},
         "models": {"tiny": {"name": "tiny", "limit": {"context": 100_000, "output": 64}}},
     }
+    await site.needs(NODE_PROGRAMS / "opencode")
     settings = {"provider": {"octavo": provider}, "autoupdate": False, "share": "disabled"}
     status, printed = await site.run(
         NODE_PROGRAMS / "opencode", "run", "--model", "octavo/tiny", "Say hello",
@@ -189,3 +205,28 @@ async def test_instructor_demands_a_call_of_responses(site: Site) -> None:
 
     assert status == 0, printed
     assert json.loads(printed.splitlines()[-1]) == {"name": "Ada", "age": 36}
+
+
+@installed(PYTHON)
+async def test_anthropic_s_client_gets_messages_calls_counts_and_its_own_errors(site: Site) -> None:
+    program = ROOT / "tests" / "e2e" / "third_party" / "use_anthropic.py"
+    status, printed = await site.run(PYTHON, program, site.url, "tiny")
+
+    assert status == 0, printed
+    got = json.loads(printed.splitlines()[-1])
+    assert got["whole"] == got["streamed"] == got["final"] == ANSWER
+    assert got["counted"] == site.prompts[0]
+    assert got["call"] == got["streamed_call"] == ["tool_use", "Person", {"name": "Ada", "age": 36}]
+    refused = got["refusals"]
+    assert [kind for kind, _ in refused.values()] == ["BadRequestError", "NotFoundError", "AuthenticationError"]
+    assert "stop_sequences" in refused["field"][1]
+
+
+@pytest.mark.parametrize(("text", "why"), [("echo", "cannot be executed"), ("#!/bin/sh\necho lost; exit 1", "lost")])
+async def test_a_client_that_cannot_run_is_skipped(site: Site, text: str, why: str) -> None:
+    program = site.folder / "program"
+    program.write_text(text)
+    program.chmod(0o755)
+
+    with pytest.raises(pytest.skip.Exception, match=f"{why}.*make third-party"):
+        await site.needs(program)

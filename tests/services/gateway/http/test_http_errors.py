@@ -11,7 +11,9 @@ import openai
 import pytest
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.errors import Reason, ServingError, invalid_field
 from octavo.services.gateway.http import formats, generate
+from octavo.services.gateway.http.errors import in_openai_words
 
 USER: Any = [{"role": "user", "content": "hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -330,3 +332,14 @@ async def test_a_bug_is_a_500_without_its_traceback(
     assert '"code":"internal"' in response.text.replace(" ", "")
     assert "secret" not in response.text
     assert "secret" in caplog.text
+
+
+def test_words_that_a_client_wrote_stay_as_they_are() -> None:
+    names = {"name": "lora_name"}
+    said = "no name 'generation.model', \"max_new_tokens\" or 'name'; the model's renames: max_new_tokens"
+    other = in_openai_words(ServingError(Reason.ADAPTER_NOT_FOUND, said), names)
+    field = in_openai_words(invalid_field("name", "the name 'name' is taken"), names)
+
+    assert other.message == said.removesuffix("max_new_tokens") + "max_tokens"
+    assert not other.violations
+    assert field.message == "lora_name: the name 'name' is taken"

@@ -213,6 +213,52 @@ async def test_errors_have_anthropic_s_form(
     assert said in body["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"stop_sequences": [5]}, "stop_sequences: "),
+        ({"stop_sequences": "x"}, "stop_sequences: must be a list"),
+        ({"stop_sequences": ["x"] * 5000}, "stop_sequences: has 5000"),
+        ({"stop_sequences": [""]}, "stop_sequences[0]: "),
+        ({"tools": [{"input_schema": {}}]}, "tools[0].name: must be set"),
+        ({"tools": [{"name": 5}]}, "tools[0].name: must be a string"),
+        ({"tools": [{"name": "f", "description": 5}]}, "tools[0].description: "),
+        ({"tools": [{"name": "f", "input_schema": "x"}]}, "tools[0].input_schema: must be an object"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "max_new_tokens"}}, "no tool 'max_new_tokens'"),
+        ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name: "),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "auto", "disable_parallel_tool_use": "no"}},
+            "tool_choice.disable_parallel_tool_use: must be true or false",
+        ),
+        ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens: must be a whole number"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": 5}]}]},
+            "messages[0].content[0].cache_control: must be an object",
+        ),
+    ],
+)
+@pytest.mark.parametrize("path", [PATH, f"{PATH}/count_tokens"])
+async def test_what_is_wrong_is_called_as_the_client_called_it(
+    http: httpx.AsyncClient, path: str, fields: dict[str, Any], said: str
+) -> None:
+    if path.endswith("count_tokens") and fields.get("stop_sequences") == [""]:
+        return  # nothing is generated that it could end
+    response = await http.post(path, json={"model": "tiny", "max_tokens": 9, "messages": USER, **fields})
+
+    assert response.status_code == 400, response.text
+    assert said in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", PATH, 405), ("POST", f"{PATH}/batches", 404)])
+async def test_what_has_no_route_has_anthropic_s_form(
+    http: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    response = await http.request(method, path)
+
+    assert response.status_code == status
+    assert response.json()["type"] == "error"
+
+
 async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(harness: Any, http: httpx.AsyncClient) -> None:
     body = {"model": "tiny", "max_tokens": 64, "messages": USER, "stream": True}
     running = asyncio.ensure_future(http.post(PATH, json=body, headers={"x-request-timeout-ms": "300"}))
