@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,54 @@ def test_rules_and_dashboard_name_only_metrics_that_are_exposed() -> None:
         assert named <= exposed_names(), query
         recorded = set(re.findall(r"\boctavo:[a-z_]+:[a-z0-9_]+", query))
         assert recorded <= {rule.get("record") for rule in rules()}, query
+
+
+def lost(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Yield where something of `before` is missing or another in `after`."""
+    if isinstance(before, dict):
+        for key, value in before.items():
+            yield from lost(value, after.get(key), f"{path}.{key}")
+    elif isinstance(before, list):
+        for at, (one, other) in enumerate(itertools.zip_longest(before, after or ())):
+            yield from lost(one, other, f"{path}[{at}]")
+    elif before != after:
+        yield path
+
+
+def test_the_dashboard_is_what_grafanas_schema_knows() -> None:
+    from grafana_foundation_sdk.cog import encoder, plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    plugins.register_default_plugins()
+    dashboard = json.loads((FILES / "dashboard.json").read_text())
+
+    def lost_of(it: Any) -> list[str]:
+        read = Dashboard.from_json(copy.deepcopy(it))
+        return list(lost(it, json.loads(encoder.JSONEncoder().encode(read))))
+
+    assert lost_of(dashboard) == []
+    dashboard["panels"][1]["targets"][0]["legend"] = "no such thing"
+    assert lost_of(dashboard) == [".panels[1].targets[0].legend"]
+
+
+def test_each_query_of_the_dashboard_follows_its_variables() -> None:
+    variables = json.loads((FILES / "dashboard.json").read_text())["templating"]["list"]
+    assert [each["name"] for each in variables] == ["datasource", "namespace", "release", "model"]
+    selector = 'namespace=~"$namespace",release=~"$release",model=~"$model"'
+    for query in dashboard_queries():
+        assert query.count("{" + selector) == len(re.findall(r"\boctavo_[a-z_]+", query)), query
+
+
+def test_what_is_scraped_has_the_labels_that_the_dashboard_asks_for() -> None:
+    objects = rendered_with("cpu", "monitoring.enabled=true", 'networkPolicy.monitoring=[{"podSelector":{}}]')
+    scraped = [
+        *find(objects, "ServiceMonitor", "demo-gateway")["spec"]["endpoints"],
+        *find(objects, "PodMonitor", "demo-engine")["spec"]["podMetricsEndpoints"],
+    ]
+    assert len(scraped) == 3
+    for each in scraped:
+        labels = {rule["targetLabel"]: rule["replacement"] for rule in each["relabelings"]}
+        assert labels == {"release": "demo", "model": "smollm2-135m-instruct"}
 
 
 def test_every_metric_is_on_the_dashboard_or_in_a_rule_or_is_for_looking_up() -> None:
