@@ -157,7 +157,7 @@ def release_rules(*values: str) -> str:
     """Return what the chart makes of the rules for release `demo` in namespace `llm`."""
     peers = 'networkPolicy.monitoring=[{"podSelector":{}}]'
     objects = rendered_with("cpu", "monitoring.enabled=true", peers, *values)
-    return yaml.safe_dump(find(objects, "PrometheusRule", "demo")["spec"])
+    return yaml.safe_dump(find(objects, "PrometheusRule", "demo-octavo")["spec"])
 
 
 RELEASE_TEST = """
