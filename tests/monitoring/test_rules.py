@@ -20,6 +20,7 @@ from octavo.services.cli.serve_config import PROCESSES
 from octavo.services.common.config import settings_of
 from octavo.services.telemetry import catalog
 from tests.helm.chart import find, rendered_with
+from tests.monitoring import incidents
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "helm" / "octavo" / "files"
@@ -151,6 +152,18 @@ def test_every_metric_is_on_the_dashboard_or_in_a_rule_or_is_for_looking_up() ->
     assert [metric.name for metric in everything if metric.name not in shown] == [
         metric.name for metric in everything if metric in looked_up
     ]
+
+
+@needs_promtool
+def test_each_of_25_incidents_raises_an_alert_within_five_minutes_and_no_ordinary_change_does(tmp_path: Path) -> None:
+    assert len(incidents.INCIDENTS) == 25
+    assert {series.partition("{")[0] for series in (*incidents.GATEWAY, *incidents.ENGINE)} - {"up"} <= exposed_names()
+    (tmp_path / "rules.yaml").write_text(RULES.read_text())
+    tests = {"rule_files": ["rules.yaml"], "evaluation_interval": "15s", "tests": incidents.promtool_tests()}
+    (tmp_path / "rules_test.yaml").write_text(yaml.safe_dump(tests))
+    command = ["promtool", "test", "rules", str(tmp_path / "rules_test.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def release_rules(*values: str) -> str:
