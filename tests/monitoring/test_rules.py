@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from octavo.services.cli import server_options
 from octavo.services.cli.admin import AdminConfig
 from octavo.services.cli.serve_config import PROCESSES
 from octavo.services.common.config import settings_of
@@ -244,8 +245,10 @@ def test_runbooks_name_commands_settings_and_metrics_that_there_are() -> None:
     actions = next(each for each in settings_of(AdminConfig) if each.name == "action").choices
     for path in RUNBOOKS.glob("*.md"):
         text = path.read_text()
-        for word in re.findall(r"octavo admin ([a-z-]+)", text):
+        for word in re.findall(r"octavo\s+admin ([a-z-]+)", text):
             assert word in actions, f"{path.name}: {word}"
+        for command in re.findall(r"`octavo\s+admin\s([^`]+)`", text):
+            server_options.load(AdminConfig, command.split(), prog="octavo admin", description="")
         for name in re.findall(r"`(octavo_[a-z_]+)`", text):
             assert name in exposed_names() | {each.removesuffix("_bucket") for each in exposed_names()}, path.name
         settings = {each.name for kind in PROCESSES.values() for each in settings_of(kind)}
