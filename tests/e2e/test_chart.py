@@ -19,6 +19,7 @@ import yaml
 
 from octavo.services.cli import demo_model
 from octavo.services.client import Client
+from octavo.services.client.errors import OctavoError
 from tests.helm.chart import Object, find, template
 from tests.ports import free_port
 
@@ -67,7 +68,11 @@ class Load:
                     await self._stream(client, number)
 
     async def _stream(self, client: Client, number: int) -> None:
-        got = await answer(client, **CASES[number])
+        try:
+            got = await answer(client, **CASES[number])
+        except OctavoError as error:
+            self.wrong.append(f"stream {number}: {error!r}")
+            raise
         self.num_streams += 1
         self.under_way.set()  # a stream has ended, so all lanes are in the middle of things
         self.num_resumed += got.stream.num_resumed
