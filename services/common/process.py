@@ -1,12 +1,14 @@
-"""What a process tells the operating system about itself: its name, and whom it dies with."""
+"""What a process tells the operating system about itself, and is told: its name, whom it dies with, its memory."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -61,3 +63,13 @@ def _overwrite_command_line(words: list[str]) -> None:
         text = b"".join(word.encode() + b"\0" for word in words)[: room - 1]
         memory.seek(start)
         memory.write(text.ljust(room, b"\0"))  # the last byte stays 0, or the kernel reads on into the environment
+
+
+def memory_limit(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return how many bytes the container may take that this process is in; infinity without a limit."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            return int((root / name).read_text())
+        except (OSError, ValueError):  # of the other version, or "max"
+            continue
+    return math.inf

@@ -18,13 +18,16 @@ from tests.ports import free_port
 class Prometheus:
     """Scrapes targets twice a second, and evaluates rules as often."""
 
-    def __init__(self, folder: Path, targets: Sequence[str], rules: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, targets: Sequence[str], rules: dict[str, Any], **labels: str) -> None:
+        """`labels`: what it adds to each series, as an operator's monitors do."""
         self.url = f"http://127.0.0.1:{free_port()}"
         (folder / "rules.yaml").write_text(yaml.safe_dump(rules))
         config = {
             "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"},
             "rule_files": [str(folder / "rules.yaml")],
-            "scrape_configs": [{"job_name": "octavo", "static_configs": [{"targets": list(targets)}]}],
+            "scrape_configs": [
+                {"job_name": "octavo", "static_configs": [{"targets": list(targets), "labels": labels}]}
+            ],
         }
         (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
         command = ["prometheus", f"--config.file={folder}/prometheus.yaml", f"--storage.tsdb.path={folder}/data"]

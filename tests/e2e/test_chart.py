@@ -19,6 +19,7 @@ import yaml
 
 from octavo.services.cli import demo_model
 from octavo.services.client import Client
+from octavo.services.client.errors import OctavoError
 from tests.helm.chart import Object, find, template
 from tests.ports import free_port
 
@@ -37,10 +38,12 @@ RESOLVER = "type.googleapis.com/envoy.extensions.network.dns_resolver.getaddrinf
 
 @dataclass
 class Load:
-    """Streams that run one after the other on each of six lanes until told to stop; each must be as undisturbed."""
+    """Streams that run one after the other on each of some lanes until told to stop; each must be as undisturbed."""
 
     address: str
     expected: list[list[int]]
+    num_lanes: int = len(CASES)
+    token: str = ""
     num_streams: int = 0
     num_resumed: int = 0
     wrong: list[str] = field(default_factory=list)
@@ -49,7 +52,7 @@ class Load:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         stop = asyncio.Event()
-        lanes = [asyncio.create_task(self._lane(number, stop)) for number in range(len(CASES))]
+        lanes = [asyncio.create_task(self._lane(number % len(CASES), stop)) for number in range(self.num_lanes)]
         try:
             await self.under_way.wait()
             yield
@@ -58,14 +61,23 @@ class Load:
             await asyncio.gather(*lanes)
 
     async def _lane(self, number: int, stop: asyncio.Event) -> None:
-        async with Client(self.address) as client:
-            while not stop.is_set():
-                got = await answer(client, **CASES[number])
-                self.num_streams += 1
-                self.under_way.set()  # a stream has ended, so all lanes are in the middle of things
-                self.num_resumed += got.stream.num_resumed
-                if got.ids != self.expected[number]:
-                    self.wrong.append(f"stream {number}: {got.ids}")
+        while not stop.is_set():
+            token = self.token
+            async with Client(self.address, token=token) as client:
+                while not stop.is_set() and token == self.token:
+                    await self._stream(client, number)
+
+    async def _stream(self, client: Client, number: int) -> None:
+        try:
+            got = await answer(client, **CASES[number])
+        except OctavoError as error:
+            self.wrong.append(f"stream {number}: {error!r}")
+            raise
+        self.num_streams += 1
+        self.under_way.set()  # a stream has ended, so all lanes are in the middle of things
+        self.num_resumed += got.stream.num_resumed
+        if got.ids != self.expected[number]:
+            self.wrong.append(f"stream {number}: {got.ids}")
 
 
 @dataclass
@@ -100,9 +112,9 @@ class Release:
         return Load(self.address, self.expected)
 
 
-def render() -> list[Object]:
+def render(*more: str) -> list[Object]:
     values = [
-        "engine.replicas=2", "gateway.drain.preStopSeconds=2",
+        *more, "engine.replicas=2", "gateway.drain.preStopSeconds=2",
         "engine.worker.settings.kv_cache_memory=64MiB", "engine.worker.settings.num_threads=1",
     ]  # fmt: skip
     done = template(["values-cpu.yaml"], values, "1.37")
@@ -137,9 +149,8 @@ async def proxied(release: Release) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def installed(demo: Path) -> AsyncIterator[Release]:
+async def installed(demo: Path, objects: list[Object]) -> AsyncIterator[Release]:
     """Install: the Job fetches the model, pods wait for it, all get ready."""
-    objects = render()
     folder = Path(tempfile.mkdtemp(prefix="octavo-chart-"))
     release = Release(Cluster(folder, objects), objects)
     starting: list[asyncio.Task[Pod]] = []
@@ -209,7 +220,7 @@ async def test_no_stream_is_lost_while_the_pods_of_the_chart_come_and_go(smollm2
     if reason := why_not():
         pytest.skip(reason)
     done: dict[str, Any] = {}
-    async with installed(smollm2) as release:
+    async with installed(smollm2, render()) as release:
         async with Client(release.address) as client:
             release.expected = [(await answer(client, **case)).ids for case in CASES]
         assert all(len(ids) == 32 for ids in release.expected)

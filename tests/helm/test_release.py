@@ -200,4 +200,4 @@ def test_the_objects_of_the_release_before_can_become_those_of_this_one(name: st
         after = new[each["kind"], each["metadata"]["name"]]
         assert immutable_changes(each["kind"], each, after) == [], each["metadata"]["name"]
     gone = {each["kind"] for each in old if (each["kind"], each["metadata"]["name"]) not in new}
-    assert gone <= {"Job"}, "a model, a Secret or a Service would be deleted"
+    assert gone <= {"Job", "ServiceAccount"}, "a model, a Secret or a Service would be deleted"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from octavo.services.cli import server_options
 from octavo.services.cli.admin import AdminConfig
 from octavo.services.cli.serve_config import PROCESSES
 from octavo.services.common.config import settings_of
 from octavo.services.telemetry import catalog
 from tests.helm.chart import find, rendered_with
+from tests.monitoring import incidents
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "helm" / "octavo" / "files"
@@ -88,6 +93,54 @@ def test_rules_and_dashboard_name_only_metrics_that_are_exposed() -> None:
         assert recorded <= {rule.get("record") for rule in rules()}, query
 
 
+def lost(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Yield where something of `before` is missing or another in `after`."""
+    if isinstance(before, dict):
+        for key, value in before.items():
+            yield from lost(value, after.get(key), f"{path}.{key}")
+    elif isinstance(before, list):
+        for at, (one, other) in enumerate(itertools.zip_longest(before, after or ())):
+            yield from lost(one, other, f"{path}[{at}]")
+    elif before != after:
+        yield path
+
+
+def test_the_dashboard_is_what_grafanas_schema_knows() -> None:
+    from grafana_foundation_sdk.cog import encoder, plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    plugins.register_default_plugins()
+    dashboard = json.loads((FILES / "dashboard.json").read_text())
+
+    def lost_of(it: Any) -> list[str]:
+        read = Dashboard.from_json(copy.deepcopy(it))
+        return list(lost(it, json.loads(encoder.JSONEncoder().encode(read))))
+
+    assert lost_of(dashboard) == []
+    dashboard["panels"][1]["targets"][0]["legend"] = "no such thing"
+    assert lost_of(dashboard) == [".panels[1].targets[0].legend"]
+
+
+def test_each_query_of_the_dashboard_follows_its_variables() -> None:
+    variables = json.loads((FILES / "dashboard.json").read_text())["templating"]["list"]
+    assert [each["name"] for each in variables] == ["datasource", "namespace", "release", "model"]
+    selector = 'namespace=~"$namespace",release=~"$release",model=~"$model"'
+    for query in dashboard_queries():
+        assert query.count("{" + selector) == len(re.findall(r"\boctavo_[a-z_]+", query)), query
+
+
+def test_what_is_scraped_has_the_labels_that_the_dashboard_asks_for() -> None:
+    objects = rendered_with("cpu", "monitoring.enabled=true", 'networkPolicy.monitoring=[{"podSelector":{}}]')
+    scraped = [
+        *find(objects, "ServiceMonitor", "demo-gateway")["spec"]["endpoints"],
+        *find(objects, "PodMonitor", "demo-engine")["spec"]["podMetricsEndpoints"],
+    ]
+    assert len(scraped) == 3
+    for each in scraped:
+        labels = {rule["targetLabel"]: rule["replacement"] for rule in each["relabelings"]}
+        assert labels == {"release": "demo", "model": "smollm2-135m-instruct"}
+
+
 def test_every_metric_is_on_the_dashboard_or_in_a_rule_or_is_for_looking_up() -> None:
     shown = " ".join([rule["expr"] for rule in rules()] + dashboard_queries())
     looked_up = {
@@ -102,11 +155,23 @@ def test_every_metric_is_on_the_dashboard_or_in_a_rule_or_is_for_looking_up() ->
     ]
 
 
+@needs_promtool
+def test_each_of_25_incidents_raises_an_alert_within_five_minutes_and_no_ordinary_change_does(tmp_path: Path) -> None:
+    assert len(incidents.INCIDENTS) == 25
+    assert {series.partition("{")[0] for series in (*incidents.GATEWAY, *incidents.ENGINE)} - {"up"} <= exposed_names()
+    (tmp_path / "rules.yaml").write_text(RULES.read_text())
+    tests = {"rule_files": ["rules.yaml"], "evaluation_interval": "15s", "tests": incidents.promtool_tests()}
+    (tmp_path / "rules_test.yaml").write_text(yaml.safe_dump(tests))
+    command = ["promtool", "test", "rules", str(tmp_path / "rules_test.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def release_rules(*values: str) -> str:
     """Return what the chart makes of the rules for release `demo` in namespace `llm`."""
     peers = 'networkPolicy.monitoring=[{"podSelector":{}}]'
     objects = rendered_with("cpu", "monitoring.enabled=true", peers, *values)
-    return yaml.safe_dump(find(objects, "PrometheusRule", "demo")["spec"])
+    return yaml.safe_dump(find(objects, "PrometheusRule", "demo-octavo")["spec"])
 
 
 RELEASE_TEST = """
@@ -180,8 +245,10 @@ def test_runbooks_name_commands_settings_and_metrics_that_there_are() -> None:
     actions = next(each for each in settings_of(AdminConfig) if each.name == "action").choices
     for path in RUNBOOKS.glob("*.md"):
         text = path.read_text()
-        for word in re.findall(r"octavo admin ([a-z-]+)", text):
+        for word in re.findall(r"octavo\s+admin ([a-z-]+)", text):
             assert word in actions, f"{path.name}: {word}"
+        for command in re.findall(r"`octavo\s+admin\s([^`]+)`", text):
+            server_options.load(AdminConfig, command.split(), prog="octavo admin", description="")
         for name in re.findall(r"`(octavo_[a-z_]+)`", text):
             assert name in exposed_names() | {each.removesuffix("_bucket") for each in exposed_names()}, path.name
         settings = {each.name for kind in PROCESSES.values() for each in settings_of(kind)}

@@ -521,6 +521,13 @@ BUGS: tuple[Bug, ...] = (
         (f"{GATEWAY}/test_prefix_index.py", f"{GATEWAY}/test_router.py"),
     ),
     Bug(
+        "a bit of the prefix index is given away while blocks still have it",
+        "services/gateway/schedulers/prefix_index.py",
+        "(self._left if self.is_forgetting(1 << index.bit) else self._free_bits).append(index.bit)",
+        "self._free_bits.append(index.bit)",
+        (f"{GATEWAY}/test_prefix_index.py",),
+    ),
+    Bug(
         "who has few blocks of a prompt is taken for one who has more",
         "services/gateway/schedulers/prefix_index.py",
         "holders = still",

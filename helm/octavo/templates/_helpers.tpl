@@ -4,9 +4,15 @@
 {{- default .Release.Name .Values.fullnameOverride | trunc 45 | trimSuffix "-" -}}
 {{- end }}
 
+{{/* The name of what there is one of. A release may be called as another chart's objects are, or be a part of it. */}}
+{{- define "octavo.ownName" -}}
+{{- $fullname := include "octavo.fullname" . -}}
+{{- contains "octavo" $fullname | ternary $fullname (printf "%s-octavo" $fullname) -}}
+{{- end }}
+
 {{- define "octavo.serviceAccountName" -}}
 {{- if .Values.serviceAccount.create -}}
-{{- default (include "octavo.fullname" .) .Values.serviceAccount.name -}}
+{{- default (include "octavo.ownName" .) .Values.serviceAccount.name -}}
 {{- else -}}
 {{- default "default" .Values.serviceAccount.name -}}
 {{- end -}}

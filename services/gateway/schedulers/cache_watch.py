@@ -24,11 +24,16 @@ async def watch_cache(stub: scheduler_pb2_grpc.SchedulerServiceStub, index: Pref
     """
     index.clear()
     while True:
+        await index.settle()
         after = scheduler_pb2.WatchCacheRequest(after_event_id=index.last_event_id, epoch=index.epoch)
         call = stub.WatchCache(after)
         try:
             while (event := await call.read()) is not _EOF:
+                if event.cleared:
+                    index.clear()
+                    await index.settle()
                 index.apply(event)
+                await index.settle()
         except LostEventsError as error:
             _log.info("the prefix cache is asked for again: %s", error)
             index.clear()

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.process import memory_limit
 from octavo.services.gateway.schedulers.consistent_hash import SessionRing
 from octavo.services.gateway.schedulers.load_order import LoadOrder
-from octavo.services.gateway.schedulers.prefix_index import PrefixHolders, PrefixIndex
+from octavo.services.gateway.schedulers.prefix_index import PrefixHolders, PrefixIndex, names_that_fit
 from octavo.services.gateway.schedulers.routing import RouteRequest, SchedulerView, backlog, choose
 
 COMPARE_ALL = 32
@@ -87,7 +88,7 @@ class Router:
     """The schedulers of a gateway, and the choice between them. It reads no clock and waits for nothing."""
 
     def __init__(self) -> None:
-        self.holders = PrefixHolders()
+        self.holders = PrefixHolders(names_that_fit(memory_limit()))
         self.num_changes = 0
         """Grows whenever a scheduler comes or goes, or says something else of its model."""
         self._routes: dict[int, Route] = {}  # the open ones, by their bits

@@ -7,7 +7,7 @@ from collections import deque
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import BLOCK_SIZE
 
-MAX_HASHES = 65_536  # in a message
+MAX_HASHES = 8_192  # in a message: a gateway takes it between two turns of its event loop
 MAX_EVENTS = 256  # kept for watchers that come back
 NAME_BYTES = 8
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from array import array
+from pathlib import Path
 
 import pytest
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.process import memory_limit
 from octavo.services.gateway.schedulers.prefix_index import (
+    MAX_NAMES,
     LostEventsError,
     PrefixHolders,
     PrefixIndex,
+    names_that_fit,
     prompt_block_hashes,
 )
 from octavo.services.scheduler.groups.block_allocator import BlockAllocator
@@ -96,3 +102,72 @@ def test_who_lacks_the_start_of_a_prompt_has_nothing_of_it_whatever_follows() ->
     found = holders.cached([1, 2, 3, 4])
 
     assert found == [(1, 1 << whole.bit | 1 << start.bit), (3, 1 << whole.bit)]
+
+
+def test_a_scheduler_that_is_forgotten_slice_by_slice_is_found_no_more_and_its_bit_is_free_afterwards() -> None:
+    holders = PrefixHolders()
+    gone, stays = PrefixIndex(holders), PrefixIndex(holders)
+    names = [number << 48 for number in range(1, 30_000)]
+    for index in (gone, stays):
+        index.apply(event(1, cleared=True, stored_block_hashes=names))
+    holders.leave(gone)
+
+    assert (gone.count_cached(names), stays.count_cached(names)) == (0, 29_999)
+    num_slices = 0
+    while holders.is_forgetting(1 << gone.bit):
+        assert PrefixIndex(holders).bit > stays.bit  # its bit is given away when no block has it
+        holders.settle_some()
+        num_slices += 1
+    assert num_slices > 10, "too much at once"
+    assert PrefixIndex(holders).bit == gone.bit == 0
+    assert (gone.count_cached(names), stays.count_cached(names), holders.num_names) == (0, 29_999, 29_999)
+
+
+def test_an_index_that_starts_over_knows_what_it_is_told_then_and_nothing_else() -> None:
+    holders = PrefixHolders()
+    index = PrefixIndex(holders)
+    index.apply(event(1, cleared=True, stored_block_hashes=range(1, 9000)))
+    index.apply(event(2, cleared=True, epoch=1, stored_block_hashes=[5, 6]))
+    assert (index.count_cached([5, 6]), index.count_cached([7]), holders.num_names) == (2, 0, 2)
+
+
+@pytest.mark.asyncio
+async def test_while_names_are_thinned_out_others_get_their_turns() -> None:
+    holders = PrefixHolders(max_names=20_000)
+    indexes = [PrefixIndex(holders) for _ in range(3)]
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting = asyncio.create_task(count())
+    for at, index in enumerate(indexes):
+        names = [(at + 3 * number) * 0x9E3779B97F4A7C15 % 2**64 for number in range(1, 9000)]
+        index.apply(event(1, cleared=True, stored_block_hashes=names))
+    turns = 0
+    await asyncio.gather(*(index.settle() for index in indexes))  # who waits first does it for all
+    counting.cancel()
+    assert holders.num_names < 20_000
+    assert turns > 10
+
+
+@pytest.mark.parametrize(
+    ("files", "limit", "names"),
+    [
+        ({"memory.max": "1073741824\n"}, 1 << 30, 1_917_396),
+        ({"memory.max": "max\n"}, math.inf, MAX_NAMES),
+        ({"memory/memory.limit_in_bytes": "536870912\n"}, 1 << 29, 958_698),
+        ({}, math.inf, MAX_NAMES),
+    ],
+)
+def test_a_container_with_little_memory_knows_fewer_names(
+    tmp_path: Path, files: dict[str, str], limit: float, names: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory_limit(tmp_path) == limit
+    assert names_that_fit(limit) == names
