@@ -181,8 +181,11 @@ def _read_config(data: bytes, where: str) -> _Config:
     rslora = config.get("use_rslora") or False
     if not isinstance(rslora, bool):
         raise AdapterError(f"{where}: use_rslora is {shown(rslora)}; expected true or false")
+    r = _number(config, "r", where)
+    if not r.is_integer():
+        raise AdapterError(f"{where}: r is {shown(config['r'])}; expected a whole number")
     return _Config(
-        int(_number(config, "r", where)),
+        int(r),
         _number(config, "lora_alpha", where),
         rslora,
         _pattern(config, "rank_pattern", where),

@@ -152,6 +152,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
                      "q_proj.lora_B holds a value that is not finite"),
     "infinite": (_edit(lambda v: v[f"base_model.model.{Q}.lora_A.weight"].__setitem__((0, 0), -np.inf)), "not finite"),
     "rank of the config": (_config(r=8), "rank 4, but adapter_config.json says 8"),
+    "rank that is no whole number": (_config(r=4.5), "r is 4.5; expected a whole number"),
     "rank bomb": (_edit(lambda v: [_set(v, f"{Q}.lora_A.weight", np.ones((300, 64), np.float32)),
                                    _set(v, f"{Q}.lora_B.weight", np.ones((64, 300), np.float32))]), "rank 300"),
     "size bomb": (_bomb, "has 4 bytes for"),
