@@ -44,7 +44,7 @@ class ForcedTexts:
 
     def __init__(self, tokenizer: LLTokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
-        self._words = np.zeros(vocab_size // 32 + 1, np.uint32)
+        self._num_words = vocab_size // 32 + 1
         found = [(ord(text), tokenizer.greedy_tokenize(text)) for text in _ASCII]
         alone = [(code, token_ids[0]) for code, token_ids in found if len(token_ids) == 1]
         self._codes = np.array([code for code, _ in alone], np.uint8)
@@ -52,20 +52,21 @@ class ForcedTexts:
         self._habits: dict[_Choice, int] = {}
 
     def guess(self, matcher: LLMatcher, allowed: UInt32Array, before: bytes, most: int) -> Guess:
-        """Return what comes next, up to `most` tokens.
+        """Return what comes next, up to `most` tokens; for any thread.
 
-        matcher  a copy, which is advanced
+        matcher  is advanced, and goes back, unless it comes to a limit
         allowed  the tokens that it allows, as bits
         before   the last byte of the text so far; b"" if there is none
         """
         data, choices, words = bytearray(), {}, allowed
+        num_taken = 0
         while len(data) < most * _BYTES_PER_TOKEN:
             forced = matcher.compute_ff_bytes()
             if forced:
                 token_ids = self._tokens_of(forced)
             else:
                 if data:
-                    words = self._words
+                    words = np.zeros(self._num_words, np.uint32)
                     matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
                 choice = bytes(data[-1:]) or before, self._options(words)
                 code = self._chosen(choice)
@@ -73,10 +74,17 @@ class ForcedTexts:
                     break
                 choices[len(data)] = choice
                 forced, token_ids = bytes([code]), [int(self._ids[self._codes == code][0])]
-            if not token_ids or matcher.try_consume_tokens(token_ids) < len(token_ids):
+            taken = matcher.try_consume_tokens(token_ids)
+            num_taken += taken
+            if taken < max(len(token_ids), 1):
                 break
             data += forced
+        matcher.rollback(num_taken)
         return self._in_tokens(bytes(data), choices, most) if data else _NOTHING
+
+    def leaves_little(self, allowed: UInt32Array) -> bool:
+        """Tell whether `guess` may find anything: what is forced begins with one byte."""
+        return len(self._options(allowed)) <= _MOST_OPTIONS
 
     def learn(self, guess: Guess, drawn: list[int]) -> None:
         """Learn from what was drawn after a guess what follows where there is a choice."""

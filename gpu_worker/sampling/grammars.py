@@ -39,6 +39,7 @@ PATIENCE_S = 0.002  # how long a step waits for masks after its forward pass
 _POLL_S = 0.0002  # how often to look whether a device still computes
 _PROPOSAL_S: Final = 0.0005  # how long a step waits before its forward pass: without, it is computed without guesses
 _MOST_DRAWN: Final = 32  # tokens that a guess is compared with
+_MOST_SCOUTS: Final = 4  # copies of a matcher that guesses may spoil; each takes as long as the output is long
 _MAX_CACHED = 64  # grammars; each takes some MB at most
 _NICENESS = 10  # of threads that compile
 _NUM_THREADS = 2  # of each kind: those that compile, and those that advance
@@ -173,6 +174,10 @@ class GrammarAutomaton:
         self.is_late = False
         self._matcher: LLMatcher | None = None
         self._texts: ForcedTexts | None = None
+        self._scout: LLMatcher | None = None  # at the same place; guesses go ahead with it, and come back
+        self._scouts_left = _MOST_SCOUTS
+        self._guessing: Future[Guess] | None = None
+        self._awaited: Future[None] | None = None  # the last that a step waited for
         self._guess: Guess | None = None  # the last one, and the tokens since
         self._drawn: list[int] = []
         self._last_ids: list[int] = []
@@ -192,33 +197,48 @@ class GrammarAutomaton:
     def propose(self, most: int) -> Guess | None:
         """Return what the grammar leaves little choice of, up to `most` tokens; None if there is nothing, or no time.
 
-        Waits until it is ready, but not for long.
+        Waits until it is ready, and then for the guess, but not for long: a thread makes it, as its masks may be slow.
         """
-        matcher, texts = self._where_it_is(), self._texts
-        if matcher is None or texts is None:
+        scout, texts = self._ready_scout(), self._texts
+        if scout is None or texts is None or not texts.leaves_little(self.allowed):
             return None
         if self._guess is not None:
             texts.learn(self._guess, self._drawn)
+        self._guess, self._drawn = None, []
         before = texts.last_byte(self._last_ids) if self._last_ids else b""
-        guess = texts.guess(matcher, self.allowed, before, most)
-        self._guess, self._drawn = (guess if guess.data else None), []
+        self._guessing = self._workers.submit(texts.guess, scout, self.allowed, before, most)
+        wait([self._guessing], timeout=_PROPOSAL_S)
+        if not self._guessing.done():
+            return None
+        guess = self._guessing.result()
+        self._guess = guess if guess.data else None
         return guess if guess.token_ids else None
 
     def num_allowed(self, token_ids: list[int]) -> int:
         """Return how many of the tokens may follow, one after another; 0 if that is not known in time."""
-        matcher = self._where_it_is()
-        return 0 if matcher is None else matcher.validate_tokens(token_ids)
+        scout = self._ready_scout()
+        return 0 if scout is None else scout.validate_tokens(token_ids)
 
-    def _where_it_is(self) -> LLMatcher | None:
-        """Return a copy of the matcher, if more of a text may follow and its masks are quick."""
-        if not self.ready.done():
+    def _ready_scout(self) -> LLMatcher | None:
+        """Return the scout, if more of a text may follow and its masks are quick. Waits once for each token."""
+        if self._is_slow:
+            return None
+        if not self.ready.done() and self._awaited is not self.ready:
+            self._awaited = self.ready
             wait([self.ready], timeout=_PROPOSAL_S)
         if not self.ready.done() or self.refusal or self.is_complete or self._is_slow:
             return None
-        return None if self._matcher is None else self._matcher.deep_copy()
+        if self._guessing is not None and not self._guessing.done():
+            return None
+        if self._scout is None and self._matcher is not None and self._scouts_left:
+            self._scouts_left -= 1
+            self._scout = self._matcher.deep_copy()
+        return self._scout
 
     def advance(self, token_id: int) -> None:
         """Take the token that was produced; must be ready. Returns at once."""
+        if self._guessing is not None and not self._guessing.done():
+            self._scout = self._guessing = None  # its thread goes on with it
         self._last_ids = [token_id]
         if self._guess is not None:
             self._drawn.append(token_id)
@@ -244,6 +264,8 @@ class GrammarAutomaton:
             self._end()
         elif not self.refusal:
             if self._matcher.consume_token(token_id):
+                if self._scout is not None and not self._scout.consume_token(token_id):
+                    self._scout = None  # a guess came to a limit
                 self._find_allowed(self._matcher)
             else:
                 self._refuse(self._matcher)

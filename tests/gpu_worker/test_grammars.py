@@ -6,17 +6,20 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from octavo.gpu_worker.errors import ModelError, PlanError
 from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, UInt32Array
 from octavo.gpu_worker.protocol import NOT_READY_TOKEN, NOTHING_ALLOWED_TOKEN, TOO_COMPLEX_TOKEN
 from octavo.gpu_worker.sampling import grammars as grammars_module
 from octavo.gpu_worker.sampling.draw import best_tokens, draw_tokens
+from octavo.gpu_worker.sampling.forced import ForcedTexts
 from octavo.gpu_worker.sampling.grammars import GrammarAutomaton, Grammars
 from octavo.gpu_worker.sampling.sampler import Sampler
 from octavo.gpu_worker.sampling.settings import SamplingSettings, read_sampling_update
@@ -281,6 +284,66 @@ def test_rows_after_a_late_one_are_late_until_it_is_computed_again(gate: Gate) -
 
     assert follower == NOT_READY_TOKEN
     assert TOKENS[again] == b"y"
+
+
+def opened_with(workers: ThreadPoolExecutor, rule: str, output: bytes = b"") -> tuple[GrammarAutomaton, CountedCopies]:
+    """An automaton whose masks are made by `workers`, and its matcher."""
+    tokenizer = LLTokenizer(TokenizerWrapper(grammars_module._Tokens(VOCABULARY)))
+    matcher: Any = CountedCopies(LLMatcher(tokenizer, HEADER + rule, log_level=0))
+    automaton = GrammarAutomaton(settings_of(rule), SIZE, workers, workers)
+    automaton.begin(matcher, list(output), ForcedTexts(tokenizer, SIZE))
+    automaton.ready.set_result(None)
+    return automaton, matcher
+
+
+class CountedCopies:
+    """A matcher that counts how often it is copied: each takes as long as the output is long."""
+
+    num_copies = 0
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._matcher, name)
+
+    def deep_copy(self) -> LLMatcher:
+        self.num_copies += 1
+        return self._matcher.deep_copy()
+
+
+def test_a_guess_that_takes_long_holds_up_no_step_and_changes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread gets nowhere until the next token was drawn without it."""
+    monkeypatch.setattr(grammars_module, "_PROPOSAL_S", 0.0)
+    with ThreadPoolExecutor(1) as workers:
+        automaton, _ = opened_with(workers, 'start: ("yes no " /[a-c]/ " ")+')
+        for byte in b"yes no b yes no ":
+            goes_on = threading.Event()
+            workers.submit(goes_on.wait)
+            guess = automaton.propose(8)
+            automaton.advance(byte)
+            goes_on.set()
+            assert guess is None
+            automaton.ready.result()
+        assert allowed(automaton) == {b"a", b"b", b"c"}
+
+
+def test_guesses_and_their_checks_do_not_copy_what_grows_with_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars_module, "_PROPOSAL_S", 60.0)
+    text = b"yes no b yes no c " * 20
+    with ThreadPoolExecutor(2) as workers:
+        automaton, matcher = opened_with(workers, 'start: ("yes no " /[a-c]/ " ")+')
+        num_guessed = 0
+        for place, byte in enumerate(text):
+            guess = automaton.propose(8)
+            if guess is not None:
+                assert (text + text)[place:].startswith(b"".join(TOKENS[token_id] for token_id in guess.token_ids))
+                num_guessed += 1
+            assert automaton.num_allowed(list(text[place : place + 5] + b"!")) == len(text[place : place + 5])
+            automaton.advance(byte)
+            automaton.ready.result()
+        assert num_guessed > len(text) // 2
+        assert matcher.num_copies == 1
 
 
 def test_a_worker_without_grammars_refuses_a_plan_with_one() -> None:
