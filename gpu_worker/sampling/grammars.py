@@ -322,9 +322,14 @@ class WordFilter:
         self._ready.set_result(None)
         self.is_late = False
         self._words = settings.bad_words
-        self._lengths = sorted({len(prefix) for prefix in self._words})
+        self._most = max(map(len, self._words), default=0)
+        lengths: dict[int, set[int]] = {}
+        for prefix in self._words:
+            lengths.setdefault(prefix[-1], set()).add(len(prefix))
+        self._lengths = lengths  # of what comes before the words' last tokens, by the last of it
         self._newest = settings.history_token_ids[settings.prompt_length :].tolist()
         self._permitted = pack_bits(~settings.forbidden)
+        self._ends = self._ends_now()
 
     @property
     def ready(self) -> Future[None]:
@@ -335,10 +340,8 @@ class WordFilter:
     def allowed(self) -> UInt32Array:
         """As of `Automaton`, without the tokens that would end a word."""
         allowed = (self._permitted if self._inner is None else self._inner.allowed).copy()
-        for length in self._lengths:
-            ends = self._words.get(tuple(self._newest[-length:]))
-            if ends is not None:
-                np.bitwise_and.at(allowed, ends // 32, ~(np.uint32(1) << (ends % 32)))
+        for ends in self._ends:
+            np.bitwise_and.at(allowed, ends // 32, ~(np.uint32(1) << (ends % 32)))
         return allowed
 
     @property
@@ -355,11 +358,18 @@ class WordFilter:
 
     def advance(self, token_id: int) -> None:
         """Take the token that was produced."""
-        if self._lengths:
+        if self._words:
             self._newest.append(token_id)
-            del self._newest[: -self._lengths[-1]]
+            del self._newest[: -self._most]
+            self._ends = self._ends_now()
         if self._inner is not None:
             self._inner.advance(token_id)
+
+    def _ends_now(self) -> list[UInt32Array]:
+        """Return the tokens that would end words, once for each token: there may be words of a hundred lengths."""
+        lengths = self._lengths.get(self._newest[-1], ()) if self._newest else ()
+        found = (self._words.get(tuple(self._newest[-length:])) for length in lengths)
+        return [ends for ends in found if ends is not None]
 
     def propose(self, most: int) -> Guess | None:
         """As of `Automaton`: a word among the guesses is found when its last token is drawn."""

@@ -160,9 +160,10 @@ def _bad_words(
     """Return the words of one token, and the last tokens of the others by those before them."""
     ends: dict[tuple[int, ...], list[int]] = {}
     for word in sampling.bad_words_token_ids:
-        if not word.ids or max(word.ids) >= vocab_size:
+        *before, last = ids = tuple(word.ids) or (vocab_size,)
+        if max(ids) >= vocab_size:
             raise PlanError(f"sampling_updates: bad_words has the tokens {word.ids[:8]} of {vocab_size}")
-        ends.setdefault(tuple(word.ids[:-1]), []).append(word.ids[-1])
+        ends.setdefault(tuple(before), []).append(last)
     return ends.pop((), []), {prefix: np.array(tokens, np.uint32) for prefix, tokens in ends.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from octavo.gpu_worker.errors import PlanError
 from octavo.gpu_worker.ops import Draw, Float32Array, Int32Array, UInt32Array
 from octavo.gpu_worker.protocol import NOTHING_ALLOWED_TOKEN
 from octavo.gpu_worker.sampling.draw import best_tokens, draw_tokens
+from octavo.gpu_worker.sampling.grammars import WordFilter
 from octavo.gpu_worker.sampling.sampler import Sampled, Sampler
 from octavo.gpu_worker.sampling.settings import read_sampling_update
 from octavo.worker.v1 import worker_pb2
@@ -306,6 +308,26 @@ def test_the_last_token_of_a_bad_word_is_excluded_where_the_output_ends_with_tho
         excluded.append(np.flatnonzero(np.isneginf(drawer.calls[-1][0][0])).tolist())
 
     assert excluded == [[7], [4, 7, 9], [7], [4, 7, 8, 9], [7]]  # tokens of the prompt do not count
+
+
+def test_bad_words_of_many_lengths_are_looked_for_once_where_one_may_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_for: list[tuple[int, ...]] = []
+
+    class Counted(dict[tuple[int, ...], Any]):
+        def get(self, prefix: tuple[int, ...], default: Any = None) -> Any:
+            looked_for.append(prefix)
+            return super().get(prefix, default)
+
+    many = words(*([6] * length + [5, 9] for length in range(90)), [6, 8, 7])
+    update = worker_pb2.SamplingUpdate(**many, top_p=1.0, prompt_length=1, history_token_ids=column(1, 2, 4))
+    settings = read_sampling_update(update, VOCABULARY)
+    word_filter = WordFilter(dataclasses.replace(settings, bad_words=Counted(settings.bad_words)), None)
+    assert looked_for == []
+    for token_id in (6, 8):
+        word_filter.advance(token_id)
+        assert not word_filter.refusal
+        assert word_filter.allowed[0] >> 7 & 1 == (token_id != 8)
+    assert looked_for == [(6, 8)]
 
 
 def test_a_slot_with_bad_words_goes_on_from_its_output_as_if_never_lost() -> None:
