@@ -39,7 +39,8 @@ PATIENCE_S = 0.002  # how long a step waits for masks after its forward pass
 _POLL_S = 0.0002  # how often to look whether a device still computes
 _PROPOSAL_S: Final = 0.0005  # how long a step waits before its forward pass: without, it is computed without guesses
 _MOST_DRAWN: Final = 32  # tokens that a guess is compared with
-_MOST_SCOUTS: Final = 4  # copies of a matcher that guesses may spoil; each takes as long as the output is long
+_MOST_SCOUTS: Final = 4.0  # copies of a matcher that guesses may spoil; one takes the longer the longer the output is
+_SCOUTS_PER_GUESS: Final = 0.05  # more, with each that is made in time
 _MAX_CACHED = 64  # grammars; each takes some MB at most
 _NICENESS = 10  # of threads that compile
 _NUM_THREADS = 2  # of each kind: those that compile, and those that advance
@@ -210,6 +211,7 @@ class GrammarAutomaton:
         wait([self._guessing], timeout=_PROPOSAL_S)
         if not self._guessing.done():
             return None
+        self._scouts_left = min(self._scouts_left + _SCOUTS_PER_GUESS, _MOST_SCOUTS)
         guess = self._guessing.result()
         self._guess = guess if guess.data else None
         return guess if guess.token_ids else None
@@ -230,7 +232,7 @@ class GrammarAutomaton:
             return None
         if self._guessing is not None and not self._guessing.done():
             return None
-        if self._scout is None and self._matcher is not None and self._scouts_left:
+        if self._scout is None and self._matcher is not None and self._scouts_left >= 1:
             self._scouts_left -= 1
             self._scout = self._matcher.deep_copy()
         return self._scout
