@@ -86,11 +86,17 @@ class Grammars:
         automaton.ready = self._compilers.submit(self._begin, automaton, settings.grammar, output)
         return automaton
 
-    def is_ready(self, automaton: Automaton) -> bool:
-        """Wait, but not for long, for what one allows after a guess that was right; tell whether that is known."""
-        if not automaton.ready.done():
-            wait([automaton.ready], timeout=self.patience_s)
-        return automaton.ready.done()
+    def are_ready(self, automata: list[Automaton], waited_s: float) -> float:
+        """Wait, but not for long, for what some allow after guesses that were right.
+
+        Returns how long the step has waited so far, `waited_s` before: all its guesses have the time of one mask.
+        """
+        unknown = [automaton.ready for automaton in automata if not automaton.ready.done()]
+        if not unknown or (self.patience_s is not None and waited_s >= self.patience_s):
+            return waited_s
+        began = time.perf_counter()
+        wait(unknown, timeout=None if self.patience_s is None else self.patience_s - waited_s)
+        return waited_s + time.perf_counter() - began
 
     def _begin(self, automaton: GrammarAutomaton, grammar: str, output: list[int]) -> None:
         """Compile, in a thread."""

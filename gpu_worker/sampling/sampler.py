@@ -131,6 +131,7 @@ class Sampler:
         token_ids, kept = np.zeros(len(slots), np.uint32), np.zeros(len(slots), np.bool_)
         logprobs: dict[int, TokenLogprobs] = {}
         now = np.flatnonzero(np.concatenate([[True], guesses[:-1] < 0]))
+        waited_s = 0.0
         while len(now):
             rows = logits[now[0] : now[0] + 1] if len(now) == 1 else logits[now]
             followers = None if follows is None or kept.any() else follows[now]
@@ -138,14 +139,12 @@ class Sampler:
             logprobs |= {int(now[i]): entry for i, entry in entries.items()}
             kept[now] = True
             now = now[token_ids[now] == guesses[now].astype(np.int64)] + 1
-            now = now[[self._is_ready(slot) for slot in slots[now].tolist()]] if len(now) else now
+            automata = [self.automaton_of(slot) for slot in slots[now].tolist()]
+            if self._grammars is not None:
+                waited_s = self._grammars.are_ready([each for each in automata if each is not None], waited_s)
+            now = now[[each is None or each.ready.done() for each in automata]] if len(now) else now
         entries = dict(sorted(logprobs.items()))
         return dataclasses.replace(_pack(token_ids[kept], entries), kept=kept)
-
-    def _is_ready(self, slot: int) -> bool:
-        """Wait for what the grammar of a slot allows now, but not for long; tell whether that is known."""
-        automaton = self.automaton_of(slot)
-        return automaton is None or self._grammars is None or self._grammars.is_ready(automaton)
 
     def _sample(
         self,

@@ -328,6 +328,24 @@ def test_a_guess_that_takes_long_holds_up_no_step_and_changes_no_mask(monkeypatc
         assert allowed(automaton) == {b"a", b"b", b"c"}
 
 
+def test_all_right_guesses_of_a_step_wait_no_longer_than_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    timeouts: list[float] = []
+
+    def wait_in_vain(_: object, timeout: float) -> None:
+        timeouts.append(timeout)
+        threading.Event().wait(timeout)
+
+    monkeypatch.setattr(grammars_module, "wait", wait_in_vain)
+    hasty = Grammars(lambda: VOCABULARY, SIZE, patience_s=0.01)
+    with ThreadPoolExecutor(1) as workers:
+        late = [GrammarAutomaton(settings_of('start: "yes"'), SIZE, workers, workers) for _ in range(2)]
+        waited_s = 0.0
+        for _ in range(5):  # one token after another
+            waited_s = hasty.are_ready([*late], waited_s)
+    assert sum(timeouts) < 2 * 0.01
+    assert waited_s >= 0.01
+
+
 def test_guesses_and_their_checks_do_not_copy_what_grows_with_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars_module, "_PROPOSAL_S", 60.0)
     text = b"yes no b yes no c " * 20
