@@ -31,7 +31,8 @@ UInt32Array = npt.NDArray[np.uint32]
 # are recorded. A model only hands values from one operation to the next.
 Value = Any
 
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+# Of "swigluoai" a gated layer is gate * sigmoid(1.702 * gate) * (up + 1), with a gate of at most 7 and an up within 7.
+Activation = Literal["silu", "gelu_tanh", "gelu", "swigluoai"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Experts:
     bias      [num_routed] float32, added to scores for the choice; or None
     gate, up  of each expert [intermediate_size, hidden_size], any float type
     down      of each expert [hidden_size, intermediate_size]
+    router_bias  [rows of the router] or None
+    biases       [num_experts, 2 * intermediate_size], gate and then up, and [num_experts, hidden_size]; or None
     """
 
     router: torch.Tensor
@@ -150,6 +153,8 @@ class Experts:
     is_normalized: bool
     routing: Routing = PLAIN_ROUTING
     bias: torch.Tensor | None = None
+    router_bias: torch.Tensor | None = None
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def has_shared_logit(self) -> bool:
@@ -250,12 +255,20 @@ class Ops(Protocol):
         """
 
     def paged_attention(
-        self, queries: Value, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
+        self,
+        queries: Value,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> Value:
         """Attend causally over the cache of `layer`; return [T, num_heads * value_dim].
 
         With window > 0 a query at position p sees positions p - window + 1 .. p, else 0 .. p. With soft_cap > 0
-        scaled scores x become soft_cap * tanh(x / soft_cap).
+        scaled scores x become soft_cap * tanh(x / soft_cap). Each of `sinks` [num_heads] is one more score of its
+        head's queries, which takes its share of the softmax and has no value.
         """
 
     def logits(self, x: Value, head: Linear | None, soft_cap: float = 0.0) -> Value:

@@ -191,6 +191,7 @@ class Mixture:
     down     [num_experts, hidden_size, intermediate_size], of the same type
     gate_up_scales, down_scales  [num_experts, rows] float32 if the weights are int8 or float8_e4m3fn
     bias     [num_routed] float32, added to scores for the choice; or None
+    biases   [num_experts, 2 * intermediate_size] and [num_experts, hidden_size], float32; or None
     """
 
     gate_up: torch.Tensor
@@ -202,6 +203,7 @@ class Mixture:
     down_scales: torch.Tensor | None = None
     routing: Routing = PLAIN_ROUTING
     bias: torch.Tensor | None = None
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def num_logits(self) -> int:

@@ -11,21 +11,25 @@ import triton.language as tl
 from octavo.kernels.aot_spec import AotSpec
 from octavo.kernels.configs import GATED, ROW_TARGETS, RowConfig
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "swigluoai")
 
 
 @triton.jit
-def activate(gate, IS_SILU: tl.constexpr):
-    """Return silu(gate), or gelu(gate) in its tanh form, of float32."""
-    # Both are gate * sigmoid(y), since (1 + tanh(x)) / 2 = sigmoid(2x). exp2 may overflow: 1 / inf is 0.
+def gate_times_up(gate, up, ACTIVATION: tl.constexpr):
+    """Return activation(gate) * up of float32, with an index of ACTIVATIONS."""
+    # All are gate * sigmoid(y), since (1 + tanh(x)) / 2 = sigmoid(2x). exp2 may overflow: 1 / inf is 0.
     y = gate
-    if not IS_SILU:
+    if ACTIVATION == 1:
         y = 1.5957691216057308 * (gate + 0.044715 * (gate * gate * gate))
-    return gate / (1.0 + tl.exp2(-1.4426950408889634 * y))
+    if ACTIVATION == 2:  # a NaN passes, as it does elsewhere
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        y = 1.702 * gate
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
+    return gate / (1.0 + tl.exp2(-1.4426950408889634 * y)) * up
 
 
 @triton.jit
-def _gated(gate_up_ptr, output_ptr, COLS: tl.constexpr, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated(gate_up_ptr, output_ptr, COLS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     """Take BLOCK columns of one row. Grid (T, ceil(COLS / BLOCK)).
 
     gate_up  [T, 2 * COLS]: gate, then up;  output [T, COLS]
@@ -35,8 +39,7 @@ def _gated(gate_up_ptr, output_ptr, COLS: tl.constexpr, IS_SILU: tl.constexpr, B
     mask = cols < COLS
     gate = tl.load(gate_up_ptr + row * (2 * COLS) + cols, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * (2 * COLS) + COLS + cols, mask=mask, other=0.0).to(tl.float32)
-    activated = activate(gate, IS_SILU)
-    tl.store(output_ptr + row * COLS + cols, activated * up, mask=mask)
+    tl.store(output_ptr + row * COLS + cols, gate_times_up(gate, up, ACTIVATION), mask=mask)
 
 
 def gated(gate_up: torch.Tensor, output: torch.Tensor, activation: str, config: RowConfig) -> None:
@@ -44,7 +47,7 @@ def gated(gate_up: torch.Tensor, output: torch.Tensor, activation: str, config: 
 
     gate_up     [T, 2 * intermediate_size], any float type: gate, then up
     output      [T, intermediate_size], any float type
-    activation  "silu" or "gelu_tanh"
+    activation  one of ACTIVATIONS
     config      `configs.GATED` of the target
     """
     num_tokens, cols = output.shape
@@ -59,7 +62,7 @@ def gated(gate_up: torch.Tensor, output: torch.Tensor, activation: str, config: 
         gate_up,
         output,
         COLS=cols,
-        IS_SILU=activation == "silu",
+        ACTIVATION=ACTIVATIONS.index(activation),
         BLOCK=config.block,
         num_warps=config.num_warps,
         num_stages=2,
@@ -72,7 +75,7 @@ AOT_SPECS = [
         function="_gated",
         label=f"{activation} {cols}",
         signature={"gate_up_ptr": "*bf16:16", "output_ptr": "*bf16:16"},
-        constexprs={"COLS": cols, "IS_SILU": activation == "silu", "BLOCK": GATED[target].block},
+        constexprs={"COLS": cols, "ACTIVATION": ACTIVATIONS.index(activation), "BLOCK": GATED[target].block},
         num_warps=GATED[target].num_warps,
         targets=(target,),
         require={"ld128": 2},

@@ -16,7 +16,7 @@ import triton.language as tl
 from octavo.kernels.aot_spec import AotSpec
 from octavo.kernels.configs import GATED, LINEAR_KINDS, ROW_TARGETS, TARGETS, ExpertsConfig, RowConfig, experts_config
 from octavo.kernels.expert_routing import Assignments, Mixture, assign
-from octavo.kernels.gated import ACTIVATIONS, activate
+from octavo.kernels.gated import ACTIVATIONS, gate_times_up
 from octavo.kernels.quantized_linear import QUANTIZED_TYPES
 
 _FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,14 +29,16 @@ def _expert_linear(
     output_ptr,
     weights_ptr,
     scales_ptr,
+    bias_ptr,
     sorted_ptr,
     tile_experts_ptr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     TAKEN: tl.constexpr,
     IS_GATED: tl.constexpr,
-    IS_SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -49,6 +51,7 @@ def _expert_linear(
     else:     x [T * TAKEN, IN], weight [num_experts, OUT, IN], output [T * TAKEN, OUT], times the
               assignment's weight of weights [T * TAKEN] float32
     scales                [num_experts, 2 * OUT or OUT] float32 with HAS_SCALES: a weight is what is stored times it
+    bias                  as scales, with HAS_BIAS: added to the sums of each row
     sorted, tile_experts  as `_sort` writes them
     """
     tile = tl.program_id(0)
@@ -78,8 +81,13 @@ def _expert_linear(
             acc = acc * tl.load(scale_ptr, mask=is_out, other=0.0)[:, None]
             if IS_GATED:
                 up_acc = up_acc * tl.load(scale_ptr + OUT, mask=is_out, other=0.0)[:, None]
+        if HAS_BIAS:
+            of_expert = bias_ptr + expert * (2 * OUT if IS_GATED else OUT) + out
+            acc += tl.load(of_expert, mask=is_out, other=0.0)[:, None]
+            if IS_GATED:
+                up_acc += tl.load(of_expert + OUT, mask=is_out, other=0.0)[:, None]
         if IS_GATED:
-            acc = activate(acc, IS_SILU) * up_acc
+            acc = gate_times_up(acc, up_acc, ACTIVATION)
         else:
             acc = acc * tl.load(weights_ptr + assignment, mask=is_row, other=0.0)[None, :]
         place = assignment.to(tl.int64)[:, None] * OUT + out[None, :]
@@ -142,7 +150,7 @@ def add_experts(
     logits        [T, num_routed] the router's, any float type; one column more if there are shared experts
     slot_mapping  [T] int32; a negative one marks padding, whose residual stays as it is
     workspace     made for this configuration and sizes
-    activation    "silu" or "gelu_tanh"
+    activation    one of ACTIVATIONS
     config        `configs.experts_config`;  row_config  `configs.GATED` of the target
     """
     num_tokens, hidden = residual.shape
@@ -159,6 +167,9 @@ def add_experts(
         assert weight.dtype in ((x.dtype,) if scales is None else QUANTIZED_TYPES), (weight.dtype, x.dtype)
         assert scales is None or scales.shape == weight.shape[:2], (scales.shape, weight.shape)
         assert scales is None or (scales.is_contiguous() and scales.dtype == torch.float32), "scales are float32"
+    for of_experts, weight in zip(mixture.biases or (), (mixture.gate_up, mixture.down), strict=False):
+        assert of_experts.shape == weight.shape[:2], (of_experts.shape, weight.shape)
+        assert of_experts.dtype == torch.float32, of_experts.dtype
     assert residual.dtype == torch.float32, residual.dtype
     assert logits.shape == (num_tokens, mixture.num_logits), (logits.shape, num_routed)
     assert slot_mapping.shape == (num_tokens,), slot_mapping.shape
@@ -174,22 +185,24 @@ def add_experts(
     if num_tokens == 0:
         return
     work, tiles = workspace, assign(logits, slot_mapping, mixture, workspace, config)
-    is_silu = activation == "silu"
-    for source, weight, scales, target in (
-        (x, mixture.gate_up, mixture.gate_up_scales, work.gated),
-        (work.gated, mixture.down, mixture.down_scales, work.terms),
+    gate_up_bias, down_bias = mixture.biases or (None, None)
+    for source, weight, scales, bias, target in (
+        (x, mixture.gate_up, mixture.gate_up_scales, gate_up_bias, work.gated),
+        (work.gated, mixture.down, mixture.down_scales, down_bias, work.terms),
     ):
-        constants = _linear_constants(target.shape[1], source.shape[1], taken, source is x, is_silu, config)
+        constants = _linear_constants(target.shape[1], source.shape[1], taken, source is x, activation, config)
         _expert_linear[(tiles, -(-target.shape[1] // config.block_out))](
             source,
             weight,
             target,
             work.weights,
             work.weights if scales is None else scales,
+            work.weights if bias is None else bias,
             work.sorted,
             work.tile_experts,
             **constants,
             HAS_SCALES=scales is not None,
+            HAS_BIAS=bias is not None,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -205,14 +218,14 @@ def add_experts(
 
 
 def _linear_constants(
-    out_features: int, in_features: int, taken: int, is_gated: bool, is_silu: bool, config: ExpertsConfig
+    out_features: int, in_features: int, taken: int, is_gated: bool, activation: str, config: ExpertsConfig
 ) -> dict[str, int | bool]:
     return {
         "OUT": out_features,
         "IN": in_features,
         "TAKEN": taken,
         "IS_GATED": is_gated,
-        "IS_SILU": is_silu,
+        "ACTIVATION": ACTIVATIONS.index(activation),
         "BLOCK_OUT": config.block_out,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_IN": config.block_in,
@@ -237,10 +250,15 @@ def _linear_spec(target: str, dtype: str, *, is_gated: bool, weights: str = "") 
             "output_ptr": pointer,
             "weights_ptr": "*fp32:16",
             "scales_ptr": "*fp32:16",
+            "bias_ptr": "*fp32:16",
             "sorted_ptr": "*i32:16",
             "tile_experts_ptr": "*i32:16",
         },
-        constexprs={**_linear_constants(*sizes, 8, is_gated, True, config), "HAS_SCALES": bool(weights)},
+        constexprs={
+            **_linear_constants(*sizes, 8, is_gated, "silu", config),
+            "HAS_SCALES": bool(weights),
+            "HAS_BIAS": False,
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         targets=(target,),

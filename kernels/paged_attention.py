@@ -35,6 +35,7 @@ def _attend(
     query_start_loc_ptr,
     seq_lens_ptr,
     block_tables_ptr,
+    sinks_ptr,
     max_blocks,
     score_scale,
     cap_scale,
@@ -48,6 +49,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """Attend with one query tile and one key head to one piece of the keys.
 
@@ -59,6 +61,7 @@ def _attend(
     stats            [num_slots, NUM_KV_HEADS, 2, BLOCK_M] float32: highest score, sum of weights
     work             [rows, 5], see `attention_plan.AttentionPlan`
     query_start_loc  [S + 1];  seq_lens [S];  block_tables [S, max_blocks], all int32
+    sinks            [NUM_KV_HEADS * SHARED] float32, read with HAS_SINKS
     score_scale      scale * key scale * log2(e); with SOFT_CAP it is 2 * scale * key scale * log2(e) / cap
     cap_scale        cap * log2(e), used with SOFT_CAP
     SHARED = query heads that share a key head. Row m of a tile is query m // SHARED, head m % SHARED.
@@ -125,6 +128,8 @@ def _attend(
 
         acc = acc * value_scale
         if slot < 0:
+            if HAS_SINKS:
+                total += _sink_share(sinks_ptr, head, best)
             output = acc / tl.where(total > 0, total, 1.0)[:, None]
             tl.store(output_ptr + query_offset[:, None] + dim[None, :], output, mask=query_mask)
         else:
@@ -136,18 +141,26 @@ def _attend(
 
 
 @triton.jit
+def _sink_share(sinks_ptr, head, best):
+    """Return what the sinks of some rows' heads add to the sums of weights, which count from the highest score."""
+    return tl.exp2(tl.load(sinks_ptr + head) * 1.4426950408889634 - best)
+
+
+@triton.jit
 def _combine(
     output_ptr,
     partial_ptr,
     stats_ptr,
     combines_ptr,
     query_start_loc_ptr,
+    sinks_ptr,
     NUM_KV_HEADS: tl.constexpr,
     SHARED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """Join the partial results of ROWS rows of a query tile that was split.
 
@@ -188,6 +201,8 @@ def _combine(
 
         head = kv_head * SHARED + m % SHARED
         offset = (query.to(tl.int64) * (NUM_KV_HEADS * SHARED) + head) * HEAD_DIM
+        if HAS_SINKS:
+            total += _sink_share(sinks_ptr, head, best)
         output = acc / tl.where(total > 0, total, 1.0)[:, None]
         mask = is_row[:, None] & (dim < HEAD_DIM)[None, :]
         tl.store(output_ptr + offset[:, None] + dim[None, :], output, mask=mask)
@@ -226,6 +241,7 @@ def paged_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> None:
@@ -241,6 +257,7 @@ def paged_attention(
     partial, stats   from `partial_buffers`, with room for the plan's slots
     window > 0: a query at position p sees positions p - window + 1 .. p, else 0 .. p.
     soft_cap > 0: scores become soft_cap * tanh(score / soft_cap).
+    sinks            [num_heads] float32: one more score of a head's queries, without a value; or None
     """
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads = kv_cache.shape[3]
@@ -262,6 +279,11 @@ def paged_attention(
     assert stats.shape == (len(partial), num_kv_heads, 2, config.block_m), stats.shape
     assert window >= 0, window
     assert soft_cap >= 0, soft_cap
+    if sinks is not None:
+        assert sinks.shape == (num_heads,), sinks.shape
+        assert sinks.dtype == torch.float32, sinks.dtype
+        assert sinks.device == queries.device, (sinks.device, queries.device)
+        assert sinks.is_contiguous(), "sinks must be contiguous"
     tile_queries(config, num_heads, num_kv_heads)
     if num_tokens == 0:
         return
@@ -283,6 +305,7 @@ def paged_attention(
         query_start_loc,
         seq_lens,
         block_tables,
+        stats if sinks is None else sinks,
         block_tables.shape[1],
         2 * score_scale / soft_cap if soft_cap > 0 else score_scale,
         soft_cap * _LOG2_E,
@@ -292,6 +315,7 @@ def paged_attention(
         BLOCK_N=config.block_n,
         WINDOW=window,
         SOFT_CAP=soft_cap > 0,
+        HAS_SINKS=sinks is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=True,
@@ -304,8 +328,10 @@ def paged_attention(
             stats,
             combines,
             query_start_loc,
+            stats if sinks is None else sinks,
             **shape,
             ROWS=rows,
+            HAS_SINKS=sinks is not None,
             num_warps=_COMBINE_WARPS,
             num_stages=2,
             enable_fp_fusion=True,
@@ -340,7 +366,7 @@ def _attend_spec(
         signature={
             **dict.fromkeys(("query_ptr", "output_ptr"), f"*{kind}:16"),
             "cache_ptr": f"*{cache or kind}:16",
-            **dict.fromkeys(("partial_ptr", "stats_ptr"), "*fp32:16"),
+            **dict.fromkeys(("partial_ptr", "stats_ptr", "sinks_ptr"), "*fp32:16"),
             **dict.fromkeys(("work_ptr", "query_start_loc_ptr", "seq_lens_ptr", "block_tables_ptr"), "*i32:16"),
             "max_blocks": "i32",
             **dict.fromkeys(("score_scale", "cap_scale", "value_scale"), "fp32"),
@@ -355,6 +381,7 @@ def _attend_spec(
             "BLOCK_N": config.block_n,
             "WINDOW": 0,
             "SOFT_CAP": False,
+            "HAS_SINKS": False,
             **constexprs,
         },
         num_warps=config.num_warps,
@@ -373,6 +400,7 @@ def _specs() -> list[AotSpec]:
             specs += [
                 _attend_spec("", target, step, 64, 3),
                 _attend_spec("", target, step, 128, 4),
+                _attend_spec("window, sinks", target, step, 64, 8, WINDOW=128, HAS_SINKS=True),
                 _attend_spec("window, soft cap", target, step, 256, 8, WINDOW=4096, SOFT_CAP=True),
             ]
             if target in FP8_TARGETS:
@@ -393,6 +421,7 @@ def _combine_spec(target: str, head_dim: int) -> AotSpec:
             "stats_ptr": "*fp32:16",
             "combines_ptr": "*i32:16",
             "query_start_loc_ptr": "*i32:16",
+            "sinks_ptr": "*fp32:16",
         },
         constexprs={
             "NUM_KV_HEADS": 8,
@@ -401,6 +430,7 @@ def _combine_spec(target: str, head_dim: int) -> AotSpec:
             "PADDED_DIM": _padded(head_dim),
             "BLOCK_M": 64,
             "ROWS": _COMBINE_ROWS,
+            "HAS_SINKS": False,
         },
         num_warps=_COMBINE_WARPS,
         targets=(target,),

@@ -30,6 +30,7 @@ def paged_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> torch.Tensor:
@@ -41,6 +42,7 @@ def paged_attention(
     block_tables     [S, max_blocks]
     window > 0: a query at position p sees positions p - window + 1 .. p, else 0 .. p.
     soft_cap > 0: scores become soft_cap * tanh(score / soft_cap).
+    sinks            [num_heads] one more score of a head's queries, without a value; or None
     """
     num_kv_heads = kv_cache.shape[3]
     output = torch.zeros(queries.shape, dtype=torch.float32, device=queries.device)
@@ -59,7 +61,11 @@ def paged_attention(
         visible = key <= position
         if window > 0:
             visible &= key > position - window
-        weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+        scores = scores.masked_fill(~visible, -math.inf)
+        if sinks is not None:
+            of_heads = sinks.view(num_kv_heads, shared, 1, 1).expand(*scores.shape[:3], 1)
+            scores = torch.cat([scores, of_heads], dim=-1)
+        weights = scores.softmax(dim=-1)[..., :length]
         output[start:end] = torch.einsum("hgqk,khd->qhgd", weights, values).flatten(1, 2)
     return output
 
@@ -178,6 +184,9 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     if activation == "silu":
         return torch.nn.functional.silu(gate) * up
+    if activation == "swigluoai":
+        gate = gate.clamp(max=7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
     assert activation == "gelu_tanh", activation
     return torch.nn.functional.gelu(gate, approximate="tanh") * up
 
@@ -225,6 +234,7 @@ def experts(
     is_normalized: bool = True,
     routing: Routing = PLAIN_ROUTING,
     bias: torch.Tensor | None = None,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return the weighted sum of a mixture of experts, [T, hidden_size] float32.
 
@@ -234,7 +244,8 @@ def experts(
 
     A row takes the routed experts with the highest logits, the lower index on a tie, weighed by their
     softmax (over the chosen ones if `is_normalized`), and the last `num_shared` experts weighed by the
-    sigmoid of its last logit; `routing` and `bias` [num_routed] say where this is otherwise.
+    sigmoid of its last logit; `routing` and `bias` [num_routed] say where this is otherwise. `biases` are those of
+    gate_up and down, [num_experts, rows] each.
     """
     num_routed = len(down) - num_shared
     routed = logits[:, :num_routed].double()
@@ -254,9 +265,10 @@ def experts(
     weights = torch.cat([weights, shared.repeat(1, num_shared)], dim=1)
     output = torch.zeros(x.shape, device=x.device)
     for expert, weight in enumerate(weights.float().T):
-        inner = gated(x.float() @ gate_up[expert].float().T, activation)
+        gate_up_bias, down_bias = (0.0, 0.0) if biases is None else (biases[0][expert], biases[1][expert])
+        inner = gated(x.float() @ gate_up[expert].float().T + gate_up_bias, activation)
         taken = weight > 0
-        output[taken] += weight[taken, None] * (inner[taken] @ down[expert].float().T)
+        output[taken] += weight[taken, None] * (inner[taken] @ down[expert].float().T + down_bias)
     return output
 
 

@@ -88,10 +88,17 @@ class ParallelOps:
         return self._tensor(cast(LatentOps, self._ops).head_linear(x, linear))
 
     def paged_attention(
-        self, queries: torch.Tensor, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
+        self,
+        queries: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend with this rank's heads."""
-        return self._tensor(self._ops.paged_attention(queries, layer, heads, scale, window, soft_cap))
+        return self._tensor(self._ops.paged_attention(queries, layer, heads, scale, window, soft_cap, sinks))
 
     def logits(self, x: torch.Tensor, head: Linear | None, soft_cap: float = 0.0) -> torch.Tensor:
         """Return the logits of the whole vocabulary, each rank makes a piece of it; or the hidden states."""

@@ -141,6 +141,10 @@ def _of_group(read: _Values, group: _Values) -> Settings:
     )
 
 
+def _mxfp4(_: _Values) -> Settings:
+    return Settings("mxfp4", ("mxfp4",), 4)
+
+
 _METHODS: dict[str, Callable[[_Values], Settings]] = {
     "gptq": _gptq,
     "awq": _awq,
@@ -148,6 +152,7 @@ _METHODS: dict[str, Callable[[_Values], Settings]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
     "compressed-tensors": _compressed_tensors,
+    "mxfp4": _mxfp4,
 }
 
 

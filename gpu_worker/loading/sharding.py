@@ -27,7 +27,7 @@ _HEAD = "lm_head.weight"
 _ROWS = ("q_proj", "q_b_proj", "kv_b_proj", "gate_proj", "up_proj", "w1", "w3")
 _KEY_HEAD_ROWS = ("k_proj", "v_proj")
 _COLUMNS = ("o_proj", "down_proj", "w2", "embed_tokens")
-_WHOLE = ("gate", "shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa")
+_WHOLE = ("gate", "router", "shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa")
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,12 @@ class Sharding:
             is_zero = self.rank > 0
         elif module in _KEY_HEAD_ROWS:
             index[0] = self._kv_rows(config.heads)
+        elif kind == "sinks":
+            index[0] = self._share(shape[0])
+        elif kind == "gate_up_proj_bias":  # whose outputs alternate
+            index[1] = self._share(shape[1])
+        elif kind == "down_proj_bias":
+            is_zero = self.rank > 0
         elif name == _HEAD:
             index[0] = self.vocab_rows(config.vocab_size)
         else:

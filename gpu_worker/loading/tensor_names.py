@@ -65,7 +65,9 @@ def place_of(name: str, wanted: Mapping[str, tuple[int, ...]], fused: Mapping[st
 
 def is_packed_alone(name: str, num_dimensions: int) -> bool:
     """Tell whether a model does nothing with a tensor but join its rows with others' and hand it to a device."""
-    is_taken_apart = "shared_expert" in name or name.endswith((".gate.weight", ".kv_b_proj.weight", "_bias"))
+    is_taken_apart = "shared_expert" in name or name.endswith(
+        (".gate.weight", ".router.weight", ".kv_b_proj.weight", "_bias")
+    )
     return num_dimensions == 2 and not is_taken_apart
 
 

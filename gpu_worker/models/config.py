@@ -98,15 +98,20 @@ class MixtureNames:
 
     bias           within the block: what is added to scores for the choice; empty where there is none
     is_bias_a_row  whether that is a matrix of one row, not a vector
+    has_biases     whether the router and the experts add biases, those of all experts in one tensor
+    is_stacked     whether the matrices of all experts are in one tensor
     """
 
     block: str = "mlp"
+    router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     shared: str = "shared_expert"
     bias: str = ""
     is_bias_a_row: bool = False
+    has_biases: bool = False
+    is_stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,8 @@ class Traits:
     is_interleaved  neighbouring dimensions of a head are rotated with each other, not those half a head apart; unless
                     config.json says `rope_interleave` false
     is_latent       attention is as in `LatentConfig`
+    activation      of gated layers, whatever `hidden_act` says
+    has_sinks       each query head has a score more, without a value
     """
 
     defaults: Json = field(default_factory=dict)
@@ -151,6 +158,8 @@ class Traits:
     scales_full_rope: bool = False
     mixture: MixtureTraits | None = None
     is_latent: bool = False
+    activation: Activation | None = None
+    has_sinks: bool = False
     norm_offset: float = 0.0
     norms: LayerNorms = LayerNorms()
     scales_embedding: bool = False
@@ -158,6 +167,11 @@ class Traits:
     keys: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     is_interleaved: bool = False
+
+    @property
+    def has_stacked_experts(self) -> bool:
+        """Whether a checkpoint has the matrices of all experts of a layer in one tensor."""
+        return self.mixture is not None and self.mixture.names.is_stacked
 
 
 @dataclass(frozen=True)
@@ -241,6 +255,7 @@ class ModelConfig:
     queries and keys are in another order than in the checkpoint. With `is_bidirectional` all tokens of a text see each
     other, or in layers with a window those at most half of it away. `num_nextn_layers` layers behind the others predict
     further tokens, and are not read. With a `latent` attention `heads` are those of its cache, which has one for all.
+    With `has_sinks` each query head has a score more, without a value.
     """
 
     architecture: str
@@ -276,6 +291,7 @@ class ModelConfig:
     is_bidirectional: bool = False
     num_nextn_layers: int = 0
     latent: LatentConfig | None = None
+    has_sinks: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -378,9 +394,13 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
         heads = Heads(num_heads, 1, latent.rank + latent.rope_dim, latent.rank)
     rope_head_dim = heads.head_dim if latent is None else latent.rope_dim
     act = str(merged.get("hidden_activation") or merged.get("hidden_act", "silu"))
-    activation = ACTIVATIONS.get(act)
+    activation = traits.activation or ACTIVATIONS.get(act)
     if activation is None:
         raise ModelError(f"{where}: hidden_act {shown(act)} is not one of {sorted(ACTIVATIONS)}")
+    if activation == "swigluoai":
+        for key, value in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
+            if read.number(key, value) != value:
+                raise ModelError(f"{where}: {key} is {read.number(key):g}, supported is {value}")
 
     def has_bias(name: str, trait: bool | None) -> bool:
         return read.flag(traits.keys.get(name, "attention_bias")) if trait is None else trait
@@ -426,6 +446,7 @@ def from_json(values: Json, architecture: str, traits: Traits, where: str) -> Mo
         is_bidirectional=read.flag("use_bidirectional_attention"),
         num_nextn_layers=read.integer("num_nextn_predict_layers", 0),
         latent=latent,
+        has_sinks=traits.has_sinks,
     )
 
 

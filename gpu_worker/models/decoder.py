@@ -59,6 +59,7 @@ class _Layer:
     mlp: _FeedForward | experts.ExpertsFeedForward
     rotary: Rotary
     window: int
+    sinks: torch.Tensor | None
 
 
 class Decoder:
@@ -115,7 +116,7 @@ class Decoder:
         qkv = ops.linear(x, layer.qkv)
         queries = ops.rotary_write_kv(qkv, index, self.heads, layer.rotary, layer.q_norm, layer.k_norm)
         return ops.paged_attention(
-            queries, index, self.heads, self._scale, layer.window, self.config.attention_soft_cap
+            queries, index, self.heads, self._scale, layer.window, self.config.attention_soft_cap, layer.sinks
         )
 
 
@@ -186,6 +187,8 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield f"{prefix}{name}.bias", (rows,)
         if config.latent is not None:
             yield from ((f"{prefix}{name}.weight", (size,)) for name, size in latent.norm_sizes(config.latent).items())
+        if config.has_sinks:
+            yield f"{prefix}self_attn.sinks", (config.heads.num_heads,)
         if config.qk_norm:
             yield f"{prefix}self_attn.q_norm.weight", (q_size if config.norms_all_heads else dim,)
             yield f"{prefix}self_attn.k_norm.weight", (kv_size if config.norms_all_heads else dim,)
@@ -256,4 +259,5 @@ def _take_layer(
         ),
         rotary=rotary,
         window=config.windows[layer],
+        sinks=tensors.pop(f"{prefix}self_attn.sinks").float() if config.has_sinks else None,
     )

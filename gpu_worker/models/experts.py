@@ -33,7 +33,11 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     assert config.experts is not None, config.architecture
     settings, hidden = config.experts, config.hidden_size
     names = settings.names
-    shapes: dict[str, tuple[int, ...]] = {f"{names.block}.gate.weight": (settings.num_experts, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {f"{names.block}.{names.router}.weight": (settings.num_experts, hidden)}
+    if names.has_biases:
+        shapes[f"{names.block}.{names.router}.bias"] = (settings.num_experts,)
+        shapes[f"{names.block}.experts.gate_up_proj_bias"] = (settings.num_experts, 2 * settings.intermediate_size)
+        shapes[f"{names.block}.experts.down_proj_bias"] = (settings.num_experts, hidden)
     if names.bias:
         rows = (1,) if names.is_bias_a_row else ()
         shapes[f"{names.block}.{names.bias}"] = (*rows, settings.num_experts)
@@ -64,10 +68,17 @@ def take_layer(config: ModelConfig, tensors: dict[str, torch.Tensor], prefix: st
             chosen += _pieces(shared, int(name == names.down), settings.intermediate_size)
         return tuple(chosen)
 
-    router, gate, up, down = tensors.pop(f"{prefix}.gate.weight"), *map(matrices, (names.gate, names.up, names.down))
+    gate, up, down = map(matrices, (names.gate, names.up, names.down))
+    router = tensors.pop(f"{prefix}.{names.router}.weight")
     if settings.shared_intermediate_size and settings.routing.has_shared_gate:
         router = torch.cat([router, tensors.pop(f"{prefix}.shared_expert_gate.weight").to(router.dtype)])
     bias = tensors.pop(f"{prefix}.{names.bias}").float().flatten() if names.bias else None
+    router_bias = biases = None
+    if names.has_biases:
+        router_bias = tensors.pop(f"{prefix}.{names.router}.bias")
+        in_turn = tensors.pop(f"{prefix}.experts.gate_up_proj_bias")
+        gate_up_bias = torch.cat([in_turn[:, 0::2], in_turn[:, 1::2]], dim=1)
+        biases = (gate_up_bias, tensors.pop(f"{prefix}.experts.down_proj_bias"))
     return ExpertsFeedForward(
         Experts(
             router,
@@ -79,6 +90,8 @@ def take_layer(config: ModelConfig, tensors: dict[str, torch.Tensor], prefix: st
             settings.is_normalized,
             settings.routing,
             bias,
+            router_bias,
+            biases,
         )
     )
 

@@ -283,6 +283,34 @@ OLMOE = Traits(
     mixture=MixtureTraits(),
 )
 
+GPT_OSS = Traits(
+    {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "sliding_window": 128,
+        "sliding_window_pattern": 2,
+        "attention_bias": True,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+    },
+    qkv_bias=None,
+    output_bias=None,
+    windows="layers",
+    mixture=MixtureTraits(MixtureNames(router="router", has_biases=True, is_stacked=True)),
+    activation="swigluoai",
+    has_sinks=True,
+)
+
 _SIGMOID_KEYS = {"num_experts": "n_routed_experts"}
 GLM4_MOE = Traits(
     {
@@ -518,6 +546,7 @@ ARCHITECTURES: dict[str, Traits] = {
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "OlmoeForCausalLM": OLMOE,
+    "GptOssForCausalLM": GPT_OSS,
     "Glm4MoeForCausalLM": GLM4_MOE,
     "SolarOpenForCausalLM": SOLAR_OPEN,
     "Dots1ForCausalLM": DOTS1,

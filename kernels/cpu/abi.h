@@ -56,7 +56,7 @@ enum OctavoOpKind : int32_t {
   OCTAVO_HEAD_LINEAR = 13,     // of activations; `linear` is the first head's, and the others lie behind it, as experts do
 };
 
-enum OctavoActivation : int32_t { OCTAVO_SILU = 0, OCTAVO_GELU_TANH = 1 };
+enum OctavoActivation : int32_t { OCTAVO_SILU = 0, OCTAVO_GELU_TANH = 1, OCTAVO_SWIGLUOAI = 2 };
 
 // A row-major matrix as the checkpoint holds it; read only while it is packed. Codes are those of the format that it is packed in;
 // scales and minima are [rows, groups of a row], and groups have `group` columns, a multiple of the format's.
@@ -87,8 +87,8 @@ struct OctavoLinear {
 };
 
 // `Experts` of gpu_worker/ops.py, whose router is the operation's `linear`. The layers of all experts
-// have one shape and no bias; `gated` and `down` are the first one's, and the packed weights of the
-// others lie behind it, octavo_packed_weight_size apart.
+// have one shape; `gated` and `down` are the first one's, and the packed weights of the others lie behind
+// it, octavo_packed_weight_size apart, and their biases, whole blocks apart.
 struct OctavoExperts {
   OctavoLinear gated;
   OctavoLinear down;
@@ -122,6 +122,7 @@ struct OctavoOp {
   int32_t head_dim;  // a multiple of 16
   float scale;  // of attention's scores; of an embedding's rows
   int32_t window;  // 0: no window
+  const float* sinks;  // of attention, [num_heads] times log2(e): a score of each row that has no value; null for none
   float soft_cap;  // of attention's scores, and of logits: x becomes cap * tanh(x / cap); 0: none
   // embedding: bf16 rows [vocab_size, table_stride]; where table_stride is 0, `linear` is the table,
   // packed: a head that is tied to the embedding is not held twice

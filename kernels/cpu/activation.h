@@ -25,4 +25,12 @@ inline Vec gelu_tanh(Vec x) {
   return times_sigmoid(x, broadcast(1.59576912f) * cubic);
 }
 
+// Of a gated layer: what a gate makes of `up`.
+inline Vec gated_silu(Vec gate, Vec up) { return silu(gate) * up; }
+inline Vec gated_gelu_tanh(Vec gate, Vec up) { return gelu_tanh(gate) * up; }
+inline Vec swigluoai(Vec gate, Vec up) {
+  const Vec limit = broadcast(7.0f), clamped = minimum(gate, limit);
+  return times_sigmoid(clamped, broadcast(1.702f) * clamped) * (maximum(minimum(up, limit), -limit) + broadcast(1.0f));
+}
+
 }  // namespace octavo

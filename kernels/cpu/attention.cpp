@@ -168,10 +168,12 @@ void merge_rows(const PartialRow* pieces, int value_dim, PartialRow* sums) {
   }
 }
 
-void finish(const PartialRow& sum, int value_dim, Activation* output) {
-  const Vec factor = broadcast(1.0f / sum.total);
+void finish(const PartialRow& sum, int value_dim, const Row& row) {
+  // A sink is one more score, without a value.
+  const float sink = row.sink == nullptr ? 0.0f : std::exp2(*row.sink - sum.reference);
+  const Vec factor = broadcast(1.0f / (sum.total + sink));
   // Adding zero turns -0 into 0: a sum of zeros may have either sign.
-  for (int dim = 0; dim < value_dim; dim += kLanes) store_activation(output + dim, load(sum.output + dim) * factor + Vec{});
+  for (int dim = 0; dim < value_dim; dim += kLanes) store_activation(row.output + dim, load(sum.output + dim) * factor + Vec{});
 }
 
 // Some rows of one kv head that attend together, tile by tile of their keys.
@@ -331,7 +333,7 @@ void attend_rows(const OctavoOp& op, const KvHead& kv, const Row* rows) {
   }
   PartialRow sums[kRows];
   RowsAttention<kRows>(op, kv, rows).attend(pieces_of(begin, end), sums);
-  for (int row = 0; row < kRows; ++row) finish(sums[row], value_dim(op), rows[row].output);
+  for (int row = 0; row < kRows; ++row) finish(sums[row], value_dim(op), rows[row]);
 }
 
 }  // namespace
@@ -349,7 +351,7 @@ Row row_of(const OctavoOp& op, const AttentionItem& item, const AttentionRows& d
   const int token = index / group;
   const AttentionRows row = data.from(op, token, index % group);
   const int end = item.first_position + token + 1;
-  return {row.queries, row.output, first_key(op, end - 1), end};
+  return {row.queries, row.output, first_key(op, end - 1), end, row.sinks};
 }
 
 void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const AttentionRows& data) {
@@ -382,7 +384,7 @@ void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sum
     PartialRow& sum = sums[first_sums[0] + i];
     for (int piece = 1; piece < num_pieces; ++piece)
       if (first_sums[piece] != kWithPieceBefore) merge_rows<1>(&sums[first_sums[piece] + i], value_dim(op), &sum);
-    finish(sum, value_dim(op), row_of(op, item, data, i).output);
+    finish(sum, value_dim(op), row_of(op, item, data, i));
   }
 }
 

@@ -65,6 +65,7 @@ struct Row {
   Activation* output;
   int begin;  // it sees keys [begin, end)
   int end;
+  const float* sink;  // its head's, null for none
 };
 
 // Where the queries and outputs of some tokens lie: of all heads, or from one head on.
@@ -73,10 +74,12 @@ struct AttentionRows {
   int64_t query_stride;
   Activation* output;
   int64_t output_stride;
+  const float* sinks;  // of each head, null for none
 
   AttentionRows from(const OctavoOp& op, int64_t token, int64_t head) const {
     return {queries + token * query_stride + head * op.head_dim, query_stride,
-            output + token * output_stride + head * value_dim(op), output_stride};
+            output + token * output_stride + head * value_dim(op), output_stride,
+            sinks == nullptr ? nullptr : sinks + head};
   }
 };
 

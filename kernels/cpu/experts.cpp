@@ -66,6 +66,7 @@ void drop_groups(const OctavoExperts& experts, float* values, float* of_groups) 
 OctavoLinear layer_of(const OctavoLinear& first, int64_t num_blocks, int expert) {
   OctavoLinear layer = first;
   layer.weight += expert * num_blocks * block_bytes(first.format, first.in_features);
+  if (layer.bias != nullptr) layer.bias += expert * num_blocks * kBlockColumns;
   return layer;
 }
 
@@ -208,7 +209,7 @@ void ExpertsWork::run_gated(const OctavoOp& op, const Activation* rows, int64_t 
     gemm.input_stride = gathered_stride_;
     gemm.num_rows = group.end - group.begin;
     gemm.linear = &layer;
-    gemm.epilogue = op.activation == OCTAVO_SILU ? Epilogue::kSilu : Epilogue::kGeluTanh;
+    gemm.epilogue = gated_epilogue(op.activation);
     gemm.output_stride = gemm.num_columns = static_cast<int>(gated_stride(op.experts));
     gemm.output = gated_.data() + group.begin * gemm.output_stride;
     run_gemm_blocks(gemm, place.block, place.group == end.group ? end.block : num_blocks);

@@ -119,10 +119,10 @@ void for_each_row(Output* output, int64_t stride, const float* sums, int num_row
   for (int row = 0; row < num_rows; ++row) finish(output + row * stride, sums + row * kBlockColumns);
 }
 
-template <Vec (*kActivation)(Vec)>
+template <Vec (*kGated)(Vec, Vec)>
 void store_gated(Activation* output, const float* sums) {
   for (int i = 0; i < kGatedColumns; i += kLanes)
-    store_activation(output + i, kActivation(load(sums + i)) * load(sums + kGatedColumns + i));
+    store_activation(output + i, kGated(load(sums + i), load(sums + kGatedColumns + i)));
 }
 
 }  // namespace
@@ -165,9 +165,11 @@ void finish_rows(const Gemm& gemm, int64_t row, int num_rows, int64_t block, flo
       }
       return;
     case Epilogue::kSilu:
-      return for_each_row(activations, stride, sums, num_rows, store_gated<silu>);
+      return for_each_row(activations, stride, sums, num_rows, store_gated<gated_silu>);
     case Epilogue::kGeluTanh:
-      return for_each_row(activations, stride, sums, num_rows, store_gated<gelu_tanh>);
+      return for_each_row(activations, stride, sums, num_rows, store_gated<gated_gelu_tanh>);
+    case Epilogue::kSwigluOai:
+      return for_each_row(activations, stride, sums, num_rows, store_gated<swigluoai>);
   }
 }
 

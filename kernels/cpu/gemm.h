@@ -29,7 +29,13 @@ enum class Epilogue {
   kAddWeighted,  // float32 output of output_rows[row] += row_weights[row] * sum
   kSilu,         // activations output = silu(gate) * up
   kGeluTanh,     // activations output = gelu_tanh(gate) * up
+  kSwigluOai,    // activations output = swigluoai(gate, up)
 };
+
+inline Epilogue gated_epilogue(int32_t activation) {
+  if (activation == OCTAVO_SWIGLUOAI) return Epilogue::kSwigluOai;
+  return activation == OCTAVO_SILU ? Epilogue::kSilu : Epilogue::kGeluTanh;
+}
 
 struct Gemm {
   const Activation* input;  // [num_rows, input_stride]

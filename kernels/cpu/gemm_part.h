@@ -40,7 +40,7 @@ inline const uint8_t* block_weights(const OctavoLinear& linear, int64_t block) {
   return linear.weight + block * block_bytes(linear.format, linear.in_features);
 }
 
-inline bool is_gated(Epilogue epilogue) { return epilogue == Epilogue::kSilu || epilogue == Epilogue::kGeluTanh; }
+inline bool is_gated(Epilogue epilogue) { return epilogue >= Epilogue::kSilu; }
 
 // Where the sums of one row and one block go: activations or float32.
 inline char* output_of(const Gemm& gemm, int64_t row, int64_t block) {

@@ -54,7 +54,7 @@ PROFILE_NAMES = {
     PROFILE_ROWWISE: "rowwise",
     PROFILE_PREPARE: "prepare",
 }
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "swigluoai": 2}
 
 
 def format_of(shapes: Sequence[CodeShape]) -> int:
@@ -159,6 +159,7 @@ class Op(c.Structure):
         ("head_dim", c.c_int32),
         ("scale", c.c_float),
         ("window", c.c_int32),
+        ("sinks", c.c_void_p),
         ("soft_cap", c.c_float),
         ("table", c.c_void_p),
         ("table_stride", c.c_int32),

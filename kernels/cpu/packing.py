@@ -97,11 +97,10 @@ class Packer:
         address, packed_format = self._pack(pack, weight_format, columns, in_features)
         packed_bias = None
         if gate_bias is not None or up_bias is not None:
-            pair = torch.zeros(2, padded(out_features, GATED_COLUMNS))
-            for row, bias in zip(pair, (gate_bias, up_bias), strict=True):
-                if bias is not None:
-                    row[:out_features] = bias.detach()
-            packed_bias = self.store_floats(pair.view(2, -1, GATED_COLUMNS).transpose(0, 1).flatten())
+            nothing = torch.zeros(out_features)
+            packed_bias = self.store_floats(
+                _paired(nothing if gate_bias is None else gate_bias, nothing if up_bias is None else up_bias)
+            )
         return library.Linear(address, packed_bias, in_features, out_features, packed_format)
 
     def pack_experts(
@@ -109,12 +108,14 @@ class Packer:
         gate: Sequence[torch.Tensor],
         up: Sequence[torch.Tensor],
         down: Sequence[torch.Tensor],
+        biases: tuple[torch.Tensor, torch.Tensor] | None,
         gated_format: int,
         down_format: int,
     ) -> tuple[library.Linear, library.Linear]:
         """Pack experts of one shape behind each other; return the first one's gated pair and down layer.
 
         gate, up  of each expert [intermediate_size, hidden_size];  down  [hidden_size, intermediate_size]
+        biases    [num_experts, 2 * intermediate_size], gate and then up, and [num_experts, hidden_size]; or None
         """
         inner, hidden = gate[0].shape
         for expert, parts in enumerate(zip(gate, up, down, strict=True)):
@@ -135,9 +136,15 @@ class Packer:
 
         gated = self._pack(pack_gated, gated_format, gated_columns, hidden, len(gate))
         packed_down = self._pack(pack_down, down_format, hidden, inner, len(down))
+        gated_bias = down_bias = None
+        if biases is not None:
+            pairs = [_paired(*bias.view(2, inner)) for bias in biases[0]]
+            gated_bias = self.store_floats(torch.stack(pairs))
+            missing = padded(hidden, BLOCK_COLUMNS) - hidden
+            down_bias = self.store_floats(torch.nn.functional.pad(biases[1].float(), (0, missing)))
         return (
-            library.Linear(gated[0], None, hidden, inner, gated[1]),
-            library.Linear(packed_down[0], None, inner, hidden, packed_down[1]),
+            library.Linear(gated[0], gated_bias, hidden, inner, gated[1]),
+            library.Linear(packed_down[0], down_bias, inner, hidden, packed_down[1]),
         )
 
     def _pack(
@@ -214,6 +221,13 @@ class Packer:
             return part.read(rows)
         with ThreadPoolExecutor(self._num_threads) as threads:
             return joined(list(threads.map(part.read, pieces)))
+
+
+def _paired(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return the biases of a gated pair in the order of its packed columns."""
+    pair = torch.zeros(2, padded(len(gate), GATED_COLUMNS))
+    pair[0, : len(gate)], pair[1, : len(up)] = gate.detach(), up.detach()
+    return pair.view(2, -1, GATED_COLUMNS).transpose(0, 1).flatten()
 
 
 def _view_of_codes(codes: GroupCodes) -> library.Matrix:

@@ -43,7 +43,7 @@ Epilogue epilogue_of(const OctavoOp& op) {
   if (op.kind == OCTAVO_LOGITS) return Epilogue::kLogits;
   if (op.kind == OCTAVO_LINEAR_RESIDUAL) return Epilogue::kAddResidual;
   if (!is_gated(op)) return Epilogue::kStore;
-  return op.activation == OCTAVO_SILU ? Epilogue::kSilu : Epilogue::kGeluTanh;
+  return gated_epilogue(op.activation);
 }
 
 int profiled_kind(const Phase& phase) {
@@ -652,7 +652,7 @@ void StepJob::keep_needed_rows(const OctavoOp& attention, int item) const {
 AttentionData StepJob::attention_data(const OctavoOp& op) const {
   return {layer_pages(op, 0), layer_pages(op, 1) - layer_pages(op, 0),
           {row<Activation>(op.input, 0), program_.buffers_[op.input].stride, row<Activation>(op.output, 0),
-           program_.buffers_[op.output].stride}};
+           program_.buffers_[op.output].stride, op.sinks}};
 }
 
 }  // namespace octavo

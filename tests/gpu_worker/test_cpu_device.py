@@ -42,6 +42,7 @@ class Shape:
     embedding_scale: float = 1.0
     norms_row: bool = False  # of the heads' norms: all heads of a token at once
     soft_cap: float = 0.0
+    has_sinks: bool = False
 
 
 SHAPES = {
@@ -69,6 +70,9 @@ SHAPES = {
     "norms over all heads, odd sizes": Shape(heads=Heads(3, 1, 48), rotary_dim=18, qk_norm=True, norms_row=True),
     "norms over all heads, a wide row": Shape(heads=Heads(16, 4, 80), rotary_dim=80, qk_norm=True, norms_row=True),
     "head_dim 48, odd rotary, window of one block": Shape(heads=Heads(2, 1, 48), rotary_dim=18, window=16),
+    "sinks, a clamped gate, window": Shape(
+        heads=Heads(6, 2, 32), rotary_dim=32, window=37, has_sinks=True, activation="swigluoai", bias=True
+    ),
     "soft caps, odd vocabulary": Shape(heads=Heads(4, 2, 32), rotary_dim=32, vocab=131, soft_cap=0.7),
 }
 
@@ -96,6 +100,7 @@ class TinyModel:
                 "post_norm": self._norm(shape.hidden) if shape.post_norms else None,
                 "q_norm": self._head_norm(self.heads.num_heads) if shape.qk_norm else None,
                 "k_norm": self._head_norm(self.heads.num_kv_heads) if shape.qk_norm else None,
+                "sinks": 2 * self._random(self.heads.num_heads, 1)[:, 0] if shape.has_sinks else None,
             }
             for _ in range(shape.layers)
         ]
@@ -109,7 +114,9 @@ class TinyModel:
             weights: dict[str, Any] = layer
             qkv = ops.linear(ops.norm(x, weights["norm"]), weights["qkv"])
             queries = ops.rotary_write_kv(qkv, index, self.heads, self.rotary, weights["q_norm"], weights["k_norm"])
-            attended = ops.paged_attention(queries, index, self.heads, scale, self.shape.window, self.shape.soft_cap)
+            attended = ops.paged_attention(
+                queries, index, self.heads, scale, self.shape.window, self.shape.soft_cap, weights["sinks"]
+            )
             x = ops.add(x, self._normed(ops, ops.linear(attended, weights["output"]), weights["post_norm"]))
             gated = ops.gated_linear(
                 ops.norm(x, weights["norm"]), weights["gate"], weights["up"], self.shape.activation
@@ -175,17 +182,30 @@ class WholeSequenceOps:
         return self._norm(x, norm) if is_of_head else self._norm(x.flatten(1), norm).view(x.shape)
 
     def paged_attention(
-        self, queries: torch.Tensor, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
+        self,
+        queries: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         scores = capped(torch.einsum("qhd,khd->hqk", queries, self.keys) * scale, soft_cap)
         age = torch.arange(len(queries))[:, None] - torch.arange(len(queries))
         hidden = (age < 0) | (age >= window if window else torch.tensor(False))
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float().view(-1, 1, 1).expand(-1, len(queries), 1)], -1)
+        weights = scores.softmax(-1)[..., : len(queries)]
         return _rounded(torch.einsum("hqk,khd->qhd", weights, self.values)).flatten(1)
 
     def gated_linear(self, x: torch.Tensor, gate: Linear, up: Linear, activation: Activation) -> torch.Tensor:
         h = _rounded(x)
         gated = self._linear(h, gate)
+        if activation == "swigluoai":
+            gated, active = gated.clamp(max=7), self._linear(h, up).clamp(-7, 7) + 1
+            return _rounded(gated * torch.sigmoid(1.702 * gated) * active)
         active = torch.nn.functional.silu(gated)
         if activation == "gelu_tanh":
             active = torch.nn.functional.gelu(gated, approximate="tanh")
@@ -195,7 +215,7 @@ class WholeSequenceOps:
         self, residual: torch.Tensor, x: torch.Tensor, experts: Experts, activation: Activation
     ) -> torch.Tensor:
         h = _rounded(x)
-        logits = self._linear(h, Linear(experts.router))
+        logits = self._linear(h, Linear(experts.router, experts.router_bias))
         routed, shared = logits[:, : experts.num_routed], logits[:, experts.num_routed :]
         routing = experts.routing
         scores = routed.sigmoid() if routing.scores == "sigmoid" else routed.softmax(-1)
@@ -223,9 +243,14 @@ class WholeSequenceOps:
         shared = shared.sigmoid() if routing.has_shared_gate else torch.ones(len(weights), 1)
         weights = torch.cat([weights, shared.repeat(1, experts.num_shared)], 1)
         total = residual
-        for weight, gate, up, down in zip(weights.T, experts.gate, experts.up, experts.down, strict=True):
-            gated = self.gated_linear(x, Linear(gate), Linear(up), activation)
-            total = total + weight[:, None] * self._linear(gated, Linear(down))
+        inner, hidden = experts.gate[0].shape
+        biases = experts.biases or (torch.zeros(len(weights.T), 2 * inner), torch.zeros(len(weights.T), hidden))
+        for weight, gate, up, down, gate_up_bias, down_bias in zip(
+            weights.T, experts.gate, experts.up, experts.down, *biases, strict=True
+        ):
+            gate_bias, up_bias = gate_up_bias.chunk(2)
+            gated = self.gated_linear(x, Linear(gate, gate_bias), Linear(up, up_bias), activation)
+            total = total + weight[:, None] * self._linear(gated, Linear(down, down_bias))
         return total
 
     def logits(self, x: torch.Tensor, head: Linear, soft_cap: float = 0.0) -> torch.Tensor:

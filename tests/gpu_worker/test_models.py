@@ -6,17 +6,21 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from octavo.gpu_worker import quantization
+from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.errors import ModelError
-from octavo.gpu_worker.loading.loading import load_model
+from octavo.gpu_worker.loading.loading import load_for_device, load_model
 from octavo.gpu_worker.loading.sharding import Sharding
 from octavo.gpu_worker.loading.weights import load_folder
 from octavo.gpu_worker.models.decoder import Decoder
@@ -113,6 +117,66 @@ def test_the_cpu_device_attends_over_a_latent_cache(
     assert errors.median() < 0.04  # of numbers in 8 bits, layer after layer
     assert torch.equal(torch.stack(one.logits), alone)
     assert paged.device.kv_block_bytes() * 2 == exact.device.kv_block_bytes()
+
+
+def in_mxfp4(folder: Path) -> None:
+    """Write the experts of a model in numbers of four bits, as gpt-oss is published."""
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(120, 124, shape, generator=generator, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_stacked_experts_of_four_bits_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "gpt_oss", hidden_size=96, intermediate_size=64)
+    in_mxfp4(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    tensors = load_folder(tmp_path, "float32", lambda *_: None).tensors
+
+    for layer, (name, parts) in product(
+        range(2), (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",)))
+    ):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        blocks, scales = (stored[f"{prefix}{name}_{kind}"] for kind in ("blocks", "scales"))
+        expected = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).transpose(1, 2)
+        for part, expert in product(range(len(parts)), range(len(expected))):
+            found = tensors[f"{prefix}{expert}.{parts[part]}.weight"]
+            assert torch.equal(found, expected[expert, part :: len(parts)]), (layer, parts[part], expert)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "mxfp4", "codes"])
+def test_the_cpu_device_attends_with_sinks_and_takes_experts_with_biases(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path, "gpt_oss", dtype="bfloat16", hidden_size=96, intermediate_size=64)
+    if kind != "bfloat16":
+        in_mxfp4(tmp_path)
+    if kind == "codes":
+        monkeypatch.setattr(quantization, "MIN_BYTES_OF_CODES", 0)
+    token_ids = random_tokens(300)
+    exact = load(tmp_path)
+    config = WorkerConfig(str(tmp_path), "cpu", packed_cache=False)
+    paged = Paged(CpuDevice(load_for_device(config, lambda *_: None).model, 512, 8, MAX_BLOCKS, num_threads=2))
+    others = [paged.new(random_tokens(60, seed)) for seed in (1, 2)]
+
+    true = exact.compute(exact.new(token_ids), chunk=300)
+    alone = paged.compute(paged.new(token_ids), chunk=300)
+    one = paged.new(token_ids)
+    paged.step([(others[0], 17), (one, 141), (others[1], 18)])
+    paged.step([(others[1], 1), (one, 1), (others[0], 2)])
+    paged.step([(one, 158), (others[0], 30)])
+
+    errors = (alone - true).square().mean(dim=-1).sqrt() / true.std()
+    print(kind, errors.median())
+    assert errors.median() < (0.05 if kind == "codes" else 0.02)
+    assert torch.equal(torch.stack(one.logits), alone)
 
 
 def test_a_latent_cache_holds_one_key_a_token_for_all_heads(tmp_path: Path) -> None:

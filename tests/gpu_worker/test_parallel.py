@@ -98,6 +98,7 @@ def load_part(folder: Path, collectives: Collectives) -> Paged:
         ("qwen3", 4, {"attention_bias": True}),
         ("mistral", 2, {}),
         ("mixtral", 2, {}),
+        ("gpt_oss", 2, {}),
         ("qwen3_moe", 2, {}),
         ("qwen2_moe", 4, {}),
         ("glm4_moe", 2, {}),

@@ -341,6 +341,23 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
             },
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
     "olmoe": (
         "OlmoeConfig",
         "OlmoeForCausalLM",

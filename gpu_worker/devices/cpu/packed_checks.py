@@ -28,7 +28,7 @@ _FIELDS: dict[int, set[str]] = {
     library.ROTATE_QUERIES: {*_ROTARY, "num_heads", "head_dim"},
     library.WRITE_LATENT: {*_ATTENTION, *_ROTARY, "k_norm"},
     library.HEAD_LINEAR: {"linear", "num_heads", "head_dim"},
-    library.PAGED_ATTENTION: {*_ATTENTION, "scale", "window", "soft_cap"},
+    library.PAGED_ATTENTION: {*_ATTENTION, "scale", "window", "soft_cap", "sinks"},
     library.LINEAR_RESIDUAL: {"linear"},
     library.LINEAR: {"linear"},
     library.NORM_RESIDUAL: {"norm"},
@@ -149,6 +149,8 @@ class _Checks:
             _check([self._is(read, is_float=False), self._is(written, is_float=False)] == sizes, "columns")
             _check(op.window >= 0 and math.isfinite(op.scale), f"window {op.window}, scale {op.scale}")
             self._soft_cap(op)
+            if op.sinks:
+                self._piece(op.sinks, op.num_heads * 4)
         elif op.kind == library.WRITE_LATENT:
             self._attention_fields(op)
             _check(self._is(read, is_float=True) == self._heads.head_dim and self._heads.latent_dim > 0, "no latent")
@@ -224,7 +226,7 @@ class _Checks:
         columns = 2 * padded(out_features, GATED_COLUMNS)
         self._weights(linear, in_features, out_features, columns, num_layers)
         if linear.bias:
-            self._piece(linear.bias, columns * 4)
+            self._piece(linear.bias, num_layers * columns * 4)
 
     def _weights(self, linear: library.Linear, in_features: int, out_features: int, columns: int, layers: int) -> None:
         found = (linear.in_features, linear.out_features)
@@ -291,9 +293,10 @@ class _Checks:
         _check(experts.num_best in (1, 2) and math.isfinite(experts.scale), f"{experts.num_best} best, {experts.scale}")
         if experts.bias:
             self._piece(experts.bias, num_routed * 4)
-        _check(not (op.linear.bias or experts.gated.bias or experts.down.bias), "a bias")
         self._gated(experts.gated, columns, inner, experts.num_experts)
         self._weights(experts.down, inner, columns, columns, experts.num_experts)
+        if experts.down.bias:
+            self._piece(experts.down.bias, experts.num_experts * padded(columns, BLOCK_COLUMNS) * 4)
 
 
 def _is_set(value: object) -> bool:

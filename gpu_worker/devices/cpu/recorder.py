@@ -15,6 +15,7 @@ from octavo.kernels.cpu.packing import Packer
 from octavo.kernels.cpu.runtime import Arena, Runtime
 
 _END = -1  # what `logits` returns
+_LOG2_E = 1.4426950408889634
 
 
 # The format of a scheme's linear layers; without a scheme, of those that have no codes of their own. The head and the
@@ -135,10 +136,10 @@ class _Recorder:
         routing = experts.routing
         assert experts.bias is None or experts.bias.shape == (experts.num_routed,), experts.bias.shape
         formats = self._format_of(*experts.gate, *experts.up), self._format_of(*experts.down)
-        gated, down = self._packer.pack_experts(experts.gate, experts.up, experts.down, *formats)
+        gated, down = self._packer.pack_experts(experts.gate, experts.up, experts.down, experts.biases, *formats)
         op = library.Op(
             kind=library.NORM_EXPERTS_RESIDUAL,
-            linear=self._linear(Linear(experts.router), residual, library.WEIGHT_BF16),
+            linear=self._linear(Linear(experts.router, experts.router_bias), residual, library.WEIGHT_BF16),
             activation=library.ACTIVATIONS[activation],
             experts=library.Experts(
                 gated,
@@ -174,7 +175,14 @@ class _Recorder:
         return self._record(op, qkv, PackedValue(heads.num_heads * heads.head_dim, is_float=False))
 
     def paged_attention(
-        self, queries: int, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
+        self,
+        queries: int,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> int:
         self._check_layer(layer, heads)
         columns = self.values[queries].columns
@@ -184,6 +192,7 @@ class _Recorder:
             scale=scale,
             window=window,
             soft_cap=soft_cap,
+            sinks=None if sinks is None else self._packer.store_floats(sinks.float() * _LOG2_E),
             **self._attention_fields(layer, heads),
         )
         return self._record(op, queries, PackedValue(heads.num_heads * heads.value_dim, is_float=False))

@@ -133,13 +133,20 @@ class _Recorder:
         return self.rotate(qkv, heads, rotary, q_norm, k_norm)
 
     def paged_attention(
-        self, queries: int, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
+        self,
+        queries: int,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> int:
         del layer
-        if soft_cap:
+        if soft_cap or sinks is not None:
             raise DeviceError(
-                "device cpu makes vectors of models with soft caps in bfloat16 only: use --dtype bfloat16, or device "
-                "reference"
+                "device cpu makes vectors of models with soft caps or sinks in bfloat16 only: use --dtype bfloat16, or "
+                "device reference"
             )
         return self._attend(queries, heads, scale, window - 1 if window else ALL_TOKENS, 0)
 

@@ -159,7 +159,14 @@ class CudaOps:
         return queries
 
     def paged_attention(
-        self, queries: torch.Tensor, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
+        self,
+        queries: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.windows.add(window)
         count = self._num_tokens
@@ -181,12 +188,13 @@ class CudaOps:
                 scale=scale,
                 window=window,
                 soft_cap=soft_cap,
+                sinks=None if sinks is None else self.weights.table(sinks),
             )
         return attended
 
     def sum_experts(self, hidden: torch.Tensor, experts: Experts, activation: Activation, sums: torch.Tensor) -> None:
         """Add the experts' weighted sum of each row of `hidden` to that of `sums` [T, hidden_size], float32."""
-        logits = self._linear("router", hidden, self.weights.head(Linear(experts.router)))
+        logits = self._linear("router", hidden, self.weights.head(Linear(experts.router, experts.router_bias)))
         config = experts_config(self.target, is_float32=self.dtype == torch.float32)
         mixture = self.weights.mixture(experts)
         count = self._num_tokens

@@ -115,6 +115,7 @@ class Weights:
             down_scales,
             experts.routing,
             None if experts.bias is None else self.table(experts.bias),
+            None if experts.biases is None else (self.table(experts.biases[0]), self.table(experts.biases[1])),
         )
 
     def matrices(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:

@@ -222,14 +222,21 @@ class _StepOps:
         return torch.cat(parts, dim=1)
 
     def paged_attention(
-        self, queries: torch.Tensor, layer: int, heads: Heads, scale: float, window: int, soft_cap: float = 0.0
+        self,
+        queries: torch.Tensor,
+        layer: int,
+        heads: Heads,
+        scale: float,
+        window: int,
+        soft_cap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if window not in self._groups:
             self._groups[window] = plan_attention(self._step, window, multiple=_PAIRS_PER_CALL)
         attended = queries.new_zeros(self._num_rows, heads.num_heads * heads.value_dim)
         per_head = queries.view(self._num_rows, heads.num_kv_heads, -1, heads.head_dim)
         for group in self._groups[window]:
-            output = self._attend(per_head[group.tile_rows], group, layer, scale, soft_cap)
+            output = self._attend(per_head[group.tile_rows], group, layer, scale, soft_cap, sinks)
             attended[group.tile_rows[group.row_is_real]] = output[group.row_is_real].flatten(1)
         return attended
 
@@ -239,14 +246,20 @@ class _StepOps:
     def add_experts(
         self, residual: torch.Tensor, x: torch.Tensor, experts: Experts, activation: Activation
     ) -> torch.Tensor:
-        weights = _expert_weights(self._linear(x, Linear(experts.router)), experts)
+        weights = _expert_weights(self._linear(x, Linear(experts.router, experts.router_bias)), experts)
         output = residual.clone()
+        gate_bias = up_bias = down_bias = None
         for expert, (gate, up, down) in enumerate(zip(experts.gate, experts.up, experts.down, strict=True)):
             rows = weights[:, expert].nonzero()[:, 0]
             if len(rows):
                 chosen = _whole_tiles(x[rows])
-                gated = _activate(self._linear(chosen, Linear(gate)), activation) * self._linear(chosen, Linear(up))
-                output[rows] += weights[rows, expert, None] * self._linear(gated, Linear(down))[: len(rows)]
+                if experts.biases is not None:
+                    (gate_bias, up_bias), down_bias = experts.biases[0][expert].chunk(2), experts.biases[1][expert]
+                gated = _gated(
+                    self._linear(chosen, Linear(gate, gate_bias)), self._linear(chosen, Linear(up, up_bias)), activation
+                )
+                terms = self._linear(gated, Linear(down, down_bias))[: len(rows)]
+                output[rows] += weights[rows, expert, None] * terms
         return output
 
     def module(self, module: torch.nn.Module) -> torch.nn.Module:
@@ -273,7 +286,7 @@ class _StepOps:
         return product if activation is None else _activate(product, activation)
 
     def gated_linear(self, x: torch.Tensor, gate: Linear, up: Linear, activation: Activation) -> torch.Tensor:
-        return _activate(self._adapted(x, gate), activation) * self._adapted(x, up)
+        return _gated(self._adapted(x, gate), self._adapted(x, up), activation)
 
     def rotate(
         self,
@@ -353,7 +366,13 @@ class _StepOps:
         return torch.cat([x[..., :first], self._rotate(x[..., first:], rotary)], dim=-1)
 
     def _attend(
-        self, queries: torch.Tensor, group: AttentionGroup, layer: int, scale: float, soft_cap: float
+        self,
+        queries: torch.Tensor,
+        group: AttentionGroup,
+        layer: int,
+        scale: float,
+        soft_cap: float,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend with query tiles [tiles, 16, num_kv_heads, queries a key head, head_dim]; return [..., value_dim]."""
         num_tiles, _, num_kv_heads, shared, head_dim = queries.shape
@@ -386,6 +405,9 @@ class _StepOps:
         for pairs, owners in group.pairs_by_rank:
             sums.index_add_(0, owners, pair_sums.index_select(0, pairs))
             outputs.index_add_(0, owners, pair_outputs.index_select(0, pairs))
+        if sinks is not None:  # [num_kv_heads, shared], for each of a tile's rows
+            by_row = self._device.weight(sinks).view(1, num_kv_heads, 1, shared).expand(num_tiles, -1, TILE_ROWS, -1)
+            sums = sums + torch.exp(by_row.reshape(best.shape) - best)[..., None]
         attended = (outputs / sums).view(num_tiles, num_kv_heads, TILE_ROWS, shared, value_dim)
         return attended.transpose(1, 2).contiguous()
 
@@ -417,6 +439,14 @@ def _activate(x: torch.Tensor, activation: Activation) -> torch.Tensor:
         return halves * (1 + torch.erf(x * math.sqrt(0.5)))
     inner = 0.7978845608028654 * (x + 0.044715 * (x * x * x))
     return x * (1 - 1 / (torch.exp(2 * inner) + 1))
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """Return what a gated layer makes of its two products."""
+    if activation != "swigluoai":
+        return _activate(gate, activation) * up
+    gate = gate.clamp(max=7.0)
+    return gate / (1 + torch.exp(-1.702 * gate)) * (up.clamp(-7.0, 7.0) + 1)
 
 
 def _capped(x: torch.Tensor, cap: float) -> torch.Tensor:

@@ -207,7 +207,7 @@ def compile_gated(timeout: float = 60, **changes: Any) -> Row:
 @needs_triton
 def test_a_kernel_that_does_not_compile_is_a_failed_row() -> None:
     assert compile_gated().problems == []
-    assert "power of" in compile_gated(constexprs={"COLS": 8, "IS_SILU": True, "BLOCK": 1000}).problems[0]
+    assert "power of" in compile_gated(constexprs={"COLS": 8, "ACTIVATION": 0, "BLOCK": 1000}).problems[0]
 
 
 @needs_triton

@@ -58,6 +58,7 @@ def check_equal(found: list[worker_pb2.StepResult], expected: list[worker_pb2.St
         "smollm3",
         "glm4",
         "olmo2",
+        "gpt_oss",
     ],
 )
 def test_ragged_chunked_and_preempted_sequences_get_the_same_tokens(name: str, tmp_path: Path) -> None:

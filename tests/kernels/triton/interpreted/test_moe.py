@@ -43,6 +43,7 @@ class Case:
     spare_tokens: int = 3  # that the workspace has room for
     routing: Routing = PLAIN_ROUTING
     has_bias: bool = False
+    has_biases: bool = False
 
 
 def check(case: Case, module: Any = kernel) -> torch.Tensor:
@@ -59,8 +60,14 @@ def check(case: Case, module: Any = kernel) -> torch.Tensor:
     gate_up = torch.randn(experts, 2 * case.inner, case.hidden, generator=random) * 1.5 * case.hidden**-0.5
     down = torch.randn(experts, case.hidden, case.inner, generator=random) * case.inner**-0.5
     gate_up, down = gate_up.to(case.dtype), down.to(case.dtype)
+    biases = None
+    if case.has_biases:
+        biases = (
+            guarded(2 * torch.randn(experts, 2 * case.inner, generator=random)),
+            guarded(torch.randn(experts, case.hidden, generator=random)),
+        )
     choice = (case.chosen, case.shared, case.normalized)
-    mixture = routing.Mixture(guarded(gate_up), guarded(down), *choice, routing=case.routing, bias=bias)
+    mixture = routing.Mixture(guarded(gate_up), guarded(down), *choice, routing=case.routing, bias=bias, biases=biases)
     if case.weights is not None:
         (gate_ups, gate_up_scales), (downs, down_scales) = (quantized(stack, case.weights) for stack in (gate_up, down))
         gate_up, down = gate_ups.float() * gate_up_scales[..., None], downs.float() * down_scales[..., None]
@@ -80,6 +87,7 @@ def check(case: Case, module: Any = kernel) -> torch.Tensor:
         is_normalized=case.normalized,
         routing=case.routing,
         bias=bias,
+        biases=biases,
     )
     terms[list(case.padding)] = 0
     workspace = module.ExpertsWorkspace(mixture, case.tokens + case.spare_tokens, CONFIG, case.dtype)
@@ -107,6 +115,7 @@ CASES = {
     "sizes that fill no tile, three of seven": Case(hidden=50, inner=35, routed=7, chosen=3, tokens=6),
     "one of two, not normalized": Case(routed=2, chosen=1, normalized=False),
     "all of three, gelu": Case(routed=3, chosen=3, activation="gelu_tanh"),
+    "biases, a clamped gate": Case(activation="swigluoai", has_biases=True, tokens=7, hidden=50, inner=35),
     "shared experts": Case(routed=5, shared=2, normalized=False),
     "padding": Case(tokens=6, padding=(0, 3, 5), shared=1),
     "only padding": Case(tokens=2, padding=(0, 1)),
@@ -214,7 +223,10 @@ MUTATIONS = [
         "(expert.to(tl.int64) * (2 * OUT if IS_GATED else OUT) + out)",
         "((expert + 1).to(tl.int64) * (2 * OUT if IS_GATED else OUT) + out)",
     ),
-    ("gate and up swapped", "activate(acc, IS_SILU) * up_acc", "activate(up_acc, IS_SILU) * acc"),
+    ("gate and up swapped", "gate_times_up(acc, up_acc", "gate_times_up(up_acc, acc"),
+    ("up's bias from the gate's", "of_expert + OUT", "of_expert"),
+    ("no bias", "if HAS_BIAS:", "if False:"),
+    ("the first expert's bias", "bias_ptr + expert *", "bias_ptr + 0 *"),
     ("up from the gate", "weight_ptr + OUT * IN + w_rows", "weight_ptr + w_rows"),
     ("row of the assignment's number", "assignment // TAKEN if IS_GATED else assignment", "assignment"),
     ("row for assignment", "assignment // TAKEN if IS_GATED else assignment", "assignment // TAKEN"),

@@ -34,6 +34,7 @@ class Case:
     window: int = 0
     soft_cap: float = 0.0
     scales: tuple[float, float] = (1.0, 1.0)
+    has_sinks: bool = False
     block_m: int = 16
     block_n: int = 32
     split_keys: int = 1024
@@ -49,6 +50,7 @@ class Batch:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
+    sinks: torch.Tensor | None = None
 
 
 def make_batch(case: Case, seed: int = 0) -> Batch:
@@ -66,7 +68,9 @@ def make_batch(case: Case, seed: int = 0) -> Batch:
         if length % 16:
             stored[int(tables[seq, num_blocks[seq] - 1]), :, length % 16 :] = float("nan")
     starts = torch.tensor([0, *case.queries]).cumsum(0).int()
-    return Batch(queries.to(case.dtype), stored, starts, torch.tensor(case.lengths, dtype=torch.int32), tables)
+    lengths = torch.tensor(case.lengths, dtype=torch.int32)
+    sinks = 2 + 3 * torch.randn(case.num_heads, generator=random) if case.has_sinks else None
+    return Batch(queries.to(case.dtype), stored, starts, lengths, tables, sinks)
 
 
 def attend(case: Case, batch: Batch, module: ModuleType = kernel) -> torch.Tensor:
@@ -99,6 +103,7 @@ def attend(case: Case, batch: Batch, module: ModuleType = kernel) -> torch.Tenso
         scale=case.head_dim**-0.5,
         window=case.window,
         soft_cap=case.soft_cap,
+        sinks=batch.sinks,
         key_scale=case.scales[0],
         value_scale=case.scales[1],
     )
@@ -116,6 +121,7 @@ def check(case: Case, module: ModuleType = kernel) -> None:
         scale=case.head_dim**-0.5,
         window=case.window,
         soft_cap=case.soft_cap,
+        sinks=batch.sinks,
         key_scale=case.scales[0],
         value_scale=case.scales[1],
     )

@@ -13,6 +13,7 @@ from octavo.kernels import gated as gated_kernel
 from octavo.kernels import reference
 from octavo.kernels import rms_norm as norm_kernel
 from octavo.kernels.configs import GATED
+from octavo.kernels.gated import ACTIVATIONS
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {F32: 1e-5, F16: 2e-3, BF16: 1.6e-2}
@@ -59,14 +60,14 @@ def check_gated(tokens: int, cols: int, dtype: torch.dtype, activation: str, mod
 
 
 @DTYPES
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("tokens", "cols"), [(1, 3), (3, 1023), (2, 1024), (2, 2500)])
 def test_the_activation_is_that_of_torch(tokens: int, cols: int, dtype: torch.dtype, activation: str) -> None:
     check_gated(tokens, cols, dtype, activation)
 
 
 def check_both(module: ModuleType) -> None:
-    for activation in ("silu", "gelu_tanh"):
+    for activation in ACTIVATIONS:
         check_gated(3, 1500, F32, activation, module=module)
 
 
@@ -80,10 +81,13 @@ NORM_MUTATIONS = [
     ("row stride of the padding", "tl.program_id(0).to(tl.int64) * HIDDEN", "tl.program_id(0).to(tl.int64) * COLS"),
 ]
 GATED_MUTATIONS = [
-    ("gate and up swapped", "activated * up", "up / (1.0 + tl.exp2(-1.4426950408889634 * up)) * gate"),
+    ("gate and up swapped", "gate_times_up(gate, up, ACTIVATION), mask", "gate_times_up(up, gate, ACTIVATION), mask"),
     ("base of the exponential", "-1.4426950408889634", "-1.0"),
-    ("gelu for silu", "if not IS_SILU:", "if True:"),
-    ("silu for gelu", "if not IS_SILU:", "if False:"),
+    ("gelu for silu", "if ACTIVATION == 1:", "if True:"),
+    ("silu for gelu", "if ACTIVATION == 1:", "if False:"),
+    ("silu for the clamped one", "if ACTIVATION == 2:", "if False:"),
+    ("no limit of the gate", "tl.where(gate > 7.0, 7.0, gate)", "gate"),
+    ("no lower limit", "tl.where(up < -7.0, -7.0, up)", "up"),
     ("no cubic term", "0.044715", "0.0"),
     ("up from the wrong column", "+ COLS + cols", "+ cols"),
     ("row stride of one half", "row * (2 * COLS)", "row * COLS"),

@@ -1,0 +1,111 @@
+"""Experts whose matrices a checkpoint has in one tensor, shown as matrices of their own. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_PARTS = ("gate_proj", "up_proj")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor of all experts.
+
+    suffix         of the tensors that it stands for
+    parts          of an expert whose outputs alternate in it
+    is_transposed  whether it is [experts, inputs, outputs], not [experts, outputs, ...]
+    """
+
+    suffix: str
+    parts: tuple[str, ...]
+    is_transposed: bool
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """Return the shape of one expert's part."""
+        if self.is_transposed:
+            return stored[2] // len(self.parts), stored[1]
+        return stored[1] // len(self.parts), math.prod(stored[2:])
+
+
+_STACKS = {
+    f"{name}{ending}": Stack(suffix, parts, is_transposed)
+    for name, parts in (("gate_up_proj", _PARTS), ("down_proj", ("down_proj",)))
+    for ending, suffix, is_transposed in (
+        ("", "weight", True),
+        ("_blocks", "weight_packed", False),
+        ("_scales", "weight_scale", False),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One expert's part of the stack `name`."""
+
+    name: str
+    stack: Stack
+    expert: int
+    part: int
+
+
+def pieces_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, Piece]]:
+    """Yield what stands in place of each stack among some tensors, by the name that an expert's own would have."""
+    for name, shape in shapes:
+        prefix, _, last = name.rpartition(".")
+        stack = _STACKS.get(last) if prefix.endswith(".experts") else None
+        if stack is None or len(shape) not in ((3,) if stack.is_transposed else (3, 4)):
+            continue
+        for expert in range(shape[0]):
+            for part, module in enumerate(stack.parts):
+                yield f"{prefix}.{expert}.{module}.{stack.suffix}", Piece(name, stack, expert, part)
+
+
+class ExpertTensor:
+    """A part of a stack that can be asked for like a file's handle, and like a slice of it."""
+
+    def __init__(self, piece: Piece, handle: Any) -> None:
+        self._piece = piece
+        self._stored = handle.get_slice(piece.name)
+
+    def get_slice(self, _: str) -> ExpertTensor:
+        """Return the tensor."""
+        return self
+
+    def get_tensor(self, _: str) -> Any:
+        """Return all of it."""
+        return self[slice(None)]
+
+    def get_dtype(self) -> str:
+        """Return the name of its type."""
+        return str(self._stored.get_dtype())
+
+    def get_shape(self) -> list[int]:
+        """Return rows and columns."""
+        return list(self._piece.stack.shape(tuple(self._stored.get_shape())))
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Any:
+        """Return some rows, and of them some columns. Reads no other rows of a stack that has them in order."""
+        stack, part, expert = self._piece.stack, self._piece.part, self._piece.expert
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        step, here = len(stack.parts), slice(expert, expert + 1)
+        if stack.is_transposed:
+            found = self._stored[here][0][:, part::step].T[rows]
+        else:
+            start, stop, _ = rows.indices(self.get_shape()[0])
+            found = self._stored[here, start * step : stop * step][0][part::step].flatten(1)
+        return found[(slice(None), *columns)].contiguous()
+
+
+def unstacked(owners: Mapping[str, tuple[Path, Any]]) -> dict[str, tuple[Path, Any]]:
+    """Return the handles of a folder's tensors, with one for each expert's matrix in place of the stacks."""
+    shapes = ((name, tuple(handle.get_slice(name).get_shape())) for name, (_, handle) in owners.items())
+    pieces = dict(pieces_of(shapes))
+    stacks = {piece.name for piece in pieces.values()}
+    experts = {
+        name: (owners[piece.name][0], ExpertTensor(piece, owners[piece.name][1])) for name, piece in pieces.items()
+    }
+    return {name: owner for name, owner in owners.items() if name not in stacks} | experts
