@@ -304,6 +304,8 @@ class ModelConfig:
         for rope in filter(None, (self.rope, self.window_rope)):
             if rope.rotary_dim % 2 or not 0 < rope.rotary_dim <= heads.head_dim:
                 raise ModelError(f"{rope.rotary_dim} rotary dimensions do not fit heads of {heads.head_dim}")
+        if not 0 <= self.num_nextn_layers <= MAX_LAYERS:
+            raise ModelError(f"the model's config has {self.num_nextn_layers} num_nextn_predict_layers")
         if self.num_layers > MAX_LAYERS or self.max_position_embeddings > MAX_POSITIONS:
             raise ModelError(
                 f"the model's config asks for {self.num_layers} layers and {self.max_position_embeddings} positions; "
