@@ -22,6 +22,7 @@ MAX_LAYERS = 4096
 MAX_POSITIONS = 1 << 24
 MAX_EXPERTS = 4096
 MAX_GROUPS = 64
+MAX_LATENT = 1 << 16
 MAX_INTEGER = (1 << 31) - 1  # that the kernels take
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 # What these would do to values is not computed: a model that uses it would be another one.
@@ -232,8 +233,17 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no layer has."""
-        if self.query_rank < 0 or min(self.rank, self.nope_dim, self.rope_dim, self.value_dim) < 1:
-            raise ModelError(f"the model's config has a size of latent attention below 1: {self}")
+        sizes = {
+            "q_lora_rank": self.query_rank,
+            "kv_lora_rank": self.rank,
+            "qk_nope_head_dim": self.nope_dim,
+            "qk_rope_head_dim": self.rope_dim,
+            "v_head_dim": self.value_dim,
+        }
+        for name, size in sizes.items():
+            least = int(name != "q_lora_rank")
+            if not least <= size <= MAX_LATENT:
+                raise ModelError(f"the model's config: {name} is {size}, expected {least} to {MAX_LATENT}")
 
     @property
     def query_dim(self) -> int:

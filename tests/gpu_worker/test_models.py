@@ -295,7 +295,8 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "glm4_moe, groups that do not fit": ("glm4_moe", {"n_group": 3}, r"8 experts from 2 of 3 groups"),
     "glm4_moe, layers of no kind": ("glm4_moe", {"mlp_layer_types": ["x"]}, "expected dense or sparse for each layer"),
     "deepseek_v3, layers below none": ("deepseek_v3", {"num_nextn_predict_layers": -1}, "-1 num_nextn_predict_layers"),
-    "deepseek_v3, no latent": ("deepseek_v3", {"kv_lora_rank": 0}, "a size of latent attention below 1"),
+    "deepseek_v3, no latent": ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank is 0, expected 1 to 65536"),
+    "deepseek_v3, a latent beyond all": ("deepseek_v3", {"kv_lora_rank": 1 << 30}, "kv_lora_rank is 1073741824"),
     "deepseek_v3, a size that is none": ("deepseek_v3", {"v_head_dim": "x"}, "v_head_dim is 'x', expected an integer"),
     "olmoe, clipped": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, expected null"),
 }

@@ -88,7 +88,7 @@ def _read_message(params: Params, chat: generation_pb2.Chat) -> None:
         if kind == "tool_result":
             has_results = True
             result = chat.messages.add(role="tool").parts.add().tool_result
-            result.id = fields.text("tool_use_id") or ""
+            result.id = _required(fields, "tool_use_id")
             result.text = "".join(read_parts(fields, "content"))
             fields.boolean("is_error")
         else:
@@ -96,6 +96,14 @@ def _read_message(params: Params, chat: generation_pb2.Chat) -> None:
         fields.finish()
     if message.parts or not has_results:
         chat.messages.append(message)
+
+
+def _required(fields: Params, name: str) -> str:
+    """Return a text that must be given."""
+    text = fields.text(name)
+    if not text:
+        raise fields.wrong(name, "must be set")
+    return text
 
 
 def _read_block(fields: Params, kind: str, message: generation_pb2.Message) -> None:
@@ -112,8 +120,8 @@ def _read_block(fields: Params, kind: str, message: generation_pb2.Message) -> N
         fields.text("data")  # which no model here has written
     elif kind == "tool_use":
         call = message.parts.add().tool_call
-        call.id = fields.text("id") or ""
-        call.name = fields.text("name") or ""
+        call.id = _required(fields, "id")
+        call.name = _required(fields, "name")
         call.arguments_json = long_json.dumps(fields.object("input") or {}, ensure_ascii=False)
         fields.take("caller")
     else:
@@ -125,9 +133,7 @@ def _read_tools(params: Params, generation: generation_pb2.Generation) -> None:
     names = set()
     for index, tool in function_tools(params, "custom", "custom"):
         fields = params.inner(tool, f"tools[{index}].")
-        name = fields.text("name")
-        if not name:
-            raise fields.wrong("name", "must be set")
+        name = _required(fields, "name")
         names.add(name)
         function = {"name": name, "description": fields.text("description")}
         parameters = {"parameters": fields.object("input_schema"), "strict": fields.boolean("strict")}

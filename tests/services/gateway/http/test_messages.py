@@ -220,6 +220,15 @@ async def test_errors_have_anthropic_s_form(
         ({"stop_sequences": "x"}, "stop_sequences: must be a list"),
         ({"stop_sequences": ["x"] * 5000}, "stop_sequences: has 5000"),
         ({"stop_sequences": [""]}, "stop_sequences[0]: "),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "content[0].tool_use_id: must be set"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a"}]}]},
+            "content[0].name: must be set",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_use", "name": "f"}]}]},
+            "content[0].id: must be set",
+        ),
         ({"tools": [{"input_schema": {}}]}, "tools[0].name: must be set"),
         ({"tools": [{"name": 5}]}, "tools[0].name: must be a string"),
         ({"tools": [{"name": "f", "description": 5}]}, "tools[0].description: "),
