@@ -140,12 +140,12 @@ def _read_tools(params: Params, generation: generation_pb2.Generation) -> None:
         given = {name: value for name, value in (function | parameters).items() if value is not None}
         tools.append({"type": "function", "function": given})
     fields = params.inner(params.object("tool_choice") or {"type": "auto"}, "tool_choice.")
-    kind, name, is_single = fields.text("type"), fields.text("name"), fields.boolean("disable_parallel_tool_use")
+    kind, chosen, is_single = fields.text("type"), fields.text("name"), fields.boolean("disable_parallel_tool_use")
     choice: Any = _CHOICES.get(kind or "")
     if kind == "tool":
-        if name not in names:
-            raise fields.wrong("name", f"there is no tool {name!r}; name one of tools")
-        choice = {"type": "function", "name": name}
+        if chosen not in names:
+            raise fields.wrong("name", f"there is no tool {chosen!r}; name one of tools")
+        choice = {"type": "function", "name": chosen}
     elif choice is None:
         raise fields.wrong("type", "must be auto, any, tool or none")
     generation.output.parsing.single_tool_call = bool(is_single)
