@@ -104,13 +104,13 @@ class MixtureNames:
     """
 
     block: str = "mlp"
-    router: str = "gate"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     shared: str = "shared_expert"
     bias: str = ""
     is_bias_a_row: bool = False
+    router: str = "gate"
     has_biases: bool = False
     is_stacked: bool = False
 

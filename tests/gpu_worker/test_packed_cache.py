@@ -324,7 +324,7 @@ def test_no_field_of_a_program_is_believed(loaded: LoadedModel, runtime: Runtime
     # weights, of the same shape or whole inside them.
     harmless = {
         "window", "scale", "soft_cap", "norm.eps", "q_norm.eps", "k_norm.eps", "activation", "layer", "input",
-        "linear.bias", "linear.format", "max_positions",
+        "linear.bias", "linear.format", "max_positions", "sinks",
     }  # fmt: skip
 
     def is_refused(ops: Any) -> bool:

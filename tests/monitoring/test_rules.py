@@ -146,8 +146,8 @@ def test_every_metric_is_on_the_dashboard_or_in_a_rule_or_is_for_looking_up() ->
     looked_up = {
         catalog.CACHE_CONFIG, catalog.WAITING_TOKENS, catalog.ADMISSIONS, catalog.REFUSALS, catalog.PREFILL_TIME,
         catalog.DECODE_TIME, catalog.WORKER_JOINED, catalog.WORKER_JOINS, catalog.WORKER_STEPS, catalog.WORKER_TOKENS,
-        catalog.WORKER_FAULTS, catalog.WORKER_KV_BLOCKS, catalog.ACCEPTED_TOKENS, catalog.MODEL_SCHEDULERS,
-        catalog.ADAPTERS, catalog.ADAPTER_LOADS,
+        catalog.WORKER_FAULTS, catalog.WORKER_KV_BLOCKS, catalog.ACCEPTED_TOKENS, catalog.DRAFT_TOKENS,
+        catalog.DRAFT_TIME, catalog.MODEL_SCHEDULERS, catalog.ADAPTERS, catalog.ADAPTER_LOADS,
     }  # fmt: skip
     everything = (*catalog.COMMON, *catalog.GATEWAY, *catalog.SCHEDULER, *catalog.WORKER)
     assert [metric.name for metric in everything if metric.name not in shown] == [

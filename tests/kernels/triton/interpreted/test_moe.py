@@ -292,6 +292,7 @@ HARD = [
     Case(tokens=20, hidden=72, inner=40, routed=4, chosen=2, shared=2, normalized=False, padding=(1, 7), popular=1),
     Case(tokens=3, hidden=40, inner=33, routed=5, chosen=3, padding=(2,)),
     Case(tokens=3, routed=3, weights=torch.int8),
+    Case(tokens=3, hidden=40, inner=33, routed=3, has_biases=True),
 ]
 
 

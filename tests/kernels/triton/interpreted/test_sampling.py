@@ -254,7 +254,7 @@ def make_settings(**changes: Any) -> SamplingSettings:
         "logprobs": 0,
         "chosen_logprob": True, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0,
         "bias_token_ids": nothing, "bias_values": np.empty(0, np.float32), "forbidden": None,
-        "banned_token_ids": nothing, "min_new_tokens": 0, "prompt_length": 4,
+        "bad_words": {}, "banned_token_ids": nothing, "min_new_tokens": 0, "prompt_length": 4,
         "history_token_ids": np.array([1, 2, 250, 2], np.uint32), "grammar": "", "end_of_sequence_ids": nothing,
     }  # fmt: skip
     drawn = {name: changes.pop(name) for name in Draw.__match_args__ if name in changes}

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -45,6 +46,8 @@ class Site:
     key: str
     ca: Path
     folder: Path
+    temporary: Path
+    """Of a short path: clients have sockets in it."""
     prompts: list[int] = dataclasses.field(default_factory=list)
     """The length of each prompt."""
 
@@ -56,7 +59,7 @@ class Site:
         home = Path(tempfile.mkdtemp(dir=self.folder))
         own: Mapping[str, str] = {
             "HOME": str(home),
-            "TMPDIR": str(home),
+            "TMPDIR": str(self.temporary),
             "OCTAVO_API_KEY": self.key,
             "SSL_CERT_FILE": str(self.ca),
             "NODE_EXTRA_CA_CERTS": str(self.ca),
@@ -115,7 +118,8 @@ async def site(config: GatewayConfig, scheduler: Any, tools: Any, tmp_path: Path
         )
     )
     await gateway.start()
-    site = Site(f"https://127.0.0.1:{gateway.http_port}", key, authority.ca, tmp_path)
+    temporary = Path(tempfile.mkdtemp())
+    site = Site(f"https://127.0.0.1:{gateway.http_port}", key, authority.ca, tmp_path, temporary)
     tokenizer = tools.make_tokenizer()
 
     async def answer() -> None:
@@ -136,6 +140,7 @@ async def site(config: GatewayConfig, scheduler: Any, tools: Any, tmp_path: Path
     yield site
     answering.cancel()
     await gateway.stop(0)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @installed(NODE_PROGRAMS / "codex")
