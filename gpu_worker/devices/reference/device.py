@@ -248,18 +248,19 @@ class _StepOps:
     ) -> torch.Tensor:
         weights = _expert_weights(self._linear(x, Linear(experts.router, experts.router_bias)), experts)
         output = residual.clone()
-        gate_bias = up_bias = down_bias = None
+        biases = None if experts.biases is None else [self._device.weight(bias) for bias in experts.biases]
         for expert, (gate, up, down) in enumerate(zip(experts.gate, experts.up, experts.down, strict=True)):
             rows = weights[:, expert].nonzero()[:, 0]
             if len(rows):
                 chosen = _whole_tiles(x[rows])
-                if experts.biases is not None:
-                    (gate_bias, up_bias), down_bias = experts.biases[0][expert].chunk(2), experts.biases[1][expert]
-                gated = _gated(
-                    self._linear(chosen, Linear(gate, gate_bias)), self._linear(chosen, Linear(up, up_bias)), activation
-                )
-                terms = self._linear(gated, Linear(down, down_bias))[: len(rows)]
-                output[rows] += weights[rows, expert, None] * terms
+                gates, ups = self._linear(chosen, Linear(gate)), self._linear(chosen, Linear(up))
+                if biases is not None:
+                    gate_bias, up_bias = biases[0][expert].chunk(2)
+                    gates, ups = gates + gate_bias, ups + up_bias
+                terms = self._linear(_gated(gates, ups, activation), Linear(down))
+                if biases is not None:
+                    terms = terms + biases[1][expert]
+                output[rows] += weights[rows, expert, None] * terms[: len(rows)]
         return output
 
     def module(self, module: torch.nn.Module) -> torch.nn.Module:
