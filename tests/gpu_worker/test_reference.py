@@ -126,3 +126,10 @@ def test_a_block_is_sixteen_tokens_of_keys_and_values_in_every_layer() -> None:
     device = ReferenceDevice(cast(Model, model), 1, 1, 1)
 
     assert device.kv_block_bytes() == 3 * 2 * 16 * 2 * 8 * 4
+
+
+def test_a_tensor_that_is_made_for_a_moment_is_not_taken_for_one_before_it(folder: Path) -> None:
+    device = make_device(folder)
+    for number in range(50):
+        found = device.weight(torch.full((2,), number, dtype=torch.bfloat16))
+        assert torch.equal(found, torch.full((2,), float(number), dtype=found.dtype))

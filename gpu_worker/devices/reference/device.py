@@ -67,7 +67,7 @@ class ReferenceDevice:
         self.dtype = dtype
         self._model = model
         # By identity: the model keeps its weights alive, and tied ones are converted once.
-        self._weights: dict[int, torch.Tensor] = {}
+        self._weights: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._module: torch.nn.Module | None = None
         self.keys = torch.empty(0)
         self.values = torch.empty(0)
@@ -161,10 +161,9 @@ class ReferenceDevice:
 
     def weight(self, stored: torch.Tensor) -> torch.Tensor:
         """Return a weight in the type that is computed in."""
-        found = self._weights.get(id(stored))
-        if found is None:
-            found = self._weights[id(stored)] = stored.to(self.dtype)
-        return found
+        if id(stored) not in self._weights:  # which is its own as long as it is kept
+            self._weights[id(stored)] = (stored, stored.to(self.dtype))
+        return self._weights[id(stored)][1]
 
 
 class _StepOps:
