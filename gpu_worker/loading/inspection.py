@@ -30,7 +30,7 @@ from octavo.gpu_worker.loading.folder import (
     weight_files,
 )
 from octavo.gpu_worker.loading.loading import check_device, find_files, kv_token_bytes
-from octavo.gpu_worker.loading.stacked_experts import pieces_of
+from octavo.gpu_worker.loading.stacked_experts import Piece, unstacked
 from octavo.gpu_worker.loading.tensor_names import is_packed_alone
 from octavo.gpu_worker.models import encoders
 from octavo.gpu_worker.models.config import ModelConfig
@@ -236,22 +236,16 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[Path, StoredTensor]]:
     return found
 
 
-def _unstacked(found: dict[str, tuple[Path, StoredTensor]]) -> dict[str, tuple[Path, StoredTensor]]:
-    """Return tensors with one for each expert's matrix in place of those that hold the matrices of all."""
-    pieces = dict(pieces_of((name, tensor.shape) for name, (_, tensor) in found.items()))
-    stacks = {piece.name for piece in pieces.values()}
-    experts = {}
-    for name, piece in pieces.items():
-        path, tensor = found[piece.name]
-        experts[name] = (path, tensor._replace(shape=piece.stack.shape(tensor.shape)))
-    return {name: tensor for name, tensor in found.items() if name not in stacks} | experts
+def _expert_tensor(piece: Piece, stack: StoredTensor) -> StoredTensor:
+    """Return one expert's tensor as if the file had it."""
+    return stack._replace(shape=piece.stack.shape(stack.shape))
 
 
 def _inspect_decoder(folder: Path, *, has_head: bool) -> Inspection:
     config, architecture, wrapper = read_config(folder, has_head=has_head)
     found = _stored_tensors(folder)
     if architecture.traits.has_stacked_experts:
-        found = _unstacked(found)
+        found = unstacked(found, lambda _, tensor: tensor.shape, _expert_tensor)
     plans, needless = dict[str, Plan](), set[str]()
     if (settings := read_quantization(folder)) is not None:
         heads = {name: Head(tensor.dtype, tensor.shape) for name, (_, tensor) in found.items()}

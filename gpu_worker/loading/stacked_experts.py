@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _PARTS = ("gate_proj", "up_proj")
 
@@ -52,7 +54,7 @@ class Piece:
     part: int
 
 
-def pieces_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, Piece]]:
+def _pieces_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, Piece]]:
     """Yield what stands in place of each stack among some tensors, by the name that an expert's own would have."""
     for name, shape in shapes:
         prefix, _, last = name.rpartition(".")
@@ -100,12 +102,25 @@ class ExpertTensor:
         return found[(slice(None), *columns)].contiguous()
 
 
-def unstacked(owners: Mapping[str, tuple[Path, Any]]) -> dict[str, tuple[Path, Any]]:
-    """Return the handles of a folder's tensors, with one for each expert's matrix in place of the stacks."""
-    shapes = ((name, tuple(handle.get_slice(name).get_shape())) for name, (_, handle) in owners.items())
-    pieces = dict(pieces_of(shapes))
+def unstacked(
+    tensors: Mapping[str, tuple[Path, T]],
+    shape_of: Callable[[str, T], tuple[int, ...]],
+    part_of: Callable[[Piece, T], T],
+) -> dict[str, tuple[Path, T]]:
+    """Return tensors, each with its file, with one for each expert's matrix in place of the stacks.
+
+    shape_of  the shape of a tensor, by its name
+    part_of   what stands for a piece of a stack
+    """
+    pieces = dict(_pieces_of((name, shape_of(name, tensor)) for name, (_, tensor) in tensors.items()))
     stacks = {piece.name for piece in pieces.values()}
-    experts = {
-        name: (owners[piece.name][0], ExpertTensor(piece, owners[piece.name][1])) for name, piece in pieces.items()
-    }
-    return {name: owner for name, owner in owners.items() if name not in stacks} | experts
+    experts = {}
+    for name, piece in pieces.items():
+        path, stack = tensors[piece.name]
+        experts[name] = (path, part_of(piece, stack))
+    return {name: tensor for name, tensor in tensors.items() if name not in stacks} | experts
+
+
+def unstacked_handles(owners: Mapping[str, tuple[Path, Any]]) -> dict[str, tuple[Path, Any]]:
+    """Return the handles of a folder's tensors, see `unstacked`."""
+    return unstacked(owners, lambda name, handle: tuple(handle.get_slice(name).get_shape()), ExpertTensor)

@@ -25,7 +25,7 @@ from octavo.gpu_worker.loading.folder import (
 from octavo.gpu_worker.loading.loading import Progress
 from octavo.gpu_worker.loading.quantised_tensors import QuantisedMatrix, add_quantised, check_needless
 from octavo.gpu_worker.loading.sharding import WHOLE, Pairs, Part, Sharding
-from octavo.gpu_worker.loading.stacked_experts import unstacked
+from octavo.gpu_worker.loading.stacked_experts import unstacked_handles
 from octavo.gpu_worker.loading.tensor_names import is_packed_alone, pairs_of
 from octavo.gpu_worker.memory import FilePages
 from octavo.gpu_worker.models.config import ModelConfig
@@ -71,7 +71,7 @@ def load_folder(
     files = weight_files(folder)
     owners, needless = tensor_files(files), set[str]()
     if architecture.traits.has_stacked_experts:
-        owners = unstacked(owners)
+        owners = unstacked_handles(owners)
     if (settings := read_quantization(folder)) is not None:
         owners, needless = add_quantised(settings, owners, _type_of_numbers(folder, dtype), str(folder))
     wanted, places = match_tensors(folder, config, architecture, wrapper, owners, needless)

@@ -28,12 +28,14 @@ class Proposal(NamedTuple):
 class Proposer(Protocol):
     """Guesses what comes next.
 
-    name    in metrics
-    priors  how often a token of each kind is thought to be right, if those before it are
+    name              in metrics
+    priors            how often a token of each kind is thought to be right, if those before it are
+    keeps_to_grammar  whether a sequence's grammar allows whatever it proposes
     """
 
     name: str
     priors: tuple[float, ...]
+    keeps_to_grammar: bool
 
     def propose(self, slot: int, position: int, token_id: int, block_table: Int32Array, most: int) -> Proposal | None:
         """Return what may follow `token_id`, which stands at `position`; None if nothing is likely to."""
@@ -49,6 +51,7 @@ class Repetition:
     """Proposes what followed the last tokens where they stood before."""
 
     name = "repetition"
+    keeps_to_grammar = False
     priors: tuple[float, ...] = (0.0, 0.2, 0.5, 0.65, 0.75, 0.75, 0.8, *[0.85] * (MOST_MATCHED - 6))  # by equal tokens
 
     def __init__(self, num_blocks: int) -> None:
@@ -98,6 +101,7 @@ class Forced:
     """Proposes what a grammar forces, or nearly so. What it knows is the automaton's."""
 
     name = "grammar"
+    keeps_to_grammar = True
     priors: tuple[float, ...] = (0.9, 0.75, 0.5)  # by `forced.FORCED`, `CHOSEN`, `LAST`
 
     def __init__(self, automaton_of: Callable[[int], Automaton | None]) -> None:

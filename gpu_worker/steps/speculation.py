@@ -164,7 +164,7 @@ class Speculation:
             if proposal is None:
                 continue
             chances = self._accuracy[index].chances(proposal.kinds, least, record.factor)
-            if chances and automaton is not None and index == 0:  # the other one keeps to it anyhow
+            if chances and automaton is not None and not proposer.keeps_to_grammar:
                 chances = chances[: automaton.num_allowed(proposal.token_ids[: len(chances)])]
             gain = sum(chances) - least * len(chances)
             if gain > best_gain:
