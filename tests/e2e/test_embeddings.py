@@ -156,7 +156,8 @@ async def test_a_killed_worker_costs_no_vector_and_a_deadline_is_kept(embedder: 
         psutil.Process(worker).kill()
         response = await running
 
-    assert late.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    # Late, or refused at once where steps have been so slow that it could only be late.
+    assert late.value.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED)
     assert worst_cosine(vectors_of(response)[:16]) >= 0.99999
     assert len(response.embeddings) == 8 * 16
 

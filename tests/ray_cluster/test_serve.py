@@ -84,7 +84,7 @@ async def test_the_openai_sdk_gets_answers_streams_and_errors(app: App) -> None:
             model=MODEL, messages=question, temperature=0, max_tokens=16, stream=True, logprobs=True
         )
     ]
-    assert len(chunks) > 8, "with log probabilities no tokens are guessed that would come together"
+    assert len(chunks) > 3, "it comes in pieces, of several tokens where some were guessed"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="temperature"):
         await client.chat.completions.create(model=MODEL, messages=question, temperature=-1)
@@ -100,7 +100,7 @@ async def test_every_kind_of_grpc_call_goes_through(app: App) -> None:
         whole = await client.generate("The capital of France is", max_new_tokens=8, temperature=0)
         stream = client.stream("The capital of France is", max_new_tokens=8, temperature=0, logprobs=1)
         deltas = [delta.text async for delta in stream]
-        assert len(deltas) > 4
+        assert len(deltas) > 1
         assert "".join(deltas) == whole.text
         items: Any = [{"prompt": "The capital of France is", "max_new_tokens": 8, "temperature": 0}] * 3
         assert [each.result.text async for each in client.batch(items) if each.result] == [whole.text] * 3
