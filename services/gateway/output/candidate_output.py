@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from octavo.services.gateway.output.parser import NOTHING, OutputParser, OutputPiece, ParserSettings
+from octavo.services.gateway.output.channels import new_parser
+from octavo.services.gateway.output.parser import NOTHING, OutputPiece, ParserSettings
 from octavo.services.gateway.output.stop_matcher import StopMatcher, StopStrings
 from octavo.services.gateway.tokenization.detokenizer import Detokenizer
 
@@ -43,7 +44,7 @@ class CandidateOutput:
         self._matcher = None if settings.stop_strings is None else StopMatcher(settings.stop_strings)
         needs_text = self._matcher is not None or not settings.omit_text
         self._detokenizer = settings.new_detokenizer() if needs_text else None
-        self._parser = None if settings.parser is None else OutputParser(settings.parser, make_call_id)
+        self._parser = None if settings.parser is None else new_parser(settings.parser, make_call_id)
 
     @property
     def matched(self) -> str | None:

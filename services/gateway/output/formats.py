@@ -46,6 +46,24 @@ class ReasoningFormat:
     name: str
     begin: str
     end: str
+    tokens: tuple[str, ...] = ()
+    """What may be special tokens, which are no text elsewhere; none: `begin` and `end`."""
+    answer_begin: str = ""
+    """Comes after the prompt where the output must be an answer from its first token on."""
+    seen_in: tuple[str, ...] = ()
+    """A chat template with one of these uses the format; none: `begin` or `end`."""
+
+
+_HARMONY = "harmony"
+_HARMONY_TOKENS = (
+    "<|start|>",
+    "<|channel|>",
+    "<|constrain|>",
+    "<|message|>",
+    "<|end|>",
+    "<|call|>",
+    "<|return|>",
+)
 
 
 TOOL_CALL_FORMATS: Mapping[str, ToolCallFormat] = {
@@ -78,6 +96,14 @@ TOOL_CALL_FORMATS: Mapping[str, ToolCallFormat] = {
             tokens=("<|python_tag|>",),
             seen_in=("<|python_tag|>", '"parameters": dictionary of argument name'),
         ),
+        # gpt-oss: <|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>
+        ToolCallFormat(
+            _HARMONY,
+            begin="<|channel|>commentary to=functions.",
+            end="<|call|>",
+            tokens=_HARMONY_TOKENS,
+            seen_in=("<|channel|>commentary",),
+        ),
         # All others: JSON alone, or in a block of code.
         ToolCallFormat("json", begin="```json", end="```", is_list=True, is_bare=True, only_known=True),
     )
@@ -89,8 +115,22 @@ REASONING_FORMATS: Mapping[str, ReasoningFormat] = {
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("seed", "<seed:think>", "</seed:think>"),
         ReasoningFormat("cohere", "<|START_THINKING|>", "<|END_THINKING|>"),
+        # gpt-oss: messages in channels, of which "analysis" is reasoning
+        ReasoningFormat(
+            _HARMONY,
+            "<|channel|>analysis<|message|>",
+            "<|end|>",
+            tokens=_HARMONY_TOKENS,
+            answer_begin="<|channel|>final<|message|>",
+            seen_in=("<|channel|>analysis",),
+        ),
     )
 }
+
+
+def has_channels(tool_calls: ToolCallFormat | None, reasoning: ReasoningFormat | None) -> bool:
+    """Return whether the output is made of messages, each with a header that names its channel."""
+    return any(each is not None and each.name == _HARMONY for each in (tool_calls, reasoning))
 
 
 def detect_tool_call_format(template: str) -> str:
@@ -104,7 +144,7 @@ def detect_tool_call_format(template: str) -> str:
 def detect_reasoning_format(template: str) -> str:
     """Return the name of the format that a chat template tells of, or "none"."""
     for each in REASONING_FORMATS.values():
-        if each.begin in template or each.end in template:
+        if any(mark in template for mark in each.seen_in or (each.begin, each.end)):
             return each.name
     return NONE
 

@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from octavo.inference.v1 import generation_pb2
-from octavo.services.gateway.output.formats import ReasoningFormat, ToolCallFormat
+from octavo.services.gateway.output.formats import ReasoningFormat, ToolCallFormat, has_channels
 from octavo.services.gateway.output.stop_matcher import StopMatcher, StopStrings
 from octavo.services.gateway.output.tool_call_reader import CallState, ToolCallReader
 
@@ -42,20 +42,24 @@ class ParserSettings:
     single_tool_call: bool
     whole_tool_calls: bool
     starts_in_reasoning: bool
+    has_channels: bool = field(init=False)
+    """The output is made of messages in channels."""
     call_begin: StopStrings | None = field(init=False)
     reasoning_end: StopStrings | None = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "has_channels", has_channels(self.tool_calls, self.reasoning))
         object.__setattr__(
             self, "call_begin", None if self.tool_calls is None else StopStrings([self.tool_calls.begin])
         )
         object.__setattr__(self, "reasoning_end", None if self.reasoning is None else StopStrings([self.reasoning.end]))
 
 
-class _Section(Enum):
+class Section(Enum):
     """What is being read."""
 
     START = auto()
+    HEADER = auto()
     REASONING = auto()
     TEXT = auto()
     CALL = auto()
@@ -79,7 +83,7 @@ class OutputParser:
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self._calls: list[generation_pb2.ToolCall] = []
-        self._section = _Section.START
+        self._section = Section.START
         self.num_calls = 0
         """Calls that are complete, and correct."""
         self._num_begun = 0
@@ -91,21 +95,21 @@ class OutputParser:
     @property
     def in_reasoning(self) -> bool:
         """The reasoning section has begun and has not ended."""
-        return self._section is _Section.REASONING
+        return self._section is Section.REASONING
 
     def push(self, text: str) -> None:
         """Take the next piece of text."""
         while text:
             match self._section:
-                case _Section.START:
+                case Section.START:
                     text = self._read_start(text)
-                case _Section.REASONING:
+                case Section.REASONING:
                     text = self._read_reasoning(text)
-                case _Section.TEXT:
+                case Section.TEXT:
                     text = self._read_text(text)
-                case _Section.CALL:
+                case Section.CALL:
                     text = self._read_call(text)
-                case _Section.AFTER_CALL:
+                case Section.AFTER_CALL:
                     text = self._read_after_call(text)
 
     def finish(self) -> None:
@@ -113,11 +117,11 @@ class OutputParser:
         if self._matcher is not None:
             self._add(self._matcher.finish())
         if self._reader is not None and not self._is_announced:
-            self._section = _Section.TEXT
+            self._section = Section.TEXT
             self._add(self._held + self._reader.raw)
-        elif self._reader is None and (self._held.strip() or self._section is _Section.START):
+        elif self._reader is None and (self._held.strip() or self._section is Section.START):
             self._add(self._held)
-        if self._section in (_Section.START, _Section.TEXT) and not self._is_section_new:
+        if self._section in (Section.START, Section.TEXT) and not self._is_section_new:
             self._text.append(self._blank)
         self._held = self._blank = ""
 
@@ -167,7 +171,7 @@ class OutputParser:
         assert self._settings.reasoning_end is not None, "no reasoning format"
         self._matcher = StopMatcher(self._settings.reasoning_end)
         self._is_section_new = True
-        self._section = _Section.REASONING
+        self._section = Section.REASONING
 
     def _read_reasoning(self, text: str) -> str:
         matcher = self._matcher
@@ -178,7 +182,7 @@ class OutputParser:
         self._matcher = None
         self._blank = ""
         self._is_section_new = True
-        self._section = _Section.START
+        self._section = Section.START
         return matcher.rest
 
     def _begin_text(self) -> None:
@@ -186,7 +190,7 @@ class OutputParser:
         self._matcher = None if begin is None else StopMatcher(begin)
         self._reader = None
         self._in_list = False
-        self._section = _Section.TEXT
+        self._section = Section.TEXT
 
     def _read_text(self, text: str) -> str:
         matcher = self._matcher
@@ -209,7 +213,7 @@ class OutputParser:
         known = self._settings.tool_names if must_be_known else None
         self._reader = ToolCallReader(known, calls.is_named and not self._in_list)
         self._is_announced = False
-        self._section = _Section.CALL
+        self._section = Section.CALL
 
     def _read_call(self, text: str) -> str:
         reader, calls = self._reader, self._settings.tool_calls
@@ -245,7 +249,7 @@ class OutputParser:
         if self._settings.single_tool_call:
             self.is_complete = True
             return ""
-        self._section = _Section.AFTER_CALL
+        self._section = Section.AFTER_CALL
         return rest
 
     def _send(self, reader: ToolCallReader) -> None:

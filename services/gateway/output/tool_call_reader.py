@@ -68,6 +68,11 @@ class ToolCallReader:
         """Nothing but blanks was read."""
         return self._depth == 0 and not self.raw.strip()
 
+    @property
+    def has_arguments(self) -> bool:
+        """The arguments have been read to their end."""
+        return self._arguments_end >= 0
+
     def push(self, text: str) -> int:
         """Read on; return how many characters were read: all, unless the call is done or has failed before."""
         for position, character in enumerate(text):

@@ -86,6 +86,10 @@ def read_chat(chat: generation_pb2.Chat, template: TemplateFacts, path: str) -> 
         options = reader.read(chat.template_options_json, dict, f"{path}.template_options_json")
     if reader.violations:
         raise invalid_fields(reader.violations)
+    if ".thinking" in template.source:  # gpt-oss calls it so, and takes no text beside it in a message with calls
+        for written in messages:
+            if "reasoning_content" in written and not (written["content"] and written.get("tool_calls")):
+                written["thinking"] = written["reasoning_content"]
     if not template.writes_tool_calls:
         _write_tool_calls(messages)
     if tools and not template.takes_tools:

@@ -68,6 +68,16 @@ def parser_settings(parsing: generation_pb2.Parsing) -> ParserSettings | None:
     )
 
 
+def answer_begin(generation: generation_pb2.Generation, model: ServedModel) -> str:
+    """Return what has to follow a chat's prompt so that an answer that is constrained comes without a header."""
+    chat = generation.chat
+    is_constrained = generation.HasField("constraint") or chat.tool_choice.mode == _MODE.MODE_REQUIRED
+    if not is_constrained or chat.continue_final_message:
+        return ""
+    reasoning = REASONING_FORMATS.get(generation.output.parsing.reasoning_format or model.reasoning_format)
+    return "" if reasoning is None else reasoning.answer_begin
+
+
 def marks(settings: ParserSettings | None, model: ServedModel, all_special: bool) -> Mapping[int, str]:
     """Return the special tokens that have text, with that: those that belong to the formats, or all."""
     if all_special:
@@ -78,7 +88,7 @@ def marks(settings: ParserSettings | None, model: ServedModel, all_special: bool
     if settings.tool_calls is not None:
         texts += settings.tool_calls.tokens
     if settings.reasoning is not None:
-        texts += [settings.reasoning.begin, settings.reasoning.end]
+        texts += settings.reasoning.tokens or (settings.reasoning.begin, settings.reasoning.end)
     return model.tokenizer.special_tokens(texts)
 
 

@@ -26,7 +26,7 @@ from octavo.services.gateway.requests.adapters import Adapter
 from octavo.services.gateway.requests.chat import read_chat
 from octavo.services.gateway.requests.forced_tool_call import force_tool_call
 from octavo.services.gateway.requests.model import Models, ServedModel
-from octavo.services.gateway.requests.parsing import call_id, marks, parser_settings, resolve_parsing
+from octavo.services.gateway.requests.parsing import answer_begin, call_id, marks, parser_settings, resolve_parsing
 from octavo.services.gateway.tokenization.chunk_encoder import TooManyTokensError
 from octavo.services.gateway.tokenization.tokenizer import INLINE_CHARS, INLINE_TOKENS
 
@@ -281,6 +281,7 @@ async def _prompt_token_ids(
     if kind == "chat":
         # The template has all special tokens in it already.
         text, add_special_tokens = await chat_text(generation.chat, model, "generation.chat", tenant), False
+        text += answer_begin(generation, model)
     encode = partial(model.tokenizer.encode, text, add_special_tokens, cache_salt, limit)
     try:
         return await model.tokenizer.long_work.run(tenant, encode, len(text) > INLINE_CHARS)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from octavo.services.gateway.output.channels import new_parser
 from octavo.services.gateway.output.formats import (
     REASONING_FORMATS,
     TOOL_CALL_FORMATS,
@@ -18,6 +19,9 @@ from octavo.services.gateway.output.formats import (
 )
 from octavo.services.gateway.output.parser import OutputParser, ParserSettings
 
+COMMENTARY, ANALYSIS = "<|channel|>commentary", "<|channel|>analysis<|message|>"
+START = "<|start|>assistant"
+FINAL = f"{START}<|channel|>final<|message|>"
 HERMES = '<tool_call>\n{"name": "f", "arguments": {"x": "}"}}\n</tool_call>'
 
 
@@ -56,7 +60,7 @@ def settings(format_name: str | None, reasoning: str | None = None, **fields: An
 
 def parse(text: str, given: ParserSettings, sizes: list[int] | None = None) -> tuple[Parsed, dict[int, str]]:
     """Return all that comes out, and what was out after some characters; the text comes in pieces of these sizes."""
-    parser, parsed, after, at = OutputParser(given, lambda index: f"id{index}"), Parsed(), {}, 0
+    parser, parsed, after, at = new_parser(given, lambda index: f"id{index}"), Parsed(), {}, 0
     for size in [*(sizes or []), len(text)]:
         if at < len(text) and not parser.is_complete:
             parser.push(text[at : at + size])
@@ -87,6 +91,11 @@ def parse(text: str, given: ParserSettings, sizes: list[int] | None = None) -> t
         ("llama3", '{"type": "function", "name": "f", "parameters": {}}; {"name": "g", "parameters": {}}', "",
          [("f", {}), ("g", {})]),
         ("llama3", '<|python_tag|>{"name": "f", "parameters": {}}', "", [("f", {})]),
+        ("harmony", f"{COMMENTARY} to=functions.f <|constrain|>json<|message|>{{}}<|call|>", "", [("f", {})]),
+        ("harmony", f' to=functions.f{COMMENTARY} json<|message|>{{"x": "<|e"}} ', "", [("f", {"x": "<|e"})]),
+        ("harmony", f"{COMMENTARY}<|message|>I look.<|end|>{START}{COMMENTARY} to=functions.f.g-h<|message|>{{}}"
+         f"<|end|>{START}{COMMENTARY} to=functions.g<|message|>{{}}<|end|>{FINAL}So.\n",
+         "I look.\n\nSo.\n", [("f.g-h", {}), ("g", {})]),
         ("json", '{"name": "f", "arguments": {}}', "", [("f", {})]),
         ("json", '\n[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]', "", [("f", {}), ("g", {})]),
         ("json", 'I call it:\n```json\n{"name": "f", "arguments": {"a": 1}}\n```\n', "I call it:", [("f", {"a": 1})]),
@@ -121,6 +130,8 @@ def test_calls_are_taken_out_of_the_text(
         ("llama3", '{"title": "f", "body": {"name": "f"}}'),
         ("llama3", '<|python_tag|>print("x")'),
         ("llama3", '{"name": "unknown", "parameters": {}}'),
+        ("harmony", '{"answer": "<|end|>"} '),
+        ("harmony", "<|channel"),
         ("json", '```json\n{"name": "Ann", "arguments": 3}\n```\n'),
         ("json", '{"name": "unknown", "arguments": {}}'),
         ("json", " [1, 2]"),
@@ -138,7 +149,7 @@ def test_what_is_no_call_stays_text_to_the_letter(format_name: str, text: str) -
 
 def test_arguments_are_sent_as_they_come_and_what_breaks_them_is_text() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"x": 1, oops}</tool_call> tail'
-    parser = OutputParser(settings("hermes"), str)
+    parser = new_parser(settings("hermes"), str)
     fragments = []
     for character in text[: text.index("oops")]:
         parser.push(character)
@@ -177,6 +188,23 @@ def test_reasoning_is_what_is_between_its_marks_at_the_start(
     assert (parsed.reasoning, parsed.text) == (reasoning, content)
 
 
+@pytest.mark.parametrize(
+    ("text", "fields", "reasoning", "content"),
+    [
+        (f"{ANALYSIS}Hm.<|end|>{FINAL}Yes.", {}, "Hm.", "Yes."),
+        (f"Hm.<|end|>{FINAL}Yes.<|return|>", {"starts_in_reasoning": True}, "Hm.", "Yes."),
+        (f"{ANALYSIS}a <|x<|end|>{START}{ANALYSIS}b<|end|>{FINAL[:-3]}", {}, "a <|x\n\nb", ""),
+        (f"{ANALYSIS}to=functions.f {HERMES}<|end|>{FINAL}{HERMES}", {}, f"to=functions.f {HERMES}", HERMES),
+        ("<|channel|>commentary to=functions.f<|message|>no JSON<|end|>", {}, "", "no JSON"),
+        (f"<|channel|>{'x' * 600}", {}, "", f"<|channel|>{'x' * 600}"),
+    ],
+)  # fmt: skip
+def test_messages_go_where_their_channel_says(text: str, fields: dict[str, Any], reasoning: str, content: str) -> None:
+    parsed, _ = parse(text, settings("harmony", "harmony", **fields))
+
+    assert (parsed.reasoning, parsed.text, parsed.calls) == (reasoning, content, [])
+
+
 def test_a_call_can_follow_reasoning_and_is_none_inside_it() -> None:
     parsed, _ = parse(f"<think>{HERMES}?</think>\n{HERMES}", settings("hermes", "think"))
 
@@ -187,14 +215,15 @@ def test_a_call_can_follow_reasoning_and_is_none_inside_it() -> None:
 ALPHABET = [
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "```json", "```", "<think>", "</think>",
     '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "parameters": {"y": "\\""}}', '"', "{", "}", "[", "]", ",",
-    ";", " ", "\n", "f", "<", '{"name": "f", "arguments": ', '{"x": {"y": ', "1", "\\", "é",
+    ";", " ", "\n", "f", "<", "<|message|>", "<|end|>", f"{COMMENTARY} to=functions.f", "<|channel|>analysis", FINAL,
+    '{"name": "f", "arguments": ', '{"x": {"y": ', "1", "\\", "é",
 ]  # fmt: skip
 
 
 @given(
     st.lists(st.sampled_from(ALPHABET), max_size=12).map("".join),
     st.sampled_from([*TOOL_CALL_FORMATS, None]),
-    st.sampled_from(["think", None]),
+    st.sampled_from(["think", "harmony", None]),
     st.lists(st.integers(1, 9), max_size=40),
     st.booleans(),
     st.booleans(),
@@ -216,7 +245,7 @@ def test_what_is_out_depends_on_the_characters_and_not_on_their_arrival(
 def test_no_letter_is_lost(text: str, format_name: str) -> None:
     parsed, _ = parse(text, settings(format_name, "think", whole_tool_calls=True))
 
-    if not parsed.calls and not parsed.reasoning and "think>" not in text:
+    if not parsed.calls and not parsed.reasoning and "think>" not in text and "|>" not in text:
         assert parsed.text == text
     for _, name, arguments in parsed.calls:
         assert name
@@ -229,6 +258,8 @@ def test_no_letter_is_lost(text: str, format_name: str) -> None:
         ("{{ '<tool_call>' }}{% if enable_thinking %}<think>{% endif %}", "hermes", "think"),
         ("[AVAILABLE_TOOLS][TOOL_CALLS][THINK]", "mistral", "mistral"),
         ('{"name": function name, "parameters": dictionary of argument name and its value}', "llama3", "none"),
+        ("<|channel|>analysis<|message|><|end|>{{ '<|channel|>commentary to=functions.' }}", "harmony", "harmony"),
+        ("<|system|>{{ messages }}<|end|><|assistant|>", "json", "none"),
         ("{{ messages }}", "json", "none"),
     ],
 )  # fmt: skip
