@@ -25,9 +25,9 @@ from octavo.inference.v1 import (
     model_pb2_grpc,
     tokenizer_pb2_grpc,
 )
-from octavo.services.common.admin_keys import AdminKeys
 from octavo.services.common.grpc_options import SMALL_MESSAGE_BYTES, public_server_options
 from octavo.services.common.interceptor import ErrorInterceptor
+from octavo.services.common.operating import AdminKeys
 from octavo.services.common.probes import ProbeServer
 from octavo.services.common.request_memory import RequestMemory
 from octavo.services.common.tls import listen, server_credentials

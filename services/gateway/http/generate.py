@@ -16,8 +16,7 @@ from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
 from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.http.bodies import parse_object
-from octavo.services.gateway.http.chat_request import read_chat_call
-from octavo.services.gateway.http.completion_request import read_completion_call
+from octavo.services.gateway.http.chat_request import read_chat_call, read_completion_call
 from octavo.services.gateway.http.endpoint import HttpRequest, internal_error
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.formats import ChatFormat, CompletionFormat

@@ -24,9 +24,8 @@ from octavo.services.gateway.output.candidate_output import CandidateOutput, Out
 from octavo.services.gateway.output.stop_matcher import StopStrings
 from octavo.services.gateway.requests.adapters import Adapter
 from octavo.services.gateway.requests.chat import read_chat
-from octavo.services.gateway.requests.forced_tool_call import force_tool_call
 from octavo.services.gateway.requests.model import Models, ServedModel
-from octavo.services.gateway.requests.parsing import call_id, marks, parser_settings, resolve_parsing
+from octavo.services.gateway.requests.parsing import call_id, force_tool_call, marks, parser_settings, resolve_parsing
 from octavo.services.gateway.tokenization.chunk_encoder import TooManyTokensError
 from octavo.services.gateway.tokenization.tokenizer import INLINE_CHARS, INLINE_TOKENS
 
