@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.gpu_worker.errors import ModelError
-from octavo.services.vocabulary.digest import folder_digest, gguf_digest
-from octavo.services.vocabulary.token_bytes import byte_level_bytes, sentencepiece_bytes, to_bytes_of
+from octavo.services.vocabulary.token_bytes import (
+    byte_level_bytes,
+    folder_digest,
+    gguf_digest,
+    sentencepiece_bytes,
+    to_bytes_of,
+)
 from octavo.services.vocabulary.tokenizer_json import parse
 
 _UNKNOWN, _CONTROL = 2, 3  # GGUF's token types that matter here

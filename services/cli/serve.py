@@ -27,8 +27,7 @@ from octavo.services.cli.serve_config import PROCESSES, ServeConfig, passed_on
 from octavo.services.cli.supervisor import Limits, Supervisor
 from octavo.services.common import config as config_loader
 from octavo.services.common import process
-from octavo.services.common.addresses import is_exposed_address
-from octavo.services.common.config import settings_of
+from octavo.services.common.config import is_exposed_address, settings_of
 from octavo.services.common.output import QueuedWriter, descriptor_of
 
 _RUN_PREFIX = "octavo-serve-"

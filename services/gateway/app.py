@@ -55,8 +55,7 @@ from octavo.services.gateway.rpc.batch import BatchLimits
 from octavo.services.gateway.rpc.embedding_service import EmbeddingServicer
 from octavo.services.gateway.rpc.generation_service import GenerationServicer
 from octavo.services.gateway.rpc.health import SERVICE_NAMES, HealthMonitor
-from octavo.services.gateway.rpc.load_service import LoadServicer
-from octavo.services.gateway.rpc.model_service import ModelServicer
+from octavo.services.gateway.rpc.model_service import LoadServicer, ModelServicer
 from octavo.services.gateway.rpc.tokenizer_service import TokenizerServicer
 from octavo.services.gateway.schedulers.pool import SchedulerPool
 from octavo.services.gateway.schedulers.resume_token import ResumeTokens

@@ -13,8 +13,7 @@ from starlette.responses import Response
 from octavo.inference.v1 import embedding_pb2
 from octavo.services.common.errors import ServingError
 from octavo.services.gateway.authentication import caller
-from octavo.services.gateway.http.bodies import parse_object
-from octavo.services.gateway.http.endpoint import HttpRequest
+from octavo.services.gateway.http.endpoint import HttpRequest, parse_object
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.fields import CLASSIFY, EMBEDDINGS, RERANK, SCORE
 from octavo.services.gateway.http.params import Ignored, Params, are_token_ids

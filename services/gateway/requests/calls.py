@@ -14,9 +14,9 @@ from octavo.services.common.errors import Reason, ServingError, invalid_field
 from octavo.services.gateway.mesh import MeshHeaders
 from octavo.services.gateway.offload.shares import Shares
 from octavo.services.gateway.requests.accounting import Accounting, CallRecord
-from octavo.services.gateway.requests.generation import GenerationRun
+from octavo.services.gateway.requests.generation import GenerationRun, Prepared
 from octavo.services.gateway.requests.model import Models
-from octavo.services.gateway.requests.prepare import Prepared, check_headers, prepare
+from octavo.services.gateway.requests.prepare import check_headers, prepare
 from octavo.services.gateway.schedulers.pool import SchedulerPool
 from octavo.services.gateway.schedulers.prefix_index import prompt_block_hashes
 from octavo.services.gateway.schedulers.request_stream import RequestStream

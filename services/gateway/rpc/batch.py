@@ -11,8 +11,8 @@ from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError, to_status
 from octavo.services.common.interceptor import hold_request
 from octavo.services.common.request_memory import Hold
-from octavo.services.gateway.requests.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.requests.calls import GenerateCalls
+from octavo.services.gateway.requests.generation import ask_for_whole_answer, whole_answer
 
 Write = Callable[[generation_pb2.BatchGenerateResponse], Awaitable[None]]
 

@@ -13,9 +13,8 @@ from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.services.common.interceptor import request_id
 from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.mesh import LoadReports
-from octavo.services.gateway.requests.answer import ask_for_whole_answer, whole_answer
 from octavo.services.gateway.requests.calls import GenerateCalls
-from octavo.services.gateway.requests.generation import GenerationRun
+from octavo.services.gateway.requests.generation import GenerationRun, ask_for_whole_answer, whole_answer
 from octavo.services.gateway.rpc.batch import BatchCall, BatchLimits
 from octavo.services.gateway.schedulers.pool import SchedulerPool
 from octavo.services.gateway.validation import RequestValidator

@@ -19,7 +19,7 @@ from octavo.services.gateway.tokenization.vector_files import (
     VectorFiles,
     read_vector_files,
 )
-from octavo.services.vocabulary.digest import folder_digest, gguf_digest
+from octavo.services.vocabulary.token_bytes import folder_digest, gguf_digest
 from octavo.services.vocabulary.tokenizer_json import parse
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
