@@ -27,6 +27,7 @@ from octavo.services.gateway.http.requests import ApiCall, GenerateRequest
 from octavo.services.gateway.http.responses_format import ResponsesFormat
 from octavo.services.gateway.http.responses_request import read_responses_call
 from octavo.services.gateway.offload.long_json import to_json_in_pieces
+from octavo.services.gateway.requests.accounting import Call
 from octavo.services.gateway.requests.calls import GenerateCalls
 from octavo.services.gateway.requests.generation import GenerationRun, ask_for_whole_answer, whole_answer
 from octavo.services.gateway.requests.model import Models
@@ -214,10 +215,9 @@ class _Answering:
         deadline = self._request.deadline()
 
         async def run(number: int, request: GenerateRequest) -> T:
-            headers = self._request.headers
             request_id = self._request.request_id if len(requests) == 1 else f"{self._request.request_id}-{number}"
-            tenant = caller().tenant
-            async with self._calls.admitted(request.generation, request_id, tenant, headers, deadline) as admitted:
+            call = Call(request_id, caller().tenant, self._request.headers, deadline)
+            async with self._calls.admitted(request.generation, call) as admitted:
                 return await body(number, admitted)
 
         async def run_all() -> list[T]:
