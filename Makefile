@@ -132,10 +132,10 @@ gpu-packages:  ## Make build/gpu, an environment that has those of build/gpu-whe
 	build/gpu/bin/python -m pip install --quiet --no-index --find-links build/gpu-wheels --requirement benchmarks/gpu/requirements.txt
 
 gpu-check:  ## Check every kernel and the cuda device on the GPU of this machine
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu check $(GPU_FLAGS)
+	PYTHONPATH=src:. $(PYTHON) benchmarks/gpu check $(GPU_FLAGS)
 
 gpu-bench:  ## Measure kernels, steps and start-up on the GPU of this machine
-	PYTHONPATH=src $(PYTHON) benchmarks/gpu bench $(GPU_FLAGS)
+	PYTHONPATH=src:. $(PYTHON) benchmarks/gpu bench $(GPU_FLAGS)
 
 clean:  ## Remove .venv and what builds left
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

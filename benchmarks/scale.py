@@ -25,9 +25,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from octavo.scheduler.v1 import scheduler_pb2
-from octavo.services.gateway.schedulers.consistent_hash import SessionRing
 from octavo.services.gateway.schedulers.prefix_index import prompt_block_hashes
-from octavo.services.gateway.schedulers.router import Route, Router
+from octavo.services.gateway.schedulers.router import Route, Router, SessionRing
 from octavo.services.gateway.schedulers.routing import RouteRequest
 from octavo.services.scheduler.config import BLOCK_SIZE, SchedulerConfig
 from octavo.services.scheduler.core.effects import SendPlan

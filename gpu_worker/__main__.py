@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from octavo.gpu_worker.config import WorkerConfig
 
 if TYPE_CHECKING:
+    from octavo.gpu_worker.lifetime import Progress
     from octavo.gpu_worker.loading.loading import LoadedModel
-    from octavo.gpu_worker.progress import Progress
 
 log = logging.getLogger("octavo.worker")
 
@@ -44,9 +44,9 @@ def run(config: WorkerConfig) -> int:
 
     from octavo.gpu_worker.devices import check_cuda, device_of_ranks
     from octavo.gpu_worker.errors import DeviceError, ModelError, RankError, SettingError, one_line
+    from octavo.gpu_worker.lifetime import Progress
     from octavo.gpu_worker.loading.loading import device_of, load_for_device
     from octavo.gpu_worker.loading.sharding import Sharding
-    from octavo.gpu_worker.progress import Progress
 
     if config.alive_file:  # of the process that was here before: this one has no model yet
         Path(config.alive_file).unlink(missing_ok=True)

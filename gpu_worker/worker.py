@@ -23,13 +23,11 @@ from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.device_thread import DeviceThread, HostThreads
 from octavo.gpu_worker.engine import Engine, make_engine
 from octavo.gpu_worker.errors import DeviceError, ModelError, PlanError, RankError
-from octavo.gpu_worker.lifetime import Lifetime
+from octavo.gpu_worker.lifetime import Lifetime, Progress, Pulse
 from octavo.gpu_worker.link import Link, read_curve_keys
 from octavo.gpu_worker.loading.loading import LoadedModel, tokenizer_of
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
-from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import BLOCK_SIZE, PROTOCOL_REVISION, SCHEDULER_STOPS
-from octavo.gpu_worker.pulse import Pulse
 from octavo.gpu_worker.steps.runner import MAX_STEPS_IN_FLIGHT
 from octavo.gpu_worker.telemetry import WorkerTelemetry
 from octavo.worker.v1 import worker_pb2

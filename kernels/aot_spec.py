@@ -1,4 +1,4 @@
-"""What a kernel's module says about how its kernels are to be compiled without a GPU (`aot.py`)."""
+"""What a kernel's module says about how its kernels are to be compiled without a GPU (`tools/kernels/aot.py`)."""
 
 from __future__ import annotations
 

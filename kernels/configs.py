@@ -2,7 +2,7 @@
 
 A search at run time would choose differently on a busy GPU than on an idle one, and so change the
 order of a sum and with it the bits of a result. The values here were chosen from what the compiler
-reports (`aot.py`: registers, spills, shared memory, instructions). No GPU was at hand: none of them
+reports (`tools/kernels/aot.py`: registers, spills, shared memory, instructions). No GPU was at hand: none of them
 is tuned, and `docs/gpu.md` says so.
 """
 

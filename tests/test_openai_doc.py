@@ -13,8 +13,7 @@ import openai.types.responses.response_create_params as responses_params
 import pytest
 
 from octavo.services.common.errors import ServingError
-from octavo.services.gateway.http.chat_request import read_chat_call
-from octavo.services.gateway.http.completion_request import read_completion_call
+from octavo.services.gateway.http.chat_request import read_chat_call, read_completion_call
 from octavo.services.gateway.http.fields import OBJECTS, Field, Support
 from octavo.services.gateway.http.openapi import openapi_document
 from octavo.services.gateway.http.params import Ignored

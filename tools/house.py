@@ -65,7 +65,6 @@ WALLS: dict[str, dict[str, set[str]]] = {
         "admin": {"config", "engine", "queueing", "requests"},
         "admission": {"config", "groups", "queueing", "requests"},
         "cache_watchers": {"kv_cache"},
-        "config": {"worker_endpoint"},
         "core": {"admission", "config", "groups", "kv_cache", "queueing", "requests"},
         "engine": {"cache_watchers", "config", "core", "node", "queueing", "telemetry", "workers"},
         "groups": {"config", "kv_cache", "requests"},
@@ -75,7 +74,7 @@ WALLS: dict[str, dict[str, set[str]]] = {
         "requests": {"config", "kv_cache"},
         "server": {"engine"},
         "telemetry": {"config", "core"},
-        "workers": {"config", "worker_endpoint"},
+        "workers": {"config"},
     },
     "gpu_worker": {
         "__main__": {ANYTHING},
@@ -326,10 +325,10 @@ def limits() -> list[Limit]:
     folders = Counter(path.parent for path in paths if path.name not in ("__init__.py", "__main__.py"))
     core = [path for path in paths if path.parent in {ROOT / "services/scheduler" / name for name in SCHEDULER_CORE}]
     return [
-        Limit("lines of product Python", sum(lines.values()), 66_000, 40_000),
-        Limit("files of product Python", len(paths), 440, 260),
-        Limit("modules in the largest folder", max(folders.values()), 52, 25),
-        Limit("depth of imports", depth(), 21, 14),
+        Limit("lines of product Python", sum(lines.values()), 64_700, 40_000),
+        Limit("files of product Python", len(paths), 410, 260),
+        Limit("modules in the largest folder", max(folders.values()), 28, 25),
+        Limit("depth of imports", depth(), 17, 14),
         Limit("lines of the scheduler's core", sum(lines[path] for path in core), 6_100, 4_000),
         Limit("files of the scheduler's core", sum(path.name != "__init__.py" for path in core), 34, 30),
     ]

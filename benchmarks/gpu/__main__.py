@@ -1,7 +1,7 @@
 """Check and measure the GPU path on the GPU of this machine.
 
-    PYTHONPATH=src python benchmarks/gpu check [--model PATH] [--json FILE] [--interpret]
-    PYTHONPATH=src python benchmarks/gpu bench [--model PATH] [--json FILE] [--interpret]
+    PYTHONPATH=src:. python benchmarks/gpu check [--model PATH] [--json FILE] [--interpret]
+    PYTHONPATH=src:. python benchmarks/gpu bench [--model PATH] [--json FILE] [--interpret]
 
 `check` compares every kernel with plain torch and the `cuda` device with the `reference` device, `bench`
 measures against what the machine can do; each takes less than ten minutes on an H100. torch, triton and

@@ -14,7 +14,7 @@ from octavo.gpu_worker.sampling.draw import draw_tokens
 from octavo.kernels import reference, sampling
 from octavo.kernels.configs import LOGITS
 from octavo.kernels.draw import COLUMNS, FLOATS, column_values
-from octavo.kernels.problems import (
+from tools.kernels.problems import (
     Problem,
     attention_problem,
     experts_problem,

@@ -11,7 +11,7 @@ from lab import Lab
 from report import Row
 
 from octavo.gpu_worker.ops import Draw
-from octavo.kernels.problems import (
+from tools.kernels.problems import (
     Problem,
     attention_problem,
     experts_problem,

@@ -11,7 +11,7 @@ import torch
 
 from octavo.kernels.configs import LINEAR_KINDS, LinearKind
 from octavo.kernels.gpu import gpu_target
-from octavo.kernels.timing import Timer
+from tools.kernels.timing import Timer
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from report import Row
 from steps import largest_engine, steady
 
 from octavo.gpu_worker.config import WorkerConfig
+from octavo.gpu_worker.lifetime import Progress
 from octavo.gpu_worker.loading.loading import LoadedModel
-from octavo.gpu_worker.progress import Progress
 
 _NEEDED = ("zmq", "uvloop", "grpc_health", "google.rpc")
 

@@ -18,7 +18,7 @@ import torch
 
 from octavo.gpu_worker.errors import ModelError, shown
 from octavo.gpu_worker.formats.checkpoint_files import fingerprint_of
-from octavo.gpu_worker.formats.gguf_file import GgufFile, GgufTensor, StringArray
+from octavo.gpu_worker.formats.gguf_file import GgufFile, GgufTensor
 from octavo.gpu_worker.formats.gguf_kinds import KINDS, Kind
 from octavo.gpu_worker.loading.folder import check_shape, name_list
 from octavo.gpu_worker.loading.gguf_architectures import (
@@ -37,6 +37,7 @@ from octavo.gpu_worker.models.registry import Architecture, find_architecture
 from octavo.gpu_worker.quantization import Quantization, takes_codes
 from octavo.kernels.cpu.coded_rows import Coded, CodedRows, Unread
 from octavo.kernels.group_codes import GroupCodes
+from octavo.services.vocabulary.gguf_header import StringArray
 
 RowsOf = TypeVar("RowsOf", torch.Tensor, npt.NDArray[np.int64])  # values, or numbers of rows
 

@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo.gpu_worker.errors import ModelError
-from octavo.services.vocabulary.digest import folder_digest, gguf_digest
-from octavo.services.vocabulary.token_bytes import byte_level_bytes, sentencepiece_bytes, to_bytes_of
+from octavo.services.vocabulary.gguf_header import StringArray
+from octavo.services.vocabulary.token_bytes import (
+    byte_level_bytes,
+    folder_digest,
+    gguf_digest,
+    sentencepiece_bytes,
+    to_bytes_of,
+)
 from octavo.services.vocabulary.tokenizer_json import parse
 
 _UNKNOWN, _CONTROL = 2, 3  # GGUF's token types that matter here
@@ -63,7 +69,7 @@ def tokenizer_sha256(path: Path) -> str:
 
 
 def _gguf_sha256(path: Path) -> str:
-    from octavo.gpu_worker.formats.gguf_file import GgufFile, StringArray
+    from octavo.gpu_worker.formats.gguf_file import GgufFile
 
     file = GgufFile(path)
     names = file.metadata.get("tokenizer.ggml.tokens")
@@ -74,7 +80,7 @@ def _gguf_sha256(path: Path) -> str:
 
 def _read_gguf(path: Path, vocab_size: int) -> Vocabulary:
     # Imported late: most models are folders.
-    from octavo.gpu_worker.formats.gguf_file import GgufFile, StringArray
+    from octavo.gpu_worker.formats.gguf_file import GgufFile
 
     file = GgufFile(path)
     metadata = file.metadata

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.services.cli import server_options, terminal
-from octavo.services.cli.client_config import ClientConfig
+from octavo.services.cli.server_options import ClientConfig
 
 if TYPE_CHECKING:
     from octavo.services.client import Client, OctavoError, Stream

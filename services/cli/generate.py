@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from octavo.services.cli import server_options, terminal
-from octavo.services.cli.client_config import ClientConfig
+from octavo.services.cli.server_options import ClientConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,7 +215,7 @@ def _memory_of(device: str) -> int:
 
 
 def _read_rate() -> float:
-    from octavo.kernels.cpu.read_rate import read_rate
+    from octavo.kernels.cpu.runtime import read_rate
 
     try:
         return read_rate()

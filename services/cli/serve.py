@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import importlib
 import os
+import secrets
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +23,62 @@ from typing import Any
 from octavo.services.cli import addresses, deployment, model_source
 from octavo.services.cli.display import Display, json_line, open_display
 from octavo.services.cli.errors import CommandError
-from octavo.services.cli.run_directory import run_directory, write_secret
 from octavo.services.cli.serve_config import PROCESSES, ServeConfig, passed_on
 from octavo.services.cli.supervisor import Limits, Supervisor
 from octavo.services.common import config as config_loader
 from octavo.services.common import process
-from octavo.services.common.addresses import is_exposed_address
-from octavo.services.common.config import settings_of
+from octavo.services.common.config import is_exposed_address, settings_of
 from octavo.services.common.output import QueuedWriter, descriptor_of
+
+_RUN_PREFIX = "octavo-serve-"
+_MAX_BASE_BYTES = 64  # the path of a Unix socket in a run directory has at most 107 bytes
+_NEW_S = 60.0
+
+
+@contextmanager
+def run_directory() -> Iterator[Path]:
+    """Give a folder for sockets that only this user can enter; remove it at the end.
+
+    It is locked while it is in use, so that a later start can remove what a killed one left.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not os.path.isdir(base) or not os.access(base, os.W_OK) or len(base) > _MAX_BASE_BYTES:
+        base = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _MAX_BASE_BYTES else "/tmp"  # noqa: S108
+    for left in Path(base).glob(f"{_RUN_PREFIX}*"):
+        _remove_if_left(left)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=_RUN_PREFIX, dir=base))
+    except OSError as error:
+        raise CommandError(f"cannot make a folder for sockets in {base}: {error.strerror}") from None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def write_secret(path: Path) -> None:
+    """Make a file with a new secret that only this user can read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+def _remove_if_left(folder: Path) -> None:
+    """Remove a run directory of ours that no process holds; a new one may not be locked yet."""
+    with contextlib.suppress(OSError):
+        about = folder.lstat()
+        if about.st_uid != os.getuid() or time.time() - about.st_mtime < _NEW_S:
+            return
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
 
 _POLL_S = 0.05
 _PARENT_POLL_S = 0.5

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import ipaddress
 import math
 import os
 import re
@@ -460,3 +461,14 @@ def _add(group: Any, setting: Setting, is_hidden: bool = False) -> None:
         old = ("--" + name.replace("_", "-") for name in setting.names[1:])
         names = (setting.title, *setting.metadata.get("also", ()), *old)
         group.add_argument(*names, dest=setting.name, action=action, metavar=setting.metavar, **options)
+
+
+def is_exposed_address(address: str) -> bool:
+    """Return whether a server's address, host:port or unix:PATH, can be reached from other machines."""
+    if not address or address.startswith("unix:"):
+        return False
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host != "localhost"  # a name, an interface or *

@@ -13,7 +13,7 @@ from typing import Any
 
 from octavo.services.common import logging as logs
 from octavo.services.common.config import load
-from octavo.services.common.reports import Reports
+from octavo.services.common.process import Reports
 from octavo.services.gateway.app import BindError, Gateway
 from octavo.services.gateway.config import GatewayConfig
 from octavo.services.gateway.schedulers.resume_token import KeyFileError

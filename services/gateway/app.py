@@ -25,9 +25,9 @@ from octavo.inference.v1 import (
     model_pb2_grpc,
     tokenizer_pb2_grpc,
 )
-from octavo.services.common.admin_keys import AdminKeys
 from octavo.services.common.grpc_options import SMALL_MESSAGE_BYTES, public_server_options
 from octavo.services.common.interceptor import ErrorInterceptor
+from octavo.services.common.operating import AdminKeys
 from octavo.services.common.probes import ProbeServer
 from octavo.services.common.request_memory import RequestMemory
 from octavo.services.common.tls import listen, server_credentials
@@ -55,8 +55,7 @@ from octavo.services.gateway.rpc.batch import BatchLimits
 from octavo.services.gateway.rpc.embedding_service import EmbeddingServicer
 from octavo.services.gateway.rpc.generation_service import GenerationServicer
 from octavo.services.gateway.rpc.health import SERVICE_NAMES, HealthMonitor
-from octavo.services.gateway.rpc.load_service import LoadServicer
-from octavo.services.gateway.rpc.model_service import ModelServicer
+from octavo.services.gateway.rpc.model_service import LoadServicer, ModelServicer
 from octavo.services.gateway.rpc.tokenizer_service import TokenizerServicer
 from octavo.services.gateway.schedulers.pool import SchedulerPool
 from octavo.services.gateway.schedulers.resume_token import ResumeTokens

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from octavo.services.common.adapter_names import is_name
-from octavo.services.common.addresses import is_exposed_address
+from octavo.services.common.config import is_exposed_address
 from octavo.services.common.grpc_options import MAX_MESSAGE_BYTES
 from octavo.services.gateway.mesh import parse_objectives
 from octavo.services.gateway.output.formats import NONE, REASONING_FORMATS, TOOL_CALL_FORMATS

@@ -16,11 +16,11 @@ from grpc import aio
 
 from octavo.admin.v1 import admin_pb2_grpc
 from octavo.scheduler.v1 import scheduler_pb2_grpc
-from octavo.services.common.admin_keys import AdminKeys
 from octavo.services.common.config import load
 from octavo.services.common.grpc_options import SMALL_MESSAGE_BYTES, public_server_options, server_options
 from octavo.services.common.interceptor import ErrorInterceptor
 from octavo.services.common.logging import setup
+from octavo.services.common.operating import AdminKeys
 from octavo.services.common.probes import ProbeServer
 from octavo.services.common.request_memory import RequestMemory
 from octavo.services.common.tls import listen, server_credentials

@@ -5,10 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from octavo.services.common.addresses import is_exposed_address
+from octavo.services.common.config import is_exposed_address
 from octavo.services.common.tls_files import TlsFiles, check_tls_options
-from octavo.services.scheduler.worker_endpoint import CurveFiles, is_exposed
 from octavo.services.telemetry.config import TelemetryConfig
+
+
+@dataclass(frozen=True)
+class CurveFiles:
+    """The server's secret key, and the list of public keys that may connect. The list is followed."""
+
+    secret_key: Path
+    allowed: Path
+
+
+def is_exposed(endpoint: str) -> bool:
+    """Return whether a ZeroMQ endpoint can be reached from other machines."""
+    return endpoint.startswith("tcp://") and is_exposed_address(endpoint.removeprefix("tcp://"))
+
 
 BLOCK_SIZE = 16  # tokens in a KV block: fixed, the kernels' page layout depends on it
 

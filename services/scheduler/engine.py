@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.adapter_names import AdapterNames, key_of
 from octavo.services.common.files import WatchedFile
-from octavo.services.common.reports import Reports
+from octavo.services.common.process import Reports
 from octavo.services.scheduler.cache_watchers import CacheWatchers
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.core.effects import SendToGateway

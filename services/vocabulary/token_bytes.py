@@ -1,10 +1,14 @@
-"""The bytes that a token stands for, which follow from its name in most models."""
+"""The bytes that tokens stand for, by their names, and the digest by which the tokens of two models are compared."""
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from octavo.services.vocabulary.tokenizer_json import TokenizerJson
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLANK = "▁"
@@ -50,3 +54,25 @@ def sentencepiece_bytes(name: str) -> bytes:
     """Return the bytes of a SentencePiece token that may stand for a byte."""
     byte = _BYTE_TOKEN.fullmatch(name)
     return bytes([int(byte[1], 16)]) if byte else name.replace(_BLANK, " ").encode()
+
+
+_UNUSED = 5  # GGUF's type of ids that no tokenizer makes
+
+
+def folder_digest(tokenizer: TokenizerJson) -> str:
+    """Return that of a tokenizer.json."""
+    return _digest("json", tokenizer.names.items())
+
+
+def gguf_digest(names: Sequence[str], types: Sequence[int] | None) -> str:
+    """Return that of a GGUF file's tokenizer.ggml.tokens and tokenizer.ggml.token_type."""
+    types = types or [1] * len(names)
+    return _digest("gguf", (token for token, kind in zip(enumerate(names), types, strict=False) if kind != _UNUSED))
+
+
+def _digest(kind: str, tokens: Iterable[tuple[int, str]]) -> str:
+    digest = hashlib.sha256()
+    for token_id, name in sorted(tokens):
+        data = name.encode("utf-8", "surrogatepass")
+        digest.update(struct.pack("<II", token_id, len(data)) + data)
+    return f"{kind}:{digest.hexdigest()}"

@@ -38,7 +38,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the script as its users do, from a plain checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 

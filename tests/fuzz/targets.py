@@ -16,13 +16,12 @@ from octavo.inference.v1 import generation_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import ServingError, status_text, trailers
 from octavo.services.common.protocol import PROTOCOL_REVISION
-from octavo.services.gateway.http.bodies import parse_object
-from octavo.services.gateway.http.chat_request import read_chat_call
-from octavo.services.gateway.http.completion_request import read_completion_call
+from octavo.services.gateway.http.chat_request import read_chat_call, read_completion_call
+from octavo.services.gateway.http.endpoint import parse_object
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.requests import ApiCall
 from octavo.services.gateway.http.responses_request import read_responses_call
-from octavo.services.gateway.requests.answer import ask_for_whole_answer
+from octavo.services.gateway.requests.generation import ask_for_whole_answer
 from octavo.services.gateway.requests.model import Models, ServedModel
 from octavo.services.gateway.requests.prepare import check_headers, prepare
 from octavo.services.gateway.schedulers.resume_token import ResumeToken, ResumeTokens

@@ -20,9 +20,9 @@ import torch
 
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices.cpu.device import CpuDevice
+from octavo.gpu_worker.lifetime import Progress
 from octavo.gpu_worker.loading.loading import load_model
 from octavo.gpu_worker.memory import free_memory_bytes, resident_bytes
-from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.steps.host_runner import HostMemory
 from octavo.gpu_worker.worker import Worker
 

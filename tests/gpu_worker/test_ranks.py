@@ -18,9 +18,9 @@ from octavo.gpu_worker.distributed.follower import Follower
 from octavo.gpu_worker.distributed.ranks import Ranks
 from octavo.gpu_worker.engine import Engine
 from octavo.gpu_worker.errors import RankError
+from octavo.gpu_worker.lifetime import Progress
 from octavo.gpu_worker.loading.loading import LoadedModel, load_model
 from octavo.gpu_worker.loading.sharding import Sharding
-from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.sampling.sampler import Sampler
 from octavo.gpu_worker.worker import Worker
 from octavo.worker.v1 import worker_pb2

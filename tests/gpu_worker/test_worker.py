@@ -26,8 +26,8 @@ from octavo.gpu_worker.devices import make_runner
 from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.engine import count_blocks
 from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.lifetime import Progress
 from octavo.gpu_worker.loading.loading import LoadedModel, load_model
-from octavo.gpu_worker.progress import Progress
 from octavo.gpu_worker.protocol import PROTOCOL_REVISION
 from octavo.gpu_worker.steps.batch import Step
 from octavo.gpu_worker.steps.host_runner import HostMemory

@@ -328,7 +328,7 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "a client that reads slowly, but reads, is cut off",
-        "services/gateway/schedulers/slow_readers.py",
+        "services/gateway/schedulers/recovery.py",
         "since = since if rounds == stream.num_rounds else now",
         "pass",
         (f"{GATEWAY}/test_slow_readers.py", f"{GATEWAY}/test_resume.py"),
@@ -485,7 +485,7 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "time in which a process was stopped counts as its own hang's",
-        "services/cli/usable_time.py",
+        "services/cli/supervisor.py",
         "usable = passed - (now.waited_s - last.waited_s)",
         "usable = passed",
         ("tests/services/cli",),
@@ -578,7 +578,7 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "the session ring keeps points of schedulers that are gone",
-        "services/gateway/schedulers/consistent_hash.py",
+        "services/gateway/schedulers/router.py",
         "            del self._points[at]\n",
         "            break\n",
         (f"{GATEWAY}/test_session_ring.py",),

@@ -11,7 +11,7 @@ import pytest
 
 from octavo.ray import QueuePolicy, build
 from octavo.ray.data_actors import with_columns
-from octavo.ray.progress import Progress, Sample
+from octavo.ray.engine import Progress, Sample
 
 IDLE = Sample(running=0, waiting=0, queue_s=0, kv_usage=0, workers=1, steps=0)
 

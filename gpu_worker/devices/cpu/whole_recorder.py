@@ -8,8 +8,8 @@ from typing import cast
 
 import torch
 
+from octavo.gpu_worker.devices.cpu.packed_model import share_buffers
 from octavo.gpu_worker.devices.cpu.recorder import Product
-from octavo.gpu_worker.devices.cpu.shared_buffers import share_buffers
 from octavo.gpu_worker.errors import DeviceError
 from octavo.gpu_worker.ops import (
     Activation,

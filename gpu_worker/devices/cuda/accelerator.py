@@ -11,6 +11,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -199,3 +200,40 @@ class _HostEvent:
     def us_since(self, earlier: Event) -> int:
         assert isinstance(earlier, _HostEvent), earlier
         return round((self._at - earlier._at) * 1e6)
+
+
+GRAPH_BYTES = 8 << 20
+"""What one captured step may take: not measured, there was no GPU. The report tells what it took."""
+
+_KEPT_SHARE = 0.05
+_KEPT_BYTES = 256 << 20
+_HOST_KV_BYTES = 512 << 20
+
+
+@dataclass
+class MemoryReport:
+    """Bytes by use. All but the graphs are allocated once, when the worker joins; `free` is what is left then."""
+
+    weights: int = 0
+    buffers: int = 0
+    kv_cache: int = 0
+    kv_blocks: int = 0
+    graphs: int = 0
+    free: int = 0
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        parts = [
+            f"{name} {getattr(self, name) / 2**20:,.0f} MiB"
+            for name in ("weights", "buffers", "kv_cache", "graphs", "free")
+        ]
+        return ", ".join(parts) + f"; {self.kv_blocks} KV blocks"
+
+
+def kv_memory_bytes(accelerator: Accelerator, num_graphs: int) -> int:
+    """Return how many bytes the KV cache may take: graphs and the libraries' own needs are kept of what is free."""
+    if accelerator.device.type == "cpu":
+        return _HOST_KV_BYTES
+    free = accelerator.free_bytes()
+    kept = max(round(free * _KEPT_SHARE), _KEPT_BYTES) + num_graphs * GRAPH_BYTES
+    return max(free - kept, 0)

@@ -12,10 +12,15 @@ from typing import Protocol, cast
 import numpy as np
 import torch
 
-from octavo.gpu_worker.devices.cuda.accelerator import Accelerator, Event, make_accelerator
+from octavo.gpu_worker.devices.cuda.accelerator import (
+    Accelerator,
+    Event,
+    MemoryReport,
+    kv_memory_bytes,
+    make_accelerator,
+)
 from octavo.gpu_worker.devices.cuda.changes import Changes
 from octavo.gpu_worker.devices.cuda.encoder import DeviceEncoder
-from octavo.gpu_worker.devices.cuda.memory import MemoryReport, kv_memory_bytes
 from octavo.gpu_worker.devices.cuda.model import DeviceModel, Launched, Limits, warn_of_unstable_products
 from octavo.gpu_worker.devices.cuda.step import Hidden
 from octavo.gpu_worker.devices.cuda.weights import Weights

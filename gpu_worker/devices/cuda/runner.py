@@ -14,10 +14,15 @@ from collections.abc import Callable
 
 import torch
 
-from octavo.gpu_worker.devices.cuda.accelerator import Accelerator, Event, make_accelerator
+from octavo.gpu_worker.devices.cuda.accelerator import (
+    Accelerator,
+    Event,
+    MemoryReport,
+    kv_memory_bytes,
+    make_accelerator,
+)
 from octavo.gpu_worker.devices.cuda.changes import Changes
 from octavo.gpu_worker.devices.cuda.graphs import Graphs, graph_sizes
-from octavo.gpu_worker.devices.cuda.memory import MemoryReport, kv_memory_bytes
 from octavo.gpu_worker.devices.cuda.model import DeviceModel, Launched, Limits, warn_of_unstable_products, words
 from octavo.gpu_worker.devices.cuda.sampling import DeviceSampler, Wanted, advance, unpack
 from octavo.gpu_worker.devices.cuda.step import Columns, Int32Array, aligned

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Scope
 
+from octavo.services.batch.lines import Line
+from octavo.services.batch.results import Answer
+from octavo.services.batch.runner import final
+from octavo.services.common.api_keys import Caller
 from octavo.services.common.request_memory import RequestMemory
 from octavo.services.gateway.authentication import Authenticator, caller
 from octavo.services.gateway.batches.jobs import BatchJobs, JobLimits
@@ -18,8 +24,66 @@ from octavo.services.gateway.batches.store import BatchStore
 from octavo.services.gateway.config import REFUSE, GatewayConfig
 from octavo.services.gateway.http.endpoint import Endpoint, Handler, HttpRequest
 from octavo.services.gateway.http.files import FileEndpoints, check_expiry, page
-from octavo.services.gateway.http.in_process import InProcessSender
 from octavo.services.gateway.http.params import Params
+
+
+class InProcessSender:
+    """A Sender. The requests are made in the name of `tenant`.
+
+    endpoints  by path: what answers, without asking for a credential
+    name       the batch, as it begins its requests' ids
+    """
+
+    def __init__(self, endpoints: Mapping[str, ASGIApp], authenticator: Authenticator, tenant: str, name: str) -> None:
+        self._endpoints = endpoints
+        self._authenticator = authenticator
+        self._tenant = tenant
+        self._name = name
+
+    async def __call__(self, line: Line) -> Answer:
+        """See Sender."""
+        self._authenticator.enter(Caller(self._tenant))  # it stays in this request's task
+        request_id = f"{self._name}-{line.index}"
+        exchange = _Exchange(line.url, line.body, request_id)
+        await self._endpoints[line.url](exchange.scope, exchange.receive, exchange.send)
+        answer = Answer(exchange.status, request_id, json.loads(exchange.body))
+        return final(answer, exchange.headers.get("retry-after", ""))
+
+
+class _Exchange:
+    """One request and its response, as ASGI messages."""
+
+    def __init__(self, path: str, body: Mapping[str, Any], request_id: str) -> None:
+        headers = ((b"content-type", b"application/json"), (b"x-request-id", request_id.encode()))
+        self.scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "query_string": b"",
+            "headers": headers,
+        }
+        self._request = json.dumps(body).encode()
+        self._is_sent = False
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.body = b""
+
+    async def receive(self) -> Message:
+        if self._is_sent:
+            await asyncio.Event().wait()  # its client never goes away
+        self._is_sent = True
+        return {"type": "http.request", "body": self._request, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            self.headers = {name.decode().lower(): value.decode() for name, value in message["headers"]}
+        else:
+            self.body += message.get("body", b"")
+
 
 _WINDOW = re.compile(r"([1-9]\d{0,3})h")
 _DEFAULT_PAGE = 20

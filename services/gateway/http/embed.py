@@ -13,12 +13,12 @@ from starlette.responses import Response
 from octavo.inference.v1 import embedding_pb2
 from octavo.services.common.errors import ServingError
 from octavo.services.gateway.authentication import caller
-from octavo.services.gateway.http.bodies import parse_object
-from octavo.services.gateway.http.endpoint import HttpRequest
+from octavo.services.gateway.http.endpoint import HttpRequest, parse_object
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.fields import CLASSIFY, EMBEDDINGS, RERANK, SCORE
 from octavo.services.gateway.http.params import Ignored, Params, are_token_ids
 from octavo.services.gateway.offload.long_json import to_json_in_pieces
+from octavo.services.gateway.requests.accounting import Call
 from octavo.services.gateway.requests.vector_calls import VectorCalls
 from octavo.services.gateway.tokenization.tokenizer import INLINE_CHARS
 
@@ -85,7 +85,7 @@ class EmbedEndpoints:
         self,
         request: HttpRequest,
         read: Callable[[Mapping[str, Any], Ignored], tuple[_Asked, _Form]],
-        call: Callable[[_Asked, str, str, Mapping[str, str], float | None], Coroutine[Any, Any, _Answer]],
+        call: Callable[[_Asked, Call], Coroutine[Any, Any, _Answer]],
         names: Mapping[str, str],
     ) -> tuple[_Asked, _Form, _Answer, bool]:
         """Read a body and have it answered by a method of `VectorCalls`.
@@ -100,7 +100,7 @@ class EmbedEndpoints:
                 caller().tenant, lambda: read(parse_object(data), request.ignored), is_long
             )
             await self._calls.check(asked, caller().tenant)
-            work = call(asked, request.request_id, caller().tenant, request.headers, request.deadline())
+            work = call(asked, Call(request.request_id, caller().tenant, request.headers, request.deadline()))
             return asked, form, await request.unless_gone(request.in_time(work)), is_long
         except ServingError as error:
             raise in_openai_words(error, names) from None

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from typing import Any, BinaryIO, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Final, NoReturn, Protocol, TypeVar, cast
 
 from starlette.datastructures import FormData, Headers, QueryParams
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -18,10 +21,54 @@ from octavo.services.common.interceptor import choose_request_id
 from octavo.services.common.logging import current_request_id
 from octavo.services.common.request_memory import Hold, RequestMemory
 from octavo.services.gateway.authentication import Authenticator, caller
-from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.errors import ErrorForm, HttpError, error_response, http_error_response, openai_error
 from octavo.services.gateway.http.params import Ignored
 from octavo.services.gateway.http.protocol import CERTIFICATE_NAMES
+from octavo.services.gateway.offload.long_json import count_marks, loads
+
+MAX_MARKS: Final = 1 << 21
+"""Most structural characters of a body, those in its texts included: so many values take some 150 MB."""
+MAX_NESTED: Final = 1 << 18
+"""Most lists and objects, all of which the collector of cycles looks at, in one go."""
+MAX_NAMES: Final = 1 << 19
+"""Most fields of objects; colons in texts count."""
+_SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body. Raises MALFORMED_REQUEST. In a thread, if it is long."""
+    if (num_marks := count_marks(data)) > MAX_MARKS:
+        raise _malformed(f"it has {num_marks} brackets, braces, commas and colons; send at most {MAX_MARKS}")
+    if (num_nested := data.count(b"[") + data.count(b"{")) > MAX_NESTED:
+        raise _malformed(f"it has {num_nested} lists and objects; send at most {MAX_NESTED}")
+    if (num_names := data.count(b":")) > MAX_NAMES:
+        raise _malformed(f"it has {num_names} colons; send at most {MAX_NAMES}")
+    try:
+        body = loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise _malformed("it is nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _malformed(str(error)) from None
+    except ValueError:
+        raise _malformed(f"it has a number of more than {sys.get_int_max_str_digits()} digits") from None
+    if not isinstance(body, dict):
+        raise _malformed("it must be a JSON object")
+    if _SURROGATE.search(data):
+        try:
+            for piece in json.JSONEncoder(ensure_ascii=False).iterencode(body):
+                piece.encode()
+        except UnicodeEncodeError:
+            raise _malformed("it has half of a surrogate pair in it; send whole characters") from None
+    return body
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _malformed(f"{name} is not JSON")
+
+
+def _malformed(why: str) -> ServingError:
+    return ServingError(Reason.MALFORMED_REQUEST, f"the body is not what it should be: {why}")
+
 
 T = TypeVar("T")
 IGNORED_HEADER = "x-ignored-fields"

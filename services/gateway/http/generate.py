@@ -15,10 +15,8 @@ from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
 from octavo.services.gateway.authentication import caller
-from octavo.services.gateway.http.bodies import parse_object
-from octavo.services.gateway.http.chat_request import read_chat_call
-from octavo.services.gateway.http.completion_request import read_completion_call
-from octavo.services.gateway.http.endpoint import HttpRequest, internal_error
+from octavo.services.gateway.http.chat_request import read_chat_call, read_completion_call
+from octavo.services.gateway.http.endpoint import HttpRequest, internal_error, parse_object
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.formats import ChatFormat, CompletionFormat
 from octavo.services.gateway.http.logprobs import TokenTexts
@@ -29,9 +27,9 @@ from octavo.services.gateway.http.requests import ApiCall, GenerateRequest
 from octavo.services.gateway.http.responses_format import ResponsesFormat
 from octavo.services.gateway.http.responses_request import read_responses_call
 from octavo.services.gateway.offload.long_json import to_json_in_pieces
-from octavo.services.gateway.requests.answer import ask_for_whole_answer, whole_answer
+from octavo.services.gateway.requests.accounting import Call
 from octavo.services.gateway.requests.calls import GenerateCalls
-from octavo.services.gateway.requests.generation import GenerationRun
+from octavo.services.gateway.requests.generation import GenerationRun, ask_for_whole_answer, whole_answer
 from octavo.services.gateway.requests.model import Models
 from octavo.services.gateway.tokenization.tokenizer import INLINE_CHARS, INLINE_TOKENS
 
@@ -217,10 +215,9 @@ class _Answering:
         deadline = self._request.deadline()
 
         async def run(number: int, request: GenerateRequest) -> T:
-            headers = self._request.headers
             request_id = self._request.request_id if len(requests) == 1 else f"{self._request.request_id}-{number}"
-            tenant = caller().tenant
-            async with self._calls.admitted(request.generation, request_id, tenant, headers, deadline) as admitted:
+            call = Call(request_id, caller().tenant, self._request.headers, deadline)
+            async with self._calls.admitted(request.generation, call) as admitted:
                 return await body(number, admitted)
 
         async def run_all() -> list[T]:

@@ -14,9 +14,8 @@ from octavo import __version__
 from octavo.inference.v1 import model_pb2, tokenizer_pb2
 from octavo.services.common.errors import ServingError
 from octavo.services.gateway.authentication import caller
-from octavo.services.gateway.http.bodies import parse_object
 from octavo.services.gateway.http.chat_request import read_chat
-from octavo.services.gateway.http.endpoint import HttpRequest
+from octavo.services.gateway.http.endpoint import HttpRequest, parse_object
 from octavo.services.gateway.http.errors import in_openai_words
 from octavo.services.gateway.http.fields import DETOKENIZE, TOKENIZE
 from octavo.services.gateway.http.messages_request import read_messages_call

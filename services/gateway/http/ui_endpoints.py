@@ -12,7 +12,7 @@ from starlette.responses import Response
 from octavo.inference.v1 import load_pb2
 from octavo.services.gateway.http.endpoint import Handler, HttpRequest
 from octavo.services.gateway.requests.model import Models
-from octavo.services.gateway.rpc.load_service import LoadServicer
+from octavo.services.gateway.rpc.model_service import LoadServicer
 
 _SCRIPTS = ("app.js", "api.js", "gauges.js", "markdown.js", "store.js")
 _FILES = {"/ui": "index.html", **{f"/ui/{name}": name for name in (*_SCRIPTS, "style.css", "icon.svg")}}

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from octavo.common.v1 import common_pb2
 from octavo.services.common.errors import Reason, ServingError
@@ -37,12 +38,28 @@ _FINISHED = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a listener knows of a call besides its request.
+
+    headers   the call's metadata
+    deadline  a time of the event loop, or None
+    """
+
+    request_id: str
+    tenant: str
+    headers: Mapping[str, str]
+    deadline: float | None = None
+
+
 class CallRecord:
     """One call while it runs. `run` is set once it is admitted; `prompt_tokens` by a call for vectors, at its end."""
 
-    def __init__(self, request_id: str, tenant: str, model: str, span: Span, given: str) -> None:
-        """`given`: the trace context that the call came with; empty if it has none."""
-        self.request_id = request_id
+    def __init__(self, call: Call, tenant: str, model: str, span: Span, given: str) -> None:
+        """`tenant`: who pays; `given`: the trace context that the call came with, empty if it has none."""
+        self.request_id = call.request_id
+        self.headers = call.headers
+        self.deadline = call.deadline
         self.tenant = tenant
         self.model = model
         self.is_resumed = False
@@ -77,24 +94,19 @@ class Accounting:
         self._store.value(catalog.REJECTIONS, _label(error.reason)).add()
 
     @contextmanager
-    def call(
-        self, request_id: str, tenant: str, model: str, headers: Mapping[str, str], deadline: float | None
-    ) -> Iterator[CallRecord]:
-        """Record the call that the body is, however it ends.
-
-        headers: the call's metadata, for its traceparent; deadline: a time of the event loop, or None.
-        """
-        given = _read_traceparent(headers)
-        attributes = {"octavo.request_id": request_id, "octavo.tenant": tenant, "gen_ai.request.model": model}
+    def call(self, call: Call, tenant: str, model: str) -> Iterator[CallRecord]:
+        """Record the call that the body is, however it ends; `tenant` pays for it."""
+        given = _read_traceparent(call.headers)
+        attributes = {"octavo.request_id": call.request_id, "octavo.tenant": tenant, "gen_ai.request.model": model}
         span = self._tracer.start("octavo.request", given, attributes, is_server=True)
-        record = CallRecord(request_id, tenant, model, span, given)
+        record = CallRecord(call, tenant, model, span, given)
         try:
             yield record
         except ServingError as error:
             self._end(record, span, error.code.name, error.reason)
             raise
         except (asyncio.CancelledError, GeneratorExit):
-            is_late = deadline is not None and asyncio.get_running_loop().time() >= deadline
+            is_late = call.deadline is not None and asyncio.get_running_loop().time() >= call.deadline
             reason = Reason.GENERATION_TIMEOUT if is_late else Reason.CLIENT_CANCELLED
             self._end(record, span, "DEADLINE_EXCEEDED" if is_late else "CANCELLED", reason)
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
@@ -13,10 +13,10 @@ from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError, invalid_field
 from octavo.services.gateway.mesh import MeshHeaders
 from octavo.services.gateway.offload.shares import Shares
-from octavo.services.gateway.requests.accounting import Accounting, CallRecord
-from octavo.services.gateway.requests.generation import GenerationRun
+from octavo.services.gateway.requests.accounting import Accounting, Call, CallRecord
+from octavo.services.gateway.requests.generation import GenerationRun, Prepared
 from octavo.services.gateway.requests.model import Models
-from octavo.services.gateway.requests.prepare import Prepared, check_headers, prepare
+from octavo.services.gateway.requests.prepare import check_headers, prepare
 from octavo.services.gateway.schedulers.pool import SchedulerPool
 from octavo.services.gateway.schedulers.prefix_index import prompt_block_hashes
 from octavo.services.gateway.schedulers.request_stream import RequestStream
@@ -89,52 +89,34 @@ class GenerateCalls:
 
     @asynccontextmanager
     async def admitted(
-        self,
-        generation: generation_pb2.Generation,
-        request_id: str,
-        tenant: str,
-        headers: Mapping[str, str],
-        deadline: float | None,
-        can_resume: bool = False,
+        self, generation: generation_pb2.Generation, call: Call, can_resume: bool = False
     ) -> AsyncIterator[GenerationRun]:
         """Submit a request that obeys the rules of its fields, and wait for its admission. Raises ServingError.
 
-        headers: the call's metadata; deadline: a time of the event loop, or None.
         can_resume: the caller streams, and passes on the resume token. Then a request with a resume window goes
             on after the body has failed. Otherwise, however the body ends, the scheduler is told.
         """
-        with self.recorded(generation, request_id, tenant, headers, deadline) as record:
-            async with self.attempt(record, generation, headers, deadline, can_resume) as run:
+        with self.recorded(call, generation.model) as record:
+            async with self.attempt(record, generation, can_resume) as run:
                 yield run
 
     @contextmanager
-    def recorded(
-        self,
-        generation: generation_pb2.Generation,
-        request_id: str,
-        tenant: str,
-        headers: Mapping[str, str],
-        deadline: float | None,
-    ) -> Iterator[CallRecord]:
+    def recorded(self, call: Call, model: str) -> Iterator[CallRecord]:
         """Count and record a call, in which the body makes one attempt or more; see `admitted`."""
-        tenant, model = self.mesh.tenant(tenant, headers), self.mesh.model(generation.model, headers)
-        with self._accounting.call(request_id, tenant, model, headers, deadline) as record:
+        tenant, model = self.mesh.tenant(call.tenant, call.headers), self.mesh.model(model, call.headers)
+        with self._accounting.call(call, tenant, model) as record:
             yield record
 
     @asynccontextmanager
     async def attempt(
-        self,
-        record: CallRecord,
-        generation: generation_pb2.Generation,
-        headers: Mapping[str, str],
-        deadline: float | None,
-        can_resume: bool = False,
+        self, record: CallRecord, generation: generation_pb2.Generation, can_resume: bool = False
     ) -> AsyncIterator[GenerationRun]:
         """Submit the request of a recorded call, and wait for its admission; see `admitted`. Raises ServingError."""
+        deadline = record.deadline
         record.run = None
         with self._counted(record.tenant):
-            check_headers(generation, headers)
-            generation = self.mesh.apply(generation, headers)
+            check_headers(generation, record.headers)
+            generation = self.mesh.apply(generation, record.headers)
             self._models.of(generation.model)
             self._schedulers.check_in_time(record.tenant, generation.scheduling.priority, deadline)
             workers_limit = self._schedulers.workers_limit
@@ -163,12 +145,10 @@ class GenerateCalls:
                     yield record.run
 
     @asynccontextmanager
-    async def resumed(
-        self, request: generation_pb2.ResumeStreamRequest, request_id: str, tenant: str, headers: Mapping[str, str]
-    ) -> AsyncIterator[GenerationRun]:
+    async def resumed(self, request: generation_pb2.ResumeStreamRequest, call: Call) -> AsyncIterator[GenerationRun]:
         """Take over a request whose stream broke, and go on at the request's cursors. Raises ServingError."""
-        tenant = self.mesh.tenant(tenant, headers)
-        with self._accounting.call(request_id, tenant, "", headers, None) as record, self._counted(tenant):
+        tenant = self.mesh.tenant(call.tenant, call.headers)
+        with self._accounting.call(call, tenant, "") as record, self._counted(tenant):
             record.is_resumed = True
             token = self._tokens.read(request.resume_token, tenant)
             record.request_id = token.request_id
@@ -211,12 +191,9 @@ class GenerateCalls:
         )
 
     @contextmanager
-    def for_vectors(
-        self, request_id: str, tenant: str, model: str, headers: Mapping[str, str], deadline: float | None
-    ) -> Iterator[CallRecord]:
+    def for_vectors(self, call: Call, model: str) -> Iterator[CallRecord]:
         """Count and record a call for vectors, which the body answers. Raises DRAINING, QUEUE_FULL."""
-        tenant, model = self.mesh.tenant(tenant, headers), self.mesh.model(model, headers)
-        with self._accounting.call(request_id, tenant, model, headers, deadline) as record, self._counted(tenant):
+        with self.recorded(call, model) as record, self._counted(record.tenant):
             yield record
 
     @contextmanager

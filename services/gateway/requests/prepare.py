@@ -24,9 +24,16 @@ from octavo.services.gateway.output.candidate_output import CandidateOutput, Out
 from octavo.services.gateway.output.stop_matcher import StopStrings
 from octavo.services.gateway.requests.adapters import Adapter
 from octavo.services.gateway.requests.chat import read_chat
-from octavo.services.gateway.requests.forced_tool_call import force_tool_call
+from octavo.services.gateway.requests.generation import Prepared
 from octavo.services.gateway.requests.model import Models, ServedModel
-from octavo.services.gateway.requests.parsing import answer_begin, call_id, marks, parser_settings, resolve_parsing
+from octavo.services.gateway.requests.parsing import (
+    answer_begin,
+    call_id,
+    force_tool_call,
+    marks,
+    parser_settings,
+    resolve_parsing,
+)
 from octavo.services.gateway.tokenization.chunk_encoder import TooManyTokensError
 from octavo.services.gateway.tokenization.tokenizer import INLINE_CHARS, INLINE_TOKENS
 
@@ -35,21 +42,6 @@ MAX_STATE_BYTES = 60_000
 MAX_BAD_WORDS_TOKENS = 8192
 KEPT_PROMPT_TOKENS = 16
 _INLINE_MESSAGES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request that may be submitted."""
-
-    model: ServedModel
-    submit: scheduler_pb2.Submit
-    """Complete but for the handle and the remaining time."""
-    started: generation_pb2.Started
-    """Complete but for what admission tells: model version and cached tokens."""
-    output: generation_pb2.OutputOptions
-    settings: OutputSettings
-    candidates: Sequence[CandidateOutput]
-    """The output of each candidate, with `continue_output` already behind it."""
 
 
 async def prepare(

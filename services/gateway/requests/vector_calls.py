@@ -20,7 +20,7 @@ from octavo.services.common.errors import (
     invalid_field,
 )
 from octavo.services.gateway.offload.long_work import LongWork
-from octavo.services.gateway.requests.accounting import CallRecord
+from octavo.services.gateway.requests.accounting import Call, CallRecord
 from octavo.services.gateway.requests.calls import GenerateCalls
 from octavo.services.gateway.requests.model import Models, ServedModel
 from octavo.services.gateway.requests.vectors import VectorCall, make_vectors
@@ -77,31 +77,19 @@ class VectorCalls:
         """Check a request against the rules of its fields. Raises INVALID_FIELD."""
         await self._calls.check(request, tenant)
 
-    async def embed(
-        self,
-        request: embedding_pb2.EmbedRequest,
-        request_id: str,
-        tenant: str,
-        headers: Mapping[str, str],
-        deadline: float | None,
-    ) -> embedding_pb2.EmbedResponse:
-        """Answer a request that obeys the rules of its fields. Raises ServingError.
-
-        headers: the call's metadata, for traceparent; deadline: a time of the event loop, or None.
-        """
-        with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
+    async def embed(self, request: embedding_pb2.EmbedRequest, call: Call) -> embedding_pb2.EmbedResponse:
+        """Answer a request that obeys the rules of its fields. Raises ServingError."""
+        with self._calls.for_vectors(call, request.model) as record:
             model = self._models.get(record.model)
             files = _files(model, "embed", (_EMBED,))
-            self._schedulers.check_in_time(record.tenant, request.priority, deadline)
+            self._schedulers.check_in_time(record.tenant, request.priority, record.deadline)
             dimensions = request.dimensions if request.HasField("dimensions") else 0
             _check_dimensions(dimensions, files, self._schedulers.vector_size)
             prompt = _prompt(request, files)
             inputs = await self._read(request, model, files, prompt, record.tenant)
             normalize = request.normalize if request.HasField("normalize") else None
-            call = _call(request, record, request_id, deadline, dimensions=dimensions, normalize=normalize)
-            vectors, version = await make_vectors(self._schedulers, call, inputs)
-            usage = _usage(inputs)
-            record.prompt_tokens = usage.prompt_tokens
+            vector_call = _call(request, record, dimensions=dimensions, normalize=normalize)
+            vectors, version, usage = await self._vectors(record, vector_call, inputs)
             return embedding_pb2.EmbedResponse(
                 embeddings=[
                     embedding_pb2.Embedding(
@@ -114,17 +102,10 @@ class VectorCalls:
                 model_version=model.version(version),
             )
 
-    async def rerank(
-        self,
-        request: embedding_pb2.RerankRequest,
-        request_id: str,
-        tenant: str,
-        headers: Mapping[str, str],
-        deadline: float | None,
-    ) -> embedding_pb2.RerankResponse:
+    async def rerank(self, request: embedding_pb2.RerankRequest, call: Call) -> embedding_pb2.RerankResponse:
         """Answer a request that obeys the rules of its fields; see `embed`."""
-        with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
-            scores = await self._score(request, record, request_id, deadline, "rerank", [request.query])
+        with self._calls.for_vectors(call, request.model) as record:
+            scores = await self._score(request, record, "rerank", [request.query])
             ranked = sorted(enumerate(scores.values), key=lambda pair: -pair[1])
             results = [
                 embedding_pb2.RankedDocument(index=index, relevance_score=value)
@@ -134,42 +115,25 @@ class VectorCalls:
                 results=results, usage=scores.usage, model=scores.model, model_version=scores.model_version
             )
 
-    async def score(
-        self,
-        request: embedding_pb2.ScoreRequest,
-        request_id: str,
-        tenant: str,
-        headers: Mapping[str, str],
-        deadline: float | None,
-    ) -> embedding_pb2.ScoreResponse:
+    async def score(self, request: embedding_pb2.ScoreRequest, call: Call) -> embedding_pb2.ScoreResponse:
         """Answer a request that obeys the rules of its fields; see `embed`."""
-        with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
+        with self._calls.for_vectors(call, request.model) as record:
             if len(request.queries) not in (1, len(request.documents)):
                 advice = f"must be one, or as many as documents, of which there are {len(request.documents)}"
                 raise invalid_field("queries", advice)
-            scores = await self._score(request, record, request_id, deadline, "score", request.queries)
+            scores = await self._score(request, record, "score", request.queries)
             return embedding_pb2.ScoreResponse(
                 scores=scores.values, usage=scores.usage, model=scores.model, model_version=scores.model_version
             )
 
-    async def classify(
-        self,
-        request: embedding_pb2.ClassifyRequest,
-        request_id: str,
-        tenant: str,
-        headers: Mapping[str, str],
-        deadline: float | None,
-    ) -> embedding_pb2.ClassifyResponse:
+    async def classify(self, request: embedding_pb2.ClassifyRequest, call: Call) -> embedding_pb2.ClassifyResponse:
         """Answer a request that obeys the rules of its fields; see `embed`."""
-        with self._calls.for_vectors(request_id, tenant, request.model, headers, deadline) as record:
+        with self._calls.for_vectors(call, request.model) as record:
             model = self._models.get(record.model)
             files = _files(model, "classify", (_SCORE, _CLASSIFY))
-            self._schedulers.check_in_time(record.tenant, request.priority, deadline)
+            self._schedulers.check_in_time(record.tenant, request.priority, record.deadline)
             inputs = await self._read(request, model, files, "", record.tenant)
-            call = _call(request, record, request_id, deadline)
-            vectors, version = await make_vectors(self._schedulers, call, inputs)
-            usage = _usage(inputs)
-            record.prompt_tokens = usage.prompt_tokens
+            vectors, version, usage = await self._vectors(record, _call(request, record), inputs)
             results = []
             for vector, each in zip(vectors, inputs, strict=True):
                 probabilities = array("f", vector)
@@ -195,15 +159,13 @@ class VectorCalls:
         self,
         request: embedding_pb2.RerankRequest | embedding_pb2.ScoreRequest,
         record: CallRecord,
-        request_id: str,
-        deadline: float | None,
         feature: str,
         queries: Sequence[str],
     ) -> _Scores:
         """Return how well each document answers its query; of `queries`, one is for all."""
         model = self._models.get(record.model)
         files = _files(model, feature, (_EMBED, _SCORE))
-        self._schedulers.check_in_time(record.tenant, request.priority, deadline)
+        self._schedulers.check_in_time(record.tenant, request.priority, record.deadline)
         is_pair, documents = files.task == _SCORE, request.documents
         texts: list[str | tuple[str, str]]
         if is_pair:
@@ -224,16 +186,22 @@ class VectorCalls:
 
         if request.HasField("truncate") and not request.truncate:
             _refuse_truncated(inputs, limit, name)
-        call = _call(request, record, request_id, deadline, normalize=None if is_pair else True)
-        vectors, version = await make_vectors(self._schedulers, call, inputs)
-        usage = _usage(inputs)
-        record.prompt_tokens = usage.prompt_tokens
+        vector_call = _call(request, record, normalize=None if is_pair else True)
+        vectors, version, usage = await self._vectors(record, vector_call, inputs)
         scores = [array("f", vector) for vector in vectors]
         values = [score[0] for score in scores]
         if not is_pair:
             is_long = sum(map(len, scores)) > INLINE_CHARS
             values = await self.long_work.run(record.tenant, partial(_cosines, scores[:first], scores[first:]), is_long)
         return _Scores(values, usage, model.name, model.version(version))
+
+    async def _vectors(
+        self, record: CallRecord, call: VectorCall, inputs: Sequence[EncodedInput]
+    ) -> tuple[list[bytes], str, common_pb2.Usage]:
+        """Return a vector for each input, the version of the weights, and what it used, which is recorded."""
+        vectors, version = await make_vectors(self._schedulers, call, inputs)
+        record.prompt_tokens = sum(len(each.token_ids) for each in inputs)
+        return vectors, version, common_pb2.Usage(prompt_tokens=record.prompt_tokens)
 
     async def _read(
         self,
@@ -287,21 +255,13 @@ def _second(given: embedding_pb2.EmbedInput | embedding_pb2.ClassifyInput) -> st
     return given.text_pair if isinstance(given, embedding_pb2.ClassifyInput) else ""
 
 
-def _call(
-    request: _Request,
-    record: CallRecord,
-    request_id: str,
-    deadline: float | None,
-    *,
-    dimensions: int = 0,
-    normalize: bool | None = None,
-) -> VectorCall:
+def _call(request: _Request, record: CallRecord, *, dimensions: int = 0, normalize: bool | None = None) -> VectorCall:
     """Return what the pieces of a call have in common."""
     return VectorCall(
-        request_id=request_id,
+        request_id=record.request_id,
         tenant=record.tenant,
         priority=request.priority,
-        deadline=deadline,
+        deadline=record.deadline,
         traceparent=record.traceparent,
         dimensions=dimensions,
         normalize=normalize,
@@ -361,10 +321,6 @@ def _refuse_truncated(inputs: Sequence[EncodedInput], limit: int, name: Callable
         violations = [FieldViolation(field, message) for field in cut[:MAX_VIOLATIONS]]
         text = f"{cut[0]} is {message}"
         raise ServingError(Reason.CONTEXT_LENGTH_EXCEEDED, text, metadata={"limit": str(limit)}, violations=violations)
-
-
-def _usage(inputs: Sequence[EncodedInput]) -> common_pb2.Usage:
-    return common_pb2.Usage(prompt_tokens=sum(len(each.token_ids) for each in inputs))
 
 
 def _cosines(queries: Sequence[array[float]], documents: Sequence[array[float]]) -> list[float]:

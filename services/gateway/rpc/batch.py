@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
 
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import Reason, ServingError, to_status
 from octavo.services.common.interceptor import hold_request
 from octavo.services.common.request_memory import Hold
-from octavo.services.gateway.requests.answer import ask_for_whole_answer, whole_answer
+from octavo.services.gateway.requests.accounting import Call
 from octavo.services.gateway.requests.calls import GenerateCalls
+from octavo.services.gateway.requests.generation import ask_for_whole_answer, whole_answer
 
 Write = Callable[[generation_pb2.BatchGenerateResponse], Awaitable[None]]
 
@@ -35,23 +36,11 @@ class BatchLimits:
 class BatchCall:
     """One call of BatchGenerate."""
 
-    def __init__(
-        self,
-        calls: GenerateCalls,
-        limits: BatchLimits,
-        request_id: str,
-        tenant: str,
-        headers: Mapping[str, str],
-        deadline: float | None,
-    ) -> None:
-        """`headers`: the call's metadata; `deadline`: a time of the event loop, or None."""
+    def __init__(self, calls: GenerateCalls, limits: BatchLimits, call: Call) -> None:
         self._calls = calls
         self._wait_s = limits.wait_s
         self._room = asyncio.Semaphore(limits.window)
-        self._request_id = request_id
-        self._tenant = tenant
-        self._headers = headers
-        self._deadline = deadline
+        self._call = call
         self._writing = asyncio.Lock()
         self._reading: asyncio.Timeout | None = None
         self._interrupted: ServingError | None = None
@@ -80,7 +69,7 @@ class BatchCall:
         self, number: int, request: generation_pb2.BatchGenerateRequest, hold: Hold | None, write: Write
     ) -> None:
         try:
-            response = await self._outcome(request, f"{self._request_id}-{number}")
+            response = await self._outcome(request, f"{self._call.request_id}-{number}")
             if response is not None:
                 async with self._writing:
                     await write(response)
@@ -95,7 +84,7 @@ class BatchCall:
         """Return what an item came to; None if the gateway stops and another one has to answer it."""
         response = generation_pb2.BatchGenerateResponse(item_id=request.item_id)
         try:
-            await self._calls.check(request, self._tenant)
+            await self._calls.check(request, self._call.tenant)
             response.response.CopyFrom(await self._generate(request.generation, request_id))
         except ServingError as error:
             if self._calls.draining and error.reason in (Reason.DRAINING, Reason.STREAM_INTERRUPTED):
@@ -114,10 +103,10 @@ class BatchCall:
         ask_for_whole_answer(generation)
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._wait_s
-        with self._calls.recorded(generation, request_id, self._tenant, self._headers, self._deadline) as record:
+        with self._calls.recorded(replace(self._call, request_id=request_id), generation.model) as record:
             while True:
                 try:
-                    async with self._calls.attempt(record, generation, self._headers, self._deadline) as run:
+                    async with self._calls.attempt(record, generation) as run:
                         coalesce_ms = generation.output.max_coalesce_ms
                         return await whole_answer(run, generation.candidate_count or 1, coalesce_ms)
                 except ServingError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from grpc import aio
@@ -10,8 +10,9 @@ from grpc import aio
 from octavo.inference.v1 import embedding_pb2, embedding_pb2_grpc
 from octavo.services.common.interceptor import request_id
 from octavo.services.gateway.authentication import caller
+from octavo.services.gateway.requests.accounting import Call
 from octavo.services.gateway.requests.vector_calls import VectorCalls
-from octavo.services.gateway.rpc.generation_service import deadline_of, headers_of
+from octavo.services.gateway.rpc.generation_service import call_of
 
 EmbedContext = aio.ServicerContext[embedding_pb2.EmbedRequest, embedding_pb2.EmbedResponse]
 ScoreContext = aio.ServicerContext[embedding_pb2.ScoreRequest, embedding_pb2.ScoreResponse]
@@ -66,13 +67,13 @@ class EmbeddingServicer(embedding_pb2_grpc.EmbeddingServiceServicer):
 
     async def _answer(
         self,
-        call: Callable[[_Request, str, str, Mapping[str, str], float | None], Awaitable[_Response]],
+        call: Callable[[_Request, Call], Awaitable[_Response]],
         request: _Request,
         context: aio.ServicerContext[_Request, _Response],
     ) -> _Response:
         """Answer a request with a method of `VectorCalls`, and say in the trailers what it used."""
         await self._calls.check(request, caller().tenant)
-        response = await call(request, request_id(), caller().tenant, headers_of(context), deadline_of(context))
+        response = await call(request, call_of(context))
         used = str(response.usage.prompt_tokens)
         context.set_trailing_metadata((("x-request-id", request_id()), ("x-usage-prompt-tokens", used)))
         return response

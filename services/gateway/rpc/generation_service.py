@@ -13,9 +13,9 @@ from octavo.inference.v1 import generation_pb2, generation_pb2_grpc
 from octavo.services.common.interceptor import request_id
 from octavo.services.gateway.authentication import caller
 from octavo.services.gateway.mesh import LoadReports
-from octavo.services.gateway.requests.answer import ask_for_whole_answer, whole_answer
+from octavo.services.gateway.requests.accounting import Call
 from octavo.services.gateway.requests.calls import GenerateCalls
-from octavo.services.gateway.requests.generation import GenerationRun
+from octavo.services.gateway.requests.generation import GenerationRun, ask_for_whole_answer, whole_answer
 from octavo.services.gateway.rpc.batch import BatchCall, BatchLimits
 from octavo.services.gateway.schedulers.pool import SchedulerPool
 from octavo.services.gateway.validation import RequestValidator
@@ -28,15 +28,12 @@ BatchContext = aio.ServicerContext[generation_pb2.BatchGenerateRequest, generati
 AnyContext = GenerateContext | StreamContext | ResumeContext
 
 
-def headers_of(context: aio.ServicerContext[Any, Any]) -> dict[str, str]:
-    """Return the metadata of a call that are text."""
-    return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-
-
-def deadline_of(context: aio.ServicerContext[Any, Any]) -> float | None:
-    """Return when the call must be over, as a time of the event loop."""
+def call_of(context: aio.ServicerContext[Any, Any]) -> Call:
+    """Return what is known of a call besides its request: of the metadata those that are text."""
+    headers = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
     remaining_s = context.time_remaining()
-    return None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
+    deadline = None if remaining_s is None else asyncio.get_running_loop().time() + remaining_s
+    return Call(request_id(), caller().tenant, headers, deadline)
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
@@ -83,8 +80,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         """Write the rest of an output whose stream broke, from the client's cursors on."""
         await self._calls.check(request, caller().tenant)
-        headers = headers_of(context)
-        async with self._calls.resumed(request, request_id(), caller().tenant, headers) as run:
+        async with self._calls.resumed(request, call_of(context)) as run:
             await self._send_headers(context, run)
             async for response in run.responses(run.max_coalesce_ms):
                 await context.write(generation_pb2.ResumeStreamResponse(event=response.event))
@@ -95,15 +91,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         """Answer each item of a call as soon as it is done."""
         await context.send_initial_metadata((("x-request-id", request_id()),))
-        batch = BatchCall(
-            self._calls,
-            self._batch_limits,
-            request_id(),
-            caller().tenant,
-            headers_of(context),
-            deadline_of(context),
-        )
-        await batch.run(requests, context.write)
+        await BatchCall(self._calls, self._batch_limits, call_of(context)).run(requests, context.write)
 
     async def CancelGeneration(  # noqa: N802 - named by the proto
         self, request: generation_pb2.CancelGenerationRequest, context: CancelContext
@@ -123,9 +111,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         can_resume: bool = False,
     ) -> AsyncIterator[GenerationRun]:
         """Submit a request and wait for its admission; response headers are sent then, and not before."""
-        headers, deadline = headers_of(context), deadline_of(context)
-        call = self._calls.admitted(generation, request_id(), caller().tenant, headers, deadline, can_resume)
-        async with call as run:
+        async with self._calls.admitted(generation, call_of(context), can_resume) as run:
             await self._send_headers(context, run)
             yield run
 

@@ -17,8 +17,7 @@ from octavo.services.common.logging import RateLimiter
 from octavo.services.common.protocol import OLDEST_REVISION, PROTOCOL_REVISION, is_spoken
 from octavo.services.common.tls import hop_channel
 from octavo.services.common.tls_files import TlsFiles
-from octavo.services.gateway.schedulers.cache_watch import watch_cache
-from octavo.services.gateway.schedulers.prefix_index import PrefixIndex
+from octavo.services.gateway.schedulers.prefix_index import LostEventsError, PrefixIndex
 
 _log = logging.getLogger(__name__)
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]  # the stubs do not know it
@@ -224,3 +223,34 @@ def _read_welcome(first: Any) -> scheduler_pb2.Welcome:
         own = f"this gateway {OLDEST_REVISION} to {PROTOCOL_REVISION}"
         raise UnfitError(f"it speaks protocol revision {welcome.protocol_revision}, {own}: install one version")
     return welcome
+
+
+_RETRY_S = 1.0
+
+
+async def watch_cache(stub: scheduler_pb2_grpc.SchedulerServiceStub, index: PrefixIndex) -> None:
+    """Follow the cache for as long as the task runs; returns only if the scheduler does not tell.
+
+    Without the index requests are routed by load alone, so no failure of this stream is one of the hop's.
+    """
+    index.clear()
+    while True:
+        await index.settle()
+        after = scheduler_pb2.WatchCacheRequest(after_event_id=index.last_event_id, epoch=index.epoch)
+        call = stub.WatchCache(after)
+        try:
+            while (event := await call.read()) is not _EOF:
+                if event.cleared:
+                    index.clear()
+                    await index.settle()
+                index.apply(event)
+                await index.settle()
+        except LostEventsError as error:
+            _log.info("the prefix cache is asked for again: %s", error)
+            index.clear()
+        except aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return
+        finally:
+            call.cancel()
+        await asyncio.sleep(_RETRY_S)

@@ -10,18 +10,64 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import grpc
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
-from octavo.services.gateway.schedulers import slow_readers
 from octavo.services.gateway.schedulers.failover import Lost, LostCandidates, continuation, interrupted
 from octavo.services.gateway.schedulers.peer import SchedulerPeer
 from octavo.services.gateway.schedulers.peers import SchedulerPeers
 from octavo.services.gateway.schedulers.request_stream import CandidateInbox, RequestStream, places_of
-from octavo.services.gateway.schedulers.slow_readers import SlowReaders
+
+MAX_UNREAD = 256
+"""Tokens of a candidate. A token is at most 172 bytes here, with 20 alternatives: so this is below 64 KiB."""
+PATIENCE_S = 30.0
+
+
+@dataclass
+class Verdicts:
+    """What is to be done about streams."""
+
+    pause: list[RequestStream] = field(default_factory=list)
+    go_on: list[RequestStream] = field(default_factory=list)
+    cut_off: list[RequestStream] = field(default_factory=list)
+
+
+class SlowReaders:
+    """Watches all streams, a few times a second: what was not read is bounded, and so is the patience.
+
+    A candidate with more than MAX_UNREAD tokens that its client has not taken is paused: it is ended at its
+    scheduler, which frees its blocks for others, and goes on like a lost one, from the tokens that are known, once
+    the client has read. Nothing else is needed to pause, and the cache makes it cheap.
+    """
+
+    def __init__(self) -> None:
+        self._paused: dict[RequestStream, tuple[int, float]] = {}  # rounds of its handler, and since when
+
+    def check(self, streams: Iterable[RequestStream], now: float) -> Verdicts:
+        """Return what changes now; `now` is a time of the event loop."""
+        verdicts = Verdicts()
+        seen = self._paused
+        self._paused = {}
+        for stream in streams:
+            known = seen.get(stream)
+            if stream.is_reading or stream.ended:
+                if known is not None:
+                    verdicts.go_on.append(stream)
+            elif known is not None:
+                rounds, since = known
+                since = since if rounds == stream.num_rounds else now
+                self._paused[stream] = stream.num_rounds, since
+                if now - since >= PATIENCE_S:
+                    verdicts.cut_off.append(stream)
+            elif any(len(each.token_ids) - each.num_read > MAX_UNREAD for each in stream.candidates):
+                self._paused[stream] = stream.num_rounds, now
+                verdicts.pause.append(stream)
+        return verdicts
+
 
 _TICK_S = 0.1
 _MAX_SICK_S = 1.0  # of a scheduler whose worker takes too long for a step
@@ -252,7 +298,7 @@ class Recovery:
         for stream in verdicts.go_on:
             self._lost.go_on(stream)
         for stream in verdicts.cut_off:
-            stream.cut_off(interrupted(f"the client took nothing for {slow_readers.PATIENCE_S:g} s"))
+            stream.cut_off(interrupted(f"the client took nothing for {PATIENCE_S:g} s"))
 
     def _pause(self, stream: RequestStream) -> None:
         """Take the unfinished candidates of a request from their schedulers until the client has read."""

@@ -6,16 +6,107 @@ idle ones and the home of its session: the time of a decision hardly grows with 
 
 from __future__ import annotations
 
+import hashlib
+import math
 import zlib
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.process import memory_limit
-from octavo.services.gateway.schedulers.consistent_hash import SessionRing
-from octavo.services.gateway.schedulers.load_order import LoadOrder
 from octavo.services.gateway.schedulers.prefix_index import PrefixHolders, PrefixIndex, names_that_fit
 from octavo.services.gateway.schedulers.routing import RouteRequest, SchedulerView, backlog, choose
+
+_POINTS = 64  # for each scheduler: shares differ by an eighth or so
+
+
+class SessionRing:
+    """Where a session belongs: the same scheduler for every gateway, and little moves when one comes or goes.
+
+    It is a consistent-hash ring: a look-up does not get slower with the number of schedulers.
+    """
+
+    def __init__(self) -> None:
+        self._points: list[tuple[int, int]] = []
+
+    def add(self, bit: int, scheduler_id: str) -> None:
+        """Put a scheduler in."""
+        for point in _points(scheduler_id):
+            insort(self._points, (point, bit))
+
+    def remove(self, bit: int, scheduler_id: str) -> None:
+        """Take it out."""
+        for point in _points(scheduler_id):
+            at = bisect_left(self._points, (point, bit))
+            assert self._points[at] == (point, bit), (bit, scheduler_id)
+            del self._points[at]
+
+    def home(self, session_id: str) -> int | None:
+        """Return the bit of the scheduler that a session belongs to; None if there is none."""
+        if not self._points:
+            return None
+        at = bisect_left(self._points, (_hash(session_id), -1))
+        return self._points[at % len(self._points)][1]
+
+
+def _points(scheduler_id: str) -> list[int]:
+    return [_hash(f"{scheduler_id}\0{number}") for number in range(_POINTS)]
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+_GRAIN_TOKENS = 64.0
+
+
+class LoadOrder:
+    """Schedulers by how busy they are, as masks of their bits, so that the idle ones of any set are found at once.
+
+    Each is in a class of about equal backlogs: differences of 64 tokens, and then of an eighth.
+    """
+
+    def __init__(self) -> None:
+        self._classes: list[int] = []  # those with members, least busy first
+        self._members: dict[int, int] = {}  # class: mask
+        self._class_of: dict[int, int] = {}  # bit: class
+
+    def put(self, bit: int, backlog: float) -> None:
+        """Note what a scheduler has to do: tokens for each of its workers."""
+        number = int(8 * math.log2(1 + backlog / (8 * _GRAIN_TOKENS)))
+        if self._class_of.get(bit) == number:
+            return
+        self.remove(bit)
+        self._class_of[bit] = number
+        if number not in self._members:
+            self._members[number] = 0
+            insort(self._classes, number)
+        self._members[number] |= 1 << bit
+
+    def remove(self, bit: int) -> None:
+        """Leave a scheduler out, until it is put in again."""
+        number = self._class_of.pop(bit, None)
+        if number is None:
+            return
+        self._members[number] &= ~(1 << bit)
+        if not self._members[number]:
+            del self._members[number]
+            del self._classes[bisect_left(self._classes, number)]
+
+    def least_busy(self, of: int, count: int, start: int) -> Iterator[int]:
+        """Yield up to `count` bits of the mask `of`, the least busy first; among equals from bit `start` on, around."""
+        for number in self._classes:
+            members = self._members[number] & of
+            while members:
+                if not count:
+                    return
+                behind = members >> start << start
+                one = (behind or members) & -(behind or members)
+                members ^= one
+                count -= 1
+                yield one.bit_length() - 1
+
 
 COMPARE_ALL = 32
 """Up to so many schedulers are all compared."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import mmap
 import stat
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from octavo.services.gateway.tokenization.gguf_metadata import GgufError, read_head
 from octavo.services.gateway.tokenization.gguf_tokenizer import UnknownTokenizerError, build_tokenizer, token_id
 from octavo.services.gateway.tokenization.vector_files import (
     LENGTH_FILES,
@@ -19,7 +20,8 @@ from octavo.services.gateway.tokenization.vector_files import (
     VectorFiles,
     read_vector_files,
 )
-from octavo.services.vocabulary.digest import folder_digest, gguf_digest
+from octavo.services.vocabulary.gguf_header import GgufError, GgufHeader, StringArray
+from octavo.services.vocabulary.token_bytes import folder_digest, gguf_digest
 from octavo.services.vocabulary.tokenizer_json import parse
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -33,6 +35,7 @@ _GGUF_SAMPLING = {
 }
 _GGUF_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _GGUF_ENDS = ("eos", "eot", "eom")
+_GGUF_EMBEDDING = "token_embd.weight"
 _GGUF_TEMPLATE = "tokenizer.chat_template"
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 MAX_VOCAB_SIZE = 4_194_304
@@ -87,7 +90,7 @@ def read_model(path: Path) -> ModelFiles:
             return _read_gguf(path)
     except ModelError:
         raise
-    except (GgufError, ValueError) as error:
+    except ValueError as error:
         raise ModelError(str(error)) from None
     except OSError as error:
         raise ModelError(f"cannot read {error.filename or path}: {error.strerror}") from None
@@ -308,9 +311,23 @@ def _shown(value: object) -> str:
     return repr(value)[:80]
 
 
+def _gguf_metadata(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the metadata of a file, and how many token ids its embedding has rows for. Raises ModelError, OSError."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            header = GgufHeader(data)
+            values = header.metadata.items()
+            metadata = {key: header.strings(of) if isinstance(of, StringArray) else of for key, of in values}
+    except GgufError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except ValueError:  # mmap's
+        raise ModelError(f"{path} is not a whole GGUF file: it is empty; download it again") from None
+    rows = (tensor.shape[0] for tensor in header.tensors if tensor.name == _GGUF_EMBEDDING)
+    return metadata, next(rows, sys.maxsize)
+
+
 def _read_gguf(path: Path) -> ModelFiles:
-    head = read_head(path)
-    metadata = head.metadata
+    metadata, embedding_rows = _gguf_metadata(path)
     try:
         tokenizer = build_tokenizer(metadata)
         ids = {name: token_id(metadata, name) for name in (*_GGUF_SPECIAL, *_GGUF_ENDS)}
@@ -324,7 +341,7 @@ def _read_gguf(path: Path) -> ModelFiles:
     definition = tokenizer.to_str().encode()
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     # Tokens that the embedding has no row for cannot be computed.
-    vocab_size = len(tokens) if head.embedding_rows is None else min(len(tokens), head.embedding_rows)
+    vocab_size = min(len(tokens), embedding_rows)
     special = {token: tokens[index] for name, token in _GGUF_SPECIAL.items() if (index := ids[name]) is not None}
     template = metadata.get(_GGUF_TEMPLATE, "")
     if not isinstance(template, str):

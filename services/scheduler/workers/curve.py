@@ -14,7 +14,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
 from octavo.services.common.files import WatchedFile
-from octavo.services.scheduler.worker_endpoint import CurveFiles
+from octavo.services.scheduler.config import CurveFiles
 
 _KEY_BYTES = 32
 _DOMAIN = "octavo"

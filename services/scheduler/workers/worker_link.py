@@ -11,7 +11,7 @@ import zmq
 from google.protobuf.message import DecodeError
 
 from octavo.services.common.logging import RateLimiter
-from octavo.services.scheduler.worker_endpoint import CurveFiles
+from octavo.services.scheduler.config import CurveFiles
 from octavo.services.scheduler.workers.curve import CurveServer
 from octavo.worker.v1 import worker_pb2
 
@@ -22,7 +22,7 @@ MAX_QUEUED_FRAMES = 1000  # on the socket, each way and worker; heartbeats past 
 LAST_FRAMES_MS = 200  # what was sent last has so long to leave when the socket is closed
 # ZeroMQ's own pings are answered by a thread of the worker that nothing else runs on, whatever the worker
 # computes, compiles or loads. One that is not answered means a process that is frozen, a network that is cut, or a
-# machine that does not let the thread run. Heartbeats tell these apart, and sooner: see `pulse.py`.
+# machine that does not let the thread run. Heartbeats tell these apart, and sooner: see `Pulse` in the worker.
 PING_MS = 1000
 PING_TIMEOUT_MS = 10_000
 # Plain numbers: an enum's flags are made anew each time they are put together, which costs more than to send.

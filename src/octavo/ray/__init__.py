@@ -12,8 +12,7 @@ except ModuleNotFoundError as error:
         raise
     raise ModuleNotFoundError('octavo.ray needs Ray: pip install "octavo[ray]"', name="ray") from None
 
-from octavo.ray.application import GRPC_SERVICERS, application, build, start
+from octavo.ray.application import GRPC_SERVICERS, QueuePolicy, application, build, start
 from octavo.ray.data import embed, generate
-from octavo.ray.scaling import QueuePolicy
 
 __all__ = ["GRPC_SERVICERS", "QueuePolicy", "application", "build", "embed", "generate", "start"]

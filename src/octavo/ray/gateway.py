@@ -19,8 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.inference.v1 import embedding_pb2, generation_pb2, load_pb2, model_pb2, tokenizer_pb2
-from octavo.ray.forward_grpc import Answer, GrpcForward
-from octavo.ray.forward_http import HttpForward
+from octavo.ray.forward import Answer, GrpcForward, HttpForward
 from octavo.services.offline.local_server import LocalServer
 
 _log = logging.getLogger(__name__)

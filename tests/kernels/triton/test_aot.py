@@ -18,9 +18,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from octavo.kernels import aot, configs
-from octavo.kernels.aot import KeptRows, Row, check, compile_all, compile_in_child, fitting_blocks, table
+from octavo.kernels import configs
 from octavo.kernels.aot_spec import AotSpec
+from tools.kernels import aot
+from tools.kernels.aot import KeptRows, Row, check, compile_all, compile_in_child, fitting_blocks, table
 
 from .releases import IMAGE, OLDEST, find_triton
 
@@ -36,7 +37,7 @@ GOOD = Row("kernel", "cuda:90", registers=40, spills=0, shared=1024, blocks=8, c
 
 def run_aot(*arguments: str, triton: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command, with the release of Triton in a folder if one is given."""
-    command = [sys.executable, "-m", "octavo.kernels.aot", *arguments]
+    command = [sys.executable, "-m", "tools.kernels.aot", *arguments]
     folders = [str(triton), *sys.path] if triton else sys.path
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -12,8 +12,8 @@ from octavo.kernels import configs
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton: pip install triton", allow_module_level=True)
 
-from octavo.kernels import tune
-from octavo.kernels.tune import Choice, Timing
+from tools.kernels import tune
+from tools.kernels.tune import Choice, Timing
 
 PRESENT = configs.RowConfig(256, 1)
 OTHER = configs.RowConfig(512, 2)

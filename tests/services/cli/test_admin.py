@@ -15,9 +15,9 @@ from grpc import aio
 from octavo.admin.v1 import admin_pb2_grpc
 from octavo.services.cli import admin
 from octavo.services.common import config as config_loader
-from octavo.services.common.admin_keys import AdminKeys
 from octavo.services.common.api_keys import make_key
 from octavo.services.common.interceptor import ErrorInterceptor
+from octavo.services.common.operating import AdminKeys
 from octavo.services.scheduler.admin import AdminServicer
 from octavo.services.scheduler.config import Quota
 from octavo.services.scheduler.core.quarantine import QuarantinedRequest

@@ -23,7 +23,7 @@ from octavo.services.cli import addresses
 from octavo.services.cli.deployment import Listen, child_specs, take_addresses
 from octavo.services.cli.errors import CommandError
 from octavo.services.cli.model_source import Model
-from octavo.services.cli.run_directory import run_directory
+from octavo.services.cli.serve import run_directory
 from octavo.services.cli.serve_config import PROCESSES, ServeConfig, passed_on
 from octavo.services.common.config import parse, parse_with, settings_of
 from octavo.services.gateway.config import GatewayConfig
@@ -135,7 +135,7 @@ async def test_it_says_when_it_is_ready_and_leaves_nothing_when_stopped(run_fold
 # What a gateway reports when it is ready, and when it is told to stop while two calls run.
 REPORTS = """
 import signal
-from octavo.services.common.reports import Reports
+from octavo.services.common.process import Reports
 reports = Reports(int(sys.argv[-1].split("=")[1]))
 def stop(*_):
     reports.draining(2, 30.0)

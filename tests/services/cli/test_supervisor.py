@@ -16,10 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from octavo.services.cli import supervisor, usable_time
+from octavo.services.cli import supervisor
 from octavo.services.cli.child import ChildSpec, describe_exit
-from octavo.services.cli.supervisor import Limits, Supervisor
-from octavo.services.cli.usable_time import UsableTime
+from octavo.services.cli.supervisor import Limits, Supervisor, UsableTime
 
 QUICK = Limits(backoff_s=0.01, max_backoff_s=0.02, start_s=20, grace_s=20)
 # `sleep & wait`: a shell handles a signal only between commands, and `wait` can be interrupted.
@@ -372,8 +371,8 @@ def test_time_in_which_others_have_the_processor_is_not_a_childs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(usable_time.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(usable_time, "_PROC", tmp_path)
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(supervisor, "_PROC", tmp_path)
     (tmp_path / "7").mkdir()
 
     def seconds(state: str, processor_s: float, waited_s: float, passes_s: float = 1.0) -> float:

@@ -13,9 +13,9 @@ from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.common.errors import Reason, ServingError
-from octavo.services.gateway.requests.generation import GenerationRun
+from octavo.services.gateway.requests.generation import GenerationRun, Prepared
 from octavo.services.gateway.requests.model import Models, ServedModel
-from octavo.services.gateway.requests.prepare import Prepared, prepare
+from octavo.services.gateway.requests.prepare import prepare
 from octavo.services.gateway.schedulers.request_stream import RequestStream
 from octavo.services.gateway.tokenization.tokenizer import ModelTokenizer
 

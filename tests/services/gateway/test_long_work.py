@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2, tokenizer_pb2, tokenizer_pb2_grpc
 from octavo.services.common.errors import ServingError
-from octavo.services.gateway.http import bodies
+from octavo.services.gateway.http import endpoint
 from octavo.services.gateway.offload import long_json
 from octavo.services.gateway.output.candidate_output import CandidateOutput
 from octavo.services.gateway.requests import calls, chat, prepare
@@ -289,10 +289,10 @@ def test_a_body_with_too_many_values_is_refused_unparsed(monkeypatch: pytest.Mon
     def loads(data: bytes, **options: Any) -> None:
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(bodies, "loads", loads)
+    monkeypatch.setattr(endpoint, "loads", loads)
 
     with pytest.raises(ServingError, match="send at most"):
-        bodies.parse_object(b'{"messages":[' + mark * (bodies.MAX_MARKS + 1) + b"1]}")
+        endpoint.parse_object(b'{"messages":[' + mark * (endpoint.MAX_MARKS + 1) + b"1]}")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_many_values_are_read_and_written_as_few_are(value: Any) -> None:
     text = json.dumps(value)
 
     assert long_json.loads(text) == value
-    assert bodies.parse_object(text.encode()) == value
+    assert endpoint.parse_object(text.encode()) == value
     assert long_json.dumps(value) == text
     assert long_json.dumps(value, indent=1, ensure_ascii=False) == json.dumps(value, indent=1, ensure_ascii=False)
     assert json.loads(long_json.to_json_in_pieces(value)) == value

@@ -18,7 +18,7 @@ from octavo.services.common import files
 from octavo.services.common.errors import ServingError
 from octavo.services.gateway.app import Gateway
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.schedulers import slow_readers
+from octavo.services.gateway.schedulers import recovery
 from octavo.services.gateway.schedulers.resume_token import KeyFileError, ResumeToken, ResumeTokens
 
 Code = grpc.StatusCode
@@ -361,14 +361,14 @@ async def test_a_client_that_does_not_read_pauses_its_request_which_goes_on_when
 
     ids = [token_id for event in events for token_id in event.delta.token_ids]
     assert ids == [*again.continue_token_ids, 71]
-    assert len(ids) > slow_readers.MAX_UNREAD
+    assert len(ids) > recovery.MAX_UNREAD
     assert events[-1].completed.failovers == 0
 
 
 async def test_a_client_that_reads_nothing_for_long_is_cut_off_and_can_resume(
     slow: SlowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slow_readers, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(recovery, "PATIENCE_S", 0.3)
     scheduler = slow.harness.scheduler
     call = slow.harness.stream(output={"token_ids": True}, scheduling=KEEP)
     submit = await scheduler.next_admitted()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from octavo.services.gateway.schedulers.consistent_hash import SessionRing
+from octavo.services.gateway.schedulers.router import SessionRing
 
 SESSIONS = [f"session {number}" for number in range(500)]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.gateway.schedulers.recovery import MAX_UNREAD, PATIENCE_S, SlowReaders
 from octavo.services.gateway.schedulers.request_stream import RequestStream
-from octavo.services.gateway.schedulers.slow_readers import MAX_UNREAD, PATIENCE_S, SlowReaders
 
 
 def stream_behind(num_unread: int) -> RequestStream:

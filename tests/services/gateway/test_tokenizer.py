@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from octavo.services.gateway.tokenization.gguf_metadata import GgufError, read_head
 from octavo.services.gateway.tokenization.gguf_tokenizer import UnknownTokenizerError, build_tokenizer
 from octavo.services.gateway.tokenization.model_files import ModelError, read_model
 from octavo.services.gateway.tokenization.tokenizer import ModelTokenizer
@@ -263,5 +262,5 @@ def test_a_damaged_gguf_file_is_an_error_and_no_crash(tools: Any, tmp_path: Path
     path = tmp_path / "m.gguf"
     for data in (whole[:-7], whole[:30], b"GGUF" + b"\xff" * 60, b"GGUF\x01\0\0\0" + b"\0" * 16):
         path.write_bytes(data)
-        with pytest.raises(GgufError):
-            read_head(path)
+        with pytest.raises(ModelError, match=r"m\.gguf"):
+            read_model(path)

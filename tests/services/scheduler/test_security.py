@@ -16,8 +16,7 @@ from grpc import aio
 from octavo.admin.v1 import admin_pb2, admin_pb2_grpc
 from octavo.services.common.api_keys import make_key
 from octavo.services.scheduler.__main__ import serve
-from octavo.services.scheduler.config import SchedulerConfig
-from octavo.services.scheduler.worker_endpoint import CurveFiles
+from octavo.services.scheduler.config import CurveFiles, SchedulerConfig
 from octavo.services.scheduler.workers.curve import CurveServer
 
 

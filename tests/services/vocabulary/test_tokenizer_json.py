@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from octavo.services.vocabulary.digest import folder_digest, gguf_digest
+from octavo.services.vocabulary.token_bytes import folder_digest, gguf_digest
 from octavo.services.vocabulary.tokenizer_json import parse
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from octavo.kernels import tune
 from octavo.kernels.configs import RowConfig
-from octavo.kernels.problems import (
+from tools.kernels import tune
+from tools.kernels.problems import (
     Problem,
     attention_problem,
     gated_problem,
@@ -18,7 +18,7 @@ from octavo.kernels.problems import (
     norm_problem,
     rotary_problem,
 )
-from octavo.kernels.timing import Timer
+from tools.kernels.timing import Timer
 
 TARGET, F16 = "cuda:90", torch.float16
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": F16}

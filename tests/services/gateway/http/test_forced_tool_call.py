@@ -15,7 +15,7 @@ import pytest
 from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.requests.forced_tool_call import force_tool_call
+from octavo.services.gateway.requests.parsing import force_tool_call
 
 END = common_pb2.FINISH_REASON_END_OF_SEQUENCE
 USER: Any = [{"role": "user", "content": "hi"}]

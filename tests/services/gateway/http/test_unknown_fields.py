@@ -15,8 +15,7 @@ from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import generation_pb2
 from octavo.services.common.errors import ServingError
 from octavo.services.gateway.config import GatewayConfig
-from octavo.services.gateway.http.chat_request import read_chat_call
-from octavo.services.gateway.http.completion_request import read_completion_call
+from octavo.services.gateway.http.chat_request import read_chat_call, read_completion_call
 from octavo.services.gateway.http.params import Ignored
 from octavo.services.gateway.http.responses_request import read_responses_call
 

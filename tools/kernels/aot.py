@@ -1,7 +1,7 @@
 # mypy: allow-untyped-calls
 """Compile every Triton kernel for every target without a GPU, and check what comes out.
 
-    python -m octavo.kernels.aot [--target cuda:90]... [--only TEXT] [--timeout SECONDS] [--jobs N] [--fresh]
+    python -m tools.kernels.aot [--target cuda:90]... [--only TEXT] [--timeout SECONDS] [--jobs N] [--fresh]
         [--markdown]
 
 Prints a row for each kernel, configuration and target. The exit status is 1 if one does not
@@ -408,7 +408,7 @@ def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m octavo.kernels.aot", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="compile only for this one; may be repeated")
     parser.add_argument("--only", default="", help="compile only kernels whose name contains this")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds that one compilation may take")

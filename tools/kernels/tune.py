@@ -1,6 +1,6 @@
 """Time the launch configurations of the kernels on this machine's GPU, and print what belongs in `configs.py`.
 
-    python -m octavo.kernels.tune [--only TEXT] [--repeats N] [--json FILE]
+    python -m tools.kernels.tune [--only TEXT] [--repeats N] [--json FILE]
 
 For each kernel and shape every candidate is first compared with plain torch; one that is wrong, or does
 not compile, is left out. The rest are timed: median of many launches, cold cache. The present
@@ -24,8 +24,8 @@ import torch
 
 from octavo.kernels.configs import LINEAR_KINDS, SHARED_MEMORY, AttentionConfig, LinearConfig, RowConfig
 from octavo.kernels.gpu import gpu_target
-from octavo.kernels.problems import Problem, attention_problem, gated_problem, linear_problem, rotary_problem
-from octavo.kernels.timing import Timer
+from tools.kernels.problems import Problem, attention_problem, gated_problem, linear_problem, rotary_problem
+from tools.kernels.timing import Timer
 
 _NOISE = 0.03
 """By what share another configuration must be faster to replace the present one."""
@@ -166,7 +166,7 @@ def report(choice: Choice) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(prog="python -m octavo.kernels.tune", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.kernels.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="tune only kernels whose name contains this")
     parser.add_argument("--repeats", type=int, default=30, help="launches of which the median is taken")
     parser.add_argument("--json", type=Path, help="also write every timing to this file")
