@@ -40,12 +40,12 @@ setup: $(VENV)/.serve  ## Make .venv with everything that serving needs
 setup-dev: $(VENV)/.dev  ## Make .venv with everything that development needs
 
 test: setup-dev lint typecheck  ## Run everything that must pass: linters, types, all tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 tests --ignore=tests/e2e
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m "not gates" tests --ignore=tests/e2e
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 tests/e2e
 	$(BIN)/python -m tests.sanitizers --quick
 
 test-quick: setup-dev  ## Run the tests that take little time
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not gates"
 
 packages: setup-dev  ## Build the wheel and the source distribution, and use them in clean environments of each Python
 	$(BIN)/python -m tests.packaging

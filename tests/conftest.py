@@ -9,6 +9,9 @@ from types import ModuleType
 
 import pytest
 
+# Torch's threads that compute while they wait take the processors from the test beside this one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def load_tiny() -> ModuleType:
     """The module that makes tiny checkpoints; loaded by path, since tests are no package."""

@@ -27,6 +27,8 @@ REFERENCES = Path(__file__).resolve().parent.parent / "data" / "reference_smollm
 NEAR_TIE = 0.25  # logits closer than this may change places between float32 and bfloat16
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
+# With two threads each product of the reference device waits for both: beside another test, mostly for a processor.
+DEVICE_FLAGS = {"cpu": ("--device", "cpu"), "reference": ("--device", "reference", "--num-threads", "1")}
 
 
 class Stack:

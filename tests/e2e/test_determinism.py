@@ -10,7 +10,7 @@ import pytest
 
 from octavo.services.client import Client
 
-from .stack import Stack, answer, references, until_idle
+from .stack import DEVICE_FLAGS, Stack, answer, references, until_idle
 
 SAMPLED: dict[str, Any] = {
     "temperature": 0.9, "top_p": 0.95, "top_k": 200, "min_p": 0.01, "repetition_penalty": 1.1,
@@ -28,23 +28,20 @@ async def sampled(client: Client, prompt: list[int], **options: Any) -> list[int
 
 
 async def with_others(client: Client, num_others: int) -> list[list[int]]:
-    """Every prompt in turn among `num_others` other requests, which differ in everything."""
-    results = []
-    for prompt in prompts():
-        others = [
-            sampled(client, references()[n % 20].prompt_ids, seed=n, temperature=0.3 + n / 20, top_k=n)
-            for n in range(num_others)
-        ]
-        mine, *_ = await asyncio.gather(sampled(client, prompt), *others)
-        results.append(mine)
-    return results
+    """The prompts beside each other and `num_others` other requests, which differ in everything."""
+    mine = [sampled(client, prompt) for prompt in prompts()]
+    others = [
+        sampled(client, references()[n % 20].prompt_ids, seed=n, temperature=0.3 + n / 20, top_k=n)
+        for n in range(num_others)
+    ]
+    return (await asyncio.gather(*mine, *others))[: len(mine)]
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 async def test_seeded_requests_do_not_depend_on_company_chunks_or_preemption(smollm2: Path, device: str) -> None:
     num_others = 31 if device == "cpu" else 7
-    stack = Stack(smollm2, "--device", device, "--kv-cache-memory", "512MiB")
+    stack = Stack(smollm2, *DEVICE_FLAGS[device], "--kv-cache-memory", "512MiB")
     try:
         async with stack.client() as client:
             alone = [await sampled(client, prompt) for prompt in prompts()]
@@ -54,7 +51,7 @@ async def test_seeded_requests_do_not_depend_on_company_chunks_or_preemption(smo
     finally:
         assert stack.stop() == 0
     tiny = "--kv-cache-memory 45MiB --max-num-seqs 16 --max-num-batched-tokens 40 --max-prefill-tokens 24"
-    stack = Stack(smollm2, "--device", device, *tiny.split())
+    stack = Stack(smollm2, *DEVICE_FLAGS[device], *tiny.split())
     try:
         async with stack.client() as client:
             assert await with_others(client, min(num_others, 15)) == alone

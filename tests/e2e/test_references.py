@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .stack import Stack, answer, greedy, references, until_idle, until_running
+from .stack import DEVICE_FLAGS, Reference, Stack, answer, greedy, references, until_idle, until_running
 
 DEVICES = ["cpu", pytest.param("reference", marks=pytest.mark.slow)]
 TINY_POOL = {"cpu": "45MiB", "reference": "90MiB"}  # 128 blocks each: one long prompt nearly fills it
@@ -17,26 +17,33 @@ TINY_POOL = {"cpu": "45MiB", "reference": "90MiB"}  # 128 blocks each: one long 
 
 @contextmanager
 def serving(model: Path, device: str, *flags: str) -> Iterator[Stack]:
-    stack = Stack(model, "--device", device, *flags)
+    stack = Stack(model, *DEVICE_FLAGS[device], *flags)
     try:
         yield stack
     finally:
         assert stack.stop() == 0
 
 
+def some(device: str) -> list[Reference]:
+    """All, or four for the device that computes tiles of 16 rows for one: a long one, and one that ends of itself."""
+    return references() if device == "cpu" else references()[3::6]
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("device", DEVICES)
 async def test_alone_together_and_from_the_prefix_cache(smollm2: Path, device: str) -> None:
+    chosen = some(device)
     with serving(smollm2, device, "--kv-cache-memory", "512MiB") as stack:
         async with stack.client() as client:
-            alone = [await greedy(client, reference) for reference in references()]
-            for reference, answer in zip(references(), alone, strict=True):
+            alone = [await greedy(client, reference) for reference in chosen]
+            for reference, answer in zip(chosen, alone, strict=True):
                 reference.check(answer.ids)
             assert sum(answer.cached_tokens for answer in alone) < 100
-            together = await asyncio.gather(*[greedy(client, reference) for reference in references()])
+            together = await asyncio.gather(*[greedy(client, reference) for reference in chosen])
             # Bit for bit: neither the others in the batch nor the cache hits change a token.
             assert [answer.ids for answer in together] == [answer.ids for answer in alone]
-            assert sum(answer.cached_tokens for answer in together) > 3000
+            num_prompt_tokens = sum(len(reference.prompt_ids) for reference in chosen)
+            assert sum(answer.cached_tokens for answer in together) > 0.7 * num_prompt_tokens
             await until_idle(client)
 
 
@@ -87,13 +94,14 @@ async def test_with_so_small_a_pool_and_guesses(smollm2: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("chunk", [7, 32, 300])
+@pytest.mark.parametrize(
+    ("device", "chunk"), [("cpu", 7), ("cpu", 32), ("cpu", 300), pytest.param("reference", 7, marks=pytest.mark.slow)]
+)
 async def test_with_prompts_computed_in_chunks(smollm2: Path, device: str, chunk: int) -> None:
     flags = ["--max-num-seqs", "7", "--max-num-batched-tokens", str(max(chunk, 7)), "--max-prefill-tokens", str(chunk)]
     with serving(smollm2, device, "--kv-cache-memory", "256MiB", *flags) as stack:
         async with stack.client() as client:
-            chosen = references() if device == "cpu" else references()[::3]
+            chosen = some(device)
             answers = await asyncio.gather(*[greedy(client, reference) for reference in chosen])
             for reference, answer in zip(chosen, answers, strict=True):
                 reference.check(answer.ids)

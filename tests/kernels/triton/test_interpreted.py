@@ -22,9 +22,11 @@ RELEASE = metadata.version("triton") if importlib.util.find_spec("triton") else 
 @pytest.mark.timeout(900)  # minutes on a busy machine
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton")
 @pytest.mark.skipif(not RELEASE.startswith("3.9."), reason=f"the interpreter is repaired in Triton 3.9, not {RELEASE}")
-def test_kernels_agree_with_plain_torch() -> None:
+@pytest.mark.parametrize("chosen", ["not gates", pytest.param("gates", marks=pytest.mark.gates)])
+def test_kernels_agree_with_plain_torch(chosen: str) -> None:
+    """With `gates`: mutants of the kernels do not."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal", "-m", chosen]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(FOLDER)],
         env=environment,

@@ -282,6 +282,20 @@ async def test_a_child_that_hangs_is_killed_and_started_again_unless_it_shows_li
     assert await run.task == 0
 
 
+async def test_a_unit_that_hangs_is_started_again_if_its_first_child_has_joined() -> None:
+    unit = [ChildSpec(name, ("sh", "-c", f"echo up; {FOREVER}", name), unit="u") for name in ("a", "b")]
+    run = Run(*unit, limits=dataclasses.replace(QUICK, start_s=20, grace_s=20, hung_s=0.0), ready_after=2)
+    await run.ready.wait()
+    run.supervisor.joins("a")
+
+    run.supervisor.doubt("u")
+
+    await run.until(lambda: len(run.lines) == 4)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert await run.task == 0
+    assert run.said[0] == "a hangs: killing it"
+
+
 async def test_what_is_said_of_the_process_before_does_not_kill_one_that_was_just_started(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "go")
     limits = Limits(backoff_s=0.01, max_backoff_s=0.02, start_s=20, grace_s=20, hung_s=0.0)

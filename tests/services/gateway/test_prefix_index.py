@@ -131,6 +131,28 @@ def test_an_index_that_starts_over_knows_what_it_is_told_then_and_nothing_else()
     assert (index.count_cached([5, 6]), index.count_cached([7]), holders.num_names) == (2, 0, 2)
 
 
+def test_an_index_that_starts_over_after_a_removal_knows_nothing_of_before() -> None:
+    index = PrefixIndex()
+    index.apply(event(1, cleared=True, stored_block_hashes=[1, 2]))
+    index.apply(event(2, removed_block_hashes=[1]))
+
+    index.apply(event(3, cleared=True, stored_block_hashes=[3]))
+
+    assert [index.count_cached([name]) for name in (1, 2, 3)] == [0, 0, 1]
+
+
+def test_a_name_that_two_have_makes_room_for_two_when_it_is_thinned_out() -> None:
+    holders = PrefixHolders(max_names=8)
+    for index in (PrefixIndex(holders), PrefixIndex(holders)):
+        index.apply(event(1, cleared=True, stored_block_hashes=range(1, 9)))
+
+    while holders.settle_some():
+        pass
+
+    assert holders.num_names == 8
+    assert [count for count, _ in holders.cached(range(1, 9))] == [8], "every second block of both"
+
+
 @pytest.mark.asyncio
 async def test_while_names_are_thinned_out_others_get_their_turns() -> None:
     holders = PrefixHolders(max_names=20_000)

@@ -247,6 +247,17 @@ async def test_what_a_scheduler_might_hold_soon_is_sent_to_it(pair: Pair) -> Non
     assert failure.reason == "CONTEXT_LENGTH_EXCEEDED"
 
 
+async def test_a_request_that_one_scheduler_cannot_hold_is_tried_at_one_that_might_soon(pair: Pair) -> None:
+    await sizes(pair, 48, 24)
+    pair.second.say_load(may_grow=True)
+    await pair.tools.until(lambda: pair.peer(pair.second).load.may_grow)
+    call = pair.harness.stream(token_ids={"ids": [3] * 40})
+    reject(pair.first, await pair.first.next("submit"), Code.INVALID_ARGUMENT, "KV_CAPACITY_EXCEEDED")
+
+    await pair.second.next_admitted()
+    call.cancel()
+
+
 async def test_a_request_that_one_scheduler_cannot_hold_is_tried_at_a_larger_one(pair: Pair) -> None:
     await sizes(pair, 48, 48)
     call = pair.harness.stream(token_ids={"ids": [3] * 40})

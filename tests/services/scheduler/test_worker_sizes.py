@@ -81,6 +81,20 @@ def test_what_outgrows_the_only_worker_after_a_restart_ends_when_no_larger_one_c
     assert again.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
 
 
+def test_who_names_no_number_of_tokens_ends_with_the_only_worker_unless_an_earlier_scheduler_had_it() -> None:
+    world = World(groups=0)
+    new = world.submit([1] * 100, 0)
+    again = world.submit([2] * 100, 0, is_failover=True)
+    join_small(world)
+    world.run()
+    assert new.finished[0].reason == common_pb2.FINISH_REASON_CONTEXT_LIMIT
+    assert not again.ended
+    world.join("large", num_blocks=SMALL // 8 + 4, max_model_len=2 * SMALL)
+    world.run()
+    assert new.tokens[0] == expected_output([1] * 100, SMALL - 100)
+    assert again.tokens[0] == expected_output([2] * 100, 2 * SMALL - 100)
+
+
 def test_who_comes_when_only_the_small_worker_has_joined_waits_for_the_large_one() -> None:
     world = World(groups=0, worker_grace_s=5.0)
     join_small(world)

@@ -82,6 +82,7 @@ ATTENTION_MUTATIONS = [
 ]
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in ATTENTION_MUTATIONS], ids=[m[0] for m in ATTENTION_MUTATIONS])
 def test_a_mutated_attention_is_caught(tmp_path: Path, old: str, new: str) -> None:
     mutant = mutated(attention_kernel, tmp_path, old, new)
@@ -134,6 +135,7 @@ NORM_MUTATIONS = [
 ]
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in NORM_MUTATIONS], ids=[m[0] for m in NORM_MUTATIONS])
 def test_a_mutated_norm_is_caught(tmp_path: Path, old: str, new: str) -> None:
     mutant = mutated(norm_kernel, tmp_path, old, new)
@@ -185,6 +187,7 @@ POOL_MUTATIONS = [
 ]
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in POOL_MUTATIONS], ids=[m[0] for m in POOL_MUTATIONS])
 def test_a_mutated_pooling_is_caught(tmp_path: Path, old: str, new: str) -> None:
     mutant = mutated(pooling_kernel, tmp_path, old, new)

@@ -306,6 +306,7 @@ def _small_sort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "_SORT_BLOCK", 16)
 
 
+@pytest.mark.gates
 @pytest.mark.usefixtures("_small_sort")
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
 def test_a_mutated_kernel_is_caught(tmp_path: Path, old: str, new: str) -> None:
@@ -314,6 +315,7 @@ def test_a_mutated_kernel_is_caught(tmp_path: Path, old: str, new: str) -> None:
         check_hard(mutant)
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in ROUTING_MUTATIONS], ids=[m[0] for m in ROUTING_MUTATIONS])
 def test_a_mutated_routing_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
     mutant = mutated(routing, tmp_path, old, new)

@@ -185,6 +185,7 @@ def check_all(module: ModuleType) -> None:
     check_rows(module=module)
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
 def test_a_mutated_kernel_is_caught(tmp_path: Path, old: str, new: str) -> None:
     mutant = mutated(kernel, tmp_path, old, new)

@@ -145,6 +145,7 @@ def check_hard(module: ModuleType) -> None:
         check(case, module)
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
 def test_a_mutated_kernel_is_caught(tmp_path: Path, old: str, new: str) -> None:
     mutant = mutated(kernel, tmp_path, old, new)

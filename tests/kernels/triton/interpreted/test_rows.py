@@ -95,6 +95,7 @@ GATED_MUTATIONS = [
 ]
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in NORM_MUTATIONS], ids=[m[0] for m in NORM_MUTATIONS])
 def test_a_mutated_norm_is_caught(tmp_path: Path, old: str, new: str) -> None:
     mutant = mutated(norm_kernel, tmp_path, old, new)
@@ -102,6 +103,7 @@ def test_a_mutated_norm_is_caught(tmp_path: Path, old: str, new: str) -> None:
         check_norm(3, 17, F32, update=True, module=mutant)
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(("old", "new"), [m[1:] for m in GATED_MUTATIONS], ids=[m[0] for m in GATED_MUTATIONS])
 def test_a_mutated_activation_is_caught(tmp_path: Path, old: str, new: str) -> None:
     mutant = mutated(gated_kernel, tmp_path, old, new)

@@ -474,6 +474,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(
     ("check", "module", "old", "new"), [(*m[:2], *m[3:]) for m in MUTATIONS], ids=[m[2] for m in MUTATIONS]
 )

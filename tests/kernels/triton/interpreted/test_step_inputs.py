@@ -122,6 +122,7 @@ def test_the_best_tokens_come_in_order_and_ties_by_id() -> None:
     check_alternatives()
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(
     ("check", "old", "new"),
     [
@@ -144,6 +145,7 @@ def test_a_wrong_kernel_is_noticed(check: object, old: str, new: str, tmp_path: 
         check(mutated(kernel, tmp_path, old, new))
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize(
     ("old", "new"),
     [

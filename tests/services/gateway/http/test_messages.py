@@ -77,6 +77,8 @@ async def test_an_answer_has_blocks(harness: Any, http: httpx.AsyncClient) -> No
     [
         ("hello", END, ("end_turn", None, "hello")),
         ("hello", common_pb2.FINISH_REASON_MAX_TOKENS, ("max_tokens", None, "hello")),
+        ("hello", common_pb2.FINISH_REASON_CONTEXT_LIMIT, ("max_tokens", None, "hello")),
+        ("hello", common_pb2.FINISH_REASON_TIME_LIMIT, ("max_tokens", None, "hello")),
         ("heSTOPllo", END, ("stop_sequence", "STOP", "he")),
         ("", END, ("end_turn", None, "")),
     ],
@@ -165,6 +167,21 @@ async def test_an_answer_that_the_client_began_is_gone_on_with(harness: Any, htt
     submit, _ = await answering(harness, http, " a time", messages=messages)
 
     assert harness.tokenizer.decode(submit.prompt_token_ids).endswith("[assistant::Once upon")
+
+
+async def test_an_answer_that_ends_with_a_call_is_whole(harness: Any, http: httpx.AsyncClient) -> None:
+    call = {"type": "tool_use", "id": "t1", "name": "f", "input": {}}
+    messages = [*USER, {"role": "assistant", "content": [{"type": "text", "text": "I look."}, call]}]
+    submit, _ = await answering(harness, http, "x", messages=messages)
+
+    assert harness.tokenizer.decode(submit.prompt_token_ids).endswith('{"name": "f", "arguments": {}}]')
+
+
+async def test_a_turn_of_which_nothing_can_be_read_is_still_a_turn(harness: Any, http: httpx.AsyncClient) -> None:
+    hidden = {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]}
+    submit, _ = await answering(harness, http, "x", messages=[*USER, hidden, *USER])
+
+    assert harness.tokenizer.decode(submit.prompt_token_ids).endswith("[user::hi][assistant::][user::hi]")
 
 
 @pytest.mark.parametrize(
