@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 _ROOT = Path("/")
+_MOST_NODES = 64  # that the kernels can be told
 
 
 def available_cores(root: Path = _ROOT) -> int:
@@ -21,6 +22,16 @@ def available_cores(root: Path = _ROOT) -> int:
     cores = len({_siblings(processor, root) for processor in processors})
     # Rounded up: 2 threads that are stopped for a quarter of the time do more than one that never is.
     return max(1, math.ceil(min([cores, *(_quota(group) for group in _groups("cpu", root))])))
+
+
+def memory_nodes(root: Path = _ROOT) -> list[int]:
+    """Return the nodes of memory that this process's processors are near to; none where that is only one."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    processors = (root / f"sys/devices/system/cpu/cpu{processor}" for processor in os.sched_getaffinity(0))
+    names = {path.name.removeprefix("node") for processor in processors for path in processor.glob("node[0-9]*")}
+    nodes = sorted(map(int, names))
+    return nodes if len(nodes) > 1 and nodes[-1] < _MOST_NODES else []
 
 
 def memory_room(root: Path = _ROOT) -> float:

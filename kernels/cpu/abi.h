@@ -13,7 +13,7 @@
 extern "C" {
 
 // Raised when a struct or function below changes; checked by `library.py` after loading.
-enum { OCTAVO_ABI_REVISION = 20 };
+enum { OCTAVO_ABI_REVISION = 21 };
 
 // Numbers, or codes of one byte each with scales apart.
 enum OctavoType : int32_t {
@@ -245,7 +245,9 @@ OCTAVO_EXPORT uint64_t octavo_pool_progress(const OctavoPool* pool);
 
 // Memory: zeroed, 64-byte aligned, on huge pages where the system gives them, touched lazily.
 // Pieces live until the whole arena is destroyed. Returns null when there is no memory.
-OCTAVO_EXPORT OctavoArena* octavo_arena_create(void);
+// Its huge pages lie in turn on the nodes of memory whose bits are set in `nodes`, where the system does that and nobody
+// has told it another place; with 0, near the core that touches them first.
+OCTAVO_EXPORT OctavoArena* octavo_arena_create(uint64_t nodes);
 OCTAVO_EXPORT void octavo_arena_destroy(OctavoArena* arena);
 OCTAVO_EXPORT void* octavo_arena_allocate(OctavoArena* arena, size_t num_bytes);
 // Have the system give the memory of one more huge page for each thread, of what was handed out first.

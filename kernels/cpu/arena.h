@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "thread_pool.h"
@@ -12,7 +13,8 @@ namespace octavo {
 // weights, and small pages would cost it a tenth of its time in address translation.
 class Arena {
  public:
-  Arena() = default;
+  // See octavo_arena_create.
+  explicit Arena(uint64_t nodes) : nodes_(nodes) {}
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -32,6 +34,7 @@ class Arena {
     size_t touched;  // in whole huge pages, so maybe more than is used
   };
   bool add_mapping(size_t num_bytes);
+  const uint64_t nodes_;
   std::vector<Mapping> mappings_;
 };
 

@@ -23,6 +23,10 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 static_assert(kKeysPerPiece % kTileKeys == 0);
 constexpr int kMostTilesKnown = 3;
 
+// Several tiles of rows attend to so many pieces in turn, which stay in a core's cache meanwhile.
+constexpr int kPiecesInCache = 4;
+constexpr int64_t kKeyBytesInCache = 1 << 20;  // where keys and values of all pieces take no more, each tile reads them at once
+
 PieceRange pieces_of(int begin, int end) {
   return {begin / kKeysPerPiece, static_cast<int>(divide_up(end, kKeysPerPiece))};
 }
@@ -39,27 +43,27 @@ void hide_keys(float* scores, int begin, int end, int num_keys) {
 }
 
 // What the weights' exponents count from: anything where the row has seen no key yet.
-float reference_of(const PartialRow& row) { return row.reference == kMinusInfinity ? 0.0f : row.reference; }
+float finite(float reference) { return reference == kMinusInfinity ? 0.0f : reference; }
 
 // The largest exponent of a weight: so far the reference stays behind the largest score, because to raise it takes a product for
 // all that was summed up before.
 constexpr float kMostExponent = 8.0f;
 
-// Raise `row.reference` if need be; 2 to the power of what it returns is the factor for all that was summed up before.
-inline float raise_reference(PartialRow& row, const float* scores, float scale, int num_keys) {
+// Raise `reference` if need be; 2 to the power of what it returns is the factor for all that was summed up before.
+inline float raise_reference(float& reference, const float* scores, float scale, int num_keys) {
   Vec largest = load(scores);
   for (int i = kLanes; i < num_keys; i += kLanes) largest = maximum(largest, load(scores + i));
-  const float old_reference = row.reference;
+  const float old_reference = reference;
   // No branch may wait for scores: what is fetched ahead would wait as well.
   const float most_exponent = old_reference == kMinusInfinity ? 0.0f : kMostExponent;
-  row.reference = std::max(old_reference, max_lanes(largest) * scale - most_exponent);
-  return old_reference - reference_of(row);
+  reference = std::max(old_reference, max_lanes(largest) * scale - most_exponent);
+  return old_reference - finite(reference);
 }
 
 // Turn scores into weights 2^(scale * score - reference), and add them to `totals` [kLanes].
-inline void add_weights(const PartialRow& row, const float* scores, Vec scale, float factor, int num_keys,
+inline void add_weights(float reference, const float* scores, Vec scale, float factor, int num_keys,
                         Activation* weights, float* totals) {
-  const Vec offset = broadcast(-reference_of(row));
+  const Vec offset = broadcast(-finite(reference));
   Vec sum = {};
   int i = 0;
   for (; i + 2 * kLanes <= num_keys; i += 2 * kLanes) {
@@ -140,40 +144,41 @@ struct Queries {
 
 // Add what rows have seen of a later piece to their sums. As in a tile, all rows' factors are computed at once.
 template <int kRows>
-void merge_rows(const PartialRow* pieces, int value_dim, PartialRow* sums) {
+void merge_rows(const PartialRows& pieces, int value_dim, const PartialRows& sums) {
   constexpr int kPadded = round_up(kRows, kLanes);
   alignas(64) float old_factors[kPadded] = {}, factors[kPadded] = {};
   for (int row = 0; row < kRows; ++row) {
-    const float reference = std::max(sums[row].reference, pieces[row].reference);
-    old_factors[row] = sums[row].reference - reference;
-    factors[row] = pieces[row].reference - reference;
+    const float reference = std::max(sums.reference(row), pieces.reference(row));
+    old_factors[row] = sums.reference(row) - reference;
+    factors[row] = pieces.reference(row) - reference;
   }
   for (int i = 0; i < kPadded; i += kLanes) {
     store(old_factors + i, exp2(load(old_factors + i)));
     store(factors + i, exp2(load(factors + i)));
   }
   for (int row = 0; row < kRows; ++row) {
-    const PartialRow& piece = pieces[row];
-    PartialRow& sum = sums[row];
-    if (piece.total == 0.0f) continue;  // the row sees nothing of it, though one that it shares a tile with may
-    if (sum.total == 0.0f) {
-      sum = piece;
+    if (pieces.total(row) == 0.0f) continue;  // it sees nothing of the piece, though one that it shares a tile with may
+    if (sums.total(row) == 0.0f) {
+      std::copy_n(pieces.output(row), sums.stride, sums.output(row));
       continue;
     }
     const Vec old_factor = broadcast(old_factors[row]), factor = broadcast(factors[row]);
-    sum.reference = std::max(sum.reference, piece.reference);
-    sum.total = sum.total * old_factors[row] + piece.total * factors[row];
+    sums.reference(row) = std::max(sums.reference(row), pieces.reference(row));
+    sums.total(row) = sums.total(row) * old_factors[row] + pieces.total(row) * factors[row];
+    const float* const piece = pieces.output(row);
+    float* const sum = sums.output(row);
     for (int dim = 0; dim < value_dim; dim += kLanes)
-      store(sum.output + dim, load(sum.output + dim) * old_factor + load(piece.output + dim) * factor);
+      store(sum + dim, load(sum + dim) * old_factor + load(piece + dim) * factor);
   }
 }
 
-void finish(const PartialRow& sum, int value_dim, const Row& row) {
+// The first of `sums` is that of `row`.
+void finish(const PartialRows& sums, int value_dim, const Row& row) {
   // A sink is one more score, without a value.
-  const float sink = row.sink == nullptr ? 0.0f : std::exp2(*row.sink - sum.reference);
-  const Vec factor = broadcast(1.0f / (sum.total + sink));
+  const float sink = row.sink == nullptr ? 0.0f : std::exp2(*row.sink - sums.reference(0));
+  const Vec factor = broadcast(1.0f / (sums.total(0) + sink));
   // Adding zero turns -0 into 0: a sum of zeros may have either sign.
-  for (int dim = 0; dim < value_dim; dim += kLanes) store_activation(row.output + dim, load(sum.output + dim) * factor + Vec{});
+  for (int dim = 0; dim < value_dim; dim += kLanes) store_activation(row.output + dim, load(sums.output(0) + dim) * factor + Vec{});
 }
 
 // Some rows of one kv head that attend together, tile by tile of their keys.
@@ -186,9 +191,11 @@ class RowsAttention {
   RowsAttention(const OctavoOp& op, const KvHead& kv, const Row* rows)
       : op_(op), kv_(kv), rows_(rows), queries_(rows, op.head_dim), products_(queries_.values, op.head_dim, value_dim(op), !kv.is_in_cache) {}
 
-  // What the rows see of some pieces, together, into `sums`.
-  void attend(const PieceRange& pieces, PartialRow* sums) {
+  // What the rows see of some pieces, together, into `sums`; or, if it `goes_on`, added to what is there of those before.
+  void attend(const PieceRange& pieces, const PartialRows& sums, bool goes_on = false) {
     find_tiles(pieces, sums);
+    goes_on_ = goes_on;
+    if (num_tiles_ == 0 && goes_on) return;
     if (num_tiles_ == 0) return start_piece(0);
     if constexpr (!Products<kRows>::kOverlap) {
       for (int n = 0; n < num_tiles_; ++n) {
@@ -214,11 +221,11 @@ class RowsAttention {
   static constexpr int kInWork = Products<kRows>::kOverlap ? 2 : 1;  // tiles with scores, or with weights
 
   struct Piece {
-    PartialRow* sums;
+    PartialRows sums;
     alignas(64) float totals[kRows * kLanes];
   };
 
-  void find_tiles(const PieceRange& pieces, PartialRow* sums) {
+  void find_tiles(const PieceRange& pieces, const PartialRows& sums) {
     int begin = rows_[0].begin, end = rows_[0].end;
     for (int row = 1; row < kRows; ++row) {
       begin = std::min(begin, rows_[row].begin);
@@ -237,11 +244,11 @@ class RowsAttention {
 
   void start_piece(int number) {
     Piece& piece = pieces_[number % kInWork];
-    piece.sums = number == 0 ? sums_ : later_sums_[number % kInWork];
+    piece.sums = number == 0 && !goes_on_ ? sums_ : later_sums_[number % kInWork].rows(value_dim(op_));
     std::fill_n(piece.totals, kRows * kLanes, 0.0f);
     for (int row = 0; row < kRows; ++row) {
-      piece.sums[row].reference = kMinusInfinity;
-      piece.sums[row].total = 0.0f;
+      piece.sums.reference(row) = kMinusInfinity;
+      piece.sums.total(row) = 0.0f;
     }
   }
 
@@ -258,7 +265,7 @@ class RowsAttention {
     if (valued != kNoTile) {
       valued_tile = &tiles_[valued % kTilesKnown];
       if (!starts_piece(valued)) factors = factors_[of_valued];
-      output = pieces_[piece_of(valued) % kInWork].sums[0].output;
+      output = pieces_[piece_of(valued) % kInWork].sums.output(0);
     }
     products_.start(scored_tile, scores_[of_scored], valued_tile, weights_[of_valued], factors, output);
   }
@@ -279,12 +286,12 @@ class RowsAttention {
                 std::clamp(rows_[row].end - start, 0, num_keys), num_keys);
     with_constant(num_keys, [&](auto constant_or_not) {
       for (int row = 0; row < kRows; ++row) {
-        factors[row] = raise_reference(piece.sums[row], scores + row * kTileKeys, scale, constant_or_not);
+        factors[row] = raise_reference(piece.sums.reference(row), scores + row * kTileKeys, scale, constant_or_not);
         products_.run(row + 1, 4 * kRows);
       }
       for (int row = 0; row < kRows; row += kLanes) store(factors + row, exp2(load(factors + row)));
       for (int row = 0; row < kRows; ++row) {
-        add_weights(piece.sums[row], scores + row * kTileKeys, broadcast(scale), factors[row], constant_or_not,
+        add_weights(piece.sums.reference(row), scores + row * kTileKeys, broadcast(scale), factors[row], constant_or_not,
                     weights + row * kTileKeys, piece.totals + row * kLanes);
         products_.run(kRows + 3 * (row + 1), 4 * kRows);
       }
@@ -302,8 +309,8 @@ class RowsAttention {
     const int number = piece_of(tile);
     if (tile + 1 < num_tiles_ && piece_of(tile + 1) == number) return;
     const Piece& piece = pieces_[number % kInWork];
-    for (int row = 0; row < kRows; ++row) piece.sums[row].total = sum_lanes(load(piece.totals + row * kLanes));
-    if (number > 0) merge_rows<kRows>(piece.sums, value_dim(op_), sums_);
+    for (int row = 0; row < kRows; ++row) piece.sums.total(row) = sum_lanes(load(piece.totals + row * kLanes));
+    if (number > 0 || goes_on_) merge_rows<kRows>(piece.sums, value_dim(op_), sums_);
   }
 
   const OctavoOp& op_;
@@ -311,7 +318,8 @@ class RowsAttention {
   const Row* const rows_;
   const Queries<kRows> queries_;
   Products<kRows> products_;
-  PartialRow* sums_ = nullptr;
+  PartialRows sums_{};
+  bool goes_on_ = false;
   int first_key_ = 0;
   int end_key_ = 0;
   int num_tiles_ = 0;
@@ -321,7 +329,7 @@ class RowsAttention {
   alignas(64) Activation weights_[kInWork][kRows * kTileKeys];
   alignas(64) float factors_[kInWork][round_up(kRows, kLanes)] = {};
   Piece pieces_[kInWork];
-  PartialRow later_sums_[kInWork][kRows];
+  PartialRowsMemory<kRows> later_sums_[kInWork];
 };
 
 template <int kRows>
@@ -331,9 +339,27 @@ void attend_rows(const OctavoOp& op, const KvHead& kv, const Row* rows) {
     begin = std::min(begin, rows[row].begin);
     end = std::max(end, rows[row].end);
   }
-  PartialRow sums[kRows];
+  PartialRowsMemory<kRows> memory;
+  const PartialRows sums = memory.rows(value_dim(op));
   RowsAttention<kRows>(op, kv, rows).attend(pieces_of(begin, end), sums);
-  for (int row = 0; row < kRows; ++row) finish(sums[row], value_dim(op), rows[row]);
+  for (int row = 0; row < kRows; ++row) finish(sums.from(row), value_dim(op), rows[row]);
+}
+
+// The sums of all rows of an item.
+PartialRows sums_of_item(const OctavoOp& op, int num_rows) {
+  thread_local LineVector<float> memory;
+  const int64_t stride = PartialRows::stride_of(value_dim(op));
+  if (static_cast<int64_t>(memory.size()) < num_rows * stride) memory.resize(num_rows * stride);
+  return {memory.data(), stride};
+}
+
+// `kv` for some pieces of an item: after the last one follow the next of them.
+KvHead kv_of_pieces(KvHead kv, const PieceRange& pieces, const AttentionItem& item) {
+  const int last_page = (item.first_position + item.num_tokens - 1) / kBlockTokens;
+  const int next_page = pieces.end * (kKeysPerPiece / kBlockTokens);
+  if (next_page <= last_page)
+    for (int i = 0; i < kTilePages; ++i) kv.read_next[i] = kv.page(std::min(next_page + i, last_page));
+  return kv;
 }
 
 }  // namespace
@@ -358,32 +384,52 @@ void attend(const OctavoOp& op, KvHead kv, const AttentionItem& item, const Atte
   const AttentionFloatMode float_mode;
   const int num_rows = num_rows_of(op, item);
   const int num_tiles = static_cast<int>(divide_up(num_rows, kMaxAttentionRows));
-  for (int tile = 0; tile < num_tiles; ++tile) {
-    const int first = num_rows * tile / num_tiles;
-    const int count = num_rows * (tile + 1) / num_tiles - first;
-    Row rows[kMaxAttentionRows];
-    for (int i = 0; i < count; ++i) rows[i] = row_of(op, item, data, first + i);
-    dispatch_rows<kMaxAttentionRows>(count, [&](auto constant) { attend_rows<constant()>(op, kv, rows); });
-    kv.is_in_cache = true;
+  // Call `body(first row, rows, their number as a constant)` for each tile of rows.
+  const auto for_each_tile = [&](const auto& body) {
+    for (int tile = 0; tile < num_tiles; ++tile) {
+      const int first = num_rows * tile / num_tiles;
+      const int count = num_rows * (tile + 1) / num_tiles - first;
+      Row rows[kMaxAttentionRows];
+      for (int i = 0; i < count; ++i) rows[i] = row_of(op, item, data, first + i);
+      dispatch_rows<kMaxAttentionRows>(count, [&](auto constant) { body(first, rows, constant); });
+    }
+  };
+  const PieceRange pieces = pieces_of(op, item);
+  const int64_t piece_bytes = pages_size(op) * (kKeysPerPiece / kBlockTokens) * int64_t{sizeof(bf16)};
+  if (num_tiles == 1 || pieces.count() * piece_bytes <= kKeyBytesInCache) {
+    return for_each_tile([&](int, const Row* rows, auto constant) {
+      attend_rows<constant()>(op, kv, rows);
+      kv.is_in_cache = true;
+    });
   }
+  const PartialRows sums = sums_of_item(op, num_rows);
+  for (int begin = pieces.begin; begin < pieces.end; begin += kPiecesInCache) {
+    const PieceRange some{begin, std::min(begin + kPiecesInCache, pieces.end)};
+    KvHead part = kv_of_pieces(kv, some, item);
+    for_each_tile([&](int first, const Row* rows, auto constant) {
+      RowsAttention<constant()>(op, part, rows).attend(some, sums.from(first), begin > pieces.begin);
+      part.is_in_cache = true;
+    });
+  }
+  for (int i = 0; i < num_rows; ++i) finish(sums.from(i), value_dim(op), row_of(op, item, data, i));
 }
 
 void attend_pieces(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, const PieceRange& pieces,
-                   PartialRow* sums) {
+                   PartialRows sums) {
   const AttentionFloatMode float_mode;
   dispatch_rows<kMaxAttentionRows>(num_rows, [&](auto constant) {
     RowsAttention<constant()>(op, kv, rows).attend(pieces, sums);
   });
 }
 
-void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
+void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRows sums, const int64_t* first_sums,
                   int num_pieces, const AttentionRows& data) {
   const AttentionFloatMode float_mode;
   const int num_rows = num_rows_of(op, item);
   for (int i = 0; i < num_rows; ++i) {
-    PartialRow& sum = sums[first_sums[0] + i];
+    const PartialRows sum = sums.from(first_sums[0] + i);
     for (int piece = 1; piece < num_pieces; ++piece)
-      if (first_sums[piece] != kWithPieceBefore) merge_rows<1>(&sums[first_sums[piece] + i], value_dim(op), &sum);
+      if (first_sums[piece] != kWithPieceBefore) merge_rows<1>(sums.from(first_sums[piece] + i), value_dim(op), sum);
     finish(sum, value_dim(op), row_of(op, item, data, i));
   }
 }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "abi.h"
+#include "aligned.h"
 #include "amx.h"
 #include "elementwise.h"
 #include "simd.h"
@@ -52,11 +53,25 @@ struct PieceRange {
   bool contains(int piece) const { return begin <= piece && piece < end; }
 };
 
-// The softmax of one row over a part of its keys: weights are 2^(score - reference).
-struct alignas(64) PartialRow {
-  float output[kMaxValueDim];  // sum of weight * value; anything where `total` is zero
-  float reference;  // at most the largest score
-  float total;  // of the weights; zero where the row sees none of the keys
+// The softmax of some rows over a part of their keys: weights are 2^(score - reference). They are as long as values are.
+struct PartialRows {
+  static constexpr int64_t stride_of(int value_dim) { return value_dim + kLineBytes / sizeof(float); }
+
+  float* data;  // begins with a cache line
+  int64_t stride;
+
+  float* output(int64_t row) const { return data + row * stride; }  // sum of weight * value; anything where the total is zero
+  float& reference(int64_t row) const { return data[(row + 1) * stride - 2]; }  // at most the largest score
+  float& total(int64_t row) const { return data[(row + 1) * stride - 1]; }  // of the weights; zero where it sees no key
+  PartialRows from(int64_t row) const { return {data + row * stride, stride}; }
+};
+
+// Room for those of any model.
+template <int kRows>
+struct alignas(kLineBytes) PartialRowsMemory {
+  float values[kRows * PartialRows::stride_of(kMaxValueDim)];
+
+  PartialRows rows(int value_dim) { return {values, PartialRows::stride_of(value_dim)}; }
 };
 
 // One query head of one token.
@@ -111,8 +126,8 @@ Row row_of(const OctavoOp& op, const AttentionItem& item, const AttentionRows& d
 // with kWithPieceBefore they are in those of the piece before.
 constexpr int64_t kWithPieceBefore = -1;
 void attend_pieces(const OctavoOp& op, const KvHead& kv, const Row* rows, int num_rows, const PieceRange& pieces,
-                   PartialRow* sums);
-void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRow* sums, const int64_t* first_sums,
+                   PartialRows sums);
+void merge_pieces(const OctavoOp& op, const AttentionItem& item, PartialRows sums, const int64_t* first_sums,
                   int num_pieces, const AttentionRows& data);
 
 }  // namespace octavo

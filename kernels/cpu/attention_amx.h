@@ -20,7 +20,7 @@ using AttentionFloatMode = SubnormalsAreZero;
 // queries   [kRows, kMaxHeadDim]
 // scores    [kRows, kTileKeys], scores[row][key] = query . key
 // weights   [kRows, kTileKeys]
-// output    of neighbouring PartialRows: output[row] = output[row] * factors[row] + sum over keys of weight * value; where
+// output    of PartialRows: output[row] = output[row] * factors[row] + sum over keys of weight * value; where
 //           `factors` is null there is nothing in it yet
 template <int kRows>
 class TileProducts {
@@ -73,7 +73,7 @@ class TileProducts {
   void scale_output(const float* factors) {
     for (int row = 0; row < kRows; ++row) {
       if (factors[row] == 1.0f) continue;
-      float* sums = output_ + row * kPartialStride;
+      float* sums = output_ + row * output_stride_;
       for (int dim = 0; dim < value_dim_; dim += kLanes) store(sums + dim, load(sums + dim) * broadcast(factors[row]));
     }
   }
@@ -117,7 +117,7 @@ class TileProducts {
 
   template <bool kHasFour>
   void add_page(int page, int dim) {
-    constexpr int64_t kOutputBytes = sizeof(PartialRow);
+    const int64_t output_bytes = output_stride_ * sizeof(float);
     float* output = output_ + dim;
     if (page == 0 && is_first_) {
       amx_clear<0>();
@@ -127,11 +127,11 @@ class TileProducts {
         amx_clear<3>();
       }
     } else if (page == 0) {
-      amx_load<0>(output, kOutputBytes);
+      amx_load<0>(output, output_bytes);
       if constexpr (kHasFour) {
-        amx_load<1>(output + kAmxColumns, kOutputBytes);
-        amx_load<2>(output + 2 * kAmxColumns, kOutputBytes);
-        amx_load<3>(output + 3 * kAmxColumns, kOutputBytes);
+        amx_load<1>(output + kAmxColumns, output_bytes);
+        amx_load<2>(output + 2 * kAmxColumns, output_bytes);
+        amx_load<3>(output + 3 * kAmxColumns, output_bytes);
       }
     }
     amx_load<5>(weights_ + page * kBlockTokens, kTileKeys * sizeof(Activation));
@@ -143,11 +143,11 @@ class TileProducts {
       multiply_values<3>(values);
     }
     if (page + 1 < valued_->num_pages) return;
-    amx_store<0>(output, kOutputBytes);
+    amx_store<0>(output, output_bytes);
     if constexpr (kHasFour) {
-      amx_store<1>(output + kAmxColumns, kOutputBytes);
-      amx_store<2>(output + 2 * kAmxColumns, kOutputBytes);
-      amx_store<3>(output + 3 * kAmxColumns, kOutputBytes);
+      amx_store<1>(output + kAmxColumns, output_bytes);
+      amx_store<2>(output + 2 * kAmxColumns, output_bytes);
+      amx_store<3>(output + 3 * kAmxColumns, output_bytes);
     }
   }
 
@@ -180,6 +180,7 @@ class TileProducts {
   const Activation* const queries_;
   const int head_dim_;
   const int value_dim_;
+  const int64_t output_stride_ = PartialRows::stride_of(value_dim_);
   const bool fetches_;
   const Tile* scored_ = nullptr;
   float* scores_ = nullptr;

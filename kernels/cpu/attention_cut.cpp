@@ -11,6 +11,9 @@ namespace {
 // With more units than that for each thread there is nothing to win by cutting for their number.
 constexpr int kUnitsPerThread = 8;
 
+// But a unit is cut that takes more than this part of the time that each thread takes for all of them.
+constexpr int kPartOfThread = 2;
+
 // Pieces are joined only where so many tiles of rows are left for each thread: each takes long then, and all wait for the last.
 constexpr int kJoinedTilesPerThread = 4;
 
@@ -22,6 +25,10 @@ constexpr int kPieceBlocks = kKeysPerPiece / kBlockTokens;
 // Whether an item's rows leave room in a tile for those of others, or are of one token.
 bool is_short(const OctavoOp& op, const AttentionItem& item) {
   return item.num_tokens == 1 || num_rows_of(op, item) <= kMaxAttentionRows;
+}
+
+int64_t num_keys_of(const OctavoOp& op, const AttentionItem& item) {
+  return item.first_position + item.num_tokens - first_key(op, item.first_position);
 }
 
 // Those that all rows of an item see all keys of.
@@ -43,7 +50,7 @@ bool is_worth_sharing(const OctavoOp& op, const std::vector<AttentionItem>& item
                       const std::vector<SharedPieces>& shared, int num_threads) {
   int64_t num_keys = 0, num_saved = 0, num_parts = 0;
   for (const AttentionItem& item : items)
-    if (is_short(op, item)) num_keys += item.first_position + item.num_tokens - first_key(op, item.first_position);
+    if (is_short(op, item)) num_keys += num_keys_of(op, item);
   for (const SharedPieces& piece : shared) {
     num_saved += (static_cast<int64_t>(piece.items.size()) - 1) * kKeysPerPiece;
     num_parts += num_tiles_of(op, items, piece.items);
@@ -58,6 +65,18 @@ bool has_few_units(const OctavoOp& op, const std::vector<AttentionItem>& items, 
   const auto is_one_tile = [&](const AttentionItem& item) { return num_rows_of(op, item) <= kMaxAttentionRows; };
   const auto is_long = [&](const AttentionItem& item) { return pieces_of(op, item).count() > 1; };
   return std::all_of(items.begin(), items.end(), is_one_tile) && std::any_of(items.begin(), items.end(), is_long);
+}
+
+// Which items of one tile are so long beside the others that all threads would wait for one that has such a unit.
+std::vector<bool> find_longest(const OctavoOp& op, const std::vector<AttentionItem>& items, int num_threads) {
+  const auto num_tiles = [&](const AttentionItem& item) { return divide_up(num_rows_of(op, item), kMaxAttentionRows); };
+  int64_t num_keys = 0;  // that all units of a head read
+  for (const AttentionItem& item : items) num_keys += num_keys_of(op, item) * num_tiles(item);
+  std::vector<bool> are_longest(items.size());
+  for (size_t i = 0; i < items.size(); ++i)
+    are_longest[i] = num_threads > 1 && pieces_of(op, items[i]).count() > 1 && num_tiles(items[i]) == 1 &&
+                     num_keys_of(op, items[i]) * num_threads * kPartOfThread > num_keys * op.num_kv_heads;
+  return are_longest;
 }
 
 class Cutter {
@@ -185,11 +204,13 @@ AttentionCut cut_attention(const OctavoOp& op, const OctavoStep& step, const std
   const bool cuts_all = has_few_units(op, items, num_threads);
   std::vector<SharedPieces> shared = find_shared_pieces(op, step, items);
   if (!is_worth_sharing(op, items, shared, num_threads)) shared.clear();
-  if (!cuts_all && shared.empty()) return {};
+  const std::vector<bool> are_longest = find_longest(op, items, num_threads);
+  const bool cuts_some = std::find(are_longest.begin(), are_longest.end(), true) != are_longest.end();
+  if (!cuts_all && !cuts_some && shared.empty()) return {};
   Cutter cutter(op, items);
   cutter.cut().is_shared = !shared.empty();
   for (const SharedPieces& some : joined(op, items, shared, num_threads)) cutter.add_pieces(some.pieces, some.items);
-  for (size_t i = 0; i < items.size(); ++i) cutter.add_rest(static_cast<int>(i), cuts_all);
+  for (size_t i = 0; i < items.size(); ++i) cutter.add_rest(static_cast<int>(i), cuts_all || are_longest[i]);
   return std::move(cutter.cut());
 }
 

@@ -112,7 +112,7 @@ class FewRowsProducts {
     if (factors != nullptr)
       for (int row = 0; row < kRows; ++row)
         for (int vector = 0; vector < kVectors; ++vector)
-          sums[row][vector] = load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
+          sums[row][vector] = load(output + row * output_stride_ + dim + vector * kLanes) * broadcast(factors[row]);
     for (int page = 0; page < tile.num_pages; ++page) {
       const bf16* values = tile.values[page] + dim * 2;
       const bf16* next_keys = tile.next_keys[page] + dim * 2;
@@ -132,11 +132,12 @@ class FewRowsProducts {
     }
     for (int row = 0; row < kRows; ++row)
       for (int vector = 0; vector < kVectors; ++vector)
-        store(output + row * kPartialStride + dim + vector * kLanes, sums[row][vector]);
+        store(output + row * output_stride_ + dim + vector * kLanes, sums[row][vector]);
   }
 
   const int head_dim_;
   const int value_dim_;
+  const int64_t output_stride_ = PartialRows::stride_of(value_dim_);
   alignas(64) float queries_[kRows * kMaxHeadDim];
 };
 

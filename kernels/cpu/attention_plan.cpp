@@ -33,10 +33,12 @@ bool reads_blocks_of_others(const OctavoStep& step) {
 
 }  // namespace
 
-void PieceSums::reserve(int64_t size) {
+void PieceSums::reserve(int64_t num_rows, const OctavoOp& op) {
+  const int64_t size = num_rows * PartialRows::stride_of(value_dim(op)) * int64_t{sizeof(float)} / int64_t{sizeof(Line)};
   if (size <= size_) return;
-  rows_.reset();
-  rows_.reset(new PartialRow[size]);  // without values
+  lines_.reset();
+  size_ = 0;
+  lines_.reset(new Line[size]);  // without values
   size_ = size;
 }
 
@@ -69,7 +71,7 @@ AttentionPlan::Cut& AttentionPlan::cut_of(const OctavoOp& op) {
   Cut& cut = found->second;
   if (is_new) {
     static_cast<AttentionCut&>(cut) = cut_attention(op, step_, items_, num_threads_);
-    sums_.reserve(cut.num_sums * op.num_kv_heads);
+    sums_.reserve(cut.num_sums * op.num_kv_heads, op);
     if (cut.is_cut()) cut.num_ended = std::vector<std::atomic<int>>(items_.size() * op.num_kv_heads);
   }
   return cut;
@@ -102,7 +104,8 @@ void AttentionPlan::run_part(const OctavoOp& op, Cut& cut, const Unit& unit, con
     const AttentionItem& item = items_[row[i].item];
     rows[i] = row_of(op, item, rows_of(op, item, unit.kv_head, data), row[i].row);
   }
-  attend_pieces(op, kv, rows, part.num_rows, part.pieces, sums_.data() + unit.kv_head * cut.num_sums + part.first_sum);
+  attend_pieces(op, kv, rows, part.num_rows, part.pieces,
+                sums_.rows(op).from(unit.kv_head * cut.num_sums + part.first_sum));
   for (int i = 0; i < part.num_rows; ++i)
     if (i == 0 || row[i].item != row[i - 1].item) end_part(op, cut, row[i].item, unit.kv_head, data);
 }
@@ -113,7 +116,7 @@ void AttentionPlan::end_part(const OctavoOp& op, Cut& cut, int item, int kv_head
   std::atomic<int>& num_ended = cut.num_ended[kv_head * items_.size() + item];
   if (num_ended.fetch_add(1, std::memory_order_acq_rel) + 1 < cut_item.num_parts) return;
   num_ended.store(0, std::memory_order_relaxed);  // for the next layer
-  merge_pieces(op, items_[item], sums_.data() + kv_head * cut.num_sums, cut.first_sums.data() + cut_item.first_piece,
+  merge_pieces(op, items_[item], sums_.rows(op).from(kv_head * cut.num_sums), cut.first_sums.data() + cut_item.first_piece,
                cut_item.pieces.count(), rows_of(op, items_[item], kv_head, data));
 }
 

@@ -26,11 +26,14 @@ struct AttentionData {
 // system takes longer than to fill them.
 class PieceSums {
  public:
-  void reserve(int64_t size);
-  PartialRow* data() const { return rows_.get(); }
+  void reserve(int64_t num_rows, const OctavoOp& op);
+  PartialRows rows(const OctavoOp& op) const { return {lines_[0].values, PartialRows::stride_of(value_dim(op))}; }
 
  private:
-  std::unique_ptr<PartialRow[]> rows_;
+  struct alignas(kLineBytes) Line {
+    float values[kLineBytes / sizeof(float)];
+  };
+  std::unique_ptr<Line[]> lines_;
   int64_t size_ = 0;
 };
 

@@ -8,7 +8,6 @@
 namespace octavo {
 
 constexpr int kTileKeys = kTilePages * kBlockTokens;
-constexpr int kPartialStride = sizeof(PartialRow) / sizeof(float);
 
 // The pages of a tile, and of what is read after it, to be fetched meanwhile.
 struct Tile {

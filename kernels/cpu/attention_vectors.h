@@ -51,12 +51,12 @@ void score_pages(const Activation* queries, const bf16* const* pages, int head_d
 // any in place of what it holds.
 template <int kRows, int kVectors, bool kHasFactors>
 void add_some_values(const Tile& tile, const Activation* weights, int value_dim, int dim, const float* factors,
-                     float* output) {
+                     float* output, int64_t output_stride) {
   Vec sums[kRows][kVectors];
   if constexpr (kHasFactors) {
     for (int row = 0; row < kRows; ++row)
       for (int vector = 0; vector < kVectors; ++vector)
-        sums[row][vector] = load(output + row * kPartialStride + dim + vector * kLanes) * broadcast(factors[row]);
+        sums[row][vector] = load(output + row * output_stride + dim + vector * kLanes) * broadcast(factors[row]);
   } else {
     clear(sums);
   }
@@ -79,7 +79,7 @@ void add_some_values(const Tile& tile, const Activation* weights, int value_dim,
   }
   for (int row = 0; row < kRows; ++row)
     for (int vector = 0; vector < kVectors; ++vector)
-      store(output + row * kPartialStride + dim + vector * kLanes, sums[row][vector]);
+      store(output + row * output_stride + dim + vector * kLanes, sums[row][vector]);
 }
 
 // The same where both products take the units that the softmax takes, too: they are computed as soon as they are asked for.
@@ -120,13 +120,14 @@ class Products {
   template <int kVectors>
   void add_some_values(const Tile& tile, const Activation* weights, int dim, const float* factors, float* output) const {
     if (factors == nullptr)
-      return octavo::add_some_values<kRows, kVectors, false>(tile, weights, value_dim_, dim, nullptr, output);
-    octavo::add_some_values<kRows, kVectors, true>(tile, weights, value_dim_, dim, factors, output);
+      return octavo::add_some_values<kRows, kVectors, false>(tile, weights, value_dim_, dim, nullptr, output, output_stride_);
+    octavo::add_some_values<kRows, kVectors, true>(tile, weights, value_dim_, dim, factors, output, output_stride_);
   }
 
   const Activation* const queries_;
   const int head_dim_;
   const int value_dim_;
+  const int64_t output_stride_ = PartialRows::stride_of(value_dim_);
 };
 
 }  // namespace octavo

@@ -67,8 +67,8 @@ void octavo_pool_destroy(OctavoPool* pool) {
 
 uint64_t octavo_pool_progress(const OctavoPool* pool) { return pool->threads.progress(); }
 
-OctavoArena* octavo_arena_create(void) {
-  return guarded<OctavoArena*>(nullptr, [] { return new OctavoArena; });
+OctavoArena* octavo_arena_create(uint64_t nodes) {
+  return guarded<OctavoArena*>(nullptr, [&] { return new OctavoArena{Arena(nodes)}; });
 }
 void octavo_arena_destroy(OctavoArena* arena) { delete arena; }
 void* octavo_arena_allocate(OctavoArena* arena, size_t num_bytes) {

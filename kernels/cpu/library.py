@@ -12,7 +12,7 @@ from typing import NamedTuple
 from octavo.kernels.cpu import build
 from octavo.kernels.group_codes import CodeShape, holds
 
-ABI_REVISION = 20
+ABI_REVISION = 21
 FAILED = -2
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
@@ -255,7 +255,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_pool_create": (c.c_void_p, (c.c_int32,)),
     "octavo_pool_destroy": (None, (c.c_void_p,)),
     "octavo_pool_progress": (c.c_uint64, (c.c_void_p,)),
-    "octavo_arena_create": (c.c_void_p, ()),
+    "octavo_arena_create": (c.c_void_p, (c.c_uint64,)),
     "octavo_arena_destroy": (None, (c.c_void_p,)),
     "octavo_arena_allocate": (c.c_void_p, (c.c_void_p, c.c_size_t)),
     "octavo_arena_touch": (c.c_int32, (c.c_void_p, c.c_void_p)),

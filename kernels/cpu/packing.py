@@ -138,6 +138,8 @@ class Packer:
         packed_down = self._pack(pack_down, down_format, hidden, inner, len(down))
         gated_bias = down_bias = None
         if biases is not None:
+            shapes = [tuple(bias.shape) for bias in biases]
+            assert shapes == [(len(gate), 2 * inner), (len(gate), hidden)], shapes
             pairs = [_paired(*bias.view(2, inner)) for bias in biases[0]]
             gated_bias = self.store_floats(torch.stack(pairs))
             missing = padded(hidden, BLOCK_COLUMNS) - hidden

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.kernels.cpu import library
-from octavo.kernels.machine import available_cores
+from octavo.kernels.machine import available_cores, memory_nodes
 
 BLOCK_COLUMNS = 32  # outputs in a packed block; rows of all buffers are padded to this as well
 GATED_COLUMNS = 16  # outputs of a gated pair in a packed block
@@ -103,7 +103,7 @@ class Arena:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._handle = runtime.library.octavo_arena_create()
+        self._handle = runtime.library.octavo_arena_create(sum(1 << node for node in memory_nodes()))
         self._release = weakref.finalize(self, runtime.library.octavo_arena_destroy, self._handle)
         # A thread that stores packed weights may read them until the process is gone, which frees them anyway.
         self._release.atexit = False

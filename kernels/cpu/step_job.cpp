@@ -61,8 +61,7 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
       needed_rows_(step),
       attention_(step, program.threads_.num_threads(), program.piece_sums_),
       best_(program.threads_.num_threads(), LineVector<RowBest>(step.num_logits_rows)),
-      private_phase_(program.threads_.num_threads(), -1),
-      ahead_(program.threads_.num_threads()) {
+      of_threads_(program.threads_.num_threads()) {
   if (needed_rows_.are_fewer())
     last_attention_.emplace(needed_rows_.step(), program.threads_.num_threads(), program.piece_sums_);
   if (step.adapter_ids != nullptr) {
@@ -522,13 +521,13 @@ void StepJob::run_rows(const Phase& part, int begin, int end, PrivateRows& rows,
 PreparedRows& StepJob::private_rows(int index, int item, int thread) {
   const int prepared_by = phases_[index].prepared_by;
   PreparedRows& rows = program_.private_rows_[thread].prepared;
-  if (private_phase_[thread] != prepared_by) {
+  if (of_threads_[thread].private_phase != prepared_by) {
     const Phase& phase = phases_[index].kind == PhaseKind::kPrepareGemm ? phases_[index] : phases_[index + 1];
     // This waits for rows that another thread has just written; the weights set out meanwhile.
     const MemoryRange weights = weights_of_gemm_item(phase.gemm, phase.gemm_items, item);
     for (size_t i = 0; i < std::min(weights.size, kBytesFetchedBeforeRows); i += 64) prefetch_l2(weights.begin + i);
     prepare_rows(phase, 0, phase.num_rows, rows);
-    private_phase_[thread] = prepared_by;
+    of_threads_[thread].private_phase = prepared_by;
   }
   return rows;
 }
@@ -566,10 +565,12 @@ void StepJob::write_best_tokens(int32_t* tokens) const {
 ReadAhead* StepJob::ahead_of(int index, int thread) {
   const OctavoOp* op = phases_[index].ahead;
   if (op == nullptr) return nullptr;
-  ThreadAhead& ahead = ahead_[thread];
-  if (ahead.op != op)
-    ahead = {op, PagesAhead(plan_of(*op), *op, attention_data(*op), thread, program_.threads_.num_threads())};
-  return &ahead.pages;
+  OfThread& own = of_threads_[thread];
+  if (own.ahead != op) {
+    own.ahead = op;
+    own.pages = PagesAhead(plan_of(*op), *op, attention_data(*op), thread, program_.threads_.num_threads());
+  }
+  return &own.pages;
 }
 
 bf16* StepJob::layer_pages(const OctavoOp& op, int64_t block) const {

@@ -147,12 +147,12 @@ class StepJob : public Job {
   int measured_phase_ = -1;  // began at phase_start_
   std::chrono::steady_clock::time_point phase_start_;
   std::vector<LineVector<RowBest>> best_;  // by thread: of each row of logits
-  std::vector<int> private_phase_;  // by thread: the phase whose rows its own memory holds
-  struct alignas(64) ThreadAhead {
-    const OctavoOp* op = nullptr;
-    PagesAhead pages;
+  struct alignas(64) OfThread {
+    int private_phase = -1;  // the phase whose rows its own memory holds
+    const OctavoOp* ahead = nullptr;
+    PagesAhead pages;  // of `ahead`
   };
-  std::vector<ThreadAhead> ahead_;  // by thread
+  std::vector<OfThread> of_threads_;
 };
 
 }  // namespace octavo

@@ -126,7 +126,8 @@ void ThreadPool::run(Job& job, const std::vector<int>& items_per_phase) {
   start_next_phase();
   const auto ended = [this] { return !running_.load(); };
   while (!ended()) {
-    if (!run_items(0)) wait_until(0, [&] { return ended() || has_items(); });
+    const uint64_t seen = phases_begun_.load();
+    if (!run_items(0)) wait_until(0, seen, ended);
   }
   if (has_failed_.load()) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
@@ -135,7 +136,8 @@ void ThreadPool::work(int thread) {
   DefaultFloatMode float_mode;
   const auto stopped = [this] { return stop_.load(); };
   while (!stopped()) {
-    if (!run_items(thread)) wait_until(thread, [&] { return stopped() || has_items(); });
+    const uint64_t seen = phases_begun_.load();
+    if (!run_items(thread)) wait_until(thread, seen, stopped);
   }
 }
 
@@ -213,6 +215,8 @@ void ThreadPool::start_next_phase() {
       if (size_of_share(thread) == 0) shares_[thread].ticket.store(number, std::memory_order_relaxed);
     for (int thread = num_threads_ - 1; thread >= 0; --thread)
       if (size_of_share(thread) > 0) shares_[thread].ticket.store(number | size_of_share(thread));
+    // Not the number of the phase: by now others may have ended it, and begun the next.
+    phases_begun_.fetch_add(1);
   }
   // A phase of one item is run by this thread: waking others for it would only cost time.
   if (num_items != 1 && num_sleeping_.load() > 0) {
@@ -221,25 +225,20 @@ void ThreadPool::start_next_phase() {
   }
 }
 
-bool ThreadPool::has_items() const {
-  for (const Share& share : shares_)
-    if (static_cast<uint32_t>(share.ticket.load()) > 0) return true;
-  return false;
-}
-
 // Fetch what this thread will read first in the phase that it waits for.
-void ThreadPool::fetch_soon(int thread) const {
+void ThreadPool::fetch_soon(int thread, uint64_t seen) const {
   const char* begin = shares_[thread].soon.load(std::memory_order_relaxed);
   const size_t size = shares_[thread].soon_size.load(std::memory_order_relaxed);
   for (size_t i = 0; i < size; i += kCacheLine) {
-    if (i % kPrefetchPiece == 0 && has_items()) return;
+    if (i % kPrefetchPiece == 0 && phases_begun_.load() != seen) return;
     prefetch_l2(begin + i);
   }
 }
 
 template <class Condition>
-void ThreadPool::wait_until(int thread, const Condition& condition) {
-  fetch_soon(thread);
+void ThreadPool::wait_until(int thread, uint64_t seen, const Condition& is_over) {
+  const auto condition = [&] { return phases_begun_.load() != seen || is_over(); };
+  fetch_soon(thread, seen);
   const auto end = std::chrono::steady_clock::now() + kSpinTime;
   do {
     for (int i = 0; i < kSpinsPerClockRead; ++i) {

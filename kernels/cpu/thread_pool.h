@@ -121,10 +121,9 @@ class ThreadPool {
   bool run_items(int thread);
   static int take_items(Share& share, uint32_t& items_left);
   void start_next_phase();
-  bool has_items() const;
   template <class Condition>
-  void wait_until(int thread, const Condition& condition);
-  void fetch_soon(int thread) const;
+  void wait_until(int thread, uint64_t seen, const Condition& is_over);
+  void fetch_soon(int thread, uint64_t seen) const;
 
   int first_item(int num_items, int thread) const {
     return static_cast<int>(int64_t{num_items} * thread / num_threads_);
@@ -145,6 +144,9 @@ class ThreadPool {
   std::vector<Share> shares_;
   std::vector<Progress> progress_;  // by thread
   alignas(64) std::atomic<int> num_finished_{0};
+  // Counted when the tickets of a phase are all there. Whoever has found no item since it last changed waits for the next
+  // change, and looks at no ticket meanwhile: each of those is a cache line that others write.
+  alignas(64) std::atomic<uint64_t> phases_begun_{0};
   alignas(64) std::atomic<bool> running_{false};  // whether a job has phases left
   std::atomic<bool> has_failed_{false};           // whether an item of the job has thrown
   std::exception_ptr failure_;                    // written by the thread that set the flag

@@ -436,6 +436,18 @@ def test_nor_do_they_with_heads_of_any_size(variant: str, head_dim: int) -> None
     assert torch.equal(one_by_one, whole)
 
 
+@pytest.mark.parametrize("window", [0, 1100])
+def test_nor_do_they_where_keys_are_read_a_few_pieces_at_a_time(variant: str, window: int) -> None:
+    model = TinyModel(Shape(heads=Heads(6, 2, 256), rotary_dim=16, layers=1, window=window, has_sinks=True))
+    device = make_device(model, variant)
+    length = MAX_BLOCKS * BLOCK_TOKENS  # more keys and values of a head than stay in a cache
+    whole = run_in_chunks(device, make_sequence(1, length, shuffled_blocks(1)), MAX_TOKENS)
+
+    one_by_one = run_in_chunks(device, make_sequence(1, length, shuffled_blocks(2)), 1)
+
+    assert torch.equal(one_by_one, whole)
+
+
 def test_nor_do_they_where_products_of_attention_underflow(variant: str) -> None:
     model = TinyModel(Shape(hidden=112, intermediate=700, heads=Heads(6, 2, 32), rotary_dim=32))
     for layer in model.layers:

@@ -128,6 +128,21 @@ def test_bits_do_not_depend_on_which_sequences_have_a_prefix_in_the_same_blocks(
     assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_long_context_among_many_short_ones_is_dealt_out_to_the_threads_with_the_same_bits(name: str) -> None:
+    pool = Pool(SHAPES[name], num_threads=5)
+    sequences = [pool.sequence([], 3 + 2 * index) for index in range(MAX_SEQUENCES - 1)]
+    assert not reads_at_once(pool, sequences)
+    sequences.insert(7, pool.sequence([], MAX_BLOCKS * BLOCK_TOKENS))
+    alone = [decode(pool.device, [sequence], [1])[0] for sequence in sequences]
+
+    pool.device.profile(True)
+    together = decode(pool.device, sequences, [1] * len(sequences))
+
+    assert reads_at_once(pool)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
 @pytest.mark.parametrize("num_sequences", [2, 7, MAX_SEQUENCES])
 def test_bits_are_the_same_for_any_number_of_sequences(num_sequences: int) -> None:
     pool = Pool(SHAPES["groups of 3, head_dim 64"])

@@ -19,7 +19,7 @@ from octavo.gpu_worker import quantization
 from octavo.gpu_worker.config import WorkerConfig
 from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.devices.reference.device import ReferenceDevice
-from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.errors import DeviceError, ModelError
 from octavo.gpu_worker.loading.loading import load_for_device, load_model
 from octavo.gpu_worker.loading.sharding import Sharding
 from octavo.gpu_worker.loading.weights import load_folder
@@ -117,6 +117,13 @@ def test_the_cpu_device_attends_over_a_latent_cache(
     assert errors.median() < 0.04  # of numbers in 8 bits, layer after layer
     assert torch.equal(torch.stack(one.logits), alone)
     assert paged.device.kv_block_bytes() * 2 == exact.device.kv_block_bytes()
+
+
+def test_heads_that_the_kernels_have_no_room_for_are_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "deepseek_v3", qk_nope_head_dim=4096)  # and 16 more that are rotated
+    model = load_model(tmp_path, "auto", 0, lambda *_: None).model
+    with pytest.raises(DeviceError, match="latent attention with 4112 dimensions, more than 576"):
+        CpuDevice(model, 512, 8, MAX_BLOCKS, num_threads=2)
 
 
 def in_mxfp4(folder: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo.kernels.machine import available_cores, memory_room
+from octavo.kernels.cpu.runtime import Runtime
+from octavo.kernels.machine import available_cores, memory_nodes, memory_room
 
 EIGHT = set(range(8))
 
@@ -116,3 +117,30 @@ def test_memory_is_limited_by_groups_of_version_1_and_those_around_them(tmp_path
         put(tmp_path, f"{folder}/memory.stat", "cache 9\ntotal_active_file 1000\ntotal_inactive_file 2000")
 
     assert memory_room(tmp_path) == 23_000
+
+
+def test_memory_lies_on_all_nodes_that_the_processors_are_near_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for processor in range(8):
+        put(tmp_path, f"sys/devices/system/cpu/cpu{processor}/node{processor // 4}/cpulist", "")
+    assert memory_nodes(tmp_path) == [0, 1]
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5})  # as a worker that is bound to a socket
+
+    assert memory_nodes(tmp_path) == []
+    assert memory_nodes(tmp_path / "without") == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="needs a kernel with nodes of memory")
+@pytest.mark.parametrize(("nodes", "policy"), [(1, "interleave:0"), (0, "default"), (1 << 63, "default")])
+def test_the_system_is_told_where_weights_lie_and_may_refuse(nodes: int, policy: str) -> None:
+    library = Runtime(num_threads=1).library
+    arena = library.octavo_arena_create(nodes)
+    address = library.octavo_arena_allocate(arena, 1 << 20)
+
+    areas = [line.split() for line in Path("/proc/self/numa_maps").read_text().splitlines()]
+    before = [area for area in areas if int(area[0], 16) <= address]
+
+    assert before[-1][1] == policy
+    library.octavo_arena_destroy(arena)

@@ -12,3 +12,4 @@ _VARIANT = os.environ["OCTAVO_SANITIZER_VARIANT"]
 build.COMMON_FLAGS = (*(flag for flag in build.COMMON_FLAGS if flag != "-O3"), *_FLAGS)
 build.STATIC_FLAGS = ()
 library.runnable_variants = lambda: [_VARIANT]
+build.library_path(_VARIANT)  # now: compiled in a test, it would count as the test's time

@@ -38,6 +38,11 @@ def check_head_linear(in_features: int, out_features: int, head_dim: int) -> Non
             f"device cpu: heads of latent attention with {in_features} of {head_dim} dimensions that become "
             f"{out_features}; the first must be a multiple of 32, the others of 16; use device reference"
         )
+    if head_dim > MAX_LATENT_HEAD_DIM:
+        raise DeviceError(
+            f"device cpu: heads of latent attention with {head_dim} dimensions, more than {MAX_LATENT_HEAD_DIM}; use "
+            "device reference"
+        )
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,7 @@ class _Recorder:
         self._check_layer(layer, heads)
         columns = self.values[queries].columns
         assert columns == heads.num_heads * heads.head_dim, (columns, heads)
+        assert sinks is None or sinks.shape == (heads.num_heads,), (sinks.shape, heads)
         op = library.Op(
             kind=library.PAGED_ATTENTION,
             scale=scale,
