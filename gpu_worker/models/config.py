@@ -531,7 +531,7 @@ def _experts(values: Json, read: Values, traits: Traits, num_layers: int, where:
 
     count = traits.keys.get("num_experts", "num_experts")
     inner = read.integer("moe_intermediate_size", read.integer("intermediate_size"))
-    shared = read.integer("shared_expert_intermediate_size", integer("n_shared_experts", 0) * inner)
+    shared = integer("shared_expert_intermediate_size", integer("n_shared_experts", 0) * inner)
     has_groups = values.get("topk_method") != "greedy"
     routing = replace(
         mixture.routing,
