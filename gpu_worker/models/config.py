@@ -223,6 +223,8 @@ class LatentConfig:
     rank        of what keys and values are made of
     nope_dim, rope_dim  a head's dimensions of queries and keys, those that are rotated last
     value_dim   of a head
+    is_split    whether what makes keys and what makes values are two tensors, [heads, rank, nope_dim] and
+                [heads, value_dim, rank]
     """
 
     query_rank: int
@@ -230,6 +232,7 @@ class LatentConfig:
     nope_dim: int
     rope_dim: int
     value_dim: int
+    is_split: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes that no layer has."""
