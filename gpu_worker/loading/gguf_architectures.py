@@ -248,6 +248,34 @@ GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
         values={"norm_topk_prob": True, "truncate": False},
         window_pattern=2,
     ),
+    "glm4": GgufArchitecture(
+        "Glm4ForCausalLM",
+        names={
+            "post_attention_norm": ("post_self_attn_layernorm",),
+            "ffn_up": ("mlp.gate_proj", "mlp.up_proj"),
+            "post_ffw_norm": ("post_mlp_layernorm",),
+        },
+        rotates_pairs=True,
+    ),
+    "ernie4_5-moe": GgufArchitecture(
+        "Ernie4_5_MoeForCausalLM",
+        names={**_SHARED_NAMES, "exp_probs_b.bias": ("mlp.moe_statics.e_score_correction_bias",)},
+        keys={**_SIZED_EXPERT_KEYS, "n_shared_experts": Key("expert_shared_count", "integer", 0)},
+        values={"norm_topk_prob": True},
+        rotates_pairs=True,
+    ),
+    "minimax-m2": GgufArchitecture(
+        "MiniMaxM2ForCausalLM",
+        names={**_MIXTRAL_NAMES, "exp_probs_b.bias": ("block_sparse_moe.e_score_correction_bias",)},
+        keys={**_SIZED_EXPERT_KEYS, **_GATING_KEY},
+        values={"norm_topk_prob": True},
+    ),
+    "dots1": GgufArchitecture(
+        "Dots1ForCausalLM",
+        names=_SHARED_NAMES,
+        keys={**_SIZED_EXPERT_KEYS, **_GROUP_KEYS, **_GATING_KEY},
+        values={"norm_topk_prob": False},
+    ),
     "deepseek2": GgufArchitecture(
         "DeepseekV2ForCausalLM",
         names=_SHARED_NAMES,

@@ -48,10 +48,12 @@ PERMUTED = (
     "llama",
     "mistral3",
     "internlm2",
+    "glm4",
     "granite",
     "granitemoe",
     "smollm3",
     "ernie4_5",
+    "ernie4_5-moe",
     "deepseek2",
 )  # llama.cpp rotates pairs of dimensions in them
 EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -76,6 +78,8 @@ def published_tensors(source: Checkpoint) -> Iterator[tuple[str, npt.NDArray[np.
             yield name.replace("kv_b_proj", "v_b_proj"), matrices[:, keys:]
         elif name.endswith("sinks"):
             yield f"{name}.weight", values
+        elif name.endswith("moe_statics.e_score_correction_bias"):
+            yield name.replace("_bias", ".bias"), values.squeeze()
         elif name.endswith("_bias"):
             yield re.sub("(_correction)?_bias$", r"\1.bias", name), values
         else:
@@ -83,14 +87,15 @@ def published_tensors(source: Checkpoint) -> Iterator[tuple[str, npt.NDArray[np.
     yield from ((name, np.stack(values)) for name, values in stacks.items())
 
 
-def fused(source: Checkpoint) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Yield a checkpoint's tensors as Phi 3 has them."""
+def fused(source: Checkpoint, family: str) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Yield a checkpoint's tensors as Phi 3 has them, or GLM-4 but for queries, keys and values."""
     parts = dict(published_tensors(source))
     for layer in range(source.config.num_layers):
         prefix = f"model.layers.{layer}."
-        qkv = [parts.pop(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"]
         gated = [parts.pop(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up")]
-        parts[f"{prefix}self_attn.qkv_proj.weight"] = np.concatenate(qkv)
+        if family == "phi3":
+            qkv = [parts.pop(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"]
+            parts[f"{prefix}self_attn.qkv_proj.weight"] = np.concatenate(qkv)
         parts[f"{prefix}mlp.gate_up_proj.weight"] = np.concatenate(gated)
     yield from parts.items()
 
@@ -135,7 +140,8 @@ def write_gguf(
         writer.add_kv_lora_rank(latent.rank)
         writer.add_key_length_mla(latent.query_dim)
         writer.add_value_length_mla(latent.value_dim)
-        writer.add_rope_dimension_count(latent.rope_dim)
+    if config.rope.rotary_dim != config.heads.head_dim:
+        writer.add_rope_dimension_count(config.rope.rotary_dim)
     if family in ("granite", "granitemoe"):
         writer.add_embedding_scale(config.embedding_scale)
         writer.add_attention_scale(config.attention_scale)
@@ -151,23 +157,24 @@ def write_gguf(
         writer.add_expert_used_count(experts.num_chosen)
         if family != "llama":
             writer.add_expert_feed_forward_length(experts.intermediate_size)
-        if latent is not None:
+        if family in ("qwen2moe", "granitemoe"):
+            writer.add_expert_shared_feed_forward_length(experts.shared_intermediate_size)
+        elif experts.shared_intermediate_size:
             writer.add_expert_shared_count(experts.shared_intermediate_size // experts.intermediate_size)
+        if family in ("deepseek2", "dots1"):
             writer.add_expert_weights_scale(experts.routing.scale)
             writer.add_expert_group_count(experts.routing.num_groups)
             writer.add_expert_group_used_count(experts.routing.num_chosen_groups)
             if experts.is_normalized:
                 writer.add_expert_weights_norm(True)
-            if experts.routing.scores == "sigmoid":
-                writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-        elif experts.shared_intermediate_size:
-            writer.add_expert_shared_feed_forward_length(experts.shared_intermediate_size)
+        if experts.routing.scores == "sigmoid":
+            writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     settings(writer)
     writer.add_token_list([f"token{i}" for i in range(config.vocab_size)])
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[family]
     names = gguf.get_tensor_name_map(architecture, config.num_layers)
     dense_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    for name, values in fused(source) if family == "phi3" else published_tensors(source):
+    for name, values in fused(source, family) if family in ("phi3", "glm4") else published_tensors(source):
         if family in PERMUTED and (pairs := pairs_of(name, replace(config, is_interleaved=True))):
             values = permuted(values, pairs)
         if family in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
@@ -254,6 +261,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "granitemoe": ("granite_moe", {}, "granitemoe"),
     "granitemoe, shared": ("granite_moe_shared", {}, "granitemoe"),
     "gpt-oss": ("gpt_oss", {}, "gpt-oss"),
+    "glm4": ("glm4", {}, "glm4"),
+    "ernie4_5-moe": ("ernie4_5_moe", {}, "ernie4_5-moe"),
+    "minimax-m2": ("minimax_m2", {}, "minimax-m2"),
+    "dots1": ("dots1", {"sliding_window": None, "norm_topk_prob": True, "routed_scaling_factor": 2.5}, "dots1"),
     "deepseek2": ("deepseek_v2", {}, "deepseek2"),
     "deepseek2, groups": ("deepseek_v2_groups", {"attention_bias": False}, "deepseek2"),
     "deepseek2, sigmoids": ("deepseek_v3", {"rope_parameters": DEEPSEEK_ROPE}, "deepseek2"),
