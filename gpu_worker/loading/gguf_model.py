@@ -96,7 +96,7 @@ def plan_gguf(
     Raises ModelError.
     """
     path = source.path
-    row = _find_row(source)
+    row = find_row(source)
     config = _read_config(source, row)
     names = _hub_names(source, row, config)
     if config.tie_word_embeddings and "lm_head.weight" in names:
@@ -173,7 +173,7 @@ def _row_pieces(shape: tuple[int, ...], num_threads: int) -> list[slice]:
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def _find_row(source: GgufFile) -> GgufArchitecture:
+def find_row(source: GgufFile) -> GgufArchitecture:
     """Return the row of a file's architecture."""
     family = source.metadata.get("general.architecture")
     if not isinstance(family, str) or family not in GGUF_ARCHITECTURES:

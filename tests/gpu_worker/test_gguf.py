@@ -19,11 +19,11 @@ import torch
 from octavo.gpu_worker import quantization
 from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.devices.reference.device import ReferenceDevice
-from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.errors import DeviceError, ModelError
 from octavo.gpu_worker.formats.gguf_file import GgufFile
 from octavo.gpu_worker.loading.gguf_architectures import GGUF_ARCHITECTURES
 from octavo.gpu_worker.loading.gguf_model import load_gguf
-from octavo.gpu_worker.loading.loading import load_model
+from octavo.gpu_worker.loading.loading import check_device, load_model
 from octavo.gpu_worker.loading.sharding import Pairs
 from octavo.gpu_worker.loading.tensor_names import pairs_of
 from octavo.gpu_worker.loading.weights import Checkpoint, load_folder
@@ -71,11 +71,6 @@ def published_tensors(source: Checkpoint) -> Iterator[tuple[str, npt.NDArray[np.
             stacks.setdefault(f"{match[1]}.mlp.experts.{part}.weight", []).append(values)
         elif name.endswith("shared_expert_gate.weight"):
             yield name, values.squeeze()
-        elif name.endswith("kv_b_proj.weight") and source.config.latent is not None:
-            keys, queries = source.config.latent.nope_dim, source.config.heads.num_heads
-            matrices = values.reshape(queries, -1, values.shape[1])
-            yield name.replace("kv_b_proj", "k_b_proj"), matrices[:, :keys].swapaxes(1, 2)
-            yield name.replace("kv_b_proj", "v_b_proj"), matrices[:, keys:]
         elif name.endswith("sinks"):
             yield f"{name}.weight", values
         elif name.endswith("moe_statics.e_score_correction_bias"):
@@ -100,6 +95,21 @@ def fused(source: Checkpoint, family: str) -> Iterator[tuple[str, npt.NDArray[np
     yield from parts.items()
 
 
+def _tensors(source: Checkpoint, family: str, is_older: bool) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Yield a checkpoint's tensors as the files of a family have them; see `write_gguf`."""
+    if family in ("phi3", "glm4"):
+        yield from fused(source, family)
+        return
+    for name, values in published_tensors(source):
+        if source.config.latent is not None and name.endswith("kv_b_proj.weight") and not is_older:
+            matrices = values.reshape(source.config.heads.num_heads, -1, values.shape[1])
+            keys, nope_dim = name.replace("kv_b_proj", "k_b_proj"), source.config.latent.nope_dim
+            yield keys, matrices[:, :nope_dim].swapaxes(1, 2)
+            yield keys.replace("k_b_proj", "v_b_proj"), matrices[:, nope_dim:]
+        else:
+            yield name, values
+
+
 def write_gguf(
     path: Path,
     source: Checkpoint,
@@ -107,11 +117,14 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: dict[str, npt.NDArray[np.float32]] | None = None,
     settings: Callable[[gguf.GGUFWriter], object] = lambda _: None,
+    *,
+    is_older: bool = False,
 ) -> None:
     """Write a checkpoint as llama.cpp's converter does, matrices as `kind`.
 
     extra     tensors in addition
     settings  writes metadata in addition
+    is_older  whether a latent attention is written as before 2025
     """
     config = source.config
     writer = gguf.GGUFWriter(str(path), family)
@@ -120,9 +133,15 @@ def write_gguf(
     writer.add_block_count(config.num_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.heads.num_heads)
-    writer.add_head_count_kv(config.heads.num_kv_heads)
-    writer.add_key_length(config.heads.head_dim)
-    writer.add_value_length(config.heads.value_dim)
+    latent = config.latent
+    if latent is not None and is_older:
+        writer.add_head_count_kv(config.heads.num_heads)
+        writer.add_key_length(latent.query_dim)
+        writer.add_value_length(latent.value_dim)
+    else:
+        writer.add_head_count_kv(config.heads.num_kv_heads)
+        writer.add_key_length(config.heads.head_dim)
+        writer.add_value_length(config.heads.value_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
     if config.rope.rope_type == "linear":
@@ -134,12 +153,13 @@ def write_gguf(
         writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_position_embeddings)
         if config.rope.mscale_all_dim:
             writer.add_rope_scaling_yarn_log_mul(0.1 * config.rope.mscale_all_dim)
-    if (latent := config.latent) is not None:
+    if latent is not None:
         if latent.query_rank:
             writer.add_q_lora_rank(latent.query_rank)
         writer.add_kv_lora_rank(latent.rank)
-        writer.add_key_length_mla(latent.query_dim)
-        writer.add_value_length_mla(latent.value_dim)
+        if not is_older:
+            writer.add_key_length_mla(latent.query_dim)
+            writer.add_value_length_mla(latent.value_dim)
     if config.rope.rotary_dim != config.heads.head_dim:
         writer.add_rope_dimension_count(config.rope.rotary_dim)
     if family in ("granite", "granitemoe"):
@@ -174,7 +194,7 @@ def write_gguf(
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[family]
     names = gguf.get_tensor_name_map(architecture, config.num_layers)
     dense_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    for name, values in fused(source, family) if family in ("phi3", "glm4") else published_tensors(source):
+    for name, values in _tensors(source, family, is_older):
         if family in PERMUTED and (pairs := pairs_of(name, replace(config, is_interleaved=True))):
             values = permuted(values, pairs)
         if family in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
@@ -294,6 +314,25 @@ def test_a_file_of_each_architecture_gives_the_logits_of_transformers(tmp_path: 
 def test_each_architecture_of_the_table_is_compared() -> None:
     families = {family for _, _, family in CASES.values()}
     assert families == {name.split(" ")[0] for name in GGUF_ARCHITECTURES}
+
+
+def test_device_cuda_does_not_take_a_file_of_latent_attention(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", make(tmp_path, "deepseek_v3"), "deepseek2")
+    with pytest.raises(DeviceError, match="no kernels for the latent attention of DeepseekV3ForCausalLM"):
+        check_device(tmp_path / "model.gguf", "cuda", "none", has_vectors=False)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_an_older_file_has_keys_and_values_of_latent_attention_in_one_matrix(name: str, tmp_path: Path) -> None:
+    source = make(tmp_path, name)
+    logits = []
+    for is_older in (False, True):
+        write_gguf(tmp_path / "model.gguf", source, "deepseek2", is_older=is_older)
+        model = load_model(tmp_path / "model.gguf", "auto", 0, lambda *_: None).model
+        paged = Paged(ReferenceDevice(model, 512, 8, MAX_BLOCKS))
+        logits.append(paged.compute(paged.new(random_tokens(60)), chunk=60))
+
+    assert torch.equal(*logits)
 
 
 def test_queries_of_the_largest_gemma_are_scaled_by_its_width(tmp_path: Path) -> None:
