@@ -565,7 +565,9 @@ def _layers_with_experts(values: Json, read: Values, traits: Traits, num_layers:
     dense = values.get("mlp_only_layers") or []
     if step < 1 or not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise ModelError(f"{where}: decoder_sparse_step must be at least 1 and mlp_only_layers a list of layers")
-    first = read.integer(traits.keys.get("first_k_dense_replace", "first_k_dense_replace"), 0)
+    first = read.integer(first_key := traits.keys.get("first_k_dense_replace", "first_k_dense_replace"), 0)
+    if first < 0:
+        raise ModelError(f"{where}: {first_key} is {first}, expected at least 0")
     last = read.integer("moe_layer_end_index", -1)
     last = num_layers - 1 if last < 0 else last
     dense = set(dense)

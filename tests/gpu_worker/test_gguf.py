@@ -527,7 +527,7 @@ def test_a_file_says_which_layers_have_a_window(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gemma3", "phi3"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gemma3", "phi3", "gpt-oss", "granitemoe", "deepseek2"])
 def test_damaged_metadata_of_any_architecture_does_no_more_than_raise(tmp_path: Path, case: str) -> None:
     name, _, family = CASES[case]
     path = tmp_path / "model.gguf"
