@@ -12,11 +12,15 @@ from typing import Literal, NamedTuple
 
 
 class Key(NamedTuple):
-    """A setting: its name in a GGUF file without the architecture in front, and what it is if the file lacks it."""
+    """A setting: its name in a GGUF file without the architecture in front, and what it is if the file lacks it.
+
+    A number is multiplied by `scale`.
+    """
 
     name: str
     kind: Literal["integer", "number"]
     default: float | None = None
+    scale: float = 1.0
 
 
 # By the name in a config.json. Head sizes and rotary settings are read apart: they depend on each other.
@@ -31,6 +35,30 @@ _EXPERT_KEYS = {
     "num_experts_per_tok": Key("expert_used_count", "integer"),
 }
 _SIZED_EXPERT_KEYS = {**_EXPERT_KEYS, "moe_intermediate_size": Key("expert_feed_forward_length", "integer")}
+_MULTIPLIER_KEYS = {
+    "embedding_multiplier": Key("embedding_scale", "number", 1.0),
+    "attention_multiplier": Key("attention.scale", "number"),
+    "residual_multiplier": Key("residual_scale", "number", 1.0),
+    "logits_scaling": Key("logit_scale", "number", 1.0),
+}
+_GROUP_KEYS = {
+    "n_shared_experts": Key("expert_shared_count", "integer", 0),
+    "n_group": Key("expert_group_count", "integer", 1),
+    "topk_group": Key("expert_group_used_count", "integer", 1),
+    "routed_scaling_factor": Key("expert_weights_scale", "number", 1.0),
+}
+_GATING_KEY = {"scoring_func": Key("expert_gating_func", "integer")}  # that a row is chosen by
+# A tenth of both factors of YaRN, of which the converter takes that they are the same.
+_YARN_FACTOR = Key("rope.scaling.yarn_log_multiplier", "number", 0.0, 10.0)
+_LATENT_KEYS = {
+    **_SIZED_EXPERT_KEYS,
+    **_GROUP_KEYS,
+    "q_lora_rank": Key("attention.q_lora_rank", "integer", 0),
+    "kv_lora_rank": Key("attention.kv_lora_rank", "integer"),
+    "qk_rope_head_dim": Key("rope.dimension_count", "integer"),
+    "mscale": _YARN_FACTOR,
+    "mscale_all_dim": _YARN_FACTOR,
+}
 
 # Settings that change what is computed, with the values that change nothing. A row may read one as a key of its own.
 NEUTRAL: dict[str, tuple[float | bool, ...]] = {
@@ -54,8 +82,12 @@ NEUTRAL: dict[str, tuple[float | bool, ...]] = {
     "use_parallel_residual": (False,),
 }
 
+# What ends the name of a row that is read in place of another where experts are scored so; a row may lack it.
+GATINGS = {2: "by sigmoids"}
+
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-# One tensor may hold several: the parts' rows one after the other, or with {} in the name all experts in a stack.
+# One tensor may hold several: the parts' rows one after the other, or with {} in the name all experts in a stack. A
+# name with what it ends with is of that tensor alone, and those of the parts are then whole.
 LAYER_NAMES: dict[str, tuple[str, ...]] = {
     "attn_norm": ("input_layernorm",),
     "attn_q": ("self_attn.q_proj",),
@@ -77,6 +109,21 @@ LAYER_NAMES: dict[str, tuple[str, ...]] = {
     "ffn_gate_shexp": ("mlp.shared_expert.gate_proj",),
     "ffn_up_shexp": ("mlp.shared_expert.up_proj",),
     "ffn_down_shexp": ("mlp.shared_expert.down_proj",),
+    "exp_probs_b.bias": ("mlp.gate.e_score_correction_bias",),
+    "attn_sinks.weight": ("self_attn.sinks",),
+    "attn_q_a": ("self_attn.q_a_proj",),
+    "attn_q_a_norm": ("self_attn.q_a_layernorm",),
+    "attn_q_b": ("self_attn.q_b_proj",),
+    "attn_kv_a_mqa": ("self_attn.kv_a_proj_with_mqa",),
+    "attn_kv_a_norm": ("self_attn.kv_a_layernorm",),
+    "attn_kv_b": ("self_attn.kv_b_proj",),
+    "attn_k_b": ("self_attn.k_b_proj",),
+    "attn_v_b": ("self_attn.v_b_proj",),
+}
+_SHARED_NAMES = {
+    "ffn_gate_shexp": ("mlp.shared_experts.gate_proj",),
+    "ffn_up_shexp": ("mlp.shared_experts.up_proj",),
+    "ffn_down_shexp": ("mlp.shared_experts.down_proj",),
 }
 _MIXTRAL_NAMES = {
     "ffn_gate_inp": ("block_sparse_moe.gate",),
@@ -122,7 +169,7 @@ class GgufArchitecture:
         return "num_experts" in self.keys
 
 
-# By general.architecture; "X with experts" is read in place of X where expert_count is above 0.
+# By general.architecture; "X with experts" is read in place of X where expert_count is above 0, and see GATINGS.
 GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
     "llama": GgufArchitecture("LlamaForCausalLM", rotates_pairs=True),
     "llama with experts": GgufArchitecture(
@@ -166,12 +213,81 @@ GGUF_ARCHITECTURES: dict[str, GgufArchitecture] = {
     ),
     "granite": GgufArchitecture(
         "GraniteForCausalLM",
-        keys={
-            "embedding_multiplier": Key("embedding_scale", "number", 1.0),
-            "attention_multiplier": Key("attention.scale", "number"),
-            "residual_multiplier": Key("residual_scale", "number", 1.0),
-            "logits_scaling": Key("logit_scale", "number", 1.0),
+        keys=_MULTIPLIER_KEYS,
+        rotates_pairs=True,
+    ),
+    "granitemoe": GgufArchitecture(
+        "GraniteMoeSharedForCausalLM",
+        names={
+            "ffn_gate_inp": ("block_sparse_moe.router",),
+            "ffn_gate_exps": ("block_sparse_moe.experts.{}.gate_proj",),
+            "ffn_up_exps": ("block_sparse_moe.experts.{}.up_proj",),
+            "ffn_down_exps": ("block_sparse_moe.experts.{}.down_proj",),
+            "ffn_gate_shexp": ("block_sparse_moe.shared_expert.gate_proj",),
+            "ffn_up_shexp": ("block_sparse_moe.shared_expert.up_proj",),
+            "ffn_down_shexp": ("block_sparse_moe.shared_expert.down_proj",),
         },
+        keys={
+            **_MULTIPLIER_KEYS,
+            **_EXPERT_KEYS,
+            "shared_expert_intermediate_size": Key("expert_shared_feed_forward_length", "integer", 0),
+        },
+        values={"norm_topk_prob": True},
+        rotates_pairs=True,
+    ),
+    "gpt-oss": GgufArchitecture(
+        "GptOssForCausalLM",
+        names={
+            "post_attention_norm": ("post_attention_layernorm",),
+            "ffn_gate_inp": ("mlp.router",),
+            "ffn_gate_exps.bias": ("mlp.experts.gate_proj_bias",),
+            "ffn_up_exps.bias": ("mlp.experts.up_proj_bias",),
+            "ffn_down_exps.bias": ("mlp.experts.down_proj_bias",),
+        },
+        keys=_SIZED_EXPERT_KEYS,
+        values={"norm_topk_prob": True, "truncate": False},
+        window_pattern=2,
+    ),
+    "glm4": GgufArchitecture(
+        "Glm4ForCausalLM",
+        names={
+            "post_attention_norm": ("post_self_attn_layernorm",),
+            "ffn_up": ("mlp.gate_proj", "mlp.up_proj"),
+            "post_ffw_norm": ("post_mlp_layernorm",),
+        },
+        rotates_pairs=True,
+    ),
+    "ernie4_5-moe": GgufArchitecture(
+        "Ernie4_5_MoeForCausalLM",
+        names={**_SHARED_NAMES, "exp_probs_b.bias": ("mlp.moe_statics.e_score_correction_bias",)},
+        keys={**_SIZED_EXPERT_KEYS, "n_shared_experts": Key("expert_shared_count", "integer", 0)},
+        values={"norm_topk_prob": True},
+        rotates_pairs=True,
+    ),
+    "minimax-m2": GgufArchitecture(
+        "MiniMaxM2ForCausalLM",
+        names={**_MIXTRAL_NAMES, "exp_probs_b.bias": ("block_sparse_moe.e_score_correction_bias",)},
+        keys={**_SIZED_EXPERT_KEYS, **_GATING_KEY},
+        values={"norm_topk_prob": True},
+    ),
+    "dots1": GgufArchitecture(
+        "Dots1ForCausalLM",
+        names=_SHARED_NAMES,
+        keys={**_SIZED_EXPERT_KEYS, **_GROUP_KEYS, **_GATING_KEY},
+        values={"norm_topk_prob": False},
+    ),
+    "deepseek2": GgufArchitecture(
+        "DeepseekV2ForCausalLM",
+        names=_SHARED_NAMES,
+        keys=_LATENT_KEYS,
+        values={"norm_topk_prob": False, "topk_method": "group_limited_greedy"},
+        rotates_pairs=True,
+    ),
+    "deepseek2 by sigmoids": GgufArchitecture(
+        "DeepseekV3ForCausalLM",
+        names=_SHARED_NAMES,
+        keys={**_LATENT_KEYS, **_GATING_KEY},
+        values={"norm_topk_prob": False},
         rotates_pairs=True,
     ),
     "olmo2": GgufArchitecture(

@@ -22,6 +22,7 @@ from octavo.gpu_worker.formats.gguf_file import GgufFile, GgufTensor
 from octavo.gpu_worker.formats.gguf_kinds import KINDS, Kind
 from octavo.gpu_worker.loading.folder import check_shape, name_list
 from octavo.gpu_worker.loading.gguf_architectures import (
+    GATINGS,
     GGUF_ARCHITECTURES,
     KEYS,
     LAYER_NAMES,
@@ -30,7 +31,7 @@ from octavo.gpu_worker.loading.gguf_architectures import (
     GgufArchitecture,
 )
 from octavo.gpu_worker.loading.loading import Progress
-from octavo.gpu_worker.loading.tensor_names import is_packed_alone
+from octavo.gpu_worker.loading.tensor_names import is_packed_alone, pairs_of
 from octavo.gpu_worker.loading.weights import DTYPES, Checkpoint
 from octavo.gpu_worker.models.config import MAX_LAYERS, ModelConfig, checked_integer, checked_number, from_json
 from octavo.gpu_worker.models.registry import Architecture, find_architecture
@@ -96,7 +97,7 @@ def plan_gguf(
     Raises ModelError.
     """
     path = source.path
-    row = _find_row(source)
+    row = find_row(source)
     config = _read_config(source, row)
     names = _hub_names(source, row, config)
     if config.tie_word_embeddings and "lm_head.weight" in names:
@@ -173,7 +174,7 @@ def _row_pieces(shape: tuple[int, ...], num_threads: int) -> list[slice]:
     return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def _find_row(source: GgufFile) -> GgufArchitecture:
+def find_row(source: GgufFile) -> GgufArchitecture:
     """Return the row of a file's architecture."""
     family = source.metadata.get("general.architecture")
     if not isinstance(family, str) or family not in GGUF_ARCHITECTURES:
@@ -181,8 +182,10 @@ def _find_row(source: GgufFile) -> GgufArchitecture:
             f"{source.path}: GGUF architecture {shown(family)} is not supported; supported are "
             f"{', '.join(GGUF_ARCHITECTURES)}"
         )
-    has_experts = _Metadata(source, family).integer("expert_count", 0) > 0
-    row = GGUF_ARCHITECTURES[family]
+    read = _Metadata(source, family)
+    has_experts = read.integer("expert_count", 0) > 0
+    gating = GATINGS.get(read.integer("expert_gating_func", 0), "")
+    row = GGUF_ARCHITECTURES.get(f"{family} {gating}", GGUF_ARCHITECTURES[family])
     if has_experts and not row.has_experts:
         row = GGUF_ARCHITECTURES.get(f"{family} with experts", row)
     if has_experts != row.has_experts:
@@ -200,7 +203,11 @@ def _hub_names(source: GgufFile, row: GgufArchitecture, config: ModelConfig) -> 
         if len(parts) == 2 and parts[0] in TOP_NAMES:
             names[f"{TOP_NAMES[parts[0]]}.{parts[1]}"] = name, 0
             continue
-        hub = row.names.get(parts[2], LAYER_NAMES.get(parts[2])) if len(parts) == 4 and parts[0] == "blk" else None
+        hub, suffix = None, ""
+        if len(parts) == 4 and parts[0] == "blk":
+            hub = _hub_name(row, ".".join(parts[2:]))
+        if hub is None and len(parts) == 4 and parts[0] == "blk":
+            hub, suffix = _hub_name(row, parts[2]), f".{parts[3]}"
         if hub is None:
             raise ModelError(f"{source.path}: holds a tensor that no supported architecture has: {shown(name)}")
         if "{}" in hub[0]:
@@ -210,9 +217,14 @@ def _hub_names(source: GgufFile, row: GgufArchitecture, config: ModelConfig) -> 
                 raise ModelError(f"{source.path}: {what}, the metadata asks for {num_experts} experts")
             hub = tuple(hub[0].format(expert) for expert in range(num_experts))
         for index, each in enumerate(hub):
-            if names.setdefault(f"model.layers.{parts[1]}.{each}.{parts[3]}", (name, index)) != (name, index):
+            if names.setdefault(f"model.layers.{parts[1]}.{each}{suffix}", (name, index)) != (name, index):
                 raise ModelError(f"{source.path}: {each} of layer {parts[1]} is there twice, also in {shown(name)}")
     return names
+
+
+def _hub_name(row: GgufArchitecture, name: str) -> tuple[str, ...] | None:
+    """Return what a hub's checkpoint calls the parts of a layer's tensor."""
+    return row.names.get(name, LAYER_NAMES.get(name))
 
 
 def _parts(
@@ -226,7 +238,7 @@ def _parts(
     for stored_name, held in holders.items():
         stored = source.tensors[stored_name]
         shapes = [wanted[name] for name in held]
-        if len(stored.shape) == 3:
+        if len(stored.shape) == 3 and len(shapes[0]) == 2:
             whole: tuple[int, ...] = (len(held), *shapes[0])
         elif shapes == [(1, *stored.shape)]:  # a matrix of one row, which the converter made a vector
             whole = stored.shape
@@ -251,16 +263,22 @@ def _read_config(source: GgufFile, row: GgufArchitecture) -> ModelConfig:
     num_layers = read.integer("block_count")
     if num_heads < 1 or not 1 <= num_layers <= MAX_LAYERS:
         raise ModelError(f"{source.path}: {num_heads} attention heads in {num_layers} layers are no model")
+    traits = find_architecture(row.architecture, str(source.path)).traits
     values: dict[str, object] = {**row.values}
     for name, key in {**KEYS, **row.keys}.items():
-        values[name] = (
-            read.number(key.name, key.default)
+        values[traits.keys.get(name, name)] = (
+            read.number(key.name, key.default) * key.scale
             if key.kind == "number"
             else read.integer(key.name, None if key.default is None else int(key.default))
         )
     width = read.integer("embedding_length") // num_heads
     head_dim = read.integer("attention.key_length", width)
-    if read.integer("attention.value_length", head_dim) != head_dim:
+    value_dim = read.integer("attention.value_length", head_dim)
+    if traits.is_latent:  # else, and in older files, these are of the cache
+        rope_dim = read.integer("rope.dimension_count")
+        values["qk_nope_head_dim"] = read.integer("attention.key_length_mla", head_dim) - rope_dim
+        values["v_head_dim"] = read.integer("attention.value_length_mla", value_dim)
+    elif value_dim != head_dim:
         raise ModelError(f"{source.path}: keys and values of different sizes are not supported")
     embedding = source.tensors.get("token_embd.weight")
     if embedding is None:
@@ -283,12 +301,12 @@ def _read_config(source: GgufFile, row: GgufArchitecture) -> ModelConfig:
         "tie_word_embeddings": "output.weight" not in source.tensors or _is_second_copy(source),
     }
     if row.has_experts:
+        values[traits.keys.get("first_k_dense_replace", "first_k_dense_replace")] = 0  # as the tensors say
         values["mlp_only_layers"] = [
             layer for layer in range(num_layers) if f"blk.{layer}.ffn_gate_inp.weight" not in source.tensors
         ]
         if (is_normalized := read.get("expert_weights_norm", values.get("norm_topk_prob"))) is not None:
             values["norm_topk_prob"] = is_normalized
-    traits = find_architecture(row.architecture, str(source.path)).traits
     config = from_json(values, row.architecture, traits, str(source.path))
 
     rotary_dim = read.integer("rope.dimension_count", head_dim)
@@ -296,7 +314,7 @@ def _read_config(source: GgufFile, row: GgufArchitecture) -> ModelConfig:
     if factors is not None:
         check_shape(_ROPE_FACTORS, factors.shape, (rotary_dim // 2,), str(source.path))
     freq_factors = () if factors is None else tuple(_dequantise(source, factors).tolist())
-    window_rope = config.window_rope
+    window_rope, latent = config.window_rope, config.latent
     return replace(
         config,
         windows=windows,
@@ -305,6 +323,7 @@ def _read_config(source: GgufFile, row: GgufArchitecture) -> ModelConfig:
         qkv_bias=bool({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"} & source.tensors.keys()),
         output_bias="blk.0.attn_output.bias" in source.tensors,
         mlp_bias="blk.0.ffn_up.bias" in source.tensors,
+        latent=latent and replace(latent, is_split="blk.0.attn_k_b.weight" in source.tensors),
     )
 
 
@@ -397,11 +416,12 @@ def _dequantise(source: GgufFile, tensor: GgufTensor, rows: slice = slice(None))
 
 def _rows_as_published(name: str, values: RowsOf, config: ModelConfig, row: GgufArchitecture) -> RowsOf:
     """Undo GGUF's order of rotary rows, where it has pairs next to each other, in queries and keys."""
-    if not row.rotates_pairs or not (".self_attn.q_proj." in name or ".self_attn.k_proj." in name):
+    pairs = pairs_of(name, replace(config, is_interleaved=row.rotates_pairs))
+    if pairs is None:
         return values
-    order = np.arange(len(values)).reshape(-1, config.heads.head_dim)
-    rotated = order[:, : config.rope.rotary_dim]
-    order[:, : config.rope.rotary_dim] = rotated.reshape(len(order), -1, 2).swapaxes(1, 2).reshape(rotated.shape)
+    order = np.arange(len(values)).reshape(-1, pairs.head_dim)
+    rotated = order[:, pairs.first : pairs.first + pairs.count]
+    rotated[:] = rotated.reshape(len(order), -1, 2).swapaxes(1, 2).reshape(rotated.shape)
     return values[order.ravel()]
 
 

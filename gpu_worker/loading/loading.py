@@ -96,20 +96,24 @@ def device_of(name: str, file: Path) -> str:
     device = choose_device(name)
     if name == "auto" and device != "reference" and fallback.is_needed(file):
         return "reference"
-    if name == "auto" and device == "cuda" and has_latent_cache(file):
+    if name == "auto" and device == "cuda" and latent_architecture(file):
         return choose_device("cpu")
     return device
 
 
-def has_latent_cache(file: Path) -> bool:
-    """Return whether a folder's config.json names an architecture of latent attention that is described here."""
+def latent_architecture(file: Path) -> str:
+    """Return the architecture of a model if it is one of latent attention that is described here, else nothing."""
     try:
-        name = architecture_of(file)
-        if is_wrapper(name):
+        if file.suffix == ".gguf":
+            from octavo.gpu_worker.formats.gguf_file import GgufFile
+            from octavo.gpu_worker.loading.gguf_model import find_row
+
+            name = find_row(GgufFile(file)).architecture
+        elif is_wrapper(name := architecture_of(file)):
             name, _ = text_part(read_json(file / "config.json"), name, "")
     except ModelError:
-        return False
-    return name in ARCHITECTURES and ARCHITECTURES[name].is_latent
+        return ""
+    return name if name in ARCHITECTURES and ARCHITECTURES[name].is_latent else ""
 
 
 def check_device(file: Path, device: str, scheme: str, *, has_vectors: bool) -> None:
@@ -122,8 +126,8 @@ def check_device(file: Path, device: str, scheme: str, *, has_vectors: bool) -> 
     if fallback.is_needed(file):
         _check_fallback(file, device)
     architecture = architecture_of(file)
-    if device == "cuda" and has_latent_cache(file):
-        raise DeviceError(f"device cuda: it has no kernels for the latent attention of {architecture}; use device cpu")
+    if device == "cuda" and (latent := latent_architecture(file)):
+        raise DeviceError(f"device cuda: it has no kernels for the latent attention of {latent}; use device cpu")
     if device == "cuda" and (architecture.startswith(("ModernBert", "NomicBert")) or is_bidirectional(file)):
         raise DeviceError(f"device cuda does not run {architecture}; serve this model with device cpu")
     if has_vectors and scheme != Quantization.NONE:

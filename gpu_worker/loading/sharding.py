@@ -107,7 +107,7 @@ class Sharding:
             index[0] = self._kv_rows(config.heads)
         elif kind == "sinks":
             index[0] = self._share(shape[0])
-        elif kind == "gate_up_proj_bias":  # whose outputs alternate
+        elif kind in ("gate_proj_bias", "up_proj_bias"):
             index[1] = self._share(shape[1])
         elif kind == "down_proj_bias":
             is_zero = self.rank > 0

@@ -10,36 +10,52 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_PARTS = ("gate_proj", "up_proj")
+_GATE_UP, _DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor of all experts.
+    """A tensor of all experts, [experts, outputs, ...].
 
     suffix         of the tensors that it stands for
     parts          of an expert whose outputs alternate in it
-    is_transposed  whether it is [experts, inputs, outputs], not [experts, outputs, ...]
+    num_dimensions that it may have; with two it is of biases, and each part of it is of all experts
+    is_transposed  whether it is [experts, inputs, outputs]
+    are_in_order   whether the outputs of each part follow those of the last one instead
     """
 
     suffix: str
     parts: tuple[str, ...]
-    is_transposed: bool
+    num_dimensions: tuple[int, ...] = (3,)
+    is_transposed: bool = False
+    are_in_order: bool = False
+
+    @property
+    def is_of_biases(self) -> bool:
+        """Whether it is [experts, outputs]."""
+        return self.num_dimensions == (2,)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
-        """Return the shape of one expert's part."""
+        """Return the shape of one expert's part, or of all experts' biases."""
+        if self.is_of_biases:
+            return stored[0], stored[1] // len(self.parts)
         if self.is_transposed:
             return stored[2] // len(self.parts), stored[1]
         return stored[1] // len(self.parts), math.prod(stored[2:])
 
 
+# By the end of a tensor's name, behind that of the mixture: of gpt-oss, and of Granite.
 _STACKS = {
-    f"{name}{ending}": Stack(suffix, parts, is_transposed)
-    for name, parts in (("gate_up_proj", _PARTS), ("down_proj", ("down_proj",)))
-    for ending, suffix, is_transposed in (
-        ("", "weight", True),
-        ("_blocks", "weight_packed", False),
-        ("_scales", "weight_scale", False),
+    "experts.gate_up_proj_bias": Stack("bias", _GATE_UP, (2,)),
+    "input_linear.weight": Stack("weight", _GATE_UP, are_in_order=True),
+    "output_linear.weight": Stack("weight", _DOWN),
+} | {
+    f"experts.{name}{ending}": Stack(suffix, parts, num_dimensions, is_transposed)
+    for name, parts in (("gate_up_proj", _GATE_UP), ("down_proj", _DOWN))
+    for ending, suffix, num_dimensions, is_transposed in (
+        ("", "weight", (3,), True),
+        ("_blocks", "weight_packed", (3, 4), False),
+        ("_scales", "weight_scale", (3, 4), False),
     )
 }
 
@@ -57,13 +73,17 @@ class Piece:
 def _pieces_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, Piece]]:
     """Yield what stands in place of each stack among some tensors, by the name that an expert's own would have."""
     for name, shape in shapes:
-        prefix, _, last = name.rpartition(".")
-        stack = _STACKS.get(last) if prefix.endswith(".experts") else None
-        if stack is None or len(shape) not in ((3,) if stack.is_transposed else (3, 4)):
+        block, _, end = name.rpartition(".")
+        block, _, module = block.rpartition(".")
+        stack = _STACKS.get(f"{module}.{end}")
+        if stack is None or len(shape) not in stack.num_dimensions:
             continue
-        for expert in range(shape[0]):
-            for part, module in enumerate(stack.parts):
-                yield f"{prefix}.{expert}.{module}.{stack.suffix}", Piece(name, stack, expert, part)
+        for part, module in enumerate(stack.parts):
+            if stack.is_of_biases:
+                yield f"{block}.experts.{module}_{stack.suffix}", Piece(name, stack, 0, part)
+                continue
+            for expert in range(shape[0]):
+                yield f"{block}.experts.{expert}.{module}.{stack.suffix}", Piece(name, stack, expert, part)
 
 
 class ExpertTensor:
@@ -93,11 +113,15 @@ class ExpertTensor:
         """Return some rows, and of them some columns. Reads no other rows of a stack that has them in order."""
         stack, part, expert = self._piece.stack, self._piece.part, self._piece.expert
         rows, *columns = index if isinstance(index, tuple) else (index,)
-        step, here = len(stack.parts), slice(expert, expert + 1)
-        if stack.is_transposed:
+        step, here, size = len(stack.parts), slice(expert, expert + 1), self.get_shape()[0]
+        start, stop, _ = rows.indices(size)
+        if stack.is_of_biases:
+            found = self._stored[start:stop][:, part::step]
+        elif stack.is_transposed:
             found = self._stored[here][0][:, part::step].T[rows]
+        elif stack.are_in_order:
+            found = self._stored[here, part * size + start : part * size + stop][0]
         else:
-            start, stop, _ = rows.indices(self.get_shape()[0])
             found = self._stored[here, start * step : stop * step][0][part::step].flatten(1)
         return found[(slice(None), *columns)].contiguous()
 

@@ -223,6 +223,8 @@ class LatentConfig:
     rank        of what keys and values are made of
     nope_dim, rope_dim  a head's dimensions of queries and keys, those that are rotated last
     value_dim   of a head
+    is_split    whether what makes keys and what makes values are two tensors, [heads, rank, nope_dim] and
+                [heads, value_dim, rank]
     """
 
     query_rank: int
@@ -230,6 +232,7 @@ class LatentConfig:
     nope_dim: int
     rope_dim: int
     value_dim: int
+    is_split: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes that no layer has."""
@@ -531,7 +534,7 @@ def _experts(values: Json, read: Values, traits: Traits, num_layers: int, where:
 
     count = traits.keys.get("num_experts", "num_experts")
     inner = read.integer("moe_intermediate_size", read.integer("intermediate_size"))
-    shared = read.integer("shared_expert_intermediate_size", integer("n_shared_experts", 0) * inner)
+    shared = integer("shared_expert_intermediate_size", integer("n_shared_experts", 0) * inner)
     has_groups = values.get("topk_method") != "greedy"
     routing = replace(
         mixture.routing,
@@ -562,7 +565,9 @@ def _layers_with_experts(values: Json, read: Values, traits: Traits, num_layers:
     dense = values.get("mlp_only_layers") or []
     if step < 1 or not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise ModelError(f"{where}: decoder_sparse_step must be at least 1 and mlp_only_layers a list of layers")
-    first = read.integer(traits.keys.get("first_k_dense_replace", "first_k_dense_replace"), 0)
+    first = read.integer(first_key := traits.keys.get("first_k_dense_replace", "first_k_dense_replace"), 0)
+    if first < 0:
+        raise ModelError(f"{where}: {first_key} is {first}, expected at least 0")
     last = read.integer("moe_layer_end_index", -1)
     last = num_layers - 1 if last < 0 else last
     dense = set(dense)

@@ -186,7 +186,8 @@ def tensor_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             if bias:
                 yield f"{prefix}{name}.bias", (rows,)
         if config.latent is not None:
-            yield from ((f"{prefix}{name}.weight", (size,)) for name, size in latent.norm_sizes(config.latent).items())
+            others = latent.other_shapes(config.latent, config.heads.num_heads)
+            yield from ((f"{prefix}{name}.weight", shape) for name, shape in others.items())
         if config.has_sinks:
             yield f"{prefix}self_attn.sinks", (config.heads.num_heads,)
         if config.qk_norm:

@@ -36,8 +36,12 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {f"{names.block}.{names.router}.weight": (settings.num_experts, hidden)}
     if names.has_biases:
         shapes[f"{names.block}.{names.router}.bias"] = (settings.num_experts,)
-        shapes[f"{names.block}.experts.gate_up_proj_bias"] = (settings.num_experts, 2 * settings.intermediate_size)
-        shapes[f"{names.block}.experts.down_proj_bias"] = (settings.num_experts, hidden)
+        for name, size in (
+            (names.gate, settings.intermediate_size),
+            (names.up, settings.intermediate_size),
+            (names.down, hidden),
+        ):
+            shapes[f"{names.block}.experts.{name}_bias"] = (settings.num_experts, size)
     if names.bias:
         rows = (1,) if names.is_bias_a_row else ()
         shapes[f"{names.block}.{names.bias}"] = (*rows, settings.num_experts)
@@ -76,9 +80,8 @@ def take_layer(config: ModelConfig, tensors: dict[str, torch.Tensor], prefix: st
     router_bias = biases = None
     if names.has_biases:
         router_bias = tensors.pop(f"{prefix}.{names.router}.bias")
-        in_turn = tensors.pop(f"{prefix}.experts.gate_up_proj_bias")
-        gate_up_bias = torch.cat([in_turn[:, 0::2], in_turn[:, 1::2]], dim=1)
-        biases = (gate_up_bias, tensors.pop(f"{prefix}.experts.down_proj_bias"))
+        gated = [tensors.pop(f"{prefix}.experts.{name}_bias") for name in (names.gate, names.up)]
+        biases = (torch.cat(gated, dim=1), tensors.pop(f"{prefix}.experts.{names.down}_bias"))
     return ExpertsFeedForward(
         Experts(
             router,

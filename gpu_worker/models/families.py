@@ -283,6 +283,21 @@ OLMOE = Traits(
     mixture=MixtureTraits(),
 )
 
+_SHARED = "block_sparse_moe.shared_expert"
+GRANITE_MOE = replace(
+    GRANITE,
+    defaults={**GRANITE.defaults, "num_local_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    | {"shared_intermediate_size": 0},
+    mixture=MixtureTraits(
+        MixtureNames("block_sparse_moe", router="router", is_stacked=True), Routing(has_shared_gate=False)
+    ),
+    keys={"shared_expert_intermediate_size": "shared_intermediate_size"},
+    fused={
+        "block_sparse_moe.router.layer": ("block_sparse_moe.router",),
+        "shared_mlp.input_linear": (f"{_SHARED}.gate_proj", f"{_SHARED}.up_proj"),
+        "shared_mlp.output_linear": (f"{_SHARED}.down_proj",),
+    },
+)
 GPT_OSS = Traits(
     {
         "max_position_embeddings": 131072,
@@ -546,6 +561,8 @@ ARCHITECTURES: dict[str, Traits] = {
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "OlmoeForCausalLM": OLMOE,
+    "GraniteMoeForCausalLM": GRANITE_MOE,
+    "GraniteMoeSharedForCausalLM": GRANITE_MOE,
     "GptOssForCausalLM": GPT_OSS,
     "Glm4MoeForCausalLM": GLM4_MOE,
     "SolarOpenForCausalLM": SOLAR_OPEN,

@@ -45,9 +45,10 @@ def linear_shapes(config: ModelConfig, latent: LatentConfig) -> dict[str, tuple[
     queries = num_heads * latent.query_dim
     shapes = {
         "self_attn.kv_a_proj_with_mqa": (latent.rank + latent.rope_dim, hidden, config.qkv_bias),
-        "self_attn.kv_b_proj": (num_heads * (latent.nope_dim + latent.value_dim), latent.rank, False),
         "self_attn.o_proj": (hidden, num_heads * latent.value_dim, config.output_bias),
     }
+    if not latent.is_split:
+        shapes["self_attn.kv_b_proj"] = (num_heads * (latent.nope_dim + latent.value_dim), latent.rank, False)
     if not latent.query_rank:
         return {**shapes, "self_attn.q_proj": (queries, hidden, False)}
     return {
@@ -57,10 +58,15 @@ def linear_shapes(config: ModelConfig, latent: LatentConfig) -> dict[str, tuple[
     }
 
 
-def norm_sizes(latent: LatentConfig) -> dict[str, int]:
-    """Return the sizes of one layer's norms inside of attention, named without the layer."""
-    sizes = {"self_attn.kv_a_layernorm": latent.rank}
-    return {**sizes, "self_attn.q_a_layernorm": latent.query_rank} if latent.query_rank else sizes
+def other_shapes(latent: LatentConfig, num_heads: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one layer's norms inside of attention and of its split matrices, named without the layer."""
+    shapes: dict[str, tuple[int, ...]] = {"self_attn.kv_a_layernorm": (latent.rank,)}
+    if latent.query_rank:
+        shapes["self_attn.q_a_layernorm"] = (latent.query_rank,)
+    if latent.is_split:
+        shapes["self_attn.k_b_proj"] = (num_heads, latent.rank, latent.nope_dim)
+        shapes["self_attn.v_b_proj"] = (num_heads, latent.value_dim, latent.rank)
+    return shapes
 
 
 def take_layer(
@@ -78,13 +84,17 @@ def take_layer(
         # transformers' classes do not hand the config's epsilon on to these.
         return Norm(tensors.pop(f"{prefix}self_attn.{name}.weight"), 1e-6)
 
-    matrices = tensors.pop(f"{prefix}self_attn.kv_b_proj.weight").view(config.heads.num_heads, -1, latent.rank)
+    if latent.is_split:
+        to_latent, to_value = (tensors.pop(f"{prefix}self_attn.{kind}_b_proj.weight") for kind in "kv")
+    else:
+        matrices = tensors.pop(f"{prefix}self_attn.kv_b_proj.weight").view(config.heads.num_heads, -1, latent.rank)
+        to_latent, to_value = matrices[:, : latent.nope_dim].transpose(1, 2), matrices[:, latent.nope_dim :]
     return LatentAttention(
         query_down=linear("q_a_proj") if latent.query_rank else None,
         query_norm=norm("q_a_layernorm") if latent.query_rank else None,
         queries=linear("q_b_proj" if latent.query_rank else "q_proj", is_reordered=config.is_interleaved),
         latent=linear("kv_a_proj_with_mqa", is_reordered=config.is_interleaved),
         latent_norm=norm("kv_a_layernorm"),
-        to_latent=HeadLinear(matrices[:, : latent.nope_dim].transpose(1, 2)),
-        to_value=HeadLinear(matrices[:, latent.nope_dim :]),
+        to_latent=HeadLinear(to_latent),
+        to_value=HeadLinear(to_value),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +16,45 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from octavo.gpu_worker import quantization
 from octavo.gpu_worker.devices.cpu.device import CpuDevice
 from octavo.gpu_worker.devices.reference.device import ReferenceDevice
-from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.errors import DeviceError, ModelError
 from octavo.gpu_worker.formats.gguf_file import GgufFile
 from octavo.gpu_worker.loading.gguf_architectures import GGUF_ARCHITECTURES
 from octavo.gpu_worker.loading.gguf_model import load_gguf
-from octavo.gpu_worker.loading.loading import load_model
+from octavo.gpu_worker.loading.loading import check_device, load_model
+from octavo.gpu_worker.loading.sharding import Pairs
+from octavo.gpu_worker.loading.tensor_names import pairs_of
 from octavo.gpu_worker.loading.weights import Checkpoint, load_folder
 from octavo.gpu_worker.quantization import Quantization
+from octavo.kernels.cpu.coded_rows import Coded, parts_of
 
 from .paged import MAX_BLOCKS, Paged
 from .test_models import random_tokens
 from .tiny import make_checkpoint
 
 
-def permuted(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+def permuted(values: npt.NDArray[np.float32], pairs: Pairs) -> npt.NDArray[np.float32]:
     """Order rotary rows as llama.cpp's converter does."""
-    shape = values.shape
-    return values.reshape(heads, 2, shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(shape)
+    heads = values.reshape(-1, pairs.head_dim, *values.shape[1:]).copy()
+    rotated = heads[:, pairs.first : pairs.first + pairs.count]
+    halves = rotated.reshape(len(heads), 2, pairs.count // 2, *values.shape[1:])
+    rotated[:] = halves.swapaxes(1, 2).reshape(rotated.shape)
+    return heads.reshape(values.shape)
 
 
 PERMUTED = (
     "llama",
     "mistral3",
     "internlm2",
+    "glm4",
     "granite",
+    "granitemoe",
     "smollm3",
     "ernie4_5",
+    "ernie4_5-moe",
+    "deepseek2",
 )  # llama.cpp rotates pairs of dimensions in them
 EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -51,26 +64,50 @@ def published_tensors(source: Checkpoint) -> Iterator[tuple[str, npt.NDArray[np.
     stacks: dict[str, list[npt.NDArray[np.float32]]] = {}
     for name, tensor in source.tensors.items():
         values = tensor.float().numpy()
+        name = name.replace("block_sparse_moe.router.", "block_sparse_moe.router.layer.")
+        name = name.replace("block_sparse_moe.shared_expert.", "mlp.shared_expert.")
         if match := re.fullmatch(r"(.*)\.(?:mlp|block_sparse_moe)\.experts\.\d+\.(\w+)\.weight", name):
             part = EXPERT_NAMES.get(match[2], match[2])
             stacks.setdefault(f"{match[1]}.mlp.experts.{part}.weight", []).append(values)
         elif name.endswith("shared_expert_gate.weight"):
             yield name, values.squeeze()
+        elif name.endswith("sinks"):
+            yield f"{name}.weight", values
+        elif name.endswith("moe_statics.e_score_correction_bias"):
+            yield name.replace("_bias", ".bias"), values.squeeze()
+        elif name.endswith("_bias"):
+            yield re.sub("(_correction)?_bias$", r"\1.bias", name), values
         else:
             yield name, values
     yield from ((name, np.stack(values)) for name, values in stacks.items())
 
 
-def fused(source: Checkpoint) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Yield a checkpoint's tensors as Phi 3 has them."""
+def fused(source: Checkpoint, family: str) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Yield a checkpoint's tensors as Phi 3 has them, or GLM-4 but for queries, keys and values."""
     parts = dict(published_tensors(source))
     for layer in range(source.config.num_layers):
         prefix = f"model.layers.{layer}."
-        qkv = [parts.pop(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"]
         gated = [parts.pop(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up")]
-        parts[f"{prefix}self_attn.qkv_proj.weight"] = np.concatenate(qkv)
+        if family == "phi3":
+            qkv = [parts.pop(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"]
+            parts[f"{prefix}self_attn.qkv_proj.weight"] = np.concatenate(qkv)
         parts[f"{prefix}mlp.gate_up_proj.weight"] = np.concatenate(gated)
     yield from parts.items()
+
+
+def _tensors(source: Checkpoint, family: str, is_older: bool) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Yield a checkpoint's tensors as the files of a family have them; see `write_gguf`."""
+    if family in ("phi3", "glm4"):
+        yield from fused(source, family)
+        return
+    for name, values in published_tensors(source):
+        if source.config.latent is not None and name.endswith("kv_b_proj.weight") and not is_older:
+            matrices = values.reshape(source.config.heads.num_heads, -1, values.shape[1])
+            keys, nope_dim = name.replace("kv_b_proj", "k_b_proj"), source.config.latent.nope_dim
+            yield keys, matrices[:, :nope_dim].swapaxes(1, 2)
+            yield keys.replace("k_b_proj", "v_b_proj"), matrices[:, nope_dim:]
+        else:
+            yield name, values
 
 
 def write_gguf(
@@ -80,11 +117,14 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: dict[str, npt.NDArray[np.float32]] | None = None,
     settings: Callable[[gguf.GGUFWriter], object] = lambda _: None,
+    *,
+    is_older: bool = False,
 ) -> None:
     """Write a checkpoint as llama.cpp's converter does, matrices as `kind`.
 
     extra     tensors in addition
     settings  writes metadata in addition
+    is_older  whether a latent attention is written as before 2025
     """
     config = source.config
     writer = gguf.GGUFWriter(str(path), family)
@@ -93,15 +133,36 @@ def write_gguf(
     writer.add_block_count(config.num_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.heads.num_heads)
-    writer.add_head_count_kv(config.heads.num_kv_heads)
-    writer.add_key_length(config.heads.head_dim)
-    writer.add_value_length(config.heads.head_dim)
+    latent = config.latent
+    if latent is not None and is_older:
+        writer.add_head_count_kv(config.heads.num_heads)
+        writer.add_key_length(latent.query_dim)
+        writer.add_value_length(latent.value_dim)
+    else:
+        writer.add_head_count_kv(config.heads.num_kv_heads)
+        writer.add_key_length(config.heads.head_dim)
+        writer.add_value_length(config.heads.value_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope.theta)
     if config.rope.rope_type == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(config.rope.factor)
-    if family == "granite":
+    if config.rope.rope_type == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_position_embeddings)
+        if config.rope.mscale_all_dim:
+            writer.add_rope_scaling_yarn_log_mul(0.1 * config.rope.mscale_all_dim)
+    if latent is not None:
+        if latent.query_rank:
+            writer.add_q_lora_rank(latent.query_rank)
+        writer.add_kv_lora_rank(latent.rank)
+        if not is_older:
+            writer.add_key_length_mla(latent.query_dim)
+            writer.add_value_length_mla(latent.value_dim)
+    if config.rope.rotary_dim != config.heads.head_dim:
+        writer.add_rope_dimension_count(config.rope.rotary_dim)
+    if family in ("granite", "granitemoe"):
         writer.add_embedding_scale(config.embedding_scale)
         writer.add_attention_scale(config.attention_scale)
         writer.add_residual_scale(config.residual_multiplier)
@@ -116,16 +177,26 @@ def write_gguf(
         writer.add_expert_used_count(experts.num_chosen)
         if family != "llama":
             writer.add_expert_feed_forward_length(experts.intermediate_size)
-        if experts.shared_intermediate_size:
+        if family in ("qwen2moe", "granitemoe"):
             writer.add_expert_shared_feed_forward_length(experts.shared_intermediate_size)
+        elif experts.shared_intermediate_size:
+            writer.add_expert_shared_count(experts.shared_intermediate_size // experts.intermediate_size)
+        if family in ("deepseek2", "dots1"):
+            writer.add_expert_weights_scale(experts.routing.scale)
+            writer.add_expert_group_count(experts.routing.num_groups)
+            writer.add_expert_group_used_count(experts.routing.num_chosen_groups)
+            if experts.is_normalized:
+                writer.add_expert_weights_norm(True)
+        if experts.routing.scores == "sigmoid":
+            writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     settings(writer)
     writer.add_token_list([f"token{i}" for i in range(config.vocab_size)])
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[family]
     names = gguf.get_tensor_name_map(architecture, config.num_layers)
     dense_names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_layers)
-    for name, values in fused(source) if family == "phi3" else published_tensors(source):
-        if family in PERMUTED and ("q_proj" in name or "k_proj" in name):
-            values = permuted(values, config.heads.num_heads if "q_proj" in name else config.heads.num_kv_heads)
+    for name, values in _tensors(source, family, is_older):
+        if family in PERMUTED and (pairs := pairs_of(name, replace(config, is_interleaved=True))):
+            values = permuted(values, pairs)
         if family in ("gemma", "gemma2", "gemma3") and name.endswith("norm.weight"):
             values = values + 1
         suffixes = (".weight", ".bias")
@@ -144,7 +215,7 @@ def write_gguf(
 def add_tensor(
     writer: gguf.GGUFWriter, name: str, values: npt.NDArray[np.float32], kind: gguf.GGMLQuantizationType
 ) -> None:
-    if values.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
+    if values.ndim == 1 or name.endswith(".bias") or kind == gguf.GGMLQuantizationType.F32:
         writer.add_tensor(name, np.ascontiguousarray(values))
     else:
         writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind)
@@ -180,6 +251,14 @@ GEMMA: dict[str, Any] = {
     "layer_types": ["full_attention" if layer == 5 else "sliding_attention" for layer in range(7)],
     "query_pre_attn_scalar": 32,
 }
+DEEPSEEK_ROPE = {  # the two scales are the same, as the converter takes it
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 128,
+}
 # The checkpoint that a file is made of, what is special in it, and the file's architecture.
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("llama_linear", {}, "llama"),
@@ -199,6 +278,16 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "olmoe": ("olmoe", {}, "olmoe"),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 4, "num_hidden_layers": 4}, "smollm3"),
     "ernie4_5": ("ernie4_5", {}, "ernie4_5"),
+    "granitemoe": ("granite_moe", {}, "granitemoe"),
+    "granitemoe, shared": ("granite_moe_shared", {}, "granitemoe"),
+    "gpt-oss": ("gpt_oss", {}, "gpt-oss"),
+    "glm4": ("glm4", {}, "glm4"),
+    "ernie4_5-moe": ("ernie4_5_moe", {}, "ernie4_5-moe"),
+    "minimax-m2": ("minimax_m2", {}, "minimax-m2"),
+    "dots1": ("dots1", {"sliding_window": None, "norm_topk_prob": True, "routed_scaling_factor": 2.5}, "dots1"),
+    "deepseek2": ("deepseek_v2", {}, "deepseek2"),
+    "deepseek2, groups": ("deepseek_v2_groups", {"attention_bias": False}, "deepseek2"),
+    "deepseek2, sigmoids": ("deepseek_v3", {"rope_parameters": DEEPSEEK_ROPE}, "deepseek2"),
     "phi3": ("llama_linear", {}, "phi3"),
     "internlm2": ("llama_linear", {}, "internlm2"),
     "exaone": ("llama_linear", {}, "exaone"),
@@ -224,7 +313,26 @@ def test_a_file_of_each_architecture_gives_the_logits_of_transformers(tmp_path: 
 
 def test_each_architecture_of_the_table_is_compared() -> None:
     families = {family for _, _, family in CASES.values()}
-    assert families == {name.removesuffix(" with experts") for name in GGUF_ARCHITECTURES}
+    assert families == {name.split(" ")[0] for name in GGUF_ARCHITECTURES}
+
+
+def test_device_cuda_does_not_take_a_file_of_latent_attention(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", make(tmp_path, "deepseek_v3"), "deepseek2")
+    with pytest.raises(DeviceError, match="no kernels for the latent attention of DeepseekV3ForCausalLM"):
+        check_device(tmp_path / "model.gguf", "cuda", "none", has_vectors=False)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3"])
+def test_an_older_file_has_keys_and_values_of_latent_attention_in_one_matrix(name: str, tmp_path: Path) -> None:
+    source = make(tmp_path, name)
+    logits = []
+    for is_older in (False, True):
+        write_gguf(tmp_path / "model.gguf", source, "deepseek2", is_older=is_older)
+        model = load_model(tmp_path / "model.gguf", "auto", 0, lambda *_: None).model
+        paged = Paged(ReferenceDevice(model, 512, 8, MAX_BLOCKS))
+        logits.append(paged.compute(paged.new(random_tokens(60)), chunk=60))
+
+    assert torch.equal(*logits)
 
 
 def test_queries_of_the_largest_gemma_are_scaled_by_its_width(tmp_path: Path) -> None:
@@ -235,7 +343,20 @@ def test_queries_of_the_largest_gemma_are_scaled_by_its_width(tmp_path: Path) ->
     assert (config.attention_scale, config.windows) == (source.config.attention_scale, source.config.windows)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "qwen3moe", "gemma3", "phi3"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "mixtral",
+        "qwen2moe",
+        "qwen3moe",
+        "gemma3",
+        "phi3",
+        "gpt-oss",
+        "granitemoe, shared",
+        "deepseek2, groups",
+        "deepseek2, sigmoids",
+    ],
+)
 def test_the_cpu_device_computes_the_same_from_a_file_as_from_a_folder(tmp_path: Path, case: str) -> None:
     name, special, family = CASES[case]
     make_checkpoint(tmp_path / "folder", name, dtype="bfloat16", **special)
@@ -272,6 +393,31 @@ def test_a_quantised_file_is_rounded_to_bfloat16(tmp_path: Path) -> None:
     assert torch.equal(loaded.tensors[name], true)
     assert {tensor.dtype for tensor in loaded.tensors.values()} == {torch.bfloat16}
     assert load(tmp_path / "model.gguf", "float32").tensors[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "packed_as"), [("float32", None), ("auto", Quantization.NONE)])
+def test_experts_of_four_bits_are_those_that_a_file_has(
+    dtype: str, packed_as: Quantization | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "MIN_BYTES_OF_CODES", 0)
+    make_checkpoint(tmp_path / "source", "gpt_oss", hidden_size=96, intermediate_size=64)
+    source, kind = load_folder(tmp_path / "source", "auto", lambda *_: None), gguf.GGMLQuantizationType.MXFP4
+    write_gguf(tmp_path / "model.gguf", source, "gpt-oss", kind)
+
+    tensors = load_gguf(tmp_path / "model.gguf", dtype, lambda *_: None, packed_as).tensors
+
+    for name in ("self_attn.sinks", *(f"mlp.experts.{part}_proj_bias" for part in ("gate", "up", "down"))):
+        found = tensors[f"model.layers.1.{name}"]
+        assert torch.equal(found, source.tensors[f"model.layers.1.{name}"].to(found.dtype)), name
+    for part, expert in product(("gate", "up", "down"), range(6)):
+        name = f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"
+        expected = gguf.dequantize(gguf.quantize(source.tensors[name].numpy(), kind), kind)
+        matrix = tensors[name]
+        if packed_as is not None:
+            (rows,) = parts_of(matrix)
+            assert isinstance(rows, Coded)
+            matrix = torch.from_numpy(rows.read(slice(0, len(matrix))).values())
+        assert torch.equal(matrix, torch.from_numpy(expected)), name
 
 
 def test_a_second_copy_of_tied_embeddings_serves_for_both(tmp_path: Path) -> None:
@@ -381,7 +527,7 @@ def test_a_file_says_which_layers_have_a_window(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gemma3", "phi3"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gemma3", "phi3", "gpt-oss", "granitemoe", "deepseek2"])
 def test_damaged_metadata_of_any_architecture_does_no_more_than_raise(tmp_path: Path, case: str) -> None:
     name, _, family = CASES[case]
     path = tmp_path / "model.gguf"

@@ -300,6 +300,23 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
         "final_logit_softcapping is 0, expected null or a number between",
     ),
     "glm4_moe, groups that do not fit": ("glm4_moe", {"n_group": 3}, r"8 experts from 2 of 3 groups"),
+    "glm4_moe, fewer than no layers": (
+        "glm4_moe",
+        {"first_k_dense_replace": -1, "mlp_layer_types": None},
+        "first_k_dense_replace is -1, expected at least 0",
+    ),
+    "granite_moe, more than all experts": ("granite_moe", {"num_experts_per_tok": 6}, "takes 6 of 5 experts"),
+    "granite_moe, no base": (
+        "granite_moe",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+        "rope_theta is 0, expected above 0",
+    ),
+    "granite_moe, an epsilon that is no number": ("granite_moe", {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+    "granite_moe_shared, less than nothing": (
+        "granite_moe_shared",
+        {"shared_intermediate_size": -1},
+        "an expert of a size below 1",
+    ),
     "glm4_moe, layers of no kind": ("glm4_moe", {"mlp_layer_types": ["x"]}, "expected dense or sparse for each layer"),
     "deepseek_v3, layers below none": ("deepseek_v3", {"num_nextn_predict_layers": -1}, "-1 num_nextn_predict_layers"),
     "deepseek_v3, no latent": ("deepseek_v3", {"kv_lora_rank": 0}, "kv_lora_rank is 0, expected 1 to 65536"),

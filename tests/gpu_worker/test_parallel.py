@@ -99,6 +99,7 @@ def load_part(folder: Path, collectives: Collectives) -> Paged:
         ("mistral", 2, {}),
         ("mixtral", 2, {}),
         ("gpt_oss", 2, {}),
+        ("granite_moe_shared", 2, {}),
         ("qwen3_moe", 2, {}),
         ("qwen2_moe", 4, {}),
         ("glm4_moe", 2, {}),

@@ -148,6 +148,12 @@ LATENT: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_LATENT_SIZES, "q_lora_rank": 64, "n_routed_experts": 6, "num_experts_per_tok": 2},
     ),
 }
+_MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 4.0,
+}
 # Names of the config and model classes of transformers, and what is special.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {"rope_parameters": LLAMA3_ROPE}),
@@ -296,13 +302,17 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "granite": (
         "GraniteConfig",
         "GraniteForCausalLM",
-        {
-            "embedding_multiplier": 12.0,
-            "attention_multiplier": 0.3,
-            "residual_multiplier": 0.22,
-            "logits_scaling": 4.0,
-            "attention_bias": True,
-        },
+        {**_MULTIPLIERS, "attention_bias": True},
+    ),
+    "granite_moe": (
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {**_MULTIPLIERS, "num_local_experts": 5, "num_experts_per_tok": 2},
+    ),
+    "granite_moe_shared": (  # a shared expert of one and a half times the size
+        "GraniteMoeSharedConfig",
+        "GraniteMoeSharedForCausalLM",
+        {**_MULTIPLIERS, "num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 144},
     ),
     "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layer_interval": 2, "pad_token_id": 0}),
     "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM", {"head_dim": 32}),

@@ -73,11 +73,11 @@ _PRE_TOKENIZERS: dict[str, _PreTokenizer] = {
     **dict.fromkeys(("smollm", "starcoder", "refact"), _DIGITS),
     "command-r": _DIGITS._replace(is_nfc=True),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA_BPE),
-    **dict.fromkeys(("smaug-bpe", "dbrx"), _PreTokenizer((_LLAMA3,))),
+    **dict.fromkeys(("smaug-bpe", "dbrx", "glm4", "chatglm-bpe"), _PreTokenizer((_LLAMA3,))),
     "qwen2": _PreTokenizer((_QWEN2,), is_nfc=True),
     **dict.fromkeys(("deepseek-r1-qwen", "stablelm2"), _PreTokenizer((_QWEN2,))),
     "tekken": _PreTokenizer((_TEKKEN,), takes_whole_tokens=True, adds_bos=True),
-    **dict.fromkeys(("gpt-4o", "llama4"), _PreTokenizer((_GPT4O,))),
+    **dict.fromkeys(("gpt-4o", "llama4", "minimax-m2"), _PreTokenizer((_GPT4O,))),
     "deepseek-coder": _PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, _DIGIT)),
     "deepseek-v3": _PreTokenizer((r"\p{N}{1,3}", _CJK_AND_KANA, _DEEPSEEK_V3)),
 }

@@ -82,6 +82,7 @@ MODELS = {
     "google/gemma-2-9b-it": Published(9_241_705_984, 0),
     "microsoft/phi-4": Published(14_659_507_200, 0),
     "allenai/OLMo-2-1124-7B": Published(7_298_617_344, 0),
+    "ibm-granite/granite-3.1-3b-a800m-instruct": Published(3_298_793_472, 65536),
     "openai-community/gpt2": Published(0, 0),
     "google-t5/t5-small": Published(0, 0),
     "state-spaces/mamba-130m-hf": Published(0, 0),

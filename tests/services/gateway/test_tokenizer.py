@@ -183,6 +183,8 @@ def test_a_gguf_file_serves_like_the_folder_it_was_made_of(tools: Any, tmp_path:
         ("tekken", ["Ġ", "1", "2", "3", "4", "5"]),
         ("gpt-4o", ["Ġ", "123", "45"]),
         ("falcon3", ["Ġ", "123", "45"]),
+        ("glm4", ["Ġ", "123", "45"]),
+        ("minimax-m2", ["Ġ", "123", "45"]),
         ("deepseek-coder", ["Ġ", "1", "2", "3", "4", "5"]),
         ("deepseek-v3", ["Ġ", "123", "45"]),
     ],
