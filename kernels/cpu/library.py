@@ -12,7 +12,7 @@ from typing import NamedTuple
 from octavo.kernels.cpu import build
 from octavo.kernels.group_codes import CodeShape, holds
 
-ABI_REVISION = 20
+ABI_REVISION = 21
 FAILED = -2
 CHUNK_BYTES = 1 << 20  # that have a checksum of their own
 
@@ -200,7 +200,7 @@ class ProgramInfo(c.Structure):
 class AdapterStripe(c.Structure):
     """OctavoAdapterStripe."""
 
-    _fields_ = (("b", c.c_void_p), ("first_rank", c.c_int32), ("num_ranks", c.c_int32))
+    _fields_ = (("b", c.c_void_p), ("first_rank", c.c_int32), ("num_pairs", c.c_int32))
 
 
 class AdapterLayer(c.Structure):
