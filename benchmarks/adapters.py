@@ -71,7 +71,7 @@ def longest_while_loading(device: CpuDevice, step: StepInput, folder: Path, roun
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         for _ in range(rounds):
             started = time.perf_counter()
-            adapter = PeftAdapter(read_files(folder), str(folder), device.adapter_modules())
+            adapter = PeftAdapter(read_files(folder), device.adapter_modules())
             device.pack_adapter(adapter.pairs())
             took.append(1000 * (time.perf_counter() - started))
 
@@ -103,7 +103,7 @@ def main() -> None:
         for seed in range(1, NUM_ADAPTERS + 1):
             tensors = random_tensors(device.adapter_modules(), args.rank, seed % 4)
             folders.append(write_adapter(Path(place) / str(seed % 4), tensors, args.rank))
-            adapter = PeftAdapter(read_files(folders[-1]), place, device.adapter_modules())
+            adapter = PeftAdapter(read_files(folders[-1]), device.adapter_modules())
             device.set_adapter(seed, device.pack_adapter(adapter.pairs()))
         print(f"rank {args.rank}, {adapter.num_values * 2 / 1e6:.1f} MB an adapter")
         for rows in (1, 32):

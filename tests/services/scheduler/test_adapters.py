@@ -114,8 +114,23 @@ def test_a_broken_adapter_ends_what_waits_for_it_and_nothing_else() -> None:
     for stream in broken:
         assert stream.failed is not None
         assert (stream.failed.reason, stream.failed.resumable) == ("ADAPTER_NOT_LOADED", False)
-        assert "it is broken" in stream.failed.message
+        assert stream.failed.message == "the adapter 'bad' cannot be loaded: it is broken"
     assert is_right(good, "good")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("team/huge", "the model's output with the adapter 'team/huge' is not finite"),
+    ("", "the model's output is not finite"),
+])  # fmt: skip
+def test_an_output_that_overflows_is_said_of_the_adapter_that_it_was_made_with(name: str, message: str) -> None:
+    world = World(max_adapters=1)
+    world.not_finite_after = 77
+    stream = submit(world, [1, 77], name)
+
+    world.run()
+
+    assert stream.failed is not None
+    assert stream.failed.message == message
 
 
 @pytest.mark.parametrize("groups", [1, 3])
