@@ -168,7 +168,9 @@ struct OctavoAdapterStripe {
 
 // What an adapter adds to the linear layer of one operation: scale * B (A x), in packed column order.
 struct OctavoAdapterLayer {
-  const uint16_t* a;                   // bf16 [num_ranks / 8][a_stride / 32][8, at last what is left][32], zero-padded
+  // bf16 [num_ranks / 8][a_stride / 32][8, at last what is left][32], zero-padded. Where octavo_activation_bytes() are 4, the 32
+  // are of inputs 0, 16, 1, 17, ...
+  const uint16_t* a;
   const float* scales;                 // [num_ranks]
   const OctavoAdapterStripe* stripes;  // [num_blocks, 2]
   int32_t num_ranks;                   // of all modules that the layer was joined of, even each; 0: it adds nothing

@@ -30,8 +30,12 @@ struct AdapterRows {
   }
 };
 
-// products[i] = scale * A[i] x for ranks [begin, end) of a row of activations; both even.
-void multiply_ranks(const OctavoAdapterLayer& layer, const Activation* x, int begin, int end, Activation* products);
+// products[row][i] = scale * A[i] x[row] for ranks [begin, end) of rows of activations; both even.
+void multiply_ranks(const OctavoAdapterLayer& layer, const Activation* const* x, int num_rows, int begin, int end,
+                    Activation* const* products);
+
+// The beginning of A, which is multiplied soon.
+void fetch_ranks(const OctavoAdapterLayer& layer);
 
 // Add what adapters add to the sums of some rows and one block, from row `row` on; those of a row lie `stride` apart.
 void add_adapters(const AdapterRows& rows, int64_t row, int num_rows, int64_t block, float* sums, int64_t stride);

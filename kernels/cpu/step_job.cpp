@@ -234,11 +234,17 @@ void StepJob::run_multiply_ranks(int index, int item, int thread) {
   } else if (phase.reads_private_rows) {
     input = private_rows(index, 0, thread).normed.data();
   }
-  for (int i = begin; i < end; ++i) {
+  const Activation* x[kRowsPerItem];
+  Activation* products[kRowsPerItem];
+  for (int i = begin, next = begin; i < end; i = next) {
     const OctavoAdapterLayer* const layer = adapters.layer_of(rows[i]);
-    if (layer == nullptr) continue;
-    Activation* const products = program_.adapter_products_.data() + rows[i] * adapters.stride;
-    multiply_ranks(*layer, input + rows[i] * stride, first_rank, last_rank, products);
+    for (; next < end && adapters.layer_of(rows[next]) == layer; ++next) {
+      x[next - i] = input + rows[next] * stride;
+      products[next - i] = program_.adapter_products_.data() + rows[next] * adapters.stride;
+    }
+    const OctavoAdapterLayer* const after = next < phase.num_rows ? adapters.layer_of(rows[next]) : nullptr;
+    if (after != nullptr && after != layer && num_parts == 1) fetch_ranks(*after);
+    if (layer != nullptr) multiply_ranks(*layer, x, next - i, first_rank, last_rank, products);
   }
 }
 

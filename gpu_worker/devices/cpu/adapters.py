@@ -55,8 +55,14 @@ class LinearSite:
 class PackedAdapter:
     """An adapter of a program: what it adds to each of its operations, and the memory that holds it."""
 
-    def __init__(self, num_ops: int, sites: Mapping[int, LinearSite], pairs: Iterable[LoraPair]) -> None:
-        """Pack pairs, whose shapes fit; `sites` by number of the operation."""
+    def __init__(
+        self, num_ops: int, sites: Mapping[int, LinearSite], pairs: Iterable[LoraPair], splits_inputs: bool
+    ) -> None:
+        """Pack pairs, whose shapes fit; `sites` by number of the operation.
+
+        splits_inputs  whether inputs that lie half a piece apart are a pair: see OctavoAdapterLayer
+        """
+        self._splits_inputs = splits_inputs
         self.layers = (library.AdapterLayer * num_ops)()
         self.num_bytes = ctypes.sizeof(self.layers)
         self._memory: list[npt.NDArray[np.uint8]] = []  # what the layers point into; the last one has room left
@@ -83,6 +89,8 @@ class PackedAdapter:
             of_module["b"], of_module["first_rank"], of_module["num_pairs"] = addresses, first, len(pair.a) // 2
             assert len(pair.b) == len(of_module), (site, index)
             first = end
+        if self._splits_inputs:
+            a = np.ascontiguousarray(a.reshape(-1, 2, _INPUTS // 2).swapaxes(1, 2)).reshape(num_ranks, stride)
         together = [a[at : at + _RANKS].reshape(-1, stride // _INPUTS, _INPUTS) for at in range(0, num_ranks, _RANKS)]
         a = np.concatenate([each.transpose(1, 0, 2).reshape(-1) for each in together])
         layer = self.layers[op]
