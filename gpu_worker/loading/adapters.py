@@ -190,7 +190,9 @@ def _read_config(data: bytes) -> _Config:
 def _number(values: Mapping[str, Any], key: str, within: str = "") -> float:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e6:
-        raise AdapterError(f"{CONFIG_FILE}: {within}{shown(key)} is {shown(value)}; expected a number above 0 and up to 1000000")
+        raise AdapterError(
+            f"{CONFIG_FILE}: {within}{shown(key)} is {shown(value)}; expected a number above 0 and up to 1000000"
+        )
     return float(value)
 
 

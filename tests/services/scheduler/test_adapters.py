@@ -104,6 +104,18 @@ def test_adapters_take_no_more_memory_than_there_is() -> None:
     assert len(world.workers["group-0"].adapters) == 2
 
 
+def test_of_1000_adapters_workers_never_hold_more_than_they_have_room_for() -> None:
+    world = World(max_adapters=64, adapter_memory=100 * 64)
+    for first in range(0, 1000, 100):
+        names = [f"customer {n}" for n in range(first, first + 100)]
+        streams = [submit(world, [9] * 20, name, max_new_tokens=2) for name in names]
+        while not all(stream.ended for stream in streams):
+            world.step()
+            assert len(world.workers["group-0"].adapters) <= 64
+        assert all(is_right(stream, name, 2) for stream, name in zip(streams, names, strict=True))
+    assert world.num_loads == 1000
+
+
 def test_a_broken_adapter_ends_what_waits_for_it_and_nothing_else() -> None:
     world = World(max_adapters=2)
     broken = [submit(world, [8] * 20, "bad", path="broken") for _ in range(3)]
