@@ -5,8 +5,8 @@
 MODEL is a folder or .gguf file of a decoder. Adapters are random, of all seven projections in every layer. A decode
 step of 1 and of 32 sequences is timed with no adapter, with one that all have, and with a different one for each, out
 of 64; the rates are those of the medians, relative to no adapter. Then an adapter is read, checked and packed, as it
-is for the first request that has it: with nothing else to do, and by another thread, as a worker does, while steps of 32
-sequences with adapters run: the longest step is the stall of a stream.
+is for the first request that has it: with nothing else to do, and by another thread, as a worker does, while steps of
+32 sequences with adapters run: the longest step is the stall of a stream.
 """
 
 from __future__ import annotations
@@ -118,9 +118,8 @@ def main() -> None:
             found = medians(device, steps, args.rounds)
             for name, ms in found.items():
                 print(f"{rows:2} rows, adapters: {name:4} {ms:7.2f} ms  {100 * found['none'] / ms:5.1f} % of the rate")
-        print(
-            f"first use of one that is not in memory: {statistics.median(load_ms(device, folders[0]) for _ in range(9)):.0f} ms"
-        )
+        cold_ms = statistics.median(load_ms(device, folders[0]) for _ in range(9))
+        print(f"first use of one that is not in memory: {cold_ms:.0f} ms")
         times, busy_ms = longest_while_loading(device, steps["64"], folders[0], 20)
         print(f"while one loads ({busy_ms:.0f} ms): median step {statistics.median(times):.1f} ms", end=", ")
         print(f"longest {max(times):.1f} ms, so a stall of {max(times) - found['64']:.1f} ms")

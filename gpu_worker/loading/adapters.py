@@ -212,7 +212,7 @@ def _read_head(data: bytearray) -> tuple[int, dict[str, _Tensor]]:
     """Return where the values begin, and the tensors, which lie within the file. Raises AdapterError."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > min(len(data) - 8, _MAX_HEAD_BYTES):
-        raise _wrong(f"not a whole safetensors file")
+        raise _wrong("not a whole safetensors file")
     try:
         head = json.loads(bytes(data[8 : 8 + size]))
         listed = {name: each for name, each in head.items() if name != "__metadata__"}
