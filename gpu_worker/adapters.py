@@ -116,13 +116,11 @@ class Adapters:
         most = int(self.memory_bytes * _MAX_FILE_BYTES) + _SMALL_BYTES
         files = read_files(Path(load.path), most)
         if files.sha256 != load.sha256:
-            raise AdapterError(f"{load.path}: was written anew since it got its name; load it again")
-        adapter = PeftAdapter(files, load.path, self._modules)
+            raise AdapterError("its files were written anew since it got its name; load it again")
+        adapter = PeftAdapter(files, self._modules)
         num_bytes = adapter.num_values * _VALUE_BYTES
         if num_bytes > self.memory_bytes:
-            raise AdapterError(
-                f"{load.path}: takes {num_bytes} bytes of memory; raise --adapter-memory from {self.memory_bytes}"
-            )
+            raise AdapterError(f"it takes {num_bytes} bytes of memory; raise --adapter-memory from {self.memory_bytes}")
         if num_bytes > room:
             raise _FullError(num_bytes)
         return _Adapter(self._runner.pack_adapter(adapter.pairs()), num_bytes)
@@ -135,7 +133,7 @@ class Adapters:
         elif isinstance(error, AdapterError):
             answer.problem = one_line(error)
         elif isinstance(error, MemoryError):
-            answer.problem = f"{load.path}: there is no memory for it"
+            answer.problem = "there is no memory for it"
         elif error is not None:
             raise error
         elif not 1 <= load.adapter_id <= self.max_adapters:

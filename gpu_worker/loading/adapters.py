@@ -60,23 +60,18 @@ class PeftAdapter:
     num_values  how many numbers its matrices have
     """
 
-    def __init__(self, files: AdapterFiles, where: str, modules: Mapping[str, tuple[int, int]]) -> None:
-        """Check everything but the values. Raises AdapterError.
-
-        where    the folder, for messages
-        modules  (out_features, in_features) of what it can be added to
-        """
+    def __init__(self, files: AdapterFiles, modules: Mapping[str, tuple[int, int]]) -> None:
+        """Check everything but the values. Raises AdapterError. modules: (out_features, in_features) by name."""
         self._files = files
-        self._where = f"{where}/{WEIGHTS_FILE}"
-        self._config = _read_config(files.config, f"{where}/{CONFIG_FILE}")
-        self._data_start, tensors = _read_head(files.weights, self._where)
+        self._config = _read_config(files.config)
+        self._data_start, tensors = _read_head(files.weights)
         self._pairs = self._match(tensors, modules)
         self.num_values = sum(
             tensor.shape[0] * tensor.shape[1] for pair in self._pairs.values() for tensor in pair.values()
         )
 
     def pairs(self) -> Iterator[LoraPair]:
-        """Read pair after pair. Raises AdapterError for a value that is not finite."""
+        """Read pair after pair. Raises AdapterError for a value that is not finite, or would not be in bfloat16."""
         for module, pair in self._pairs.items():
             a, b = self._values(module, "A", pair["A"]), self._values(module, "B", pair["B"])
             yield LoraPair(module, a, b, self._config.scale(module, len(a)))
@@ -88,38 +83,38 @@ class PeftAdapter:
         for name, tensor in tensors.items():
             match = _TENSOR.fullmatch(name)
             if match is None:
-                raise self._wrong(
+                raise _wrong(
                     f"tensor {shown(name)} is none of base_model.model.MODULE.lora_A.weight and lora_B.weight; what "
                     f"else adapters can hold (DoRA, biases, embeddings, saved modules) is not served: {_ADVICE}"
                 )
             module, which = match.groups()
             if module not in modules:
-                raise self._wrong(
+                raise _wrong(
                     f"is for {module}, to which the model that is served takes no adapter: it has "
                     f"{', '.join(sorted({each.rpartition('.')[2] for each in modules}))} in "
                     f"{len({each.rsplit('.', 2)[0] for each in modules})} layers"
                 )
             if which in pairs.setdefault(module, {}):
-                raise self._wrong(f"has {module}.lora_{which} twice")
+                raise _wrong(f"has {module}.lora_{which} twice")
             pairs[module][which] = tensor
         if not pairs:
-            raise self._wrong("holds no tensors")
+            raise _wrong("holds no tensors")
         for module, pair in pairs.items():
             self._check_pair(module, pair, *modules[module])
         return pairs
 
     def _check_pair(self, module: str, pair: Mapping[str, _Tensor], out_features: int, in_features: int) -> None:
         if len(pair) != 2:
-            raise self._wrong(f"has {module}.lora_{next(iter(pair))} and not its partner")
+            raise _wrong(f"has {module}.lora_{next(iter(pair))} and not its partner")
         rank = pair["A"].shape[0]
         if not 1 <= rank <= MAX_RANK:
-            raise self._wrong(f"{module}: rank {rank}; from 1 to {MAX_RANK} are served")
+            raise _wrong(f"{module}: rank {rank}; from 1 to {MAX_RANK} are served")
         wanted = self._config.rank(module)
         if rank != wanted:
-            raise self._wrong(f"{module}: rank {rank}, but {CONFIG_FILE} says {wanted}")
+            raise _wrong(f"{module}: rank {rank}, but {CONFIG_FILE} says {wanted}")
         for which, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
             if pair[which].shape != shape:
-                raise self._wrong(
+                raise _wrong(
                     f"{module}.lora_{which} is {list(pair[which].shape)}, and for this model it must be {list(shape)}: "
                     "the adapter is of another model"
                 )
@@ -135,12 +130,11 @@ class PeftAdapter:
         else:
             values = np.frombuffer(raw, "<f2" if tensor.dtype == "F16" else "<f4").astype(np.float32)
         largest = max(abs(float(values.min())), abs(float(values.max())))  # not a number, if one of them is not
-        if not largest <= _MAX_BF16:
-            raise self._wrong(f"{module}.lora_{which} holds a value that is not finite")
+        if not math.isfinite(largest):
+            raise _wrong(f"{module}.lora_{which} holds a value that is not finite")
+        if largest > _MAX_BF16:
+            raise _wrong(f"{module}.lora_{which} holds {largest:g}, and bfloat16 ends at {_MAX_BF16:g}")
         return values.reshape(tensor.shape)
-
-    def _wrong(self, problem: str) -> AdapterError:
-        return AdapterError(f"{self._where}: {problem}")
 
 
 @dataclass(frozen=True)
@@ -166,65 +160,67 @@ def _of_module(pattern: Mapping[str, float], module: str, default: float) -> flo
     return next((value for key, value in pattern.items() if module == key or module.endswith(f".{key}")), default)
 
 
-def _read_config(data: bytes, where: str) -> _Config:
+def _read_config(data: bytes) -> _Config:
     try:
         config = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{where}: cannot be read as JSON ({type(error).__name__})") from None
+        raise AdapterError(f"{CONFIG_FILE}: cannot be read as JSON ({type(error).__name__})") from None
     if not isinstance(config, dict):
-        raise AdapterError(f"{where}: expected a JSON object")
+        raise AdapterError(f"{CONFIG_FILE}: expected a JSON object")
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{where}: peft_type is {shown(config.get('peft_type'))}; only LORA is served")
+        raise AdapterError(f"{CONFIG_FILE}: peft_type is {shown(config.get('peft_type'))}; only LORA is served")
     for key, neutral in _NEUTRAL.items():
         if config.get(key) not in neutral:
-            raise AdapterError(f"{where}: {key} is {shown(config[key])}, which is not served: {_ADVICE}")
+            raise AdapterError(f"{CONFIG_FILE}: {key} is {shown(config[key])}, which is not served: {_ADVICE}")
     rslora = config.get("use_rslora") or False
     if not isinstance(rslora, bool):
-        raise AdapterError(f"{where}: use_rslora is {shown(rslora)}; expected true or false")
-    r = _number(config, "r", where)
+        raise AdapterError(f"{CONFIG_FILE}: use_rslora is {shown(rslora)}; expected true or false")
+    r = _number(config, "r")
     if not r.is_integer():
-        raise AdapterError(f"{where}: r is {shown(config['r'])}; expected a whole number")
+        raise AdapterError(f"{CONFIG_FILE}: r is {shown(config['r'])}; expected a whole number")
     return _Config(
         int(r),
-        _number(config, "lora_alpha", where),
+        _number(config, "lora_alpha"),
         rslora,
-        _pattern(config, "rank_pattern", where),
-        _pattern(config, "alpha_pattern", where),
+        _pattern(config, "rank_pattern"),
+        _pattern(config, "alpha_pattern"),
     )
 
 
-def _number(values: Mapping[str, Any], key: str, where: str) -> float:
+def _number(values: Mapping[str, Any], key: str, within: str = "") -> float:
     value = values.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e6:
-        raise AdapterError(f"{where}: {shown(key)} is {shown(value)}; expected a number above 0 and up to 1000000")
+        raise AdapterError(
+            f"{CONFIG_FILE}: {within}{shown(key)} is {shown(value)}; expected a number above 0 and up to 1000000"
+        )
     return float(value)
 
 
-def _pattern(config: Mapping[str, Any], key: str, where: str) -> dict[str, float]:
+def _pattern(config: Mapping[str, Any], key: str) -> dict[str, float]:
     pattern = config.get(key) or {}
     if not isinstance(pattern, dict):
-        raise AdapterError(f"{where}: {key} is {shown(pattern)}; expected an object")
+        raise AdapterError(f"{CONFIG_FILE}: {key} is {shown(pattern)}; expected an object")
     for name in pattern:
         if not re.fullmatch(r"\^?[\w.]{1,300}", name):
             raise AdapterError(
-                f"{where}: {key} has the key {shown(name)}; only names of modules are read, no expressions"
+                f"{CONFIG_FILE}: {key} has the key {shown(name)}; only names of modules are read, no expressions"
             )
-    return {name.removeprefix("^"): _number(pattern, name, f"{where}: {key}") for name in pattern}
+    return {name.removeprefix("^"): _number(pattern, name, f"{key}: ") for name in pattern}
 
 
-def _read_head(data: bytearray, where: str) -> tuple[int, dict[str, _Tensor]]:
+def _read_head(data: bytearray) -> tuple[int, dict[str, _Tensor]]:
     """Return where the values begin, and the tensors, which lie within the file. Raises AdapterError."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > min(len(data) - 8, _MAX_HEAD_BYTES):
-        raise AdapterError(f"{where}: not a whole safetensors file")
+        raise _wrong("not a whole safetensors file")
     try:
         head = json.loads(bytes(data[8 : 8 + size]))
         listed = {name: each for name, each in head.items() if name != "__metadata__"}
         tensors = {name: _tensor(name, each, len(data) - 8 - size) for name, each in listed.items()}
     except AdapterError as error:
-        raise AdapterError(f"{where}: {error}") from None
+        raise _wrong(f"{error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise AdapterError(f"{where}: not a whole safetensors file ({type(error).__name__})") from None
+        raise _wrong(f"not a whole safetensors file ({type(error).__name__})") from None
     return 8 + size, tensors
 
 
@@ -240,3 +236,7 @@ def _tensor(name: str, listed: Mapping[str, Any], num_bytes: int) -> _Tensor:
     if end - start != rows * columns * _BYTES[dtype]:
         raise AdapterError(f"tensor {shown(name)} has {end - start} bytes for {rows} x {columns} values")
     return _Tensor(dtype, (rows, columns), start)
+
+
+def _wrong(problem: str) -> AdapterError:
+    return AdapterError(f"{WEIGHTS_FILE}: {problem}")

@@ -161,17 +161,19 @@ struct OctavoProgramInfo {
 
 // Sixteen outputs of a packed block, as an adapter adds to them: of its products with `a` those from `first_rank` on.
 struct OctavoAdapterStripe {
-  const uint16_t* b;  // bf16 [num_ranks, 16]
-  int32_t first_rank;
-  int32_t num_ranks;
+  const uint16_t* b;  // bf16 [num_pairs, 16, 2]: two ranks at once, as weights are multiplied
+  int32_t first_rank;  // even
+  int32_t num_pairs;
 };
 
 // What an adapter adds to the linear layer of one operation: scale * B (A x), in packed column order.
 struct OctavoAdapterLayer {
-  const uint16_t* a;                   // bf16 [num_ranks, a_stride], zero-padded
+  // bf16 [num_ranks / 8][a_stride / 32][8, at last what is left][32], zero-padded. Where octavo_activation_bytes() are 4, the 32
+  // are of inputs 0, 16, 1, 17, ...
+  const uint16_t* a;
   const float* scales;                 // [num_ranks]
   const OctavoAdapterStripe* stripes;  // [num_blocks, 2]
-  int32_t num_ranks;                   // of all modules that the layer was joined of; 0: it adds nothing
+  int32_t num_ranks;                   // of all modules that the layer was joined of, even each; 0: it adds nothing
   int32_t a_stride;                    // inputs, rounded up to 32
   int32_t num_blocks;                  // of the packed layer
 };

@@ -6,97 +6,168 @@
 namespace octavo {
 namespace {
 
-constexpr int kRanksAtOnce = 8;  // of a row: their sums do not wait for each other
+constexpr int kInputsTogether = 32, kRanksTogether = 8;  // of A, so that it is read from one end to the other
+constexpr int kRowsTogether = kLanes == 16 ? 2 : 1;      // whose sums with these there are registers for
+constexpr int kRowsAtOnce = 4;                           // that B of one adapter is loaded for
+constexpr int64_t kWeightsAhead = 2 << 10;               // of A: it comes from memory, a piece for each row
 constexpr int kVectors = kStripeColumns / kLanes;
-constexpr int kChains = 2;  // of sums of a stripe, for even and odd ranks
 
-// Sums over the inputs, in each lane of some of them.
-template <int kRanks>
-void sum_products(const bf16* a, int64_t stride, const Activation* x, Vec (&sums)[kRanks]) {
+// A pair of inputs as A holds it: where activations are bf16, neighbours; else two that lie half a piece apart, so that each half of
+// the pairs meets a vector of activations as it is.
 #if defined(OCTAVO_AVX512_BF16) || defined(OCTAVO_NEON_BF16)
-  for (int64_t i = 0; i < stride; i += 2 * kLanes) {
-    const Pairs pairs = load_pairs(x + i);
-    for (int rank = 0; rank < kRanks; ++rank) sums[rank] = dot_pairs(sums[rank], pairs, load_pairs(a + rank * stride + i));
-  }
+inline Pairs load_inputs(const Activation* x, int part) { return load_pairs(x + 2 * part); }
 #else
-  for (int64_t i = 0; i < stride; i += kLanes) {
-    const Vec value = load_activation(x + i);
-    for (int rank = 0; rank < kRanks; ++rank) sums[rank] = multiply_add(value, load_bf16(a + rank * stride + i), sums[rank]);
-  }
+inline Pairs load_inputs(const Activation* x, int part) {
+  return {load_activation(x + part), load_activation(x + kInputsTogether / 2 + part)};
+}
 #endif
-}
 
-template <int kRanks>
-void multiply_some_ranks(const OctavoAdapterLayer& layer, const Activation* x, int first, float* products) {
-  Vec sums[kRanks] = {};
-  sum_products<kRanks>(layer.a + int64_t{first} * layer.a_stride, layer.a_stride, x, sums);
-  for (int rank = 0; rank < kRanks; ++rank) products[first + rank] = sum_lanes(sums[rank]) * layer.scales[first + rank];
-}
-
-// sums = B times the products, added to what is there if `kAdds`.
-template <bool kAdds>
-void multiply_stripe(const OctavoAdapterStripe& stripe, const float* products, float* sums) {
-  Vec chains[kChains][kVectors];
-  clear(chains);
-  products += stripe.first_rank;
-  const bf16* b = stripe.b;
-  int rank = 0;
-  for (; rank + kChains <= stripe.num_ranks; rank += kChains) {
-    for (int chain = 0; chain < kChains; ++chain, b += kStripeColumns) {
-      const Vec product = broadcast(products[rank + chain]);
-      for (int v = 0; v < kVectors; ++v)
-        chains[chain][v] = multiply_add(product, load_bf16(b + v * kLanes), chains[chain][v]);
+// products[first ...] of rows of one adapter, whose ranks lie together: 32 inputs of one, then of the next.
+template <int kRows, int kRanks>
+void multiply_some_ranks(const OctavoAdapterLayer& layer, const Activation* const* x, int first, Activation* const* products) {
+  constexpr int kRounded = kRanks > kLanes ? kRanks : kLanes;
+  Vec sums[kRows][kRanks];
+  clear(sums);
+  const bf16* a = layer.a + int64_t{first} * layer.a_stride;
+  const bf16* const end = layer.a + int64_t{layer.num_ranks} * layer.a_stride;
+  for (int64_t i = 0; i < layer.a_stride; i += kInputsTogether, a += kRanks * kInputsTogether) {
+    if (end - a > kWeightsAhead)
+      for (int rank = 0; rank < kRanks; ++rank) prefetch_l2(a + kWeightsAhead + rank * kInputsTogether);
+    for (int part = 0; part < kInputsTogether / 2; part += kLanes) {
+      Pairs inputs[kRows];
+      for (int row = 0; row < kRows; ++row) inputs[row] = load_inputs(x[row] + i, part);
+      for (int rank = 0; rank < kRanks; ++rank) {
+        const Pairs weights = load_pairs(a + rank * kInputsTogether + 2 * part);
+        for (int row = 0; row < kRows; ++row) sums[row][rank] = dot_pairs(sums[row][rank], inputs[row], weights);
+      }
     }
   }
-  if (rank < stripe.num_ranks) {
-    const Vec product = broadcast(products[rank]);
-    for (int v = 0; v < kVectors; ++v) chains[0][v] = multiply_add(product, load_bf16(b + v * kLanes), chains[0][v]);
-  }
-  for (int v = 0; v < kVectors; ++v) {
-    float* const sum = sums + v * kLanes;
-    const Vec total = chains[0][v] + chains[1][v];
-    store(sum, kAdds ? load(sum) + total : total);
+  for (int row = 0; row < kRows; ++row) {
+    alignas(64) float scaled[kRounded] = {};
+    alignas(64) Activation rounded[kRounded];
+    for (int rank = 0; rank < kRanks; ++rank) scaled[rank] = sum_lanes(sums[row][rank]) * layer.scales[first + rank];
+    for (int i = 0; i < kRanks; i += kLanes) store_activation(rounded + i, load(scaled + i));
+    std::copy_n(rounded, kRanks, products[row] + first);
   }
 }
 
-// Those of the next block: neighbouring rows have B of other adapters, so the processor cannot know what comes.
-void fetch(const OctavoAdapterStripe& stripe) {
-  const char* const b = reinterpret_cast<const char*>(stripe.b);
-  for (int64_t at = 0; at < int64_t{stripe.num_ranks} * kStripeColumns * 2; at += kLineBytes) prefetch_l2(b + at);
+template <int kRows>
+void multiply_ranks(const OctavoAdapterLayer& layer, const Activation* const* x, int begin, int end, Activation* const* products) {
+  static_assert(kRanksTogether == 8);
+  for (; begin + kRanksTogether <= end; begin += kRanksTogether)
+    multiply_some_ranks<kRows, kRanksTogether>(layer, x, begin, products);
+  if (end - begin == 6) multiply_some_ranks<kRows, 6>(layer, x, begin, products);
+  if (end - begin == 4) multiply_some_ranks<kRows, 4>(layer, x, begin, products);
+  if (end - begin == 2) multiply_some_ranks<kRows, 2>(layer, x, begin, products);
+}
+
+// Sums go on as they began: each is one chain, over the inputs and then over the ranks. The rows have one adapter.
+template <int kRows>
+void add_stripe(const OctavoAdapterStripe& stripe, const Activation* products, int64_t stride, float* sums, int64_t sums_stride) {
+  Vec chains[kRows][kVectors];
+  for (int row = 0; row < kRows; ++row)
+    for (int v = 0; v < kVectors; ++v) chains[row][v] = load(sums + row * sums_stride + v * kLanes);
+  products += stripe.first_rank;
+  const bf16* b = stripe.b;
+  for (int pair = 0; pair < stripe.num_pairs; ++pair, products += 2, b += 2 * kStripeColumns) {
+    Pairs weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) weights[v] = load_pairs(b + v * 2 * kLanes);
+    for (int row = 0; row < kRows; ++row) {
+      const Pairs both = broadcast_pair(products + row * stride);
+      for (int v = 0; v < kVectors; ++v) chains[row][v] = dot_pairs(chains[row][v], both, weights[v]);
+    }
+  }
+  for (int row = 0; row < kRows; ++row)
+    for (int v = 0; v < kVectors; ++v) store(sums + row * sums_stride + v * kLanes, chains[row][v]);
 }
 
 }  // namespace
 
-void multiply_ranks(const OctavoAdapterLayer& layer, const Activation* x, int begin, int end, float* products) {
+void multiply_ranks(const OctavoAdapterLayer& layer, const Activation* const* x, int num_rows, int begin, int end,
+                    Activation* const* products) {
   end = std::min(end, layer.num_ranks);
-  for (; begin + kRanksAtOnce <= end; begin += kRanksAtOnce) multiply_some_ranks<kRanksAtOnce>(layer, x, begin, products);
-  for (; begin < end; ++begin) multiply_some_ranks<1>(layer, x, begin, products);
+  int row = 0;
+  for (; row + kRowsTogether <= num_rows; row += kRowsTogether)
+    multiply_ranks<kRowsTogether>(layer, x + row, begin, end, products + row);
+  for (; row < num_rows; ++row) multiply_ranks<1>(layer, x + row, begin, end, products + row);
 }
 
-void multiply_products(const OctavoAdapterLayer& layer, const float* products, float* sums) {
-  for (int64_t stripe = 0; stripe < 2 * int64_t{layer.num_blocks}; ++stripe)
-    multiply_stripe<false>(layer.stripes[stripe], products, sums + stripe * kStripeColumns);
+void fetch_ranks(const OctavoAdapterLayer& layer) {
+  const int64_t size = std::min<int64_t>(int64_t{layer.num_ranks} * layer.a_stride, kWeightsAhead);
+  for (int64_t i = 0; i < size; i += kInputsTogether) prefetch_l2(layer.a + i);
 }
 
 void add_adapters(const AdapterRows& rows, int64_t row, int num_rows, int64_t block, float* sums,
                   int64_t stride) {
-  const OctavoAdapterLayer* before = nullptr;
-  for (int r = 0; r < num_rows; ++r, sums += stride) {
-    const OctavoAdapterLayer* const layer = rows.layer_of(row + r);
-    if (layer == nullptr) continue;
-    if (rows.sums != nullptr) {
-      const float* const added = rows.sums + (row + r) * rows.sums_stride + block * 2 * kStripeColumns;
-      for (int i = 0; i < 2 * kStripeColumns; i += kLanes) store(sums + i, load(sums + i) + load(added + i));
-      continue;
+  const int64_t end = row + num_rows;
+  while (row < end) {
+    const OctavoAdapterLayer* const layer = rows.layer_of(row);
+    int count = 1;
+    while (count < kRowsAtOnce && row + count < end && rows.layer_of(row + count) == layer) ++count;
+    if (count < kRowsAtOnce) count = 1;
+    for (int half = 0; layer != nullptr && half < 2; ++half) {
+      const OctavoAdapterStripe& stripe = layer->stripes[2 * block + half];
+      const Activation* const products = rows.products + row * rows.stride;
+      if (count == 1) {
+        add_stripe<1>(stripe, products, rows.stride, sums + half * kStripeColumns, stride);
+      } else {
+        add_stripe<kRowsAtOnce>(stripe, products, rows.stride, sums + half * kStripeColumns, stride);
+      }
     }
-    const OctavoAdapterStripe* const stripes = layer->stripes + 2 * block;
-    for (int half = 0; half < 2; ++half) {
-      // Also without ranks: a sum of -0 becomes 0 here as it does above.
-      multiply_stripe<true>(stripes[half], rows.products + (row + r) * rows.stride, sums + half * kStripeColumns);
-      if (layer != before && block + 1 < layer->num_blocks) fetch(stripes[half + 2]);
-    }
-    before = layer;
+    row += count;
+    sums += count * stride;
   }
+}
+
+void StripesAhead::start(int64_t begin, int64_t end_row, int64_t block) {
+  stop();
+  row_ = begin;
+  end_row_ = end_row;
+  next_stripe_ = 0;
+  block_ = block;
+  layer_ = nullptr;
+  advance();
+}
+
+void StripesAhead::stop() {
+  if (is_later_ && later_->end != nullptr) later_->next_line = next_line;
+  is_later_ = false;
+}
+
+void StripesAhead::advance() {
+  while (!is_later_ && row_ < end_row_) {
+    if (next_stripe_ == 0) {
+      const OctavoAdapterLayer* const layer = rows_.layer_of(row_);
+      if (layer == nullptr || layer == layer_ || block_ >= layer->num_blocks) {
+        ++row_;
+        continue;
+      }
+      layer_ = layer;
+      prefetch_l2(layer->stripes + 2 * (block_ + 1));  // what is asked for with the next block
+    }
+    const OctavoAdapterStripe& stripe = layer_->stripes[2 * block_ + next_stripe_];
+    row_ += next_stripe_;
+    next_stripe_ ^= 1;
+    if (stripe.num_pairs == 0) continue;
+    next_line = reinterpret_cast<const char*>(stripe.b);
+    end = next_line + int64_t{stripe.num_pairs} * kStripeColumns * 2 * sizeof(bf16);
+    return;
+  }
+  next_line = end = nullptr;
+  if (later_ == nullptr) return;
+  if (is_later_) {
+    later_->next_line = later_->end;
+    later_->advance();
+  }
+  is_later_ = true;
+  next_line = later_->next_line;
+  end = later_->end;
+}
+
+void fetch_stripes(const AdapterRows& rows, int64_t begin_row, int64_t end_row, int64_t block) {
+  StripesAhead ahead(rows, nullptr);
+  for (ahead.start(begin_row, end_row, block); !ahead.is_done(); ahead.advance())
+    for (const char* line = ahead.next_line; line < ahead.end; line += kLineBytes) prefetch_l2(line);
 }
 
 std::vector<int> rows_by_adapter(const OctavoStep& step) {

@@ -61,6 +61,7 @@ void run_quantized_part(const Gemm& gemm, int64_t begin, int64_t end, const Bloc
                          block_weights(linear, block), linear.format, linear.in_features,
                          later.bytes_per_group > 0 ? later : soon, sums);
       finish_rows(gemm, begin + first, static_cast<int>(count), block, sums);
+      if (gemm.adapters != nullptr) fetch_stripes(*gemm.adapters, begin + first, begin + first + count, block + 1);
     }
   }
 }

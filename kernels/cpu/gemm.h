@@ -6,6 +6,7 @@
 #include "abi.h"
 #include "adapters.h"
 #include "quantized.h"
+#include "read_ahead.h"
 #include "row_best.h"
 #include "simd.h"
 #include "thread_pool.h"
@@ -69,19 +70,6 @@ struct GemmItems {
   GemmItems() = default;
   GemmItems(int num_rows, const OctavoLinear& linear, bool gated, int num_threads);
   int count() const { return num_row_items * num_block_items; }
-};
-
-// What an operation after this one reads. Threads that multiply fetch it by the way: while they
-// compute, the memory has time left.
-class ReadAhead {
- public:
-  virtual ~ReadAhead() = default;
-  bool is_done() const { return next_line == end; }
-
-  // The present piece of memory, in whole cache lines. Once it is fetched, `advance` goes to the next.
-  const char* next_line = nullptr;
-  const char* end = nullptr;
-  virtual void advance() = 0;
 };
 
 // Compute all rows of blocks [begin, end); `ahead` may be null.

@@ -173,6 +173,7 @@ void run_amx_tile(const Gemm& gemm, int64_t row, int num_rows, const BlockRange&
     } else {
       clear_amx_sums<kHasSecond>();
     }
+    if (gemm.adapters != nullptr) fetch_stripes(*gemm.adapters, row, row + num_rows, block + 1);
     multiply_amx<kHasSecond>(rows, num_rows, gemm.linear->in_features, steps, soon, sums);
     if (place.grow_in_place) {
       store_amx_sums<kHasSecond>(output, gemm.output_stride);

@@ -1,4 +1,6 @@
 // Linear layers over bf16 weights, in vectors.
+#include <optional>
+
 #include "aligned.h"
 #include "decompressor.h"
 #include "dispatch.h"
@@ -224,8 +226,8 @@ void run_tile(const Gemm& gemm, const Rows& input, int64_t row, int64_t block, c
 }
 
 // What one of several tiles fetches.
-Fetch fetch_of_tile(int64_t tile, const ReadAhead* ahead) {
-  if (tile < kTilesThatFetchWeights) return Fetch::kNextBlock;
+Fetch fetch_of_tile(int64_t tile, int64_t tiles_that_fetch_weights, const ReadAhead* ahead) {
+  if (tile < tiles_that_fetch_weights) return Fetch::kNextBlock;
   return ahead != nullptr && !ahead->is_done() ? Fetch::kAhead : Fetch::kNothing;
 }
 
@@ -236,12 +238,18 @@ void run_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& bl
   const OctavoLinear& linear = *gemm.linear;
   const int64_t num_tiles = divide_up(end - begin, kMaxTileRows);
   const int64_t num_pairs = divide_up(linear.in_features, 2);
+  const bool has_adapters = gemm.adapters != nullptr;  // one of two tiles is for them
+  const int64_t tiles_that_fetch_weights = has_adapters && num_tiles == 2 ? 1 : std::min<int64_t>(num_tiles, kTilesThatFetchWeights);
   const int64_t bytes_per_pair = divide_up(block_bytes(linear.format, linear.in_features),
-                                           num_pairs * std::min<int64_t>(num_tiles, kTilesThatFetchWeights));
+                                           num_pairs * tiles_that_fetch_weights);
   const Fetch of_only_tile = Weights::fetch_of_only_tile(end - begin);
   const bool fetches_soon = num_tiles == 1 && (of_only_tile == Fetch::kSoon || of_only_tile == Fetch::kSoonPastCaches);
   const Weights weights(linear);
+  std::optional<StripesAhead> stripes;
+  if (has_adapters && num_tiles > 1) ahead = &stripes.emplace(*gemm.adapters, ahead);
   for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+    if (stripes) stripes->start(begin, end, block + 1);
+    if (has_adapters && num_tiles == 1) fetch_stripes(*gemm.adapters, begin, end, block + 1);
     const uint8_t* const fetched =
         fetches_soon ? block_weights(linear, block) + kBytesAhead : block_weights(linear, block + 1);
     Prefetch soon{reinterpret_cast<const char*>(fetched), bytes_per_pair};
@@ -249,7 +257,7 @@ void run_part(const Gemm& gemm, int64_t begin, int64_t end, const BlockRange& bl
       const int64_t first = (end - begin) * tile / num_tiles;
       const int64_t count = (end - begin) * (tile + 1) / num_tiles - first;
       const Rows tile_rows{gemm.input + (begin + first) * gemm.input_stride, gemm.input_stride};
-      const Fetch fetch = num_tiles == 1 ? of_only_tile : fetch_of_tile(tile, ahead);
+      const Fetch fetch = num_tiles == 1 ? of_only_tile : fetch_of_tile(tile, tiles_that_fetch_weights, ahead);
       dispatch_rows(static_cast<int>(count), [&](auto constant) {
         run_tile<constant()>(gemm, tile_rows, begin + first, block, weights, tile, num_tiles, fetch, soon, ahead);
       });

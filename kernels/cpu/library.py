@@ -200,7 +200,7 @@ class ProgramInfo(c.Structure):
 class AdapterStripe(c.Structure):
     """OctavoAdapterStripe."""
 
-    _fields_ = (("b", c.c_void_p), ("first_rank", c.c_int32), ("num_ranks", c.c_int32))
+    _fields_ = (("b", c.c_void_p), ("first_rank", c.c_int32), ("num_pairs", c.c_int32))
 
 
 class AdapterLayer(c.Structure):

@@ -76,8 +76,7 @@ class Program {
   std::vector<PrivateRows> private_rows_;  // by thread
   int rows_at_once_ = 0;                   // of kRowwise
   ExpertsWork experts_;
-  LineVector<float> adapter_products_;  // of the operation that is computed
-  LineVector<float> adapter_sums_;      // the same
+  LineVector<Activation> adapter_products_;  // of the operation that is computed
   PieceSums piece_sums_;
 };
 

@@ -29,8 +29,6 @@ constexpr int kRowsChosenByOneThread = 16;  // experts for more are worth a wait
 // With fewer rows for each thread, the ranks of a row are dealt out as well.
 constexpr int kFewestAdapterRows = 4;
 constexpr int kRanksPerItem = 16;
-// With more rows, B of an adapter stays in the first cache while the rows of a block pass, and sums would take more room than that.
-constexpr int kMostSummedRows = 256;
 
 constexpr size_t kBytesFetchedAhead = 256 << 10;  // by a thread that waits; a fraction of its cache
 constexpr size_t kBytesFetchedBeforeRows = 2 << 10;
@@ -71,10 +69,7 @@ StepJob::StepJob(Program& program, const OctavoStep& step, const OctavoCache& ca
   }
   const OctavoOp* end = program.ops_.data() + program.ops_.size();
   for (const OctavoOp& op : program.ops_) add_phases(op, &op + 1 == end ? nullptr : &op + 1);
-  for (AdapterRows& rows : adapters_) {  // whose memory no longer grows
-    rows.products = program.adapter_products_.data();
-    rows.sums = rows.sums_stride > 0 ? program.adapter_sums_.data() : nullptr;
-  }
+  for (AdapterRows& rows : adapters_) rows.products = program.adapter_products_.data();  // which no longer grow
   if (kJoinsRowwise && adapters_.empty()) join_rowwise_phases();
   plan_ahead();
 }
@@ -209,17 +204,11 @@ void StepJob::add_multiply_ranks(const OctavoOp& op, bool reads_private_rows) {
   const int64_t stride = ranks_of(op), num_rows = static_cast<int64_t>(adapter_rows_of(op).size());
   if (stride == 0) return;
   const int64_t op_number = &op - program_.ops_.data(), num_threads = program_.threads_.num_threads();
-  LineVector<float>& products = program_.adapter_products_;
+  LineVector<Activation>& products = program_.adapter_products_;
   if (static_cast<int64_t>(products.size()) < step_of(op).num_tokens * stride) products.resize(step_of(op).num_tokens * stride);
   const bool are_few = num_rows < kFewestAdapterRows * num_threads;
-  adapters_[op_number] = {step_of(op).adapter_ids, step_.adapters, op_number, nullptr, stride, nullptr, 0};
-  if (!are_few && step_of(op).num_tokens <= kMostSummedRows) {
-    const int64_t sums_stride = divide_up(op.linear.out_features, is_gated(op) ? kGatedColumns : kBlockColumns) * kBlockColumns;
-    adapters_[op_number].sums_stride = sums_stride;
-    LineVector<float>& sums = program_.adapter_sums_;
-    if (static_cast<int64_t>(sums.size()) < step_of(op).num_tokens * sums_stride) sums.resize(step_of(op).num_tokens * sums_stride);
-  }
-  const int64_t rows_per_item = are_few || adapters_[op_number].sums_stride > 0 ? 1 : kRowsPerItem;
+  adapters_[op_number] = {step_of(op).adapter_ids, step_.adapters, op_number, nullptr, stride};
+  const int64_t rows_per_item = are_few ? 1 : kRowsPerItem;
   const int64_t parts = are_few ? divide_up(stride, kRanksPerItem) : 1;
   add_phase(PhaseKind::kMultiplyRanks, op, static_cast<int>(num_rows), static_cast<int>(divide_up(num_rows, rows_per_item) * parts));
   phases_.back().rows_per_item = static_cast<int>(rows_per_item);
@@ -244,13 +233,17 @@ void StepJob::run_multiply_ranks(int index, int item, int thread) {
   } else if (phase.reads_private_rows) {
     input = private_rows(index, 0, thread).normed.data();
   }
-  for (int i = begin; i < end; ++i) {
+  const Activation* x[kRowsPerItem];
+  Activation* products[kRowsPerItem];
+  for (int i = begin, next = begin; i < end; i = next) {
     const OctavoAdapterLayer* const layer = adapters.layer_of(rows[i]);
-    if (layer == nullptr) continue;
-    float* const products = program_.adapter_products_.data() + rows[i] * adapters.stride;
-    multiply_ranks(*layer, input + rows[i] * stride, first_rank, last_rank, products);
-    if (adapters.sums != nullptr)
-      multiply_products(*layer, products, program_.adapter_sums_.data() + rows[i] * adapters.sums_stride);
+    for (; next < end && adapters.layer_of(rows[next]) == layer; ++next) {
+      x[next - i] = input + rows[next] * stride;
+      products[next - i] = program_.adapter_products_.data() + rows[next] * adapters.stride;
+    }
+    const OctavoAdapterLayer* const after = next < phase.num_rows ? adapters.layer_of(rows[next]) : nullptr;
+    if (after != nullptr && after != layer && num_parts == 1) fetch_ranks(*after);
+    if (layer != nullptr) multiply_ranks(*layer, x, next - i, first_rank, last_rank, products);
   }
 }
 

@@ -16,6 +16,7 @@ from octavo.services.cli.server_options import ServerConfig
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from octavo.common.v1 import common_pb2
     from octavo.inference.v1 import load_pb2
 
 _COLUMNS: tuple[str, ...] = (
@@ -120,7 +121,16 @@ def _title(now: Look) -> str:
     models = ", ".join(sorted({load.model for load in now.loads.values()})) or "no scheduler is connected"
     accepted = sum(load.accepted_tokens for load in now.loads.values())
     made = sum(load.output_tokens for load in now.loads.values())
-    return f"{models}: {accepted / made:.0%} of tokens guessed" if accepted else models
+    lines = [f"{models}: {accepted / made:.0%} of tokens guessed" if accepted else models]
+    by_name: dict[str, list[common_pb2.Proposer]] = {}
+    for each in (proposer for load in now.loads.values() for proposer in load.proposers):
+        by_name.setdefault(each.name, []).append(each)
+    for name, of_all in sorted(by_name.items()):
+        drafted, right, time_us = (
+            sum(getattr(each, field) for each in of_all) for field in ("drafted_tokens", "accepted_tokens", "time_us")
+        )
+        lines.append(f"  {name}: {right} of {drafted} tokens right, in {time_us / 1e6:.1f} s")
+    return "\n".join(lines)
 
 
 def scheduler_rows(before: Look, now: Look) -> list[tuple[str, ...]]:

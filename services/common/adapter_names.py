@@ -24,6 +24,11 @@ def key_of(name: str, sha256: str) -> str:
     return f"{name}@{sha256}"
 
 
+def name_of(key: str) -> str:
+    """Return the name in Submit.adapter, which is all of it where there is no SHA-256."""
+    return key.rpartition("@")[0] or key
+
+
 class AdapterNames:
     """Entries by name. Of two for one name the later one holds, by its version, in whatever order they come."""
 

@@ -28,7 +28,7 @@ RANK = 4
 
 
 def read(folder: Path) -> list[LoraPair]:
-    return list(PeftAdapter(read_files(folder), str(folder), SHAPES).pairs())
+    return list(PeftAdapter(read_files(folder), SHAPES).pairs())
 
 
 def tensors() -> dict[str, np.ndarray[Any, Any]]:
@@ -55,7 +55,7 @@ def test_logits_are_those_of_merged_weights(name: str, tmp_path: Path) -> None:
         loaded = load_model(tmp_path / folder, "auto", 0, lambda *_: None)
         device = ReferenceDevice(loaded.model, 512, 8, MAX_BLOCKS)
         if files is not None:
-            read_here = PeftAdapter(read_files(files), str(files), device.adapter_modules())
+            read_here = PeftAdapter(read_files(files), device.adapter_modules())
             device.set_adapter(1, device.pack_adapter(read_here.pairs()))
         paged = Paged(device)
         if files is not None:
@@ -151,6 +151,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "not a number": (_edit(lambda v: v[f"base_model.model.{Q}.lora_B.weight"].__setitem__((3, 1), np.nan)),
                      "q_proj.lora_B holds a value that is not finite"),
     "infinite": (_edit(lambda v: v[f"base_model.model.{Q}.lora_A.weight"].__setitem__((0, 0), -np.inf)), "not finite"),
+    "too large for bfloat16": (_edit(lambda v: v[f"base_model.model.{Q}.lora_A.weight"].__setitem__((0, 0), 3.4e38)),
+                               "q_proj.lora_A holds 3.4e+38, and bfloat16 ends at 3.38953e+38"),
     "rank of the config": (_config(r=8), "rank 4, but adapter_config.json says 8"),
     "rank that is no whole number": (_config(r=4.5), "r is 4.5; expected a whole number"),
     "rank bomb": (_edit(lambda v: [_set(v, f"{Q}.lora_A.weight", np.ones((300, 64), np.float32)),
@@ -180,7 +182,7 @@ def test_a_broken_adapter_is_refused_with_the_reason(name: str, tmp_path: Path) 
         read(tmp_path / "adapter")
 
     assert reason in str(refused.value)
-    assert str(tmp_path / "adapter") in str(refused.value)
+    assert str(tmp_path) not in str(refused.value)
 
 
 def test_files_beyond_the_limit_are_not_read(tmp_path: Path) -> None:

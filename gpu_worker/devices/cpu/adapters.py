@@ -22,7 +22,7 @@ _STRIPE = 16  # outputs; two are a packed block, of a gated pair one of each lay
 _LINE = 64
 _HUGE_PAGE = 2 << 20
 _CHUNK = 8 << 20  # takes memory where it is used only
-_INPUTS = 32  # a multiple of which rows of `a` are padded to
+_INPUTS, _RANKS = 32, 8  # of `a` that lie together; see adapters.cpp
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,14 @@ class LinearSite:
 class PackedAdapter:
     """An adapter of a program: what it adds to each of its operations, and the memory that holds it."""
 
-    def __init__(self, num_ops: int, sites: Mapping[int, LinearSite], pairs: Iterable[LoraPair]) -> None:
-        """Pack pairs, whose shapes fit; `sites` by number of the operation."""
+    def __init__(
+        self, num_ops: int, sites: Mapping[int, LinearSite], pairs: Iterable[LoraPair], splits_inputs: bool
+    ) -> None:
+        """Pack pairs, whose shapes fit; `sites` by number of the operation.
+
+        splits_inputs  whether inputs that lie half a piece apart are a pair: see OctavoAdapterLayer
+        """
+        self._splits_inputs = splits_inputs
         self.layers = (library.AdapterLayer * num_ops)()
         self.num_bytes = ctypes.sizeof(self.layers)
         self._memory: list[npt.NDArray[np.uint8]] = []  # what the layers point into; the last one has room left
@@ -76,13 +82,17 @@ class PackedAdapter:
         stripes = np.zeros((2 * site.num_blocks,), _STRIPE_TYPE)
         first = 0
         for index, pair in sorted(pairs.items()):
-            rank, end = len(pair.a), first + len(pair.a)
+            end = first + len(pair.a)
             a[first:end, : site.in_features], scales[first:end] = pair.a, pair.scale
             of_module = stripes[site.stripes(index)]
-            addresses = self._keep(pair.b) + np.arange(len(of_module)) * (rank * _STRIPE * 2)
-            of_module["b"], of_module["first_rank"], of_module["num_ranks"] = addresses, first, rank
+            addresses = self._keep(pair.b) + np.arange(len(of_module)) * (len(pair.a) * _STRIPE * 2)
+            of_module["b"], of_module["first_rank"], of_module["num_pairs"] = addresses, first, len(pair.a) // 2
             assert len(pair.b) == len(of_module), (site, index)
             first = end
+        if self._splits_inputs:
+            a = np.ascontiguousarray(a.reshape(-1, 2, _INPUTS // 2).swapaxes(1, 2)).reshape(num_ranks, stride)
+        together = [a[at : at + _RANKS].reshape(-1, stride // _INPUTS, _INPUTS) for at in range(0, num_ranks, _RANKS)]
+        a = np.concatenate([each.transpose(1, 0, 2).reshape(-1) for each in together])
         layer = self.layers[op]
         layer.a, layer.scales, layer.stripes = self._keep(a), self._keep(scales), self._keep(stripes)
         layer.num_ranks, layer.a_stride, layer.num_blocks = num_ranks, stride, site.num_blocks
@@ -105,13 +115,13 @@ class PackedAdapter:
         return place.ctypes.data
 
 
-_STRIPE_TYPE = np.dtype([("b", np.uint64), ("first_rank", np.int32), ("num_ranks", np.int32)])
+_STRIPE_TYPE = np.dtype([("b", np.uint64), ("first_rank", np.int32), ("num_pairs", np.int32)])
 assert _STRIPE_TYPE.itemsize == ctypes.sizeof(library.AdapterStripe)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A pair in bfloat16: a [rank, in_features], b [stripes, rank, 16], zero-padded."""
+    """A pair in bfloat16: a [rank, in_features], b [stripes, rank / 2, 16, 2], zero-padded to an even rank."""
 
     a: UInt16Array
     b: UInt16Array
@@ -120,10 +130,13 @@ class _Pair:
 
 def _pack(pair: LoraPair) -> _Pair:
     out_features, rank = pair.b.shape
-    b = np.zeros((padded(out_features, _STRIPE), rank), np.uint16)
-    b[:out_features] = _to_bf16(pair.b)
-    stripes = np.ascontiguousarray(b.reshape(-1, _STRIPE, rank).transpose(0, 2, 1))
-    return _Pair(_to_bf16(pair.a), stripes, pair.scale)
+    even = padded(rank, 2)
+    a = np.zeros((even, pair.a.shape[1]), np.uint16)
+    a[:rank] = _to_bf16(pair.a)
+    b = np.zeros((padded(out_features, _STRIPE), even), np.uint16)
+    b[:out_features, :rank] = _to_bf16(pair.b)
+    stripes = np.ascontiguousarray(b.reshape(-1, _STRIPE, even // 2, 2).transpose(0, 2, 1, 3))
+    return _Pair(a, stripes, pair.scale)
 
 
 def _to_bf16(values: Float32Array) -> UInt16Array:

@@ -20,6 +20,7 @@ from octavo.kernels.cpu.runtime import Arena, Runtime
 from octavo.kernels.draw import pack
 
 _BLOCK_TOKENS = 16
+_FLOAT_BYTES = 4
 
 
 class CpuDevice:
@@ -127,7 +128,8 @@ class CpuDevice:
 
     def pack_adapter(self, pairs: Iterable[LoraPair]) -> PackedAdapter:
         """Round an adapter to bf16, in the order of the packed weights."""
-        return PackedAdapter(self._num_ops, self._sites, pairs)
+        is_float = self._runtime.activation_bytes == _FLOAT_BYTES
+        return PackedAdapter(self._num_ops, self._sites, pairs, splits_inputs=is_float)
 
     def set_adapter(self, adapter_id: int, packed: PackedAdapter | None) -> None:
         """See `ops.Device.set_adapter`."""

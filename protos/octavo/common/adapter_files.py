@@ -19,7 +19,10 @@ _PICKLED = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
 class AdapterError(Exception):
-    """A folder holds no adapter that can be served. The message names the file, and what was expected."""
+    """A folder holds no adapter that can be served. The message names the file, and what was expected.
+
+    It does not say where the folder is: that is nothing to a client who asks for the adapter.
+    """
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,11 @@ def _read_config(folder: Path) -> bytes:
         config = bytearray(size)
         for _ in _pieces(handle, memoryview(config), folder / CONFIG_FILE):
             pass
-    if not (folder / WEIGHTS_FILE).exists():
+    if not os.path.exists(folder / WEIGHTS_FILE):
         for name in _PICKLED:
-            if (folder / name).exists():
+            if os.path.exists(folder / name):
                 raise AdapterError(
-                    f"{folder / name}: is a pickle file, which can run any code and is never read; save the adapter "
+                    f"{name}: is a pickle file, which can run any code and is never read; save the adapter "
                     f"as {WEIGHTS_FILE} (save_pretrained with safe_serialization=True)"
                 )
     return bytes(config)
@@ -90,16 +93,16 @@ def _opened(path: Path, most: int) -> Iterator[tuple[FileIO, int]]:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # to open a pipe may take for ever
     except FileNotFoundError:
         raise AdapterError(
-            f"{path}: no such file; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+            f"{path.name}: no such file; an adapter is a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
         ) from None
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: cannot be read ({error})") from None
+        raise AdapterError(f"{path.name}: cannot be read ({_why(error)})") from None
     with FileIO(file, "rb") as handle:
         about = os.fstat(file)
         if not stat.S_ISREG(about.st_mode):
-            raise AdapterError(f"{path}: is no file")
+            raise AdapterError(f"{path.name}: is no file")
         if about.st_size > most:
-            raise AdapterError(f"{path}: has {about.st_size} bytes, at most {most} are read")
+            raise AdapterError(f"{path.name}: has {about.st_size} bytes, at most {most} are read")
         yield handle, about.st_size
 
 
@@ -110,8 +113,12 @@ def _pieces(handle: FileIO, buffer: memoryview, path: Path) -> Iterator[memoryvi
         try:
             count = handle.readinto(buffer[at : at + _PIECE])
         except OSError as error:
-            raise AdapterError(f"{path}: cannot be read ({error})") from None
+            raise AdapterError(f"{path.name}: cannot be read ({_why(error)})") from None
         if not count:
-            raise AdapterError(f"{path}: was cut off while it was read")
+            raise AdapterError(f"{path.name}: was cut off while it was read")
         yield buffer[at : at + count]
         at += count
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__

@@ -63,7 +63,10 @@ class Adapters:
         for name, path in given.items():
             if name in self._taken:
                 raise AdapterError(f"{path}: {name!r} is what the model is called; give the adapter another name")
-            seen = await self._read(path)
+            try:
+                seen = await self._read(path)
+            except AdapterError as error:
+                raise AdapterError(f"{path}: {error}") from None
             version = max(time_ns for time_ns, *_ in seen.times) // 1_000_000
             entry = scheduler_pb2.AdapterName(name=name, path=str(path.resolve()), sha256=seen.sha256, version=version)
             self._schedulers.publish_adapters([entry])
@@ -116,8 +119,8 @@ class Adapters:
         path = (self._folder / name).resolve()
         try:
             return Adapter(name, key_of(name, await self._sha256_in_folder(name, path)), str(path))
-        except (AdapterError, OSError) as error:
-            raise ServingError(Reason.ADAPTER_NOT_LOADED, f"the adapter cannot be loaded: {error}") from None
+        except AdapterError as error:
+            raise ServingError(Reason.ADAPTER_NOT_LOADED, f"the adapter {name!r} cannot be loaded: {error}") from None
 
     async def load(self, name: str, path: str) -> scheduler_pb2.AdapterName:
         """Have workers load an adapter and give it a name; tell other gateways. Raises ServingError."""

@@ -106,6 +106,7 @@ class LoadServicer(load_pb2_grpc.LoadServiceServicer):
             output_tokens=load.output_tokens,
             looked_up_tokens=load.looked_up_tokens,
             accepted_tokens=load.accepted_tokens,
+            proposers=load.proposers,
             cached_tokens=load.cached_tokens,
             preemptions=load.preemptions,
             workers=[

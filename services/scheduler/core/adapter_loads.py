@@ -8,6 +8,7 @@ from contextlib import closing
 from google.rpc import code_pb2
 
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.adapter_names import name_of
 from octavo.services.scheduler.core.effects import Effects
 from octavo.services.scheduler.core.lifecycle import Lifecycle
 from octavo.services.scheduler.core.metrics import SchedulerMetrics
@@ -122,7 +123,7 @@ class AdapterLoads:
         waiting = [seq for seq in self._waiting if seq.request.adapter == key]
         for seq in waiting:
             if seq.state is not SequenceState.FINISHED:  # with its request, in this loop
-                message = f"the adapter cannot be loaded: {problem}"
+                message = f"the adapter {name_of(key)!r} cannot be loaded: {problem}"
                 self._lifecycle.fail(seq.request, code_pb2.FAILED_PRECONDITION, "ADAPTER_NOT_LOADED", message)
 
     def _next(self) -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ from google.rpc import code_pb2
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.common.adapter_names import name_of
 from octavo.services.scheduler.admission.admission import OutputLengths
 from octavo.services.scheduler.admission.forecast import Forecast
 from octavo.services.scheduler.core.effects import Effects
@@ -152,9 +153,15 @@ class Lifecycle:
         failed = scheduler_pb2.Failed(handle=handle, code=code, reason=reason, message=message, resumable=resumable)
         self._effects.send(gateway_id, scheduler_pb2.AttachResponse(failed=failed))
 
-    def invalidate(self, seq: Sequence, message: str = "the model's output is not finite") -> None:
-        """End a request of which nothing right can be computed, and let nobody use what was."""
+    def invalidate(self, seq: Sequence, message: str = "") -> None:
+        """End a request of which nothing right can be computed, and let nobody use what was.
+
+        Without a message: the output was not finite.
+        """
         request = seq.request
+        if not message:
+            of = f" with the adapter {name_of(request.adapter)!r}" if request.adapter else ""
+            message = f"the model's output{of} is not finite"
         request.is_invalid = True
         for other in request.sequences:
             group = self._groups.get(other.group_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from octavo.common.v1 import common_pb2
 from octavo.services.scheduler.config import BLOCK_SIZE
 from octavo.services.scheduler.groups.worker_group import StepInFlight
 from octavo.services.scheduler.requests.sequence import Sequence, SequenceState
@@ -38,6 +39,7 @@ class SchedulerMetrics:
     prompt_tokens  computed of prompts; cached_tokens of looked_up_tokens were in the cache instead
     output_tokens  known; what a step in flight sampled for a sequence that had ended is none
     accepted_tokens  of these, accepted from speculation
+    proposers      by name: what guessed tokens
     spans          of traced requests, for `take_spans`; only if `traces`
     """
 
@@ -53,6 +55,7 @@ class SchedulerMetrics:
         self._traces = traces
         self._reason = BoundedNames(_MAX_REASONS)
         self._proposer = BoundedNames(_MAX_PROPOSERS)
+        self.proposers: dict[str, common_pb2.Proposer] = {}
         self._spans: list[SpanRecord] = []
         self._lost_at: dict[Sequence, float] = {}  # of traced sequences that wait after the loss of their worker
         self._steps = store.value(catalog.STEPS)
@@ -78,6 +81,10 @@ class SchedulerMetrics:
         store.value(catalog.ACCEPTED_TOKENS).set(self.accepted_tokens)
         store.value(catalog.PREEMPTIONS).set(self.preemptions)
         store.value(catalog.ADAPTER_LOADS).set(self.adapter_loads)
+        for name, each in self.proposers.items():
+            store.value(catalog.DRAFT_TOKENS, name, "true").set(each.accepted_tokens)
+            store.value(catalog.DRAFT_TOKENS, name, "false").set(each.drafted_tokens - each.accepted_tokens)
+            store.value(catalog.DRAFT_TIME, name).set(each.time_us / 1e6)
 
     def take_spans(self) -> list[SpanRecord]:
         """Return the spans since the last call."""
@@ -135,10 +142,10 @@ class SchedulerMetrics:
         self._step_tokens.observe(step.num_tokens)
         for guesses in result.guesses:
             name = self._proposer(guesses.proposer)
-            wrong = max(guesses.drafted - guesses.accepted, 0)
-            self._store.value(catalog.DRAFT_TOKENS, name, "true").add(guesses.accepted)
-            self._store.value(catalog.DRAFT_TOKENS, name, "false").add(wrong)
-            self._store.value(catalog.DRAFT_TIME, name).add(guesses.time_us / 1e6)
+            proposer = self.proposers.setdefault(name, common_pb2.Proposer(name=name))
+            proposer.drafted_tokens += guesses.drafted
+            proposer.accepted_tokens += min(guesses.accepted, guesses.drafted)
+            proposer.time_us += guesses.time_us
         num_first = 0
         for seq in step.first_tokens:
             if seq.state is SequenceState.FINISHED:

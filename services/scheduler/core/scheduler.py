@@ -140,6 +140,7 @@ class Scheduler:
             output_tokens=self._metrics.output_tokens,
             looked_up_tokens=self._metrics.looked_up_tokens,
             accepted_tokens=self._metrics.accepted_tokens,
+            proposers=self._metrics.proposers.values(),
             cached_tokens=self._metrics.cached_tokens,
             preemptions=self._metrics.preemptions,
             workers=[group.load() for group in groups],

@@ -8,6 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from octavo.common.v1 import common_pb2
 from octavo.inference.v1 import load_pb2
 from octavo.services.cli import top
 
@@ -35,6 +36,20 @@ def test_80_columns_have_room_for_every_header_and_figure() -> None:
 def test_the_title_says_how_many_tokens_were_guessed() -> None:
     load = load_pb2.SchedulerLoad(model="m", output_tokens=200, accepted_tokens=50)
     assert top._title(top.Look(0.0, {"scheduler": load})) == "m: 25% of tokens guessed"
+
+
+def test_the_title_says_what_each_proposer_guessed_on_all_schedulers() -> None:
+    proposers = [common_pb2.Proposer(name="repetition", drafted_tokens=90, accepted_tokens=40, time_us=1_500_000)]
+    loads = {
+        "a": load_pb2.SchedulerLoad(model="m", output_tokens=200, accepted_tokens=40, proposers=proposers),
+        "b": load_pb2.SchedulerLoad(
+            model="m", proposers=[*proposers, common_pb2.Proposer(name="grammar", drafted_tokens=5, accepted_tokens=5)]
+        ),
+    }
+    assert top._title(top.Look(0.0, loads)).splitlines()[1:] == [
+        "  grammar: 5 of 5 tokens right, in 0.0 s",
+        "  repetition: 80 of 180 tokens right, in 3.0 s",
+    ]
 
 
 def test_a_pipe_gets_plain_columns_and_needs_no_rich(

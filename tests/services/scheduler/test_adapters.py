@@ -104,6 +104,18 @@ def test_adapters_take_no_more_memory_than_there_is() -> None:
     assert len(world.workers["group-0"].adapters) == 2
 
 
+def test_of_1000_adapters_workers_never_hold_more_than_they_have_room_for() -> None:
+    world = World(max_adapters=64, adapter_memory=100 * 64)
+    for first in range(0, 1000, 100):
+        names = [f"customer {n}" for n in range(first, first + 100)]
+        streams = [submit(world, [9] * 20, name, max_new_tokens=2) for name in names]
+        while not all(stream.ended for stream in streams):
+            world.step()
+            assert len(world.workers["group-0"].adapters) <= 64
+        assert all(is_right(stream, name, 2) for stream, name in zip(streams, names, strict=True))
+    assert world.num_loads == 1000
+
+
 def test_a_broken_adapter_ends_what_waits_for_it_and_nothing_else() -> None:
     world = World(max_adapters=2)
     broken = [submit(world, [8] * 20, "bad", path="broken") for _ in range(3)]
@@ -114,8 +126,23 @@ def test_a_broken_adapter_ends_what_waits_for_it_and_nothing_else() -> None:
     for stream in broken:
         assert stream.failed is not None
         assert (stream.failed.reason, stream.failed.resumable) == ("ADAPTER_NOT_LOADED", False)
-        assert "it is broken" in stream.failed.message
+        assert stream.failed.message == "the adapter 'bad' cannot be loaded: it is broken"
     assert is_right(good, "good")
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("team/huge", "the model's output with the adapter 'team/huge' is not finite"),
+    ("", "the model's output is not finite"),
+])  # fmt: skip
+def test_an_output_that_overflows_is_said_of_the_adapter_that_it_was_made_with(name: str, message: str) -> None:
+    world = World(max_adapters=1)
+    world.not_finite_after = 77
+    stream = submit(world, [1, 77], name)
+
+    world.run()
+
+    assert stream.failed is not None
+    assert stream.failed.message == message
 
 
 @pytest.mark.parametrize("groups", [1, 3])

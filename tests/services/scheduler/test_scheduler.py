@@ -9,9 +9,12 @@ from google.rpc import code_pb2
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
+from octavo.services.scheduler.core.metrics import SchedulerMetrics
 from octavo.services.scheduler.core.output_processor import WorkerMisbehavedError
 from octavo.services.scheduler.core.step_planner import MAX_SCORED_TOKENS, MAX_SEARCHES
 from octavo.services.scheduler.kv_cache.free_blocks import STALE_TURNS
+from octavo.services.telemetry import catalog
+from octavo.services.telemetry.store import Store
 from octavo.worker.v1 import worker_pb2
 
 from .simulation import World, expected_output
@@ -685,6 +688,23 @@ def test_tokens_that_took_no_step_of_their_own_are_counted() -> None:
     assert counts == [6, 3]
     assert world.core._metrics.accepted_tokens == 9
     assert world.core._metrics.output_tokens == 16
+
+
+def test_the_load_and_the_metrics_say_alike_what_each_proposer_brought() -> None:
+    store = Store(catalog.SCHEDULER)
+    world = World(metrics=SchedulerMetrics(store))
+    world.submit(PROMPT, max_new_tokens=2)
+    for accepted in (2, 9):  # of a worker that claims more than it computed, what it computed
+        result = world.workers["group-0"].execute(world.queues["group-0"].pop(0))
+        result.guesses.add(proposer="grammar", drafted=3, accepted=accepted, time_us=70)
+        world.core.step_done("group-0", result, world.now)
+        world.settle()
+
+    world.core._metrics.write_totals()
+    (proposer,) = world.core.load(world.now).proposers
+    assert proposer == common_pb2.Proposer(name="grammar", drafted_tokens=6, accepted_tokens=5, time_us=140)
+    counted = [store.value(catalog.DRAFT_TOKENS, "grammar", is_right).value for is_right in ("true", "false")]
+    assert [*counted, store.value(catalog.DRAFT_TIME, "grammar").value] == [5, 1, 140 / 1e6]
 
 
 def test_what_comes_after_a_stop_token_in_the_same_step_is_dropped() -> None:

@@ -153,6 +153,18 @@ class Usage(_message.Message):
     speculative_accepted_tokens: int
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., reasoning_tokens: _Optional[int] = ..., speculative_accepted_tokens: _Optional[int] = ...) -> None: ...
 
+class Proposer(_message.Message):
+    __slots__ = ("name", "drafted_tokens", "accepted_tokens", "time_us")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIME_US_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    drafted_tokens: int
+    accepted_tokens: int
+    time_us: int
+    def __init__(self, name: _Optional[str] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., time_us: _Optional[int] = ...) -> None: ...
+
 class Timing(_message.Message):
     __slots__ = ("queue_us", "prefill_us", "decode_us", "preemptions")
     QUEUE_US_FIELD_NUMBER: _ClassVar[int]

@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from octavo.common.v1 import common_pb2 as octavo_dot_common_dot_v1_dot_common__pb2
 from octavo.common.v1 import rules_pb2 as octavo_dot_common_dot_v1_dot_rules__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eoctavo/inference/v1/load.proto\x12\x13octavo.inference.v1\x1a\x1coctavo/common/v1/rules.proto\"\xc3\x03\n\rSchedulerLoad\x12\x14\n\x0cscheduler_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\x1f\n\x17waiting_uncached_tokens\x18\x05 \x01(\x04\x12\x16\n\x0ekv_blocks_free\x18\x06 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x07 \x01(\r\x12\x15\n\rkv_block_size\x18\x08 \x01(\r\x12\x1a\n\x12\x65stimated_queue_ms\x18\t \x01(\x04\x12\x10\n\x08\x64raining\x18\n \x01(\x08\x12\x15\n\rworkers_ready\x18\x0b \x01(\r\x12\x15\n\rprompt_tokens\x18\x0c \x01(\x04\x12\x15\n\routput_tokens\x18\r \x01(\x04\x12\x18\n\x10looked_up_tokens\x18\x0e \x01(\x04\x12\x15\n\rcached_tokens\x18\x0f \x01(\x04\x12\x13\n\x0bpreemptions\x18\x10 \x01(\x04\x12\x30\n\x07workers\x18\x11 \x03(\x0b\x32\x1f.octavo.inference.v1.WorkerLoad\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x12 \x01(\x04\"w\n\nWorkerLoad\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x03 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\x01\"\x10\n\x0eGetLoadRequest\"I\n\x0fGetLoadResponse\x12\x36\n\nschedulers\x18\x01 \x03(\x0b\x32\".octavo.inference.v1.SchedulerLoad\"6\n\x10WatchLoadRequest\x12\"\n\x0binterval_ms\x18\x01 \x01(\rB\r\x8a\xe8\x18\t\x19\x00\x00\x00\x00@wKA\"K\n\x11WatchLoadResponse\x12\x36\n\nschedulers\x18\x01 \x03(\x0b\x32\".octavo.inference.v1.SchedulerLoad\"\x80\x04\n\nLoadReport\x12\x17\n\x0f\x63pu_utilization\x18\x01 \x01(\x01\x12\x17\n\x0fmem_utilization\x18\x02 \x01(\x01\x12\x46\n\x0crequest_cost\x18\x04 \x03(\x0b\x32\x30.octavo.inference.v1.LoadReport.RequestCostEntry\x12\x45\n\x0butilization\x18\x05 \x03(\x0b\x32\x30.octavo.inference.v1.LoadReport.UtilizationEntry\x12\x16\n\x0erps_fractional\x18\x06 \x01(\x01\x12\x0b\n\x03\x65ps\x18\x07 \x01(\x01\x12H\n\rnamed_metrics\x18\x08 \x03(\x0b\x32\x31.octavo.inference.v1.LoadReport.NamedMetricsEntry\x12\x1f\n\x17\x61pplication_utilization\x18\t \x01(\x01\x1a\x32\n\x10RequestCostEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x32\n\x10UtilizationEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x33\n\x11NamedMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01J\x04\x08\x03\x10\x04\x32\xc1\x01\n\x0bLoadService\x12T\n\x07GetLoad\x12#.octavo.inference.v1.GetLoadRequest\x1a$.octavo.inference.v1.GetLoadResponse\x12\\\n\tWatchLoad\x12%.octavo.inference.v1.WatchLoadRequest\x1a&.octavo.inference.v1.WatchLoadResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eoctavo/inference/v1/load.proto\x12\x13octavo.inference.v1\x1a\x1doctavo/common/v1/common.proto\x1a\x1coctavo/common/v1/rules.proto\"\xf2\x03\n\rSchedulerLoad\x12\x14\n\x0cscheduler_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\x1f\n\x17waiting_uncached_tokens\x18\x05 \x01(\x04\x12\x16\n\x0ekv_blocks_free\x18\x06 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x07 \x01(\r\x12\x15\n\rkv_block_size\x18\x08 \x01(\r\x12\x1a\n\x12\x65stimated_queue_ms\x18\t \x01(\x04\x12\x10\n\x08\x64raining\x18\n \x01(\x08\x12\x15\n\rworkers_ready\x18\x0b \x01(\r\x12\x15\n\rprompt_tokens\x18\x0c \x01(\x04\x12\x15\n\routput_tokens\x18\r \x01(\x04\x12\x18\n\x10looked_up_tokens\x18\x0e \x01(\x04\x12\x15\n\rcached_tokens\x18\x0f \x01(\x04\x12\x13\n\x0bpreemptions\x18\x10 \x01(\x04\x12\x30\n\x07workers\x18\x11 \x03(\x0b\x32\x1f.octavo.inference.v1.WorkerLoad\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x12 \x01(\x04\x12-\n\tproposers\x18\x13 \x03(\x0b\x32\x1a.octavo.common.v1.Proposer\"w\n\nWorkerLoad\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x03 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x05 \x01(\x01\"\x10\n\x0eGetLoadRequest\"I\n\x0fGetLoadResponse\x12\x36\n\nschedulers\x18\x01 \x03(\x0b\x32\".octavo.inference.v1.SchedulerLoad\"6\n\x10WatchLoadRequest\x12\"\n\x0binterval_ms\x18\x01 \x01(\rB\r\x8a\xe8\x18\t\x19\x00\x00\x00\x00@wKA\"K\n\x11WatchLoadResponse\x12\x36\n\nschedulers\x18\x01 \x03(\x0b\x32\".octavo.inference.v1.SchedulerLoad\"\x80\x04\n\nLoadReport\x12\x17\n\x0f\x63pu_utilization\x18\x01 \x01(\x01\x12\x17\n\x0fmem_utilization\x18\x02 \x01(\x01\x12\x46\n\x0crequest_cost\x18\x04 \x03(\x0b\x32\x30.octavo.inference.v1.LoadReport.RequestCostEntry\x12\x45\n\x0butilization\x18\x05 \x03(\x0b\x32\x30.octavo.inference.v1.LoadReport.UtilizationEntry\x12\x16\n\x0erps_fractional\x18\x06 \x01(\x01\x12\x0b\n\x03\x65ps\x18\x07 \x01(\x01\x12H\n\rnamed_metrics\x18\x08 \x03(\x0b\x32\x31.octavo.inference.v1.LoadReport.NamedMetricsEntry\x12\x1f\n\x17\x61pplication_utilization\x18\t \x01(\x01\x1a\x32\n\x10RequestCostEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x32\n\x10UtilizationEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x33\n\x11NamedMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01J\x04\x08\x03\x10\x04\x32\xc1\x01\n\x0bLoadService\x12T\n\x07GetLoad\x12#.octavo.inference.v1.GetLoadRequest\x1a$.octavo.inference.v1.GetLoadResponse\x12\\\n\tWatchLoad\x12%.octavo.inference.v1.WatchLoadRequest\x1a&.octavo.inference.v1.WatchLoadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,26 +41,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADREPORT_UTILIZATIONENTRY']._serialized_options = b'8\001'
   _globals['_LOADREPORT_NAMEDMETRICSENTRY']._loaded_options = None
   _globals['_LOADREPORT_NAMEDMETRICSENTRY']._serialized_options = b'8\001'
-  _globals['_SCHEDULERLOAD']._serialized_start=86
-  _globals['_SCHEDULERLOAD']._serialized_end=537
-  _globals['_WORKERLOAD']._serialized_start=539
-  _globals['_WORKERLOAD']._serialized_end=658
-  _globals['_GETLOADREQUEST']._serialized_start=660
-  _globals['_GETLOADREQUEST']._serialized_end=676
-  _globals['_GETLOADRESPONSE']._serialized_start=678
-  _globals['_GETLOADRESPONSE']._serialized_end=751
-  _globals['_WATCHLOADREQUEST']._serialized_start=753
-  _globals['_WATCHLOADREQUEST']._serialized_end=807
-  _globals['_WATCHLOADRESPONSE']._serialized_start=809
-  _globals['_WATCHLOADRESPONSE']._serialized_end=884
-  _globals['_LOADREPORT']._serialized_start=887
-  _globals['_LOADREPORT']._serialized_end=1399
-  _globals['_LOADREPORT_REQUESTCOSTENTRY']._serialized_start=1238
-  _globals['_LOADREPORT_REQUESTCOSTENTRY']._serialized_end=1288
-  _globals['_LOADREPORT_UTILIZATIONENTRY']._serialized_start=1290
-  _globals['_LOADREPORT_UTILIZATIONENTRY']._serialized_end=1340
-  _globals['_LOADREPORT_NAMEDMETRICSENTRY']._serialized_start=1342
-  _globals['_LOADREPORT_NAMEDMETRICSENTRY']._serialized_end=1393
-  _globals['_LOADSERVICE']._serialized_start=1402
-  _globals['_LOADSERVICE']._serialized_end=1595
+  _globals['_SCHEDULERLOAD']._serialized_start=117
+  _globals['_SCHEDULERLOAD']._serialized_end=615
+  _globals['_WORKERLOAD']._serialized_start=617
+  _globals['_WORKERLOAD']._serialized_end=736
+  _globals['_GETLOADREQUEST']._serialized_start=738
+  _globals['_GETLOADREQUEST']._serialized_end=754
+  _globals['_GETLOADRESPONSE']._serialized_start=756
+  _globals['_GETLOADRESPONSE']._serialized_end=829
+  _globals['_WATCHLOADREQUEST']._serialized_start=831
+  _globals['_WATCHLOADREQUEST']._serialized_end=885
+  _globals['_WATCHLOADRESPONSE']._serialized_start=887
+  _globals['_WATCHLOADRESPONSE']._serialized_end=962
+  _globals['_LOADREPORT']._serialized_start=965
+  _globals['_LOADREPORT']._serialized_end=1477
+  _globals['_LOADREPORT_REQUESTCOSTENTRY']._serialized_start=1316
+  _globals['_LOADREPORT_REQUESTCOSTENTRY']._serialized_end=1366
+  _globals['_LOADREPORT_UTILIZATIONENTRY']._serialized_start=1368
+  _globals['_LOADREPORT_UTILIZATIONENTRY']._serialized_end=1418
+  _globals['_LOADREPORT_NAMEDMETRICSENTRY']._serialized_start=1420
+  _globals['_LOADREPORT_NAMEDMETRICSENTRY']._serialized_end=1471
+  _globals['_LOADSERVICE']._serialized_start=1480
+  _globals['_LOADSERVICE']._serialized_end=1673
 # @@protoc_insertion_point(module_scope)

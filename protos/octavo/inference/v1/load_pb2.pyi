@@ -1,3 +1,4 @@
+from octavo.common.v1 import common_pb2 as _common_pb2
 from octavo.common.v1 import rules_pb2 as _rules_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -8,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SchedulerLoad(_message.Message):
-    __slots__ = ("scheduler_id", "model", "running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "kv_block_size", "estimated_queue_ms", "draining", "workers_ready", "prompt_tokens", "output_tokens", "looked_up_tokens", "cached_tokens", "preemptions", "workers", "accepted_tokens")
+    __slots__ = ("scheduler_id", "model", "running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "kv_block_size", "estimated_queue_ms", "draining", "workers_ready", "prompt_tokens", "output_tokens", "looked_up_tokens", "cached_tokens", "preemptions", "workers", "accepted_tokens", "proposers")
     SCHEDULER_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +28,7 @@ class SchedulerLoad(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROPOSERS_FIELD_NUMBER: _ClassVar[int]
     scheduler_id: str
     model: str
     running: int
@@ -45,7 +47,8 @@ class SchedulerLoad(_message.Message):
     preemptions: int
     workers: _containers.RepeatedCompositeFieldContainer[WorkerLoad]
     accepted_tokens: int
-    def __init__(self, scheduler_id: _Optional[str] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., looked_up_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
+    proposers: _containers.RepeatedCompositeFieldContainer[_common_pb2.Proposer]
+    def __init__(self, scheduler_id: _Optional[str] = ..., model: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_block_size: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., looked_up_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., accepted_tokens: _Optional[int] = ..., proposers: _Optional[_Iterable[_Union[_common_pb2.Proposer, _Mapping]]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("worker_id", "running", "kv_blocks_free", "kv_blocks_total", "tokens_per_s")

@@ -373,7 +373,7 @@ class Cancelled(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., was_running: _Optional[bool] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "estimated_queue_ms", "draining", "workers_ready", "step_age_ms", "max_model_len", "model_version", "prompt_tokens", "output_tokens", "looked_up_tokens", "accepted_tokens", "cached_tokens", "preemptions", "workers", "task", "vector_size", "prompt_logprobs", "vocab_size", "tokenizer_sha256", "max_adapters", "adapters_loaded", "adapter_loads", "notes", "may_grow")
+    __slots__ = ("running", "waiting", "waiting_uncached_tokens", "kv_blocks_free", "kv_blocks_total", "estimated_queue_ms", "draining", "workers_ready", "step_age_ms", "max_model_len", "model_version", "prompt_tokens", "output_tokens", "looked_up_tokens", "accepted_tokens", "cached_tokens", "preemptions", "workers", "task", "vector_size", "prompt_logprobs", "vocab_size", "tokenizer_sha256", "max_adapters", "adapters_loaded", "adapter_loads", "notes", "may_grow", "proposers")
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     WAITING_UNCACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -402,6 +402,7 @@ class Load(_message.Message):
     ADAPTER_LOADS_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
     MAY_GROW_FIELD_NUMBER: _ClassVar[int]
+    PROPOSERS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     waiting_uncached_tokens: int
@@ -430,7 +431,8 @@ class Load(_message.Message):
     adapter_loads: int
     notes: _containers.RepeatedScalarFieldContainer[str]
     may_grow: bool
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., step_age_ms: _Optional[int] = ..., max_model_len: _Optional[int] = ..., model_version: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., looked_up_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., max_adapters: _Optional[int] = ..., adapters_loaded: _Optional[int] = ..., adapter_loads: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ..., may_grow: _Optional[bool] = ...) -> None: ...
+    proposers: _containers.RepeatedCompositeFieldContainer[_common_pb2.Proposer]
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_uncached_tokens: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., estimated_queue_ms: _Optional[int] = ..., draining: _Optional[bool] = ..., workers_ready: _Optional[int] = ..., step_age_ms: _Optional[int] = ..., max_model_len: _Optional[int] = ..., model_version: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., looked_up_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerLoad, _Mapping]]] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., prompt_logprobs: _Optional[bool] = ..., vocab_size: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., max_adapters: _Optional[int] = ..., adapters_loaded: _Optional[int] = ..., adapter_loads: _Optional[int] = ..., notes: _Optional[_Iterable[str]] = ..., may_grow: _Optional[bool] = ..., proposers: _Optional[_Iterable[_Union[_common_pb2.Proposer, _Mapping]]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("worker_id", "running", "kv_blocks_free", "kv_blocks_total", "tokens_per_s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,25 @@ async def test_a_pickle_in_the_folder_is_named_as_one(http: httpx.AsyncClient, t
     folder = write(tmp_path / "adapters" / "pickled")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     response = await http.post("/v1/completions", json={"model": "pickled", "prompt": "x"})
-    assert "is a pickle file" in response.text
+    assert "the adapter 'pickled' cannot be loaded: adapter_model.bin: is a pickle file" in response.text
+
+
+@pytest.mark.parametrize("mistake", ["removed", "closed", "pipe"])
+async def test_errors_say_nothing_of_where_the_operator_keeps_adapters(
+    http: httpx.AsyncClient, tmp_path: Path, mistake: str
+) -> None:
+    weights = write(tmp_path / "adapters" / "bad") / "adapter_model.safetensors"
+    weights.unlink()
+    if mistake == "closed":
+        weights.symlink_to(weights)  # a loop, which root cannot read, either
+    elif mistake == "pipe":
+        os.mkfifo(weights)
+    asked = await http.post("/v1/completions", json={"model": "bad", "prompt": "x"})
+    loaded = await post(http, "load", "new", tmp_path / "adapters" / "bad")
+    for response in (asked, loaded):
+        assert response.status_code == 400
+        assert "adapter_model.safetensors: " in response.text
+        assert str(tmp_path) not in response.text
 
 
 async def test_files_are_read_once_for_all_who_wait_and_others_are_not_behind_them(
