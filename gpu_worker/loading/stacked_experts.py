@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.models.config import MAX_EXPERTS
+
 T = TypeVar("T")
 
 _PARTS = ("gate_proj", "up_proj")
@@ -54,13 +57,20 @@ class Piece:
     part: int
 
 
-def _pieces_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, Piece]]:
+def _pieces_of(shapes: Iterable[tuple[str, Path, tuple[int, ...]]]) -> Iterator[tuple[str, Piece]]:
     """Yield what stands in place of each stack among some tensors, by the name that an expert's own would have."""
-    for name, shape in shapes:
+    for name, where, shape in shapes:
         prefix, _, last = name.rpartition(".")
         stack = _STACKS.get(last) if prefix.endswith(".experts") else None
-        if stack is None or len(shape) not in ((3,) if stack.is_transposed else (3, 4)):
+        if stack is None:
             continue
+        outputs = 2 if stack.is_transposed else 1
+        is_one = len(shape) in ((3,) if stack.is_transposed else (3, 4)) and shape[outputs] % len(stack.parts) == 0
+        if not is_one or shape[0] > MAX_EXPERTS:
+            raise ModelError(
+                f"{where}: {name} has shape {list(shape)}, expected 3 or 4 dimensions: first at most {MAX_EXPERTS} "
+                f"experts, and as dimension {outputs + 1} outputs, a multiple of {len(stack.parts)}"
+            )
         for expert in range(shape[0]):
             for part, module in enumerate(stack.parts):
                 yield f"{prefix}.{expert}.{module}.{stack.suffix}", Piece(name, stack, expert, part)
@@ -111,8 +121,10 @@ def unstacked(
 
     shape_of  the shape of a tensor, by its name
     part_of   what stands for a piece of a stack
+
+    Raises ModelError.
     """
-    pieces = dict(_pieces_of((name, shape_of(name, tensor)) for name, (_, tensor) in tensors.items()))
+    pieces = dict(_pieces_of((name, path, shape_of(name, tensor)) for name, (path, tensor) in tensors.items()))
     stacks = {piece.name for piece in pieces.values()}
     experts = {}
     for name, piece in pieces.items():
@@ -122,5 +134,5 @@ def unstacked(
 
 
 def unstacked_handles(owners: Mapping[str, tuple[Path, Any]]) -> dict[str, tuple[Path, Any]]:
-    """Return the handles of a folder's tensors, see `unstacked`."""
+    """Return the handles of a folder's tensors, see `unstacked`. Raises ModelError."""
     return unstacked(owners, lambda name, handle: tuple(handle.get_slice(name).get_shape()), ExpertTensor)
