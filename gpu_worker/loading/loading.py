@@ -59,6 +59,10 @@ def load_for_device(config: WorkerConfig, progress: Progress, sharding: Sharding
     """
     try:
         return _load_for_device(config, progress, sharding)
+    except ModelError as error:
+        if config.model in str(error):
+            raise
+        raise ModelError(f"{config.model}: {error}") from error
     except MemoryError as error:
         raise ModelError(f"{config.model}: there is no memory for it ({error}); use a smaller model") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from octavo.gpu_worker.errors import ModelError
+from octavo.gpu_worker.models.config import MAX_EXPERTS
+
 T = TypeVar("T")
 
 _GATE_UP, _DOWN = ("gate_proj", "up_proj"), ("down_proj",)
@@ -70,14 +73,22 @@ class Piece:
     part: int
 
 
-def _pieces_of(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[tuple[str, Piece]]:
+def _pieces_of(shapes: Iterable[tuple[str, Path, tuple[int, ...]]]) -> Iterator[tuple[str, Piece]]:
     """Yield what stands in place of each stack among some tensors, by the name that an expert's own would have."""
-    for name, shape in shapes:
+    for name, where, shape in shapes:
         block, _, end = name.rpartition(".")
         block, _, module = block.rpartition(".")
         stack = _STACKS.get(f"{module}.{end}")
-        if stack is None or len(shape) not in stack.num_dimensions:
+        if stack is None or (module != "experts" and len(shape) == 2):  # Granite's shared expert has that name, too
             continue
+        outputs = 2 if stack.is_transposed else 1
+        is_one = len(shape) in stack.num_dimensions and shape[outputs] % len(stack.parts) == 0
+        if not is_one or shape[0] > MAX_EXPERTS:
+            raise ModelError(
+                f"{where}: {name} has shape {list(shape)}, expected {' or '.join(map(str, stack.num_dimensions))} "
+                f"dimensions: first at most {MAX_EXPERTS} experts, and as dimension {outputs + 1} outputs, a multiple "
+                f"of {len(stack.parts)}"
+            )
         for part, module in enumerate(stack.parts):
             if stack.is_of_biases:
                 yield f"{block}.experts.{module}_{stack.suffix}", Piece(name, stack, 0, part)
@@ -135,8 +146,10 @@ def unstacked(
 
     shape_of  the shape of a tensor, by its name
     part_of   what stands for a piece of a stack
+
+    Raises ModelError.
     """
-    pieces = dict(_pieces_of((name, shape_of(name, tensor)) for name, (_, tensor) in tensors.items()))
+    pieces = dict(_pieces_of((name, path, shape_of(name, tensor)) for name, (path, tensor) in tensors.items()))
     stacks = {piece.name for piece in pieces.values()}
     experts = {}
     for name, piece in pieces.items():
@@ -146,5 +159,5 @@ def unstacked(
 
 
 def unstacked_handles(owners: Mapping[str, tuple[Path, Any]]) -> dict[str, tuple[Path, Any]]:
-    """Return the handles of a folder's tensors, see `unstacked`."""
+    """Return the handles of a folder's tensors, see `unstacked`. Raises ModelError."""
     return unstacked(owners, lambda name, handle: tuple(handle.get_slice(name).get_shape()), ExpertTensor)

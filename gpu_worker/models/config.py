@@ -68,8 +68,8 @@ class RopeConfig:
         for name, value in positive.items():
             if not value > 0:
                 raise ModelError(f"the model's rotary settings: {name} is {value:g}, expected above 0")
-        if min(self.mscale or 0, self.mscale_all_dim or 0) < 0:
-            raise ModelError("the model's rotary settings: mscale and mscale_all_dim must not be negative")
+        if not all(0 <= (scale or 0) <= 1e6 for scale in (self.mscale, self.mscale_all_dim)):
+            raise ModelError("the model's rotary settings: mscale and mscale_all_dim must be from 0 to 1,000,000")
         half, needed = self.rotary_dim // 2, (self.rotary_dim // 2,) if self.rope_type == "longrope" else (0,)
         for name, factors, counts in (
             ("frequency", self.freq_factors, (0, half)),
@@ -565,9 +565,10 @@ def _layers_with_experts(values: Json, read: Values, traits: Traits, num_layers:
     dense = values.get("mlp_only_layers") or []
     if step < 1 or not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
         raise ModelError(f"{where}: decoder_sparse_step must be at least 1 and mlp_only_layers a list of layers")
-    first = read.integer(first_key := traits.keys.get("first_k_dense_replace", "first_k_dense_replace"), 0)
-    if first < 0:
-        raise ModelError(f"{where}: {first_key} is {first}, expected at least 0")
+    first_key = traits.keys.get("first_k_dense_replace", "first_k_dense_replace")
+    first = read.integer(first_key, 0)
+    if not 0 <= first <= num_layers:
+        raise ModelError(f"{where}: {first_key} is {first}, expected 0 to {num_layers}")
     last = read.integer("moe_layer_end_index", -1)
     last = num_layers - 1 if last < 0 else last
     dense = set(dense)

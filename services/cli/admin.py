@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from octavo.services.cli import server_options
 from octavo.services.cli.server_options import ServerConfig
@@ -22,6 +22,10 @@ _DRAIN_SLACK_S = 10.0
 class AdminConfig(ServerConfig):
     """Settings of `octavo admin`."""
 
+    how_to_reach: ClassVar[str] = (
+        "start `octavo gateway` or `octavo scheduler` with --admin-address (processes of `octavo serve` have none), or "
+        "name it with --address"
+    )
     action: str = field(
         metadata={
             "positional": True,

@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the process named by `argv[0]` with the options after it, until it ends."""
     name, options = argv[0], list(argv[1:])
     process.set_name(f"octavo {name}", options)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each handshake of a stranger is a line in the log
     with contextlib.suppress(RuntimeError, io.UnsupportedOperation):  # without a stderr, or one that is no file
         # For one that hangs: `kill -USR1` has it say where.
         faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from octavo.services.cli import terminal
 from octavo.services.cli.errors import CommandError
@@ -136,6 +136,7 @@ class AccessConfig:
 class ServerConfig(AccessConfig):
     """A server's gRPC API."""
 
+    how_to_reach: ClassVar[str] = "start one with `octavo serve`, or name it with --address"
     address: str = field(
         default=DEFAULT_ADDRESS, metadata={"group": _SERVER, "help": "the server: host:port or unix:PATH"}
     )
@@ -165,6 +166,8 @@ class ServerConfig(AccessConfig):
         code = getattr(getattr(error, "code", None), "name", "")
         if code == "UNAUTHENTICATED":
             return self._about_key()
+        if code == "UNIMPLEMENTED" and "Method not found" in text:
+            return f"what listens at {self.address} serves something else: {self.how_to_reach}"
         if code != "UNAVAILABLE" or getattr(error, "reason", ""):
             return text
         if "WRONG_VERSION_NUMBER" in text:
@@ -177,7 +180,7 @@ class ServerConfig(AccessConfig):
             if self.tls_certificate is None:
                 return f"{self.address} closed the connection: it may want --tls-certificate and --tls-key"
         if "connect" in text.lower() or "resolving" in text:
-            return f"no server at {self.address}: start one with `octavo serve`, or name it with --address"
+            return f"no server at {self.address}: {self.how_to_reach}"
         return text
 
 

@@ -58,6 +58,8 @@ def locked(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         running, [f"--tls-ca={servers.ca}"], [f"--tls-certificate={mine}", f"--tls-key={my_key}"], key, requests
     )
     assert running.stop() == 0
+    strangers = [line for line in running.lines if "Handshake failed" in line]
+    assert not strangers  # each try without TLS would be one
 
 
 @dataclass

@@ -21,7 +21,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.gpu_worker.quantised import in_mxfp4
+
 Edit = Callable[[Path], object]
+ABSENT = object()
 HIDDEN, INNER, VOCAB, HEAD_DIM = 64, 96, 128, 16
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,8 +74,14 @@ def write_folder(folder: Path) -> None:
 
 
 def config(**values: Any) -> Edit:
-    """Change values of config.json."""
-    return lambda folder: (folder / "config.json").write_text(json.dumps({**CONFIG, **values}))
+    """Change values of config.json; a value of `ABSENT` takes one out."""
+
+    def write(folder: Path) -> None:
+        path = folder / "config.json"
+        changed = {**json.loads(path.read_text()), **values}
+        path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ABSENT}))
+
+    return write
 
 
 def text(content: bytes | str, name: str = "config.json") -> Edit:
@@ -114,6 +123,45 @@ def header(edit: Callable[[dict[str, Any]], object]) -> Edit:
 def index(weight_map: object) -> Edit:
     """Write an index of shards."""
     return text(json.dumps({"weight_map": weight_map}), "model.safetensors.index.json")
+
+
+def made(name: str, *edits: Edit, **settings: Any) -> Edit:
+    """Have a checkpoint of another architecture, one of `tiny`, and change it."""
+
+    def write(folder: Path) -> None:
+        from tests.gpu_worker.tiny import make_checkpoint
+
+        make_checkpoint(folder, name, **settings)
+        for edit in edits:
+            edit(folder)
+
+    return write
+
+
+def latent(*edits: Edit, **values: Any) -> Edit:
+    """Have a small DeepSeek-V3, with other values in its config.json."""
+    return made("deepseek_v3", *edits, config(**values))
+
+
+def oss(*edits: Edit, **values: Any) -> Edit:
+    """Have a small gpt-oss, with other values in its config.json."""
+    return made("gpt_oss", *edits, config(**values))
+
+
+def oss4(*edits: Edit, **values: Any) -> Edit:
+    """Have a small gpt-oss whose experts are in MXFP4."""
+    return made("gpt_oss", in_mxfp4, *edits, config(**values), hidden_size=96, intermediate_size=64)
+
+
+def reshaped(name: str, edit: Callable[[torch.Tensor], torch.Tensor | None], layer: int = 1) -> Edit:
+    """Have another tensor in a layer; None: none."""
+
+    def change(stored: dict[str, torch.Tensor]) -> None:
+        found = edit(stored.pop(f"model.layers.{layer}.{name}"))
+        if found is not None:
+            stored[f"model.layers.{layer}.{name}"] = found.contiguous()
+
+    return tensors(change)
 
 
 def place(name: str, make: Callable[[Path], object]) -> Edit:
@@ -341,7 +389,7 @@ CASES: dict[str, Case] = {
     "yarn from 0": Case(rope("yarn", original_max_position_embeddings=0), "original_max_position_embeddings is 0"),
     "yarn, no turns": Case(rope("yarn", beta_fast=0), "beta_fast is 0"),
     "yarn, theta 1": Case(config(rope_theta=1, rope_scaling={"rope_type": "yarn", "factor": 4}), "rope_theta - 1 is 0"),
-    "yarn, mscale": Case(rope("yarn", mscale=1, mscale_all_dim=-7.2134752), "must not be negative"),
+    "yarn, mscale": Case(rope("yarn", mscale=1, mscale_all_dim=-7.2134752), "must be from 0"),
     "llama3, low 0": Case(rope("llama3", low_freq_factor=0, high_freq_factor=4), "low_freq_factor is 0"),
     "llama3, no ramp": Case(
         rope("llama3", low_freq_factor=4, high_freq_factor=4), "high_freq_factor - low_freq_factor"
@@ -458,6 +506,132 @@ CASES: dict[str, Case] = {
     ),
     "gguf, a list of 2^60": Case(gguf({"x": ("raw", struct.pack("<IIQ", 9, 0, 2**60))}), DAMAGED_GGUF),
     "gguf, a list of 16 MB": Case(gguf({"x": ("raw", struct.pack("<IIQ", 9, 0, 16 << 20) + bytes(16 << 20))}), ""),
+}
+
+EXPERTS = "mlp.experts"
+ROUTED = "of 8 experts"
+CASES |= {
+    # Latent attention, and layers with experts behind dense ones
+    "deepseek_v3": Case(latent(), ""),
+    "deepseek_v3, no latent": Case(latent(kv_lora_rank=0), "kv_lora_rank is 0, expected 1 to 65536"),
+    "deepseek_v3, a latent below none": Case(latent(kv_lora_rank=-1), "kv_lora_rank is -1, expected 1 to"),
+    "deepseek_v3, a latent beyond all": Case(latent(kv_lora_rank=1 << 30), "kv_lora_rank is 1073741824, expected 1 to"),
+    "deepseek_v3, a latent of 2^40": Case(latent(kv_lora_rank=1 << 40), f"kv_lora_rank is .*, {WHOLE}"),
+    "deepseek_v3, a latent of another size": Case(latent(kv_lora_rank=65536), "the config asks for"),
+    "deepseek_v3, a latent that is not said": Case(latent(kv_lora_rank=ABSENT), r"the config asks for \[528, 64\]"),
+    "deepseek_v3, queries' rank not said": Case(latent(q_lora_rank=ABSENT), r"the config asks for \[1536, 64\]"),
+    "deepseek_v3, queries' rank null": Case(latent(q_lora_rank=None), r"q_proj\.weight"),
+    "deepseek_v3, queries' rank below none": Case(latent(q_lora_rank=-1), "q_lora_rank is -1, expected 0 to 65536"),
+    "deepseek_v3, an odd number of rotated dimensions": Case(latent(qk_rope_head_dim=15), "15 rotary dimensions"),
+    "deepseek_v3, nothing rotated": Case(latent(qk_rope_head_dim=0), "qk_rope_head_dim is 0, expected 1 to 65536"),
+    "deepseek_v3, no values": Case(latent(v_head_dim=0), "v_head_dim is 0, expected 1 to 65536"),
+    "deepseek_v3, all dimensions at their most": Case(
+        latent(num_attention_heads=1 << 30, v_head_dim=1 << 16, qk_nope_head_dim=1 << 16), "the config asks for"
+    ),
+    "deepseek_v3, scores by infinity": Case(
+        latent(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 1e300, "mscale_all_dim": 1e300}),
+        "mscale_all_dim must be from 0 to",
+    ),
+    "deepseek_v3, -1 dense layers": Case(
+        latent(first_k_dense_replace=-1), "first_k_dense_replace is -1, expected 0 to"
+    ),
+    "deepseek_v3, more dense layers than layers": Case(
+        latent(first_k_dense_replace=99), "first_k_dense_replace is 99, expected 0 to 3"
+    ),
+    "deepseek_v3, dense layers a text": Case(latent(first_k_dense_replace="1"), f"replace is '1', {WHOLE}"),
+    "deepseek_v3, more experts taken than there are": Case(latent(num_experts_per_tok=9), f"takes 9 {ROUTED}"),
+    "deepseek_v3, no expert taken": Case(latent(num_experts_per_tok=0), f"takes 0 {ROUTED}"),
+    "deepseek_v3, no experts": Case(latent(n_routed_experts=0), "of 0 experts"),
+    "deepseek_v3, 2^31 - 1 experts": Case(latent(n_routed_experts=2**31 - 1), "at most 4096 experts"),
+    "deepseek_v3, shared experts below none": Case(latent(n_shared_experts=-1), "an expert of a size below 1"),
+    "deepseek_v3, no groups": Case(latent(n_group=0), "groups must be as large as each other"),
+    "deepseek_v3, more groups taken than there are": Case(latent(topk_group=99), "groups must be as large"),
+    "deepseek_v3, scaled by NaN": Case(latent(routed_scaling_factor=float("nan")), f"scaling_factor is nan, {FINITE}"),
+    "deepseek_v3, scaled by -1": Case(latent(routed_scaling_factor=-1), "routed_scaling_factor is -1, expected"),
+    "deepseek_v3, pairs by a text": Case(latent(rope_interleave="x"), "rope_interleave is 'x', expected true or false"),
+    "deepseek_v3, 10^9 layers that predict": Case(latent(num_nextn_predict_layers=10**9), "num_nextn_predict_layers"),
+    "deepseek_v3, a choice without its bias": Case(
+        made("deepseek_v3", reshaped("mlp.gate.e_score_correction_bias", lambda _: None)), "e_score_correction_bias"
+    ),
+    "deepseek_v3, a latent that is transposed": Case(
+        made("deepseek_v3", reshaped("self_attn.kv_b_proj.weight", lambda tensor: tensor.T)),
+        r"kv_b_proj\.weight has shape",
+    ),
+    # Stacks of experts, sinks, and stacks in MXFP4
+    "gpt_oss": Case(oss(), ""),
+    "gpt_oss, fewer experts in a stack": Case(
+        oss(reshaped(f"{EXPERTS}.gate_up_proj", lambda tensor: tensor[:-1])), r"experts\.5\.gate_proj"
+    ),
+    "gpt_oss, more experts in a stack": Case(
+        oss(reshaped(f"{EXPERTS}.down_proj", lambda tensor: torch.cat([tensor, tensor]))), r"experts\.6\.down_proj"
+    ),
+    "gpt_oss, a stack that is flat": Case(
+        oss(reshaped(f"{EXPERTS}.gate_up_proj", lambda tensor: tensor.flatten(0, 1))),
+        r"gate_up_proj has shape \[384, 192\], expected 3",
+    ),
+    "gpt_oss, a stack with rows for columns": Case(
+        oss(reshaped(f"{EXPERTS}.gate_up_proj", lambda tensor: tensor.transpose(1, 2))), "has shape"
+    ),
+    "gpt_oss, an odd number of outputs": Case(
+        oss(reshaped(f"{EXPERTS}.gate_up_proj", lambda tensor: tensor[:, :, :-1])), "a multiple of 2"
+    ),
+    "gpt_oss, one output more": Case(
+        oss(reshaped(f"{EXPERTS}.gate_up_proj", lambda tensor: torch.cat([tensor, tensor[:, :, :1]], 2))),
+        "a multiple of 2",
+    ),
+    "gpt_oss, a stack of nothing": Case(
+        oss(reshaped(f"{EXPERTS}.down_proj", lambda tensor: tensor[:0])), r"experts\.0\.down_proj"
+    ),
+    "gpt_oss, a million experts of two bytes": Case(
+        oss(tensors(lambda stored: stored.update({"x.experts.gate_up_proj_scales": torch.zeros(10**6, 2, 1)}))),
+        r"x\.experts\.gate_up_proj_scales has shape .* at most 4096 experts",
+    ),
+    "gpt_oss, a bias of other experts": Case(
+        oss(reshaped(f"{EXPERTS}.gate_up_proj_bias", lambda tensor: tensor[:-1])), "gate_up_proj_bias has shape"
+    ),
+    "gpt_oss, no bias of experts": Case(oss(reshaped(f"{EXPERTS}.down_proj_bias", lambda _: None)), "down_proj_bias"),
+    "gpt_oss, no sinks": Case(oss(reshaped("self_attn.sinks", lambda _: None)), r"missing.*self_attn\.sinks"),
+    "gpt_oss, sinks of other heads": Case(
+        oss(reshaped("self_attn.sinks", lambda tensor: tensor[:-1])), "sinks has shape"
+    ),
+    "gpt_oss, a sink for all": Case(oss(reshaped("self_attn.sinks", lambda tensor: tensor[0])), "sinks has shape"),
+    "gpt_oss, sinks of whole numbers": Case(
+        oss(reshaped("self_attn.sinks", lambda tensor: tensor.int())), "sinks is of type I32"
+    ),
+    "gpt_oss, no bias of the router": Case(oss(reshaped("mlp.router.bias", lambda _: None)), r"mlp\.router\.bias"),
+    "gpt_oss, other gates": Case(oss(swiglu_limit=3.0), "swiglu_limit is 3, supported is 7"),
+    "gpt_oss, gates of NaN": Case(oss(swiglu_limit=float("nan")), f"swiglu_limit is nan, {FINITE}"),
+    "gpt_oss, more experts taken than there are": Case(oss(num_experts_per_tok=7), "takes 7 of 6 experts"),
+    "gpt_oss, 4,096 experts": Case(oss(num_local_experts=4096), "the config asks for|missing"),
+    "gpt_oss, a window of 0": Case(oss(sliding_window=0), "sliding_window is 0, expected at least 1"),
+    "mxfp4": Case(oss4(), ""),
+    "mxfp4, scales of fewer groups": Case(
+        oss4(reshaped(f"{EXPERTS}.down_proj_scales", lambda tensor: tensor[:, :, :-1])), "scale"
+    ),
+    "mxfp4, scales of fewer experts": Case(
+        oss4(reshaped(f"{EXPERTS}.gate_up_proj_scales", lambda tensor: tensor[:-1])), r"experts\.5\."
+    ),
+    "mxfp4, scales of fewer outputs": Case(
+        oss4(reshaped(f"{EXPERTS}.gate_up_proj_scales", lambda tensor: tensor[:, :-2])), "scale"
+    ),
+    "mxfp4, scales that are floats": Case(
+        oss4(reshaped(f"{EXPERTS}.gate_up_proj_scales", lambda tensor: tensor.float())), "scale"
+    ),
+    "mxfp4, no scales": Case(oss4(reshaped(f"{EXPERTS}.gate_up_proj_scales", lambda _: None)), "scale|gate_proj"),
+    "mxfp4, no blocks": Case(oss4(reshaped(f"{EXPERTS}.gate_up_proj_blocks", lambda _: None)), "packed|gate_proj"),
+    "mxfp4, blocks of 15 bytes": Case(
+        oss4(reshaped(f"{EXPERTS}.gate_up_proj_blocks", lambda tensor: tensor[..., :-1])), "experts"
+    ),
+    "mxfp4, blocks of words": Case(
+        oss4(reshaped(f"{EXPERTS}.gate_up_proj_blocks", lambda tensor: tensor.int())), r"experts\.0\.gate_proj"
+    ),
+    "mxfp4, blocks in two dimensions": Case(
+        oss4(reshaped(f"{EXPERTS}.gate_up_proj_blocks", lambda tensor: tensor.flatten(1))),
+        r"gate_up_proj_blocks has shape \[6, 6144\], expected 3",
+    ),
+    "mxfp4, not said": Case(oss4(quantization_config=ABSENT), "experts"),
+    "mxfp4, a method of another kind": Case(oss4(quantization_config={"quant_method": ["x"]}), r"quantised as \['x'\]"),
+    "mxfp4, settings a list": Case(oss4(quantization_config=[1]), "quantization_config"),
 }
 
 

@@ -26,6 +26,7 @@ from octavo.gpu_worker.loading.weights import load_folder
 from octavo.gpu_worker.models.decoder import Decoder
 
 from .paged import MAX_BLOCKS, Paged
+from .quantised import in_mxfp4
 from .test_cpu_device import VARIANTS
 from .tiny import ARCHITECTURES, LATENT, make_checkpoint, make_wrapper
 
@@ -124,21 +125,6 @@ def test_heads_that_the_kernels_have_no_room_for_are_refused(tmp_path: Path) -> 
     model = load_model(tmp_path, "auto", 0, lambda *_: None).model
     with pytest.raises(DeviceError, match="latent attention with 4112 dimensions, more than 576"):
         CpuDevice(model, 512, 8, MAX_BLOCKS, num_threads=2)
-
-
-def in_mxfp4(folder: Path) -> None:
-    """Write the experts of a model in numbers of four bits, as gpt-oss is published."""
-    tensors = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(3)
-    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        shape = (experts, outputs, inputs // 32)
-        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(120, 124, shape, generator=generator, dtype=torch.uint8)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_stacked_experts_of_four_bits_are_those_that_transformers_reads(tmp_path: Path) -> None:

@@ -164,9 +164,15 @@ def read_parts(params: Params, name: str, types: Sequence[str] = ("text",)) -> l
             if kind in MEDIA:
                 raise params.unsupported(at, "media", f"this server takes text only, not {kind}; leave that part out")
             raise params.wrong(at, f'must be an object such as {{"type": "{types[0]}", "text": "..."}}')
-        text = given.get("text")
-        if not isinstance(text, str):
-            raise params.wrong(f"{at}.text", "must be a string")
+        fields = params.inner(given, f"{at}.")
+        fields.text("type")
+        text = fields.text("text")
+        if text is None:
+            raise fields.wrong("text", "must be a string")
+        fields.object("cache_control")
+        for needless in ("annotations", "citations", "logprobs"):
+            fields.array(needless)
+        fields.finish()
         texts.append(text)
     return texts
 

@@ -40,6 +40,7 @@ class Field:
 
 
 Fields = Mapping[str, Field]
+_GENERATION = generation_pb2.Generation()
 _TEXT: Schema = {"type": "string"}
 _NUMBER: Schema = {"type": "number"}
 _BOOLEAN: Schema = {"type": "boolean"}
@@ -75,8 +76,8 @@ def _alias(schema: Schema, name: str, *allowed: Any) -> Field:
     return Field(schema, f"the same as {name}", Support.SUPPORTED, allowed, name)
 
 
-def _limited(message: Message, path: str) -> Schema:
-    """Return the schema of a whole number whose limits stand beside a field of our own."""
+def _rules(message: Message, path: str) -> rules_pb2.FieldRules:
+    """Return the limits that stand beside a field of our own."""
     *outer, name = path.split(".")
     descriptor = message.DESCRIPTOR
     for each in outer:
@@ -84,11 +85,21 @@ def _limited(message: Message, path: str) -> Schema:
         assert inner is not None, f"{each} of {path} is no message"
         descriptor = inner
     options = descriptor.fields_by_name[name].GetOptions()
-    limits: rules_pb2.FieldRules = options.Extensions[rules_pb2.rules]  # type: ignore[index]
+    rules: rules_pb2.FieldRules = options.Extensions[rules_pb2.rules]  # type: ignore[index]
+    return rules
+
+
+def _limited(message: Message, path: str) -> Schema:
+    """Return the schema of a whole number with the limits of a field of our own."""
+    limits = _rules(message, path)
     return {"type": "integer", "minimum": int(limits.min), "maximum": int(limits.max)}
 
 
-_GENERATION = generation_pb2.Generation()
+def _few(schema: Schema, path: str, name: str = "maxItems") -> Schema:
+    """Return a schema with as many items as a field of a Generation has at most."""
+    return {**schema, name: _rules(_GENERATION, path).max_items}
+
+
 _MAX_TOKENS = _limited(_GENERATION, "stop.max_new_tokens")
 _ALTERNATIVES = _limited(_GENERATION, "output.logprobs")
 _TOP_K = {**_limited(_GENERATION, "sampling.top_k"), "minimum": -1}
@@ -105,12 +116,15 @@ SAMPLING: Fields = {
     "frequency_penalty": Field(_NUMBER, "the same, for each time, from -2 to 2"),
     "repetition_penalty": Field(_NUMBER, "against tokens in prompt or output; 1 is neutral"),
     "seed": Field({"type": "integer", "minimum": -(2**63), "maximum": 2**64 - 1}, "fixes the output"),
-    "logit_bias": Field(_OBJECT, "by token id, what is added to its logit, from -100 to 100"),
-    "allowed_token_ids": Field(_TOKEN_IDS, "only these can be produced"),
-    "bad_words": Field(_TEXTS, "strings whose tokens are not produced"),
+    "logit_bias": Field(
+        _few(_OBJECT, "sampling.logit_bias", "maxProperties"),
+        "by token id, what is added to its logit, from -100 to 100",
+    ),
+    "allowed_token_ids": Field(_few(_TOKEN_IDS, "sampling.allowed_token_ids"), "only these can be produced"),
+    "bad_words": Field(_few(_TEXTS, "sampling.bad_words"), "strings whose tokens are not produced"),
     "min_tokens": Field(_limited(_GENERATION, "stop.min_new_tokens"), "the output does not end before"),
-    "stop": Field(_one_of(_TEXT, _TEXTS), "strings that end the output"),
-    "stop_token_ids": Field(_TOKEN_IDS, "tokens that end the output"),
+    "stop": Field(_few(_one_of(_TEXT, _TEXTS), "stop.stop_sequences"), "strings that end the output"),
+    "stop_token_ids": Field(_few(_TOKEN_IDS, "stop.stop_token_ids"), "tokens that end the output"),
     "ignore_eos": Field(_BOOLEAN, "goes on after the end-of-sequence token"),
     "include_stop_str_in_output": Field(_BOOLEAN, "keeps the stop string that matched"),
     "skip_special_tokens": Field(_BOOLEAN, "false keeps special tokens in the text"),

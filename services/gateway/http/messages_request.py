@@ -111,7 +111,7 @@ def _read_block(fields: Params, kind: str, message: generation_pb2.Message) -> N
         text = fields.text("text")
         if text is None:
             raise fields.wrong("text", "must be a string")
-        fields.take("citations")
+        fields.array("citations")
         message.parts.add(text=text)
     elif kind == "thinking":
         fields.text("signature")
@@ -123,7 +123,7 @@ def _read_block(fields: Params, kind: str, message: generation_pb2.Message) -> N
         call.id = _required(fields, "id")
         call.name = _required(fields, "name")
         call.arguments_json = long_json.dumps(fields.object("input") or {}, ensure_ascii=False)
-        fields.take("caller")
+        fields.object("caller")
     else:
         raise fields.wrong("type", f"{kind!r} is not known here; use text, thinking, tool_use, tool_result")
 
@@ -133,14 +133,18 @@ def _read_tools(params: Params, generation: generation_pb2.Generation) -> None:
     names = set()
     for index, tool in function_tools(params, "custom", "custom"):
         fields = params.inner(tool, f"tools[{index}].")
+        fields.text("type")
+        fields.object("cache_control")
         name = _required(fields, "name")
         names.add(name)
         function = {"name": name, "description": fields.text("description")}
         parameters = {"parameters": fields.object("input_schema"), "strict": fields.boolean("strict")}
+        fields.finish()
         given = {name: value for name, value in (function | parameters).items() if value is not None}
         tools.append({"type": "function", "function": given})
     fields = params.inner(params.object("tool_choice") or {"type": "auto"}, "tool_choice.")
     kind, chosen, is_single = fields.text("type"), fields.text("name"), fields.boolean("disable_parallel_tool_use")
+    fields.finish()
     choice: Any = _CHOICES.get(kind or "")
     if kind == "tool":
         if chosen not in names:

@@ -13,7 +13,6 @@ from octavo.services.gateway.http.fields import Field, Fields, Support, endpoint
 
 T = TypeVar("T")
 UINT32_MAX = 2**32 - 1
-MAX_TEXTS = 4096  # how many there may be is checked with the whole request
 _MAX_NAMES, _MAX_NAME = 8, 64  # that an error has of unknown fields
 _MAX_IGNORED = 32  # different fields
 _TYPO = 0.85  # how like a name of ours one must be to be taken for it
@@ -155,13 +154,20 @@ class Params:
         return self._typed(name, list, "a list")
 
     def texts(self, name: str) -> list[str] | None:
-        """Return a list of strings, of as many as are looked at."""
+        """Return a list of strings, of at most as many as its table has."""
         value = self.array(name)
-        if value is not None and len(value) > MAX_TEXTS:
-            raise self.wrong(name, f"has {len(value)} items; send at most {MAX_TEXTS}")
+        self.check_size(name, value or ())
         if value is not None and not all(isinstance(text, str) for text in value):
             raise self.wrong(name, "must be a list of strings")
         return value
+
+    def check_size(self, name: str, items: Collection[Any]) -> None:
+        """Refuse more items than the table has, before they are looked at."""
+        assert self._fields is not None, f"{name} has no limit"
+        schema = self._fields[name].schema
+        most = schema.get("maxItems") or schema["maxProperties"]
+        if len(items) > most:
+            raise self.wrong(name, f"has {len(items)} items; send at most {most}")
 
     def only(self, name: str, values: Iterable[Any], advice: str) -> None:
         """Read a field that may have these values only; `advice` says why not others."""

@@ -20,7 +20,6 @@ _TEXTS = [field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields if
 _FLOATS = [name for name, field in SAMPLING_FIELDS.items() if field.is_float]
 _SESSION_HEADER = "x-session-id"
 _CONSTRAINT_VALUES = ("json_schema", "regex", "choices.values", "grammar")
-_MAX_ITEMS = 4096  # that are looked at; how many there may be is checked with the whole request
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +135,7 @@ def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
         )
     sampling.allowed_token_ids.extend(allowed or ())
     bias = params.object("logit_bias") or {}
-    if len(bias) > _MAX_ITEMS:
-        raise params.wrong("logit_bias", f"has {len(bias)} items; send at most {_MAX_ITEMS}")
+    params.check_size("logit_bias", bias)
     for key, value in bias.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < 2**32):
             raise params.wrong("logit_bias", "must have token ids as keys")
@@ -148,9 +146,9 @@ def _read_sampling(params: Params, sampling: common_pb2.SamplingParams) -> None:
 
 def _read_stop(params: Params, stop: common_pb2.StopCriteria) -> None:
     given = params.take("stop")
-    if isinstance(given, list) and len(given) > _MAX_ITEMS:
-        raise params.wrong("stop", f"has {len(given)} items; send at most {_MAX_ITEMS}")
-    for text in given if isinstance(given, list) else () if given is None else (given,):
+    texts = given if isinstance(given, list) else () if given is None else (given,)
+    params.check_size("stop", texts)
+    for text in texts:
         if not isinstance(text, str):
             raise params.wrong("stop", "must be a string, or a list of them")
         stop.stop_sequences.append(text)

@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from octavo.inference.v1 import model_pb2
-from octavo.services.cli import batch, bench, generate, health
+from octavo.services.cli import admin, batch, bench, generate, health
 from octavo.services.cli.server_options import AccessConfig, ServerConfig
 from octavo.services.client import OctavoError
 from octavo.services.common.config import parse
@@ -58,6 +58,20 @@ async def test_nobody_is_told_apart_from_a_server_that_speaks_otherwise(
         config = server(address=mutual.address, tls_ca=mine.ca, tls_certificate=shown, tls_key=private)
         async with config.client() as client:
             assert len(await client.models()) == 1
+
+
+async def test_who_asks_for_operators_is_told_where_they_are_served(gateway: Any, capsys: Any) -> None:
+    for address, problem in (
+        (gateway.address, f"what listens at {gateway.address} serves something else: "),
+        ("127.0.0.1:1", "no server at 127.0.0.1:1: "),
+    ):
+        config = parse(admin.AdminConfig, ["list", f"--address={address}"], prog="octavo admin", environ={})
+        assert await admin._run(config) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(
+            f"octavo admin: {problem}start `octavo gateway` or `octavo scheduler` with --admin-address"
+        )
+        assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("options", [{"api_key": "k-1"}, {"token_file": "key"}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import httpx
@@ -249,6 +250,31 @@ async def test_a_limit_in_a_message_is_the_true_one(
     response = await http.post(CHAT, json={"model": "tiny", "messages": USER, **fields})
 
     assert limits in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "most"),
+    [
+        ("bad_words", "x", 1024),
+        ("stop", "x", 16),
+        ("stop_token_ids", 1, 128),
+        ("allowed_token_ids", 1, 1024),
+        ("logit_bias", 1, 1024),
+    ],
+)
+@pytest.mark.parametrize("factor", [1, 5])
+async def test_a_list_that_is_too_long_is_told_how_long_it_may_be(
+    http: httpx.AsyncClient, name: str, item: Any, most: int, factor: int
+) -> None:
+    many: Any = [item] * (most * factor + 1)
+    value = {str(index): item for index in range(len(many))} if name == "logit_bias" else many
+
+    response = await http.post("/v1/completions", json={"model": "tiny", "prompt": "x", name: value})
+
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message.startswith(f"{name}: ")
+    assert {str(most), str(len(many))} <= set(re.findall(r"\d+", message.replace(",", ""))), message
 
 
 async def test_an_unknown_model_is_a_404(sdk: openai.AsyncOpenAI) -> None:

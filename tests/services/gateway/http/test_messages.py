@@ -50,6 +50,10 @@ def events_of(response: httpx.Response) -> list[dict[str, Any]]:
     return events
 
 
+def block(content: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [content]}]}
+
+
 async def test_an_answer_has_blocks(harness: Any, http: httpx.AsyncClient) -> None:
     fields = {"system": [{"type": "text", "text": "be brief"}], "tools": [TOOL], "temperature": 0.5}
     submit, response = await answering(harness, http, f"<think>hm</think>Let me see. {CALL}", **fields)
@@ -257,6 +261,12 @@ async def test_errors_have_anthropic_s_form(
             "tool_choice.disable_parallel_tool_use: must be true or false",
         ),
         ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens: must be a whole number"),
+        *((block({"type": "text", "text": "x", "citations": value}), "citations: must be a list") for value in (5, {})),
+        (block({"type": "tool_use", "id": "a", "name": "f", "caller": "me"}), "caller: must be an object"),
+        (block({"type": "thinking", "thinking": "x", "signature": 5}), "signature: must be a string"),
+        ({"system": [{"type": "text", "text": "x", "citations": 5}]}, "system[0].citations: must be a list"),
+        ({"system": [{"type": "text", "text": "x", "cache_control": 5}]}, "system[0].cache_control: must be an object"),
+        ({"tools": [{**TOOL, "cache_control": True}]}, "tools[0].cache_control: must be an object"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": 5}]}]},
             "messages[0].content[0].cache_control: must be an object",
@@ -273,6 +283,20 @@ async def test_what_is_wrong_is_called_as_the_client_called_it(
 
     assert response.status_code == 400, response.text
     assert said in response.json()["error"]["message"]
+
+
+async def test_what_blocks_and_tools_have_besides_is_ignored_and_told(harness: Any, http: httpx.AsyncClient) -> None:
+    text = {"type": "text", "text": "x", "x": 1}
+    fields = {
+        **block({**text, "citations": [], "cache_control": {"type": "ephemeral"}}),
+        "system": [{**text, "citations": None}],
+        "tools": [{**TOOL, "type": "custom", "defer_loading": True}],
+        "tool_choice": {"type": "auto", "y": 2},
+    }
+    _, response = await answering(harness, http, "hello", **fields)
+
+    ignored = {"messages[].content[].x", "system[].x", "tools[].defer_loading", "tool_choice.y"}
+    assert set(response.headers["x-ignored-fields"].split(", ")) == ignored
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", PATH, 405), ("POST", f"{PATH}/batches", 404)])
