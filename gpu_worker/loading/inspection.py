@@ -230,9 +230,10 @@ def _stored_tensors(folder: Path) -> dict[str, tuple[Path, StoredTensor]]:
             if name in found:
                 raise ModelError(f"{path}: {name} is also in {found[name][0].name}")
             found[name] = (path, tensor)
-        end = max((tensor.end for tensor in tensors.values()), default=0)
-        if path.stat().st_size != 8 + len(head) + end:
-            raise ModelError(f"{path}: not a whole safetensors file (its length is wrong); download it again")
+        spans = sorted((tensor.start, tensor.end) for tensor in tensors.values())
+        ends = [0, *(end for _, end in spans)]
+        if [start for start, _ in spans] != ends[:-1] or path.stat().st_size != 8 + len(head) + ends[-1]:
+            raise ModelError(f"{path}: not a whole safetensors file (its head or length is wrong); download it again")
     return found
 
 

@@ -673,6 +673,18 @@ def start_worker(model: Path, cache: Path) -> dict[str, Any]:
     }
 
 
+def inspect(model: Path) -> str:
+    """Return why `octavo model check` says that a model is not served, empty if it is."""
+    from octavo.gpu_worker.errors import DeviceError, ModelError, one_line
+    from octavo.gpu_worker.loading import inspection
+
+    try:
+        inspection.check_runs(model, inspection.inspect(model), "cpu", "none")
+    except (DeviceError, ModelError) as error:
+        return one_line(error)
+    return ""
+
+
 def _memory(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
@@ -690,7 +702,7 @@ def main(folder: Path, names: list[str]) -> None:
         size = sum(path.stat().st_size for path in model.iterdir() if path.is_file() and not path.is_symlink())
         file = next(iter(model.glob("*.gguf")), model)
         found = start_worker(file, folder / "cache")
-        print(json.dumps({"name": name, "size": size, **found}), flush=True)
+        print(json.dumps({"name": name, "size": size, "inspected": inspect(file), **found}), flush=True)
 
 
 if __name__ == "__main__":

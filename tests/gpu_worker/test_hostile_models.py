@@ -55,6 +55,13 @@ def test_one_line_says_what_is_wrong_or_the_model_is_served(name: str, found: di
         assert not result["logits"]
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name != "theta 10^-300"])  # seen in tables alone
+def test_what_is_said_before_a_model_is_loaded_is_what_a_start_says(
+    name: str, found: dict[str, dict[str, Any]]
+) -> None:
+    assert bool(found[name]["inspected"]) == bool(CASES[name].says), found[name]["inspected"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_no_case_takes_much_more_memory_than_its_files(name: str, found: dict[str, dict[str, Any]]) -> None:
     assert found[name]["bytes"] < _ROOM_BYTES + 1.5 * found[name]["size"]
