@@ -83,8 +83,8 @@ class CodedExpertsModel(ExpertsModel):
             return CodedRows([Coded(rows, codes.shape, codes.rows)], columns)
 
         for index, experts in enumerate(self.mixtures):
-            layers_of = {name: tuple(map(coded, getattr(experts, name))) for name in ("gate", "up", "down")}
-            self.mixtures[index] = replace(experts, **layers_of)
+            gate, up, down = (tuple(map(coded, parts)) for parts in (experts.gate, experts.up, experts.down))
+            self.mixtures[index] = replace(experts, gate=gate, up=up, down=down)
 
 
 # Of each kind a seed has one.
