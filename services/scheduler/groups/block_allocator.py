@@ -140,9 +140,10 @@ class BlockAllocator:
     def open(self, seq: Sequence, hits: list[list[Block]]) -> None:
         """Give `seq` blocks for all its tokens, `hits` first: they fit. Groups with a window get them later."""
         num_hits, num_freed = len(hits[0]), self._freed_of(hits)
-        for table, freed, window in zip(hits, num_freed, self._windows, strict=True):
-            for block in table[freed:]:
+        for table, freed in zip(hits, num_freed, strict=True):
+            for block in table[freed:]:  # of all groups, before any is given out
                 self.pool.touch(block)
+        for table, window in zip(hits, self._windows, strict=True):
             if not window:
                 table += self.pool.get_new_blocks(seq.num_blocks_needed - num_hits)
         seq.hold_blocks(hits, num_hits, num_freed)
