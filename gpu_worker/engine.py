@@ -188,6 +188,7 @@ def make_engine(
         pooling=loaded.pooling,
         grammars=grammars,
         speculation=speculation,
+        max_kv_groups=wanted.kv_groups,
     )
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
     if collectives is not None:
@@ -198,8 +199,10 @@ def make_engine(
     if collectives is not None:
         collectives.least(num_blocks)  # no rank begins to compute before all can
     sizes = (max_running, max_batch_tokens, max_blocks_per_sequence, num_blocks, vocab_size)
-    limits = Limits(*sizes, pooling=loaded.pooling, has_cache=has_cache)
+    limits = Limits(*sizes, pooling=loaded.pooling, has_cache=has_cache, kv_windows=runner.kv_windows)
     room = (num_blocks - 1) * BLOCK_SIZE if has_cache else max_batch_tokens
+    if any(runner.kv_windows):  # then the scheduler knows how far they reach
+        room = max_blocks_per_sequence * BLOCK_SIZE
     max_model_len = min(loaded.max_model_len, room)
     if max_model_len < loaded.max_model_len:
         what = "kv_cache_memory" if has_cache else "max_batch_tokens"

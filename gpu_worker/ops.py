@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -187,10 +187,11 @@ class StepInput:
 
     token_ids        [T] token to compute at each place
     positions        [T] its absolute position in its sequence
-    slot_mapping     [T] where its key and value go: block_id * 16 + offset
+    slot_mapping     [G * T] where its key and value go in each KV group: block_id * 16 + offset
     query_start_loc  [S + 1] row s owns tokens query_start_loc[s] .. query_start_loc[s + 1]
     seq_lens         [S] tokens of each sequence whose keys exist after this step
-    block_tables     [S, max_blocks] block ids of each sequence, 0 beyond its end
+    block_tables     [G * S, max_blocks] block ids of each sequence, group after group, 0 beyond its end and where a
+                     group's window no longer reaches
     logits_rows      [R] tokens (indexes into T) whose logits, or hidden states, are wanted, ascending
     segments         [T] 0 or 1: which of two texts a token is of; None if no sequence has two
     adapter_ids      [T] the adapter of each token's row, 0 for none; None if no row has one
@@ -426,6 +427,55 @@ class ModuleList:
         return lambda *_, **__: None  # all other operations
 
 
+@dataclass(frozen=True)
+class KvGroups:
+    """How the layers are cut into groups of equal size, each with a window and a block table.
+
+    windows     of each group; 0: its layers see all
+    places      of each layer, its group and which one of the group it is
+    num_layers  of a group, the last one of a window may have fewer
+    """
+
+    windows: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
+    num_layers: int
+
+
+class _LayerWindows(ModuleList):
+    """Lists the window of each layer that a forward pass goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_layer: dict[int, int] = {}
+
+    def paged_attention(self, queries: Value, layer: int, heads: Heads, scale: float, window: int, *_: Any) -> None:  # noqa: ARG002
+        """See `Ops`."""
+        self.of_layer[layer] = window
+
+
+def kv_groups_of(model: Model | EncoderModel, most: int) -> KvGroups:
+    """Cut a model's layers into at most `most` groups; into one where most of the pages would not be of use."""
+    num_layers = model.num_layers
+    one = KvGroups((0,), tuple((0, layer) for layer in range(num_layers)), num_layers)
+    if most < 2 or num_layers == 0 or model.heads.latent_dim or isinstance(model, CheckedModel):
+        return one
+    listed = _LayerWindows()
+    cast(Model, model).forward(listed)
+    layers: dict[int, list[int]] = {}
+    for layer in range(num_layers):
+        layers.setdefault(listed.of_layer.get(layer, 0), []).append(layer)
+    for size in range(min(map(len, layers.values())), num_layers):
+        parts = [
+            (window, all_[at : at + size])
+            for window, all_ in sorted(layers.items())
+            for at in range(0, len(all_), size)
+        ]
+        if len(parts) <= most and 8 * size * len(parts) <= 9 * num_layers:
+            places = {layer: (group, at) for group, (_, part) in enumerate(parts) for at, layer in enumerate(part)}
+            return KvGroups(tuple(window for window, _ in parts), tuple(places[n] for n in range(num_layers)), size)
+    return one if len(layers) > 1 else KvGroups(tuple(layers), one.places, num_layers)
+
+
 class NoAdapters:
     """The part of a device, or of a runner, that takes no adapters."""
 
@@ -449,9 +499,11 @@ class Device(Protocol):
     """
 
     name: str
+    kv_windows: tuple[int, ...]
+    """The window of each KV group."""
 
     def kv_block_bytes(self) -> int:
-        """Bytes that one block of 16 tokens takes, over all layers, keys and values."""
+        """Bytes that one block of 16 tokens takes, over all layers of a KV group, keys and values."""
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocate the zeroed cache, block 0 (never read as data) included. Called once."""

@@ -271,6 +271,7 @@ class Worker:
             max_adapters=engine.adapters.max_adapters,
             adapter_memory_bytes=engine.adapters.memory_bytes,
             notes=self._loaded.notes,
+            kv_group_windows=limits.kv_windows if any(limits.kv_windows) else (),
         )
         log.info(
             "joined with epoch %d: device %s, %d KV blocks, context %d",

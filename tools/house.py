@@ -329,7 +329,7 @@ def limits() -> list[Limit]:
         Limit("files of product Python", len(paths), 410, 260),
         Limit("modules in the largest folder", max(folders.values()), 28, 25),
         Limit("depth of imports", depth(), 17, 14),
-        Limit("lines of the scheduler's core", sum(lines[path] for path in core), 6_100, 4_000),
+        Limit("lines of the scheduler's core", sum(lines[path] for path in core), 6_290, 4_000),
         Limit("files of the scheduler's core", sum(path.name != "__init__.py" for path in core), 34, 30),
     ]
 

@@ -72,6 +72,7 @@ def make_runner(
     pooling: Pooling | None = None,
     grammars: Grammars | None = None,
     speculation: Callable[..., Speculation] | None = None,
+    max_kv_groups: int = 1,
 ) -> Runner:
     """Build what runs steps on a device of DEVICES, see `choose_device`. Raises DeviceError if it is missing.
 
@@ -81,7 +82,7 @@ def make_runner(
     on the cpu device in float32 unless a decoder is wanted in `dtype` bfloat16.
     Without `grammars` no slot may have one. `speculation` makes what guesses tokens, for so many rows that are
     multiplied at once and KV blocks: for the cpu device, whose rows do not depend on each other to the last bit;
-    others do without.
+    others do without. `max_kv_groups`: of tables that the scheduler keeps for a slot; the reference device has several.
     """
     limits = (max_batch_tokens, max_running, max_blocks_per_sequence)
     device = choose_device(name)
@@ -99,7 +100,10 @@ def make_runner(
 
         model = ParallelModel(_decoder(model), collectives)
     is_exact = pooling is not None and (model.num_layers == 0 or dtype != "bfloat16")
-    host_device = make_device(device, model, *limits, num_threads=num_threads, is_exact=is_exact)
+    max_kv_groups = max_kv_groups if pooling is None and collectives is None else 1
+    host_device = make_device(
+        device, model, *limits, num_threads=num_threads, is_exact=is_exact, max_kv_groups=max_kv_groups
+    )
     if pooling is not None:
         return PoolingRunner(host_device, max_running, max_blocks_per_sequence, pooling)
     make_speculation = None
@@ -117,6 +121,7 @@ def make_device(
     *,
     num_threads: int = 0,
     is_exact: bool = False,
+    max_kv_groups: int = 1,
 ) -> Device:
     """Build the device "cpu" or "reference".
 
@@ -140,7 +145,7 @@ def make_device(
     assert name == "reference", f"{name} does not compute in the host's memory"
     from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 
-    reference = ReferenceDevice(_unpacked(model), *limits)
+    reference = ReferenceDevice(_unpacked(model), *limits, max_kv_groups=max_kv_groups)
     if isinstance(model, CheckedModel):
         model.check(reference)
     return reference

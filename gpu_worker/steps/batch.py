@@ -45,6 +45,7 @@ class Limits:
 
     pooling    how vectors are made; None if tokens are
     has_cache  whether rows need blocks; else each is a whole sequence
+    kv_windows  the window of each KV group
     """
 
     max_running: int
@@ -54,6 +55,7 @@ class Limits:
     vocab_size: int
     pooling: Pooling | None = None
     has_cache: bool = True
+    kv_windows: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Step:
     freed_slots      slots to forget
     opened           (slot, settings) to open; the slot's block table is empty then
     opened_for_vectors  the same of slots of which a vector is wanted
-    block_slots      [N] slots whose block tables grow, each once
+    block_slots      [N] block tables that grow, each once: slot * KV groups + group
     first_blocks     [N] how many blocks each of them has before
     block_counts     [N] how many it gets
     block_ids        the blocks, slot after slot
@@ -120,7 +122,7 @@ class Slots:
         self._limits = limits
         self._adapter_ids = adapter_ids
         self._open = np.zeros(limits.max_running, np.bool_)
-        self._num_blocks = np.zeros(limits.max_running, np.int64)
+        self._num_blocks = np.zeros((limits.max_running, len(limits.kv_windows)), np.int64)
         self._has_token = np.zeros(limits.max_running, np.bool_)
         # Most steps have the rows of the step before. These are kept until a slot is opened or freed.
         self._rows: Rows | None = None
@@ -197,23 +199,28 @@ class Slots:
         if not (plan.block_table_rows or plan.block_table_counts or plan.block_ids):
             return _NO_INDEXES, _NO_INDEXES, _NO_INDEXES, _NONE
         self._max_contexts = None
-        slots = self._slots(plan.block_table_rows, "block_table_rows").astype(np.int64)
+        windows, num_blocks = np.array(self._limits.kv_windows), self._num_blocks.reshape(-1)
+        slots = _integers(plan.block_table_rows, "block_table_rows")
+        _check_below(slots, len(num_blocks), "block_table_rows")
         counts = _integers(plan.block_table_counts, "block_table_counts")
-        blocks = self._blocks(plan.block_ids, "block_ids")
+        blocks = self._blocks(plan.block_ids, "block_ids", may_be_null=bool(windows.any()))
         if len(counts) != len(slots) or counts.sum() != len(blocks):
             raise PlanError(
                 f"block_table_counts: {len(counts)} counts of {counts.sum()} blocks, but there are "
                 f"{len(slots)} block_table_rows and {len(blocks)} block_ids"
             )
-        self._check_open(slots, "block_table_rows")
+        self._check_open(slots // len(windows), "block_table_rows")
         _check_distinct(slots, "block_table_rows")
-        first = self._num_blocks[slots]
+        of_null = np.repeat(slots, counts)[blocks == 0]
+        if len(of_null) and not windows[of_null % len(windows)].all():
+            raise PlanError("block_ids: block 0 is never used in a KV group without a window")
+        first = num_blocks[slots]
         if len(slots) and (first + counts).max() > self._limits.max_blocks_per_sequence:
             raise PlanError(
                 f"block_ids: a slot gets {(first + counts).max()} blocks, "
                 f"a sequence holds at most {self._limits.max_blocks_per_sequence}"
             )
-        self._num_blocks[slots] += counts
+        num_blocks[slots] += counts
         return slots, first, counts, blocks
 
     def _rows_of(self, plan: worker_pb2.StepPlan) -> Rows:
@@ -257,11 +264,13 @@ class Slots:
                 raise PlanError("context_lengths: the model keeps no cache, so each row is a whole sequence")
             return contexts
         if self._max_contexts is None:
-            self._max_contexts = self._num_blocks[rows.slots] * BLOCK_SIZE - rows.query_lengths
+            self._max_contexts = self._num_blocks[rows.slots].min(axis=1) * BLOCK_SIZE - rows.query_lengths
         short = contexts > self._max_contexts
         if short.any():
             slot = rows.slots[short][0]
-            raise PlanError(f"query_lengths: slot {slot} has {self._num_blocks[slot]} blocks, too few for its tokens")
+            raise PlanError(
+                f"query_lengths: slot {slot} has {self._num_blocks[slot].min()} blocks, too few for its tokens"
+            )
         return contexts
 
     def _token_ids(self, plan: worker_pb2.StepPlan, rows: Rows) -> Int32Array:
@@ -298,12 +307,12 @@ class Slots:
         _check_below(slots, self._limits.max_running, name)
         return slots
 
-    def _blocks(self, data: bytes, name: str) -> UInt32Array:
+    def _blocks(self, data: bytes, name: str, may_be_null: bool = False) -> UInt32Array:
         if not data:
             return _NONE
         blocks: UInt32Array = column(data, np.uint32, name)
         _check_below(blocks, self._limits.num_blocks, name)
-        if blocks.min() == 0:
+        if blocks.min() == 0 and not may_be_null:
             raise PlanError(f"{name}: block 0 is never used")
         return blocks
 

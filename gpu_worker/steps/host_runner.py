@@ -111,6 +111,7 @@ class HostMemory:
     def __init__(self, device: Device) -> None:
         self.name = device.name
         self._device = device
+        self.kv_windows = device.kv_windows
         self._num_started = 1  # steps, and one: a number that is not 0
         self.adapter_modules = device.adapter_modules
         self.pack_adapter = device.pack_adapter
@@ -183,7 +184,7 @@ class HostRunner(HostMemory):
         max_running, max_blocks, vocab_size = self._sizes
         self._sampler = Sampler(self._device, vocab_size, max_running, self._grammars)
         self._prompts = PromptScores()
-        self._tables = Tables(max_running, max_blocks)
+        self._tables = Tables(max_running, max_blocks, self.kv_windows)
         self._speculation: Speculation | None = None
         if self._make_speculation is not None:
             self._speculation = self._make_speculation(self._num_blocks, self._sampler.automaton_of)
@@ -267,10 +268,12 @@ class Done:
 
 
 class Tables:
-    """Each slot's block table, 0 where there is no block, last token and adapter."""
+    """Each slot's block table of each KV group, 0 where there is no block, last token and adapter."""
 
-    def __init__(self, max_running: int, max_blocks_per_sequence: int) -> None:
-        self.block_tables = np.zeros((max_running, max_blocks_per_sequence), np.int32)
+    def __init__(self, max_running: int, max_blocks_per_sequence: int, kv_windows: tuple[int, ...] = (0,)) -> None:
+        self._kv_windows = kv_windows
+        self._of_slots = np.zeros((max_running, len(kv_windows), max_blocks_per_sequence), np.int32)
+        self.block_tables = self._of_slots.reshape(-1, max_blocks_per_sequence)
         self.last_token_ids = np.zeros(max_running, np.int32)
         self.adapter_ids = np.zeros(max_running, np.int32)
         self._rows: Rows | None = None
@@ -280,8 +283,8 @@ class Tables:
     def append(self, step: Step) -> None:
         """Empty the tables of freed and opened slots, then append the step's blocks."""
         if len(step.freed_slots) or step.opened_slots:
-            self.block_tables[step.freed_slots] = 0
-            self.block_tables[step.opened_slots] = 0
+            self._of_slots[step.freed_slots] = 0
+            self._of_slots[step.opened_slots] = 0
             self._has_changed = True
         if not len(step.block_slots):
             return
@@ -308,17 +311,26 @@ class Tables:
         if self._batch is None or rows is not self._rows:
             self._rows, self._batch = rows, self._new_batch(rows)
         elif self._has_changed:
-            self._batch.block_tables[:] = self.block_tables[rows.slots]
-        self._has_changed = False
+            self._batch.block_tables[:] = self._tables_of(rows)
+        self._has_changed = any(self._kv_windows)
         batch, row_of_token = self._batch, rows.row_of_token
         positions = step.context_lengths[row_of_token] + rows.offset_of_token
         columns, offsets = np.divmod(positions, BLOCK_SIZE)
         batch.positions[:] = positions
-        batch.slot_mapping[:] = batch.block_tables[row_of_token, columns] * BLOCK_SIZE + offsets
+        tables = batch.block_tables.reshape(len(self._kv_windows), -1, batch.block_tables.shape[1])
+        batch.slot_mapping[:] = (tables[:, row_of_token, columns] * BLOCK_SIZE + offsets).ravel()
+        for table, window in zip(tables, self._kv_windows, strict=True):
+            if window:  # what is behind it belongs to others: whole tiles are read, and what is masked must be finite
+                first = np.maximum(step.context_lengths - window + 1, 0) // BLOCK_SIZE
+                table[np.arange(table.shape[1]) < first[:, None]] = 0
         batch.seq_lens[:] = step.context_lengths + rows.query_lengths
         last = self.last_token_ids[rows.slots[row_of_token]]
         batch.token_ids[:] = np.where(step.token_ids == LAST_TOKEN, last, step.token_ids) if rows.num_sent else last
         return batch
+
+    def _tables_of(self, rows: Rows) -> Int32Array:
+        """Return the block tables of rows, group after group."""
+        return self._of_slots[rows.slots].swapaxes(0, 1).reshape(-1, self._of_slots.shape[2])
 
     def _new_batch(self, rows: Rows) -> StepInput:
         """Return a batch in which only what follows from the rows is filled in, and their block tables."""
@@ -329,10 +341,10 @@ class Tables:
         return StepInput(
             token_ids=np.empty(num_tokens, np.int32),
             positions=np.empty(num_tokens, np.int32),
-            slot_mapping=np.empty(num_tokens, np.int32),
+            slot_mapping=np.empty(num_tokens * len(self._kv_windows), np.int32),
             query_start_loc=query_start_loc,
             seq_lens=np.empty(len(rows.slots), np.int32),
-            block_tables=self.block_tables[rows.slots],
+            block_tables=self._tables_of(rows),
             logits_rows=rows.drawn_tokens.astype(np.int32),
             adapter_ids=adapter_ids[rows.row_of_token] if adapter_ids.any() else None,
         )

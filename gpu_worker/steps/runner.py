@@ -58,9 +58,11 @@ class Runner(Protocol):
 
     scores_prompts  slots may ask for log probabilities of their prompts
     max_row_tokens  most tokens that a step makes of a row
+    kv_windows      the window of each KV group
     """
 
     name: str
+    kv_windows: tuple[int, ...]
     scores_prompts: bool
     max_row_tokens: int
 

@@ -191,5 +191,6 @@ def _describe(request: Request, now: float) -> admin_pb2.RequestInfo:
 def _num_blocks(request: Request) -> int:
     """Return how many blocks a request holds: its candidates share those of the prompt."""
     if len(request.sequences) == 1:
-        return len(request.sequences[0].block_table)
-    return len({block.id for seq in request.sequences for block in seq.block_table})
+        return request.sequences[0].num_held_blocks
+    tables = (table for seq in request.sequences for table in seq.block_tables)
+    return len({block.id for table in tables for block in table if block.id})

@@ -119,6 +119,7 @@ class Node:
             max_row_tokens=ready.max_row_tokens or 1,
             max_adapters=min(ready.max_adapters, MAX_ADAPTERS),
             adapter_memory=ready.adapter_memory_bytes,
+            kv_windows=tuple(ready.kv_group_windows) or (0,),
         )
         self.core.worker_joined(group_id, epoch, limits, now, ModelInfo.of(ready))
         self._changed()

@@ -30,6 +30,7 @@ class Swarm:
     num_blocks: int = 0
     max_model_len: int = 0
     num_workers: int = 1
+    windows: tuple[int, ...] = (0,)  # of the KV groups
     small_blocks: int = 0  # of every other worker; 0: as many as the others
     outputs: tuple[int, ...] = (1, 2, 9, 24)  # lengths that are asked for
     num_gateways: int = 1
@@ -96,6 +97,12 @@ def draw(seed: int, more: bool = True) -> Swarm:
             swarm.script.append(Event(rng.uniform(0.0, swarm.faults_end), kind, rng.getrandbits(30)))
     if more:
         _draw_more(swarm, random.Random(f"more {seed}"))
+    rng = random.Random(f"windows {seed}")
+    if more and rng.random() < 0.4:
+        swarm.windows = rng.choice([(0, 20), (0, 5, 5), (0, 0, 40), (7,), (33,), (0, 16, 50)])
+        swarm.num_blocks *= rng.choice([1, len(swarm.windows)])
+        swarm.num_blocks = max(swarm.num_blocks, 12)
+        swarm.small_blocks = swarm.small_blocks and 8
     swarm.script.sort(key=lambda event: event.at)
     return swarm
 

@@ -44,7 +44,7 @@ class SimWorker:
 
     def _reset(self) -> None:
         self.epoch = self.last_step_id = 0
-        self.model = FakeWorker(self.num_blocks)
+        self.model = FakeWorker(self.num_blocks, windows=self.world.swarm.windows)
         self.model.max_num_batched_tokens = self.world.config.max_num_batched_tokens
         self.model.is_row_late = self._is_row_late
         self.model.max_row_tokens = most = self.world.swarm.max_row_tokens
@@ -120,8 +120,9 @@ class SimWorker:
                 self.epoch = frame.epoch
                 swarm = self.world.swarm
                 ready = worker_pb2.WorkerReady(
-                    kv_blocks=self.num_blocks, max_model_len=swarm.max_model_len, max_row_tokens=swarm.max_row_tokens
-                )
+                    kv_blocks=self.num_blocks, max_model_len=swarm.max_model_len, max_row_tokens=swarm.max_row_tokens,
+                    kv_group_windows=swarm.windows if any(swarm.windows) else (),
+                )  # fmt: skip
                 self._send(worker_pb2.WorkerFrame(worker_ready=ready))
         elif frame.epoch == self.epoch and self.epoch:
             self.heard_at = self.world.now

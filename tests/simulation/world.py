@@ -11,6 +11,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from octavo.common.v1 import common_pb2
@@ -18,6 +19,7 @@ from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import SchedulerConfig
 from octavo.services.scheduler.core.effects import SendToGateway
 from octavo.services.scheduler.core.scheduler import Scheduler
+from octavo.services.scheduler.groups.block_allocator import max_tokens
 from octavo.services.scheduler.node import Node
 from octavo.worker.v1 import worker_pb2
 from tests.services.scheduler.simulation import expected_output
@@ -176,7 +178,7 @@ class World:
         salts: dict[tuple[str, int], str] = {}
         for request in core.requests():
             for seq in request.sequences:
-                for block in seq.block_table:
+                for block in chain.from_iterable(seq.block_tables):
                     if block.ref_count > 1:
                         salt = salts.setdefault((seq.group_id, block.id), request.submit.cache_salt)
                         assert salt == request.submit.cache_salt, f"block {block.id} is shared by two tenants"
@@ -487,7 +489,8 @@ class World:
 
         Those count as gone that did not join in the time that a scheduler gives them after its start.
         """
-        lengths = [min(self.swarm.max_model_len, (worker.num_blocks - 1) * 16) for worker in self.workers]
+        windows, longest = self.swarm.windows, self.swarm.max_model_len
+        lengths = [min(longest, max_tokens(windows, worker.num_blocks - 1)) for worker in self.workers]
         has_loss = any(self.counts[loss] for loss in (*DEATHS, "poison", "clock_jump"))
         if self.config.worker_grace_s < 1 or self.swarm.token_s:  # a worker joins again when its long step is through
             has_loss |= submitted_at - self.start < 0.1 or any(self.counts[restart] for restart in RESTARTS)

@@ -30,6 +30,7 @@ class CpuDevice:
     """
 
     name = "cpu"
+    kv_windows: tuple[int, ...] = (0,)
 
     def __init__(
         self,

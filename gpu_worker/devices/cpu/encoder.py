@@ -27,6 +27,7 @@ class CpuEncoder(NoAdapters):
     """A `Device` for encoders, and decoders without a head. It draws no tokens and has no cache."""
 
     name = "cpu"
+    kv_windows: tuple[int, ...] = (0,)
 
     def __init__(
         self,

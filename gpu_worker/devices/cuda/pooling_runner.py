@@ -62,6 +62,7 @@ class CudaPoolingRunner(NoAdapters):
     """
 
     scores_prompts = False
+    kv_windows: tuple[int, ...] = (0,)
     max_row_tokens = 1
 
     def __init__(

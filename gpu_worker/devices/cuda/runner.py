@@ -43,6 +43,7 @@ class CudaRunner(NoAdapters):
     """
 
     scores_prompts = False
+    kv_windows: tuple[int, ...] = (0,)
     max_row_tokens = 1
 
     def __init__(

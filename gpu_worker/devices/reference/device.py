@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -39,6 +40,7 @@ from octavo.gpu_worker.ops import (
     Rotary,
     StepInput,
     UInt32Array,
+    kv_groups_of,
 )
 from octavo.gpu_worker.protocol import BLOCK_SIZE
 from octavo.gpu_worker.sampling.draw import best_tokens, draw_tokens
@@ -63,9 +65,12 @@ class ReferenceDevice:
         max_blocks_per_sequence: int,  # noqa: ARG002
         *,
         dtype: torch.dtype = torch.float32,
+        max_kv_groups: int = 1,
     ) -> None:
         self.dtype = dtype
         self._model = model
+        self.kv_groups = kv_groups_of(model, max_kv_groups)
+        self.kv_windows = self.kv_groups.windows
         # By identity: the model keeps its weights alive, and tied ones are converted once.
         self._weights: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._module: torch.nn.Module | None = None
@@ -75,16 +80,16 @@ class ReferenceDevice:
         self.adapters: dict[int, PackedAdapter] = {}
 
     def kv_block_bytes(self) -> int:
-        """Bytes that one block takes, over all layers, keys and values."""
-        return self._model.num_layers * self._model.heads.cached_per_token * self.dtype.itemsize * BLOCK_SIZE
+        """Bytes that one block takes, over all layers of a KV group, keys and values."""
+        return self.kv_groups.num_layers * self._model.heads.cached_per_token * self.dtype.itemsize * BLOCK_SIZE
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Allocate [num_layers, num_blocks, num_kv_heads, 16, head_dim] for keys and for values.
+        """Allocate [layers of a group, num_blocks, num_kv_heads, 16, head_dim] for keys and for values.
 
         Values of a latent cache are a part of the keys.
         """
         heads = self._model.heads
-        shape = (self._model.num_layers, num_blocks, heads.num_kv_heads, BLOCK_SIZE, heads.head_dim)
+        shape = (self.kv_groups.num_layers, num_blocks, heads.num_kv_heads, BLOCK_SIZE, heads.head_dim)
         self.keys = torch.zeros(shape, dtype=self.dtype)
         self.values = self.keys[..., : heads.latent_dim] if heads.latent_dim else torch.zeros(shape, dtype=self.dtype)
 
@@ -173,10 +178,10 @@ class _StepOps:
         self._device = device
         self._step = step
         self._num_rows = _padded(len(step.token_ids))
-        slots = torch.from_numpy(step.slot_mapping).long()
-        self._blocks, self._offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+        slots = torch.from_numpy(step.slot_mapping).long().view(-1, len(step.token_ids))
+        self._blocks, self._offsets = slots // BLOCK_SIZE, slots % BLOCK_SIZE  # [groups, tokens]
         self._positions = self._pad(torch.from_numpy(step.positions).long())
-        self._groups: dict[int, list[AttentionGroup]] = {}
+        self._groups: dict[tuple[int, int], list[AttentionGroup]] = {}
         ids = np.empty(0, np.int32) if step.adapter_ids is None else step.adapter_ids
         self._rows_of_adapter = {int(each): torch.from_numpy(np.flatnonzero(ids == each)) for each in set(ids[ids > 0])}
 
@@ -196,9 +201,10 @@ class _StepOps:
         self, qkv: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, q_norm: Norm | None, k_norm: Norm | None
     ) -> torch.Tensor:
         queries, keys, values = self._rotated(qkv, heads, rotary, q_norm, k_norm)
-        count = len(self._blocks)
-        self._device.keys[layer][self._blocks, :, self._offsets] = keys[:count]
-        self._device.values[layer][self._blocks, :, self._offsets] = values[:count]
+        group, at = self._device.kv_groups.places[layer]
+        blocks, offsets = self._blocks[group], self._offsets[group]
+        self._device.keys[at][blocks, :, offsets] = keys[: len(blocks)]
+        self._device.values[at][blocks, :, offsets] = values[: len(blocks)]
         return queries.reshape(self._num_rows, -1)
 
     def rotate_queries(self, queries: torch.Tensor, num_heads: int, rotary: Rotary) -> torch.Tensor:
@@ -207,8 +213,8 @@ class _StepOps:
     def write_latent(self, latent: torch.Tensor, layer: int, heads: Heads, rotary: Rotary, norm: Norm) -> None:
         normed = self.norm(latent[:, : heads.latent_dim], norm)
         rotated = self._rotate_last(latent[:, None, heads.latent_dim :], rotary)[:, 0]
-        keys = torch.cat([normed, rotated], dim=1)[: len(self._blocks), None]
-        self._device.keys[layer][self._blocks, :, self._offsets] = keys
+        keys = torch.cat([normed, rotated], dim=1)[: len(self._blocks[0]), None]
+        self._device.keys[layer][self._blocks[0], :, self._offsets[0]] = keys
 
     def head_linear(self, x: torch.Tensor, linear: HeadLinear) -> torch.Tensor:
         weight = self._device.weight(linear.weight)
@@ -230,12 +236,17 @@ class _StepOps:
         soft_cap: float = 0.0,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if window not in self._groups:
-            self._groups[window] = plan_attention(self._step, window, multiple=_PAIRS_PER_CALL)
+        kv_group, at = self._device.kv_groups.places[layer]
+        key = kv_group, window
+        if key not in self._groups:
+            num_rows = len(self._step.seq_lens)
+            tables = self._step.block_tables[kv_group * num_rows : (kv_group + 1) * num_rows]
+            of_group = replace(self._step, block_tables=tables)
+            self._groups[key] = plan_attention(of_group, window, multiple=_PAIRS_PER_CALL)
         attended = queries.new_zeros(self._num_rows, heads.num_heads * heads.value_dim)
         per_head = queries.view(self._num_rows, heads.num_kv_heads, -1, heads.head_dim)
-        for group in self._groups[window]:
-            output = self._attend(per_head[group.tile_rows], group, layer, scale, soft_cap, sinks)
+        for group in self._groups[key]:
+            output = self._attend(per_head[group.tile_rows], group, at, scale, soft_cap, sinks)
             attended[group.tile_rows[group.row_is_real]] = output[group.row_is_real].flatten(1)
         return attended
 

@@ -352,7 +352,7 @@ class Forecast:
             most = min(concurrency.most_sequences(), concurrency.most_at(*promised))
             allowed = most - group.num_running
             places.are_paced |= group.num_running > 0 and allowed < len(group.free_slots)
-            blocks = (self._mean.prompt + self._mean.output) / BLOCK_SIZE + 1
+            blocks = group.allocator.num_blocks((self._mean.prompt + self._mean.output) / BLOCK_SIZE + 1)
             allowed = min(allowed, group.pool.num_free / blocks)
             num_free = min(allowed, len(group.free_slots))
             places.num_free += num_free

@@ -58,11 +58,12 @@ class Lifecycle:
 
     # -- a sequence runs and waits -----------------------------------------------------------------
 
-    def run(self, seq: Sequence, group: WorkerGroup, hits: list[Block], now: float) -> None:
+    def run(self, seq: Sequence, group: WorkerGroup, hits: list[list[Block]], now: float) -> None:
         """Move a sequence that waits to a slot of a group that has room for it; `hits` are its cached blocks."""
+        num_hits = len(hits[0])
         group.run(seq, hits)
         self._waiting.serve(seq)
-        self._metrics.started(seq, len(hits), now)
+        self._metrics.started(seq, num_hits, now)
         self._forecast.opened(seq, now)
 
     def preempt(self, seq: Sequence) -> None:

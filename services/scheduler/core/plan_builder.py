@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from itertools import chain
 from operator import mul
 from typing import Any
 
@@ -36,9 +37,8 @@ class PlanBuilder:
     """The columns of a StepPlan while rows are added, and the sequences that it samples."""
 
     __slots__ = (
-        "block_ids", "block_table_counts", "block_table_rows", "context_lengths", "num_tokens",
-        "pooling_updates", "query_lengths", "row_flags", "sampled", "sampling_updates", "scored", "slots",
-        "token_ids", "unsampled",
+        "blocks", "context_lengths", "num_tokens", "pooling_updates", "query_lengths", "row_flags", "sampled",
+        "sampling_updates", "scored", "slots", "token_ids", "unsampled",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -47,9 +47,7 @@ class PlanBuilder:
         self.context_lengths = array("I")
         self.row_flags = bytearray()
         self.token_ids = array("I")
-        self.block_table_rows = array("I")
-        self.block_table_counts = array("I")
-        self.block_ids = array("I")
+        self.blocks: dict[int, list[int]] = {}  # that are appended, by block table
         self.sampling_updates: list[worker_pb2.SamplingUpdate] = []
         self.pooling_updates: list[worker_pb2.PoolingUpdate] = []
         self.sampled: list[Sequence] = []
@@ -77,11 +75,11 @@ class PlanBuilder:
             self.scored.append(ScoredRow(seq, start + 1, min(end + 1, seq.num_prompt_tokens)))
         (self.sampled if samples else self.unsampled).append(seq)
 
-    def add_blocks(self, slot: int, blocks: list[Block]) -> None:
-        """Append blocks to the block table of a slot."""
-        self.block_table_rows.append(slot)
-        self.block_table_counts.append(len(blocks))
-        self.block_ids.extend([block.id for block in blocks])
+    def add_blocks(self, seq: Sequence, tables: list[list[Block]]) -> None:
+        """Append blocks to the block tables of a sequence, one for each KV group."""
+        row = seq.slot * len(tables)
+        for group, blocks in enumerate(tables):
+            self.blocks.setdefault(row + group, []).extend([block.id for block in blocks])
 
     def open_slot(self, seq: Sequence) -> None:
         """Give the slot of `seq` its settings, for tokens or for a vector, and its blocks."""
@@ -89,7 +87,7 @@ class PlanBuilder:
             self.pooling_updates.append(_pooling_update(seq))
         else:
             self.sampling_updates.append(_sampling_update(seq))
-        self.add_blocks(seq.slot, seq.block_table)
+        self.add_blocks(seq, seq.block_tables or [[]])
 
     def attention(self) -> tuple[int, int]:
         """Return how many cached tokens its rows read, and how many pairs of a query and a key they are."""
@@ -106,9 +104,9 @@ class PlanBuilder:
             query_lengths=self.query_lengths.tobytes(),
             context_lengths=self.context_lengths.tobytes(),
             token_ids=self.token_ids.tobytes(),
-            block_table_rows=self.block_table_rows.tobytes(),
-            block_table_counts=self.block_table_counts.tobytes(),
-            block_ids=self.block_ids.tobytes(),
+            block_table_rows=array("I", self.blocks).tobytes(),
+            block_table_counts=array("I", map(len, self.blocks.values())).tobytes(),
+            block_ids=array("I", chain.from_iterable(self.blocks.values())).tobytes(),
             freed_slots=array("I", freed_slots).tobytes(),
             sampling_updates=self.sampling_updates,
             pooling_updates=self.pooling_updates,

@@ -451,7 +451,7 @@ class Scheduler:
     def _admitted(self, request: Request) -> scheduler_pb2.Admitted:
         """Return the answer to a request that entered the queue."""
         seq = request.sequences[0]
-        cached = max((len(group.allocator.get_computed_blocks(seq)) for group in self._groups.values()), default=0)
+        cached = max((len(group.allocator.get_computed_blocks(seq)[0]) for group in self._groups.values()), default=0)
         return scheduler_pb2.Admitted(
             handle=request.handle,
             cached_prompt_tokens=min(cached * BLOCK_SIZE, seq.num_prompt_tokens),

@@ -98,7 +98,7 @@ class StepPlanner:
     def plan(self, group: WorkerGroup, now: float) -> worker_pb2.StepPlan | None:
         """Return the next step of a group, which is in flight from now on; None if there is nothing to compute."""
         plan = PlanBuilder()
-        self._make_room_for_decodes(group)
+        self._make_room(group)
         self._plan_decodes(group, plan)
         num_decodes = plan.num_tokens
         first_tokens = self._plan_prefills(group, plan, now)
@@ -112,15 +112,20 @@ class StepPlanner:
         )
         return plan.build(step_id, freed_slots)
 
-    def _make_room_for_decodes(self, group: WorkerGroup) -> None:
-        """Preempt until every decoding sequence that starts a new block can have one."""
-        while group.pool.num_free < len(group.decoding):  # else each could have one
+    def _make_room(self, group: WorkerGroup) -> None:
+        """Preempt until every decoding sequence that starts a new block can have one, and open prompts can go on."""
+        allocator = group.allocator
+        for seq in group.prefilling:
+            allocator.free_behind(seq)
+        while group.pool.num_free < len(group.decoding) * allocator.num_groups + group.num_promised():
+            for seq in group.decoding:  # else each could have one
+                allocator.free_behind(seq)
             needed = sum(
                 seq.num_computed_tokens >= len(seq.block_table) * BLOCK_SIZE
                 and seq.num_computed_tokens + 1 < seq.max_len_here
                 for seq in group.decoding
             )
-            if group.pool.num_free >= needed:
+            if group.pool.num_free >= needed * allocator.num_groups + group.num_promised():
                 return
             victim = self._policy.choose_victim(group)
             assert victim is not None, "one sequence alone does not fit: the worker reported a wrong max_model_len"
@@ -137,7 +142,7 @@ class StepPlanner:
                 continue  # the steps in flight make its last token
             num_held = len(seq.block_table) * BLOCK_SIZE
             if position + lookahead >= num_held and num_held + 1 < seq.max_len_here:
-                plan.add_blocks(seq.slot, [group.allocator.grow(seq)])
+                plan.add_blocks(seq, [[block] for block in group.allocator.grow(seq)])
                 # Output is charged a block at a time: here, and not for every token.
                 self._fair_share.charge(seq.request.submit.tenant, BLOCK_SIZE)
             slots.append(seq.slot)
@@ -158,7 +163,7 @@ class StepPlanner:
 
         Where steps make several tokens of it, as far as this one and the one in flight may get, if there are plenty.
         """
-        if group.pool.num_free < 2 * len(group.decoding):
+        if group.pool.num_free < 2 * len(group.decoding) * group.allocator.num_groups + group.num_promised():
             return 0
         return min(MAX_STEPS_IN_FLIGHT * (group.limits.max_row_tokens - 1), BLOCK_SIZE)
 
@@ -198,11 +203,24 @@ class StepPlanner:
                 break
             if count < seq.num_uncomputed_tokens and group.model.whole_sequences:
                 continue  # a shorter one may fit into what is left; ageing lets this one be the first of a step
+            if group.allocator.has_windows:
+                most = self._extend(group, seq, count, plan)
+                if most < count:  # it would get a second row, and others what it lacks
+                    count = budget.tokens = most
+                if not count:
+                    break
             plan.add_tokens(seq, count, now)
             budget.tokens -= count
             group.allocator.cache_full_blocks(seq)
             self._fair_share.charge(seq.request.submit.tenant, count)
         return plan.num_tokens - num_before
+
+    @staticmethod
+    def _extend(group: WorkerGroup, seq: Sequence, count: int, plan: PlanBuilder) -> int:
+        """Give an open prompt blocks for its next `count` tokens; return for how many there are."""
+        start, num_spare = seq.num_computed_tokens, group.pool.num_free - group.num_promised(but=seq)
+        plan.add_blocks(seq, group.allocator.extend(seq, start + count, num_spare))
+        return min(count, min(map(len, seq.block_tables)) * BLOCK_SIZE - start)
 
     def _open_waiting(
         self, group: WorkerGroup, concurrency: Concurrency, plan: PlanBuilder, budget: int, now: float
@@ -237,7 +255,7 @@ class StepPlanner:
                     passed.count += 1
                     continue
                 hits = group.allocator.get_computed_blocks(seq)
-                if group.allocator.is_being_computed(seq, len(hits)):
+                if group.allocator.is_being_computed(seq, len(hits[0])):
                     passed.for_blocks = True
                     passed.count += 1
                     continue

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
 from octavo.services.scheduler.config import BLOCK_SIZE
-from octavo.services.scheduler.groups.block_allocator import BlockAllocator
+from octavo.services.scheduler.groups.block_allocator import BlockAllocator, max_tokens
 from octavo.services.scheduler.groups.group_adapters import GroupAdapters
 from octavo.services.scheduler.groups.step_times import StepSize, StepTimes
 from octavo.services.scheduler.kv_cache.cache_events import CacheEvents
@@ -99,6 +99,7 @@ class GroupLimits:
     max_row_tokens          most tokens that one of their steps makes of a sequence
     max_adapters            most adapters that they hold; 0: none
     adapter_memory          bytes that these may take together
+    kv_windows              the window of each of their KV groups; 0: it has none
     """
 
     num_blocks: int
@@ -110,6 +111,7 @@ class GroupLimits:
     max_row_tokens: int = 1
     max_adapters: int = 0
     adapter_memory: int = 0
+    kv_windows: tuple[int, ...] = (0,)
 
 
 class WorkerGroup:
@@ -134,8 +136,8 @@ class WorkerGroup:
         if model.whole_sequences:
             self.max_model_len = min(self.max_model_len, limits.max_num_batched_tokens)
         else:  # else there is no cache
-            self.max_model_len = min(self.max_model_len, (limits.num_blocks - 1) * BLOCK_SIZE)
-        self.allocator = BlockAllocator(limits.num_blocks, events, weights)
+            self.max_model_len = int(min(self.max_model_len, max_tokens(limits.kv_windows, limits.num_blocks - 1)))
+        self.allocator = BlockAllocator(limits.num_blocks, events, weights, limits.kv_windows)
         self.pool = self.allocator.pool
         self.decoding: list[Sequence] = []  # in the order they got here: one token a step
         self.prefilling: list[Sequence] = []  # more than one token behind
@@ -175,17 +177,23 @@ class WorkerGroup:
         adapter = seq.request.adapter
         return (not adapter or self.adapters.can_open(adapter)) and self.can_run(seq)
 
-    def has_room(self, seq: Sequence, hits: list[Block]) -> bool:
+    def has_room(self, seq: Sequence, hits: list[list[Block]]) -> bool:
         """Return whether there are blocks for a sequence that waits, of which `hits` are cached here."""
         if self.model.whole_sequences:  # which are computed in one step and need none
             return True
         # Of those that decode, one in sixteen starts a block in the next step: leave room for it.
         reserve = len(self.decoding) // BLOCK_SIZE + 1 if self.num_running else 0
-        return self.allocator.fits(seq, hits, reserve)
+        return self.allocator.fits(seq, hits, reserve * self.allocator.num_groups + self.num_promised())
+
+    def num_promised(self, but: Sequence | None = None) -> int:
+        """Return how many blocks must stay free for open prompts to go on: groups with a window get theirs late."""
+        if not self.allocator.has_windows:
+            return 0
+        return sum(self.allocator.num_missing(seq) for seq in self.prefilling if seq is not but)
 
     # -- its sequences -------------------------------------------------------------------------------
 
-    def run(self, seq: Sequence, hits: list[Block]) -> None:
+    def run(self, seq: Sequence, hits: list[list[Block]]) -> None:
         """Give a waiting sequence a slot, and blocks, `hits` first: it has room for them."""
         if not self.model.whole_sequences:
             self.allocator.open(seq, hits)

@@ -14,7 +14,7 @@ class BlockPool:
     A free block keeps its hash, and stays findable, until it is given out again: which one is next
     is decided in FreeBlocks.
 
-    Block 0 is the null block: padding points to it, and it is never given out.
+    Block 0 is the null block: padding points to it, and what is behind a window. It is never given out.
     """
 
     def __init__(self, num_blocks: int, feed: CacheEvents, weights: Mapping[str, float]) -> None:
@@ -27,6 +27,8 @@ class BlockPool:
         self._feed = feed
         self._blocks = [Block(block_id) for block_id in range(num_blocks)]
         self._by_hash: dict[bytes, Block] = {}
+        self.null_block = self._blocks[0]
+        self.null_block.ref_count = 1
         self._free = FreeBlocks(self._blocks[1:], weights)
         self._is_closed = False
 

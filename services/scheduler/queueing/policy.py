@@ -90,7 +90,7 @@ class ShortestFirst:
 
         def work(group: WorkerGroup) -> tuple[bool, float, str]:
             hits = group.allocator.get_computed_blocks(seq)
-            rest = len(seq.token_ids) - BLOCK_SIZE * len(hits)
+            rest = len(seq.token_ids) - BLOCK_SIZE * len(hits[0])
             return not group.has_room(seq, hits), tokens_ahead[group] + rest, group.group_id
 
         return min((group for group in groups if group.free_slots), key=work, default=None)

@@ -7,6 +7,7 @@ import math
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from octavo.common.v1 import common_pb2
 from octavo.scheduler.v1 import scheduler_pb2
@@ -90,7 +91,9 @@ class Sequence:
     max_len         prompt and output together never get longer
     max_len_here    nor longer than this while it runs where it does: its group may have less room
     group_id        where it runs, or ran last; "" before it did
-    block_table     its blocks, in order; block_hashes names the full ones, as far as hashed
+    block_tables    its blocks, in order, of each KV group; block_hashes names the full ones, as far as hashed
+    block_table     that of the first group
+    num_freed       of each group, how many of its first blocks are behind the window: the null block is in their place
     expected_tokens prompt and output together are expected to get about so long
     slot_scores     its slot was opened with the wish for log probabilities of the prompt
     num_accepted_tokens  output tokens that took no step of their own: they were guessed, and the guess was right
@@ -101,12 +104,12 @@ class Sequence:
     """
 
     __slots__ = (
-        "adapter_id", "admitted_at", "block_hashes", "block_table", "candidate_index", "expected_tokens", "finished",
-        "first_scheduled_at", "first_token_at", "group_id", "handle", "kept_logprobs", "last_token_at", "max_len",
-        "max_len_here", "min_stop_tokens", "num_accepted_tokens", "num_cached_tokens", "num_computed_tokens",
-        "num_hashed_blocks", "num_logprobs", "num_output_placeholders", "num_preemptions", "num_prompt_tokens",
-        "num_recoveries", "num_scored_tokens", "outbox", "predicted_wait_s", "request", "slot", "slot_scores", "state",
-        "stop_ids", "token_ids",
+        "adapter_id", "admitted_at", "block_hashes", "block_table", "block_tables", "candidate_index",
+        "expected_tokens", "finished", "first_scheduled_at", "first_token_at", "group_id", "handle", "kept_logprobs",
+        "last_token_at", "max_len", "max_len_here", "min_stop_tokens", "num_accepted_tokens", "num_cached_tokens",
+        "num_computed_tokens", "num_freed", "num_hashed_blocks", "num_logprobs", "num_output_placeholders",
+        "num_preemptions", "num_prompt_tokens", "num_recoveries", "num_scored_tokens", "outbox", "predicted_wait_s",
+        "request", "slot", "slot_scores", "state", "stop_ids", "token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -141,6 +144,8 @@ class Sequence:
         self.slot = -1
         self.slot_scores = False
         self.block_table: list[Block] = []
+        self.block_tables: list[list[Block]] = []
+        self.num_freed: list[int] = []
         self.block_hashes: list[bytes] = []
         self.num_hashed_blocks = 0
         self.num_computed_tokens = 0
@@ -160,7 +165,7 @@ class Sequence:
         return (
             f"<{self.request.submit.request_id}/{self.candidate_index} {self.state.value} "
             f"{len(self.token_ids)}+{self.num_output_placeholders} tokens, {self.num_computed_tokens} computed, "
-            f"{len(self.block_table)} blocks>"
+            f"{self.num_held_blocks} blocks>"
         )
 
     @property
@@ -180,8 +185,13 @@ class Sequence:
 
     @property
     def num_blocks_needed(self) -> int:
-        """Blocks that all its tokens take."""
+        """Blocks that all its tokens take, of a KV group."""
         return (len(self.token_ids) + self.num_output_placeholders + BLOCK_SIZE - 1) // BLOCK_SIZE
+
+    @property
+    def num_held_blocks(self) -> int:
+        """Blocks that it has, of all groups."""
+        return sum(map(len, self.block_tables)) - sum(self.num_freed)
 
     # -- where it is [the lifecycle] -----------------------------------------------------------------
 
@@ -286,26 +296,39 @@ class Sequence:
 
     # -- its blocks [the allocator] --------------------------------------------------------------------
 
-    def hold_blocks(self, block_table: list[Block], num_cached_blocks: int) -> None:
-        """Take blocks, of which the first ones are cached."""
-        assert not self.block_table, self
-        self.block_table = block_table
+    def hold_blocks(self, block_tables: list[list[Block]], num_cached_blocks: int, num_freed: list[int]) -> None:
+        """Take blocks of each group, of which the first ones are cached."""
+        assert not self.block_tables, self
+        self.block_tables, self.num_freed = block_tables, num_freed
+        self.block_table = block_tables[0]
         self.num_computed_tokens = num_cached_blocks * BLOCK_SIZE
         self.num_hashed_blocks = num_cached_blocks
 
-    def append_block(self, block: Block) -> None:
-        """Take one more block."""
-        self.block_table.append(block)
+    def append_blocks(self, kv_group: int, blocks: list[Block]) -> None:
+        """Take more blocks of a group."""
+        self.block_tables[kv_group].extend(blocks)
+
+    def free_blocks(self, kv_group: int, num_freed: int, null_block: Block) -> list[Block]:
+        """Give up those of a group's first `num_freed` blocks that it still has; return them."""
+        table, first = self.block_tables[kv_group], self.num_freed[kv_group]
+        freed = table[first:num_freed]
+        table[first:num_freed] = [null_block] * len(freed)
+        self.num_freed[kv_group] = num_freed
+        return freed
 
     def cache_blocks(self, num_hashed_blocks: int) -> None:
         """Note how many of its blocks are in the prefix cache, or equal ones."""
         self.num_hashed_blocks = num_hashed_blocks
 
     def drop_blocks(self) -> list[Block]:
-        """Give all blocks up, to be computed anew; return them."""
-        block_table, self.block_table = self.block_table, []
+        """Give all blocks up, to be computed anew; return them, those of the same tokens together."""
+        held = [table[first:] for table, first in zip(self.block_tables, self.num_freed, strict=True)]
+        if len(held) > 1:
+            columns = zip_longest(*([None] * first + table for table, first in zip(held, self.num_freed, strict=True)))
+            held = [[block for column in columns for block in column if block is not None]]
+        self.block_table, self.block_tables, self.num_freed = [], [], []
         self.num_computed_tokens = self.num_hashed_blocks = 0
-        return block_table
+        return held[0] if held else []
 
     def drop_hashes(self) -> None:
         """Forget the names of its blocks: it will compute nothing more."""

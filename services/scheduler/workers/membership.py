@@ -24,6 +24,7 @@ PAUSE_S = (0.25, 5.0)  # before a group joins again that was lost twice without 
 FORGET_S = 60.0  # after its last loss a group is treated like a new one
 CONFIG_REPEAT_S = 1.0  # a worker that is not ready may not have got its configuration, or its answer was lost
 MAX_WORKERS = 256
+MAX_KV_GROUPS = 8
 MAX_KV_BLOCKS = 1 << 22  # of a worker, 67 million tokens: each block takes memory here
 # Faults that say nothing about what was being computed.
 BLAMELESS_FAULTS = frozenset(
@@ -208,6 +209,7 @@ class Membership:
             max_batch_tokens=self._config.max_num_batched_tokens,
             max_running=self._config.max_num_seqs,
             token_counts=True,
+            kv_groups=MAX_KV_GROUPS,
         )
         self._send(member, worker_pb2.WorkerFrame(worker_config=worker_config), now)
 
@@ -316,7 +318,10 @@ class Membership:
 
 def _problem(ready: worker_pb2.WorkerReady) -> str:
     """Return why a worker like this cannot be taken into service, or nothing."""
-    if ready.kv_blocks < (1 if ready.whole_sequences else 2) or not ready.max_model_len:
+    num_groups = len(ready.kv_group_windows) or 1
+    if num_groups > MAX_KV_GROUPS:
+        return f"has {num_groups} KV groups; a scheduler keeps account of at most {MAX_KV_GROUPS}"
+    if ready.kv_blocks < (1 if ready.whole_sequences else 1 + num_groups) or not ready.max_model_len:
         return "has no room for a KV cache"
     if ready.kv_blocks > MAX_KV_BLOCKS:
         return f"has {ready.kv_blocks} KV blocks; a scheduler keeps account of at most {MAX_KV_BLOCKS}"

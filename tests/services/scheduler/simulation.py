@@ -2,7 +2,8 @@
 
 The fake model: the "key and value" of a token is a rolling hash of all tokens up to it, stored in
 the block the plan names and read back through the block table. So a block given out twice, a stale
-cache hit, a wrong position or a token fed wrongly changes the output at once.
+cache hit, a wrong position or a token fed wrongly changes the output at once. In a KV group with a window
+all that a row sees is read.
 """
 
 from __future__ import annotations
@@ -66,19 +67,25 @@ class Slot:
     width: int
     prompt: array[int]  # where its log probabilities are wanted
     prompt_width: int
-    block_table: list[int] = field(default_factory=list)
+    block_tables: list[list[int]]
     last_sampled: int | None = None
     position: int = 0  # of that token
     is_late: bool = False
     start: int = 0  # where its rolling hash begins
 
+    @property
+    def block_table(self) -> list[int]:
+        return self.block_tables[0]
+
 
 class FakeWorker:
     """Executes plans in order, like a worker, on the fake model."""
 
-    def __init__(self, num_blocks: int, block_size: int = 16) -> None:
+    def __init__(self, num_blocks: int, block_size: int = 16, windows: tuple[int, ...] = (0,)) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.windows = windows
+        self.before: dict[int, int] = {}  # the rolling hash without the last token
         self.cells: dict[tuple[int, int], int] = {}
         self.slots: dict[int, Slot] = {}
         self.steps = 0
@@ -100,14 +107,19 @@ class FakeWorker:
             assert update.slot not in self.slots, f"slot {update.slot} was not free"
             width = update.logprobs if update.chosen_logprob else -1
             prompt = array("I", update.history_token_ids)[: update.prompt_length if update.prompt_logprobs else 0]
-            self.slots[update.slot] = Slot(update.seed, update.candidate_index, width, prompt, update.prompt_logprobs)
+            tables: list[list[int]] = [[] for _ in self.windows]
+            self.slots[update.slot] = Slot(
+                update.seed, update.candidate_index, width, prompt, update.prompt_logprobs, tables
+            )
             if update.adapter_id:
                 self.slots[update.slot].start = of_adapter(self.adapters[update.adapter_id])
         new_blocks = iter(array("I", plan.block_ids))
         for row, count in zip(array("I", plan.block_table_rows), array("I", plan.block_table_counts), strict=True):
             blocks = [next(new_blocks) for _ in range(count)]
-            assert all(0 < block < self.num_blocks for block in blocks)
-            self.slots[row].block_table += blocks
+            slot, group = divmod(row, len(self.windows))
+            assert all(block or self.windows[group] for block in blocks)
+            assert all(block < self.num_blocks for block in blocks)
+            self.slots[slot].block_tables[group] += blocks
         assert next(new_blocks, None) is None
         return self._step(plan)
 
@@ -177,13 +189,23 @@ class FakeWorker:
         return result
 
     def _write(self, slot: Slot, context: int, query: list[int]) -> int:
-        def cell(position: int) -> tuple[int, int]:
-            return slot.block_table[position // self.block_size], position % self.block_size
+        def cell(group: int, position: int) -> tuple[int, int]:
+            return slot.block_tables[group][position // self.block_size], position % self.block_size
 
-        state = self.cells[cell(context - 1)] if context else slot.start
+        state = self.cells[cell(0, context - 1)] if context else slot.start
+        for group, window in enumerate(self.windows):
+            expected: int | None = state
+            for position in range(context - 1, max(context - window, -1) if window else context - 1, -1):
+                if self.cells.get(cell(group, position)) != expected:
+                    state ^= MASK
+                expected = self.before.get(expected) if expected is not None else None
         for offset, token in enumerate(query):
-            state = roll(state, token)
-            self.cells[cell(context + offset)] = state
+            before, state = state, roll(state, token)
+            for group, window in enumerate(self.windows):
+                assert cell(group, context + offset)[0]
+                self.cells[cell(group, context + offset)] = state
+                if window:
+                    self.before[state] = before
         return state
 
 
@@ -218,6 +240,7 @@ class World:
         check: bool = True,
         scores_prompts: bool = True,
         max_row_tokens: int = 1,
+        windows: tuple[int, ...] = (0,),
         max_adapters: int = 0,
         adapter_memory: int = 1000,
         **settings: object,
@@ -231,6 +254,7 @@ class World:
         self.num_loads = 0
         self.scores_prompts = scores_prompts
         self.max_row_tokens = max_row_tokens
+        self.windows = windows
         self.config = SchedulerConfig(**settings)  # type: ignore[arg-type]
         self.check = check
         self.now = 1000.0
@@ -252,7 +276,7 @@ class World:
         """Let a worker join, of its own size if that is given."""
         num_blocks, max_model_len = num_blocks or self.num_blocks, max_model_len or self.max_model_len
         self.epochs[group_id] = self.epochs.get(group_id, 0) + 1
-        worker = self.workers[group_id] = FakeWorker(num_blocks)
+        worker = self.workers[group_id] = FakeWorker(num_blocks, windows=self.windows)
         worker.max_num_batched_tokens = max_num_batched_tokens or self.config.max_num_batched_tokens
         worker.max_row_tokens = self.max_row_tokens
         rng = random.Random(f"{group_id} {self.epochs[group_id]}")
@@ -268,6 +292,7 @@ class World:
             max_row_tokens=self.max_row_tokens,
             max_adapters=self.max_adapters,
             adapter_memory=self.adapter_memory,
+            kv_windows=self.windows,
         )
         self.core.worker_joined(group_id, epoch, limits, self.now)
         self.settle()

@@ -74,7 +74,7 @@ class IdleTime(_message.Message):
     def __init__(self) -> None: ...
 
 class WorkerConfig(_message.Message):
-    __slots__ = ("model_path", "weights_sha256", "kv_block_size", "kv_blocks", "max_batch_tokens", "dtype", "max_running", "token_counts")
+    __slots__ = ("model_path", "weights_sha256", "kv_block_size", "kv_blocks", "max_batch_tokens", "dtype", "max_running", "token_counts", "kv_groups")
     MODEL_PATH_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class WorkerConfig(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
     TOKEN_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    KV_GROUPS_FIELD_NUMBER: _ClassVar[int]
     model_path: str
     weights_sha256: str
     kv_block_size: int
@@ -91,7 +92,8 @@ class WorkerConfig(_message.Message):
     dtype: str
     max_running: int
     token_counts: bool
-    def __init__(self, model_path: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., max_running: _Optional[int] = ..., token_counts: _Optional[bool] = ...) -> None: ...
+    kv_groups: int
+    def __init__(self, model_path: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., max_running: _Optional[int] = ..., token_counts: _Optional[bool] = ..., kv_groups: _Optional[int] = ...) -> None: ...
 
 class AdapterLoad(_message.Message):
     __slots__ = ("adapter_id", "path", "sha256")
@@ -122,7 +124,7 @@ class AdapterLoaded(_message.Message):
     def __init__(self, adapter_id: _Optional[int] = ..., num_bytes: _Optional[int] = ..., problem: _Optional[str] = ..., is_full: _Optional[bool] = ...) -> None: ...
 
 class WorkerReady(_message.Message):
-    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens", "task", "vector_size", "whole_sequences", "structured_output", "prompt_logprobs", "max_row_tokens", "tokenizer_sha256", "max_adapters", "adapter_memory_bytes", "vectors_of_last_token", "notes")
+    __slots__ = ("kv_blocks", "warmup_us", "max_model_len", "vocab_size", "max_batch_tokens", "task", "vector_size", "whole_sequences", "structured_output", "prompt_logprobs", "max_row_tokens", "tokenizer_sha256", "max_adapters", "adapter_memory_bytes", "vectors_of_last_token", "notes", "kv_group_windows")
     KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WARMUP_US_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +141,7 @@ class WorkerReady(_message.Message):
     ADAPTER_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     VECTORS_OF_LAST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    KV_GROUP_WINDOWS_FIELD_NUMBER: _ClassVar[int]
     kv_blocks: int
     warmup_us: int
     max_model_len: int
@@ -155,7 +158,8 @@ class WorkerReady(_message.Message):
     adapter_memory_bytes: int
     vectors_of_last_token: bool
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., whole_sequences: _Optional[bool] = ..., structured_output: _Optional[bool] = ..., prompt_logprobs: _Optional[bool] = ..., max_row_tokens: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., max_adapters: _Optional[int] = ..., adapter_memory_bytes: _Optional[int] = ..., vectors_of_last_token: _Optional[bool] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    kv_group_windows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, kv_blocks: _Optional[int] = ..., warmup_us: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., task: _Optional[_Union[_common_pb2.ModelTask, str]] = ..., vector_size: _Optional[int] = ..., whole_sequences: _Optional[bool] = ..., structured_output: _Optional[bool] = ..., prompt_logprobs: _Optional[bool] = ..., max_row_tokens: _Optional[int] = ..., tokenizer_sha256: _Optional[str] = ..., max_adapters: _Optional[int] = ..., adapter_memory_bytes: _Optional[int] = ..., vectors_of_last_token: _Optional[bool] = ..., notes: _Optional[_Iterable[str]] = ..., kv_group_windows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepPlan(_message.Message):
     __slots__ = ("step_id", "num_sequences", "num_tokens", "slot_indexes", "query_lengths", "context_lengths", "token_ids", "block_table_rows", "block_table_counts", "block_ids", "copy_pairs", "freed_slots", "sampling_updates", "row_flags", "pooling_updates")
