@@ -12,7 +12,7 @@ import pytest
 
 from .stack import Stack, until_idle
 
-NUM_OUTPUTS, NUM_TOKENS = 8, 560  # with 20 alternatives each: more bytes than a kernel keeps for a connection
+NUM_OUTPUTS, NUM_TOKENS = 3, 1500  # with 20 alternatives each: more bytes than a kernel keeps for a connection
 BODY = {
     "prompt": "Once upon a time", "max_tokens": NUM_TOKENS, "seed": 5, "temperature": 0.8, "ignore_eos": True,
     "n": NUM_OUTPUTS, "stream": True, "logprobs": 20, "return_token_ids": True,
