@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -22,6 +23,7 @@ from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.errors import DeviceError, ModelError
 from octavo.gpu_worker.loading.loading import load_for_device, load_model
 from octavo.gpu_worker.loading.sharding import Sharding
+from octavo.gpu_worker.loading.stacked_experts import ExpertTensor, unstacked_handles
 from octavo.gpu_worker.loading.weights import load_folder
 from octavo.gpu_worker.models.decoder import Decoder
 
@@ -142,6 +144,23 @@ def test_stacked_experts_of_four_bits_are_those_that_transformers_reads(tmp_path
         for part, expert in product(range(len(parts)), range(len(expected))):
             found = tensors[f"{prefix}{expert}.{parts[part]}.weight"]
             assert torch.equal(found, expected[expert, part :: len(parts)]), (layer, parts[part], expert)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "mxfp4", "granite_moe"])
+def test_some_rows_of_a_stacked_expert_are_those_of_the_whole(kind: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "gpt_oss" if kind == "mxfp4" else kind)
+    if kind == "mxfp4":
+        in_mxfp4(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, "pt") as handle:
+        stacked = unstacked_handles(dict.fromkeys(handle.keys(), (path, handle)))
+        parts = {name: part for name, (_, part) in stacked.items() if isinstance(part, ExpertTensor)}
+        assert parts
+        for name, part in parts.items():
+            whole, piece = part.get_tensor(name), part.get_slice(name)
+            assert whole.shape == torch.Size(piece.get_shape()), name
+            assert torch.equal(piece[3:7, 1:], whole[3:7, 1:]), name
+            assert torch.equal(piece[5:], whole[5:]), name
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "mxfp4", "codes"])
