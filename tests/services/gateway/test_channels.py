@@ -90,6 +90,10 @@ async def test_what_the_model_thought_before_a_call_is_in_the_prompt_under_the_t
     ("fields", "end"),
     [
         ({"constraint": {"json_schema": '{"type": "object"}'}, **chat()}, "assistant<|channel|>final<|message|>"),
+        (
+            {"constraint": {"regex": "a"}, "output": {"parsing": {"reasoning_format": "none"}}, **chat()},
+            "assistant<|channel|>final<|message|>",
+        ),
         (chat(tool_choice={"mode": "MODE_REQUIRED"}), "assistant<|channel|>final<|message|>"),
         (chat(), "<|start|>assistant"),
     ],
