@@ -329,7 +329,7 @@ def _read_config(source: GgufFile, row: GgufArchitecture) -> ModelConfig:
 
 def _read_windows(read: _Metadata, row: GgufArchitecture, num_layers: int) -> tuple[int, ...]:
     """Return each layer's sliding window, 0 for none."""
-    window = read.integer("attention.sliding_window", 0)
+    window = read.integer("attention.sliding_window", None if row.window_pattern else 0)
     pattern = read.get("attention.sliding_window_pattern", row.window_pattern)
     if isinstance(pattern, array):  # whether each layer has it
         if len(pattern) != num_layers:

@@ -22,7 +22,7 @@ from octavo.gpu_worker.devices.reference.device import ReferenceDevice
 from octavo.gpu_worker.errors import DeviceError, ModelError
 from octavo.gpu_worker.formats.gguf_file import GgufFile
 from octavo.gpu_worker.loading.gguf_architectures import GGUF_ARCHITECTURES
-from octavo.gpu_worker.loading.gguf_model import load_gguf
+from octavo.gpu_worker.loading.gguf_model import load_gguf, plan_gguf
 from octavo.gpu_worker.loading.loading import check_device, load_model
 from octavo.gpu_worker.loading.sharding import Pairs
 from octavo.gpu_worker.loading.tensor_names import pairs_of
@@ -525,6 +525,11 @@ def test_a_file_says_which_layers_have_a_window(tmp_path: Path) -> None:
     write_gguf(path, source, "gemma3", settings=lambda writer: writer.add_sliding_window_pattern([True, False]))
     with pytest.raises(ModelError, match="sliding_window_pattern names 2 layers"):
         load(path)
+
+    file = GgufFile(path)
+    del file.metadata["gemma3.attention.sliding_window"]
+    with pytest.raises(ModelError, match=r"attention\.sliding_window is missing"):
+        plan_gguf(file)
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2moe", "gemma3", "phi3", "gpt-oss", "granitemoe", "deepseek2"])

@@ -19,13 +19,20 @@ _HEADER_END = StopStrings(["<|message|>"])
 _BODY_END = StopStrings(["<|end|>", "<|call|>", "<|return|>", "<|start|>"])
 _HEADER_BEGINS = ("<|channel|>", "<|start|>", "to=")
 _ANALYSIS = re.compile(r"<\|channel\|>\s*analysis\b")
-_FUNCTION = re.compile(r"\bto=functions\.([\w.-]+)")
+_RECIPIENT = re.compile(r"\bto=([\w.-]+)")
+_FUNCTIONS = "functions."
+_READERS = frozenset({"", "assistant", "user", "all"})
+_CUT_OFF = ("<|channel|>", "<|start|>", f"to={_FUNCTIONS}")
 _MAX_HEADER = 512
 _BETWEEN_MESSAGES = "\n\n"
 
 
 class ChannelParser(OutputParser):
-    """The parser of one candidate. A message to a function is a call; one in another channel than analysis is text."""
+    """The parser of one candidate.
+
+    A message to a function is a call, whatever its channel. One to another tool, or in the channel analysis, is
+    reasoning. All others are text.
+    """
 
     def __init__(self, settings: ParserSettings, make_id: Callable[[int], str]) -> None:
         super().__init__(settings, make_id)
@@ -50,9 +57,9 @@ class ChannelParser(OutputParser):
     def finish(self) -> None:
         """Take the end of the output. What was held back is text, unless it is a header that was cut off."""
         if self._section is Section.HEADER:
-            if not self._held.lstrip().startswith(_HEADER_BEGINS):
+            if not any(each in self._held for each in _CUT_OFF) and self._matcher is not None:
                 self._section = Section.TEXT
-                self._add(self._held)
+                self._add(self._held + self._matcher.finish())
         elif self._matcher is not None:
             self._take_body(self._matcher.finish())
             self._end_body()
@@ -88,13 +95,16 @@ class ChannelParser(OutputParser):
         if matcher.matched is None:
             self._begin_body(Section.TEXT)
             return header + matcher.finish()
-        function = _FUNCTION.search(header)
-        if function is not None and self._settings.tool_calls is not None:
+        to = _RECIPIENT.search(header)
+        recipient = "" if to is None else to[1]
+        name = recipient.removeprefix(_FUNCTIONS)  # which the model leaves out now and then
+        is_function = name != recipient or name in self._settings.tool_names
+        if name and is_function and self._settings.tool_calls is not None:
             self._begin_body(Section.CALL)
             self._reader = ToolCallReader(None, may_be_named=False)
-            self._reader.push(f'{{"name": {json.dumps(function[1])}, "arguments": ')
+            self._reader.push(f'{{"name": {json.dumps(name)}, "arguments": ')
             self._is_announced = False
-        elif self._settings.reasoning is not None and _ANALYSIS.search(header):
+        elif self._settings.reasoning is not None and (recipient not in _READERS or _ANALYSIS.search(header)):
             self._begin_body(Section.REASONING)
         else:
             self._begin_body(Section.TEXT)
@@ -113,7 +123,7 @@ class ChannelParser(OutputParser):
             return ""
         self._end_body()
         self._begin_header()
-        return matcher.rest
+        return matcher.rest if matcher.matched != "<|start|>" else matcher.matched + matcher.rest
 
     def _take_body(self, text: str) -> None:
         """Take a piece of what a message says."""

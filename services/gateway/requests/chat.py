@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from octavo.inference.v1 import generation_pb2
@@ -92,9 +93,34 @@ def read_chat(chat: generation_pb2.Chat, template: TemplateFacts, path: str) -> 
                 written["thinking"] = written["reasoning_content"]
     if not template.writes_tool_calls:
         _write_tool_calls(messages)
+    elif template.writes_one_call:
+        messages = _one_call_each(messages)
+    if "+ tool.description" in template.source:  # fails without one, which clients may leave out
+        for function in (tool.get("function", tool) for tool in tools):
+            if isinstance(function, dict) and function.get("description") is None:
+                function["description"] = ""
     if tools and not template.takes_tools:
         _tell_of_tools(messages, tools)
     return ChatInput(messages, tools, options, chat.continue_final_message)
+
+
+def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages, with each of several calls in one of its own, and its results behind it."""
+    turns: list[list[dict[str, Any]]] = []
+    of_call: dict[str, list[dict[str, Any]]] = {}  # by the call's id
+    for message in messages:
+        if (turn := of_call.get(message.get("tool_call_id", ""))) is not None:
+            turn.append(message)
+            continue
+        head = message
+        for call in message.get("tool_calls", ()):
+            turns.append([{**head, "tool_calls": [call]}])
+            if call["id"]:
+                of_call[call["id"]] = turns[-1]
+            head = {"role": message["role"], "content": ""}
+        if head is message:
+            turns.append([message])
+    return list(chain.from_iterable(turns))
 
 
 def _write_tool_calls(messages: list[dict[str, Any]]) -> None:

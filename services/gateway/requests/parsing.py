@@ -74,7 +74,7 @@ def answer_begin(generation: generation_pb2.Generation, model: ServedModel) -> s
     is_constrained = generation.HasField("constraint") or chat.tool_choice.mode == _MODE.MODE_REQUIRED
     if not is_constrained or chat.continue_final_message:
         return ""
-    reasoning = REASONING_FORMATS.get(generation.output.parsing.reasoning_format or model.reasoning_format)
+    reasoning = REASONING_FORMATS.get(model.reasoning_format)  # whether or not the client has it taken apart
     return "" if reasoning is None else reasoning.answer_begin
 
 

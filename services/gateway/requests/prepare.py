@@ -273,7 +273,8 @@ async def _prompt_token_ids(
     if kind == "chat":
         # The template has all special tokens in it already.
         text, add_special_tokens = await chat_text(generation.chat, model, "generation.chat", tenant), False
-        text += answer_begin(generation, model)
+        begin = answer_begin(generation, model)
+        text = text.removesuffix(begin) + begin  # some templates end with it
     encode = partial(model.tokenizer.encode, text, add_special_tokens, cache_salt, limit)
     try:
         return await model.tokenizer.long_work.run(tenant, encode, len(text) > INLINE_CHARS)

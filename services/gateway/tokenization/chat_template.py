@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ MAX_TEMPLATE_BYTES = 262_144
 _MAX_WAITING = 4096
 _MODULE = "octavo.services.gateway.tokenization.template_process"
 _COMMON_ROLES = frozenset({"system", "user", "assistant", "tool", "developer"})
+_LOOP_OVER_CALLS = re.compile(r"\bin\s+(?:\w+(?:\.|\[['\"]))?tool_calls\b")
 _LONG = 1 << 18  # bytes whose decoding takes a while
 
 
@@ -44,6 +46,11 @@ class TemplateFacts:
     takes_tools: bool
     writes_tool_calls: bool
     texts: frozenset[str]
+
+    @property
+    def writes_one_call(self) -> bool:
+        """Whether it leaves out or refuses all calls in a message but the first."""
+        return "tool_calls[0]" in self.source and _LOOP_OVER_CALLS.search(self.source) is None
 
     def written_role(self, role: str) -> str:
         """Return the role to write: OpenAI's newer word for the system is known to few templates."""

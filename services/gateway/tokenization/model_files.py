@@ -178,7 +178,7 @@ def _read_folder(folder: Path) -> ModelFiles:
         special_tokens=special,
         vocab_size=vocab_size or tokenizer.get_vocab_size(),
         max_model_len=_whole(text_config.get(context), f"{config_file}: {context}", MAX_CONTEXT),
-        end_of_sequence_ids=_ends(ends, vocab_size or tokenizer.get_vocab_size()),
+        end_of_sequence_ids=_ends(ends, tokenizer, vocab_size or tokenizer.get_vocab_size()),
         default_sampling={
             name: _number(generation[name], f"{generation_file}: {name}")
             for name in _SAMPLING_NAMES
@@ -283,8 +283,12 @@ def _ids(value: object, source: str) -> list[int]:
     return ids
 
 
-def _ends(ids: list[int], vocab_size: int) -> list[int]:
+def _ends(ids: list[int], tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Return each id once, without those that no output can have."""
+    end, call, answer = (tokenizer.token_to_id(f"<|{name}|>") for name in ("end", "call", "return"))
+    if call is not None and answer in ids:
+        # gpt-oss: a GGUF file names one end only, and <|end|> stands after each message, those of reasoning, too.
+        ids = [index for index in ids if index != end] + [call]
     return [index for index in dict.fromkeys(ids) if index < vocab_size]
 
 
@@ -362,7 +366,9 @@ def _read_gguf(path: Path) -> ModelFiles:
         special_tokens=special,
         vocab_size=vocab_size,
         max_model_len=context,
-        end_of_sequence_ids=_ends([index for name in _GGUF_ENDS if (index := ids[name]) is not None], vocab_size),
+        end_of_sequence_ids=_ends(
+            [index for name in _GGUF_ENDS if (index := ids[name]) is not None], tokenizer, vocab_size
+        ),
         default_sampling={
             name: _number(metadata[key], f"{path}: {key}") for name, key in sampling.items() if key in metadata
         },

@@ -26,11 +26,16 @@ USER = {"role": "user", "parts": [{"text": "hi"}]}
 
 
 @pytest.fixture
-def model_path(tmp_path: Path, tools: Any) -> Path:
+def template() -> str:
+    return TEMPLATE
+
+
+@pytest.fixture
+def model_path(tmp_path: Path, tools: Any, template: str) -> Path:
     folder: Path = tools.write_model(
-        tmp_path / "m", TEMPLATE, context=4096, special_tokens=SPECIAL, eos_token_id=[CALL]
+        tmp_path / "m", template, context=4096, special_tokens=SPECIAL, eos_token_id=[CALL]
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|return|>", "chat_template": TEMPLATE}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|return|>", "chat_template": template}))
     return folder
 
 
@@ -90,6 +95,10 @@ async def test_what_the_model_thought_before_a_call_is_in_the_prompt_under_the_t
     ("fields", "end"),
     [
         ({"constraint": {"json_schema": '{"type": "object"}'}, **chat()}, "assistant<|channel|>final<|message|>"),
+        (
+            {"constraint": {"regex": "a"}, "output": {"parsing": {"reasoning_format": "none"}}, **chat()},
+            "assistant<|channel|>final<|message|>",
+        ),
         (chat(tool_choice={"mode": "MODE_REQUIRED"}), "assistant<|channel|>final<|message|>"),
         (chat(), "<|start|>assistant"),
     ],
@@ -98,3 +107,11 @@ async def test_an_answer_that_is_constrained_begins_in_the_final_channel(
     harness: Any, tokenizer: Tokenizer, fields: dict[str, Any], end: str
 ) -> None:
     assert (await prompt_of(harness, tokenizer, **fields)).endswith(end)
+
+
+@pytest.mark.parametrize("template", [f"{TEMPLATE}<|channel|>final<|message|>"])
+async def test_a_final_channel_that_the_template_begins_is_begun_once(harness: Any, tokenizer: Tokenizer) -> None:
+    prompt = await prompt_of(harness, tokenizer, **chat(tool_choice={"mode": "MODE_REQUIRED"}))
+
+    assert prompt.endswith("assistant<|channel|>final<|message|>")
+    assert prompt.count("<|channel|>") == 1

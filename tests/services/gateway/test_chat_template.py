@@ -340,6 +340,34 @@ def test_tool_calls_and_results_become_the_dicts_that_templates_expect() -> None
     assert (read.tools, read.options) == ([{"type": "function"}], {"k": 1})
 
 
+def test_of_calls_in_one_message_each_is_written_with_its_result_where_templates_take_one() -> None:
+    parts = [{"tool_call": {"id": each, "name": each, "arguments_json": "{}"}} for each in "ab"]
+    results = [{"role": "tool", "parts": [{"tool_result": {"id": each, "text": each}}]} for each in "bac"]
+    messages = [{"role": "assistant", "parts": [{"text": "I look."}, *parts]}, *results, {"role": "user"}]
+    source = "{% for m in messages %}{{ m.content }}{% if 'tool_calls' in m %}{{ m.tool_calls[0].function.name }}"
+
+    def read(source: str) -> list[tuple[str, list[str], str]]:
+        return [
+            (each["content"], [call["id"] for call in each.get("tool_calls", ())], each.get("tool_call_id", ""))
+            for each in read_chat(chat_of(*messages), facts(source), "chat").messages
+        ]
+
+    assert read(source) == [
+        ("I look.", ["a"], ""), ("a", [], "a"), ("", ["b"], ""), ("b", [], "b"), ("c", [], "c"), ("", [], "")
+    ]  # fmt: skip
+    for loop in ("{% for call in m.tool_calls %}", "{% for call in m['tool_calls'] %}", "{% for call in tool_calls %}"):
+        assert read(source + loop)[0] == ("I look.", ["a", "b"], "")
+
+
+def test_a_tool_needs_no_description_though_the_template_does() -> None:
+    source = "{% for tool in tools %}{% set tool = tool.function %}{{ '// ' + tool.description }}{% endfor %}"
+    tools = ['{"type": "function", "function": {"name": "f"}}', '{"function": {"description": null}}']
+
+    read = read_chat(chat_of(tools_json=tools), facts(source), "chat")
+
+    assert Template(source, {}).render(read.messages, read.tools) == "// // "
+
+
 def test_all_broken_json_is_reported_with_its_place() -> None:
     chat = chat_of(
         {"role": "assistant", "parts": [{"tool_call": {"name": "f", "arguments_json": "[1]"}}]},

@@ -48,14 +48,14 @@ class Parsed:
 
 def settings(format_name: str | None, reasoning: str | None = None, **fields: Any) -> ParserSettings:
     defaults: dict[str, Any] = {
+        "tool_calls": TOOL_CALL_FORMATS.get(format_name or ""),
+        "reasoning": REASONING_FORMATS.get(reasoning or ""),
         "tool_names": frozenset({"f", "g"}),
         "single_tool_call": False,
         "whole_tool_calls": False,
         "starts_in_reasoning": False,
     }
-    return ParserSettings(
-        TOOL_CALL_FORMATS.get(format_name or ""), REASONING_FORMATS.get(reasoning or ""), **(defaults | fields)
-    )
+    return ParserSettings(**(defaults | fields))
 
 
 def parse(text: str, given: ParserSettings, sizes: list[int] | None = None) -> tuple[Parsed, dict[int, str]]:
@@ -96,6 +96,7 @@ def parse(text: str, given: ParserSettings, sizes: list[int] | None = None) -> t
         ("harmony", f"{COMMENTARY}<|message|>I look.<|end|>{START}{COMMENTARY} to=functions.f.g-h<|message|>{{}}"
          f"<|end|>{START}{COMMENTARY} to=functions.g<|message|>{{}}<|end|>{FINAL}So.\n",
          "I look.\n\nSo.\n", [("f.g-h", {}), ("g", {})]),
+        ("harmony", "<|channel|>analysis to=f code<|message|>{}<|call|>", "", [("f", {})]),
         ("json", '{"name": "f", "arguments": {}}', "", [("f", {})]),
         ("json", '\n[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]', "", [("f", {}), ("g", {})]),
         ("json", 'I call it:\n```json\n{"name": "f", "arguments": {"a": 1}}\n```\n', "I call it:", [("f", {"a": 1})]),
@@ -132,6 +133,7 @@ def test_calls_are_taken_out_of_the_text(
         ("llama3", '{"name": "unknown", "parameters": {}}'),
         ("harmony", '{"answer": "<|end|>"} '),
         ("harmony", "<|channel"),
+        ("harmony", "to=5 <"),
         ("json", '```json\n{"name": "Ann", "arguments": 3}\n```\n'),
         ("json", '{"name": "unknown", "arguments": {}}'),
         ("json", " [1, 2]"),
@@ -197,6 +199,11 @@ def test_reasoning_is_what_is_between_its_marks_at_the_start(
         (f"{ANALYSIS}to=functions.f {HERMES}<|end|>{FINAL}{HERMES}", {}, f"to=functions.f {HERMES}", HERMES),
         ("<|channel|>commentary to=functions.f<|message|>no JSON<|end|>", {}, "", "no JSON"),
         (f"<|channel|>{'x' * 600}", {}, "", f"<|channel|>{'x' * 600}"),
+        (f"{COMMENTARY} to=python code<|message|>print()<|end|>{FINAL}Yes.", {}, "print()", "Yes."),
+        (f"{COMMENTARY} to=assistant{ANALYSIS}a<|end|>{START} to=user{COMMENTARY}<|message|>b", {}, "a", "b"),
+        (f"{COMMENTARY} to=functions.f<|message|>{{}}", {"tool_calls": None}, "{}", ""),
+        (f"{ANALYSIS}a{FINAL[:-3]}", {}, "a", ""),
+        (" to=functions.f", {}, "", ""),
     ],
 )  # fmt: skip
 def test_messages_go_where_their_channel_says(text: str, fields: dict[str, Any], reasoning: str, content: str) -> None:

@@ -173,6 +173,20 @@ def test_a_gguf_file_serves_like_the_folder_it_was_made_of(tools: Any, tmp_path:
     assert hashlib.sha256(files.files["tokenizer.json"]).hexdigest() == hashlib.sha256(files.definition).hexdigest()
 
 
+def test_a_call_ends_the_output_where_messages_end_in_several_ways(tools: Any, tmp_path: Path) -> None:
+    tokenizer = tools.make_tokenizer()
+    tokenizer.add_tokens(["<|return|>", "<|call|>"])
+    ends = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("return", "call", "end")}
+    more = {"tokenizer.ggml.eos_token_id": ends["return"], "tokenizer.ggml.eot_token_id": ends["end"]}
+    metadata = gguf_of(tokenizer, "gpt-2", **more)
+    metadata["tokenizer.ggml.tokens"] += ["<|return|>", "<|call|>"]
+    metadata["tokenizer.ggml.token_type"] += [3, 3]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(metadata))
+
+    assert read_model(path).end_of_sequence_ids == [ends["return"], ends["call"]]
+
+
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [
