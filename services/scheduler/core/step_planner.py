@@ -142,7 +142,7 @@ class StepPlanner:
                 continue  # the steps in flight make its last token
             num_held = len(seq.block_table) * BLOCK_SIZE
             if position + lookahead >= num_held and num_held + 1 < seq.max_len_here:
-                plan.add_blocks(seq, [[block] for block in group.allocator.grow(seq)])
+                plan.grow(seq, group.allocator.grow(seq))
                 # Output is charged a block at a time: here, and not for every token.
                 self._fair_share.charge(seq.request.submit.tenant, BLOCK_SIZE)
             slots.append(seq.slot)

@@ -153,10 +153,10 @@ class BlockAllocator:
     def grow(self, seq: Sequence) -> list[Block]:
         """Append one block to `seq` in each group. The caller has made sure that so many are free."""
         self.cache_full_blocks(seq)
-        self.free_behind(seq)
+        if self.has_windows:
+            self.free_behind(seq)
         blocks = self.pool.get_new_blocks(self.num_groups)
-        for group, block in enumerate(blocks):
-            seq.append_blocks(group, [block])
+        seq.append_block_of_each(blocks)
         return blocks
 
     def extend(self, seq: Sequence, num_tokens: int, num_spare: int) -> list[list[Block]]:
