@@ -250,10 +250,10 @@ BUGS: tuple[Bug, ...] = (
         (f"{SCHEDULER}/test_windows.py",),
     ),
     Bug(
-        "prompts take the blocks that others need to go on",
-        "services/scheduler/core/step_planner.py",
-        "group.pool.num_free - group.num_promised(but=seq)",
-        "group.pool.num_free",
+        "those who wait take the blocks that open prompts need to go on",
+        "services/scheduler/groups/worker_group.py",
+        "reserve * self.allocator.num_groups + self.num_promised())",
+        "reserve * self.allocator.num_groups)",
         (f"{SCHEDULER}/test_windows.py",),
     ),
     Bug(
