@@ -193,9 +193,9 @@ def make_engine(
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
     if collectives is not None:
         kv_cache_memory = collectives.least(kv_cache_memory)
-    has_cache = runner.kv_block_bytes() > 0
-    num_groups = len(runner.kv_windows)
-    num_blocks = count_blocks(kv_cache_memory, runner.kv_block_bytes(), wanted.kv_blocks, num_groups) if has_cache else 1
+    block_bytes, num_groups = runner.kv_block_bytes(), len(runner.kv_windows)
+    has_cache = block_bytes > 0
+    num_blocks = count_blocks(kv_cache_memory, block_bytes, wanted.kv_blocks, num_groups) if has_cache else 1
     runner.allocate_kv(num_blocks)
     if collectives is not None:
         collectives.least(num_blocks)  # no rank begins to compute before all can
