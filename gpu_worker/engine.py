@@ -193,8 +193,9 @@ def make_engine(
     kv_cache_memory = config.kv_cache_memory or runner.kv_memory_bytes()
     if collectives is not None:
         kv_cache_memory = collectives.least(kv_cache_memory)
-    has_cache = runner.kv_block_bytes() > 0
-    num_blocks = count_blocks(kv_cache_memory, runner.kv_block_bytes(), wanted.kv_blocks) if has_cache else 1
+    block_bytes, num_groups = runner.kv_block_bytes(), len(runner.kv_windows)
+    has_cache = block_bytes > 0
+    num_blocks = count_blocks(kv_cache_memory, block_bytes, wanted.kv_blocks, num_groups) if has_cache else 1
     runner.allocate_kv(num_blocks)
     if collectives is not None:
         collectives.least(num_blocks)  # no rank begins to compute before all can
@@ -215,15 +216,19 @@ def make_engine(
     return Engine(runner, limits, max_model_len, step_limit_s, takes_grammars=takes_grammars, adapters=adapters)
 
 
-def count_blocks(kv_cache_memory: int, block_bytes: int, wanted: int) -> int:
-    """Return how many blocks there are, block 0 included; raise ModelError if they hold no useful context."""
+def count_blocks(kv_cache_memory: int, block_bytes: int, wanted: int, num_groups: int = 1) -> int:
+    """Return how many blocks there are, block 0 included; raise ModelError if they hold no useful context.
+
+    num_groups  the KV groups, in each of which a sequence has blocks of its own
+    """
     num_blocks = kv_cache_memory // block_bytes
     if wanted:
         num_blocks = min(num_blocks, wanted)
-    if (num_blocks - 1) * BLOCK_SIZE < _MIN_CONTEXT:
-        least = (_MIN_CONTEXT // BLOCK_SIZE + 1) * block_bytes
+    num_tokens = max(num_blocks - 1, 0) // num_groups * BLOCK_SIZE
+    if num_tokens < _MIN_CONTEXT:
+        least = (_MIN_CONTEXT // BLOCK_SIZE * num_groups + 1) * block_bytes
         raise ModelError(
-            f"the KV cache has room for {max(num_blocks - 1, 0) * BLOCK_SIZE} tokens, too few to be of use: raise "
+            f"the KV cache has room for {num_tokens} tokens, too few to be of use: raise "
             f"--kv-cache-memory from {kv_cache_memory} to {least} bytes or more"
             + (f", and the scheduler's kv_blocks from {wanted}" if wanted else "")
         )

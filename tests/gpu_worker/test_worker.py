@@ -574,6 +574,8 @@ def test_room_for_less_than_a_useful_context_is_refused() -> None:
     assert count_blocks(kv_cache_memory=1000, block_bytes=100, wanted=6) == 6
     with pytest.raises(ModelError, match=r"room for 48 tokens.* from 450 to 500 bytes"):
         count_blocks(kv_cache_memory=450, block_bytes=100, wanted=0)
+    with pytest.raises(ModelError, match=r"room for 48 tokens.* from 1200 to 1300 bytes"):
+        count_blocks(kv_cache_memory=1200, block_bytes=100, wanted=0, num_groups=3)
 
 
 def test_the_process_reports_progress_and_ends_on_sigterm(folder: Path, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "top-p takes one token more where the sum is reached exactly",
-        "gpu_worker/sampling/draw.py",
+        "kernels/draw.py",
         "(sums < top_p * sums[-1])",
         "(sums <= top_p * sums[-1])",
         ("tests/gpu_worker/test_draw.py",),
@@ -250,10 +250,10 @@ BUGS: tuple[Bug, ...] = (
         (f"{SCHEDULER}/test_windows.py",),
     ),
     Bug(
-        "prompts take the blocks that others need to go on",
-        "services/scheduler/core/step_planner.py",
-        "group.pool.num_free - group.num_promised(but=seq)",
-        "group.pool.num_free",
+        "those who wait take the blocks that open prompts need to go on",
+        "services/scheduler/groups/worker_group.py",
+        "reserve * self.allocator.num_groups + self.num_promised())",
+        "reserve * self.allocator.num_groups)",
         (f"{SCHEDULER}/test_windows.py",),
     ),
     Bug(
@@ -372,7 +372,7 @@ BUGS: tuple[Bug, ...] = (
     Bug(
         "a signature of a resume token is not looked at",
         "services/gateway/schedulers/resume_token.py",
-        "if not hmac.compare_digest(signature, self._signature(payload)):",
+        "if not any(hmac.compare_digest(signature, _signature(key, payload)) for key in self._keys()):",
         "if len(signature) != _SIGNATURE_BYTES:",
         (f"{GATEWAY}/test_resume.py",),
     ),

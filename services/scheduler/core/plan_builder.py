@@ -81,6 +81,11 @@ class PlanBuilder:
         for group, blocks in enumerate(tables):
             self.blocks.setdefault(row + group, []).extend([block.id for block in blocks])
 
+    def grow(self, seq: Sequence, blocks: list[Block]) -> None:
+        """Append one block to each block table of a sequence that gets no others in this step."""
+        for row, block in enumerate(blocks, seq.slot * len(blocks)):
+            self.blocks[row] = [block.id]
+
     def open_slot(self, seq: Sequence) -> None:
         """Give the slot of `seq` its settings, for tokens or for a vector, and its blocks."""
         if seq.request.submit.HasField("pooling"):

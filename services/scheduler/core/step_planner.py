@@ -115,7 +115,7 @@ class StepPlanner:
     def _make_room(self, group: WorkerGroup) -> None:
         """Preempt until every decoding sequence that starts a new block can have one, and open prompts can go on."""
         allocator = group.allocator
-        for seq in group.prefilling:
+        for seq in (*group.prefilling, *group.late):
             allocator.free_behind(seq)
         while group.pool.num_free < len(group.decoding) * allocator.num_groups + group.num_promised():
             for seq in group.decoding:  # else each could have one
@@ -142,7 +142,7 @@ class StepPlanner:
                 continue  # the steps in flight make its last token
             num_held = len(seq.block_table) * BLOCK_SIZE
             if position + lookahead >= num_held and num_held + 1 < seq.max_len_here:
-                plan.add_blocks(seq, [[block] for block in group.allocator.grow(seq)])
+                plan.grow(seq, group.allocator.grow(seq))
                 # Output is charged a block at a time: here, and not for every token.
                 self._fair_share.charge(seq.request.submit.tenant, BLOCK_SIZE)
             slots.append(seq.slot)
@@ -217,9 +217,12 @@ class StepPlanner:
 
     @staticmethod
     def _extend(group: WorkerGroup, seq: Sequence, count: int, plan: PlanBuilder) -> int:
-        """Give an open prompt blocks for its next `count` tokens; return for how many there are."""
-        start, num_spare = seq.num_computed_tokens, group.pool.num_free - group.num_promised(but=seq)
-        plan.add_blocks(seq, group.allocator.extend(seq, start + count, num_spare))
+        """Give an open prompt blocks for its next `count` tokens; return for how many there are.
+
+        It may take what is promised to others: what it has too many is given back before the next step is planned.
+        """
+        start = seq.num_computed_tokens
+        plan.add_blocks(seq, group.allocator.extend(seq, start + count))
         return min(count, min(map(len, seq.block_tables)) * BLOCK_SIZE - start)
 
     def _open_waiting(

@@ -153,22 +153,23 @@ class BlockAllocator:
     def grow(self, seq: Sequence) -> list[Block]:
         """Append one block to `seq` in each group. The caller has made sure that so many are free."""
         self.cache_full_blocks(seq)
-        self.free_behind(seq)
+        if self.has_windows:
+            self.free_behind(seq)
         blocks = self.pool.get_new_blocks(self.num_groups)
-        for group, block in enumerate(blocks):
-            seq.append_blocks(group, [block])
+        seq.append_block_of_each(blocks)
         return blocks
 
-    def extend(self, seq: Sequence, num_tokens: int, num_spare: int) -> list[list[Block]]:
+    def extend(self, seq: Sequence, num_tokens: int) -> list[list[Block]]:
         """Append blocks in those groups that have too few for the first `num_tokens` tokens; return them by group.
 
-        There may be too few: at most `num_spare` are taken.
+        There may be too few.
         """
         added: list[list[Block]] = [[] for _ in self._windows]
         shortest, wanted = min(map(len, seq.block_tables)), -(-num_tokens // BLOCK_SIZE)
         short = [group for group, table in enumerate(seq.block_tables) if len(table) < wanted]
         if not short:
             return added
+        num_spare = self.pool.num_free
         for group in short:
             count = min(wanted, shortest + num_spare // len(short)) - len(seq.block_tables[group])
             added[group] = self.pool.get_new_blocks(max(count, 0))

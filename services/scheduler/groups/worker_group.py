@@ -185,11 +185,11 @@ class WorkerGroup:
         reserve = len(self.decoding) // BLOCK_SIZE + 1 if self.num_running else 0
         return self.allocator.fits(seq, hits, reserve * self.allocator.num_groups + self.num_promised())
 
-    def num_promised(self, but: Sequence | None = None) -> int:
+    def num_promised(self) -> int:
         """Return how many blocks must stay free for open prompts to go on: groups with a window get theirs late."""
         if not self.allocator.has_windows:
             return 0
-        return sum(self.allocator.num_missing(seq) for seq in self.prefilling if seq is not but)
+        return sum(self.allocator.num_missing(seq) for seq in self.prefilling)
 
     # -- its sequences -------------------------------------------------------------------------------
 

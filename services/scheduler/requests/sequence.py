@@ -304,6 +304,11 @@ class Sequence:
         self.num_computed_tokens = num_cached_blocks * BLOCK_SIZE
         self.num_hashed_blocks = num_cached_blocks
 
+    def append_block_of_each(self, blocks: list[Block]) -> None:
+        """Take one more block of each group."""
+        for table, block in zip(self.block_tables, blocks, strict=True):
+            table.append(block)
+
     def append_blocks(self, kv_group: int, blocks: list[Block]) -> None:
         """Take more blocks of a group."""
         self.block_tables[kv_group].extend(blocks)

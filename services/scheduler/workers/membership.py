@@ -327,6 +327,8 @@ def _problem(ready: worker_pb2.WorkerReady) -> str:
         return f"has {ready.kv_blocks} KV blocks; a scheduler keeps account of at most {MAX_KV_BLOCKS}"
     if ready.whole_sequences and not ready.vector_size:
         return "makes no vectors, and its model computes sequences as a whole only"
+    if ready.whole_sequences and ready.kv_group_windows:
+        return "has KV groups, and its model computes sequences as a whole only"
     if ready.max_row_tokens > BLOCK_SIZE:
         return f"makes up to {ready.max_row_tokens} tokens of a row in a step; at most {BLOCK_SIZE} are taken"
     return ""

@@ -74,9 +74,17 @@ class OneWorker:
     [
         {"kv_blocks": MAX_KV_BLOCKS + 1},
         {"kv_blocks": 1, "whole_sequences": True},
+        {"whole_sequences": True, "vector_size": 4, "kv_group_windows": [0, 5]},
+        {"kv_group_windows": [5] * 9},
         {"max_row_tokens": (1 << 32) - 1},
     ],
-    ids=["more blocks than can be accounted for", "whole sequences and no vectors", "any number of tokens in a row"],
+    ids=[
+        "more blocks than can be accounted for",
+        "whole sequences and no vectors",
+        "whole sequences and KV groups",
+        "more KV groups than can be accounted for",
+        "any number of tokens in a row",
+    ],
 )
 def test_a_worker_that_cannot_be_is_not_taken_into_service(ready: dict[str, Any]) -> None:
     world = OneWorker()

@@ -73,6 +73,13 @@ def _names(world: World, prompt: list[int]) -> list[bytes]:
     return names
 
 
+def test_blocks_that_an_open_prompt_will_need_are_given_to_nobody_who_waits() -> None:
+    world = World(num_blocks=33, windows=(0, 64), max_num_batched_tokens=16, max_num_seqs=4)
+    streams = [world.submit(random_prompt(random.Random(seed), length), 1) for seed, length in [(1, 300), (2, 64)]]
+    world.run()
+    assert [stream.finished[0].timing.preemptions for stream in streams] == [0, 0]
+
+
 @pytest.mark.parametrize("windows", [(0, 24, 24), (40,), (0, 0, 7)])
 @pytest.mark.parametrize("max_row_tokens", [1, 4])
 def test_tokens_are_right_where_prompts_and_candidates_compete_for_few_blocks(
