@@ -115,8 +115,9 @@ class StepPlanner:
     def _make_room(self, group: WorkerGroup) -> None:
         """Preempt until every decoding sequence that starts a new block can have one, and open prompts can go on."""
         allocator = group.allocator
-        for seq in (*group.prefilling, *group.late):
-            allocator.free_behind(seq)
+        if allocator.has_windows:
+            for seq in (*group.prefilling, *group.late):
+                allocator.free_behind(seq)
         while group.pool.num_free < len(group.decoding) * allocator.num_groups + group.num_promised():
             for seq in group.decoding:  # else each could have one
                 allocator.free_behind(seq)

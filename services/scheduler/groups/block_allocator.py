@@ -53,6 +53,7 @@ class BlockAllocator:
         self.has_windows = any(windows)
         self._windows = windows
         self._most_blocks = [window_blocks(window) for window in windows]
+        self._suffixes = [bytes([group]) if group else b"" for group in range(self.num_groups)]  # of names
         # Names of blocks that a running sequence will have computed soon, and which one.
         self._computing: dict[bytes, Sequence] = {}
 
@@ -98,7 +99,7 @@ class BlockAllocator:
         return hits
 
     def _cached(self, block_hash: bytes, group: int) -> Block | None:
-        return self.pool.get_cached_block(_name(block_hash, group))
+        return self.pool.get_cached_block(block_hash + self._suffixes[group])
 
     def _first_seen(self, position: int, group: int) -> int:
         """Return the first block that a token at `position` sees."""
@@ -198,11 +199,13 @@ class BlockAllocator:
         if num_full <= seq.num_hashed_blocks or request.is_invalid or request.submit.bypass_prefix_cache:
             return
         self._hash_known_blocks(seq)
+        owner = request.submit.tenant
         for index in range(seq.num_hashed_blocks, num_full):
             block_hash = seq.block_hashes[index]
-            for group, table in enumerate(seq.block_tables):
-                if table[index] is not self.pool.null_block:
-                    self.pool.cache_full_block(table[index], _name(block_hash, group), request.submit.tenant)
+            for table, suffix in zip(seq.block_tables, self._suffixes, strict=True):
+                block = table[index]
+                if block.id:  # else it is the null block
+                    self.pool.cache_full_block(block, block_hash + suffix, owner)
             if self._computing.get(block_hash) is seq:
                 del self._computing[block_hash]
         seq.cache_blocks(num_full)
@@ -264,8 +267,3 @@ class BlockAllocator:
             content = tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE].tobytes()
             parent = hashlib.sha256(parent + content).digest()
             hashes.append(parent)
-
-
-def _name(block_hash: bytes, group: int) -> bytes:
-    """Return the name of a block of a KV group."""
-    return block_hash + bytes([group]) if group else block_hash
