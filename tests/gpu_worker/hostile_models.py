@@ -307,7 +307,7 @@ WINDOWS = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "s
 FINITE = "expected a finite number"
 WHOLE = "expected an integer of 32 bits"
 JSON_ERROR = r"config\.json: cannot be read as JSON"
-DAMAGED_GGUF = "the GGUF header is cut off or damaged"
+DAMAGED_GGUF = "the header is cut off or damaged"
 NO_TENSORS = "not a whole safetensors file"
 
 CASES: dict[str, Case] = {
@@ -502,9 +502,10 @@ CASES: dict[str, Case] = {
     "gguf, no layer": Case(gguf({"llama.block_count": ("u32", 0)}), "0 layers"),
     "gguf, 4,096 layers": Case(gguf({"llama.block_count": ("u32", 4096)}), "tensors missing"),
     "gguf, lists in lists": Case(
-        gguf({"x": ("raw", struct.pack("<IIQIQI", 9, 9, 1, 4, 1, 1))}), "the GGUF header is cut off or damaged"
+        gguf({"x": ("raw", struct.pack("<IIQIQI", 9, 9, 1, 4, 1, 1))}),
+        "metadata of unknown type 9; the file is damaged",
     ),
-    "gguf, a list of 2^60": Case(gguf({"x": ("raw", struct.pack("<IIQ", 9, 0, 2**60))}), DAMAGED_GGUF),
+    "gguf, a list of 2^60": Case(gguf({"x": ("raw", struct.pack("<IIQ", 9, 0, 2**60))}), "the file claims a list of"),
     "gguf, a list of 16 MB": Case(gguf({"x": ("raw", struct.pack("<IIQ", 9, 0, 16 << 20) + bytes(16 << 20))}), ""),
 }
 
@@ -587,7 +588,7 @@ CASES |= {
         r"x\.experts\.gate_up_proj_scales has shape .* at most 4096 experts",
     ),
     "gpt_oss, a bias of other experts": Case(
-        oss(reshaped(f"{EXPERTS}.gate_up_proj_bias", lambda tensor: tensor[:-1])), "gate_up_proj_bias has shape"
+        oss(reshaped(f"{EXPERTS}.gate_up_proj_bias", lambda tensor: tensor[:-1])), "gate_proj_bias has shape"
     ),
     "gpt_oss, no bias of experts": Case(oss(reshaped(f"{EXPERTS}.down_proj_bias", lambda _: None)), "down_proj_bias"),
     "gpt_oss, no sinks": Case(oss(reshaped("self_attn.sinks", lambda _: None)), r"missing.*self_attn\.sinks"),

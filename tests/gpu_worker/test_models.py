@@ -308,7 +308,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "glm4_moe, fewer than no layers": (
         "glm4_moe",
         {"first_k_dense_replace": -1, "mlp_layer_types": None},
-        "first_k_dense_replace is -1, expected at least 0",
+        "first_k_dense_replace is -1, expected 0 to 3",
     ),
     "granite_moe, more than all experts": ("granite_moe", {"num_experts_per_tok": 6}, "takes 6 of 5 experts"),
     "granite_moe, no base": (
