@@ -1,6 +1,6 @@
 """Measure what LoRA adapters cost the cpu device: steps with them in turn with steps without, and while one loads.
 
-    python benchmarks/adapters.py MODEL [--rank 16] [--threads N] [--rounds 30]
+    python -m benchmarks.adapters MODEL [--rank 16] [--threads N] [--rounds 30]
 
 MODEL is a folder or .gguf file of a decoder. Adapters are random, of all seven projections in every layer. A decode
 step of 1 and of 32 sequences is timed with no adapter, with one that all have, and with a different one for each, out
