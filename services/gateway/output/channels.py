@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 
+from octavo.services.gateway.output.formats import has_channels
 from octavo.services.gateway.output.parser import OutputParser, ParserSettings, Section
 from octavo.services.gateway.output.stop_matcher import StopMatcher, StopStrings
 from octavo.services.gateway.output.tool_call_reader import CallState, ToolCallReader
@@ -166,4 +167,5 @@ class ChannelParser(OutputParser):
 
 def new_parser(settings: ParserSettings, make_id: Callable[[int], str]) -> OutputParser:
     """Return the parser of a candidate; `make_id` returns the id of a call by its index."""
-    return (ChannelParser if settings.has_channels else OutputParser)(settings, make_id)
+    kind = ChannelParser if has_channels(settings.tool_calls, settings.reasoning) else OutputParser
+    return kind(settings, make_id)

@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from octavo.inference.v1 import generation_pb2
-from octavo.services.gateway.output.formats import ReasoningFormat, ToolCallFormat, has_channels
+from octavo.services.gateway.output.formats import ReasoningFormat, ToolCallFormat
 from octavo.services.gateway.output.stop_matcher import StopMatcher, StopStrings
 from octavo.services.gateway.output.tool_call_reader import CallState, ToolCallReader
 
@@ -42,13 +42,10 @@ class ParserSettings:
     single_tool_call: bool
     whole_tool_calls: bool
     starts_in_reasoning: bool
-    has_channels: bool = field(init=False)
-    """The output is made of messages in channels."""
     call_begin: StopStrings | None = field(init=False)
     reasoning_end: StopStrings | None = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "has_channels", has_channels(self.tool_calls, self.reasoning))
         object.__setattr__(
             self, "call_begin", None if self.tool_calls is None else StopStrings([self.tool_calls.begin])
         )

@@ -87,15 +87,15 @@ def read_chat(chat: generation_pb2.Chat, template: TemplateFacts, path: str) -> 
         options = reader.read(chat.template_options_json, dict, f"{path}.template_options_json")
     if reader.violations:
         raise invalid_fields(reader.violations)
-    if ".thinking" in template.source:  # gpt-oss calls it so, and takes no text beside it in a message with calls
-        for written in messages:
+    if template.reads_thinking:
+        for written in messages:  # it takes no text beside it in a message with calls
             if "reasoning_content" in written and not (written["content"] and written.get("tool_calls")):
                 written["thinking"] = written["reasoning_content"]
     if not template.writes_tool_calls:
         _write_tool_calls(messages)
     elif template.writes_one_call:
         messages = _one_call_each(messages)
-    if "+ tool.description" in template.source:  # fails without one, which clients may leave out
+    if template.needs_descriptions:
         for function in (tool.get("function", tool) for tool in tools):
             if isinstance(function, dict) and function.get("description") is None:
                 function["description"] = ""

@@ -9,6 +9,7 @@ import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from octavo.services.common.errors import Reason, ServingError, invalid_field
@@ -47,7 +48,17 @@ class TemplateFacts:
     writes_tool_calls: bool
     texts: frozenset[str]
 
-    @property
+    @cached_property
+    def reads_thinking(self) -> bool:
+        """Whether what the assistant thought is called `thinking`, as in gpt-oss's."""
+        return ".thinking" in self.source
+
+    @cached_property
+    def needs_descriptions(self) -> bool:
+        """Whether it fails for a tool without a description."""
+        return "+ tool.description" in self.source
+
+    @cached_property
     def writes_one_call(self) -> bool:
         """Whether it leaves out or refuses all calls in a message but the first."""
         return "tool_calls[0]" in self.source and _LOOP_OVER_CALLS.search(self.source) is None
