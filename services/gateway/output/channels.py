@@ -37,7 +37,7 @@ class ChannelParser(OutputParser):
 
     def __init__(self, settings: ParserSettings, make_id: Callable[[int], str]) -> None:
         super().__init__(settings, make_id)
-        self._body = ""  # of a call: text, if it turns out to be none
+        self._body: list[str] = []  # of a call, in pieces: text, if it turns out to be none
         self._begun: set[bool] = set()  # whether reasoning, and whether text, has begun
         if self.in_reasoning:
             self._begin_body(Section.REASONING)
@@ -115,7 +115,7 @@ class ChannelParser(OutputParser):
         self._matcher = StopMatcher(_BODY_END)
         self._section = section
         self._is_section_new = True
-        self._body = ""
+        self._body = []
         self._blank = _BETWEEN_MESSAGES if self.in_reasoning in self._begun else ""
 
     def _read_body(self, text: str, matcher: StopMatcher) -> str:
@@ -129,7 +129,7 @@ class ChannelParser(OutputParser):
     def _take_body(self, text: str) -> None:
         """Take a piece of what a message says."""
         if self._reader is not None:
-            self._body += text
+            self._body.append(text)
             taken = self._reader.push(text)
             if self._reader.has_arguments:
                 self._reader.push("}")
@@ -152,14 +152,14 @@ class ChannelParser(OutputParser):
         elif reader.state is CallState.FAILED:
             self._reader = None
             self._section = Section.TEXT
-            self._take_body(rest if self._is_announced else self._body)
+            self._take_body(rest if self._is_announced else "".join(self._body))
 
     def _end_body(self) -> None:
         """Take the end of a message. Of a call that was cut off nothing more comes."""
         if self._reader is not None and not self._is_announced:
             self._section = Section.TEXT
             self._reader = None
-            self._take_body(self._body)
+            self._take_body("".join(self._body))
         self._reader = None
         if self._section is not Section.TEXT:
             self._blank = ""
