@@ -175,11 +175,15 @@ class HttpForward:
         headers = [(name, value) for name, value in request.headers.items() if name not in _HOP_BY_HOP]
         loop = asyncio.get_running_loop()
         started = loop.time()
+        refused: float | None = None  # since when
         while True:
             try:
                 answer = await session.request(request.method, url, data=body, headers=headers, allow_redirects=False)
                 # 503 to a request for work: nobody took it.
-                if answer.status != 503 or request.method != "POST" or loop.time() > started + _REFUSED_S:
+                if answer.status != 503 or request.method != "POST":
+                    return answer
+                refused = loop.time() if refused is None else refused  # however long the gateway was away before
+                if loop.time() > refused + _REFUSED_S:
                     return answer
                 answer.close()
             except (aiohttp.ClientConnectionError, ConnectionError):
